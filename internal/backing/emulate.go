@@ -1,0 +1,116 @@
+package backing
+
+import (
+	"context"
+	"errors"
+
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+)
+
+// zeroes is what is written where a device cannot zero.
+var zeroes [256 << 10]byte
+
+// Emulate gives a format what it lacks: zeroing by writes, FUA by flush, one
+// data extent for a device that knows no holes, and a Trim and Cache that do
+// nothing. Info shows the sum.
+type Emulate struct {
+	Passthrough
+	native Caps
+}
+
+// NewEmulate stands above the format.
+func NewEmulate(dev Device) *Emulate {
+	return &Emulate{Passthrough: Passthrough{Next: dev}, native: dev.Info().Caps}
+}
+
+// Info adds the emulated capabilities of a writable device.
+func (e *Emulate) Info() Info {
+	i := e.Next.Info()
+	i.Caps |= CanExtents | CanCache | CanFlush
+	if i.Caps.Has(CanWrite) {
+		i.Caps |= CanZero | CanFUA | CanTrim
+	}
+	return i
+}
+
+// Map forwards: emulation changes no bytes.
+func (e *Emulate) Map(op engine.Op, off, n int64, m *Mapping) error {
+	return e.Next.Map(op, off, n, m)
+}
+
+func (e *Emulate) WriteAt(ctx context.Context, p []byte, off int64, f Flags) error {
+	if f&FUA == 0 || e.native.Has(CanFUA) {
+		return e.Next.WriteAt(ctx, p, off, f)
+	}
+	if err := e.Next.WriteAt(ctx, p, off, f&^FUA); err != nil {
+		return err
+	}
+	return e.Next.Flush(ctx)
+}
+
+// Zero falls back to writing zeroes, unless the caller wanted it fast.
+func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
+	var err error = ErrNotSupported
+	if e.native.Has(CanZero) {
+		fua := f & FUA
+		if !e.native.Has(CanFUA) {
+			fua = 0
+		}
+		err = e.Next.Zero(ctx, off, n, f&^FUA|fua)
+		if err == nil && f&FUA != fua {
+			err = e.Next.Flush(ctx)
+		}
+	}
+	if !errors.Is(err, ErrNotSupported) || f&FastZero != 0 {
+		return err
+	}
+	for n > 0 {
+		p := zeroes[:min(n, int64(len(zeroes)))]
+		if err := e.Next.WriteAt(ctx, p, off, 0); err != nil {
+			return err
+		}
+		off, n = off+int64(len(p)), n-int64(len(p))
+	}
+	if f&FUA != 0 {
+		return e.Next.Flush(ctx)
+	}
+	return nil
+}
+
+// Trim is a hint: what the device cannot do is done by doing nothing.
+func (e *Emulate) Trim(ctx context.Context, off, n int64, f Flags) error {
+	if e.native.Has(CanTrim) {
+		fua := f & FUA
+		if !e.native.Has(CanFUA) {
+			fua = 0
+		}
+		if err := e.Next.Trim(ctx, off, n, fua); err != nil && !errors.Is(err, ErrNotSupported) {
+			return err
+		} else if err == nil && f&FUA == fua {
+			return nil
+		}
+	}
+	if f&FUA != 0 {
+		return e.Next.Flush(ctx)
+	}
+	return nil
+}
+
+// Cache is a hint too.
+func (e *Emulate) Cache(ctx context.Context, off, n int64) error {
+	if !e.native.Has(CanCache) {
+		return nil
+	}
+	if err := e.Next.Cache(ctx, off, n); !errors.Is(err, ErrNotSupported) {
+		return err
+	}
+	return nil
+}
+
+func (e *Emulate) Extents(ctx context.Context, off, n int64, f Flags, yield func(Extent) bool) error {
+	if !e.native.Has(CanExtents) {
+		yield(Extent{Len: n})
+		return nil
+	}
+	return e.Next.Extents(ctx, off, n, f, yield)
+}

@@ -1,0 +1,97 @@
+package backing
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"syscall"
+)
+
+// Kind classifies an error for the caller; errors.Is matches it. Its text is
+// fit for a guest: it names no path of the host.
+type Kind string
+
+func (k Kind) Error() string { return string(k) }
+
+const (
+	ErrIO           Kind = "input/output error"
+	ErrNoSpace      Kind = "no space left on the storage"
+	ErrReadOnly     Kind = "read-only"
+	ErrOutOfRange   Kind = "beyond the end of the disk"
+	ErrAlignment    Kind = "not aligned to the block size"
+	ErrInvalid      Kind = "invalid request"
+	ErrNotSupported Kind = "not supported"
+	ErrPoisoned     Kind = "an earlier write was lost, the disk must be opened anew"
+	ErrLocked       Kind = "image is in use by another process"
+	ErrNotMappable  Kind = "not mappable"
+)
+
+// Error is an error with its place. The log shows all of it, the guest sees
+// the text of Kind.
+type Error struct {
+	Op   string
+	Path string
+	Off  int64 // -1 when the error concerns the whole device
+	Len  int64
+	Kind Kind
+	Err  error // the cause, may be nil
+}
+
+func (e *Error) Error() string {
+	s := e.Op
+	if e.Path != "" {
+		s += fmt.Sprintf(" %q", e.Path)
+	}
+	if e.Off >= 0 {
+		s += fmt.Sprintf(" at %d+%d", e.Off, e.Len)
+	}
+	s += ": " + string(e.Kind)
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	return s
+}
+
+// Unwrap yields the kind and the cause.
+func (e *Error) Unwrap() []error {
+	if e.Err == nil {
+		return []error{e.Kind}
+	}
+	return []error{e.Kind, e.Err}
+}
+
+// KindOf classifies any error; what it does not know is ErrIO.
+func KindOf(err error) Kind {
+	var k Kind
+	if errors.As(err, &k) {
+		return k
+	}
+	var e syscall.Errno
+	if errors.As(err, &e) {
+		switch e {
+		case syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG:
+			return ErrNoSpace
+		case syscall.EROFS, syscall.EPERM, syscall.EACCES:
+			return ErrReadOnly
+		case syscall.EOPNOTSUPP, syscall.ENOSYS, syscall.ENOTTY:
+			return ErrNotSupported
+		}
+		return ErrIO
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return ErrIO
+	}
+	return ErrIO
+}
+
+// Wrap gives err its kind and place. nil stays nil; an *Error stays as it is.
+func Wrap(op string, off, n int64, err error) error {
+	if err == nil {
+		return nil
+	}
+	var e *Error
+	if errors.As(err, &e) {
+		return err
+	}
+	return &Error{Op: op, Off: off, Len: n, Kind: KindOf(err), Err: err}
+}

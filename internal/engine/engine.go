@@ -1,0 +1,156 @@
+// Package engine moves bytes between memory and files, in batches. Two
+// implementations stand behind one interface: Pool, on plain system calls and
+// a bounded set of goroutines, and uring.Engine, on a Linux io_uring. Callers
+// cannot tell them apart but by speed; every test of a backend runs on both.
+package engine
+
+import (
+	"context"
+	"os"
+	"sync"
+)
+
+// Op says what an IO does.
+type Op uint8
+
+const (
+	OpRead Op = iota
+	OpWrite
+	OpSync  // fdatasync(2): data and the metadata needed to read it
+	OpPunch // deallocate a range, which then reads as zeroes
+	OpZero  // make a range read as zeroes and keep it allocated
+)
+
+var opNames = [...]string{"read", "write", "sync", "punch", "zero"}
+
+// String is the verb used in error texts.
+func (o Op) String() string { return opNames[o] }
+
+// IO is one transfer. The caller owns it, and may reuse it, before Submit
+// and after Done; in between it and Buf belong to the engine.
+type IO struct {
+	Op   Op
+	FUA  bool // OpWrite: durable before Done (RWF_DSYNC)
+	File *File
+	Buf  []byte // OpRead, OpWrite; for a direct file aligned as File.Align says
+	Off  int64  // bytes
+	Len  int64  // OpPunch, OpZero: bytes; ignored for the others
+
+	// Done is called once, from any goroutine, when the transfer is over.
+	// It must not block.
+	Done func(*IO)
+
+	// N is the number of bytes moved. A read is short only at the end of the
+	// file; a write is never short without Err.
+	N int
+	// Err is nil or a syscall.Errno. EINTR, EAGAIN and short transfers are
+	// dealt with inside the engine.
+	Err error
+
+	// Engine-private state while the IO is submitted.
+	Next *IO
+	Slot uint32
+}
+
+// File is a file that an engine may work on. It stays valid until Close.
+type File struct {
+	OS     *os.File
+	FD     uintptr
+	Direct bool // opened with O_DIRECT: the page cache is not consulted
+	Align  int  // Direct: alignment of buffer address, offset and length
+
+	// Index is the engine's registration of the file, or -1.
+	Index int32
+	close func() error
+}
+
+// NewFile is for implementations of Engine. closer undoes the registration
+// and may be nil; the os.File is closed after it.
+func NewFile(f *os.File, direct bool, align int, closer func() error) *File {
+	return &File{OS: f, FD: f.Fd(), Direct: direct, Align: align, Index: -1, close: closer}
+}
+
+// Close gives the file back to the system. No IO on it may be in flight.
+func (f *File) Close() error {
+	var err error
+	if f.close != nil {
+		err = f.close()
+	}
+	if e := f.OS.Close(); err == nil {
+		err = e
+	}
+	return err
+}
+
+// Engine is safe for concurrent use.
+type Engine interface {
+	// Name is "uring" or "pool".
+	Name() string
+
+	// Open takes over f, which must be a regular file or block device.
+	Open(f *os.File) (*File, error)
+
+	// ReadNow fills p from the page cache and never blocks. It returns how
+	// much of p it filled from the front; anything short of len(p) is not an
+	// error but work for Submit, which also finds out about errors. It
+	// returns 0 for direct files.
+	ReadNow(f *File, p []byte, off int64) int
+
+	// Submit hands over the batch. It does not wait for transfers; it may
+	// wait for room in the queue.
+	Submit(batch []*IO)
+
+	// Close waits for what is in flight, then frees the engine. Submit must
+	// not be called any more.
+	Close() error
+}
+
+// waiter lets Do block on a batch without an allocation per call.
+type waiter struct {
+	mu   sync.Mutex
+	left int
+	done chan struct{}
+	fn   func(*IO)
+}
+
+var waiters = sync.Pool{New: func() any {
+	w := &waiter{done: make(chan struct{}, 1)}
+	w.fn = w.finish
+	return w
+}}
+
+func (w *waiter) finish(*IO) {
+	w.mu.Lock()
+	w.left--
+	last := w.left == 0
+	w.mu.Unlock()
+	if last {
+		w.done <- struct{}{}
+	}
+}
+
+// Do submits the batch, sets each Done, waits for all of it and returns the
+// first error in batch order. ctx is looked at before the batch is submitted
+// only: buffers that the kernel works on cannot be taken back.
+func Do(ctx context.Context, e Engine, batch ...*IO) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if len(batch) == 0 {
+		return nil
+	}
+	w := waiters.Get().(*waiter)
+	w.left = len(batch)
+	for _, io := range batch {
+		io.Done = w.fn
+	}
+	e.Submit(batch)
+	<-w.done
+	waiters.Put(w)
+	for _, io := range batch {
+		if io.Err != nil {
+			return io.Err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,155 @@
+// Package limits holds every bound of the program, each with its reason, so
+// that a reader can see in one place what a peer or an image may cost. Sizes
+// are in bytes unless the name says otherwise.
+package limits
+
+import "time"
+
+// Sizes of the protocol.
+const (
+	// MaxString bounds every string a peer sends: export names, descriptions,
+	// context queries (NBD proto.md, "Values", "string").
+	MaxString = 4096
+
+	// MaxErrorText bounds the human text of an error reply. The
+	// specification allows 4096; QEMU drops its node for good when a
+	// structured error chunk exceeds 1000 bytes.
+	MaxErrorText = 512
+
+	// MaxOption bounds the payload of one option. Larger ones end the
+	// connection unread: a legal option of two 4096-byte strings and a few
+	// hundred queries fits many times over.
+	MaxOption = 64 << 10
+
+	// MaxOptions bounds how many options one connection may send.
+	MaxOptions = 64
+
+	// MaxInfoRequests bounds the information requests of INFO and GO: the
+	// specification defines four.
+	MaxInfoRequests = 64
+
+	// MaxMetaQueries bounds the queries of LIST_META_CONTEXT and
+	// SET_META_CONTEXT.
+	MaxMetaQueries = 256
+
+	// MaxContexts bounds the metadata contexts that a connection may have
+	// selected.
+	MaxContexts = 16
+
+	// AdvertisedIO is the maximum payload that INFO_BLOCK_SIZE announces.
+	AdvertisedIO = 32 << 20
+
+	// MaxIO is the largest read or write that is served, whatever was
+	// advertised: the kernel's client ignores the announced maximum.
+	MaxIO = 64 << 20
+
+	// MaxExtents bounds the descriptors in one block status reply (proto.md
+	// allows 2^20; QEMU reads at most 2^17).
+	MaxExtents = 1 << 17
+
+	// MaxExtentsScan bounds how many bytes of descriptors are collected
+	// before a block status reply is cut short.
+	MaxExtentsScan = 16 * MaxExtents
+
+	// MaxListed bounds how many exports one LIST reply names.
+	MaxListed = 10000
+)
+
+// Time. All of it is monotonic; a suspended host does not age a connection.
+const (
+	// Handshake is the time from accept to transmission, TLS included.
+	Handshake = 10 * time.Second
+
+	// Stall is how long a peer may leave a reply unread or a payload
+	// half sent.
+	Stall = 60 * time.Second
+
+	// Drain bounds how long requests in flight are waited for after SIGTERM.
+	Drain = 25 * time.Second
+
+	// Linger bounds the wait for a peer to take the last bytes of a
+	// connection that is being closed.
+	Linger = 2 * time.Second
+
+	// TLSClose bounds the sending of close_notify.
+	TLSClose = time.Second
+
+	// LogInterval is the time over which LogBurst lines per peer may be
+	// written.
+	LogInterval = time.Second
+
+	// KeepAliveIdle, KeepAliveInterval and KeepAliveCount find dead TCP peers
+	// in about a minute and a half.
+	KeepAliveIdle     = 60 * time.Second
+	KeepAliveInterval = 10 * time.Second
+	KeepAliveCount    = 3
+)
+
+// Connections and their budgets.
+const (
+	// Connections bounds all connections of the process.
+	Connections = 1024
+
+	// ConnectionsPerPeer bounds those of one peer (CID, uid or address).
+	// Kernel clients and copy tools use 4 to 16 each; a host's own tools
+	// share one uid.
+	ConnectionsPerPeer = 256
+
+	// Handshaking bounds connections that have not reached transmission, and
+	// HandshakingPerPeer those of one peer.
+	Handshaking        = 128
+	HandshakingPerPeer = 64
+
+	// RequestsPerConn and BytesPerConn bound what one connection may have in
+	// flight: decoded, not yet answered or not yet taken by the peer.
+	RequestsPerConn = 128
+	BytesPerConn    = 32 << 20
+
+	// RequestsPerPeer and BytesPerPeer bound the sum over a peer's
+	// connections.
+	RequestsPerPeer = 1024
+	BytesPerPeer    = 128 << 20
+
+	// LogBurst is the number of log lines a peer may cause per LogInterval.
+	LogBurst = 10
+)
+
+// Memory and engines.
+const (
+	// TurnBuffer is the buffer that receives the requests of one turn, and
+	// the one that collects its replies: 32 reads of 4 KiB and more.
+	TurnBuffer = 256 << 10
+
+	// InlineReply is the largest read that is copied into the turn's reply
+	// buffer; larger ones get a buffer of their own or leave by sendfile.
+	InlineReply = 64 << 10
+
+	// BufferBudget bounds all I/O buffers of the process.
+	BufferBudget = 1 << 30
+
+	// BufferCache is how much free buffer memory stays resident between
+	// bursts.
+	BufferCache = 8 << 20
+
+	// RingEntries is the submission queue of one ring.
+	RingEntries = 256
+
+	// RingFiles bounds the registered files of one ring.
+	RingFiles = 1024
+
+	// PoolWorkers bounds the goroutines of the pool engine and those that
+	// run blocking calls for the ring engine.
+	PoolWorkers = 16
+
+	// LockRetries bounds attempts to take image locks that another opener is
+	// only testing.
+	LockRetries = 3
+)
+
+// Relations that the code relies on: a negative array length does not compile.
+var (
+	_ [MaxIO - AdvertisedIO]struct{}
+	_ [TurnBuffer - InlineReply - 1024]struct{}
+	_ [MaxOption - 2*MaxString - 16]struct{}
+	_ [BytesPerPeer - BytesPerConn]struct{}
+)
