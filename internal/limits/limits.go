@@ -153,3 +153,34 @@ var (
 	_ [MaxOption - 2*MaxString - 16]struct{}
 	_ [BytesPerPeer - BytesPerConn]struct{}
 )
+
+// The client's side: what a server may cost it.
+const (
+	// MaxOptReply bounds the payload of one option reply: two strings and
+	// the numbers around them.
+	MaxOptReply = 2*MaxString + 64
+
+	// MaxExtentsReply bounds the descriptors of one block status chunk from
+	// a server (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS", 2^20).
+	MaxExtentsReply = 1 << 20
+
+	// MaxSpans bounds the separate pieces of one read that have arrived
+	// while the gaps between them have not. Servers answer in order or in
+	// a few parallel pieces.
+	MaxSpans = 4096
+
+	// MaxFaults bounds the error chunks of one reply.
+	MaxFaults = 1024
+
+	// ClientRequests bounds the requests one client connection has in
+	// flight, those included that nobody waits for any more.
+	ClientRequests = 1024
+
+	// MaxEffect is the largest range of one zero, trim, cache or block
+	// status request; longer ones are sent in pieces. Servers have choked at
+	// 2^31.
+	MaxEffect = 1 << 30
+
+	// CopyBudget bounds the buffers of one copy.
+	CopyBudget = 256 << 20
+)
