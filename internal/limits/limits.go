@@ -114,6 +114,42 @@ const (
 	LogBurst = 10
 )
 
+// Endpoints and certificates.
+const (
+	// Backlog is the queue of connections that wait for accept: a guest's
+	// reconnect storm after a restart fits.
+	Backlog = 1024
+
+	// PortRetries bounds attempts to find one port that is free in both IP
+	// families.
+	PortRetries = 16
+
+	// SocketLock is how long the making of a Unix socket waits for another
+	// process that makes one in the same directory.
+	SocketLock = 5 * time.Second
+
+	// SecurityLabel bounds an SELinux context: the kernel's own bound is a
+	// page.
+	SecurityLabel = 4096
+
+	// CertificateFile and RevocationFile bound the PEM files that are read; a
+	// revocation list of 10000 entries is about half a megabyte.
+	CertificateFile = 1 << 20
+	RevocationFile  = 16 << 20
+
+	// CertificateRetry is the shortest time between two attempts to load
+	// changed certificate files that could not be loaded.
+	CertificateRetry = 5 * time.Second
+
+	// CertificateChain bounds the certificates that a TLS peer sends: a leaf
+	// and its intermediates, of which there are rarely two.
+	CertificateChain = 8
+
+	// RSABits bounds the RSA keys of a TLS peer, since the cost of a
+	// verification grows with the square of the size.
+	RSABits = 4096
+)
+
 // Memory and engines.
 const (
 	// TurnBuffer is the buffer that receives the requests of one turn, and
@@ -131,6 +167,11 @@ const (
 	// bursts.
 	BufferCache = 8 << 20
 
+	// RingArena is the part of the buffer memory that a ring may register,
+	// which pins it. Half of the usual RLIMIT_MEMLOCK of 8 MiB, because older
+	// kernels count the ring itself there too.
+	RingArena = 4 << 20
+
 	// RingEntries is the submission queue of one ring.
 	RingEntries = 256
 
@@ -144,6 +185,15 @@ const (
 	// LockRetries bounds attempts to take image locks that another opener is
 	// only testing.
 	LockRetries = 3
+
+	// BounceBuffer is the largest transfer that is copied because a direct
+	// file demands an alignment that the request does not have. Each direct
+	// file keeps one such buffer.
+	BounceBuffer = 128 << 10
+
+	// ExtentRuns is how many runs of data and holes a raw file remembers:
+	// one for each connection of a copy tool that walks a disk in parallel.
+	ExtentRuns = 16
 )
 
 // Relations that the code relies on: a negative array length does not compile.
@@ -152,6 +202,7 @@ var (
 	_ [TurnBuffer - InlineReply - 1024]struct{}
 	_ [MaxOption - 2*MaxString - 16]struct{}
 	_ [BytesPerPeer - BytesPerConn]struct{}
+	_ [BufferCache - RingArena]struct{}
 )
 
 // The client's side: what a server may cost it.
