@@ -1,0 +1,338 @@
+// Package bufpool lends page-aligned I/O buffers under one byte budget.
+//
+// Buffers are mapped, not taken from the Go heap: direct I/O needs their
+// alignment, guest data stays out of the garbage collector's sight and out of
+// core dumps (MADV_DONTDUMP), and the first few MiB lie in one region that an
+// io_uring can register (Arena).
+//
+// Sizes are rounded up to powers of two; the budget is charged with the
+// rounded size, because that is what a buffer can come to occupy.
+package bufpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+const (
+	minShift = 12 // 4 KiB, a page
+	classes  = 15 // 4 KiB << 14 = 64 MiB
+
+	// slabBytes is the unit in which small classes get memory from the
+	// system. From this size on each buffer is a mapping of its own.
+	slabBytes = 1 << 20
+
+	poison = 0xDB
+
+	// closedMark in Pool.used leaves no room for any charge.
+	closedMark = math.MaxInt64 / 2
+)
+
+// The largest class holds the largest request.
+var _ [1<<(minShift+classes-1) - limits.MaxIO]struct{}
+
+// ErrTooLarge is returned for a request that no wait could satisfy: above
+// limits.MaxIO or above the whole budget.
+var ErrTooLarge = errors.New("buffer larger than the budget allows")
+
+// ErrClosed is returned by Get after Close.
+var ErrClosed = errors.New("buffer pool is closed")
+
+// Pool is safe for concurrent use.
+type Pool struct {
+	budget int64
+	used   atomic.Int64 // charged for lent buffers; never above budget but for closedMark
+	lent   atomic.Int64 // number of lent buffers
+	idle   atomic.Int64 // bytes on the arena and hot stacks
+	queued atomic.Int32 // len(waiters)
+	poison atomic.Bool
+
+	classes [classes]class
+	arena   []byte
+
+	// mu comes before any class.mu.
+	mu      sync.Mutex
+	waiters []*waiter // guarded by mu; in order of arrival
+	slabs   [][]byte  // guarded by mu; unmapped by Close
+	closed  bool      // guarded by mu
+}
+
+// class is the free list of one size: three stacks linked by Buf.next, which
+// are tried in this order.
+type class struct {
+	size int64
+
+	mu    sync.Mutex
+	arena *Buf     // guarded by mu; in the arena
+	hot   *Buf     // guarded by mu; resident
+	cold  *Buf     // guarded by mu; without memory, large ones without an address
+	_     [64]byte // keeps neighbours off this cache line
+}
+
+// waiter is one blocked Get.
+type waiter struct {
+	size int64
+	got  chan struct{} // closed after the budget was charged for it
+}
+
+// Buf is one lent buffer. It belongs to whoever got it until Release.
+type Buf struct {
+	pool   *Pool
+	mem    []byte // the whole class size
+	n      int
+	class  uint8
+	arena  bool // its pages may be pinned and are never given back
+	filled bool // with poison, when it was released
+
+	// Guarded by class.mu.
+	lent bool
+	next *Buf
+}
+
+// New makes a pool that lends at most budgetBytes at a time. Memory is taken
+// from the system as it is used.
+func New(budgetBytes int64) *Pool {
+	p := &Pool{budget: budgetBytes}
+	for i := range p.classes {
+		p.classes[i].size = 1 << (minShift + i)
+	}
+	if budgetBytes >= limits.RingArena {
+		p.carveArena()
+	}
+	return p
+}
+
+// SetPoison makes the pool fill buffers with 0xDB when they are lent and when
+// they come back, and panic when a released buffer was written to. For tests.
+func (p *Pool) SetPoison(on bool) { p.poison.Store(on) }
+
+// Outstanding reports the buffers lent and not yet released, and the bytes of
+// budget that they hold.
+func (p *Pool) Outstanding() (bufs int, bytes int64) {
+	bytes = p.used.Load()
+	if bytes == closedMark {
+		bytes = 0
+	}
+	return int(p.lent.Load()), bytes
+}
+
+// classOf is the index of the smallest class that holds n bytes.
+func classOf(n int) int {
+	if n <= 1<<minShift {
+		return 0
+	}
+	return bits.Len(uint(n-1)) - minShift
+}
+
+// fits tells why n bytes can never be lent, or nil.
+func (p *Pool) fits(n int) error {
+	if n < 0 || n > limits.MaxIO {
+		return fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, n, limits.MaxIO)
+	}
+	if size := p.classes[classOf(n)].size; size > p.budget {
+		return fmt.Errorf("%w: %d bytes take %d of %d", ErrTooLarge, n, size, p.budget)
+	}
+	return nil
+}
+
+// charge takes size bytes out of the budget if they are there.
+func (p *Pool) charge(size int64) bool {
+	for {
+		used := p.used.Load()
+		if used+size > p.budget {
+			return false
+		}
+		if p.used.CompareAndSwap(used, used+size) {
+			return true
+		}
+	}
+}
+
+// TryGet lends n bytes, or returns nil when the budget is used up right now,
+// when a Get waits for it already, or when the system has no memory.
+func (p *Pool) TryGet(n int) *Buf {
+	if uint(n) > limits.MaxIO {
+		return nil
+	}
+	c := &p.classes[classOf(n)]
+	if p.queued.Load() != 0 || !p.charge(c.size) {
+		return nil
+	}
+	b, err := p.take(c, n)
+	if err != nil {
+		p.refund(c.size)
+		return nil
+	}
+	return b
+}
+
+// Get lends n bytes, waiting in order of arrival until the budget has room or
+// ctx ends. The contents are undefined: the caller overwrites all of it before
+// showing any of it to anyone.
+func (p *Pool) Get(ctx context.Context, n int) (*Buf, error) {
+	if b := p.TryGet(n); b != nil {
+		return b, nil
+	}
+	if err := p.fits(n); err != nil {
+		return nil, err
+	}
+	c := &p.classes[classOf(n)]
+	if err := p.wait(ctx, c.size); err != nil {
+		return nil, err
+	}
+	b, err := p.take(c, n)
+	if err != nil {
+		p.refund(c.size)
+		return nil, err
+	}
+	return b, nil
+}
+
+// wait charges size bytes, in order of arrival.
+func (p *Pool) wait(ctx context.Context, size int64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	w := &waiter{size: size, got: make(chan struct{})}
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return ErrClosed
+	}
+	p.waiters = append(p.waiters, w)
+	p.queued.Store(int32(len(p.waiters)))
+	p.grantLocked() // room may have come between TryGet and now
+	p.mu.Unlock()
+
+	select {
+	case <-w.got:
+		return nil
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, o := range p.waiters {
+		if o == w {
+			p.waiters = append(p.waiters[:i], p.waiters[i+1:]...)
+			p.queued.Store(int32(len(p.waiters)))
+			p.grantLocked() // a large one in front no longer holds back the rest
+			return ctx.Err()
+		}
+	}
+	return nil // granted meanwhile: the caller has its buffer
+}
+
+// grantLocked charges the budget for those waiters that now fit.
+func (p *Pool) grantLocked() {
+	n := 0
+	for n < len(p.waiters) && p.charge(p.waiters[n].size) {
+		close(p.waiters[n].got)
+		n++
+	}
+	if n > 0 {
+		p.waiters = append(p.waiters[:0], p.waiters[n:]...)
+		p.queued.Store(int32(len(p.waiters)))
+	}
+}
+
+// refund gives budget back and wakes whoever waits for it.
+func (p *Pool) refund(size int64) {
+	p.used.Add(-size)
+	if p.queued.Load() != 0 {
+		p.mu.Lock()
+		p.grantLocked()
+		p.mu.Unlock()
+	}
+}
+
+// take finds a free buffer of class c, whose size is charged already.
+func (p *Pool) take(c *class, n int) (*Buf, error) {
+	c.mu.Lock()
+	b, resident := c.popLocked()
+	if b == nil {
+		c.mu.Unlock()
+		var err error
+		if b, err = p.grow(c); err != nil {
+			return nil, err
+		}
+		c.mu.Lock()
+	}
+	b.lent, b.n = true, n
+	c.mu.Unlock()
+	if resident {
+		p.idle.Add(-c.size)
+	}
+	p.lent.Add(1)
+	if p.poison.Load() {
+		b.checkPoison(resident)
+	}
+	return b, nil
+}
+
+// popLocked takes the best free buffer off its stack, or returns nil.
+// resident says that its size is counted in Pool.idle.
+func (c *class) popLocked() (b *Buf, resident bool) {
+	switch {
+	case c.arena != nil:
+		b, c.arena = c.arena, c.arena.next
+	case c.hot != nil:
+		b, c.hot = c.hot, c.hot.next
+	default:
+		return nil, false
+	}
+	b.next = nil
+	return b, true
+}
+
+// popColdLocked takes a buffer that needs memory, or returns nil.
+func (c *class) popColdLocked() *Buf {
+	b := c.cold
+	if b != nil {
+		c.cold, b.next = b.next, nil
+	}
+	return b
+}
+
+// Bytes is the buffer, exactly as long as was asked for and page-aligned.
+func (b *Buf) Bytes() []byte { return b.mem[:b.n] }
+
+// Cap is the number of bytes the buffer holds and the budget is charged with.
+func (b *Buf) Cap() int { return len(b.mem) }
+
+// Release gives the buffer back. Neither b nor its bytes may be used any
+// more; a second Release panics, because by then the buffer may be somebody
+// else's.
+func (b *Buf) Release() {
+	p, c := b.pool, &b.pool.classes[b.class]
+	if b.filled = p.poison.Load() && b.lent; b.filled {
+		fill(b.mem)
+	}
+	c.mu.Lock()
+	if !b.lent {
+		c.mu.Unlock()
+		panic("bufpool: buffer released twice")
+	}
+	b.lent = false
+	full := false
+	switch idle := p.idle.Add(c.size); {
+	case b.arena:
+		b.next, c.arena = c.arena, b
+	case idle <= limits.BufferCache:
+		b.next, c.hot = c.hot, b
+	default:
+		full = true
+	}
+	c.mu.Unlock()
+	if full {
+		p.shed(b, c)
+	}
+	p.lent.Add(-1)
+	p.refund(c.size)
+}
