@@ -211,6 +211,10 @@ const (
 	// the numbers around them.
 	MaxOptReply = 2*MaxString + 64
 
+	// MaxInfoReplies bounds the informations in the answer to INFO and GO:
+	// the specification defines four.
+	MaxInfoReplies = 64
+
 	// MaxExtentsReply bounds the descriptors of one block status chunk from
 	// a server (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS", 2^20).
 	MaxExtentsReply = 1 << 20

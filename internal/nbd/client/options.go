@@ -206,7 +206,7 @@ func (s *Session) info(o wire.Opt, name string) (Export, error) {
 		return Export{}, err
 	}
 	e, seen := Export{Name: name}, false
-	err = s.answers(o, limits.MaxInfoRequests, func(rep wire.Rep, p []byte) error {
+	err = s.answers(o, limits.MaxInfoReplies, func(rep wire.Rep, p []byte) error {
 		if rep != wire.RepInfo || len(p) < 2 {
 			return violation("%v of %d bytes to %v", rep, len(p), o)
 		}
