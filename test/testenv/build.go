@@ -1,0 +1,76 @@
+package testenv
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// built remembers the binaries of this process.
+var built struct {
+	mu   sync.Mutex
+	dir  string            // guarded by mu; removed by Cleanup
+	path map[string]string // guarded by mu
+}
+
+// Build returns the path of one of the module's commands, as the product is
+// built: static, without cgo. VMDISKD_RACE=1 builds it with the race detector
+// instead. Each process builds each command once; the caller's main or
+// TestMain calls Cleanup.
+func Build(ctx context.Context, command string) (string, error) {
+	built.mu.Lock()
+	defer built.mu.Unlock()
+	if path := built.path[command]; path != "" {
+		return path, nil
+	}
+	if built.dir == "" {
+		dir, err := os.MkdirTemp("", "vmdiskd-bin")
+		if err != nil {
+			return "", err
+		}
+		built.dir, built.path = dir, map[string]string{}
+	}
+	path := filepath.Join(built.dir, command)
+	args, env := []string{"build", "-trimpath", "-o", path}, "CGO_ENABLED=0"
+	if os.Getenv("VMDISKD_RACE") == "1" {
+		args, env = append(args, "-race"), "CGO_ENABLED=1"
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, "./cmd/"+command)...)
+	cmd.Dir, cmd.Env = Root(), append(os.Environ(), env)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build %s: %w\n%s", command, err, out)
+	}
+	built.path[command] = path
+	return path, nil
+}
+
+// Binary is Build for a test.
+func Binary(t testing.TB, command string) string {
+	t.Helper()
+	path, err := Build(Context(t), command)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Cleanup removes the binaries of this process.
+func Cleanup() {
+	built.mu.Lock()
+	defer built.mu.Unlock()
+	if built.dir != "" {
+		os.RemoveAll(built.dir)
+	}
+	built.dir, built.path = "", nil
+}
+
+// Main runs the tests of a package that builds commands: its TestMain.
+func Main(m *testing.M) {
+	code := m.Run()
+	Cleanup()
+	os.Exit(code)
+}
