@@ -1,0 +1,119 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// testCase is one row of the comparison: what nbdload is told, or for an idle
+// case how many connections are held while memory is read.
+type testCase struct {
+	name  string
+	about string
+	load  []string // of nbdload; nil for the memory case
+	// direct opens the image past the page cache, for the peers that can, and
+	// adds fio on the same file.
+	direct bool
+	writes bool
+}
+
+// idleConnections is what the memory case compares with a single connection.
+const idleConnections = 256
+
+// directDepth is the queue depth of the O_DIRECT case, for fio too.
+const directDepth = 32
+
+var cases = []testCase{
+	{name: "rr4k-q1", about: "4 KiB random read, QD1", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}},
+	{name: "rr4k-q32", about: "4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}},
+	{name: "rr4k-q32c4", about: "4 KiB random read, QD32 x 4 connections", load: []string{"-o", "randread", "-b", "4096", "-q", "32", "-c", "4"}},
+	{name: "rr4k-q1c64", about: "4 KiB random read, QD1 x 64 connections", load: []string{"-o", "randread", "-b", "4096", "-q", "1", "-c", "64"}},
+	{name: "rw4k-q32", about: "4 KiB random write, QD32", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, writes: true},
+	{name: "r128k-q16", about: "128 KiB sequential read, QD16", load: []string{"-o", "read", "-b", "131072", "-q", "16"}},
+	{name: "r1m-q8", about: "1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}},
+	{name: "w1m-q8", about: "1 MiB sequential write, QD8", load: []string{"-o", "write", "-b", "1048576", "-q", "8"}, writes: true},
+	{name: "direct", about: "4 KiB random read past the page cache, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", fmt.Sprint(directDepth)}, direct: true},
+	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
+}
+
+// chooseCases returns the named cases, all of them for an empty list.
+func chooseCases(names string) ([]testCase, error) {
+	if names == "" {
+		return cases, nil
+	}
+	var chosen []testCase
+	for _, name := range strings.Split(names, ",") {
+		i := indexCase(name)
+		if i < 0 {
+			return nil, fmt.Errorf("case %q is none of %s", name, caseNames())
+		}
+		chosen = append(chosen, cases[i])
+	}
+	return chosen, nil
+}
+
+func indexCase(name string) int {
+	for i := range cases {
+		if cases[i].name == name {
+			return i
+		}
+	}
+	return -1
+}
+
+func caseNames() string {
+	var names []string
+	for _, c := range cases {
+		names = append(names, c.name)
+	}
+	return strings.Join(names, ",")
+}
+
+// peer is a server to compare, perhaps with arguments of its own.
+type peer struct {
+	name  string
+	kind  testenv.Kind
+	extra []string
+}
+
+// fioPeer is the name under which fio's own reading of the image is listed.
+const fioPeer = "fio io_uring"
+
+// directArgs are what makes a server open its image with O_DIRECT. A program
+// without an entry has no such mode.
+var directArgs = map[string][]string{
+	"":         {"--cache=none"}, // vmdiskd
+	"qemu-nbd": {"--cache=none"},
+}
+
+// parsePeers reads a list like "nbdkit,vmdiskd,vmdiskd --engine=pool": a known
+// server, then its extra arguments after blanks.
+func parsePeers(list string) ([]peer, error) {
+	var peers []peer
+	for _, item := range strings.Split(list, ",") {
+		words := strings.Fields(item)
+		if len(words) == 0 {
+			return nil, fmt.Errorf("empty name in the list of peers %q", list)
+		}
+		kind, err := testenv.KindByName(words[0])
+		if err != nil {
+			return nil, err
+		}
+		peers = append(peers, peer{name: strings.Join(words, " "), kind: kind, extra: words[1:]})
+	}
+	return peers, nil
+}
+
+// options returns how the peer serves the image in a case; ok is false when
+// it cannot.
+func (p peer) options(c testCase, image string) (o testenv.Options, ok bool) {
+	o = testenv.Options{Image: image, Extra: p.extra}
+	if !c.direct {
+		return o, true
+	}
+	args, ok := directArgs[p.kind.Program]
+	o.Extra = append(append([]string(nil), args...), p.extra...)
+	return o, ok
+}

@@ -1,0 +1,294 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// The server and the load each have a processor of their own.
+const (
+	serverCPU = "0"
+	loadCPU   = "1"
+)
+
+// sample is one measurement of one peer. Its names are those that nbdload
+// prints; the memory fields are of the memory case only.
+type sample struct {
+	Case      string  `json:"case"`
+	Peer      string  `json:"peer"`
+	Round     int     `json:"round"`
+	Requests  uint64  `json:"requests,omitempty"`
+	Errors    uint64  `json:"errors,omitempty"`
+	IOPS      float64 `json:"iops,omitempty"`
+	MBps      float64 `json:"mb_per_s,omitempty"`
+	P50       float64 `json:"p50_us,omitempty"`
+	P99       float64 `json:"p99_us,omitempty"`
+	PerIO     float64 `json:"server_us_per_io,omitempty"`
+	RSS       float64 `json:"rss_kib,omitempty"`      // with 1 idle connection
+	RSSPerCon float64 `json:"rss_conn_kib,omitempty"` // for each further one
+}
+
+// bench holds what all measurements share.
+type bench struct {
+	dir   string // of the image, the sockets and nbdload; removed by the caller
+	image string
+	load  string // path of nbdload
+	secs  float64
+}
+
+// newBench compiles nbdload and writes the image into dir.
+func newBench(ctx context.Context, dir string, size int64, secs float64) (*bench, error) {
+	b := &bench{dir: dir, image: filepath.Join(dir, "disk.img"), secs: secs}
+	var err error
+	if b.load, err = compileLoad(ctx, dir); err != nil {
+		return nil, err
+	}
+	if err := testenv.CreatePattern(b.image, size); err != nil {
+		return nil, err
+	}
+	return b, b.warm()
+}
+
+// compileLoad builds nbdload into dir and returns its path.
+func compileLoad(ctx context.Context, dir string) (string, error) {
+	cc, err := testenv.Tool("cc")
+	if err != nil {
+		return "", err
+	}
+	out := filepath.Join(dir, "nbdload")
+	source := filepath.Join(testenv.Root(), "test", "bench", "nbdload", "nbdload.c")
+	cmd := exec.CommandContext(ctx, cc, "-O2", "-Wall", "-Wextra", "-Werror", "-o", out, source)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("compile nbdload: %w\n%s", err, text)
+	}
+	return out, nil
+}
+
+// warm reads the image, so that every page of it is in the page cache.
+func (b *bench) warm() error {
+	f, err := os.Open(b.image)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(struct{ io.Writer }{io.Discard}, f)
+	return err
+}
+
+// settle writes back what a case has dirtied, so that the next measurement
+// does not share the processor with writeback.
+func (b *bench) settle() error {
+	f, err := os.OpenFile(b.image, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}
+
+// measure runs one case once against one peer. ok is false when the peer does
+// not take part in this case.
+func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok bool, err error) {
+	o, ok := p.options(c, b.image)
+	if !ok {
+		return sample{}, false, nil
+	}
+	dir, err := os.MkdirTemp("", "vmdb")
+	if err != nil {
+		return sample{}, true, err
+	}
+	defer os.RemoveAll(dir)
+	server, err := p.kind.Launch(ctx, dir, o, "taskset", "-c", serverCPU)
+	if err != nil {
+		return sample{}, true, err
+	}
+	// Some peers abort when clients leave; what was measured holds all the same.
+	defer server.Kill()
+	if c.load == nil {
+		s, err = b.memory(ctx, server)
+	} else {
+		s, err = b.runLoad(ctx, server, c.load)
+	}
+	if err == nil && c.writes {
+		err = b.settle()
+	}
+	if err != nil {
+		return s, true, fmt.Errorf("%s, %s: %w\n%s", c.name, p.name, err, server.Log())
+	}
+	return s, true, nil
+}
+
+func (b *bench) runLoad(ctx context.Context, server *testenv.Server, load []string) (s sample, err error) {
+	args := []string{"-c", loadCPU, b.load, "-u", server.Socket,
+		"-p", strconv.Itoa(server.Pid()), "-t", strconv.FormatFloat(b.secs, 'f', -1, 64)}
+	var stderr strings.Builder
+	cmd := exec.CommandContext(ctx, "taskset", append(args, load...)...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return s, fmt.Errorf("nbdload: %w\n%s", err, stderr.String())
+	}
+	if err := json.Unmarshal(out, &s); err != nil {
+		return s, fmt.Errorf("nbdload printed %q: %w", out, err)
+	}
+	if s.Errors != 0 {
+		return s, fmt.Errorf("%d of %d requests failed", s.Errors, s.Requests)
+	}
+	return s, nil
+}
+
+// memory reads the server's resident size with few and with many connections.
+func (b *bench) memory(ctx context.Context, server *testenv.Server) (s sample, err error) {
+	one, err := b.idleRSS(ctx, server, 1)
+	if err != nil {
+		return s, err
+	}
+	many, err := b.idleRSS(ctx, server, idleConnections)
+	if err != nil {
+		return s, err
+	}
+	s.RSS, s.RSSPerCon = one, (many-one)/(idleConnections-1)
+	return s, nil
+}
+
+func (b *bench) idleRSS(ctx context.Context, server *testenv.Server, connections int) (kib float64, err error) {
+	cmd := exec.CommandContext(ctx, "taskset", "-c", loadCPU, b.load,
+		"-u", server.Socket, "-o", "idle", "-c", strconv.Itoa(connections))
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return 0, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	if _, err = bufio.NewReader(stdout).ReadString('\n'); err == nil {
+		kib, err = rss(server.Pid())
+	}
+	stdin.Close()
+	return kib, errors.Join(err, cmd.Wait())
+}
+
+// rss returns the resident size of a process in KiB.
+func rss(pid int) (float64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			return strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64)
+		}
+	}
+	return 0, fmt.Errorf("process %d has no VmRSS", pid)
+}
+
+// fioReport is the part of fio's JSON that is used here.
+type fioReport struct {
+	Jobs []struct {
+		Read struct {
+			IOPS  float64 `json:"iops"`
+			BW    float64 `json:"bw_bytes"`
+			Total uint64  `json:"total_ios"`
+			Clat  struct {
+				Percentile map[string]float64 `json:"percentile"`
+			} `json:"clat_ns"`
+		} `json:"read"`
+		User   float64 `json:"usr_cpu"` // percent of the run time
+		System float64 `json:"sys_cpu"`
+		Millis float64 `json:"job_runtime"`
+	} `json:"jobs"`
+}
+
+// fio reads the image itself with io_uring on the server's processor: the
+// speed of the disk, with no server in between.
+func (b *bench) fio(ctx context.Context) (s sample, err error) {
+	cmd := exec.CommandContext(ctx, "taskset", "-c", serverCPU, "fio", "--name=direct", "--readonly",
+		"--filename="+b.image, "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=io_uring",
+		fmt.Sprintf("--iodepth=%d", directDepth), "--time_based",
+		fmt.Sprintf("--runtime=%dms", int(b.secs*1000)), "--output-format=json")
+	out, err := cmd.Output()
+	if err != nil {
+		return s, fmt.Errorf("fio: %w", err)
+	}
+	return parseFio(out)
+}
+
+func parseFio(out []byte) (s sample, err error) {
+	var r fioReport
+	if err := json.Unmarshal(out, &r); err != nil {
+		return s, fmt.Errorf("fio's report: %w", err)
+	}
+	if len(r.Jobs) != 1 || r.Jobs[0].Read.Total == 0 {
+		return s, errors.New("fio reports no reads")
+	}
+	j := r.Jobs[0]
+	s.Requests, s.IOPS, s.MBps = j.Read.Total, j.Read.IOPS, j.Read.BW/1e6
+	s.P50 = j.Read.Clat.Percentile["50.000000"] / 1000
+	s.P99 = j.Read.Clat.Percentile["99.000000"] / 1000
+	s.PerIO = (j.User + j.System) / 100 * j.Millis * 1000 / float64(s.Requests)
+	return s, nil
+}
+
+// runAll measures every case with every peer, round by round: a drift of the
+// machine hits all of them alike. Odd rounds go through the peers backwards.
+func (b *bench) runAll(ctx context.Context, chosen []testCase, peers []peer, rounds int, progress io.Writer) ([]sample, error) {
+	var all []sample
+	for _, c := range chosen {
+		for round := range rounds {
+			for i := range peers {
+				if round%2 == 1 {
+					i = len(peers) - 1 - i
+				}
+				s, ok, err := b.measure(ctx, c, peers[i])
+				if err != nil {
+					return all, err
+				}
+				if ok {
+					s.Case, s.Peer, s.Round = c.name, peers[i].name, round
+					all = append(all, s)
+				}
+			}
+			if !c.direct {
+				continue
+			}
+			s, err := b.fio(ctx)
+			if err != nil {
+				return all, err
+			}
+			s.Case, s.Peer, s.Round = c.name, fioPeer, round
+			all = append(all, s)
+		}
+		fmt.Fprintf(progress, "%s %s\n", time.Now().Format(time.TimeOnly), c.name)
+	}
+	return all, nil
+}
+
+// onDisk refuses a folder whose files would live in memory only.
+func onDisk(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("%q: %w", dir, err)
+	}
+	if st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC {
+		return fmt.Errorf("%q is in memory: the image needs a disk (--dir)", dir)
+	}
+	return nil
+}
