@@ -1,0 +1,59 @@
+# Bare `make` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: help build run test deps check fmt vet lint unit race fuzz interop guest bench clean
+
+GO        ?= go
+FUZZTIME  ?= 3
+BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
+# Everything but the end-to-end tests, which have targets of their own.
+UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest)
+GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build the static binaries into bin/
+	$(BUILD) -o bin/ ./cmd/...
+
+run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
+	@scripts/run.sh bin/vmdiskd $(IMAGE)
+
+test: deps fmt vet race fuzz interop guest ## install what the tests need and run all of them
+
+deps: ## install the packages that the tests need
+	scripts/install-test-deps.sh
+
+check: fmt vet lint unit ## format, vet, house rules and unit tests
+
+fmt:
+	@files=$$(gofmt -l $$(git ls-files '*.go')); \
+	if [ -n "$$files" ]; then echo "gofmt would change:" $$files; exit 1; fi
+
+vet:
+	$(GO) vet ./...
+
+lint:
+	$(GO) test ./internal/lint/...
+
+unit: ## unit tests
+	$(GOTEST) $(UNIT)
+
+race: ## unit tests with the race detector
+	$(GOTEST) -race $(UNIT)
+
+fuzz: ## every fuzz target for FUZZTIME seconds
+	scripts/fuzz.sh $(FUZZTIME)
+
+interop: ## the server against libnbd, QEMU, fio, nbd-client, systemd
+	$(GOTEST) -count=1 ./test/interop/...
+
+guest: ## Debian's kernel in QEMU: root disk, /dev/nbd0, vsock
+	$(GOTEST) -count=1 -timeout 10m ./test/guest/...
+
+bench: ## compare with nbdkit and qemu-nbd, write docs/benchmarks.md
+	$(GO) run ./test/bench --out docs/benchmarks.md
+
+clean: ## remove what was built and cached
+	rm -rf bin .cache

@@ -1,0 +1,57 @@
+#!/bin/sh
+# install-test-deps.sh [--check]: installs the Debian packages that the tests
+# use, if any is missing. With --check it only names them.
+set -eu
+
+packages="
+busybox-static
+e2fsprogs
+fio
+fuse3
+gcc
+kmod
+libc6-dev
+libnbd-bin
+mmdebstrap
+nbd-client
+nbdkit
+python3-libnbd
+qemu-system-x86
+qemu-utils
+systemd
+util-linux
+xz-utils
+"
+
+missing=
+for p in $packages; do
+	status=$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null || true)
+	[ "$status" = installed ] || missing="$missing $p"
+done
+if [ -z "$missing" ]; then
+	exit 0
+fi
+if [ "${1:-}" = --check ]; then
+	echo "missing packages:$missing" >&2
+	exit 1
+fi
+
+sudo=
+if [ "$(id -u)" != 0 ]; then
+	if ! command -v sudo >/dev/null || ! sudo -n true 2>/dev/null; then
+		echo "missing packages:$missing" >&2
+		echo "install them as root: apt-get install --no-install-recommends$missing" >&2
+		exit 1
+	fi
+	sudo=sudo
+fi
+
+apt() {
+	$sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y "$@"
+}
+
+# The lists may be absent or name versions that the mirror has replaced: one
+# update, only if the packages cannot be installed as it is.
+# shellcheck disable=SC2086 # the list is split into words on purpose
+apt install --no-install-recommends $missing ||
+	{ apt update && apt install --no-install-recommends $missing; }
