@@ -182,6 +182,11 @@ const (
 	// run blocking calls for the ring engine.
 	PoolWorkers = 16
 
+	// IORetries bounds how often in a row one call of a transfer is made again
+	// because it was interrupted or moved nothing. The Go runtime's own
+	// signals interrupt slow fallocate calls several times.
+	IORetries = 100
+
 	// LockRetries bounds attempts to take image locks that another opener is
 	// only testing.
 	LockRetries = 3

@@ -1,0 +1,168 @@
+package engine
+
+import (
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/sysio"
+)
+
+// Pool is the engine on plain system calls: a bounded set of goroutines,
+// started as they are needed, takes transfers from one queue.
+type Pool struct {
+	max     int
+	workers sync.WaitGroup
+
+	mu      sync.Mutex
+	wake    sync.Cond
+	head    *IO  // guarded by mu; queue linked by IO.Next
+	tail    *IO  // guarded by mu
+	started int  // guarded by mu
+	idle    int  // guarded by mu; waiting workers that nobody signalled yet
+	closing bool // guarded by mu
+}
+
+// NewPool makes a pool of at most workers goroutines; 0 or less means
+// limits.PoolWorkers.
+func NewPool(workers int) *Pool {
+	if workers <= 0 {
+		workers = limits.PoolWorkers
+	}
+	p := &Pool{max: workers}
+	p.wake.L = &p.mu
+	return p
+}
+
+// Name is "pool".
+func (p *Pool) Name() string { return "pool" }
+
+// Open takes over f. On error f stays the caller's.
+func (p *Pool) Open(f *os.File) (*File, error) {
+	direct, align, err := Describe(f)
+	if err != nil {
+		return nil, err
+	}
+	return NewFile(f, direct, align, nil), nil
+}
+
+// ReadNow fills p from the page cache.
+func (p *Pool) ReadNow(f *File, b []byte, off int64) int { return ReadCached(f, b, off) }
+
+// Submit queues the batch. It never waits and may be called from Done.
+func (p *Pool) Submit(batch []*IO) {
+	if len(batch) == 0 {
+		return
+	}
+	for i, io := range batch[1:] {
+		batch[i].Next = io
+	}
+	last := batch[len(batch)-1]
+	last.Next = nil
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.tail == nil {
+		p.head = batch[0]
+	} else {
+		p.tail.Next = batch[0]
+	}
+	p.tail = last
+	woken := min(p.idle, len(batch))
+	p.idle -= woken
+	for range woken {
+		p.wake.Signal()
+	}
+	fresh := min(p.max-p.started, len(batch)-woken)
+	p.started += fresh
+	for range fresh {
+		p.workers.Go(p.work)
+	}
+}
+
+// Close waits until the queue is empty and every worker has returned.
+func (p *Pool) Close() error {
+	p.mu.Lock()
+	p.closing = true
+	p.wake.Broadcast()
+	p.mu.Unlock()
+	p.workers.Wait()
+	return nil
+}
+
+// work lives until Close and runs one transfer after the other.
+func (p *Pool) work() {
+	for {
+		io := p.take()
+		if io == nil {
+			return
+		}
+		run(io)
+		io.Done(io)
+	}
+}
+
+// take waits for a transfer; nil says that the pool is closing.
+func (p *Pool) take() *IO {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.head == nil {
+		if p.closing {
+			return nil
+		}
+		p.idle++
+		p.wake.Wait()
+	}
+	io := p.head
+	p.head = io.Next
+	if p.head == nil {
+		p.tail = nil
+	}
+	io.Next = nil
+	return io
+}
+
+// run makes the calls of io until it is over.
+func run(io *IO) {
+	var t Transfer
+	for more := t.Start(io); more; {
+		n, e := syscallFor(io.File.FD, t.Next())
+		more = !t.Finish(n, e)
+	}
+}
+
+// syscallFor makes the call c on fd.
+func syscallFor(fd uintptr, c Call) (int, syscall.Errno) {
+	switch c.Op {
+	case OpRead:
+		return sysio.Pread(fd, c.Buf, c.Off)
+	case OpWrite:
+		return sysio.Pwrite(fd, c.Buf, c.Off, c.Dsync)
+	case OpPunch:
+		return 0, errno(unix.Fallocate(int(fd), PunchMode, c.Off, c.Len))
+	case OpZero:
+		return 0, errno(unix.Fallocate(int(fd), ZeroMode, c.Off, c.Len))
+	}
+	return 0, errno(unix.Fdatasync(int(fd)))
+}
+
+// Modes of fallocate(2) for OpPunch and OpZero. Neither moves the end of the
+// file. On a block device they discard and write zeroes.
+const (
+	PunchMode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	ZeroMode  = unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE
+)
+
+// errno is the number in an error of x/sys/unix, which returns nothing else.
+func errno(err error) syscall.Errno {
+	if err == nil {
+		return 0
+	}
+	if e, ok := err.(syscall.Errno); ok {
+		return e
+	}
+	return syscall.EIO
+}
