@@ -1,0 +1,211 @@
+// Package open is the only place that opens images.
+package open
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+)
+
+// Cache modes, with QEMU's names and meanings.
+const (
+	CacheWriteback    = "writeback"    // page cache, durable at a flush
+	CacheNone         = "none"         // O_DIRECT, durable at a flush
+	CacheWritethrough = "writethrough" // page cache, every write durable
+	CacheDirectSync   = "directsync"   // O_DIRECT, every write durable
+	CacheUnsafe       = "unsafe"       // page cache, flush and FUA ignored
+)
+
+// Spec says what to open and how.
+type Spec struct {
+	Path     string // of the image; for "mem" and "null" a size, see ParseSize
+	Format   string // "raw", "mem" or "null"; never guessed from contents
+	ReadOnly bool
+	Cache    string       // "" is CacheWriteback
+	Lock     raw.LockMode // "" is raw.LockAuto
+	Engine   engine.Engine
+	Buffers  *bufpool.Pool
+	Log      *slog.Logger // nil: slog.Default
+}
+
+// formats is all there is.
+var formats = map[string]func(context.Context, Spec, cacheMode) (backing.Device, error){
+	"raw":  openRaw,
+	"mem":  openMem,
+	"null": openNull,
+}
+
+type cacheMode struct{ direct, through, unsafe bool }
+
+var cacheModes = map[string]cacheMode{
+	"":                {},
+	CacheWriteback:    {},
+	CacheNone:         {direct: true},
+	CacheWritethrough: {through: true},
+	CacheDirectSync:   {direct: true, through: true},
+	CacheUnsafe:       {unsafe: true},
+}
+
+// Open opens an image and stands Emulate above it: the device is ready for
+// Checked. The caller closes it. Errors are those of raw.Open, *fs.PathError
+// for a path that cannot be opened, and ErrInvalid for a Spec that makes no
+// sense or a path that names neither a regular file nor a block device.
+func Open(ctx context.Context, s Spec) (backing.Device, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	format, ok := formats[s.Format]
+	if !ok {
+		return nil, invalid(s, fmt.Errorf("unknown format %q", s.Format))
+	}
+	cache, ok := cacheModes[s.Cache]
+	if !ok {
+		return nil, invalid(s, fmt.Errorf("unknown cache mode %q", s.Cache))
+	}
+	dev, err := format(ctx, s, cache)
+	if err != nil {
+		return nil, err
+	}
+	dev = backing.NewEmulate(dev)
+	if cache.unsafe {
+		dev = careless{backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}}
+	}
+	return dev, nil
+}
+
+func invalid(s Spec, why error) error {
+	return &backing.Error{Op: "open", Path: s.Path, Off: -1, Kind: backing.ErrInvalid, Err: why}
+}
+
+func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
+	f, err := openFile(s, c)
+	if err != nil {
+		return nil, err
+	}
+	return raw.Open(f, s.Engine, raw.Options{
+		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
+		Lock: s.Lock, Buffers: s.Buffers, Log: s.Log,
+	})
+}
+
+// openFile opens a regular file or block device. Other kinds are refused
+// before they are opened, because opening some of them has effects; what
+// takes the path's place meanwhile is refused afterwards, and O_NONBLOCK
+// keeps a FIFO from holding up the open.
+func openFile(s Spec, c cacheMode) (*os.File, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(s.Path, &st); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: s.Path, Err: err}
+	}
+	if err := checkKind(s, st.Mode); err != nil {
+		return nil, err
+	}
+	flags := unix.O_RDWR | unix.O_NONBLOCK | unix.O_CLOEXEC | unix.O_NOCTTY
+	if s.ReadOnly {
+		flags = flags&^unix.O_RDWR | unix.O_RDONLY
+	}
+	if c.direct {
+		flags |= unix.O_DIRECT
+	}
+	fd, err := openRetrying(s.Path, flags)
+	if err != nil {
+		if c.direct && errors.Is(err, unix.EINVAL) {
+			return nil, &backing.Error{Op: "open", Path: s.Path, Off: -1, Kind: backing.ErrNotSupported,
+				Err: errors.New("file system has no direct I/O for this file")}
+		}
+		return nil, &fs.PathError{Op: "open", Path: s.Path, Err: err}
+	}
+	err = unix.Fstat(fd, &st)
+	if err == nil {
+		err = checkKind(s, st.Mode)
+	}
+	if err == nil {
+		// io_uring would answer EAGAIN where it should wait.
+		err = unix.SetNonblock(fd, false)
+	}
+	if err != nil {
+		_ = unix.Close(fd) // err matters more
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), s.Path), nil
+}
+
+func openRetrying(path string, flags int) (int, error) {
+	for {
+		fd, err := unix.Open(path, flags, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return fd, err
+		}
+	}
+}
+
+var kinds = map[uint32]string{
+	unix.S_IFDIR: "directory", unix.S_IFIFO: "FIFO", unix.S_IFSOCK: "socket",
+	unix.S_IFCHR: "character device",
+}
+
+func checkKind(s Spec, mode uint32) error {
+	switch kind := mode & unix.S_IFMT; kind {
+	case unix.S_IFREG, unix.S_IFBLK:
+		return nil
+	default:
+		return invalid(s, fmt.Errorf("a %s is neither a regular file nor a block device", kinds[kind]))
+	}
+}
+
+func openMem(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
+	size, err := volatileSize(s, c)
+	if err != nil {
+		return nil, err
+	}
+	return mem.New(size, nil), nil
+}
+
+func openNull(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
+	size, err := volatileSize(s, c)
+	if err != nil {
+		return nil, err
+	}
+	return mem.Null(size), nil
+}
+
+// volatileSize is the size of a disk without a file.
+func volatileSize(s Spec, c cacheMode) (int64, error) {
+	if c.direct {
+		return 0, invalid(s, fmt.Errorf("cache mode %q needs a file", s.Cache))
+	}
+	n, err := ParseSize(s.Path)
+	if err != nil {
+		return 0, invalid(s, err)
+	}
+	return n, nil
+}
+
+// careless answers flushes without doing them, because the operator asked for
+// it: the disk's contents are lost if the host fails.
+type careless struct{ backing.Transparent }
+
+func (c careless) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	return c.Next.WriteAt(ctx, p, off, f&^backing.FUA)
+}
+
+func (c careless) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	return c.Next.Zero(ctx, off, n, f&^backing.FUA)
+}
+
+func (c careless) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
+	return c.Next.Trim(ctx, off, n, f&^backing.FUA)
+}
+
+func (c careless) Flush(context.Context) error { return nil }

@@ -1,0 +1,290 @@
+// Package raw serves a regular file or a block device byte for byte.
+package raw
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+)
+
+// Options says how a file is served. The zero value is a writable file in the
+// page cache, locked where the file system knows locks.
+type Options struct {
+	Path     string // for errors and logs only
+	ReadOnly bool   // f may be open for writing all the same
+
+	// Direct demands that f was opened with O_DIRECT. Without it, the flag
+	// of f decides.
+	Direct bool
+
+	// Writethrough makes every write durable before it is answered.
+	Writethrough bool
+
+	Lock    LockMode
+	Buffers *bufpool.Pool // needed for direct files only
+	Log     *slog.Logger  // nil: slog.Default
+}
+
+// Device is an open file or block device. It has the errors, poison included,
+// of one open file: all connections share it.
+type Device struct {
+	opt    Options
+	eng    engine.Engine
+	file   *engine.File
+	al     *backing.Aligned
+	unlock func()
+	geo    geometry
+	caps   backing.Caps
+	locked bool // nobody else writes: what was seen of the file stays true
+
+	size   atomic.Int64 // bytes, never falls
+	shrunk atomic.Bool  // a read found the file shorter than size; said once
+
+	sync     syncer
+	durables durables
+	poison   atomic.Pointer[backing.Error] // set once
+	seen     extents
+
+	// What the kernel once refused with EOPNOTSUPP is not asked again.
+	noPunch, noZero, noDiscard, noSeek atomic.Bool
+}
+
+// Open takes over f, also when it fails. f must be a regular file or a block
+// device, open for writing unless o.ReadOnly. Errors: ErrLocked, ErrReadOnly
+// (a block device that is switched to read-only), ErrInvalid (neither file nor
+// block device), ErrNotSupported (no direct I/O here).
+func Open(f *os.File, e engine.Engine, o Options) (*Device, error) {
+	d := &Device{opt: o, eng: e, unlock: func() {}}
+	if d.opt.Log == nil {
+		d.opt.Log = slog.Default()
+	}
+	if err := d.open(f); err != nil {
+		d.unlock()
+		if d.file != nil {
+			_ = d.file.Close() // the error that matters is err
+		} else {
+			_ = f.Close()
+		}
+		return nil, d.wrap("open", -1, 0, err)
+	}
+	return d, nil
+}
+
+func (d *Device) open(f *os.File) (err error) {
+	if d.geo, err = survey(f, d.opt); err != nil {
+		return err
+	}
+	d.size.Store(d.geo.size)
+	if d.locked, d.unlock, err = lockImage(f, d.geo, d.opt); err != nil {
+		return err
+	}
+	if d.file, err = d.eng.Open(f); err != nil {
+		return err
+	}
+	if d.geo.direct {
+		d.geo.align = max(d.geo.align, int64(d.file.Align))
+		d.file.Align = int(d.geo.align)
+	}
+	d.al, err = backing.NewAligned(context.Background(), d.eng, d.file, d.geo.align, d.opt.Buffers)
+	if err != nil {
+		return err
+	}
+	d.caps = d.capabilities()
+	return nil
+}
+
+// capabilities finds out what the file can do. Only what a refusal cannot
+// hurt is left to the first use.
+func (d *Device) capabilities() backing.Caps {
+	c := backing.CanFlush | backing.CanMultiConn | backing.CanExtents
+	if d.geo.rotational {
+		c |= backing.IsRotational
+	}
+	if !d.geo.direct {
+		c |= backing.CanCache
+	}
+	if d.opt.ReadOnly {
+		return c
+	}
+	c |= backing.CanWrite | backing.CanFUA | backing.CanTrim | backing.CanZero
+	if d.geo.block && d.geo.fastZero || !d.geo.block && punches(d.file.FD) {
+		c |= backing.CanFastZero
+	}
+	return c
+}
+
+// Info asks the file for its size again: growth is adopted. A file that
+// shrank keeps its size here, and reads beyond its end fail.
+func (d *Device) Info() backing.Info {
+	if now, err := currentSize(d.file.FD, d.geo.block); err == nil {
+		for old := d.size.Load(); now > old && !d.size.CompareAndSwap(old, now); old = d.size.Load() {
+		}
+	}
+	return backing.Info{Size: d.size.Load(), MinBlock: 1, Preferred: d.geo.preferred, Caps: d.caps}
+}
+
+// ReadAt fills p. What lies beyond the end of a file that shrank is ErrIO.
+func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
+	n, err := d.al.ReadAt(ctx, p, off)
+	if err == nil && n < len(p) {
+		err = io.ErrUnexpectedEOF
+		if d.shrunk.CompareAndSwap(false, true) {
+			d.opt.Log.Error("image is shorter than it was when it was opened",
+				"path", d.opt.Path, "end", off+int64(n), "size", d.size.Load())
+		}
+	}
+	return d.failed("read", off, int64(len(p)), err)
+}
+
+// WriteAt writes p, durably with FUA or when the device writes through.
+func (d *Device) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	if err := d.writable(); err != nil {
+		return err
+	}
+	defer d.seen.changed()
+	var err error
+	if f&backing.FUA != 0 || d.opt.Writethrough {
+		err = d.writeDurably(ctx, p, off)
+	} else {
+		err = d.al.WriteAt(ctx, p, off, false)
+	}
+	return d.failed("write", off, int64(len(p)), err)
+}
+
+// Cache starts reading the range into the page cache.
+func (d *Device) Cache(_ context.Context, off, n int64) error {
+	if d.geo.direct {
+		return backing.ErrNotSupported
+	}
+	err := unix.Fadvise(int(d.file.FD), off, n, unix.FADV_WILLNEED)
+	return d.failed("cache", off, n, err)
+}
+
+// Map names the range of the file itself.
+func (d *Device) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	if size := d.size.Load(); off < 0 || n <= 0 || off > size || n > size-off || !d.al.Fits(off, n) {
+		return backing.ErrNotMappable
+	}
+	var lease backing.Lease
+	if op != engine.OpRead {
+		if err := d.writable(); err != nil {
+			return err
+		}
+		if op != engine.OpWrite || d.opt.Writethrough {
+			return backing.ErrNotMappable
+		}
+		if lease = d.leaseWrite(off, n); lease == nil {
+			return backing.ErrNotMappable
+		}
+	}
+	m.Runs[0], m.N, m.Lease = backing.Run{File: d.file, Off: off, Len: n}, 1, lease
+	return nil
+}
+
+// leaseWrite announces a write that goes past the device, or returns nil when
+// a part of one of its blocks is being written.
+func (d *Device) leaseWrite(off, n int64) backing.Lease {
+	if !d.geo.direct {
+		d.seen.mapped.Add(1)
+		return (*cachedWrite)(d)
+	}
+	held, ok := d.al.TryShare(off, n)
+	if !ok {
+		return nil
+	}
+	d.seen.mapped.Add(1)
+	l := directWrites.Get().(*directWrite)
+	l.dev, l.held = d, held
+	return l
+}
+
+// cachedWrite is the lease of a mapped write in the page cache.
+type cachedWrite Device
+
+// Release makes the write known to Extents.
+func (l *cachedWrite) Release() {
+	l.seen.changed()
+	l.seen.mapped.Add(-1)
+}
+
+// directWrite is the lease of a mapped write that bypasses the page cache.
+type directWrite struct {
+	dev  *Device
+	held backing.Lease
+}
+
+var directWrites = sync.Pool{New: func() any { return new(directWrite) }}
+
+// Release makes the write known to Extents and lets partial writes of its
+// blocks go on.
+func (l *directWrite) Release() {
+	(*cachedWrite)(l.dev).Release()
+	l.held.Release()
+	*l = directWrite{}
+	directWrites.Put(l)
+}
+
+// Close gives up the locks and the file. It does not flush.
+func (d *Device) Close() error {
+	d.al.Close()
+	d.unlock()
+	return d.file.Close()
+}
+
+// writable tells why the device takes no writes, or nil.
+func (d *Device) writable() error {
+	if d.opt.ReadOnly {
+		return backing.ErrReadOnly
+	}
+	return d.poisoned()
+}
+
+// poisoned is nil until a write was lost.
+func (d *Device) poisoned() error {
+	if e := d.poison.Load(); e != nil {
+		return e
+	}
+	return nil
+}
+
+// lost poisons the device because of err. The kernel reports the loss of
+// cached pages once: a later success would say nothing.
+func (d *Device) lost(op string, err error) {
+	e := &backing.Error{Op: op, Path: d.opt.Path, Off: -1, Kind: backing.ErrPoisoned, Err: err}
+	if d.poison.CompareAndSwap(nil, e) {
+		d.opt.Log.Error("acknowledged writes may be lost, image takes no more writes until it is opened anew",
+			"path", d.opt.Path, "op", op, "err", err)
+	}
+}
+
+// failed wraps the error of a transfer. A device that went away does not come
+// back with what was written to it.
+func (d *Device) failed(op string, off, n int64, err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
+		d.lost(op, err)
+	}
+	return d.wrap(op, off, n, err)
+}
+
+// wrap gives err its place, unless it has one or the caller gave up waiting.
+func (d *Device) wrap(op string, off, n int64, err error) error {
+	var e *backing.Error
+	if err == nil || errors.As(err, &e) || errors.Is(err, context.Canceled) ||
+		errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return &backing.Error{Op: op, Path: d.opt.Path, Off: off, Len: n, Kind: backing.KindOf(err), Err: err}
+}

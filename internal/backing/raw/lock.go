@@ -1,0 +1,215 @@
+package raw
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// LockMode says whether an image is locked against other users.
+type LockMode string
+
+const (
+	LockAuto LockMode = "auto" // where the file system can; also the zero value
+	LockOn   LockMode = "on"   // or do not open
+	LockOff  LockMode = "off"
+)
+
+// QEMU's protocol (docs/system/images.rst, "Disk image file locking"): a
+// shared lock on byte usesBase+p for each permission p that is used, and on
+// byte deniesBase+p for each that others may not use. Whoever finds the
+// opposite byte locked by somebody else stays away.
+const (
+	usesBase   = 100
+	deniesBase = 200
+	pastLocks  = 300
+)
+
+// Permissions of QEMU's block layer, by number.
+const (
+	permRead   = 0 // consistent read
+	permWrite  = 1
+	permResize = 3
+)
+
+var permNames = map[int64]string{permRead: "consistent read", permWrite: "write", permResize: "resize"}
+
+// lockBytes are the bytes to hold, and those that nobody else may hold.
+type lockBytes struct{ hold, absent []int64 }
+
+var (
+	readOnlyLocks = lockBytes{
+		hold:   []int64{usesBase + permRead, deniesBase + permWrite},
+		absent: []int64{deniesBase + permRead, usesBase + permWrite},
+	}
+	writerLocks = lockBytes{
+		hold: []int64{usesBase + permRead, usesBase + permWrite,
+			deniesBase + permWrite, deniesBase + permResize},
+		absent: []int64{deniesBase + permRead, deniesBase + permWrite,
+			usesBase + permWrite, usesBase + permResize},
+	}
+)
+
+// lockBackoff is the wait before an attempt after the first: somebody may
+// only be testing.
+const lockBackoff = 10 * time.Millisecond
+
+// lockImage locks f. locked says whether others are kept from writing; unlock
+// is never nil.
+func lockImage(f *os.File, g geometry, o Options) (locked bool, unlock func(), err error) {
+	nothing := func() {}
+	switch o.Lock {
+	case LockOff:
+		return false, nothing, nil
+	case LockOn, LockAuto, "":
+	default:
+		return false, nothing, fmt.Errorf("%w: lock mode %q", backing.ErrInvalid, o.Lock)
+	}
+	if !inUse.add(g.id, o.ReadOnly) {
+		return false, nothing, lockedError(o, errors.New("this process serves it already"))
+	}
+	bytes := writerLocks
+	if o.ReadOnly {
+		bytes = readOnlyLocks
+	}
+	if err := bytes.take(f, o); err != nil {
+		if !errors.Is(err, errNoLocks) || o.Lock == LockOn {
+			inUse.remove(g.id, o.ReadOnly)
+			return false, nothing, err
+		}
+		logOf(o).Warn("image cannot be locked against other programs", "path", o.Path, "err", err)
+		return false, func() { inUse.remove(g.id, o.ReadOnly) }, nil
+	}
+	return true, func() {
+		_ = setLock(f, unix.F_UNLCK, usesBase, pastLocks-usesBase) // closing unlocks too
+		inUse.remove(g.id, o.ReadOnly)
+	}, nil
+}
+
+func logOf(o Options) *slog.Logger {
+	if o.Log == nil {
+		return slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	return o.Log
+}
+
+func lockedError(o Options, why error) error {
+	return &backing.Error{Op: "lock", Path: o.Path, Off: -1, Kind: backing.ErrLocked, Err: why}
+}
+
+// errNoLocks: the file system does not know the locks.
+var errNoLocks = errors.New("file system has no byte locks")
+
+// take holds the bytes and looks for others, a few times.
+func (b lockBytes) take(f *os.File, o Options) error {
+	var err error
+	for try := range limits.LockRetries {
+		if try > 0 {
+			time.Sleep(time.Duration(try) * lockBackoff)
+		}
+		if err = b.tryTake(f, o); err == nil {
+			return nil
+		}
+		_ = setLock(f, unix.F_UNLCK, usesBase, pastLocks-usesBase) // err matters more
+		if !errors.Is(err, backing.ErrLocked) {
+			return err
+		}
+	}
+	return err
+}
+
+// tryTake takes first and looks then: of two that come together at least one
+// sees the other.
+func (b lockBytes) tryTake(f *os.File, o Options) error {
+	for _, at := range b.hold {
+		switch err := setLock(f, unix.F_RDLCK, at, 1); {
+		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EACCES):
+			return lockedError(o, fmt.Errorf("another program locks it as a whole"))
+		case err != nil:
+			return noLocks(err)
+		}
+	}
+	for _, at := range b.absent {
+		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: at, Len: 1}
+		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
+			return noLocks(err)
+		}
+		if l.Type != unix.F_UNLCK {
+			return lockedError(o, holder(at, l.Pid))
+		}
+	}
+	return nil
+}
+
+// holder describes who has the byte. Locks of open files, QEMU's among them,
+// have no process.
+func holder(at int64, pid int32) error {
+	verb, perm := "uses", at-usesBase
+	if at >= deniesBase {
+		verb, perm = "does not share", at-deniesBase
+	}
+	who := "another program"
+	if pid > 0 {
+		who = fmt.Sprintf("process %d", pid)
+	}
+	return fmt.Errorf("%s %s %q", who, verb, permNames[perm])
+}
+
+// noLocks tells a file system without locks from other errors.
+func noLocks(err error) error {
+	for _, e := range []error{unix.ENOLCK, unix.EOPNOTSUPP, unix.EINVAL, unix.ENOSYS} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", errNoLocks, err)
+		}
+	}
+	return err
+}
+
+func setLock(f *os.File, typ int16, at, n int64) error {
+	l := unix.Flock_t{Type: typ, Whence: io.SeekStart, Start: at, Len: n}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
+}
+
+// useTable counts what this process serves. It sees what locks do not: two
+// nodes of one block device.
+type useTable struct {
+	mu      sync.Mutex
+	readers map[imageID]int  // guarded by mu
+	writer  map[imageID]bool // guarded by mu
+}
+
+var inUse = useTable{readers: map[imageID]int{}, writer: map[imageID]bool{}}
+
+// add enters a user, unless one of the two writes.
+func (t *useTable) add(id imageID, readOnly bool) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.writer[id] || !readOnly && t.readers[id] > 0 {
+		return false
+	}
+	if readOnly {
+		t.readers[id]++
+	} else {
+		t.writer[id] = true
+	}
+	return true
+}
+
+func (t *useTable) remove(id imageID, readOnly bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !readOnly {
+		delete(t.writer, id)
+	} else if t.readers[id]--; t.readers[id] == 0 {
+		delete(t.readers, id)
+	}
+}
