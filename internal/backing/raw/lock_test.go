@@ -1,0 +1,257 @@
+package raw_test
+
+import (
+	"bufio"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+)
+
+// tool finds a program, or skips and says which package has it.
+func tool(t *testing.T, name, pkg string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("needs %s (package %s)", name, pkg)
+	}
+	return path
+}
+
+// output runs a program that is expected to fail and returns what it says.
+func output(t *testing.T, name string, args ...string) (string, error) {
+	t.Helper()
+	b, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+	return string(b), err
+}
+
+func TestSecondOpenerInOneProcess(t *testing.T) {
+	for _, tt := range []struct {
+		name          string
+		first, second raw.Options
+		locked        bool
+	}{
+		{"two writers", raw.Options{}, raw.Options{}, true},
+		{"reader after writer", raw.Options{}, raw.Options{ReadOnly: true}, true},
+		{"writer after reader", raw.Options{ReadOnly: true}, raw.Options{}, true},
+		{"two readers", raw.Options{ReadOnly: true}, raw.Options{ReadOnly: true}, false},
+		{"unlocked writer", raw.Options{}, raw.Options{Lock: raw.LockOff}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := newEngine(t, "pool")
+			path := tempImage(t, 1<<20)
+			closeAfter(t, openRaw(t, path, e, false, tt.first))
+			d, err := tryRaw(t, path, e, false, tt.second)
+			if err == nil {
+				closeAfter(t, d)
+			}
+			if errors.Is(err, backing.ErrLocked) != tt.locked {
+				t.Fatalf("second open: got %v, want locked %v", err, tt.locked)
+			}
+			if tt.locked && !strings.Contains(err.Error(), path) {
+				t.Errorf("error text %q: want the path %q in it", err, path)
+			}
+		})
+	}
+}
+
+func TestHardLinkIsTheSameImage(t *testing.T) {
+	e := newEngine(t, "pool")
+	path := tempImage(t, 1<<20)
+	other := filepath.Join(t.TempDir(), "other.img")
+	if err := os.Link(path, other); err != nil {
+		t.Fatal(err)
+	}
+	closeAfter(t, openRaw(t, path, e, false, raw.Options{}))
+	if _, err := tryRaw(t, other, e, false, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("open by a second name: got %v, want %v", err, backing.ErrLocked)
+	}
+}
+
+func TestCloseAndFailedOpenUnlock(t *testing.T) {
+	e := newEngine(t, "pool")
+	path := tempImage(t, 1<<20)
+	for range 3 {
+		d := openRaw(t, path, e, false, raw.Options{})
+		if _, err := tryRaw(t, path, e, false, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+			t.Fatalf("second open: got %v, want %v", err, backing.ErrLocked)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatalf("close: %v", err)
+		}
+	}
+}
+
+// TestByteLocksOfOthers plays another program, byte by byte.
+func TestByteLocksOfOthers(t *testing.T) {
+	for _, tt := range []struct {
+		name           string
+		at             int64
+		reader, writer bool // may open
+	}{
+		{"uses consistent read", 100, true, true},
+		{"uses write", 101, false, false},
+		{"uses write unchanged", 102, true, true},
+		{"uses resize", 103, true, false},
+		{"does not share consistent read", 200, false, false},
+		{"does not share write", 201, true, false},
+		{"does not share resize", 203, true, true},
+		{"unrelated byte", 99, true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := newEngine(t, "pool")
+			path := tempImage(t, 1<<20)
+			f := openFile(t, path, unix.O_RDWR)
+			defer f.Close()
+			l := unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart, Start: tt.at, Len: 1}
+			if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+				t.Fatal(err)
+			}
+			for _, readOnly := range []bool{true, false} {
+				d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
+				want := tt.writer
+				if readOnly {
+					want = tt.reader
+				}
+				if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
+					t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
+				}
+				if err == nil {
+					_ = d.Close()
+				}
+			}
+		})
+	}
+}
+
+func TestPOSIXLockOfAnotherProcessIsNamed(t *testing.T) {
+	python := tool(t, "/usr/bin/python3", "python3")
+	path := tempImage(t, 1<<20)
+	// sys.stdin ends the helper with the test.
+	cmd := exec.CommandContext(t.Context(), python, "-c", `
+import fcntl, sys
+f = open(sys.argv[1], "r+b")
+fcntl.lockf(f, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()`, path)
+	in, out := pipes(t, cmd)
+	defer func() { _ = in.Close(); _ = cmd.Wait() }()
+	if line, err := out.ReadString('\n'); err != nil {
+		t.Fatalf("python3: %q, %v", line, err)
+	}
+	if _, err := tryRaw(t, path, newEngine(t, "pool"), false, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("open of a file locked as a whole: got %v, want %v", err, backing.ErrLocked)
+	}
+}
+
+func pipes(t *testing.T, cmd *exec.Cmd) (io.WriteCloser, *bufio.Reader) {
+	t.Helper()
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return in, bufio.NewReader(out)
+}
+
+func TestQEMUStaysAwayFromWhatWeServe(t *testing.T) {
+	qemuIO, qemuImg := tool(t, "qemu-io", "qemu-utils"), tool(t, "qemu-img", "qemu-utils")
+	const writeLock = `Failed to get "write" lock`
+	qemu := tool(t, "qemu-system-x86_64", "qemu-system-x86")
+	qcow2Info := []string{qemuImg, "info", "-f", "qcow2"}
+	const sharedWriteLock = `Failed to get shared "write" lock`
+	for _, tt := range []struct {
+		name string
+		ours raw.Options
+		cmd  []string
+		want string // in the output, or "" for success
+	}{
+		{"writer beside writer", raw.Options{}, []string{qemuIO, "-f", "raw", "-c", "write 0 512"}, writeLock},
+		{"writer beside reader", raw.Options{ReadOnly: true}, []string{qemuIO, "-f", "raw", "-c", "write 0 512"}, writeLock},
+		{"virtual machine beside writer", raw.Options{}, []string{qemu, "-nodefaults", "-display", "none", "-S", "-hda"}, writeLock},
+		// QEMU's raw format shares writes when it only reads, its qcow2
+		// format does not: the same happens beside a running QEMU.
+		{"reader beside writer", raw.Options{}, []string{qemuIO, "-f", "raw", "-r", "-c", "read 0 512"}, ""},
+		{"reader beside reader", raw.Options{ReadOnly: true}, []string{qemuIO, "-f", "raw", "-r", "-c", "read 0 512"}, ""},
+		{"qcow2 info beside writer", raw.Options{}, qcow2Info, sharedWriteLock},
+		{"qcow2 info beside reader", raw.Options{ReadOnly: true}, qcow2Info, ""},
+		{"qcow2 info -U beside writer", raw.Options{}, append(qcow2Info, "-U"), ""},
+		{"writer beside unlocked writer", raw.Options{Lock: raw.LockOff}, []string{qemuIO, "-f", "raw", "-c", "write 0 512"}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "disk.img")
+			if got, err := output(t, qemuImg, "create", "-f", "qcow2", path, "1M"); err != nil {
+				t.Fatalf("qemu-img create: %q, %v", got, err)
+			}
+			closeAfter(t, openRaw(t, path, newEngine(t, "pool"), false, tt.ours))
+			got, err := output(t, tt.cmd[0], append(tt.cmd[1:], path)...)
+			if (err == nil) != (tt.want == "") || !strings.Contains(got, tt.want) {
+				t.Errorf("%v: got %q, %v, want %q in it", tt.cmd, got, err, tt.want)
+			}
+		})
+	}
+}
+
+func TestWeStayAwayFromWhatQEMUHas(t *testing.T) {
+	qemuIO := tool(t, "qemu-io", "qemu-utils")
+	for _, tt := range []struct {
+		name           string
+		args           []string
+		reader, writer bool // may open
+	}{
+		{"qemu writes", nil, false, false},
+		{"qemu reads and shares writes", []string{"-r"}, true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := tempImage(t, 1<<20)
+			cmd := exec.CommandContext(t.Context(), qemuIO, append(tt.args, "-f", "raw", path)...)
+			in, out := pipes(t, cmd)
+			defer func() { _ = in.Close(); _ = cmd.Wait() }()
+			// The answer to a command says that the image is open.
+			if _, err := io.WriteString(in, "length\n"); err != nil {
+				t.Fatal(err)
+			}
+			for line := ""; !strings.Contains(line, "MiB"); {
+				var err error
+				if line, err = out.ReadString('\n'); err != nil {
+					t.Fatalf("qemu-io: %q, %v", line, err)
+				}
+			}
+			e := newEngine(t, "pool")
+			for _, readOnly := range []bool{true, false} {
+				d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
+				want := tt.writer
+				if readOnly {
+					want = tt.reader
+				}
+				if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
+					t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
+				}
+				if err == nil {
+					_ = d.Close()
+				}
+			}
+		})
+	}
+}
+
+func TestUnknownLockModeIsRefused(t *testing.T) {
+	_, err := tryRaw(t, tempImage(t, 512), newEngine(t, "pool"), false, raw.Options{Lock: "maybe"})
+	if !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("open: got %v, want %v", err, backing.ErrInvalid)
+	}
+}
