@@ -28,11 +28,14 @@ for p in $packages; do
 	status=$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null || true)
 	[ "$status" = installed ] || missing="$missing $p"
 done
-if [ -z "$missing" ]; then
+# The guests' kernel is downloaded by name, which takes package lists.
+lists=yes
+apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || lists=
+if [ -z "$missing" ] && [ -n "$lists" ]; then
 	exit 0
 fi
 if [ "${1:-}" = --check ]; then
-	echo "missing packages:$missing" >&2
+	echo "missing packages:${missing:- none}; package lists: ${lists:-missing}" >&2
 	exit 1
 fi
 
@@ -40,7 +43,7 @@ sudo=
 if [ "$(id -u)" != 0 ]; then
 	if ! command -v sudo >/dev/null || ! sudo -n true 2>/dev/null; then
 		echo "missing packages:$missing" >&2
-		echo "install them as root: apt-get install --no-install-recommends$missing" >&2
+		echo "as root: apt-get update; apt-get install --no-install-recommends$missing" >&2
 		exit 1
 	fi
 	sudo=sudo
@@ -50,8 +53,11 @@ apt() {
 	$sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y "$@"
 }
 
-# The lists may be absent or name versions that the mirror has replaced: one
-# update, only if the packages cannot be installed as it is.
-# shellcheck disable=SC2086 # the list is split into words on purpose
-apt install --no-install-recommends $missing ||
-	{ apt update && apt install --no-install-recommends $missing; }
+[ -n "$lists" ] || apt update
+if [ -n "$missing" ]; then
+	# The lists may name versions that the mirror has replaced: one update,
+	# only if the packages cannot be installed as it is.
+	# shellcheck disable=SC2086 # the list is split into words on purpose
+	apt install --no-install-recommends $missing ||
+		{ apt update && apt install --no-install-recommends $missing; }
+fi

@@ -29,6 +29,7 @@ const pollEvery = 5 * time.Millisecond
 var packages = map[string]string{
 	"/dev/fuse":               "kernel module fuse",
 	"/usr/bin/python3":        "python3",
+	"apt-cache":               "apt",
 	"apt-get":                 "apt",
 	"busybox":                 "busybox-static",
 	"cc":                      "gcc",
@@ -37,6 +38,7 @@ var packages = map[string]string{
 	"dpkg":                    "dpkg",
 	"e2fsck":                  "e2fsprogs",
 	"fio":                     "fio",
+	"fusermount3":             "fuse3",
 	"ldd":                     "libc-bin",
 	"mke2fs":                  "e2fsprogs",
 	"mmdebstrap":              "mmdebstrap",

@@ -3,14 +3,12 @@ package testenv
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestMain(m *testing.M) { Main(m) }
@@ -160,27 +158,43 @@ func TestServerThatCannotStartIsAnErrorWithItsWords(t *testing.T) {
 	}
 }
 
-func TestCertificatesAreOfOneAuthorityAndFresh(t *testing.T) {
+func TestCertificatesHaveTheNamesThatToolsExpect(t *testing.T) {
 	dir := Certificates(t)
-	pem, err := os.ReadFile(filepath.Join(dir, "ca-cert.pem"))
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Error(err)
+		}
 	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(pem) {
-		t.Fatal("the authority's certificate is not readable")
+}
+
+func TestCacheIsFilledOnceAndOnlyBySuccess(t *testing.T) {
+	name := "test-" + filepath.Base(TempDir(t))
+	final := filepath.Join(Root(), ".cache", name)
+	t.Cleanup(func() {
+		os.RemoveAll(final)
+		os.Remove(final + ".lock")
+	})
+	failure := errors.New("no network")
+	_, err := Cached(name, func(_ context.Context, dir string) error {
+		return errors.Join(failure, os.WriteFile(filepath.Join(dir, "half"), nil, 0o600))
+	})
+	if !errors.Is(err, failure) {
+		t.Fatalf("got %v, want %v", err, failure)
 	}
-	for name, usage := range map[string]x509.ExtKeyUsage{"server": x509.ExtKeyUsageServerAuth, "client": x509.ExtKeyUsageClientAuth} {
-		pair, err := tls.LoadX509KeyPair(filepath.Join(dir, name+"-cert.pem"), filepath.Join(dir, name+"-key.pem"))
-		if err != nil {
-			t.Fatal(err)
+	if _, err := os.Stat(final); err == nil {
+		t.Fatal("a failed fill is taken for the whole")
+	}
+	calls := 0
+	for range 2 {
+		dir, err := Cached(name, func(_ context.Context, dir string) error {
+			calls++
+			return os.WriteFile(filepath.Join(dir, "whole"), nil, 0o600)
+		})
+		if err != nil || dir != final {
+			t.Fatalf("got %q, %v; want %q", dir, err, final)
 		}
-		_, err = pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{usage}, CurrentTime: time.Now()})
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-		if st, err := os.Stat(filepath.Join(dir, name+"-key.pem")); err != nil || st.Mode().Perm() != 0o600 {
-			t.Errorf("%s key: mode %v, %v; want 0600", name, st.Mode(), err)
-		}
+	}
+	if _, err := os.Stat(filepath.Join(final, "whole")); err != nil || calls != 1 {
+		t.Errorf("%d fills, %v; want one", calls, err)
 	}
 }
