@@ -27,14 +27,13 @@ if [ -z "$image" ]; then
 		files=$(mktemp -d)
 		cp -R docs "$files/docs"
 		echo "This file is on a disk that vmdiskd serves." >"$files/hello.txt"
-		mke2fs -q -t ext4 -L vmdiskd-demo -d "$files" "$image.new" 64M
+		mke2fs -q -t ext4 -L vmdiskd-demo -d "$files" "$image.new" 64M >/dev/null
 		mv "$image.new" "$image"
 		rm -rf "$files"
 	fi
 fi
 
 socket=$runtime/disk.sock
-rm -f "$socket"
 uri="nbd+unix:///?socket=$socket"
 cat <<END
 serving $image (Ctrl-C ends it)

@@ -8,7 +8,11 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 )
+
+// buildPatience bounds a build with a cold cache on a busy machine.
+const buildPatience = 10 * time.Minute
 
 // built remembers the binaries of this process.
 var built struct {
@@ -51,7 +55,9 @@ func Build(ctx context.Context, command string) (string, error) {
 // Binary is Build for a test.
 func Binary(t testing.TB, command string) string {
 	t.Helper()
-	path, err := Build(Context(t), command)
+	ctx, cancel := context.WithTimeout(context.Background(), buildPatience)
+	defer cancel()
+	path, err := Build(ctx, command)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -314,6 +314,8 @@ func Under(t testing.TB) Kind {
 	}
 	if k.Program != "" {
 		Require(t, k.Program)
+	} else {
+		Binary(t, "vmdiskd") // so that no shorter wait pays for the build
 	}
 	return k
 }

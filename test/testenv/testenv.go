@@ -19,7 +19,7 @@ import (
 
 // Patience bounds every wait of the end-to-end tests. It is generous, because
 // it only ever ends a test that has already failed.
-const Patience = 60 * time.Second
+const Patience = 2 * time.Minute
 
 // pollEvery is the interval of Await, which watches facts that nobody
 // announces: a socket that answers, a process state.
