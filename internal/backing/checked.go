@@ -29,15 +29,16 @@ func NewChecked(dev Device, deny Caps) *Checked {
 // Info is the snapshot.
 func (c *Checked) Info() Info { return c.info }
 
-// check allows off, n inside the disk and on block boundaries. need is the
+// check allows off, n inside the disk and on block boundaries; numbers that
+// were too large for a signed integer come in negative. need is the
 // capability without which the call is refused as kind.
 func (c *Checked) check(off, n int64, need Caps, kind Kind) error {
 	switch {
 	case !c.info.Caps.Has(need):
 		return kind
-	case off < 0 || n <= 0:
+	case n == 0:
 		return ErrInvalid
-	case off > c.info.Size || n > c.info.Size-off:
+	case off < 0 || n < 0 || off > c.info.Size || n > c.info.Size-off:
 		return ErrOutOfRange
 	case (off|n)&(c.info.MinBlock-1) != 0:
 		return ErrAlignment
@@ -60,11 +61,17 @@ func (c *Checked) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return c.dev.ReadAt(ctx, p, off)
 }
 
-func (c *Checked) WriteAt(ctx context.Context, p []byte, off int64, f Flags) error {
-	if err := c.check(off, int64(len(p)), CanWrite, ErrReadOnly); err != nil {
+// MayWrite tells whether WriteAt would be let through, before the bytes are
+// there.
+func (c *Checked) MayWrite(off, n int64, f Flags) error {
+	if err := c.check(off, n, CanWrite, ErrReadOnly); err != nil {
 		return err
 	}
-	if err := c.checkFlags(f, FUA); err != nil {
+	return c.checkFlags(f, FUA)
+}
+
+func (c *Checked) WriteAt(ctx context.Context, p []byte, off int64, f Flags) error {
+	if err := c.MayWrite(off, int64(len(p)), f); err != nil {
 		return err
 	}
 	return c.dev.WriteAt(ctx, p, off, f)

@@ -24,10 +24,6 @@ const (
 	// MaxOptions bounds how many options one connection may send.
 	MaxOptions = 64
 
-	// MaxInfoRequests bounds the information requests of INFO and GO: the
-	// specification defines four.
-	MaxInfoRequests = 64
-
 	// MaxMetaQueries bounds the queries of LIST_META_CONTEXT and
 	// SET_META_CONTEXT.
 	MaxMetaQueries = 256
@@ -43,13 +39,10 @@ const (
 	// advertised: the kernel's client ignores the announced maximum.
 	MaxIO = 64 << 20
 
-	// MaxExtents bounds the descriptors in one block status reply (proto.md
-	// allows 2^20; QEMU reads at most 2^17).
-	MaxExtents = 1 << 17
-
-	// MaxExtentsScan bounds how many bytes of descriptors are collected
-	// before a block status reply is cut short.
-	MaxExtentsScan = 16 * MaxExtents
+	// MaxExtents bounds the descriptors in one block status reply. The
+	// protocol allows 2^20, QEMU reads at most 2^17; a client asks again for
+	// the rest, and finding this many takes the file system milliseconds.
+	MaxExtents = 1 << 13
 
 	// MaxListed bounds how many exports one LIST reply names.
 	MaxListed = 10000

@@ -48,7 +48,8 @@ func TrySend(fd uintptr, p []byte, more bool) (int, syscall.Errno) {
 
 // Vector is a reusable list of buffers for TrySendv. Its zero value is empty.
 type Vector struct {
-	iov []unix.Iovec
+	all []unix.Iovec // the backing array of iov
+	iov []unix.Iovec // what is left to send
 	msg unix.Msghdr
 }
 
@@ -59,7 +60,7 @@ const MaxVector = 1024
 func (v *Vector) Len() int { return len(v.iov) }
 
 // Add appends p, which must stay alive and unchanged until Reset. An empty p
-// is left out.
+// is left out. Add must not be called between Skip and Reset.
 func (v *Vector) Add(p []byte) {
 	if len(p) == 0 {
 		return
@@ -67,13 +68,30 @@ func (v *Vector) Add(p []byte) {
 	var i unix.Iovec
 	i.Base = unsafe.SliceData(p)
 	i.SetLen(len(p))
-	v.iov = append(v.iov, i)
+	v.all = append(v.all, i)
+	v.iov = v.all
+}
+
+// Skip forgets the first n bytes, which were sent.
+func (v *Vector) Skip(n int) {
+	k := 0
+	for k < len(v.iov) && uint64(n) >= uint64(v.iov[k].Len) {
+		n -= int(v.iov[k].Len)
+		k++
+	}
+	rest := v.iov[k:]
+	if n > 0 {
+		rest[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(rest[0].Base), n))
+		rest[0].SetLen(int(rest[0].Len) - n)
+	}
+	v.iov = rest
 }
 
 // Reset empties the vector and forgets its buffers.
 func (v *Vector) Reset() {
-	clear(v.iov)
-	v.iov = v.iov[:0]
+	clear(v.all)
+	v.all = v.all[:0]
+	v.iov = v.all
 }
 
 // TrySendv writes the buffers of v to a non-blocking socket in one call, as

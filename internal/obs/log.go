@@ -1,0 +1,210 @@
+// Package obs is what an operator sees of the program: its log. Writing it
+// never holds up the data path: lines go through a bounded queue, a flood of
+// the same message is cut and counted.
+package obs
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"log/syslog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Options of a log.
+type Options struct {
+	// Sink is "stderr", "syslog", "null" or a path that starts with "/".
+	Sink string
+	// Level is the least severe level that is written.
+	Level slog.Level
+	// Components gives single components a level of their own.
+	Components map[string]slog.Level
+}
+
+// Log makes the loggers of the components.
+type Log struct {
+	opt Options
+	out *queue
+	cut *limiter
+}
+
+// Open opens the sink.
+func Open(o Options) (*Log, error) {
+	w, err := sink(o.Sink)
+	if err != nil {
+		return nil, err
+	}
+	return &Log{opt: o, out: newQueue(w), cut: &limiter{now: time.Now}}, nil
+}
+
+// sink opens what Options.Sink names.
+func sink(name string) (io.Writer, error) {
+	switch {
+	case name == "" || name == "stderr":
+		return os.Stderr, nil
+	case name == "null":
+		return io.Discard, nil
+	case name == "syslog":
+		return syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "vmdiskd")
+	case strings.HasPrefix(name, "/"):
+		return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	}
+	return nil, fmt.Errorf("log %q: want stderr, syslog, null or an absolute path", name)
+}
+
+// For returns the logger of a component.
+func (l *Log) For(component string) *slog.Logger {
+	level, ok := l.opt.Components[component]
+	if !ok {
+		level = l.opt.Level
+	}
+	h := slog.NewTextHandler(l.out, &slog.HandlerOptions{Level: level, ReplaceAttr: l.dropTime})
+	return slog.New(&cutHandler{Handler: h.WithAttrs([]slog.Attr{slog.String("in", component)}), cut: l.cut})
+}
+
+// dropTime leaves the time to syslog, which adds its own.
+func (l *Log) dropTime(groups []string, a slog.Attr) slog.Attr {
+	if l.opt.Sink == "syslog" && len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}
+
+// Close writes what is queued, for at most a second, and stops.
+func (l *Log) Close() { l.out.close() }
+
+// queue decouples the log from its sink: a full pipe or a stopped journal
+// loses lines, and says how many, instead of stopping a guest.
+type queue struct {
+	lines chan []byte
+	done  chan struct{}
+
+	mu     sync.Mutex
+	lost   int  // guarded by mu
+	closed bool // guarded by mu
+}
+
+// queueLines bounds what waits for a slow sink.
+const queueLines = 1024
+
+func newQueue(w io.Writer) *queue {
+	q := &queue{lines: make(chan []byte, queueLines), done: make(chan struct{})}
+	go q.writeLoop(w)
+	return q
+}
+
+func (q *queue) Write(p []byte) (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return len(p), nil
+	}
+	line := append([]byte(nil), p...)
+	if q.lost > 0 {
+		line = fmt.Appendf(line, "level=WARN msg=\"log lines were lost\" count=%d\n", q.lost)
+	}
+	select {
+	case q.lines <- line:
+		q.lost = 0
+	default:
+		q.lost++
+	}
+	return len(p), nil
+}
+
+func (q *queue) writeLoop(w io.Writer) {
+	defer close(q.done)
+	for line := range q.lines {
+		// A log that cannot be written cannot be complained about either.
+		_, _ = w.Write(line)
+	}
+}
+
+func (q *queue) close() {
+	q.mu.Lock()
+	if q.closed {
+		q.mu.Unlock()
+		return
+	}
+	q.closed = true
+	close(q.lines)
+	q.mu.Unlock()
+	select {
+	case <-q.done:
+	case <-time.After(time.Second):
+	}
+}
+
+// limiter cuts a flood: of one message, limits.LogBurst lines are written in
+// limits.LogInterval; the next line that passes says how many did not.
+type limiter struct {
+	now func() time.Time
+
+	mu    sync.Mutex
+	start time.Time            // guarded by mu
+	seen  map[string]*msgCount // guarded by mu
+}
+
+type msgCount struct{ passed, cut int }
+
+// allow tells whether a line passes and how many before it did not.
+func (l *limiter) allow(msg string) (ok bool, cut int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now := l.now(); l.seen == nil || now.Sub(l.start) >= limits.LogInterval {
+		l.start = now
+		old := l.seen
+		l.seen = make(map[string]*msgCount)
+		for m, c := range old {
+			if c.cut > 0 {
+				l.seen[m] = &msgCount{cut: c.cut}
+			}
+		}
+	}
+	c := l.seen[msg]
+	if c == nil {
+		c = new(msgCount)
+		l.seen[msg] = c
+	}
+	if c.passed >= limits.LogBurst {
+		c.cut++
+		return false, 0
+	}
+	c.passed++
+	cut, c.cut = c.cut, 0
+	return true, cut
+}
+
+// cutHandler puts the limiter before a handler. Debug lines are asked for and
+// pass.
+type cutHandler struct {
+	slog.Handler
+	cut *limiter
+}
+
+func (h *cutHandler) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level > slog.LevelDebug {
+		ok, cut := h.cut.allow(r.Message)
+		if !ok {
+			return nil
+		}
+		if cut > 0 {
+			r.AddAttrs(slog.Int("suppressed", cut))
+		}
+	}
+	return h.Handler.Handle(ctx, r)
+}
+
+func (h *cutHandler) WithAttrs(a []slog.Attr) slog.Handler {
+	return &cutHandler{Handler: h.Handler.WithAttrs(a), cut: h.cut}
+}
+
+func (h *cutHandler) WithGroup(name string) slog.Handler {
+	return &cutHandler{Handler: h.Handler.WithGroup(name), cut: h.cut}
+}
