@@ -13,14 +13,15 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
 )
 
 // newEngine makes an engine by name and closes it after the test.
 func newEngine(t testing.TB, name string) engine.Engine {
 	t.Helper()
-	e := engine.Engine(engine.NewPool(4))
-	if e.Name() != name {
-		t.Fatalf("engine %q: unknown", name)
+	e, err := choose.New(name, buffers, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Skipf("needs io_uring: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := e.Close(); err != nil {
@@ -30,7 +31,7 @@ func newEngine(t testing.TB, name string) engine.Engine {
 	return e
 }
 
-var engines = []string{"pool"}
+var engines = []string{"pool", "uring"}
 
 // buffers is shared: its budget is more than all tests need at a time.
 var buffers = bufpool.New(64 << 20)

@@ -1,0 +1,241 @@
+package raw_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+)
+
+// newLoop makes a block device out of a file, with logical blocks of sector
+// bytes, until the test ends.
+func newLoop(t testing.TB, image string, sector uint32) string {
+	t.Helper()
+	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("needs root and loop devices: %v", err)
+	}
+	defer ctl.Close()
+	f := openFile(t, image, unix.O_RDWR)
+	defer f.Close()
+	for range 20 {
+		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			t.Skipf("needs a free loop device: %v", err)
+		}
+		node := fmt.Sprintf("/dev/loop%d", n)
+		dev, err := os.OpenFile(node, os.O_RDWR, 0)
+		if err != nil {
+			t.Skipf("needs %s: %v", node, err)
+		}
+		err = unix.IoctlLoopConfigure(int(dev.Fd()), &unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector})
+		if errors.Is(err, unix.EBUSY) { // somebody else was faster
+			_ = dev.Close()
+			continue
+		}
+		if err != nil {
+			t.Fatalf("configure %s: %v", node, err)
+		}
+		t.Cleanup(func() {
+			if _, err := unix.IoctlRetInt(int(dev.Fd()), unix.LOOP_CLR_FD); err != nil {
+				t.Errorf("detach %s: %v", node, err)
+			}
+			_ = dev.Close()
+		})
+		return node
+	}
+	t.Skip("needs a free loop device: all are taken at once")
+	return ""
+}
+
+func TestBlockDeviceConforms(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		sector := uint32(512)
+		if k.direct {
+			sector = 4096
+		}
+		backingtest.Run(t, backingtest.Maker{Granule: 4096, New: func(t testing.TB, size int64) backing.Device {
+			d := openRaw(t, newLoop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
+			closeAfter(t, d)
+			return backing.NewEmulate(d)
+		}})
+	})
+}
+
+// allocated is how many bytes of a file are.
+func allocated(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	f := openFile(t, path, unix.O_RDONLY)
+	defer f.Close()
+	if err := errors.Join(f.Sync(), unix.Fstat(int(f.Fd()), &st)); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
+func TestTrimAndZeroReachTheDevice(t *testing.T) {
+	const size = 4 << 20
+	for _, tt := range []struct {
+		name string
+		do   func(*testing.T, *raw.Device) error
+		left int64 // bytes that stay allocated in the image, roughly
+		zero bool
+	}{
+		{"trim discards", func(t *testing.T, d *raw.Device) error { return d.Trim(t.Context(), 0, size, backing.FUA) }, 0, false},
+		{"unaligned trim keeps its edges", func(t *testing.T, d *raw.Device) error { return d.Trim(t.Context(), 100, size-200, 0) }, 8192, false},
+		{"zero deallocates", func(t *testing.T, d *raw.Device) error { return d.Zero(t.Context(), 0, size, backing.FUA) }, 0, true},
+		{"fast zero deallocates", func(t *testing.T, d *raw.Device) error { return d.Zero(t.Context(), 0, size, backing.FastZero) }, 0, true},
+		{"zero without hole stays allocated", func(t *testing.T, d *raw.Device) error { return d.Zero(t.Context(), 0, size, backing.NoHole) }, size, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			forKinds(t, func(t *testing.T, k kind) {
+				image := tempImage(t, size)
+				d := openRaw(t, newLoop(t, image, 512), newEngine(t, k.engine), k.direct, raw.Options{})
+				closeAfter(t, d)
+				fill(t, d, 1)
+				if err := errors.Join(d.Flush(t.Context()), tt.do(t, d), d.Flush(t.Context())); err != nil {
+					t.Fatal(err)
+				}
+				if got := allocated(t, image); got > tt.left+64<<10 || got < tt.left {
+					t.Errorf("image: got %d bytes allocated, want about %d", got, tt.left)
+				}
+				if got := contents(t, d); tt.zero && !bytes.Equal(got, make([]byte, size)) {
+					t.Error("read: not all zero")
+				}
+			})
+		})
+	}
+}
+
+func TestUnalignedZeroOfABlockDeviceKeepsItsNeighbours(t *testing.T) {
+	const size = 64 << 10
+	forKinds(t, func(t *testing.T, k kind) {
+		for _, sector := range []uint32{512, 4096} {
+			d := openRaw(t, newLoop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
+			closeAfter(t, d)
+			for _, r := range [][2]int64{{1, 1}, {511, 2}, {100, 3000}, {4095, 4098}, {1, size - 2}, {size - 1, 1}, {4096, 8192}} {
+				fill(t, d, 1)
+				want := bytes.Repeat([]byte{1}, size)
+				clear(want[r[0] : r[0]+r[1]])
+				if err := d.Zero(t.Context(), r[0], r[1], 0); err != nil {
+					t.Fatalf("zero at %d+%d: %v", r[0], r[1], err)
+				}
+				if got := contents(t, d); !bytes.Equal(got, want) {
+					t.Errorf("zero at %d+%d with sectors of %d: wrong bytes", r[0], r[1], sector)
+				}
+			}
+		}
+	})
+}
+
+func TestFastZeroOfLessThanABlockIsRefusedUntouched(t *testing.T) {
+	d := openRaw(t, newLoop(t, tempImage(t, 64<<10), 4096), newEngine(t, "pool"), false, raw.Options{})
+	closeAfter(t, d)
+	fill(t, d, 1)
+	if err := d.Zero(t.Context(), 100, 4096, backing.FastZero); !errors.Is(err, backing.ErrNotSupported) {
+		t.Errorf("fast zero: got %v, want %v", err, backing.ErrNotSupported)
+	}
+	if err := d.Zero(t.Context(), 0, 8192, backing.FastZero|backing.NoHole); !errors.Is(err, backing.ErrNotSupported) {
+		t.Errorf("fast zero without hole: got %v, want %v", err, backing.ErrNotSupported)
+	}
+	if got := contents(t, d); !bytes.Equal(got, bytes.Repeat([]byte{1}, 64<<10)) {
+		t.Error("refused fast zero changed contents")
+	}
+}
+
+func TestBlockDeviceIsAllData(t *testing.T) {
+	d := openRaw(t, newLoop(t, tempImage(t, 1<<20), 512), newEngine(t, "pool"), false, raw.Options{})
+	closeAfter(t, d)
+	if holes(t, d, 0, 1<<20) {
+		t.Error("extents: got a hole in a block device")
+	}
+}
+
+func TestBlockDeviceGrowthIsAdopted(t *testing.T) {
+	image := tempImage(t, 1<<20)
+	node := newLoop(t, image, 512)
+	d := openRaw(t, node, newEngine(t, "pool"), false, raw.Options{})
+	closeAfter(t, d)
+	if err := os.Truncate(image, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	f := openFile(t, node, unix.O_RDONLY)
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Info().Size; got != 2<<20 {
+		t.Errorf("size: got %d, want %d", got, 2<<20)
+	}
+}
+
+// TestLoopOverTruncatedFileFails: reading what is gone is an error on a block
+// device too.
+func TestLoopOverTruncatedFileFails(t *testing.T) {
+	image := tempImage(t, 1<<20)
+	d := openRaw(t, newLoop(t, image, 512), newEngine(t, "pool"), true, raw.Options{})
+	closeAfter(t, d)
+	fill(t, d, 1)
+	if err := os.Truncate(image, 512<<10); err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 4096)
+	if err := d.ReadAt(t.Context(), p, 0); err != nil {
+		t.Errorf("read of what is left: %v", err)
+	}
+	if err := d.ReadAt(t.Context(), p, 768<<10); backing.KindOf(err) != backing.ErrIO || err == nil {
+		t.Errorf("read of what is gone: got %v, want %v", err, backing.ErrIO)
+	}
+}
+
+func TestSecondNodeIsTheSameDevice(t *testing.T) {
+	node := newLoop(t, tempImage(t, 1<<20), 512)
+	var st unix.Stat_t
+	if err := unix.Stat(node, &st); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(t.TempDir(), "node")
+	if err := unix.Mknod(other, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
+		t.Skipf("needs CAP_MKNOD: %v", err)
+	}
+	e := newEngine(t, "pool")
+	closeAfter(t, openRaw(t, node, e, false, raw.Options{}))
+	f, err := os.OpenFile(other, os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("needs a file system without nodev for temporary files: %v", err)
+	}
+	if _, err := raw.Open(f, e, raw.Options{Path: other}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("open by a second node: got %v, want %v", err, backing.ErrLocked)
+	}
+}
+
+func TestReadOnlyBlockDeviceIsNotOpenedForWriting(t *testing.T) {
+	node := newLoop(t, tempImage(t, 1<<20), 512)
+	f, admin := openFile(t, node, unix.O_RDWR), openFile(t, node, unix.O_RDONLY)
+	t.Cleanup(func() {
+		// The loop device would stay so for its next user.
+		if err := unix.IoctlSetPointerInt(int(admin.Fd()), unix.BLKROSET, 0); err != nil {
+			t.Errorf("make %s writable again: %v", node, err)
+		}
+		_ = admin.Close()
+	})
+	if err := unix.IoctlSetPointerInt(int(admin.Fd()), unix.BLKROSET, 1); err != nil {
+		t.Fatal(err)
+	}
+	e := engine.NewPool(1)
+	t.Cleanup(func() { _ = e.Close() })
+	if _, err := raw.Open(f, e, raw.Options{Path: node}); !errors.Is(err, backing.ErrReadOnly) {
+		t.Errorf("open for writing: got %v, want %v", err, backing.ErrReadOnly)
+	}
+	closeAfter(t, openRaw(t, node, e, false, raw.Options{ReadOnly: true}))
+}
