@@ -220,3 +220,46 @@ func TestNothingIsSentForNoBytes(t *testing.T) {
 	must(t, c.WriteAt(t.Context(), nil, 0, 0))
 	must(t, c.Zero(t.Context(), 0, 0, 0))
 }
+
+func TestMapAsksNoMoreThanItMust(t *testing.T) {
+	const size = 5<<30 + 512
+	for _, tt := range []struct {
+		replies Replies
+		want    int
+	}{{Structured, 6}, {Extended, 1}} {
+		asked := make(chan wire.Request, 16)
+		c := dial(t, terms{replies: tt.replies, size: size, contexts: []string{wire.ContextAllocation}}, func(p *peer) {
+			for {
+				r, _ := p.request()
+				asked <- r
+				if tt.replies == Extended {
+					p.chunk(r, 1, wire.ChunkExtentsExt, extents64(1, r.Len, 3))
+				} else {
+					p.chunk(r, 1, wire.ChunkExtents, extents(1, uint32(r.Len), 3))
+				}
+			}
+		})
+		var got []Extent
+		must(t, c.Map(t.Context(), wire.ContextAllocation, 0, size, func(e Extent) bool { got = append(got, e); return true }))
+		if len(got) != 1 || got[0] != (Extent{0, size, 3}) || len(asked) != tt.want {
+			t.Errorf("%v: map %v with %d requests, want one extent with %d", tt.replies, got, len(asked), tt.want)
+		}
+	}
+}
+
+func TestMapEndsWhenItIsTold(t *testing.T) {
+	c := dial(t, terms{replies: Structured, contexts: []string{wire.ContextAllocation}}, func(p *peer) {
+		for i := uint32(0); ; i++ {
+			r, _ := p.request()
+			p.chunk(r, 1, wire.ChunkExtents, extents(1, 512, i%2))
+		}
+	})
+	n := 0
+	must(t, c.Map(t.Context(), wire.ContextAllocation, 0, 1<<20, func(Extent) bool { n++; return n < 3 }))
+	if n != 3 {
+		t.Errorf("%d extents, want 3", n)
+	}
+	if err := c.Map(t.Context(), "no:such", 0, 1, func(Extent) bool { return true }); err == nil {
+		t.Error("a context that is not selected was mapped")
+	}
+}

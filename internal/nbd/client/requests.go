@@ -58,13 +58,15 @@ func (c *Client) Flush(ctx context.Context) error {
 // Extents asks for the states from off on and returns one list per selected
 // context, in the order of Export.Contexts. A list is never empty and lies
 // within the range without gaps; it may end before the range does. With
-// FlagReqOne it has one element. More than limits.MaxEffect bytes are cut
-// short.
+// FlagReqOne it has one element. A range above limits.MaxEffect is cut short
+// unless the headers are extended.
 func (c *Client) Extents(ctx context.Context, off, n int64, f wire.CmdFlags) ([][]Extent, error) {
 	if err := c.allowed(wire.CmdExtents, off, n, f); err != nil || n == 0 {
 		return make([][]Extent, len(c.ids)), err
 	}
-	n = min(n, limits.MaxEffect)
+	if c.replies != Extended {
+		n = min(n, limits.MaxEffect)
+	}
 	k := &call{req: wire.Request{Flags: f, Cmd: wire.CmdExtents, Off: uint64(off), Len: uint64(n)}}
 	k.lists = make([][]Extent, len(c.ids))
 	if err := c.do(ctx, k, nil); err != nil {
