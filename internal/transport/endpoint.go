@@ -1,0 +1,135 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"golang.org/x/sys/unix"
+)
+
+// FD is the kind of an Endpoint that is an inherited listening socket. Its
+// Listener has the kind of the socket.
+const FD Kind = "fd"
+
+// CIDAny is the context ID by which a vsock endpoint listens on all of them.
+const CIDAny = unix.VMADDR_CID_ANY
+
+// PrivatePath, as the path of a Unix endpoint, makes a socket in a new
+// directory that only this user may enter.
+const PrivatePath = "-"
+
+// Owner is the owner of a Unix socket's file; -1 leaves that part as it is.
+type Owner struct {
+	UID, GID int
+}
+
+// Endpoint says where to listen. Only the fields of its Kind are used.
+type Endpoint struct {
+	// Kind is Unix, TCP, VSock or FD.
+	Kind Kind
+
+	// Name is what NameOf returns for the listeners; it is for logs and
+	// for configurations that speak of a listener.
+	Name string
+
+	// Path is the Unix socket's, or PrivatePath. Mode is the mode of the
+	// file, 0600 if it is 0; Owner is nil to leave the owner.
+	Path  string
+	Mode  os.FileMode
+	Owner *Owner
+
+	// Address is an IP address or a host name, of which all addresses are
+	// bound; "" is every address of the machine. Family is "4" or "6" to
+	// use one IP family only, or "".
+	Address, Family string
+
+	// Port is the port of a TCP or vsock endpoint. The kernel picks one if
+	// it is 0.
+	Port uint32
+
+	// CID is the context ID that a vsock endpoint listens on; 0 and CIDAny
+	// are all.
+	CID uint32
+
+	// FD is the number of the inherited socket, which then belongs to the
+	// Listener. No number may be given twice.
+	FD int
+
+	// SendBuffer and RecvBuffer are the sizes of the socket buffers in
+	// bytes; 0 leaves the kernel's. A vsock has only the latter.
+	SendBuffer, RecvBuffer int
+
+	// KeepAlive is for TCP; nil is DefaultKeepAlive.
+	KeepAlive *KeepAlive
+}
+
+// DefaultKeepAlive returns the settings of package limits.
+func DefaultKeepAlive() KeepAlive {
+	return KeepAlive{
+		Idle:     limits.KeepAliveIdle,
+		Interval: limits.KeepAliveInterval,
+		Count:    limits.KeepAliveCount,
+	}
+}
+
+// Listen opens the endpoint. It returns more than one Listener where the
+// endpoint is more than one socket: a host name with several addresses, or
+// both IP families. ctx bounds the look-up of names and the wait for another
+// process that makes a socket in the same directory.
+//
+// The sockets are made on the calling goroutine, so that attributes of its
+// locked thread, such as a label for new sockets, apply to them.
+func Listen(ctx context.Context, e Endpoint) ([]Listener, error) {
+	switch e.Kind {
+	case Unix:
+		return one(listenUnix(ctx, e))
+	case TCP:
+		return listenTCP(ctx, e)
+	case VSock:
+		return one(listenVSock(e))
+	case FD:
+		return one(listenFD(e))
+	}
+	return nil, fmt.Errorf("listen: endpoint of kind %q", e.Kind)
+}
+
+func one(l *listener, err error) ([]Listener, error) {
+	if err != nil {
+		return nil, err
+	}
+	return []Listener{l}, nil
+}
+
+// NameOf returns the name that a Listener of this package got from its
+// Endpoint or from systemd, or "".
+func NameOf(l Listener) string {
+	if l, ok := l.(*listener); ok {
+		return l.opt.name
+	}
+	return ""
+}
+
+// FileOf returns a duplicate of the listening socket, for the process that
+// takes over; the caller closes it. The Listener stays usable.
+func FileOf(l Listener) (*os.File, error) {
+	own, ok := l.(*listener)
+	if !ok {
+		return nil, errors.New("listener has no socket of its own")
+	}
+	fd := -1
+	var dupErr error
+	err := own.raw.Control(func(s uintptr) {
+		fd, dupErr = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	if own.closed.Load() {
+		err = net.ErrClosed
+	}
+	if err := errors.Join(err, dupErr); err != nil {
+		return nil, fmt.Errorf("duplicate listening socket: %w", err)
+	}
+	return os.NewFile(uintptr(fd), own.Addr()), nil
+}

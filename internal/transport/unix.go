@@ -1,0 +1,313 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/mdlayher/socket"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"golang.org/x/sys/unix"
+)
+
+// maxUnixPath is the longest path that fits into struct sockaddr_un with its
+// terminating zero byte (unix(7)).
+const maxUnixPath = 107
+
+// lockPoll is the pause between two attempts to lock a directory.
+const lockPoll = 10 * time.Millisecond
+
+// defaultMode is the mode of a socket that nobody else may connect to.
+const defaultMode fs.FileMode = 0o600
+
+// listenUnix opens a Unix endpoint. The directory is locked from the look at
+// what lies under the path to the call of listen: two processes that start at
+// once would otherwise each take the other's fresh socket for a stale one.
+func listenUnix(ctx context.Context, e Endpoint) (*listener, error) {
+	p, err := newSocketPath(e.Path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %q: %w", e.Path, err)
+	}
+	l, err := p.listen(ctx, e)
+	if err != nil {
+		p.release()
+		return nil, fmt.Errorf("listen on %q: %w", p.path, err)
+	}
+	return l, nil
+}
+
+// socketPath is the file of a Unix socket. It holds the directory open, so
+// that the file is found again when directories have been renamed, and the
+// file itself, so that its inode number cannot pass to another file.
+type socketPath struct {
+	path, name string
+	dir        *os.File
+	inode      *os.File // nil before bind
+
+	// private is the directory that was made for PrivatePath, or "".
+	private string
+}
+
+// newSocketPath opens the directory of the socket and refuses one in which
+// anybody may replace the socket by another.
+func newSocketPath(path string) (_ *socketPath, err error) {
+	p := &socketPath{path: path}
+	if path == PrivatePath {
+		if p.private, err = os.MkdirTemp("", "vmdiskd-"); err != nil {
+			return nil, err
+		}
+		p.path = filepath.Join(p.private, "socket")
+	}
+	defer func() {
+		if err != nil {
+			p.release()
+		}
+	}()
+	switch {
+	case path == "":
+		return nil, errors.New("path is empty")
+	case path[0] == '@':
+		return nil, errors.New("abstract sockets have neither mode nor label: use a path")
+	case len(p.path) > maxUnixPath:
+		return nil, fmt.Errorf("path has %d bytes, which is more than %d", len(p.path), maxUnixPath)
+	}
+	dir, name := filepath.Split(p.path)
+	if dir == "" {
+		dir = "."
+	}
+	if p.name = name; name == "" {
+		return nil, errors.New("path is a directory")
+	}
+	if p.dir, err = os.OpenFile(dir, unix.O_DIRECTORY|os.O_RDONLY, 0); err != nil {
+		return nil, err
+	}
+	fi, err := p.dir.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if fi.Mode()&0o002 != 0 && fi.Mode()&fs.ModeSticky == 0 {
+		return nil, fmt.Errorf("directory %q is writable by everybody and not sticky", dir)
+	}
+	return p, nil
+}
+
+func (p *socketPath) listen(ctx context.Context, e Endpoint) (*listener, error) {
+	if err := p.lock(ctx); err != nil {
+		return nil, err
+	}
+	defer p.unlock()
+	sock, err := p.bind(e)
+	if err != nil {
+		return nil, err
+	}
+	l, err := startListening(sock, Unix, optionsOf(e))
+	if err != nil {
+		return nil, err
+	}
+	l.path = p
+	return l, nil
+}
+
+// bind makes the socket's file with its final owner and mode. Nobody can
+// connect before listen, and the file never has a wider mode than the one
+// asked for: Linux gives it the mode of the socket itself, less the umask.
+func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
+	if err := p.clear(); err != nil {
+		return nil, err
+	}
+	sock, err := socket.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0, string(Unix), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			sock.Close()
+		}
+	}()
+	mode := e.Mode.Perm()
+	if mode == 0 {
+		mode = defaultMode
+	}
+	if err := chmodSocket(sock, mode); err != nil {
+		return nil, err
+	}
+	opt := optionsOf(e)
+	if err := opt.buffers(sock, Unix); err != nil {
+		return nil, err
+	}
+	if err := sock.Bind(&unix.SockaddrUnix{Name: p.path}); err != nil {
+		return nil, err
+	}
+	return sock, p.adopt(mode, e.Owner)
+}
+
+func chmodSocket(sock *socket.Conn, mode fs.FileMode) error {
+	raw, err := sock.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var chmodErr error
+	err = raw.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), uint32(mode)) })
+	return errors.Join(err, chmodErr)
+}
+
+// adopt opens the file that bind made and completes mode and owner.
+func (p *socketPath) adopt(mode fs.FileMode, o *Owner) error {
+	fd, err := unix.Openat(int(p.dir.Fd()), p.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the new socket: %w", err)
+	}
+	p.inode = os.NewFile(uintptr(fd), p.path)
+	fi, err := p.inode.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Mode().Perm() != mode {
+		// chmod does not take an O_PATH descriptor, but follows its link.
+		if err := os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), mode); err != nil {
+			return fmt.Errorf("set mode %#o: %w", mode, bare(err))
+		}
+	}
+	if o == nil || (o.UID == -1 && o.GID == -1) {
+		return nil
+	}
+	if err := unix.Fchownat(fd, "", o.UID, o.GID, unix.AT_EMPTY_PATH); err != nil {
+		return fmt.Errorf("set owner %d:%d: %w", o.UID, o.GID, err)
+	}
+	return nil
+}
+
+// clear removes a stale socket: one of ours that refuses connections.
+// Everything else that lies under the path is left alone.
+func (p *socketPath) clear() error {
+	st, err := p.stat()
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return fmt.Errorf("%s is in the way: %w", fileType(st.Mode), unix.EEXIST)
+	}
+	switch err := probe(p.path); {
+	case err == nil:
+		return fmt.Errorf("a server answers there: %w", unix.EADDRINUSE)
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case !errors.Is(err, unix.ECONNREFUSED):
+		return fmt.Errorf("a socket is in the way: connect: %w", err)
+	}
+	if euid := os.Geteuid(); euid != 0 && st.Uid != uint32(euid) {
+		return fmt.Errorf("stale socket of user %d is in the way: %w", st.Uid, unix.EEXIST)
+	}
+	if err := unix.Unlinkat(int(p.dir.Fd()), p.name, 0); err != nil {
+		return fmt.Errorf("remove stale socket: %w", err)
+	}
+	return nil
+}
+
+func fileType(mode uint32) string {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFLNK:
+		return "a symbolic link"
+	case unix.S_IFDIR:
+		return "a directory"
+	case unix.S_IFREG:
+		return "a regular file"
+	}
+	return "a special file"
+}
+
+// probe connects without waiting and hangs up. A full queue is an answer.
+func probe(path string) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	err = unix.Connect(fd, &unix.SockaddrUnix{Name: path})
+	if errors.Is(err, unix.EAGAIN) {
+		return nil
+	}
+	return err
+}
+
+// remove deletes the file if it is still the one that bind made, and lets go
+// of the directory. Without the lock it removes all the same: the wait is
+// bounded and the comparison guards what is not ours.
+func (p *socketPath) remove() error {
+	defer p.release()
+	_ = p.lock(context.Background())
+	ours, err := p.ours()
+	if err == nil && ours {
+		err = unix.Unlinkat(int(p.dir.Fd()), p.name, 0)
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove socket %q: %w", p.path, err)
+	}
+	return nil
+}
+
+func (p *socketPath) ours() (bool, error) {
+	if p.inode == nil {
+		return false, nil
+	}
+	now, err := p.stat()
+	if err != nil {
+		return false, err
+	}
+	var made unix.Stat_t
+	if err := unix.Fstat(int(p.inode.Fd()), &made); err != nil {
+		return false, err
+	}
+	return now.Dev == made.Dev && now.Ino == made.Ino, nil
+}
+
+func (p *socketPath) stat() (st unix.Stat_t, err error) {
+	err = unix.Fstatat(int(p.dir.Fd()), p.name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	return st, err
+}
+
+// release closes what socketPath holds. A file that bind made before a later
+// step failed goes as well.
+func (p *socketPath) release() {
+	if p.dir != nil {
+		if ours, err := p.ours(); err == nil && ours {
+			_ = unix.Unlinkat(int(p.dir.Fd()), p.name, 0)
+		}
+		p.dir.Close() // ends the lock, too
+	}
+	if p.inode != nil {
+		p.inode.Close()
+	}
+	if p.private != "" {
+		_ = os.Remove(p.private)
+	}
+}
+
+// lock takes the directory's lock. It waits at most limits.SocketLock: any
+// user who may read the directory can hold it.
+func (p *socketPath) lock(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, limits.SocketLock)
+	defer cancel()
+	tick := time.NewTicker(lockPoll)
+	defer tick.Stop()
+	for {
+		err := unix.Flock(int(p.dir.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("directory is locked by another process: %w", ctx.Err())
+		case <-tick.C:
+		}
+	}
+}
+
+func (p *socketPath) unlock() { _ = unix.Flock(int(p.dir.Fd()), unix.LOCK_UN) }
