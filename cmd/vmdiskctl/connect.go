@@ -1,0 +1,121 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// server is where a URI leads and how it is secured.
+type server struct {
+	transport.URI
+	tls *tls.Config // nil unless the URI asks for TLS
+}
+
+// connectFlags are those of every command that talks to a server.
+type connectFlags struct{ certificates string }
+
+func (f *connectFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&f.certificates, "tls-certificates", "",
+		"directory with ca-cert.pem, client-cert.pem and client-key.pem")
+}
+
+// isURI tells an NBD URI from a path.
+func isURI(s string) bool {
+	scheme, _, ok := strings.Cut(s, "://")
+	return ok && strings.HasPrefix(scheme, "nbd")
+}
+
+// server reads a URI and the certificates that it needs.
+func (f *connectFlags) server(uri string) (*server, error) {
+	u, err := transport.ParseURI(uri)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	dir, host := f.certificates, u.Address
+	for k, v := range u.Params {
+		switch {
+		case k == "tls-certificates" && dir == "":
+			dir = v
+		case k == "tls-certificates":
+		case k == "tls-hostname":
+			host = v
+		default:
+			return nil, usage("nbd uri %q: parameter %q is not known", uri, k)
+		}
+	}
+	s := &server{URI: u}
+	if !u.TLS {
+		return s, nil
+	}
+	if host == "" {
+		host = "localhost"
+	}
+	s.tls, err = tlsConfig(dir, host)
+	return s, err
+}
+
+// tlsConfig trusts the authority in dir, or those of the system, for a
+// certificate of host.
+func tlsConfig(dir, host string) (*tls.Config, error) {
+	c := &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
+	if dir == "" {
+		return c, nil
+	}
+	ca := filepath.Join(dir, "ca-cert.pem")
+	pem, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, err
+	}
+	c.RootCAs = x509.NewCertPool()
+	if !c.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%q holds no certificate", ca)
+	}
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem"))
+	switch {
+	case err == nil:
+		c.Certificates = []tls.Certificate{cert}
+	case !errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("client certificate in %q: %w", dir, err)
+	}
+	return c, nil
+}
+
+// open connects and opens the export of the URI.
+func (s *server) open(ctx context.Context, contexts ...string) (*client.Client, error) {
+	return s.openExport(ctx, s.Export, contexts...)
+}
+
+func (s *server) openExport(ctx context.Context, export string, contexts ...string) (*client.Client, error) {
+	conn, err := s.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return client.New(ctx, conn, client.Options{Export: export, TLS: s.tls, Contexts: contexts})
+}
+
+// negotiate connects and leaves the choice of the export to the caller.
+func (s *server) negotiate(ctx context.Context) (*client.Session, error) {
+	conn, err := s.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return client.Negotiate(ctx, conn, client.Options{TLS: s.tls})
+}
+
+func (s *server) dial(ctx context.Context) (transport.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, limits.Handshake)
+	defer cancel()
+	return transport.Dial(ctx, s.Target)
+}

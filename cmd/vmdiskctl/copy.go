@@ -1,0 +1,160 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/progress"
+)
+
+// copyFlags are the flags of copy.
+type copyFlags struct {
+	connectFlags
+	copier.Options
+	connections int
+	requests    int
+	requestSize byteSize
+	progress    bool
+}
+
+func newCopy(terminal *os.File) *cobra.Command {
+	f := &copyFlags{requestSize: 256 << 10}
+	c := &cobra.Command{
+		Use:   "copy SOURCE DESTINATION",
+		Short: "Copy a disk",
+		Long: `Copy a disk. SOURCE and DESTINATION are each an NBD URI, a file or a block
+device. A destination file that does not exist is made, sparse and of the
+right size, and is removed again when the copy fails. A destination that
+exists is written in place and must not be smaller than the source.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			if !c.Flags().Changed("progress") {
+				f.progress = progress.IsTerminal(terminal)
+			}
+			return f.run(c.Context(), args[0], args[1], terminal)
+		},
+	}
+	f.add(c)
+	n := c.Flags()
+	n.IntVar(&f.connections, "connections", 4, "connections to a server that allows several")
+	n.IntVar(&f.requests, "requests", 16, "requests in flight on each connection")
+	n.Var(&f.requestSize, "request-size", "size of a request, with suffix K or M")
+	n.BoolVar(&f.Allocated, "allocated", false, "write zeroes so that the whole destination is allocated")
+	n.BoolVar(&f.DestinationIsZero, "destination-is-zero", false, "the destination reads as zeroes already")
+	n.BoolVar(&f.Options.Flush, "flush", true, "make the destination stable at the end")
+	n.BoolVar(&f.Verify, "verify", false, "read both disks again and compare them")
+	n.BoolVar(&f.progress, "progress", false, "show a progress bar (default: when stderr is a terminal)")
+	return c
+}
+
+func (f *copyFlags) check() error {
+	switch {
+	case f.connections < 1 || f.connections > limits.ConnectionsPerPeer:
+		return usage("--connections is %d, allowed are 1 to %d", f.connections, limits.ConnectionsPerPeer)
+	case f.requests < 1 || f.requests > limits.ClientRequests:
+		return usage("--requests is %d, allowed are 1 to %d", f.requests, limits.ClientRequests)
+	case f.requestSize < 512 || f.requestSize > limits.MaxIO:
+		return usage("--request-size is %d, allowed are 512 to %d", f.requestSize, limits.MaxIO)
+	}
+	f.RequestSize = int64(f.requestSize)
+	return nil
+}
+
+func (f *copyFlags) run(ctx context.Context, from, to string, terminal *os.File) (err error) {
+	if err := f.check(); err != nil {
+		return err
+	}
+	if from == to {
+		return fmt.Errorf("%w: source and destination are one", copier.ErrRefused)
+	}
+	src, err := f.source(ctx, from)
+	if err != nil {
+		return fmt.Errorf("source %q: %w", from, err)
+	}
+	defer src.Close()
+	dst, err := f.destination(ctx, to, src)
+	if err != nil {
+		return fmt.Errorf("destination %q: %w", to, err)
+	}
+	err = f.copy(ctx, src, dst, terminal)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("interrupted: %w", err)
+	}
+	return finish(ctx, dst, err)
+}
+
+func (f *copyFlags) copy(ctx context.Context, src, dst copier.Disk, terminal *os.File) error {
+	if f.progress {
+		bar := progress.New(terminal, f.Work(src))
+		f.Progress = bar.Add
+		defer bar.Close()
+	}
+	return copier.Copy(ctx, src, dst, f.Options)
+}
+
+// finish closes the destination, which is worth nothing after an error: a
+// file that was made for the copy goes.
+func finish(ctx context.Context, dst copier.Disk, err error) error {
+	switch d := dst.(type) {
+	case *copier.File:
+		if err != nil {
+			return errors.Join(err, d.Discard())
+		}
+	case *copier.NBD:
+		if err == nil {
+			return d.Leave(ctx)
+		}
+	}
+	return errors.Join(err, dst.Close())
+}
+
+func (f *copyFlags) source(ctx context.Context, name string) (copier.Disk, error) {
+	if isURI(name) {
+		return f.export(ctx, name, wire.ContextAllocation)
+	}
+	return copier.OpenFile(name)
+}
+
+// destination opens what can take the source and is not the source itself.
+func (f *copyFlags) destination(ctx context.Context, name string, src copier.Disk) (copier.Disk, error) {
+	if isURI(name) {
+		d, err := f.export(ctx, name)
+		if err == nil && d.ReadOnly() {
+			d.Close()
+			err = fmt.Errorf("%w: the export is read-only", copier.ErrRefused)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	}
+	d, err := copier.CreateFile(name, src.Size())
+	if err != nil {
+		return nil, err
+	}
+	if o, ok := src.(*copier.File); ok && d.Same(o) {
+		d.Close()
+		return nil, fmt.Errorf("%w: it is the source", copier.ErrRefused)
+	}
+	if d.Created() {
+		f.DestinationIsZero = true
+	}
+	return d, nil
+}
+
+func (f *copyFlags) export(ctx context.Context, uri string, contexts ...string) (*copier.NBD, error) {
+	s, err := f.server(uri)
+	if err != nil {
+		return nil, err
+	}
+	connect := func(ctx context.Context) (*client.Client, error) { return s.open(ctx, contexts...) }
+	return copier.OpenNBD(ctx, connect, f.connections, f.requests)
+}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+// asMain makes the test binary vmdiskctl itself.
+const asMain = "VMDISKCTL_TEST_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asMain) != "" {
+		main()
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// ctl runs one command line and returns its exit code, standard output and
+// standard error.
+func ctl(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	must(t, err)
+	said := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(r)
+		said <- string(b)
+	}()
+	var out bytes.Buffer
+	code = run(context.Background(), args, &out, w)
+	w.Close()
+	stderr = <-said
+	r.Close()
+	return code, out.String(), stderr
+}
+
+// want runs one command line that must end with the code given and returns
+// its standard output.
+func want(t *testing.T, code int, args ...string) string {
+	t.Helper()
+	got, stdout, stderr := ctl(t, args...)
+	if got != code {
+		t.Fatalf("vmdiskctl %s: exit code %d, want %d\n%s%s", strings.Join(args, " "), got, code, stdout, stderr)
+	}
+	if code != exitDone && !strings.HasPrefix(stderr, "vmdiskctl: ") {
+		t.Errorf("vmdiskctl %s: standard error is %q", strings.Join(args, " "), stderr)
+	}
+	return stdout
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// serve runs a server on a socket that the test has bound, handed over as
+// systemd does, and returns the socket's path: a connection can be made at
+// once and waits in its queue.
+func serve(t testing.TB, argv ...string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	must(t, err)
+	l.SetUnlinkOnClose(false)
+	f, err := l.File()
+	must(t, err)
+	l.Close()
+	cmd := exec.Command("/bin/sh", append([]string{"-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, argv...)...)
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=1")
+	cmd.ExtraFiles = []*os.File{f}
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err = cmd.Start()
+	f.Close()
+	must(t, err)
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s: %s", argv[0], out.String())
+		}
+	})
+	return path
+}
+
+// uri is that of an export on a socket.
+func uri(sock, export string) string { return "nbd+unix:///" + export + "?socket=" + sock }
+
+// nbdkit serves what the arguments say.
+func nbdkit(t testing.TB, args ...string) string {
+	t.Helper()
+	return uri(serve(t, append([]string{"nbdkit", "-f"}, args...)...), "")
+}
+
+// disk makes a file of 4 MiB with data, a hole, and data with zeroes in it.
+func disk(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.img")
+	f, err := os.Create(path)
+	must(t, err)
+	defer f.Close()
+	must(t, f.Truncate(4<<20))
+	p := make([]byte, 1<<20)
+	for i := range p {
+		p[i] = byte(i*7) ^ byte(i>>8) | 1
+	}
+	for _, off := range []int64{0, 2 << 20} {
+		_, err := f.WriteAt(p, off)
+		must(t, err)
+	}
+	clear(p)
+	_, err = f.WriteAt(p, 3<<20)
+	must(t, err)
+	return path
+}

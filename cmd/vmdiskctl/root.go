@@ -1,0 +1,86 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+)
+
+// Exit codes.
+const (
+	exitDone    = 0
+	exitFailed  = 1
+	exitUsage   = 2
+	exitRefused = 3
+)
+
+// usageError is a mistake on the command line.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// run executes one command line and returns its exit code.
+func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) int {
+	begun := false
+	root := newRoot(stderr)
+	root.PersistentPreRun = func(*cobra.Command, []string) { begun = true }
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitDone
+	}
+	fmt.Fprintf(stderr, "vmdiskctl: %v\n", err)
+	return exitCode(err, begun)
+}
+
+// exitCode classifies an error; one from before a command began is cobra's
+// about the command line.
+func exitCode(err error, begun bool) int {
+	var refused *client.OptionError
+	switch {
+	case !begun, errors.As(err, new(usageError)):
+		return exitUsage
+	case errors.Is(err, copier.ErrRefused), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
+		return exitRefused
+	}
+	return exitFailed
+}
+
+// newRoot has all commands. terminal is where progress is shown.
+func newRoot(terminal *os.File) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "vmdiskctl",
+		Short: "Look at and copy network block devices",
+		Long: `Look at and copy network block devices.
+
+Disks are named by NBD URIs: nbd://host[:port]/export,
+nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
+TLS.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return usage("a command is missing: see %s --help", c.Name())
+		},
+	}
+	root.AddCommand(
+		newInfo(),
+		newCopy(terminal),
+		newVersion(),
+	)
+	return root
+}
