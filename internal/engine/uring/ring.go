@@ -129,11 +129,27 @@ func (r *ring) next() *sqe {
 	return s
 }
 
+// firstPiece is how many submissions the first of several enters passes on. The
+// kernel gathers more than two and shows them to the device together at the
+// end, which then idles while a large batch is prepared.
+const firstPiece = 2
+
 // enter submits what is queued and returns when at least wait completions are
-// there. The scheduler is told that it may take long.
+// there. Pieces double, so that the device works on one while the next is
+// prepared, and a batch of n takes log n system calls. The scheduler is told
+// that each may take long: a buffered read is copied in it.
 func (r *ring) enter(wait uintptr) syscall.Errno {
 	atomic.StoreUint32(r.sqTail, r.tail)
-	_, _, e := syscall.Syscall6(unix.SYS_IO_URING_ENTER, r.enterFD, uintptr(r.queued()), wait, r.enterFl, 0, 0)
+	queued := r.queued()
+	for piece := uint32(firstPiece); piece < queued; piece *= 2 {
+		_, _, e := syscall.Syscall6(unix.SYS_IO_URING_ENTER, r.enterFD, uintptr(piece), 0,
+			r.enterFl&^enterGetEvents, 0, 0)
+		if e != 0 {
+			return e
+		}
+		queued = r.queued()
+	}
+	_, _, e := syscall.Syscall6(unix.SYS_IO_URING_ENTER, r.enterFD, uintptr(queued), wait, r.enterFl, 0, 0)
 	return e
 }
 
