@@ -217,7 +217,8 @@ func durableWritesAndSyncSucceed(e *env) {
 func punchedRangeReadsAsZero(e *env) { rangeReadsAsZero(e, engine.OpPunch) }
 func zeroedRangeReadsAsZero(e *env)  { rangeReadsAsZero(e, engine.OpZero) }
 
-// rangeReadsAsZero applies op inside a file and across its end.
+// rangeReadsAsZero applies op inside a file and across its end. A filesystem
+// that cannot do it says so and leaves the file alone.
 func rangeReadsAsZero(e *env, op engine.Op) {
 	want := pattern(16*blockBytes, 7)
 	f := e.create(want)
@@ -225,7 +226,7 @@ func rangeReadsAsZero(e *env, op engine.Op) {
 	for _, r := range []struct{ off, n int }{{4 * blockBytes, 4 * blockBytes}, {15 * blockBytes, 9 * blockBytes}} {
 		io := &engine.IO{Op: op, File: f, Off: int64(r.off), Len: int64(r.n)}
 		if err := engine.Do(e.Context(), e.eng, io); unsupported(err) {
-			e.Skipf("the filesystem of %s cannot %v", e.dir, op)
+			continue
 		} else if err != nil {
 			e.Fatalf("%v of %d at %d: %v", op, r.n, r.off, err)
 		}
@@ -235,7 +236,7 @@ func rangeReadsAsZero(e *env, op engine.Op) {
 	io := &engine.IO{Op: engine.OpRead, File: f, Buf: buf}
 	e.do(io)
 	if !bytes.Equal(buf[:io.N], want) {
-		e.Errorf("%d bytes after %v, want %d with two zeroed ranges", io.N, op, len(want))
+		e.Errorf("%d bytes after %v, want %d, zero where it succeeded", io.N, op, len(want))
 	}
 	if st, err := os.Stat(f.OS.Name()); err != nil || st.Size() != int64(len(want)) {
 		e.Errorf("size after %v: %d, %v, want %d", op, st.Size(), err, len(want))
