@@ -1,0 +1,365 @@
+package transport
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// The files of a certificate directory have the names that QEMU, libnbd and
+// nbdkit use.
+const (
+	caFile  = "ca-cert.pem"
+	crlFile = "ca-crl.pem"
+)
+
+// TLSOptions are for LoadCredentials.
+type TLSOptions struct {
+	// Client loads client-cert.pem and client-key.pem, which may both be
+	// absent, instead of server-cert.pem and server-key.pem.
+	Client bool
+
+	// NoVerifyPeer makes a server accept clients without a certificate even
+	// though there is a CA. A client always verifies.
+	NoVerifyPeer bool
+
+	// Log gets the reloads; nil is slog.Default.
+	Log *slog.Logger
+}
+
+// Credentials are the certificates of one directory. They follow the files:
+// each handshake looks whether one of them has changed, and then uses the new
+// files if all of them together are in order, and the old ones if not. Safe
+// for concurrent use.
+type Credentials struct {
+	dir string
+	opt TLSOptions
+	log *slog.Logger
+
+	mu  sync.Mutex
+	set *credentialSet // guarded by mu; what it points to never changes
+
+	// refused says which files could not be loaded, why, and when that was
+	// found; guarded by mu.
+	refused struct {
+		stamps map[string]stamp
+		text   string
+		at     time.Time
+	}
+}
+
+// credentialSet is what the files of one moment say.
+type credentialSet struct {
+	stamps map[string]stamp
+	own    *tls.Certificate // nil for a client without one
+	roots  *x509.CertPool   // nil without ca-cert.pem
+	crls   revocations      // nil without ca-crl.pem
+	server *tls.Config      // nil for a client
+}
+
+// LoadCredentials reads the certificates in dir. A server needs its
+// certificate and key; with ca-cert.pem it demands certificates of its
+// clients, and with ca-crl.pem it refuses revoked ones. A client without
+// ca-cert.pem trusts the system's authorities.
+//
+// Once loaded, ca-cert.pem and ca-crl.pem may change but not vanish: that
+// would silently open what they close.
+func LoadCredentials(dir string, o TLSOptions) (*Credentials, error) {
+	set, err := loadSet(dir, o)
+	if err != nil {
+		return nil, fmt.Errorf("tls credentials in %q: %w", dir, err)
+	}
+	c := &Credentials{dir: dir, opt: o, log: o.Log, set: set}
+	if c.log == nil {
+		c.log = slog.Default()
+	}
+	set.crls.warn(c.log, dir)
+	return c, nil
+}
+
+// VerifiesPeers says whether a server with these credentials demands
+// certificates of its clients.
+func (c *Credentials) VerifiesPeers() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.set.server != nil && c.set.server.ClientAuth == tls.RequireAndVerifyClientCert
+}
+
+// ServerConfig returns the configuration of a server, which stays valid as
+// the files change: at least TLS 1.2, no session tickets, so that each
+// connection is verified anew.
+func (c *Credentials) ServerConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS12,
+		SessionTicketsDisabled: true,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			if s := c.current().server; s != nil {
+				return s, nil
+			}
+			return nil, errors.New("credentials are those of a client")
+		},
+	}
+}
+
+// ClientConfig returns the configuration for connections to the server that
+// is called serverName in its certificate; an IP address is possible. The
+// server is always verified. Files that change later need a new ClientConfig.
+func (c *Credentials) ClientConfig(serverName string) *tls.Config {
+	set := c.current()
+	cfg := &tls.Config{
+		MinVersion:       tls.VersionTLS12,
+		ServerName:       serverName,
+		RootCAs:          set.roots,
+		VerifyConnection: set.verify,
+	}
+	if set.own != nil && c.opt.Client {
+		cfg.Certificates = []tls.Certificate{*set.own}
+	}
+	return cfg
+}
+
+// current returns the newest set that is in order.
+func (c *Credentials) current() *credentialSet {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := stampAll(c.dir, c.opt)
+	if maps.Equal(now, c.set.stamps) {
+		return c.set
+	}
+	known := maps.Equal(now, c.refused.stamps)
+	if known && time.Since(c.refused.at) < limits.CertificateRetry {
+		return c.set
+	}
+	set, err := loadSet(c.dir, c.opt)
+	if err == nil {
+		err = c.set.keeps(set)
+	}
+	if err == nil {
+		c.set, c.refused.stamps, c.refused.text = set, nil, ""
+		c.log.Info("tls credentials reloaded", "dir", c.dir)
+		set.crls.warn(c.log, c.dir)
+		return set
+	}
+	if !known || err.Error() != c.refused.text {
+		c.log.Warn("tls credentials changed but stay as they were", "dir", c.dir, "err", err)
+	}
+	c.refused.stamps, c.refused.text, c.refused.at = now, err.Error(), time.Now()
+	return c.set
+}
+
+// keeps fails if next lacks a file that demands something of the peer.
+func (s *credentialSet) keeps(next *credentialSet) error {
+	switch {
+	case s.roots != nil && next.roots == nil:
+		return fmt.Errorf("%q has vanished", caFile)
+	case s.crls != nil && next.crls == nil:
+		return fmt.Errorf("%q has vanished", crlFile)
+	}
+	return nil
+}
+
+func (o TLSOptions) ownFiles() (cert, key string) {
+	if o.Client {
+		return "client-cert.pem", "client-key.pem"
+	}
+	return "server-cert.pem", "server-key.pem"
+}
+
+func loadSet(dir string, o TLSOptions) (*credentialSet, error) {
+	s := &credentialSet{stamps: map[string]stamp{}}
+	if err := s.loadOwn(dir, o); err != nil {
+		return nil, err
+	}
+	authorities, err := s.loadCA(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.loadCRL(dir, authorities); err != nil {
+		return nil, err
+	}
+	if !o.Client {
+		s.server = s.serverConfig(o)
+	}
+	return s, nil
+}
+
+func (s *credentialSet) serverConfig(o TLSOptions) *tls.Config {
+	cfg := &tls.Config{
+		MinVersion:             tls.VersionTLS12,
+		SessionTicketsDisabled: true,
+		Certificates:           []tls.Certificate{*s.own},
+	}
+	if s.roots != nil && !o.NoVerifyPeer {
+		cfg.ClientAuth = tls.RequireAndVerifyClientCert
+		cfg.ClientCAs = s.roots
+		cfg.VerifyConnection = s.verify
+	}
+	return cfg
+}
+
+// loadOwn reads this side's certificate and key.
+func (s *credentialSet) loadOwn(dir string, o TLSOptions) error {
+	certName, keyName := o.ownFiles()
+	cert, err := s.read(dir, certName, limits.CertificateFile)
+	if err != nil {
+		return err
+	}
+	key, err := s.read(dir, keyName, limits.CertificateFile)
+	if err != nil {
+		return err
+	}
+	switch {
+	case cert == nil && key == nil && o.Client:
+		return nil
+	case cert == nil:
+		return fmt.Errorf("%q: %w", certName, fs.ErrNotExist)
+	case key == nil:
+		return fmt.Errorf("%q: %w", keyName, fs.ErrNotExist)
+	}
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		return fmt.Errorf("%q and %q: %w", certName, keyName, err)
+	}
+	s.own = &pair
+	return nil
+}
+
+// loadCA reads the authorities, if there are any.
+func (s *credentialSet) loadCA(dir string) ([]*x509.Certificate, error) {
+	data, err := s.read(dir, caFile, limits.CertificateFile)
+	if err != nil || data == nil {
+		return nil, err
+	}
+	s.roots = x509.NewCertPool()
+	var all []*x509.Certificate
+	err = eachPEM(data, "CERTIFICATE", func(der []byte) error {
+		c, err := x509.ParseCertificate(der)
+		if err == nil {
+			s.roots.AddCert(c)
+			all = append(all, c)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%q: %w", caFile, err)
+	}
+	return all, nil
+}
+
+func (s *credentialSet) loadCRL(dir string, authorities []*x509.Certificate) error {
+	data, err := s.read(dir, crlFile, limits.RevocationFile)
+	if err != nil || data == nil {
+		return err
+	}
+	if authorities == nil {
+		return fmt.Errorf("%q has no use without %q", crlFile, caFile)
+	}
+	if s.crls, err = parseRevocations(data, authorities); err != nil {
+		return fmt.Errorf("%q: %w", crlFile, err)
+	}
+	return nil
+}
+
+// read returns the content of a file and remembers its stamp, and nil for an
+// absent file. A key that others may read is refused.
+func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
+	f, err := os.Open(filepath.Join(dir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		s.stamps[name] = stamp{}
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	s.stamps[name] = stampOf(fi)
+	switch {
+	case !fi.Mode().IsRegular():
+		return nil, fmt.Errorf("%q is no regular file", f.Name())
+	case isKey(name) && fi.Mode().Perm()&0o066 != 0:
+		return nil, fmt.Errorf("private key %q has mode %#o: others may read or write it", f.Name(), fi.Mode().Perm())
+	case fi.Size() > limit:
+		return nil, fmt.Errorf("%q has %d bytes, which is more than %d", f.Name(), fi.Size(), limit)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) == 0 {
+		return nil, fmt.Errorf("%q is empty", f.Name())
+	}
+	return data, nil
+}
+
+func isKey(name string) bool { return name == "server-key.pem" || name == "client-key.pem" }
+
+// eachPEM calls f for each block of data, of which there must be at least one
+// and none of another kind.
+func eachPEM(data []byte, kind string, f func(der []byte) error) error {
+	n := 0
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != kind {
+			return fmt.Errorf("holds a block of type %q, want %q", block.Type, kind)
+		}
+		if err := f(block.Bytes); err != nil {
+			return err
+		}
+		n++
+	}
+	if n == 0 {
+		return fmt.Errorf("holds no %q", kind)
+	}
+	return nil
+}
+
+// stamp tells the versions of a file apart. An absent file has the zero
+// stamp, one that cannot be looked at has the reason.
+type stamp struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime syscall.Timespec
+	reason       string
+}
+
+func stampOf(fi fs.FileInfo) stamp {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return stamp{reason: "no stat"}
+	}
+	return stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+}
+
+// stampAll looks at all files that loadSet reads, without opening them.
+func stampAll(dir string, o TLSOptions) map[string]stamp {
+	cert, key := o.ownFiles()
+	all := make(map[string]stamp, 4)
+	for _, name := range [...]string{cert, key, caFile, crlFile} {
+		fi, err := os.Stat(filepath.Join(dir, name))
+		switch {
+		case err == nil:
+			all[name] = stampOf(fi)
+		case errors.Is(err, fs.ErrNotExist):
+			all[name] = stamp{}
+		default:
+			all[name] = stamp{reason: err.Error()}
+		}
+	}
+	return all
+}
