@@ -1,0 +1,400 @@
+package nbd
+
+import (
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+)
+
+// command is one row of the table of commands.
+type command struct {
+	cmd   wire.Cmd
+	flags wire.CmdFlags // what a client may set, FUA and the session's flags aside
+	// payload: the request carries Len bytes, always.
+	payload bool
+	// run answers the request, now or later. An error ends the connection.
+	run func(*session, *wire.Request) error
+}
+
+var commands = [...]command{
+	{cmd: wire.CmdRead, flags: wire.FlagDF, run: (*session).read},
+	{cmd: wire.CmdWrite, payload: true, run: (*session).write},
+	{cmd: wire.CmdFlush, run: (*session).flush},
+	{cmd: wire.CmdTrim, run: (*session).background},
+	{cmd: wire.CmdCache, run: (*session).background},
+	{cmd: wire.CmdZero, flags: wire.FlagNoHole | wire.FlagFastZero, run: (*session).background},
+	{cmd: wire.CmdExtents, flags: wire.FlagReqOne, run: (*session).extents},
+}
+
+func findCommand(c wire.Cmd) *command {
+	for i := range commands {
+		if commands[i].cmd == c {
+			return &commands[i]
+		}
+	}
+	return nil
+}
+
+var (
+	errUnknownCommand = &refusal{wire.EINVAL, "unknown command"}
+	errBadFlags       = &refusal{wire.EINVAL, "flag is not allowed here"}
+	errFlushRange     = &refusal{wire.EINVAL, "flush takes no range"}
+	errTooLarge       = &refusal{wire.EINVAL, "request is too large"}
+	errNoContext      = &refusal{wire.EINVAL, "no metadata context was negotiated"}
+	errPayload        = &refusal{wire.EINVAL, "payload is not allowed here"}
+	errNoPayload      = &refusal{wire.EINVAL, "payload length flag is missing"}
+	errBadPayload     = &refusal{wire.EINVAL, "malformed payload"}
+)
+
+// dispatch checks the request by its command's row and runs it. A request
+// that is refused still has its payload on the wire.
+func (s *session) dispatch(req *wire.Request) error {
+	if s.chatty {
+		s.opt.Log.Debug("request", "peer", s.conn.Peer(), "command", req.Cmd.String(),
+			"offset", req.Off, "length", req.Len, "flags", req.Flags)
+	}
+	row := findCommand(req.Cmd)
+	if err := s.check(row, req); err != nil {
+		return s.refuse(req, err, s.carries(row, req))
+	}
+	return row.run(s, req)
+}
+
+// check is about form: flags and payload. Ranges and capabilities are the
+// device's to check.
+func (s *session) check(row *command, req *wire.Request) error {
+	if row == nil {
+		return errUnknownCommand
+	}
+	allowed := row.flags | s.always
+	if !s.structured {
+		allowed &^= wire.FlagDF
+	}
+	if s.extended {
+		if row.payload || row.cmd == wire.CmdExtents && s.payloads {
+			allowed |= wire.FlagPayloadLen
+		} else if req.Flags&wire.FlagPayloadLen != 0 {
+			return errPayload
+		}
+		if row.payload && req.Flags&wire.FlagPayloadLen == 0 {
+			return errNoPayload
+		}
+	}
+	if req.Flags&^allowed != 0 {
+		return errBadFlags
+	}
+	if req.Len > limits.MaxIO && (row.cmd == wire.CmdRead || row.payload) {
+		return errTooLarge
+	}
+	return nil
+}
+
+// carries tells how many bytes of payload follow the header.
+func (s *session) carries(row *command, req *wire.Request) uint64 {
+	if s.extended {
+		if req.Flags&wire.FlagPayloadLen != 0 {
+			return req.Len
+		}
+		return 0
+	}
+	if row != nil && row.payload {
+		return req.Len
+	}
+	return 0
+}
+
+// refuse answers with an error in this turn and skips the payload. One that
+// is longer than any request may be is not worth skipping: the connection
+// ends behind the answer.
+func (s *session) refuse(req *wire.Request, err error, payload uint64) error {
+	if rerr := s.replyError(req, err); rerr != nil {
+		return rerr
+	}
+	if payload > limits.MaxIO {
+		return errTooLong
+	}
+	return s.in.discard(int(payload))
+}
+
+// replyDone and replyError append a reply to the turn.
+func (s *session) replyDone(req *wire.Request) error {
+	if err := s.reserve(maxHead); err != nil {
+		return err
+	}
+	s.out = s.appendDone(s.out, req)
+	return nil
+}
+
+func (s *session) replyError(req *wire.Request, err error) error {
+	if rerr := s.reserve(maxHead + limits.MaxErrorText); rerr != nil {
+		return rerr
+	}
+	s.out = s.appendFailure(s.out, req, err, -1)
+	return nil
+}
+
+// device turns the wire's unsigned range into the device's; what does not
+// fit is negative there and refused.
+func device(req *wire.Request) (off, n int64) { return int64(req.Off), int64(req.Len) }
+
+// read answers from the page cache within the turn, or leaves it to the
+// engine, or, where the device cannot name the bytes, to a goroutine.
+func (s *session) read(req *wire.Request) error {
+	off, n := device(req)
+	switch err := s.dev.Map(engine.OpRead, off, n, &s.m); err {
+	case nil:
+	case backing.ErrNotMappable:
+		return s.background(req)
+	default:
+		return s.replyError(req, err)
+	}
+	if s.hole(req) {
+		s.m.Release()
+		if err := s.reserve(maxHead + 12); err != nil {
+			return err
+		}
+		s.out = s.appendReadHole(s.out, req)
+		return nil
+	}
+	if n <= limits.InlineReply {
+		done, err := s.readInline(req, int(n))
+		if done || err != nil {
+			return err
+		}
+	} else if s.resident(n) {
+		return s.readZeroCopy(req, int(n))
+	}
+	return s.readLater(req, int(n))
+}
+
+// hole tells whether the answer is one hole chunk. With DF zeroes are
+// spelled out.
+func (s *session) hole(req *wire.Request) bool {
+	return s.structured && req.Flags&wire.FlagDF == 0 && s.m.N == 1 && s.m.Runs[0].File == nil
+}
+
+// readInline copies n bytes behind a header in the turn's buffer. done is
+// false when a part of them is not in the page cache; then the buffer is as
+// it was.
+func (s *session) readInline(req *wire.Request, n int) (done bool, err error) {
+	if err := s.reserve(maxHead + n); err != nil {
+		return false, err
+	}
+	b := s.appendReadHead(s.out, req)
+	end := len(b) + n
+	for i := range s.m.N {
+		run := &s.m.Runs[i]
+		p := b[len(b) : len(b)+int(run.Len)]
+		if run.File == nil {
+			clear(p)
+		} else if s.opt.Engine.ReadNow(run.File, p, run.Off) != len(p) {
+			return false, nil
+		}
+		b = b[:len(b)+len(p)]
+	}
+	s.out = b[:end]
+	s.m.Release()
+	return true, nil
+}
+
+// resident tells whether a large read is one run of a file that the page
+// cache holds whole, so that sendfile(2) will not wait for the disk.
+func (s *session) resident(n int64) bool {
+	run := &s.m.Runs[0]
+	return s.m.N == 1 && run.File != nil && s.sender.link.zeroCopy() && run.File.Cached(run.Off, n)
+}
+
+// readZeroCopy sends the header with the turn's replies and the data from the
+// page cache. If the file cannot be sent to the end the connection ends: the
+// header is out.
+func (s *session) readZeroCopy(req *wire.Request, n int) error {
+	if err := s.reserve(maxHead); err != nil {
+		return err
+	}
+	s.out = s.appendReadHead(s.out, req)
+	run := s.m.Runs[0]
+	sent, left := 0, len(s.out)
+	owner := s.sender.claim()
+	if owner {
+		k, err := s.sender.link.trySend(s.out, true)
+		if left -= k; err == nil && left == 0 {
+			sent, err = s.sender.link.tryFile(run.File, run.Off, n)
+		}
+		if err != nil {
+			s.m.Release()
+			s.sender.yield()
+			s.fail(err)
+			return err
+		}
+	}
+	if left == 0 {
+		s.out = s.out[:0]
+	}
+	if sent == n {
+		s.m.Release()
+		s.sender.yield()
+		s.moved()
+		return nil
+	}
+	return s.queueFile(req, owner, left, segment{file: run.File, off: run.Off + int64(sent), n: n - sent})
+}
+
+// queueFile leaves what readZeroCopy could not send to the sender: the last
+// left bytes of the turn's replies, then the rest of the file.
+func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) error {
+	g.req = s.newRequest(req, 0, true)
+	g.req.m, s.m = s.m, backing.Mapping{}
+	switch {
+	case owner && left == 0:
+		s.sender.yield(g)
+	case owner:
+		s.sender.yield(s.takeOut(len(s.out)-left), g)
+	default:
+		s.sender.push(s.takeOut(len(s.out) - left))
+		s.sender.push(g)
+	}
+	return nil
+}
+
+// readLater gives the read a buffer of its own, fills what the page cache
+// has and leaves the rest to the engine.
+func (s *session) readLater(req *wire.Request, n int) error {
+	r := s.newRequest(req, n, false)
+	r.m, s.m = s.m, backing.Mapping{}
+	if err := r.lend(n); err != nil {
+		r.finish()
+		return err
+	}
+	at := int64(0)
+	for i := range r.m.N {
+		run := &r.m.Runs[i]
+		p := r.p[at : at+run.Len]
+		if run.File == nil {
+			clear(p)
+		} else if k := int64(s.opt.Engine.ReadNow(run.File, p, run.Off)); k < run.Len {
+			r.transfer(i, engine.OpRead, run.File, at+k, at+run.Len, run.Off+k)
+		}
+		at += run.Len
+	}
+	r.transferred()
+	return nil
+}
+
+// write takes a short payload from the turn's buffer and copies it to the
+// page cache within the turn. What is long, must be durable, goes past the
+// page cache or cannot be mapped gets a buffer of its own.
+func (s *session) write(req *wire.Request) error {
+	off, n := device(req)
+	if n > limits.InlineReply || req.Flags&wire.FlagFUA != 0 {
+		s.in.want = smallRead
+		if err := s.dev.MayWrite(off, n, deviceFlags(req.Flags)); err != nil {
+			return s.refuse(req, err, req.Len)
+		}
+		return s.writeLater(req, int(n))
+	}
+	s.in.want = limits.TurnBuffer
+	p, err := s.in.body(int(n))
+	if err != nil {
+		return err
+	}
+	err = s.writeMapped(req, p)
+	if err == backing.ErrNotMappable {
+		return s.writeLater(req, int(n))
+	}
+	s.in.skip(int(n))
+	return s.writeDone(req, err)
+}
+
+func (s *session) writeDone(req *wire.Request, err error) error {
+	if err != nil {
+		return s.replyError(req, err)
+	}
+	return s.replyDone(req)
+}
+
+// writeMapped copies p to the page cache. ErrNotMappable says that nothing
+// was done.
+func (s *session) writeMapped(req *wire.Request, p []byte) error {
+	off, n := device(req)
+	if err := s.dev.Map(engine.OpWrite, off, n, &s.m); err != nil {
+		return err
+	}
+	defer s.m.Release()
+	for _, run := range s.m.Runs[:s.m.N] {
+		if run.File == nil || run.File.Direct {
+			return backing.ErrNotMappable
+		}
+	}
+	for _, run := range s.m.Runs[:s.m.N] {
+		if _, err := run.File.WriteCached(p[:run.Len], run.Off); err != nil {
+			return backing.Wrap("write", off, n, err)
+		}
+		p = p[run.Len:]
+	}
+	return nil
+}
+
+// writeLater receives the payload into a buffer of its own. A mapped write
+// that bypasses the page cache goes to the engine, everything else to a
+// goroutine.
+func (s *session) writeLater(req *wire.Request, n int) error {
+	r := s.newRequest(req, n, false)
+	if err := r.lend(n); err != nil {
+		r.finish()
+		return err
+	}
+	if err := s.in.payload(r.p); err != nil {
+		r.finish()
+		return err
+	}
+	if req.Flags&wire.FlagFUA != 0 {
+		r.start()
+		return nil
+	}
+	if err := s.writeMapped(req, r.p); err != backing.ErrNotMappable {
+		late := !r.answered.CompareAndSwap(false, true)
+		r.finish()
+		if late {
+			return nil
+		}
+		return s.writeDone(req, err)
+	}
+	if err := s.dev.Map(engine.OpWrite, int64(req.Off), int64(n), &r.m); err != nil {
+		r.start()
+		return nil
+	}
+	at := int64(0)
+	for i := range r.m.N {
+		run := &r.m.Runs[i]
+		r.transfer(i, engine.OpWrite, run.File, at, at+run.Len, run.Off)
+		at += run.Len
+	}
+	r.transferred()
+	return nil
+}
+
+// flush takes no range (security: a length here is a confused client).
+func (s *session) flush(req *wire.Request) error {
+	if req.Off != 0 || req.Len != 0 {
+		return s.replyError(req, errFlushRange)
+	}
+	return s.background(req)
+}
+
+// background runs the request on a goroutine of its own.
+func (s *session) background(req *wire.Request) error {
+	n := 0
+	if req.Cmd == wire.CmdRead {
+		n = int(req.Len)
+	}
+	r := s.newRequest(req, n, false)
+	if n > 0 {
+		if err := r.lend(n); err != nil {
+			r.finish()
+			return err
+		}
+	}
+	r.start()
+	return nil
+}

@@ -1,0 +1,154 @@
+package nbd
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// rig is a server with one export, and what it stands on.
+type rig struct {
+	t       testing.TB
+	opt     Options
+	server  *Server
+	dev     backing.Device
+	exports *oneExport
+	errs    chan error
+}
+
+// oneExport publishes a device as "" and "disk".
+type oneExport struct {
+	dev     backing.Device
+	deny    backing.Caps
+	needTLS bool
+	opened  atomic.Int32
+	open    atomic.Int32
+}
+
+func (x *oneExport) info() ExportInfo {
+	return ExportInfo{Name: "disk", Description: "a disk", NeedTLS: x.needTLS}
+}
+
+func (x *oneExport) List(*transport.Peer) []ExportInfo { return []ExportInfo{x.info()} }
+
+func (x *oneExport) Find(name string, _ *transport.Peer) (ExportInfo, error) {
+	if name != "" && name != "disk" {
+		return ExportInfo{}, ErrUnknownExport
+	}
+	return x.info(), nil
+}
+
+func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Export, error) {
+	info, err := x.Find(name, p)
+	if err != nil {
+		return nil, err
+	}
+	x.opened.Add(1)
+	x.open.Add(1)
+	return &Export{ExportInfo: info, Device: backing.NewChecked(x.dev, x.deny), Close: func() { x.open.Add(-1) }}, nil
+}
+
+// memRig serves size bytes of memory.
+func memRig(t testing.TB, size int64) *rig {
+	return newRig(t, backing.NewEmulate(mem.New(size, nil)), engine.NewPool(2), bufpool.New(limits.BufferBudget))
+}
+
+// fileRig serves a sparse file of size bytes.
+func fileRig(t testing.TB, size int64) (*rig, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	eng, bufs := engine.NewPool(2), bufpool.New(limits.BufferBudget)
+	dev, err := open.Open(context.Background(), open.Spec{Path: path, Format: "raw", Engine: eng, Buffers: bufs, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newRig(t, dev, eng, bufs), path
+}
+
+func newRig(t testing.TB, dev backing.Device, eng engine.Engine, bufs *bufpool.Pool) *rig {
+	r := &rig{t: t, dev: dev, exports: &oneExport{dev: dev}, errs: make(chan error, 64)}
+	r.opt = Options{
+		Exports:       r.exports,
+		Engine:        eng,
+		Buffers:       bufs,
+		Log:           slog.New(slog.DiscardHandler),
+		MaskHandshake: 0xffff,
+	}
+	t.Cleanup(func() {
+		if r.server != nil {
+			if !r.server.Shutdown(context.Background()) {
+				t.Error("shutdown gave up requests")
+			}
+		}
+		if err := dev.Close(); err != nil {
+			t.Errorf("close of the device: %v", err)
+		}
+		if err := eng.Close(); err != nil {
+			t.Errorf("close of the engine: %v", err)
+		}
+		if n, _ := bufs.Outstanding(); n != 0 {
+			t.Errorf("%d buffers were not released", n)
+		}
+		if err := bufs.Close(); err != nil {
+			t.Errorf("close of the buffers: %v", err)
+		}
+	})
+	return r
+}
+
+// dial connects a client of test t to the server, which starts on the first
+// call.
+func (r *rig) dial(t testing.TB) net.Conn {
+	t.Helper()
+	ours, theirs := socketpair(t)
+	r.serve(t, theirs)
+	c, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func (r *rig) serve(t testing.TB, theirs *os.File) {
+	t.Helper()
+	if r.server == nil {
+		r.server = NewServer(r.opt)
+	}
+	c, err := transport.FileConn(theirs)
+	theirs.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { r.errs <- r.server.Serve(context.Background(), c) }()
+}
+
+func socketpair(t testing.TB) (a, b *os.File) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return os.NewFile(uintptr(fds[0]), "client"), os.NewFile(uintptr(fds[1]), "server")
+}

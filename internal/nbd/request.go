@@ -1,0 +1,227 @@
+package nbd
+
+import (
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+)
+
+// request is a request that outlives its turn: it waits for the engine or
+// runs on a goroutine of its own. Requests that are answered within the turn
+// never have one.
+type request struct {
+	s   *session
+	req wire.Request
+
+	buf *bufpool.Buf // payload, or nil
+	p   []byte       // the payload's bytes
+	m   backing.Mapping
+
+	ios   [backing.MaxRuns]engine.IO
+	at    [backing.MaxRuns]int64 // guest offset of each transfer
+	left  atomic.Int32           // transfers that are not done
+	mu    sync.Mutex
+	err   error // guarded by mu until left is 0; the first error
+	errAt int64 // guarded by mu until left is 0; where it happened
+
+	head     [64]byte    // the reply's header
+	charge   int         // bytes taken from the budgets
+	contexts []contextID // of a BLOCK_STATUS
+	answered atomic.Bool // a reply is queued
+
+	prev, next *request // in session.flying, guarded by session.mu
+
+	ioDoneFn func(*engine.IO)
+	runFn    func()
+}
+
+// requests keeps requests for reuse by any session.
+var requests sync.Pool
+
+func getRequest() *request {
+	if r, ok := requests.Get().(*request); ok {
+		return r
+	}
+	r := new(request)
+	r.ioDoneFn, r.runFn = r.ioDone, r.run
+	return r
+}
+
+// newRequest takes req out of the turn; charge is the size of its buffer.
+// answered says that its reply has begun.
+func (s *session) newRequest(req *wire.Request, charge int, answered bool) *request {
+	r := getRequest()
+	r.s, r.req, r.charge = s, *req, charge
+	r.err, r.errAt = nil, -1
+	r.left.Store(1) // the turn's own share, see transferred
+	r.answered.Store(answered)
+	s.take(1, charge)
+	s.work.Add(1)
+	s.mu.Lock()
+	r.prev, r.next = nil, s.flying
+	if s.flying != nil {
+		s.flying.prev = r
+	}
+	s.flying = r
+	s.mu.Unlock()
+	return r
+}
+
+// finish gives back all that r holds, after its reply has left.
+func (r *request) finish() {
+	s := r.s
+	s.mu.Lock()
+	if r.prev != nil {
+		r.prev.next = r.next
+	} else {
+		s.flying = r.next
+	}
+	if r.next != nil {
+		r.next.prev = r.prev
+	}
+	s.mu.Unlock()
+	r.m.Release()
+	if r.buf != nil {
+		r.buf.Release()
+	}
+	charge := r.charge
+	r.s, r.buf, r.p, r.contexts, r.prev, r.next = nil, nil, nil, nil, nil, nil
+	requests.Put(r)
+	s.give(1, charge)
+	s.work.Done()
+}
+
+// lend gives r a buffer of n bytes. It may wait for memory: everything that
+// the turn has ready leaves first.
+func (r *request) lend(n int) error {
+	r.buf = r.s.opt.Buffers.TryGet(n)
+	if r.buf == nil {
+		if err := r.s.endTurn(); err != nil {
+			return err
+		}
+		b, err := r.s.opt.Buffers.Get(r.s.ctx, n)
+		if err != nil {
+			return err
+		}
+		r.buf = b
+	}
+	r.p = r.buf.Bytes()
+	return nil
+}
+
+// transfer queues I/O i of r for the end of the turn: bytes [from, to) of the
+// payload, at off of file f.
+func (r *request) transfer(i int, op engine.Op, f *engine.File, from, to, off int64) {
+	t := &r.ios[i]
+	r.at[i] = int64(r.req.Off) + from
+	t.Op, t.FUA, t.File, t.Buf, t.Off = op, false, f, r.p[from:to], off
+	t.N, t.Err, t.Done = 0, nil, r.ioDoneFn
+	r.left.Add(1)
+	r.s.batch = append(r.s.batch, t)
+}
+
+// ioDone runs on a goroutine of the engine.
+func (r *request) ioDone(t *engine.IO) {
+	err := t.Err
+	if err == nil && t.N < len(t.Buf) {
+		// The file has become shorter: never zeroes, always an error.
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
+		r.mu.Lock()
+		if r.err == nil {
+			r.err, r.errAt = err, r.guestOffset(t)
+		}
+		r.mu.Unlock()
+	}
+	r.transferred()
+}
+
+// transferred counts down, each transfer and the turn that queued them once;
+// the last one answers.
+func (r *request) transferred() {
+	if r.left.Add(-1) == 0 {
+		r.answer(backing.Wrap(r.req.Cmd.String(), int64(r.req.Off), int64(r.req.Len), r.err))
+	}
+}
+
+// guestOffset is where in the disk transfer t stopped.
+func (r *request) guestOffset(t *engine.IO) int64 {
+	for i := range r.ios {
+		if t == &r.ios[i] {
+			return r.at[i] + int64(t.N)
+		}
+	}
+	return int64(r.req.Off)
+}
+
+// answer queues the reply to r, unless a forced stop has sent one already.
+func (r *request) answer(err error) {
+	if !r.answered.CompareAndSwap(false, true) {
+		r.finish()
+		return
+	}
+	g := segment{req: r}
+	switch {
+	case err != nil:
+		g.head = r.s.appendFailure(r.head[:0], &r.req, err, r.errAt)
+	case r.req.Cmd == wire.CmdRead:
+		g.head, g.body = r.s.appendReadHead(r.head[:0], &r.req), r.p
+	case r.req.Cmd == wire.CmdExtents:
+		g.head = r.p
+	default:
+		g.head = r.s.appendDone(r.head[:0], &r.req)
+	}
+	r.s.sender.push(g)
+}
+
+// start runs r on a goroutine of its own.
+func (r *request) start() { go r.runFn() }
+
+// run is for what may block: calls that cannot be mapped.
+func (r *request) run() {
+	dev, ctx := r.s.dev, r.s.ctx
+	off, n := device(&r.req)
+	var err error
+	switch r.req.Cmd {
+	case wire.CmdRead:
+		err = dev.ReadAt(ctx, r.p, off)
+	case wire.CmdWrite:
+		err = dev.WriteAt(ctx, r.p, off, deviceFlags(r.req.Flags))
+	case wire.CmdFlush:
+		err = dev.Flush(ctx)
+	case wire.CmdTrim:
+		err = dev.Trim(ctx, off, n, deviceFlags(r.req.Flags))
+	case wire.CmdCache:
+		err = dev.Cache(ctx, off, n)
+	case wire.CmdZero:
+		err = dev.Zero(ctx, off, n, deviceFlags(r.req.Flags))
+	case wire.CmdExtents:
+		r.p, err = r.s.collectExtents(&r.req, r.contexts)
+	}
+	r.answer(err)
+}
+
+var flagMap = [...]struct {
+	wire wire.CmdFlags
+	dev  backing.Flags
+}{
+	{wire.FlagFUA, backing.FUA},
+	{wire.FlagNoHole, backing.NoHole},
+	{wire.FlagFastZero, backing.FastZero},
+	{wire.FlagReqOne, backing.ReqOne},
+}
+
+func deviceFlags(f wire.CmdFlags) (d backing.Flags) {
+	for _, m := range flagMap {
+		if f&m.wire != 0 {
+			d |= m.dev
+		}
+	}
+	return d
+}

@@ -1,0 +1,216 @@
+package nbd
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// segment is a piece of the outgoing stream: head, then body, then a range of
+// a file. Each may be empty.
+type segment struct {
+	head, body []byte
+
+	file *engine.File
+	off  int64
+	n    int
+
+	// What ends with the segment, both may be nil: the request that it
+	// answers, and the turn's reply buffer.
+	req  *request
+	turn *bufpool.Buf
+}
+
+// sender owns the outgoing half of a connection. One goroutine at a time owns
+// the socket: the connection's own when it claims an idle sender at the end
+// of a turn, or writeLoop, which exists only while segments are queued.
+type sender struct {
+	link link
+	s    *session
+	loop func() // writeLoop, made once
+
+	mu   sync.Mutex
+	q    []segment // guarded by mu
+	busy bool      // guarded by mu; somebody owns the socket
+	err  error     // guarded by mu; nothing is sent any more
+
+	waiting atomic.Bool // writeLoop is in the hands of the peer
+
+	// Owned by writeLoop.
+	spare []segment
+	bufs  [][]byte
+}
+
+func (o *sender) init(s *session, l link) {
+	o.s, o.link, o.loop = s, l, o.writeLoop
+}
+
+// claim makes the caller the owner if the sender is idle. Then it must end
+// with yield.
+func (o *sender) claim() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.busy || o.err != nil {
+		return false
+	}
+	o.busy = true
+	return true
+}
+
+// yield gives up what claim took. What the owner could not send goes ahead of
+// what was queued meanwhile.
+func (o *sender) yield(rest ...segment) {
+	o.mu.Lock()
+	o.q = slices.Insert(o.q, 0, rest...)
+	o.startLocked(len(o.q) > 0)
+	o.mu.Unlock()
+}
+
+// push queues a segment; it never waits. On a broken connection the segment
+// ends at once.
+func (o *sender) push(g segment) {
+	o.mu.Lock()
+	if o.err != nil {
+		o.mu.Unlock()
+		o.end(&g)
+		return
+	}
+	o.q = append(o.q, g)
+	if !o.busy {
+		o.startLocked(true)
+	}
+	o.mu.Unlock()
+}
+
+// startLocked makes writeLoop the owner, or nobody.
+func (o *sender) startLocked(work bool) {
+	o.busy = work
+	if work {
+		o.s.work.Add(1)
+		go o.loop()
+	}
+}
+
+// fail drops what is queued and will be.
+func (o *sender) fail(err error) {
+	o.mu.Lock()
+	var q []segment
+	if o.err == nil {
+		o.err = err
+		q, o.q = o.q, nil
+	}
+	o.mu.Unlock()
+	for i := range q {
+		o.end(&q[i])
+	}
+}
+
+// broken tells why nothing is sent any more, or nil.
+func (o *sender) broken() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
+}
+
+// end settles a segment that was sent or dropped.
+func (o *sender) end(g *segment) {
+	if g.turn != nil {
+		g.turn.Release()
+		o.s.give(0, limits.TurnBuffer)
+		o.s.work.Done()
+	}
+	if g.req != nil {
+		g.req.finish()
+	}
+	*g = segment{}
+}
+
+// writeLoop sends what is queued, as much as there is in one system call, and
+// leaves when nothing is.
+func (o *sender) writeLoop() {
+	defer o.s.work.Done()
+	for {
+		o.mu.Lock()
+		if len(o.q) == 0 {
+			o.busy = false
+			o.mu.Unlock()
+			return
+		}
+		batch := o.q
+		o.q = o.spare[:0]
+		o.mu.Unlock()
+
+		o.waiting.Store(true)
+		err := o.sendAll(batch)
+		o.waiting.Store(false)
+		for i := range batch {
+			o.end(&batch[i])
+		}
+		o.spare = batch[:0]
+		if err != nil {
+			o.s.fail(err)
+		}
+	}
+}
+
+// sendPiece bounds what is sent between two signs of progress.
+const sendPiece = 1 << 20
+
+func (o *sender) sendAll(batch []segment) error {
+	o.bufs = o.bufs[:0]
+	defer func() { clear(o.bufs); o.bufs = o.bufs[:0] }()
+	queued := 0
+	flush := func() error {
+		err := o.link.send(o.bufs)
+		o.bufs, queued = o.bufs[:0], 0
+		o.s.moved()
+		return err
+	}
+	add := func(b []byte) error {
+		for len(b) > 0 {
+			k := min(len(b), sendPiece-queued)
+			o.bufs = append(o.bufs, b[:k])
+			b = b[k:]
+			if queued += k; queued == sendPiece {
+				if err := flush(); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	for i := range batch {
+		g := &batch[i]
+		if err := add(g.head); err != nil {
+			return err
+		}
+		if err := add(g.body); err != nil {
+			return err
+		}
+		if g.n > 0 {
+			if err := flush(); err != nil {
+				return err
+			}
+			if err := o.sendFile(g); err != nil {
+				return err
+			}
+		}
+	}
+	return flush()
+}
+
+func (o *sender) sendFile(g *segment) error {
+	for off, n := g.off, g.n; n > 0; {
+		k := min(n, sendPiece)
+		if err := o.link.sendFile(g.file, off, k); err != nil {
+			return err
+		}
+		off, n = off+int64(k), n-k
+		o.s.moved()
+	}
+	return nil
+}

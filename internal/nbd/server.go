@@ -1,0 +1,267 @@
+// Package nbd is the server's side of the NBD protocol: negotiation, then
+// transmission. A connection is one goroutine on Go's poller. It reads what
+// is there, decodes every whole request of it, answers what the page cache
+// holds, hands the rest to the engine as one batch and sends all replies that
+// are ready with one system call. Section names in comments are those of the
+// protocol document, proto.md.
+package nbd
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// ErrUnknownExport is what Exports answers for a name that does not exist or
+// that the peer may not see: the two cannot be told apart.
+var ErrUnknownExport = errors.New("no such export")
+
+// ExportInfo is what a peer may know of an export before it is opened.
+type ExportInfo struct {
+	Name        string // canonical
+	Description string
+	NeedTLS     bool // SELECTIVETLS: invisible to plaintext connections
+}
+
+// Export is an open export, seen by one connection.
+type Export struct {
+	ExportInfo
+	Device *backing.Checked
+	// Close is called when the connection has answered its last request.
+	Close func()
+}
+
+// Exports decides what a peer may see and open.
+type Exports interface {
+	// List names what the peer may see.
+	List(p *transport.Peer) []ExportInfo
+
+	// Find resolves a name, "" being the default export, or fails with
+	// ErrUnknownExport.
+	Find(name string, p *transport.Peer) (ExportInfo, error)
+
+	// Open opens what Find found.
+	Open(ctx context.Context, name string, p *transport.Peer) (*Export, error)
+}
+
+// TLSMode says when a connection must be encrypted (proto.md, "TLS support").
+type TLSMode uint8
+
+const (
+	TLSOff     TLSMode = iota // NOTLS
+	TLSOn                     // SELECTIVETLS: as each export wants it
+	TLSRequire                // FORCEDTLS
+)
+
+// Options of a Server. The degrade switches make old clients' fallbacks
+// testable.
+type Options struct {
+	Exports Exports
+	Engine  engine.Engine
+	Buffers *bufpool.Pool
+	Log     *slog.Logger
+
+	TLS       TLSMode
+	TLSConfig func() *tls.Config
+
+	Oldstyle      bool   // speak the oldstyle handshake
+	MaskHandshake uint16 // handshake flags that may be offered
+	NoStructured  bool   // refuse structured replies and extended headers
+	NoMeta        bool   // refuse metadata contexts
+
+	// Requests bounds what one connection may have in flight; 0 is
+	// limits.RequestsPerConn.
+	Requests int
+
+	// Handshake and Stall replace limits.Handshake and limits.Stall when
+	// they are not zero.
+	Handshake time.Duration
+	Stall     time.Duration
+}
+
+// Server speaks NBD on the connections that Serve is given.
+type Server struct {
+	opt  Options
+	admt admission
+
+	mu       sync.Mutex
+	conns    map[*connection]struct{} // guarded by mu
+	draining bool                     // guarded by mu
+	idle     chan struct{}            // guarded by mu; closed when draining and conns is empty
+
+	stop     chan struct{}
+	watching sync.WaitGroup
+}
+
+// connection is what the server knows of one Serve.
+type connection struct {
+	conn    transport.Conn
+	session *session // nil during negotiation; guarded by Server.mu
+}
+
+// NewServer starts the watch over stalled peers; Shutdown ends it.
+func NewServer(o Options) *Server {
+	if o.Handshake == 0 {
+		o.Handshake = limits.Handshake
+	}
+	if o.Requests == 0 {
+		o.Requests = limits.RequestsPerConn
+	}
+	if o.Stall == 0 {
+		o.Stall = limits.Stall
+	}
+	s := &Server{
+		opt:   o,
+		conns: make(map[*connection]struct{}),
+		stop:  make(chan struct{}),
+	}
+	s.watching.Add(1)
+	go s.watchLoop()
+	return s
+}
+
+// Serve speaks NBD on c until the peer leaves, misbehaves or the server shuts
+// down, and closes c. The error says why a connection ended that did not end
+// well; it is for the log.
+func (s *Server) Serve(ctx context.Context, c transport.Conn) error {
+	defer c.Close()
+	slot, err := s.admt.enter(c.Peer().Key())
+	if err != nil {
+		return err
+	}
+	defer slot.leave()
+
+	k := &connection{conn: c}
+	if !s.register(k) {
+		return errDraining
+	}
+	defer s.unregister(k)
+
+	if err := c.SetDeadline(time.Now().Add(s.opt.Handshake)); err != nil {
+		return err
+	}
+	n := newNegotiation(&s.opt, c, slot)
+	err = n.run(ctx)
+	if err != nil || n.export == nil {
+		n.close()
+		return err
+	}
+	slot.established()
+	return s.transmit(ctx, k, n)
+}
+
+// transmit runs the session that was negotiated.
+func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) error {
+	defer n.conn.Close()
+	defer n.export.Close()
+	if err := n.conn.SetDeadline(time.Time{}); err != nil {
+		return err
+	}
+	sess := newSession(&s.opt, n)
+	s.mu.Lock()
+	k.session = sess
+	if s.draining {
+		sess.drain()
+	}
+	s.mu.Unlock()
+	return sess.serve(ctx)
+}
+
+var errDraining = errors.New("server is shutting down")
+
+func (s *Server) register(k *connection) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return false
+	}
+	s.conns[k] = struct{}{}
+	return true
+}
+
+func (s *Server) unregister(k *connection) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, k)
+	if s.draining && len(s.conns) == 0 {
+		close(s.idle)
+	}
+}
+
+// Shutdown stops reading requests, lets those in flight finish until ctx
+// ends, and then answers the rest with ESHUTDOWN. It reports whether all
+// requests were finished; if not, a Serve may still wait for its storage.
+func (s *Server) Shutdown(ctx context.Context) bool {
+	idle := s.startDrain()
+	clean := true
+	select {
+	case <-idle:
+	case <-ctx.Done():
+		clean = false
+		s.each((*session).abandon, transport.Conn.Close)
+		select {
+		case <-idle:
+		case <-time.After(limits.Linger):
+		}
+	}
+	close(s.stop)
+	s.watching.Wait()
+	return clean
+}
+
+func (s *Server) startDrain() <-chan struct{} {
+	s.mu.Lock()
+	s.draining = true
+	s.idle = make(chan struct{})
+	if len(s.conns) == 0 {
+		close(s.idle)
+	}
+	s.mu.Unlock()
+	s.each((*session).drain, func(c transport.Conn) error {
+		return c.SetDeadline(time.Unix(1, 0))
+	})
+	return s.idle
+}
+
+// each calls inSession for every connection in transmission and before for
+// those that still negotiate.
+func (s *Server) each(inSession func(*session), before func(transport.Conn) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for k := range s.conns {
+		if k.session != nil {
+			inSession(k.session)
+		} else {
+			before(k.conn)
+		}
+	}
+}
+
+// watchTicks is how many looks without progress make a stall.
+const watchTicks = 8
+
+// watchLoop drops peers that leave a reply unread or a payload half sent. It
+// counts its own ticks: a process that was stopped or a host that slept does
+// not age its connections.
+func (s *Server) watchLoop() {
+	defer s.watching.Done()
+	t := time.NewTicker(max(s.opt.Stall/watchTicks, time.Millisecond))
+	defer t.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-t.C:
+			s.each((*session).watch, func(transport.Conn) error { return nil })
+		}
+	}
+}

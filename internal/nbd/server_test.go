@@ -1,0 +1,401 @@
+package nbd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+)
+
+// simple opens a session with simple replies.
+func (r *rig) simple() net.Conn {
+	r.t.Helper()
+	c := r.dial(r.t)
+	c.SetDeadline(time.Now().Add(hangLimit))
+	r.expect(c, 18)
+	r.send(c, sessionPrefixes[0])
+	r.expect(c, 10)
+	return c
+}
+
+func (r *rig) send(c net.Conn, p []byte) {
+	r.t.Helper()
+	if _, err := c.Write(p); err != nil {
+		r.t.Fatalf("send: %v", err)
+	}
+}
+
+func (r *rig) expect(c net.Conn, n int) []byte {
+	r.t.Helper()
+	b := make([]byte, n)
+	if k, err := io.ReadFull(c, b); err != nil {
+		r.t.Fatalf("after %d of %d bytes: %v", k, n, err)
+	}
+	return b
+}
+
+// reply reads a simple reply without payload.
+func (r *rig) reply(c net.Conn) (wire.Errno, uint64) {
+	r.t.Helper()
+	e, cookie, err := wire.DecodeSimpleReply(r.expect(c, wire.SimpleReplySize))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return e, cookie
+}
+
+func message(cmd wire.Cmd, cookie, off, n uint64) []byte {
+	return wire.AppendRequest(nil, wire.Request{Cmd: cmd, Cookie: cookie, Off: off, Len: n})
+}
+
+// gate is a device whose Flush waits until it is opened.
+type gate struct {
+	backing.Device
+	entered chan struct{}
+	open    chan struct{}
+	once    sync.Once
+}
+
+func newGate(size int64) *gate {
+	return &gate{Device: mem.New(size, nil), entered: make(chan struct{}, 1024), open: make(chan struct{})}
+}
+
+func (g *gate) Flush(context.Context) error {
+	g.entered <- struct{}{}
+	<-g.open
+	return nil
+}
+
+func (g *gate) release() { g.once.Do(func() { close(g.open) }) }
+
+func gateRig(t *testing.T) (*rig, *gate) {
+	g := newGate(1 << 20)
+	return newRig(t, g, engine.NewPool(1), bufpool.New(limits.BufferBudget)), g
+}
+
+func TestDrainFinishesWhatIsInFlight(t *testing.T) {
+	r, g := gateRig(t)
+	c := r.simple()
+	r.send(c, message(wire.CmdFlush, 1, 0, 0))
+	<-g.entered
+	down := make(chan bool)
+	server := r.server
+	r.server = nil
+	go func() { down <- server.Shutdown(context.Background()) }()
+	// The session has seen the drain when a further request is not answered
+	// any more; the one in flight is.
+	g.release()
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 1 {
+		t.Errorf("reply in flight: got %v for %d, want OK for 1", e, cookie)
+	}
+	if n, err := c.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("after the drain: got %d, %v, want EOF", n, err)
+	}
+	c.Close()
+	if !<-down {
+		t.Error("shutdown reports that requests were given up")
+	}
+}
+
+func TestForcedStopAnswersWithShutdown(t *testing.T) {
+	r, g := gateRig(t)
+	c := r.simple()
+	r.send(c, append(message(wire.CmdFlush, 1, 0, 0), message(wire.CmdFlush, 2, 0, 0)...))
+	<-g.entered
+	<-g.entered
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	server := r.server
+	r.server = nil
+	down := make(chan bool)
+	go func() { down <- server.Shutdown(ctx) }()
+	seen := map[uint64]bool{}
+	for range 2 {
+		e, cookie := r.reply(c)
+		if e != wire.ESHUTDOWN {
+			t.Errorf("request %d: got %v, want ESHUTDOWN", cookie, e)
+		}
+		seen[cookie] = true
+	}
+	if !seen[1] || !seen[2] {
+		t.Errorf("answered were %v, want 1 and 2", seen)
+	}
+	g.release()
+	c.Close()
+	if <-down {
+		t.Error("shutdown reports that all requests were finished")
+	}
+	<-r.errs
+}
+
+func TestPeerThatStopsReadingIsDropped(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Stall = 200 * time.Millisecond
+	c := r.simple()
+	go func() {
+		for {
+			if _, err := c.Write(message(wire.CmdRead, 0, 0, 1<<20)); err != nil {
+				return
+			}
+		}
+	}()
+	if err := <-r.errs; !errors.Is(err, errStalled) {
+		t.Errorf("session ended with %v, want %v", err, errStalled)
+	}
+}
+
+func TestHalfSentPayloadIsDropped(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Stall = 200 * time.Millisecond
+	for _, n := range []uint64{100, 1 << 20} {
+		c := r.simple()
+		r.send(c, append(message(wire.CmdWrite, 0, 0, n), "ten bytes."...))
+		if err := <-r.errs; !errors.Is(err, errStalled) {
+			t.Errorf("write of %d: session ended with %v, want %v", n, err, errStalled)
+		}
+	}
+	var b [10]byte
+	if err := r.dev.ReadAt(context.Background(), b[:], 0); err != nil || b != [10]byte{} {
+		t.Errorf("disk holds %q, %v; nothing of the payload may be written", b, err)
+	}
+}
+
+func TestIdleConnectionIsLeftAlone(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Stall = 20 * time.Millisecond
+	idle := r.simple()
+	busy := r.simple()
+	// A peer that is dropped for stalling shows that the watch has run its
+	// whole course meanwhile.
+	r.send(busy, message(wire.CmdWrite, 0, 0, 100))
+	if err := <-r.errs; !errors.Is(err, errStalled) {
+		t.Fatalf("session ended with %v, want %v", err, errStalled)
+	}
+	r.send(idle, message(wire.CmdFlush, 5, 0, 0))
+	if e, cookie := r.reply(idle); e != wire.OK || cookie != 5 {
+		t.Errorf("idle connection: got %v for %d, want OK for 5", e, cookie)
+	}
+}
+
+func TestRequestsInFlightAreBounded(t *testing.T) {
+	r, g := gateRig(t)
+	r.opt.Requests = 3
+	c := r.simple()
+	for i := range 10 {
+		r.send(c, message(wire.CmdFlush, uint64(i), 0, 0))
+	}
+	for range 3 {
+		<-g.entered
+	}
+	select {
+	case <-g.entered:
+		t.Error("a fourth request was begun")
+	default:
+	}
+	g.release()
+	for range 10 {
+		if e, _ := r.reply(c); e != wire.OK {
+			t.Errorf("got %v, want OK", e)
+		}
+	}
+}
+
+func TestHandshakeHasOneDeadlineInAll(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Handshake = 100 * time.Millisecond
+	c := r.dial(r.t)
+	r.expect(c, 18)
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for _, b := range wire.AppendOption(clientFlags(nil), 77, make([]byte, 4096)) {
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+				c.Write([]byte{b})
+			}
+		}
+	}()
+	var timeout net.Error
+	if err := <-r.errs; !errors.As(err, &timeout) || !timeout.Timeout() {
+		t.Errorf("handshake ended with %v, want a timeout", err)
+	}
+	if r.exports.opened.Load() != 0 {
+		t.Error("the export was opened")
+	}
+}
+
+func TestExportIsOpenedByItsOptionsOnly(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		p    []byte
+		want int
+	}{
+		{"nothing", clientFlags(nil), 0},
+		{"LIST", wire.AppendOption(clientFlags(nil), wire.OptList, nil), 0},
+		{"SET_META_CONTEXT", metaOption(wire.AppendOption(clientFlags(nil), wire.OptStructuredReply, nil)), 0},
+		{"GO", goOption(clientFlags(nil)), 1},
+		{"EXPORT_NAME", sessionPrefixes[0], 1},
+		{"unknown name", wire.AppendOption(clientFlags(nil), wire.OptExportName, []byte("x")), 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := memRig(t, 1<<20)
+			r.feed(t, tt.p)
+			if int(r.exports.opened.Load()) != tt.want {
+				t.Errorf("exports opened: got %d, want %d", r.exports.opened.Load(), tt.want)
+			}
+		})
+	}
+}
+
+func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.TLS = TLSOn
+	r.exports.needTLS = true
+	b := r.feed(t, goOption(clientFlags(nil)))
+	h, err := wire.DecodeOptReply(b[18:])
+	if err != nil || h.Rep != wire.RepErrTLSReqd {
+		t.Errorf("GO got %v, %v; want %v", h.Rep, err, wire.RepErrTLSReqd)
+	}
+	if b := r.feed(t, sessionPrefixes[0]); len(b) != 18 {
+		t.Errorf("EXPORT_NAME got %d bytes behind the greeting, want none", len(b)-18)
+	}
+	if r.exports.opened.Load() != 0 {
+		t.Error("the export was opened")
+	}
+}
+
+func TestAdmissionCountsPeersApart(t *testing.T) {
+	var a admission
+	var slots []*slot
+	for range limits.HandshakingPerPeer {
+		s, err := a.enter("uid:1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		slots = append(slots, s)
+	}
+	if _, err := a.enter("uid:1"); !errors.Is(err, errTooManyHandshaking) {
+		t.Errorf("one more in handshake: got %v, want %v", err, errTooManyHandshaking)
+	}
+	s, err := a.enter("uid:2")
+	if err != nil {
+		t.Errorf("another peer: %v", err)
+	}
+	s.leave()
+	slots[0].established()
+	if s, err = a.enter("uid:1"); err != nil {
+		t.Errorf("after one was established: %v", err)
+	}
+	s.leave()
+	for _, s := range slots {
+		s.leave()
+	}
+	if len(a.peers) != 0 || a.all != 0 || a.early != 0 {
+		t.Errorf("after all left: %d peers, %d connections, %d in handshake; want none", len(a.peers), a.all, a.early)
+	}
+}
+
+func TestErrnoFitsCommandAndFlags(t *testing.T) {
+	for _, tt := range []struct {
+		err   error
+		cmd   wire.Cmd
+		flags wire.CmdFlags
+		want  wire.Errno
+	}{
+		{backing.ErrOutOfRange, wire.CmdWrite, 0, wire.ENOSPC},
+		{backing.ErrOutOfRange, wire.CmdZero, 0, wire.ENOSPC},
+		{backing.ErrOutOfRange, wire.CmdRead, 0, wire.EINVAL},
+		{backing.ErrOutOfRange, wire.CmdTrim, 0, wire.EINVAL},
+		{backing.ErrReadOnly, wire.CmdTrim, 0, wire.EPERM},
+		{backing.ErrNotSupported, wire.CmdZero, wire.FlagFastZero, wire.ENOTSUP},
+		{backing.ErrNotSupported, wire.CmdZero, 0, wire.EINVAL},
+		{backing.ErrPoisoned, wire.CmdWrite, 0, wire.EIO},
+		{backing.ErrNoSpace, wire.CmdWrite, 0, wire.ENOSPC},
+		{io.ErrUnexpectedEOF, wire.CmdRead, 0, wire.EIO},
+		{&backing.Error{Op: "read", Path: "/etc/secret", Kind: backing.ErrIO, Err: io.EOF}, wire.CmdRead, 0, wire.EIO},
+		{errBadFlags, wire.CmdRead, 0, wire.EINVAL},
+	} {
+		req := &wire.Request{Cmd: tt.cmd, Flags: tt.flags}
+		if got := errnoOf(tt.err, req); got != tt.want {
+			t.Errorf("%v on %v: got %v, want %v", tt.err, tt.cmd, got, tt.want)
+		}
+		if text := errorText(tt.err, tt.want); len(text) > limits.MaxErrorText || text == "" ||
+			text == "/etc/secret" {
+			t.Errorf("text for %v: %q", tt.err, text)
+		}
+	}
+}
+
+func TestExtentsMergeAndStayBelow32Bits(t *testing.T) {
+	hole := func(n int64) backing.Extent { return backing.Extent{Len: n, Hole: true, Zero: true} }
+	data := func(n int64) backing.Extent { return backing.Extent{Len: n} }
+	for _, tt := range []struct {
+		name     string
+		wide     bool
+		in, want []backing.Extent
+	}{
+		{"equal neighbours", false, []backing.Extent{data(1), data(2), hole(3), hole(4)}, []backing.Extent{data(3), hole(7)}},
+		{"compact split", false, []backing.Extent{data(1 << 32)}, []backing.Extent{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
+		{"compact merge then split", false, []backing.Extent{data(1 << 31), data(1 << 31)}, []backing.Extent{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
+		{"extended keeps", true, []backing.Extent{hole(1 << 40)}, []backing.Extent{hole(1 << 40)}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := extentList{wide: tt.wide}
+			for _, x := range tt.in {
+				if !e.add(x) {
+					t.Fatal("list is full")
+				}
+			}
+			if len(e.list) != len(tt.want) {
+				t.Fatalf("got %v, want %v", e.list, tt.want)
+			}
+			for i := range e.list {
+				if e.list[i] != tt.want[i] {
+					t.Errorf("extent %d: got %v, want %v", i, e.list[i], tt.want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestExtentListIsBounded(t *testing.T) {
+	e := extentList{}
+	n := 0
+	for e.add(backing.Extent{Len: 512, Hole: n%2 == 0}) {
+		if n++; n > limits.MaxExtents {
+			t.Fatal("list grows without bound")
+		}
+	}
+	if len(e.list) != limits.MaxExtents {
+		t.Errorf("descriptors: got %d, want %d", len(e.list), limits.MaxExtents)
+	}
+}
+
+func TestUnreadReplyIsNotLostWhenTheSessionEnds(t *testing.T) {
+	r := memRig(t, 1<<20)
+	p := append(clientFlags(nil), sessionPrefixes[0][4:]...)
+	p = append(p, message(wire.CmdRead, 3, 0, 4096)...)
+	p = append(p, message(wire.CmdDisc, 0, 0, 0)...)
+	b := r.feed(t, p)
+	if want := 18 + 10 + wire.SimpleReplySize + 4096; len(b) != want {
+		t.Errorf("bytes from the server: got %d, want %d", len(b), want)
+	}
+	if m := binary.BigEndian.Uint32(b[28:]); m != wire.MagicReply {
+		t.Errorf("reply magic: got %#x", m)
+	}
+}

@@ -1,0 +1,338 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// session is one connection in transmission. Fields without a remark belong
+// to the connection's goroutine, the one that runs serve.
+type session struct {
+	opt    *Options
+	conn   transport.Conn
+	dev    *backing.Checked
+	ctx    context.Context
+	cancel context.CancelFunc
+	chatty bool          // the log wants every request
+	always wire.CmdFlags // flags that every command takes
+
+	structured bool // chunks may be sent, compact or extended
+	extended   bool
+	contexts   []contextID
+	payloads   bool // BLOCK_STATUS may carry a payload
+
+	in    input
+	req   wire.Request // the one being looked at
+	out   []byte       // replies of this turn, in outBuf
+	outB  *bufpool.Buf // nil when there are none
+	batch []*engine.IO // transfers of this turn
+	m     backing.Mapping
+
+	sender sender         // see there
+	own    budget         // what this connection has in flight
+	peer   *budget        // what its peer has
+	work   sync.WaitGroup // requests, queued turns, writeLoop
+
+	mu     sync.Mutex
+	flying *request // guarded by mu; requests that outlive their turn
+	cause  error    // guarded by mu; why this side ended the connection
+
+	dead    atomic.Bool // the connection was ended from this side
+	leaving atomic.Bool // no further requests are read
+
+	// The watch over stalls: moves counts signs of progress.
+	moves   atomic.Uint32
+	partial atomic.Bool // waiting for the rest of a message
+	seen    uint32      // owned by the watch
+	ticks   int         // owned by the watch
+}
+
+var (
+	errStalled  = errors.New("peer does not read or write any more")
+	errTooLong  = errors.New("write is too long to be skipped")
+	errBadMagic = errors.New("request has a wrong magic")
+)
+
+func newSession(o *Options, n *negotiation) *session {
+	s := &session{
+		opt:        o,
+		conn:       n.conn,
+		dev:        n.export.Device,
+		chatty:     o.Log.Enabled(context.Background(), slog.LevelDebug),
+		structured: n.agreed.structured || n.agreed.extended,
+		extended:   n.agreed.extended,
+		contexts:   n.agreed.meta.forExport(n.export.Name),
+		peer:       &n.slot.peer.budget,
+	}
+	if s.dev.Info().Caps.Has(backing.CanFUA) {
+		// proto.md, "Command flags": on every command once it is offered.
+		s.always |= wire.FlagFUA
+	}
+	s.payloads = s.extended && len(s.contexts) > 0
+	s.own.init(int64(o.Requests), limits.BytesPerConn)
+	s.sender.init(s, newLink(n.conn))
+	s.in.init(s, n.early())
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+// serve answers requests until the peer disconnects. What is in flight then is
+// finished and sent before it returns.
+func (s *session) serve(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, s.drain)
+	defer stop()
+	err := s.readLoop()
+	if e := s.endTurn(); err == nil {
+		err = e
+	}
+	s.work.Wait()
+	s.in.release()
+	s.releaseOut()
+	s.cancel()
+
+	switch {
+	case s.dead.Load():
+		return s.why()
+	case err == nil, errors.Is(err, io.EOF):
+		return nil
+	case s.leaving.Load():
+		s.linger()
+		return nil
+	case errors.Is(err, errTooLong):
+		s.linger()
+	}
+	return err
+}
+
+// readLoop decodes and dispatches until the peer says DISC (nil), leaves
+// (io.EOF) or breaks the protocol.
+func (s *session) readLoop() error {
+	size := wire.RequestSize
+	if s.extended {
+		size = wire.ExtRequestSize
+	}
+	for {
+		if err := s.waitForRoom(); err != nil {
+			return err
+		}
+		b, err := s.in.header(size)
+		if err != nil {
+			return err
+		}
+		if s.req, err = s.decode(b); err != nil {
+			return errBadMagic
+		}
+		s.in.skip(size)
+		if s.req.Cmd == wire.CmdDisc {
+			return nil
+		}
+		if err := s.dispatch(&s.req); err != nil {
+			return err
+		}
+	}
+}
+
+func (s *session) decode(b []byte) (wire.Request, error) {
+	if s.extended {
+		return wire.DecodeExtRequest(b)
+	}
+	return wire.DecodeRequest(b)
+}
+
+// endTurn hands the turn's transfers to the engine and its replies to the
+// peer.
+func (s *session) endTurn() error {
+	if len(s.batch) > 0 {
+		s.opt.Engine.Submit(s.batch)
+		clear(s.batch)
+		s.batch = s.batch[:0]
+	}
+	return s.flushOut()
+}
+
+// park is what happens before the connection's goroutine waits for the peer:
+// the turn ends, and an idle connection holds no buffers.
+func (s *session) park() error {
+	if err := s.endTurn(); err != nil {
+		return err
+	}
+	s.releaseOut()
+	if s.in.empty() {
+		s.in.release()
+	}
+	return nil
+}
+
+// waitForRoom bounds what is in flight: the next request is not looked at
+// before there is room for it.
+func (s *session) waitForRoom() error {
+	for _, b := range [...]*budget{&s.own, s.peer} {
+		if !b.full() {
+			continue
+		}
+		if err := s.endTurn(); err != nil {
+			return err
+		}
+		b.wait(s.dead.Load)
+	}
+	if s.dead.Load() {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+func (s *session) take(requests, bytes int) {
+	s.own.take(requests, bytes)
+	s.peer.take(requests, bytes)
+}
+
+func (s *session) give(requests, bytes int) {
+	s.own.give(requests, bytes)
+	s.peer.give(requests, bytes)
+}
+
+// reserve makes room for n bytes of replies in this turn's buffer; n is at
+// most limits.TurnBuffer. What it returns is appended to s.out by extending
+// it.
+func (s *session) reserve(n int) error {
+	if s.outB != nil && len(s.out)+n > cap(s.out) {
+		if err := s.flushOut(); err != nil {
+			return err
+		}
+	}
+	if s.outB == nil {
+		b, err := s.opt.Buffers.Get(s.ctx, limits.TurnBuffer)
+		if err != nil {
+			return err
+		}
+		s.outB, s.out = b, b.Bytes()[:0]
+	}
+	return nil
+}
+
+// flushOut sends the turn's replies, or queues what does not fit.
+func (s *session) flushOut() error {
+	if len(s.out) == 0 {
+		return nil
+	}
+	if !s.sender.claim() {
+		s.sender.push(s.takeOut(0))
+		return s.sender.broken()
+	}
+	n, err := s.sender.link.trySend(s.out, false)
+	switch {
+	case err != nil:
+		s.sender.yield()
+		s.fail(err)
+		return err
+	case n < len(s.out):
+		s.sender.yield(s.takeOut(n))
+	default:
+		s.out = s.out[:0]
+		s.sender.yield()
+		s.moved()
+	}
+	return nil
+}
+
+// takeOut makes a segment of the replies from n on and hands their buffer
+// over to it.
+func (s *session) takeOut(n int) segment {
+	g := segment{body: s.out[n:], turn: s.outB}
+	s.out, s.outB = nil, nil
+	s.work.Add(1)
+	s.take(0, limits.TurnBuffer)
+	return g
+}
+
+func (s *session) releaseOut() {
+	if s.outB != nil {
+		s.outB.Release()
+		s.out, s.outB = nil, nil
+	}
+}
+
+func (s *session) moved() { s.moves.Add(1) }
+
+// watch is called once a tick by the server.
+func (s *session) watch() {
+	now := s.moves.Load()
+	if now != s.seen || !s.partial.Load() && !s.sender.waiting.Load() {
+		s.seen, s.ticks = now, 0
+		return
+	}
+	if s.ticks++; s.ticks >= watchTicks {
+		s.fail(errStalled)
+	}
+}
+
+// fail ends the connection at once; replies that are not out are dropped.
+func (s *session) fail(err error) {
+	s.mu.Lock()
+	if s.cause == nil {
+		s.cause = err
+	}
+	s.mu.Unlock()
+	s.dead.Store(true)
+	s.sender.fail(err)
+	// Not Close: it would wait for the call that may be running fail.
+	s.conn.SetDeadline(time.Unix(1, 0))
+	s.own.wake()
+	s.peer.wake()
+}
+
+func (s *session) why() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cause
+}
+
+// drain stops reading requests; those that were read are answered.
+func (s *session) drain() {
+	s.leaving.Store(true)
+	s.conn.SetReadDeadline(time.Unix(1, 0))
+}
+
+// abandon is a forced stop: what has not been answered gets ESHUTDOWN
+// (proto.md, "Terminating the transmission phase"), and whatever the storage
+// still says is not waited for.
+func (s *session) abandon() {
+	s.mu.Lock()
+	var late []*request
+	for r := s.flying; r != nil; r = r.next {
+		if r.answered.CompareAndSwap(false, true) {
+			late = append(late, r)
+		}
+	}
+	heads := make([][]byte, len(late))
+	for i, r := range late {
+		heads[i] = s.appendError(nil, &r.req, wire.ESHUTDOWN, "server is shutting down", -1)
+	}
+	s.work.Add(len(late)) // they are in flight: the count is not zero
+	s.mu.Unlock()
+	defer s.work.Add(-len(late))
+	for _, h := range heads {
+		s.sender.push(segment{head: h})
+	}
+}
+
+// linger lets the peer take the last replies before the connection is closed
+// on bytes that it sent and nobody will read, which would reset it.
+func (s *session) linger() {
+	s.conn.CloseWrite()
+	s.conn.SetReadDeadline(time.Now().Add(limits.Linger))
+	io.Copy(io.Discard, io.LimitReader(s.conn, limits.MaxIO))
+}
