@@ -8,7 +8,6 @@ const (
 	opFsync      = 3
 	opReadFixed  = 4
 	opWriteFixed = 5
-	opPollAdd    = 6
 	opFallocate  = 17
 	opRead       = 22
 	opWrite      = 23
@@ -16,20 +15,16 @@ const (
 
 // opcodes is all that the ring is ever asked for: what the probe must find
 // and the restriction lets through.
-var opcodes = [...]uint8{opFsync, opReadFixed, opWriteFixed, opPollAdd, opFallocate, opRead, opWrite}
+var opcodes = [...]uint8{opFsync, opReadFixed, opWriteFixed, opFallocate, opRead, opWrite}
 
 const (
 	sqeFixedFile = 1 << 0 // sqe.flags: fd is an index into the file table
 
 	fsyncDatasync = 1 << 0 // sqe.opFlags of opFsync
-	pollMulti     = 1 << 0 // sqe.len of opPollAdd: post again and again
-
-	cqeMore = 1 << 1 // cqe.flags: a multishot request stays armed
 )
 
 // Flags of io_uring_setup.
 const (
-	setupCQSize       = 1 << 3
 	setupClamp        = 1 << 4
 	setupRDisabled    = 1 << 6
 	setupSubmitAll    = 1 << 7  // 5.18

@@ -22,8 +22,9 @@ import (
 // childEnv names the part that a test process started by another one plays.
 const childEnv = "URING_TEST_CHILD"
 
-// runChild runs the named part in a process of its own.
-func runChild(t *testing.T, part string, attr *syscall.SysProcAttr) {
+// runChild runs the named part in a process of its own, which finds the
+// files from descriptor 4 on.
+func runChild(t *testing.T, part string, attr *syscall.SysProcAttr, files ...*os.File) {
 	t.Helper()
 	if e, err := New(Options{}); err != nil {
 		t.Skipf("no io_uring: %v", err)
@@ -37,7 +38,7 @@ func runChild(t *testing.T, part string, attr *syscall.SysProcAttr) {
 	defer exe.Close()
 	// The binary may lie where another user cannot reach it: by descriptor.
 	cmd := exec.Command("/proc/self/fd/3", "-test.run=^TestChild$", "-test.count=1")
-	cmd.ExtraFiles = []*os.File{exe}
+	cmd.ExtraFiles = append([]*os.File{exe}, files...)
 	cmd.Dir = "/"
 	cmd.Env = append(os.Environ(), childEnv+"="+part)
 	cmd.SysProcAttr = attr
@@ -97,7 +98,14 @@ func TestMemlockRefusalLeavesTheEngineWorking(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("not root: cannot start a process without CAP_IPC_LOCK")
 	}
-	runChild(t, "memlock", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
+	var files []*os.File
+	for range 2 {
+		f := tempFile(t, 8192, os.O_RDWR|unix.O_DIRECT)
+		defer f.Close()
+		files = append(files, f)
+	}
+	attr := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	runChild(t, "memlock", attr, files...)
 }
 
 func childMemlock(t *testing.T) {
@@ -112,8 +120,8 @@ func childMemlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer e.Close()
-	for range 2 {
-		f, err := e.Open(tempFile(t, 8192, os.O_RDWR|unix.O_DIRECT))
+	for fd := range uintptr(2) {
+		f, err := e.Open(os.NewFile(4+fd, "disk"))
 		if err != nil {
 			t.Fatal(err)
 		}

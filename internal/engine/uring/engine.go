@@ -3,7 +3,7 @@
 // One locked thread, the issuer, owns the ring: it takes what Submit queued,
 // hands it to the kernel and waits for completions with one system call, and
 // calls Done. Everybody else only appends to its queue and, if it sleeps,
-// wakes it through an eventfd that the ring polls.
+// wakes it through an eventfd that the ring reads.
 //
 // The ring is restricted to the opcodes in use and to files in its table, so
 // that a worker taken over by a hostile guest gains nothing from it. What
@@ -115,7 +115,8 @@ func newEngine(o Options, profile int, entries, files uint32) (*Engine, error) {
 		e.free = append(e.free, i)
 	}
 	var err error
-	if e.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+	// Blocking, or the ring would not wait for it to become readable.
+	if e.wakeFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	ready := make(chan error)
@@ -207,7 +208,8 @@ func (e *Engine) Open(f *os.File) (*engine.File, error) {
 }
 
 // forget empties a place of the file table: only then does closing the file
-// close it, and give up its locks.
+// close it. Before Linux 6.13 that waits for the older transfers of all files,
+// and before 6.4 takes up to a second more.
 func (e *Engine) forget(index int32) error {
 	errno := e.control(func(r *ring) syscall.Errno { return r.updateFiles(int(index), []int32{-1}) })
 	if errno == syscall.ECANCELED {
@@ -300,8 +302,7 @@ func (e *Engine) Submit(batch []*engine.IO) {
 	e.wake()
 }
 
-// wake gets the issuer out of its wait, if it is in one. The write cannot
-// block: the counter would have to overflow.
+// wake gets the issuer out of its wait, if it is in one.
 func (e *Engine) wake() {
 	if !e.asleep.Load() || !e.asleep.CompareAndSwap(true, false) {
 		return

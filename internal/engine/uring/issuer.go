@@ -1,7 +1,6 @@
 package uring
 
 import (
-	"encoding/binary"
 	"fmt"
 	"runtime"
 	"sync/atomic"
@@ -13,7 +12,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
-// wakeData marks completions of the poll on the eventfd.
+// wakeData marks completions of the read of the eventfd.
 const wakeData = ^uint64(0)
 
 // maxCall bounds one call; longer buffers are continued as short transfers.
@@ -35,14 +34,15 @@ type issuer struct {
 	again    []uint32 // slots whose transfer has another call to make
 	backlog  list     // taken from the queue, without a slot
 	controls []*control
-	armed    bool // the eventfd is polled
-	fixed    bool // the arena is registered
+	armed    bool   // the eventfd is being read
+	wakes    uint64 // what the read puts there
+	fixed    bool   // the arena is registered
 	lo, hi   uintptr
 }
 
 func newIssuer(e *Engine, r *ring) *issuer {
-	// Every call in flight has room for its completion, and the poll too.
-	n := len(r.cqes) - 2
+	// Every call in flight has room for its completion, and the eventfd too.
+	n := len(r.cqes) - 1
 	s := &issuer{e: e, r: r, slots: make([]slot, n), free: make([]uint32, 0, n), again: make([]uint32, 0, n)}
 	for i := range n {
 		s.free = append(s.free, uint32(n-1-i))
@@ -58,10 +58,7 @@ func newIssuer(e *Engine, r *ring) *issuer {
 func (s *issuer) loop() {
 	for {
 		closing := s.gather()
-		for _, c := range s.controls {
-			c.done <- c.do(s.r)
-		}
-		clear(s.controls)
+		s.control()
 		full := s.fill()
 		if closing && s.idle() {
 			s.leave()
@@ -83,6 +80,22 @@ func (s *issuer) gather() (closing bool) {
 	s.controls, e.controls = e.controls, s.controls[:0]
 	e.asleep.Store(true)
 	return e.closing
+}
+
+// control changes the tables. The read of the eventfd then starts anew:
+// before Linux 6.13 a file that left the table is kept open while any request
+// older than that is in flight, and this one would be for ever.
+func (s *issuer) control() {
+	if len(s.controls) == 0 {
+		return
+	}
+	for _, c := range s.controls {
+		c.done <- c.do(s.r)
+	}
+	clear(s.controls)
+	if s.armed {
+		writeEventfd(s.e.wakeFD)
+	}
 }
 
 // idle tells that nothing is left to do.
@@ -121,14 +134,14 @@ func (s *issuer) fill() (full bool) {
 	return false
 }
 
-// arm queues the poll on the eventfd, which posts once per wake for good.
+// arm queues the read of the eventfd that ends when somebody wakes us.
 func (s *issuer) arm() bool {
 	q := s.r.next()
 	if q == nil {
 		return false
 	}
-	q.opcode, q.flags, q.fd = opPollAdd, sqeFixedFile, wakeFile
-	q.len, q.opFlags, q.userData = pollMulti, pollIn, wakeData
+	q.opcode, q.flags, q.fd = opRead, sqeFixedFile, wakeFile
+	q.addr, q.len, q.userData = uint64(uintptr(unsafe.Pointer(&s.wakes))), 8, wakeData
 	s.armed = true
 	return true
 }
@@ -200,12 +213,20 @@ func (s *issuer) reap() {
 	for ; head != tail; head++ {
 		c := r.cqes[head&r.cqMask]
 		if c.userData == wakeData {
-			s.armed = c.flags&cqeMore != 0
+			s.woken(c.res)
 			continue
 		}
 		s.finish(c)
 	}
 	atomic.StoreUint32(r.cqHead, head)
+}
+
+// woken ends the read of the eventfd; fill starts the next one.
+func (s *issuer) woken(res int32) {
+	s.armed = false
+	if res < 0 && res != -int32(syscall.EINTR) && res != -int32(syscall.EAGAIN) {
+		panic(fmt.Sprintf("uring: read of the eventfd: %v", syscall.Errno(-res)))
+	}
 }
 
 // finish gives the result of a call to its transfer.
@@ -243,19 +264,11 @@ func (s *issuer) leave() {
 	s.r.updateFiles(0, fds)
 }
 
-// pollIn is POLLIN in the 32-bit field of a submission, whose halves a
-// big-endian kernel swaps.
-var pollIn = func() uint32 {
-	if binary.NativeEndian.Uint16([]byte{1, 0}) == 1 {
-		return unix.POLLIN
-	}
-	return unix.POLLIN << 16
-}()
-
 // one is what an eventfd is given to count.
 var one uint64 = 1
 
-// writeEventfd adds one to an eventfd that does not block.
+// writeEventfd adds one to an eventfd. That never blocks: the counter would
+// have to overflow, and every read empties it.
 func writeEventfd(fd int) {
 	syscall.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one)), unsafe.Sizeof(one))
 }

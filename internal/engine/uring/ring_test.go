@@ -52,7 +52,7 @@ func testRing(t *testing.T, profile int, f *os.File) *ring {
 	t.Helper()
 	runtime.LockOSThread()
 	t.Cleanup(runtime.UnlockOSThread)
-	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -158,14 +158,14 @@ func TestOpcodesAreThoseOfTheKernel(t *testing.T) {
 // What a hostile worker might want from its ring is refused by the kernel.
 func TestRingIsRestrictedToItsWork(t *testing.T) {
 	const (
-		opNop, opOpenat, opSocket, opConnect, opSend, opUringCmd = 0, 18, 45, 16, 26, 46
-		registerPersonality, unregisterFiles                     = 9, 3
+		opNop, opPollAdd, opOpenat, opSocket, opConnect, opSend, opUringCmd = 0, 6, 18, 45, 16, 26, 46
+		registerPersonality, unregisterFiles                                = 9, 3
 	)
 	f := tempFile(t, 4096, os.O_RDWR)
 	defer f.Close()
 	for p := range profiles {
 		r := testRing(t, p, f)
-		for _, op := range []uint8{opNop, opOpenat, opSocket, opConnect, opSend, opUringCmd} {
+		for _, op := range []uint8{opNop, opPollAdd, opOpenat, opSocket, opConnect, opSend, opUringCmd} {
 			if got := r.call(t, sqe{opcode: op, flags: sqeFixedFile, fd: 1}); got != -int32(syscall.EACCES) {
 				t.Errorf("opcode %d: %d, want EACCES", op, got)
 			}
