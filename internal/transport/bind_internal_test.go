@@ -100,7 +100,6 @@ func TestErrorsOfOneConnectionAreKnown(t *testing.T) {
 	for err, want := range map[error]bool{
 		os.NewSyscallError("accept4", unix.ECONNABORTED): true,
 		os.NewSyscallError("accept4", unix.EPROTO):       true,
-		os.ErrDeadlineExceeded:                           true,
 		os.NewSyscallError("accept4", unix.EMFILE):       false,
 		os.NewSyscallError("accept4", unix.ENOBUFS):      false,
 		os.NewSyscallError("accept4", unix.EBADF):        false,

@@ -60,6 +60,28 @@ func TestInheritedSocketsOfEveryKindAccept(t *testing.T) {
 	}
 }
 
+// TestDualStackSocketShowsIPv4PeersAsSuch inherits what systemd makes of a
+// port number: one IPv6 socket for both families.
+func TestDualStackSocketShowsIPv4PeersAsSuch(t *testing.T) {
+	if !ipv6Works() {
+		t.Skip("no IPv6 loopback")
+	}
+	fd := sock(t, unix.AF_INET6, unix.SOCK_STREAM)
+	put(t, unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0))
+	put(t, unix.Bind(fd, &unix.SockaddrInet6{}))
+	put(t, unix.Listen(fd, 1))
+	l := listen(t, transport.Endpoint{Kind: transport.FD, FD: fd})[0]
+	c, err := transport.Dial(t.Context(), transport.Target{
+		Kind: transport.TCP, Address: "127.0.0.1", Port: targetOf(t, l).Port,
+	})
+	put(t, err)
+	defer c.Close()
+	s := accept(t, l)
+	if s.Peer().Key() != "ip:127.0.0.1" || s.RemoteAddr().String() != c.LocalAddr().String() {
+		t.Errorf("peer has key %q and address %v, want those of %v", s.Peer().Key(), s.RemoteAddr(), c.LocalAddr())
+	}
+}
+
 func TestInheritedVSockIsRecognised(t *testing.T) {
 	l := listenVSock(t)
 	got := listen(t, transport.Endpoint{Kind: transport.FD, FD: dup(t, inherit(t, l))})[0]

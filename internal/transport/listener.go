@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -30,6 +29,11 @@ type listener struct {
 	path   *socketPath
 	close  func() error
 	closed atomic.Bool
+
+	// turn holds a value while an Accept waits on the socket: socket.Conn
+	// ends a wait by the socket's one deadline, which two waits would set and
+	// clear for each other.
+	turn chan struct{}
 }
 
 // startListening calls listen and wraps the socket, which it closes on an
@@ -55,7 +59,7 @@ func newListener(sock *socket.Conn, kind Kind, opt options) (*listener, error) {
 		sock.Close()
 		return nil, err
 	}
-	l := &listener{sock: sock, raw: raw, kind: kind, at: at, opt: opt}
+	l := &listener{sock: sock, raw: raw, kind: kind, at: at, opt: opt, turn: make(chan struct{}, 1)}
 	l.close = sync.OnceValue(l.shut)
 	return l, nil
 }
@@ -63,6 +67,12 @@ func newListener(sock *socket.Conn, kind Kind, opt options) (*listener, error) {
 // Accept implements Listener. When ctx ends, the error is both net.ErrClosed
 // and that of ctx.
 func (l *listener) Accept(ctx context.Context) (Conn, error) {
+	select {
+	case l.turn <- struct{}{}:
+		defer func() { <-l.turn }()
+	case <-ctx.Done():
+		return nil, l.ended(ctx)
+	}
 	for {
 		sock, sa, err := l.sock.Accept(ctx, 0)
 		switch {
@@ -74,7 +84,7 @@ func (l *listener) Accept(ctx context.Context) (Conn, error) {
 			}
 			return c, nil
 		case ctx.Err() != nil:
-			return nil, fmt.Errorf("accept on %s: %w: %w", l.Addr(), net.ErrClosed, ctx.Err())
+			return nil, l.ended(ctx)
 		case l.closed.Load():
 			return nil, fmt.Errorf("accept on %s: %w", l.Addr(), net.ErrClosed)
 		case ofOneConnection(err):
@@ -84,14 +94,14 @@ func (l *listener) Accept(ctx context.Context) (Conn, error) {
 	}
 }
 
+func (l *listener) ended(ctx context.Context) error {
+	return fmt.Errorf("accept on %s: %w: %w", l.Addr(), net.ErrClosed, ctx.Err())
+}
+
 // ofOneConnection says that accept spoke of a connection that broke while it
 // waited, as Linux does (accept(2), "Error handling"); such an error took
-// that connection off the queue. A deadline belongs to another Accept, whose
-// context ended.
+// that connection off the queue.
 func ofOneConnection(err error) bool {
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return true
-	}
 	for _, e := range []unix.Errno{
 		unix.ECONNABORTED, unix.ECONNRESET, unix.EPROTO, unix.ENOPROTOOPT,
 		unix.ENETDOWN, unix.EHOSTDOWN, unix.ENONET, unix.EHOSTUNREACH,

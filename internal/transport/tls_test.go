@@ -172,7 +172,7 @@ func clientCases(t *testing.T, ca *transporttest.CA) []clientCase {
 	for range limits.CertificateChain {
 		deep = deep.Intermediate("deep")
 	}
-	big, err := rsa.GenerateKey(rand.Reader, 1024*(limits.RSABits/1024)+1024)
+	big, err := rsa.GenerateKey(rand.Reader, limits.RSABits+8)
 	put(t, err)
 	crl := func(b ...[]byte) [][]byte { return b }
 	return []clientCase{

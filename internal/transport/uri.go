@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strconv"
@@ -137,7 +138,7 @@ func (u *URI) parseAuthority(p *url.URL) error {
 		if u.Address = host; host == "" {
 			u.Address = "localhost"
 		}
-		return nil
+		return checkHost(u.Address)
 	}
 	if u.CID = vsock.Host; host != "" {
 		cid, err := strconv.ParseUint(host, 10, 32)
@@ -163,6 +164,27 @@ func (u *URI) parsePort(s string) error {
 	}
 	u.Port = uint32(port)
 	return nil
+}
+
+// checkHost allows IP addresses with or without a zone and host names, which
+// have ASCII letters only once they are encoded for the DNS.
+func checkHost(host string) error {
+	name := host
+	if a, err := netip.ParseAddr(host); err == nil {
+		name = a.Zone()
+	}
+	for i := range len(name) {
+		if !unreserved(name[i]) {
+			return fmt.Errorf("host %q is neither an address nor a name", host)
+		}
+	}
+	return nil
+}
+
+// unreserved are the characters that need no encoding (RFC 3986, section 2.3).
+func unreserved(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' ||
+		strings.IndexByte("-._~", c) >= 0
 }
 
 func checkExport(name string) error {
@@ -255,17 +277,13 @@ func (u URI) authority() string {
 	return host + ":" + strconv.FormatUint(uint64(u.Port), 10)
 }
 
-// escape percent-encodes all but the unreserved characters of RFC 3986 and
-// those in keep.
+// escape percent-encodes all but unreserved characters and those in keep.
 func escape(s, keep string) string {
 	var b strings.Builder
 	for i := range len(s) {
-		c := s[i]
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9',
-			strings.IndexByte("-._~", c) >= 0, strings.IndexByte(keep, c) >= 0:
+		if c := s[i]; unreserved(c) || strings.IndexByte(keep, c) >= 0 {
 			b.WriteByte(c)
-		default:
+		} else {
 			fmt.Fprintf(&b, "%%%02X", c)
 		}
 	}
