@@ -1,0 +1,39 @@
+// Command vmdiskd serves one guest disk over NBD.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/vmdiskd/vmdiskd/internal/daemon"
+)
+
+// Exit statuses besides those of a captive command.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	opt, err := parse(args)
+	var usage usageError
+	switch {
+	case errors.As(err, &usage):
+		fmt.Fprintf(os.Stderr, "vmdiskd: %v\nTry 'vmdiskd --help'.\n", err)
+		return exitUsage
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)
+		return exitFailed
+	case opt.text != "":
+		fmt.Print(opt.text)
+		return 0
+	}
+	status, err := daemon.Run(opt.config)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)
+	}
+	return status
+}

@@ -1,0 +1,363 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"os/user"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/vmdiskd/vmdiskd/internal/daemon"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// usageError is a mistake on the command line.
+type usageError struct{ text string }
+
+func (e usageError) Error() string { return e.text }
+
+func usagef(format string, a ...any) error { return usageError{fmt.Sprintf(format, a...)} }
+
+// defaultPort is the port that IANA gave to NBD.
+const defaultPort = 10809
+
+// options is what was asked for: a text to print, or a daemon to run.
+type options struct {
+	text   string
+	config daemon.Config
+}
+
+// raw is the command line as it was written.
+type raw struct {
+	unix, port, address          string
+	only4, only6, vsock          bool
+	unixMode, unixOwner          string
+	readonly, oldstyle, newstyle bool
+	export, description          string
+	single, foreground           bool
+	threads                      int
+	user, group, pidfile         string
+	verbose, version, help, dump bool
+	debug                        []string
+	log, run                     string
+	exitWithParent, printURI     bool
+	tls, certificates            string
+	verifyPeer                   bool
+	mask                         string
+	noSR, noMC                   bool
+	format, cache, lock, engine  string
+	timeout, drain               time.Duration
+	later                        map[string]*string
+}
+
+// laterOptions are known and not there yet. They are refused, never ignored.
+var laterOptions = map[string]string{
+	"tls-psk":       "TLS with pre-shared keys",
+	"selinux-label": "labelling the socket",
+	"swap":          "serving a local swap device",
+}
+
+func (r *raw) flags() *pflag.FlagSet {
+	f := pflag.NewFlagSet("vmdiskd", pflag.ContinueOnError)
+	f.SortFlags = false
+	f.Usage = func() {}
+	f.StringVarP(&r.unix, "unix", "U", "", "listen on a Unix socket at `PATH`; - makes a private temporary one")
+	f.StringVarP(&r.port, "port", "p", "", "listen on TCP or vsock `PORT` (default 10809); 0 lets the kernel choose")
+	f.StringVarP(&r.address, "ipaddr", "i", "", "listen on this IP `ADDRESS` only")
+	f.BoolVarP(&r.only4, "ipv4-only", "4", false, "listen on IPv4 only")
+	f.BoolVarP(&r.only6, "ipv6-only", "6", false, "listen on IPv6 only")
+	f.BoolVar(&r.vsock, "vsock", false, "listen on AF_VSOCK instead of TCP")
+	f.StringVar(&r.unixMode, "unix-mode", "0600", "`MODE` of the Unix socket")
+	f.StringVar(&r.unixOwner, "unix-owner", "", "`USER[:GROUP]` that owns the Unix socket")
+	f.BoolVarP(&r.single, "single", "s", false, "serve one client on standard input and output")
+	f.BoolVar(&r.single, "stdin", false, "same as --single")
+	f.BoolVarP(&r.readonly, "readonly", "r", false, "refuse writes; the image is opened read-only")
+	f.StringVarP(&r.export, "exportname", "e", "", "`NAME` of the export (the empty name opens it too)")
+	f.StringVar(&r.export, "export", "", "same as --exportname")
+	f.StringVar(&r.description, "description", "", "`TEXT` that describes the export to clients")
+	f.StringVar(&r.format, "format", "raw", "`FORMAT` of IMAGE: raw, mem or null; never guessed from contents")
+	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
+	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
+	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
+	f.IntVarP(&r.threads, "threads", "t", 0, fmt.Sprintf("requests in flight per connection (default %d)", limits.RequestsPerConn))
+	f.StringVar(&r.tls, "tls", "off", "off, on (clients may encrypt) or require")
+	f.StringVar(&r.certificates, "tls-certificates", "/etc/pki/vmdiskd", "`DIRECTORY` with ca-cert.pem, server-cert.pem, server-key.pem, ca-crl.pem")
+	f.BoolVar(&r.verifyPeer, "tls-verify-peer", false, "demand a client certificate (the default when there is a ca-cert.pem)")
+	f.BoolVarP(&r.newstyle, "newstyle", "n", false, "speak the newstyle protocol (the default)")
+	f.BoolVarP(&r.oldstyle, "oldstyle", "o", false, "speak the oldstyle protocol")
+	f.StringVar(&r.mask, "mask-handshake", "", "`MASK` of the handshake flags that may be offered (for tests of clients)")
+	f.BoolVar(&r.noSR, "no-sr", false, "refuse structured replies and extended headers (for tests of clients)")
+	f.BoolVar(&r.noMC, "no-mc", false, "refuse metadata contexts (for tests of clients)")
+	f.StringVarP(&r.user, "user", "u", "", "change to this `USER` when everything is open")
+	f.StringVarP(&r.group, "group", "g", "", "change to this `GROUP` when everything is open")
+	f.StringVarP(&r.pidfile, "pidfile", "P", "", "write the process ID to `FILE` when the server is ready")
+	f.BoolVarP(&r.foreground, "foreground", "f", false, "stay in the foreground (the only way; systemd does the rest)")
+	f.BoolVar(&r.foreground, "no-fork", false, "same as --foreground")
+	f.StringVar(&r.run, "run", "", "run a shell `COMMAND` with $uri and $unixsocket set, and end with it")
+	f.BoolVar(&r.exitWithParent, "exit-with-parent", false, "end when the parent process ends")
+	f.BoolVar(&r.printURI, "print-uri", false, "print the NBD URI of each listener when the server is ready")
+	f.DurationVar(&r.timeout, "timeout", limits.Handshake, "`TIME` that a client has for its handshake")
+	f.DurationVar(&r.drain, "drain-timeout", limits.Drain, "`TIME` that requests in flight have after SIGTERM")
+	f.StringVar(&r.log, "log", "stderr", "write the log to stderr, syslog, null or a file's `PATH`")
+	f.BoolVarP(&r.verbose, "verbose", "v", false, "log everything, each request included")
+	f.StringArrayVarP(&r.debug, "debug", "D", nil, "`COMPONENT=LEVEL`: log one component at debug, info, warn or error")
+	f.BoolVar(&r.dump, "dump-config", false, "print what this build and machine can do")
+	f.BoolVarP(&r.version, "version", "V", false, "print the version")
+	f.BoolVar(&r.help, "help", false, "print this help")
+	r.later = make(map[string]*string)
+	for name := range laterOptions {
+		r.later[name] = f.String(name, "", "")
+		f.Lookup(name).NoOptDefVal = " "
+		_ = f.MarkHidden(name) // it exists
+	}
+	return f
+}
+
+// parse turns arguments into options. A usageError is the user's mistake.
+func parse(args []string) (options, error) {
+	var r raw
+	f := r.flags()
+	if err := f.Parse(args); err != nil {
+		return options{}, usageError{err.Error()}
+	}
+	for name, what := range laterOptions {
+		if f.Changed(name) {
+			return options{}, usagef("--%s: %s is not there yet", name, what)
+		}
+	}
+	switch {
+	case r.help:
+		return options{text: help(f)}, nil
+	case r.version:
+		return options{text: "vmdiskd " + daemon.Version + "\n"}, nil
+	case r.dump:
+		return options{text: daemon.DumpConfig()}, nil
+	}
+	if f.NArg() != 1 {
+		return options{}, usagef("want one IMAGE, got %d arguments", f.NArg())
+	}
+	c, err := r.configure(f)
+	if err != nil {
+		return options{}, err
+	}
+	c.Image = f.Arg(0)
+	return options{config: c}, nil
+}
+
+func help(f *pflag.FlagSet) string {
+	return "Usage: vmdiskd [options] IMAGE\n\n" +
+		"Serves IMAGE, a file or block device, to NBD clients.\n\n" +
+		"Options:\n" + f.FlagUsagesWrapped(78)
+}
+
+// configure checks what flags mean together.
+func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
+	c := daemon.Config{
+		Format: r.format, Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
+		ExportName: r.export, Description: r.description,
+		Stdio: r.single, Engine: r.engine, Oldstyle: r.oldstyle,
+		NoStructured: r.noSR, NoMeta: r.noMC,
+		TLSCertificates: r.certificates,
+		Handshake:       r.timeout, Drain: r.drain,
+		User: r.user, Group: r.group, PIDFile: r.pidfile, Run: r.run,
+		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
+	}
+	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
+		r.checkWords, r.endpoints, r.tlsMode, r.handshake, r.logging,
+	} {
+		if err := step(f, &c); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// checkWords checks options that take one of a few words or numbers.
+func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
+	for _, w := range [...]struct {
+		name, got string
+		want      []string
+	}{
+		{"format", r.format, []string{"raw", "mem", "null"}},
+		{"cache", r.cache, []string{"writeback", "none", "writethrough", "directsync", "unsafe"}},
+		{"image-lock", r.lock, []string{"auto", "on", "off"}},
+		{"engine", r.engine, []string{"auto", "uring", "pool"}},
+		{"tls", r.tls, []string{"off", "on", "require"}},
+	} {
+		if !contains(w.want, w.got) {
+			return usagef("--%s: %q is not one of %s", w.name, w.got, strings.Join(w.want, ", "))
+		}
+	}
+	if r.threads < 0 || r.threads > limits.RequestsPerConn {
+		return usagef("--threads: want 1 to %d", limits.RequestsPerConn)
+	}
+	c.Requests = r.threads
+	if r.timeout <= 0 || r.drain <= 0 {
+		return usagef("--timeout and --drain-timeout must be positive")
+	}
+	if r.oldstyle && r.newstyle {
+		return usagef("--oldstyle and --newstyle exclude each other")
+	}
+	return nil
+}
+
+func contains(list []string, s string) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+// endpoints decides where to listen. Sockets that systemd passed go before
+// everything; without any word it is TCP, as in nbdkit.
+func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
+	network := f.Changed("port") || f.Changed("ipaddr") || r.only4 || r.only6 || r.vsock
+	switch {
+	case r.only4 && r.only6:
+		return usagef("--ipv4-only and --ipv6-only exclude each other")
+	case r.single && (r.unix != "" || network || r.run != ""):
+		return usagef("--single excludes listening and --run")
+	case r.vsock && (r.only4 || r.only6 || r.address != ""):
+		return usagef("--vsock excludes IP options")
+	case r.single:
+		return nil
+	}
+	if os.Getenv("LISTEN_FDS") != "" {
+		if r.unix != "" || network {
+			return usagef("sockets were passed by systemd: -U, -p, -i and --vsock do not go with that")
+		}
+		c.Activated = true
+		return nil
+	}
+	if r.unix == "" && r.run != "" && !network {
+		r.unix = transport.PrivatePath
+	}
+	if r.unix != "" {
+		if network {
+			return usagef("--unix excludes TCP and vsock options")
+		}
+		return r.unixEndpoint(c)
+	}
+	port := uint64(defaultPort)
+	if r.port != "" {
+		var err error
+		bits := 16
+		if r.vsock {
+			bits = 32
+		}
+		if port, err = strconv.ParseUint(r.port, 10, bits); err != nil {
+			return usagef("--port: %q is not a port", r.port)
+		}
+	}
+	e := transport.Endpoint{Kind: transport.TCP, Address: r.address, Port: uint32(port)}
+	switch {
+	case r.vsock:
+		e.Kind = transport.VSock
+	case r.only4:
+		e.Family = "4"
+	case r.only6:
+		e.Family = "6"
+	}
+	c.Endpoints = []transport.Endpoint{e}
+	return nil
+}
+
+func (r *raw) unixEndpoint(c *daemon.Config) error {
+	mode, err := strconv.ParseUint(r.unixMode, 8, 32)
+	if err != nil || mode == 0 || mode > 0o777 {
+		return usagef("--unix-mode: %q is not an octal mode", r.unixMode)
+	}
+	e := transport.Endpoint{Kind: transport.Unix, Path: r.unix, Mode: os.FileMode(mode)}
+	if r.unixOwner != "" {
+		if e.Owner, err = parseOwner(r.unixOwner); err != nil {
+			return err
+		}
+	}
+	c.Endpoints = []transport.Endpoint{e}
+	return nil
+}
+
+// parseOwner resolves USER, USER:GROUP or :GROUP, by name or number.
+func parseOwner(s string) (*transport.Owner, error) {
+	name, group, _ := strings.Cut(s, ":")
+	o := &transport.Owner{UID: -1, GID: -1}
+	if name != "" {
+		if u, err := user.Lookup(name); err == nil {
+			o.UID, _ = strconv.Atoi(u.Uid)
+		} else if o.UID, err = strconv.Atoi(name); err != nil {
+			return nil, usagef("--unix-owner: no user %q", name)
+		}
+	}
+	if group != "" {
+		if g, err := user.LookupGroup(group); err == nil {
+			o.GID, _ = strconv.Atoi(g.Gid)
+		} else if o.GID, err = strconv.Atoi(group); err != nil {
+			return nil, usagef("--unix-owner: no group %q", group)
+		}
+	}
+	return o, nil
+}
+
+func (r *raw) tlsMode(f *pflag.FlagSet, c *daemon.Config) error {
+	switch r.tls {
+	case "on":
+		c.TLS = nbd.TLSOn
+	case "require":
+		c.TLS = nbd.TLSRequire
+	}
+	if f.Changed("tls-verify-peer") {
+		c.TLSVerifyPeer = &r.verifyPeer
+	}
+	if c.TLS == nbd.TLSOff && (f.Changed("tls-certificates") || f.Changed("tls-verify-peer")) {
+		return usagef("--tls-certificates and --tls-verify-peer need --tls=on or --tls=require")
+	}
+	if r.oldstyle && c.TLS == nbd.TLSRequire {
+		return usagef("--oldstyle cannot be encrypted")
+	}
+	return nil
+}
+
+func (r *raw) handshake(f *pflag.FlagSet, c *daemon.Config) error {
+	c.MaskHandshake = 0xffff
+	if !f.Changed("mask-handshake") {
+		return nil
+	}
+	m, err := strconv.ParseUint(r.mask, 0, 16)
+	if err != nil {
+		return usagef("--mask-handshake: %q is not a 16-bit number", r.mask)
+	}
+	c.MaskHandshake = uint16(m)
+	return nil
+}
+
+func (r *raw) logging(_ *pflag.FlagSet, c *daemon.Config) error {
+	switch {
+	case r.log == "default":
+		r.log = "stderr"
+	case r.log != "stderr" && r.log != "syslog" && r.log != "null" && !strings.HasPrefix(r.log, "/"):
+		return usagef("--log: %q is not stderr, syslog, null or an absolute path", r.log)
+	}
+	c.Log.Sink = r.log
+	c.Log.Level = slog.LevelInfo
+	if r.verbose {
+		c.Log.Level = slog.LevelDebug
+	}
+	c.Log.Components = make(map[string]slog.Level)
+	for _, d := range r.debug {
+		name, level, ok := strings.Cut(d, "=")
+		var l slog.Level
+		if !ok || name == "" || l.UnmarshalText([]byte(level)) != nil {
+			return usagef("--debug: %q is not COMPONENT=LEVEL", d)
+		}
+		c.Log.Components[name] = l
+	}
+	return nil
+}

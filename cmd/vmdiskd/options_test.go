@@ -1,0 +1,151 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/vmdiskd/vmdiskd/internal/daemon"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
+	first := func(c daemon.Config) transport.Endpoint { return c.Endpoints[0] }
+	for _, tt := range []struct {
+		line string
+		ok   func(daemon.Config) bool
+	}{
+		{"disk.img", func(c daemon.Config) bool {
+			return first(c).Kind == transport.TCP && first(c).Port == 10809 && c.Image == "disk.img" &&
+				c.Format == "raw" && c.MaskHandshake == 0xffff && c.TLS == nbd.TLSOff
+		}},
+		{"-U /run/s disk.img", func(c daemon.Config) bool {
+			return first(c).Kind == transport.Unix && first(c).Path == "/run/s" && first(c).Mode == 0o600
+		}},
+		{"-U- disk.img", func(c daemon.Config) bool { return first(c).Path == transport.PrivatePath }},
+		{"-p0 -i 127.0.0.1 -4 disk.img", func(c daemon.Config) bool {
+			return first(c).Port == 0 && first(c).Address == "127.0.0.1" && first(c).Family == "4"
+		}},
+		{"-6 disk.img", func(c daemon.Config) bool { return first(c).Family == "6" }},
+		{"--vsock -p 70000 disk.img", func(c daemon.Config) bool {
+			return first(c).Kind == transport.VSock && first(c).Port == 70000
+		}},
+		{"-rfv -e vm1 -P /run/p -t 16 disk.img", func(c daemon.Config) bool {
+			return c.ReadOnly && c.ExportName == "vm1" && c.PIDFile == "/run/p" && c.Requests == 16 &&
+				c.Log.Level == slog.LevelDebug
+		}},
+		{"-s disk.img", func(c daemon.Config) bool { return c.Stdio && len(c.Endpoints) == 0 }},
+		{"--stdin disk.img", func(c daemon.Config) bool { return c.Stdio }},
+		{"disk.img --run true", func(c daemon.Config) bool {
+			return c.Run == "true" && first(c).Path == transport.PrivatePath
+		}},
+		{"-p 0 --run true disk.img", func(c daemon.Config) bool { return first(c).Kind == transport.TCP }},
+		{"--tls=require --tls-certificates=/pki disk.img", func(c daemon.Config) bool {
+			return c.TLS == nbd.TLSRequire && c.TLSCertificates == "/pki" && c.TLSVerifyPeer == nil
+		}},
+		{"--tls=on --tls-verify-peer disk.img", func(c daemon.Config) bool {
+			return c.TLS == nbd.TLSOn && *c.TLSVerifyPeer
+		}},
+		{"--tls=on --tls-verify-peer=false disk.img", func(c daemon.Config) bool { return !*c.TLSVerifyPeer }},
+		{"-o disk.img", func(c daemon.Config) bool { return c.Oldstyle }},
+		{"-n --no-sr --no-mc --mask-handshake=0x1 disk.img", func(c daemon.Config) bool {
+			return c.NoStructured && c.NoMeta && c.MaskHandshake == 1
+		}},
+		{"-u nobody -g nogroup --exit-with-parent disk.img", func(c daemon.Config) bool {
+			return c.User == "nobody" && c.Group == "nogroup" && c.ExitWithParent
+		}},
+		{"--log=default -D nbd=debug disk.img", func(c daemon.Config) bool {
+			return c.Log.Sink == "stderr" && c.Log.Components["nbd"] == slog.LevelDebug
+		}},
+		{"--log=/var/log/x disk.img", func(c daemon.Config) bool { return c.Log.Sink == "/var/log/x" }},
+		{"--timeout 3s --drain-timeout 1m disk.img", func(c daemon.Config) bool {
+			return c.Handshake == 3*time.Second && c.Drain == time.Minute
+		}},
+		{"--unix-owner 107:64055 --unix-mode 660 -U s disk.img", func(c daemon.Config) bool {
+			o := first(c).Owner
+			return o.UID == 107 && o.GID == 64055 && first(c).Mode == 0o660
+		}},
+		{"--unix-owner :0 -U s disk.img", func(c daemon.Config) bool {
+			return first(c).Owner.UID == -1 && first(c).Owner.GID == 0
+		}},
+	} {
+		t.Run(tt.line, func(t *testing.T) {
+			o, err := parse(strings.Fields(tt.line))
+			if err != nil {
+				t.Fatalf("refused: %v", err)
+			}
+			if !tt.ok(o.config) {
+				t.Errorf("understood as %+v", o.config)
+			}
+		})
+	}
+}
+
+func TestMistakesAreUsageErrors(t *testing.T) {
+	for _, line := range []string{
+		"", "a b", "--nonsense disk", "-p x disk", "-p 70000 disk", "-4 -6 disk", "-s -U x disk", "-s -p 1 disk",
+		"-U x -p 1 disk", "--vsock -4 disk", "--tls=maybe disk", "--tls-certificates=/x disk",
+		"--tls=require -o disk", "-o -n disk", "--format=qcow2 disk", "--cache=x disk", "--engine=x disk",
+		"--mask-handshake=x disk", "--mask-handshake=0x10000 disk", "-t -1 disk", "-t 129 disk", "-D nbd disk",
+		"-D nbd=loud disk", "--log=x disk", "--unix-mode=9 -U x disk", "--unix-mode=0 -U x disk",
+		"--unix-owner=no-such-user -U x disk", "--timeout=0s disk", "--image-lock=x disk", "-s --run true disk",
+	} {
+		_, err := parse(strings.Fields(line))
+		var usage usageError
+		if !errors.As(err, &usage) {
+			t.Errorf("%q: got %v, want a usage error", line, err)
+		}
+	}
+}
+
+func TestWhatComesLaterIsRefusedNotIgnored(t *testing.T) {
+	for _, line := range []string{"--swap disk", "--tls-psk=/x disk", "--selinux-label=x disk", "--selinux-label x disk"} {
+		if got := run(strings.Fields(line)); got != exitUsage {
+			t.Errorf("%q: exit status %d, want %d", line, got, exitUsage)
+		}
+	}
+}
+
+func TestPassedSocketsExcludeOthers(t *testing.T) {
+	t.Setenv("LISTEN_FDS", "1")
+	o, err := parse([]string{"disk"})
+	if err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
+		t.Errorf("got %+v, %v; want the passed sockets alone", o.config, err)
+	}
+	if _, err := parse([]string{"-U", "x", "disk"}); err == nil {
+		t.Error("-U beside passed sockets was accepted")
+	}
+}
+
+func TestManPageListsEveryOption(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "man", "vmdiskd.8"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := strings.ReplaceAll(string(b), `\-`, "-")
+	var r raw
+	r.flags().VisitAll(func(f *pflag.Flag) {
+		if !strings.Contains(page, "--"+f.Name) {
+			t.Errorf("--%s is not in the man page", f.Name)
+		}
+		if f.Shorthand != "" && !strings.Contains(page, "-"+f.Shorthand+" ") {
+			t.Errorf("-%s is not in the man page", f.Shorthand)
+		}
+	})
+}
+
+func TestTextsGoToStandardOutput(t *testing.T) {
+	for _, line := range []string{"--help", "-V", "--dump-config"} {
+		o, err := parse([]string{line})
+		if err != nil || o.text == "" {
+			t.Errorf("%s: got %q, %v", line, o.text, err)
+		}
+	}
+}

@@ -1,0 +1,382 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
+	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// daemon is a running server. Its parts are built in this order and taken
+// down in the reverse.
+type daemon struct {
+	cfg       Config
+	logs      *obs.Log
+	log       *slog.Logger
+	creds     *transport.Credentials // nil without TLS
+	buffers   *bufpool.Pool
+	engine    engine.Engine
+	exports   *export.Registry
+	listeners []transport.Listener
+	server    *nbd.Server
+	pidfile   string // written by us, or ""
+
+	ctx      context.Context // ends when serving ends
+	cancel   context.CancelFunc
+	accepted sync.WaitGroup // accept loops and the connections they made
+	finished chan error     // a captive command or the one stdio client ended
+}
+
+// Run serves until it is told to stop and returns the exit status of the
+// process. It owns the process's signals.
+func Run(cfg Config) (status int, err error) {
+	d := &daemon{cfg: cfg, finished: make(chan error, 1)}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	defer d.cancel()
+	signals := catchSignals()
+	defer signals.stop()
+
+	err = d.start()
+	if err == nil {
+		d.log.Info("serving", "image", cfg.Image, "format", cfg.Format, "engine", d.engine.Name(), "at", d.addresses())
+		status, err = d.wait(signals)
+	}
+	if cerr := d.close(); err == nil && cerr != nil {
+		err = cerr
+	}
+	if err != nil && status == 0 {
+		status = 1
+	}
+	return status, err
+}
+
+// start builds everything and begins to accept. On an error close undoes what
+// was done.
+func (d *daemon) start() error {
+	for _, step := range [...]func() error{
+		d.openLog,
+		d.watchParent,
+		d.loadTLS,
+		d.listen,
+		d.openDisk,
+		d.writePIDFile,
+		d.dropPrivileges,
+		d.serve,
+		d.printURI,
+		d.startCommand,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *daemon) openLog() (err error) {
+	if d.logs, err = obs.Open(d.cfg.Log); err != nil {
+		return err
+	}
+	d.log = d.logs.For("daemon")
+	return nil
+}
+
+func (d *daemon) watchParent() error {
+	if !d.cfg.ExitWithParent {
+		return nil
+	}
+	return confine.ExitWithParent()
+}
+
+func (d *daemon) loadTLS() (err error) {
+	if d.cfg.TLS == nbd.TLSOff {
+		return nil
+	}
+	demand := d.cfg.TLSVerifyPeer
+	d.creds, err = transport.LoadCredentials(d.cfg.TLSCertificates, transport.TLSOptions{
+		NoVerifyPeer: demand != nil && !*demand,
+		Log:          d.logs.For("tls"),
+	})
+	if err == nil && demand != nil && *demand && !d.creds.VerifiesPeers() {
+		err = fmt.Errorf("client certificates cannot be verified: no ca-cert.pem in %q", d.cfg.TLSCertificates)
+	}
+	return err
+}
+
+// listen opens the sockets, but accepts nothing yet: a client that is early
+// waits in the queue instead of being refused.
+func (d *daemon) listen() error {
+	if d.cfg.Activated {
+		ls, err := transport.Activated()
+		if err != nil {
+			return err
+		}
+		d.listeners = append(d.listeners, ls...)
+	}
+	for _, e := range d.cfg.Endpoints {
+		ls, err := transport.Listen(d.ctx, e)
+		if err != nil {
+			return err
+		}
+		d.listeners = append(d.listeners, ls...)
+	}
+	return nil
+}
+
+func (d *daemon) openDisk() error {
+	d.buffers = bufpool.New(limits.BufferBudget)
+	var err error
+	if d.engine, err = choose.New(d.cfg.Engine, d.buffers, d.logs.For("engine")); err != nil {
+		return err
+	}
+	dev, err := open.Open(d.ctx, open.Spec{
+		Path:     d.cfg.Image,
+		Format:   d.cfg.Format,
+		ReadOnly: d.cfg.ReadOnly,
+		Cache:    d.cfg.Cache,
+		Lock:     raw.LockMode(d.cfg.Lock),
+		Engine:   d.engine,
+		Buffers:  d.buffers,
+		Log:      d.logs.For("backing"),
+	})
+	if err != nil {
+		return err
+	}
+	d.exports = export.NewRegistry()
+	return d.exports.Add(export.Spec{
+		Name:        d.cfg.ExportName,
+		Description: d.cfg.Description,
+		Device:      dev,
+		ReadOnly:    d.cfg.ReadOnly || !dev.Info().Caps.Has(backing.CanWrite),
+	})
+}
+
+func (d *daemon) dropPrivileges() error {
+	if d.cfg.User == "" && d.cfg.Group == "" {
+		return nil
+	}
+	return confine.Drop(d.cfg.User, d.cfg.Group)
+}
+
+// serve begins to accept on every listener, or speaks to the one client on
+// standard input and output.
+func (d *daemon) serve() error {
+	o := nbd.Options{
+		Exports:       d.exports,
+		Engine:        d.engine,
+		Buffers:       d.buffers,
+		Log:           d.logs.For("nbd"),
+		TLS:           d.cfg.TLS,
+		Requests:      d.cfg.Requests,
+		Oldstyle:      d.cfg.Oldstyle,
+		MaskHandshake: d.cfg.MaskHandshake,
+		NoStructured:  d.cfg.NoStructured,
+		NoMeta:        d.cfg.NoMeta,
+		Handshake:     d.cfg.Handshake,
+	}
+	if d.creds != nil {
+		o.TLSConfig = d.creds.ServerConfig
+	}
+	d.server = nbd.NewServer(o)
+	if d.cfg.Stdio {
+		return d.serveStdio()
+	}
+	for _, l := range d.listeners {
+		d.accepted.Add(1)
+		go d.acceptLoop(l)
+	}
+	return nil
+}
+
+func (d *daemon) serveStdio() error {
+	c, err := transport.OpenStdio()
+	if err != nil {
+		return err
+	}
+	d.accepted.Add(1)
+	go func() {
+		defer d.accepted.Done()
+		d.finished <- d.converse(c)
+	}()
+	return nil
+}
+
+// acceptPause is how long accepting rests when the system is out of
+// descriptors or memory.
+const acceptPause = 50 * time.Millisecond
+
+func (d *daemon) acceptLoop(l transport.Listener) {
+	defer d.accepted.Done()
+	for {
+		c, err := l.Accept(d.ctx)
+		switch {
+		case err == nil:
+			d.accepted.Add(1)
+			go func() {
+				defer d.accepted.Done()
+				_ = d.converse(c) // logged there
+			}()
+		case errors.Is(err, net.ErrClosed) || d.ctx.Err() != nil:
+			return
+		default:
+			d.log.Warn("accept failed", "at", l.Addr(), "error", err)
+			select {
+			case <-time.After(acceptPause):
+			case <-d.ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// converse serves one client. What it did wrong is a debug line.
+func (d *daemon) converse(c transport.Conn) error {
+	d.log.Debug("connected", "peer", c.Peer())
+	err := d.server.Serve(d.ctx, c)
+	d.log.Debug("disconnected", "peer", c.Peer(), "error", err)
+	return err
+}
+
+// wait blocks until a signal, the captive command or the stdio client ends
+// the run.
+func (d *daemon) wait(signals *signals) (int, error) {
+	for {
+		select {
+		case sig := <-signals.stopping:
+			d.log.Info("stopping", "signal", sig.String())
+			signals.exitOnNext(d.lastResort)
+			return 0, nil
+		case <-signals.reload:
+			d.reload()
+		case err := <-d.finished:
+			var exit exitStatus
+			if errors.As(err, &exit) {
+				return int(exit), nil
+			}
+			return 0, err
+		}
+	}
+}
+
+// reload is SIGHUP. Each handshake looks whether certificates have changed;
+// the signal does it at once and shows mistakes in the log.
+func (d *daemon) reload() {
+	if d.creds != nil {
+		d.creds.ServerConfig()
+	}
+}
+
+// close takes down what start has built: no new clients, requests in flight
+// finished within the drain limit, the disk flushed and closed.
+func (d *daemon) close() error {
+	clean := true
+	for _, l := range d.listeners {
+		_ = l.Close() // a socket path that is not ours any more stays
+	}
+	if d.server != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), d.drain())
+		clean = d.server.Shutdown(ctx)
+		cancel()
+	}
+	d.cancel()
+	var err error
+	if clean {
+		d.accepted.Wait()
+		err = d.closeDisk()
+	} else {
+		d.log.Error("storage did not answer in time, requests were given up", "limit", d.drain())
+		err = errGaveUp
+	}
+	d.removePIDFile()
+	if d.logs != nil {
+		d.logs.Close()
+	}
+	return err
+}
+
+var errGaveUp = errors.New("requests were given up")
+
+func (d *daemon) drain() time.Duration {
+	if d.cfg.Drain > 0 {
+		return d.cfg.Drain
+	}
+	return limits.Drain
+}
+
+func (d *daemon) closeDisk() error {
+	var err error
+	if d.exports != nil {
+		err = d.exports.Close(context.Background())
+	}
+	if d.engine != nil {
+		err = errors.Join(err, d.engine.Close())
+	}
+	if d.buffers != nil {
+		err = errors.Join(err, d.buffers.Close())
+	}
+	return err
+}
+
+// lastResort is a second signal: sockets and pid file go, nothing is waited
+// for.
+func (d *daemon) lastResort() {
+	for _, l := range d.listeners {
+		_ = l.Close()
+	}
+	d.removePIDFile()
+	os.Exit(1)
+}
+
+func (d *daemon) addresses() []string {
+	var out []string
+	for _, l := range d.listeners {
+		out = append(out, fmt.Sprintf("%s:%s", l.Kind(), l.Addr()))
+	}
+	return out
+}
+
+func (d *daemon) writePIDFile() error {
+	if d.cfg.PIDFile == "" {
+		return nil
+	}
+	if err := os.WriteFile(d.cfg.PIDFile, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644); err != nil {
+		return err
+	}
+	d.pidfile = d.cfg.PIDFile
+	return nil
+}
+
+func (d *daemon) removePIDFile() {
+	if d.pidfile != "" {
+		_ = os.Remove(d.pidfile)
+	}
+}
+
+// printURI tells where the disk is, with the port that the kernel chose.
+func (d *daemon) printURI() error {
+	if !d.cfg.PrintURI {
+		return nil
+	}
+	for _, l := range d.listeners {
+		if _, err := fmt.Fprintln(d.cfg.Stdout, l.URI(d.cfg.ExportName, d.cfg.wantsTLS())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
