@@ -389,3 +389,52 @@ func TestWhatIsNotSupportedIsAskedOnce(t *testing.T) {
 		t.Errorf("emulated zero: got %d %d … %d %d, want 1 0 … 0 1", got[99], got[100], got[4195], got[4196])
 	}
 }
+
+// TestPartialWriteDoesNotBringBackWhatIsZeroed stops a partial write of a
+// direct file after it read its block, and zeroes the block meanwhile.
+func TestPartialWriteDoesNotBringBackWhatIsZeroed(t *testing.T) {
+	for _, fl := range []backing.Flags{0, backing.NoHole} {
+		d, f := newFaulty(t, kind{"pool", true}, 64<<10, raw.Options{})
+		fill(t, d, 1)
+		gate := backingtest.NewGate()
+		f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Gate: gate})
+		wrote, zeroed := make(chan error, 1), make(chan error, 1)
+		go func() { wrote <- d.WriteAt(t.Context(), []byte{2}, 4096, 0) }()
+		<-gate.Arrived
+		go func() { zeroed <- d.Zero(t.Context(), 0, 64<<10, fl) }()
+		waitBlocked(t, 1, "select", "(*rangeLocks).lock(")
+		gate.Open()
+		if err := errors.Join(<-wrote, <-zeroed); err != nil {
+			t.Fatalf("write and zero: %v", err)
+		}
+		if got := contents(t, d); !bytes.Equal(got, make([]byte, 64<<10)) {
+			t.Errorf("read after zero with flags %d: not all zero", fl)
+		}
+	}
+}
+
+func TestDurableZeroAndTrimSyncAfterwards(t *testing.T) {
+	for name, do := range map[string]func(context.Context, backing.Device, backing.Flags) error{
+		"zero": func(ctx context.Context, d backing.Device, f backing.Flags) error { return d.Zero(ctx, 0, 8192, f) },
+		"zero without hole": func(ctx context.Context, d backing.Device, f backing.Flags) error {
+			return d.Zero(ctx, 0, 8192, f|backing.NoHole)
+		},
+		"trim": func(ctx context.Context, d backing.Device, f backing.Flags) error { return d.Trim(ctx, 0, 8192, f) },
+	} {
+		for _, fua := range []bool{false, true} {
+			d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
+			var ops []engine.Op
+			f.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool { ops = append(ops, io.Op); return false }})
+			var fl backing.Flags
+			if fua {
+				fl = backing.FUA
+			}
+			if err := do(t.Context(), d, fl); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			if synced := len(ops) == 2 && ops[1] == engine.OpSync; synced != fua || !fua && len(ops) != 1 {
+				t.Errorf("%s with FUA %v: got %v", name, fua, ops)
+			}
+		}
+	}
+}
