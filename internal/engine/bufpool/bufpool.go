@@ -53,6 +53,7 @@ type Pool struct {
 	idle   atomic.Int64 // bytes on the arena and hot stacks
 	queued atomic.Int32 // len(waiters)
 	poison atomic.Bool
+	locked atomic.Bool // memory of slabs cannot be given back
 
 	classes [classes]class
 	arena   []byte

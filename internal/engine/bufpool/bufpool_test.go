@@ -13,6 +13,8 @@ import (
 	"testing"
 	"unsafe"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -342,6 +344,33 @@ func TestClassInUseStaysWarm(t *testing.T) {
 	}
 	if n != len(large) {
 		t.Errorf("%d of %d large buffers kept, want all: the idle small ones go first", n, len(large))
+	}
+}
+
+// Locked memory cannot be given back piecewise: it stays, and is lent again.
+func TestLockedMemoryIsKept(t *testing.T) {
+	p := New(64 << 20)
+	defer p.Close()
+	const size = 128 << 10
+	bufs := make([]*Buf, 2*limits.BufferCache/size)
+	for i := range bufs {
+		bufs[i] = mustGet(t, p, size)
+	}
+	if err := unix.Mlock(p.slabs[len(p.slabs)-1]); err != nil {
+		t.Fatalf("lock %d bytes: %v", slabBytes, err)
+	}
+	for _, b := range bufs {
+		b.Release()
+	}
+	slabs := len(p.slabs)
+	for i := range bufs {
+		bufs[i] = mustGet(t, p, size)
+	}
+	for _, b := range bufs {
+		b.Release()
+	}
+	if len(p.slabs) != slabs || !p.locked.Load() {
+		t.Errorf("%d slabs, locked %v; want %d that are lent again, locked", len(p.slabs), p.locked.Load(), slabs)
 	}
 }
 

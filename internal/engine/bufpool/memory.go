@@ -162,11 +162,15 @@ func (p *Pool) cool(c *class) {
 }
 
 // discard gives b's memory back to the system and puts b on the cold stack.
-// It reports false when the system refuses, as it does for locked memory that
-// is part of a slab (mlockall).
+// It reports false when the system refuses, as it does for a part of locked
+// memory (mlockall); that is not tried again.
 func (p *Pool) discard(b *Buf, c *class) bool {
 	if c.size < slabBytes {
+		if p.locked.Load() {
+			return false
+		}
 		if unix.Madvise(b.mem, unix.MADV_DONTNEED) != nil {
+			p.locked.Store(true)
 			return false
 		}
 	} else {
