@@ -45,12 +45,14 @@ type Engine struct {
 	log    *slog.Logger
 	arena  []byte
 	pool   *engine.Pool // for files that are not in the table
-	wakeFD int
 	issuer *issuer
 	table  int           // places in the ring's file table
 	ended  chan struct{} // closed when the issuer has left
 
 	asleep atomic.Bool // the issuer waits, or is about to, and nobody woke it yet
+
+	wakeMu sync.Mutex
+	wakeFD int // guarded by wakeMu after New; -1 after Close
 
 	mu       sync.Mutex
 	queue    list       // guarded by mu; submitted, not yet seen by the issuer
@@ -180,7 +182,7 @@ func (e *Engine) Name() string { return "uring" }
 
 // Open takes over f and puts it into the ring's file table. When the table is
 // full the file works all the same, on the pool. On error f stays the
-// caller's.
+// caller's. Open and File.Close wait for the issuer: not from Done.
 func (e *Engine) Open(f *os.File) (*engine.File, error) {
 	direct, align, err := engine.Describe(f)
 	if err != nil {
@@ -304,24 +306,36 @@ func (e *Engine) Submit(batch []*engine.IO) {
 
 // wake gets the issuer out of its wait, if it is in one.
 func (e *Engine) wake() {
-	if !e.asleep.Load() || !e.asleep.CompareAndSwap(true, false) {
-		return
+	if e.asleep.Load() && e.asleep.CompareAndSwap(true, false) {
+		e.notify()
 	}
-	writeEventfd(e.wakeFD)
 }
 
-// Close waits for what is in flight and frees the ring.
+// notify ends the ring's read of the eventfd. One that comes late finds the
+// engine closed and must not write to whatever has the number now.
+func (e *Engine) notify() {
+	e.wakeMu.Lock()
+	defer e.wakeMu.Unlock()
+	if e.wakeFD >= 0 {
+		writeEventfd(e.wakeFD)
+	}
+}
+
+// Close waits for what is in flight and frees the ring. Files may be closed
+// before or after it.
 func (e *Engine) Close() error {
 	e.mu.Lock()
 	again := e.closing
 	e.closing = true
 	e.mu.Unlock()
-	if !again {
-		e.wake()
-	}
+	e.wake()
 	<-e.ended
 	if again {
 		return nil
 	}
-	return errors.Join(e.pool.Close(), unix.Close(e.wakeFD))
+	e.wakeMu.Lock()
+	fd := e.wakeFD
+	e.wakeFD = -1
+	e.wakeMu.Unlock()
+	return errors.Join(e.pool.Close(), unix.Close(fd))
 }

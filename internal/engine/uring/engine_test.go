@@ -149,6 +149,27 @@ func TestClosingTheEngineFirstLeavesFilesClosable(t *testing.T) {
 	}
 }
 
+func TestLateWakeDoesNotTouchAReusedDescriptor(t *testing.T) {
+	e := mustNew(t, Options{}, 0, 8, 8)
+	old := e.wakeFD
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// The lowest free number is given out first: a few tries reach it.
+	for fd := -1; fd < old; {
+		var err error
+		if fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		e.asleep.Store(true)
+		e.wake()
+		if _, err := unix.Read(fd, make([]byte, 8)); err != unix.EAGAIN {
+			t.Fatalf("wake after Close wrote to descriptor %d, the engine's was %d: %v", fd, old, err)
+		}
+	}
+}
+
 func TestArenaIsRegisteredWithTheFirstDirectFile(t *testing.T) {
 	bufs := bufpool.New(64 << 20)
 	defer bufs.Close()

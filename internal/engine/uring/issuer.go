@@ -94,7 +94,7 @@ func (s *issuer) control() {
 	}
 	clear(s.controls)
 	if s.armed {
-		writeEventfd(s.e.wakeFD)
+		s.e.notify()
 	}
 }
 
