@@ -195,6 +195,8 @@ func TestFixedOpcodeIsForTheArenaOfADirectFile(t *testing.T) {
 	bufs := bufpool.New(64 << 20)
 	defer bufs.Close()
 	arena := bufs.Arena()
+	beyond := arena[len(arena)-8192:] // stands for what is mapped behind the arena
+	arena = arena[:len(arena)-8192]
 	s := newIssuer(&Engine{arena: arena}, &ring{cqes: make([]cqe, 8)})
 	for _, tt := range []struct {
 		name                 string
@@ -205,6 +207,8 @@ func TestFixedOpcodeIsForTheArenaOfADirectFile(t *testing.T) {
 		{"last page", arena[len(arena)-4096:], true, true, true},
 		{"buffered file", arena[:4096], false, true, false},
 		{"not registered", arena[:4096], true, false, false},
+		{"across the end", bufs.Arena()[len(arena)-4096:], true, true, false},
+		{"behind the end", beyond, true, true, false},
 		{"elsewhere", make([]byte, 4096), true, true, false},
 		{"nothing", nil, true, true, false},
 	} {
