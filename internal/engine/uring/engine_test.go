@@ -149,6 +149,18 @@ func TestClosingTheEngineFirstLeavesFilesClosable(t *testing.T) {
 	}
 }
 
+func TestNothingIsInFlightAfterClose(t *testing.T) {
+	for p := range profiles {
+		e := mustNew(t, Options{}, p, 8, 8)
+		if err := e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if e.issuer.armed || e.issuer.wakes == 0 {
+			t.Errorf("profile %d: the ring still reads into the engine's memory", p)
+		}
+	}
+}
+
 func TestLateWakeDoesNotTouchAReusedDescriptor(t *testing.T) {
 	e := mustNew(t, Options{}, 0, 8, 8)
 	old := e.wakeFD

@@ -251,9 +251,15 @@ func (s *issuer) finish(c cqe) {
 	io.Done(io)
 }
 
-// leave empties the tables, so that the files and the arena are free when
+// leave ends the read of the eventfd, so that the kernel holds no address of
+// ours, and empties the tables, so that the files and the arena are free when
 // Close returns and not when the kernel gets round to it.
 func (s *issuer) leave() {
+	s.e.notify()
+	for s.armed {
+		s.enter(false)
+		s.reap()
+	}
 	if s.fixed {
 		s.r.updateBuffer(nil)
 	}
