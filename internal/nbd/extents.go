@@ -82,7 +82,8 @@ func (s *session) collectExtents(req *wire.Request, ids []contextID) ([]byte, er
 	}
 	off, n := device(req)
 	e := extentList{wide: s.extended}
-	err := s.dev.Extents(s.ctx, off, n, deviceFlags(req.Flags), e.add)
+	// FUA is accepted on every command and means nothing here.
+	err := s.dev.Extents(s.ctx, off, n, deviceFlags(req.Flags&wire.FlagReqOne), e.add)
 	if err != nil {
 		return nil, err
 	}

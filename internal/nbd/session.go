@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"log/slog"
@@ -117,23 +118,34 @@ func (s *session) serve(ctx context.Context) error {
 	return err
 }
 
+// magicSize is the size of a request's magic.
+const magicSize = 4
+
 // readLoop decodes and dispatches until the peer says DISC (nil), leaves
 // (io.EOF) or breaks the protocol.
 func (s *session) readLoop() error {
-	size := wire.RequestSize
+	size, magic := wire.RequestSize, uint32(wire.MagicRequest)
 	if s.extended {
-		size = wire.ExtRequestSize
+		size, magic = wire.ExtRequestSize, wire.MagicExtRequest
 	}
 	for {
 		if err := s.waitForRoom(); err != nil {
 			return err
 		}
-		b, err := s.in.header(size)
+		// The magic first: what is no request must not make the peer wait
+		// until as many bytes have come as a request has.
+		b, err := s.in.header(magicSize)
 		if err != nil {
 			return err
 		}
-		if s.req, err = s.decode(b); err != nil {
+		if binary.BigEndian.Uint32(b) != magic {
 			return errBadMagic
+		}
+		if b, err = s.in.header(size); err != nil {
+			return err
+		}
+		if s.req, err = s.decode(b); err != nil {
+			return err
 		}
 		s.in.skip(size)
 		if s.req.Cmd == wire.CmdDisc {
