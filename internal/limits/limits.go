@@ -180,9 +180,11 @@ const (
 	// signals interrupt slow fallocate calls several times.
 	IORetries = 100
 
-	// LockRetries bounds attempts to take image locks that another opener is
-	// only testing.
-	LockRetries = 3
+	// LockRetries bounds attempts to take image locks, which come at growing
+	// distances within a second. Another opener may only be testing; and the
+	// kernel lets go of the files of a killed server's io_uring a while after
+	// its death, when its supervisor has started the next one already.
+	LockRetries = 14
 
 	// BounceBuffer is the largest transfer that is copied because a direct
 	// file demands an alignment that the request does not have. Each direct

@@ -1,0 +1,524 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
+)
+
+// asProgram makes the test binary be vmdiskd.
+const asProgram = "VMDISKD_TEST_IS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		os.Unsetenv(asProgram)
+		os.Exit(run(os.Args[1:]))
+	}
+	os.Exit(m.Run())
+}
+
+// hangLimit ends a test that would wait for ever; nothing is measured by it.
+const hangLimit = 60 * time.Second
+
+// daemonProcess is a running vmdiskd.
+type daemonProcess struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	socket string
+	stderr bytes.Buffer
+	ended  chan error
+}
+
+func program(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), asProgram+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// serve starts vmdiskd on a socket of its own and waits until it is ready.
+func serve(t *testing.T, args ...string) *daemonProcess {
+	t.Helper()
+	d := &daemonProcess{t: t, socket: filepath.Join(shortDir(t), "s"), ended: make(chan error, 1)}
+	d.cmd = program(append([]string{"--print-uri", "-U", d.socket}, args...)...)
+	d.cmd.Stderr = &d.stderr
+	out, err := d.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		d.cmd.Wait()
+		t.Fatalf("server did not start: %s", d.stderr.String())
+	}
+	go func() { d.ended <- d.cmd.Wait() }()
+	t.Cleanup(func() {
+		if d.cmd.ProcessState == nil {
+			d.cmd.Process.Kill()
+			<-d.ended
+		}
+	})
+	return d
+}
+
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vmdiskd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func image(t *testing.T, size int64) string {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "disk.img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func (d *daemonProcess) signal(s os.Signal) {
+	d.t.Helper()
+	if err := d.cmd.Process.Signal(s); err != nil {
+		d.t.Fatalf("signal %v: %v", s, err)
+	}
+}
+
+// wait returns the exit status.
+func (d *daemonProcess) wait() int {
+	d.t.Helper()
+	select {
+	case err := <-d.ended:
+		d.ended <- err
+		return d.cmd.ProcessState.ExitCode()
+	case <-time.After(hangLimit):
+		d.signal(syscall.SIGQUIT)
+		d.t.Fatalf("server did not end: %s", d.stderr.String())
+		return -1
+	}
+}
+
+// client is a session with simple replies.
+type client struct {
+	net.Conn
+	t    *testing.T
+	size uint64
+}
+
+func (d *daemonProcess) dial() *client {
+	d.t.Helper()
+	c, err := net.Dial("unix", d.socket)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(hangLimit))
+	k := &client{Conn: c, t: d.t}
+	k.read(18)
+	b := binary.BigEndian.AppendUint32(nil, wire.FlagFixedNewstyle|wire.FlagNoZeroes)
+	k.send(wire.AppendOption(b, wire.OptExportName, nil))
+	k.size = binary.BigEndian.Uint64(k.read(10))
+	return k
+}
+
+func (c *client) read(n int) []byte {
+	c.t.Helper()
+	b := make([]byte, n)
+	if _, err := io.ReadFull(c, b); err != nil {
+		c.t.Fatalf("read of %d bytes: %v", n, err)
+	}
+	return b
+}
+
+func (c *client) send(b []byte) {
+	c.t.Helper()
+	if _, err := c.Write(b); err != nil {
+		c.t.Fatalf("send: %v", err)
+	}
+}
+
+func (c *client) request(cmd wire.Cmd, cookie, off, n uint64, payload []byte) {
+	c.t.Helper()
+	c.send(append(wire.AppendRequest(nil, wire.Request{Cmd: cmd, Cookie: cookie, Off: off, Len: n}), payload...))
+}
+
+func (c *client) reply() (wire.Errno, uint64) {
+	c.t.Helper()
+	e, cookie, err := wire.DecodeSimpleReply(c.read(wire.SimpleReplySize))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return e, cookie
+}
+
+// works shows that the session answers.
+func (c *client) works() {
+	c.t.Helper()
+	c.request(wire.CmdFlush, 42, 0, 0, nil)
+	if e, cookie := c.reply(); e != wire.OK || cookie != 42 {
+		c.t.Errorf("flush: got %v for %d, want OK for 42", e, cookie)
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+func TestSIGTERMEndsAnIdleServerInGoodOrder(t *testing.T) {
+	pid := filepath.Join(shortDir(t), "pid")
+	d := serve(t, "-P", pid, image(t, 1<<20))
+	b, err := os.ReadFile(pid)
+	if err != nil || strings.TrimSpace(string(b)) != strconv.Itoa(d.cmd.Process.Pid) {
+		t.Errorf("pid file holds %q, %v; want %d", b, err, d.cmd.Process.Pid)
+	}
+	idle := d.dial()
+	idle.works()
+	d.signal(syscall.SIGTERM)
+	if got := d.wait(); got != 0 {
+		t.Errorf("exit status: got %d, want 0: %s", got, d.stderr.String())
+	}
+	if exists(d.socket) || exists(pid) {
+		t.Error("socket or pid file is still there")
+	}
+	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("idle client got %v, want EOF", err)
+	}
+}
+
+func TestSIGTERMUnderLoadLosesNoAcknowledgedWrite(t *testing.T) {
+	path := image(t, 64<<20)
+	d := serve(t, path)
+	c := d.dial()
+	const size, window = 4096, 64
+	acked := 0
+	for i := range window {
+		c.request(wire.CmdWrite, uint64(i), uint64(i*size), size, bytes.Repeat([]byte{byte(i + 1)}, size))
+	}
+	for next := window; ; next++ {
+		b := make([]byte, wire.SimpleReplySize)
+		if _, err := io.ReadFull(c, b); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatalf("a reply was cut: %v", err)
+		}
+		if e, cookie, err := wire.DecodeSimpleReply(b); err != nil || e != wire.OK || int(cookie) != acked {
+			t.Fatalf("reply: %v for %d, %v; want OK for %d", e, cookie, err, acked)
+		}
+		if acked++; acked == 1000 {
+			d.signal(syscall.SIGTERM)
+		}
+		if next < 64<<20/size {
+			c.Write(append(wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdWrite, Cookie: uint64(next),
+				Off: uint64(next * size), Len: size}), bytes.Repeat([]byte{byte(next + 1)}, size)...))
+		}
+	}
+	if got := d.wait(); got != 0 {
+		t.Errorf("exit status: got %d, want 0: %s", got, d.stderr.String())
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range acked {
+		if want := bytes.Repeat([]byte{byte(i + 1)}, size); !bytes.Equal(b[i*size:(i+1)*size], want) {
+			t.Fatalf("acknowledged write %d of %d is not in the image", i, acked)
+		}
+	}
+}
+
+// stuck is a client that asks for more than sockets hold and reads nothing,
+// so that a drain has something to wait for.
+func (d *daemonProcess) stuck() {
+	c := d.dial()
+	for i := range 4 {
+		c.request(wire.CmdRead, uint64(i), 0, 32<<20, nil)
+	}
+	// The first reply's header shows that the server is at it.
+	c.read(wire.SimpleReplySize)
+}
+
+func TestDrainHasABound(t *testing.T) {
+	d := serve(t, "--drain-timeout=300ms", image(t, 64<<20))
+	d.stuck()
+	d.signal(syscall.SIGTERM)
+	if got := d.wait(); got != 1 {
+		t.Errorf("exit status: got %d, want 1", got)
+	}
+	if !strings.Contains(d.stderr.String(), "given up") {
+		t.Errorf("log does not say that requests were given up: %s", d.stderr.String())
+	}
+}
+
+func TestSecondSignalEndsAtOnce(t *testing.T) {
+	d := serve(t, "--drain-timeout=10m", image(t, 64<<20))
+	d.stuck()
+	d.signal(syscall.SIGTERM)
+	for exists(d.socket) { // gone when the drain has begun
+		if d.cmd.ProcessState != nil {
+			t.Fatal("server ended after one signal")
+		}
+	}
+	d.signal(syscall.SIGINT)
+	if got := d.wait(); got != 1 {
+		t.Errorf("exit status: got %d, want 1", got)
+	}
+}
+
+func TestOtherSignalsAreNoReasonToStop(t *testing.T) {
+	d := serve(t, image(t, 1<<20))
+	c := d.dial()
+	for range 500 {
+		for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGXFSZ, syscall.SIGCHLD} {
+			d.signal(s)
+		}
+	}
+	c.works()
+	d.dial().works()
+}
+
+func TestHalfOpenConnectionsDoNotHoldUpTheEnd(t *testing.T) {
+	d := serve(t, image(t, 1<<20))
+	for range 500 {
+		c, err := net.Dial("unix", d.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	d.signal(syscall.SIGTERM)
+	if got := d.wait(); got != 0 {
+		t.Errorf("exit status: got %d, want 0: %s", got, d.stderr.String())
+	}
+}
+
+func TestLogThatNobodyReadsStopsNothing(t *testing.T) {
+	socket := filepath.Join(shortDir(t), "s")
+	cmd := program("-v", "--print-uri", "-U", socket, image(t, 1<<20))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	cmd.Stderr = w // a pipe that stays full
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal("server did not start")
+	}
+	d := &daemonProcess{t: t, cmd: cmd, socket: socket}
+	c := d.dial()
+	for range 5000 {
+		c.works()
+	}
+}
+
+func TestImageInUseIsRefused(t *testing.T) {
+	path := image(t, 1<<20)
+	serve(t, path)
+	out, err := program("-U", "-", path).CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), path) {
+		t.Errorf("second server: %v, %q; want status 1 and the name of the image", err, out)
+	}
+}
+
+func TestWhatIsNoDiskIsRefused(t *testing.T) {
+	dir := shortDir(t)
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{dir, fifo, "/dev/null", filepath.Join(dir, "missing")} {
+		out, err := program("-U", "-", path).CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), path) {
+			t.Errorf("%s: %v, %q; want status 1 and the name", path, err, out)
+		}
+	}
+}
+
+func TestReadOnlyImageIsOpenedReadOnly(t *testing.T) {
+	path := image(t, 1<<20)
+	d := serve(t, "-r", path)
+	c := d.dial()
+	c.request(wire.CmdWrite, 1, 0, 512, make([]byte, 512))
+	if e, _ := c.reply(); e != wire.EPERM {
+		t.Errorf("write: got %v, want EPERM", e)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", d.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := false
+	for _, fd := range fds {
+		if target, _ := os.Readlink(fd); target == path {
+			found = true
+			info, err := os.ReadFile(strings.Replace(fd, "/fd/", "/fdinfo/", 1))
+			if err != nil || !bytes.Contains(info, []byte("flags:\t0")) || accessMode(t, info) != unix.O_RDONLY {
+				t.Errorf("image is open with %q, %v", info, err)
+			}
+		}
+	}
+	if !found {
+		t.Error("image is not open")
+	}
+}
+
+func accessMode(t *testing.T, fdinfo []byte) int {
+	t.Helper()
+	for _, line := range strings.Split(string(fdinfo), "\n") {
+		if v, ok := strings.CutPrefix(line, "flags:\t"); ok {
+			n, err := strconv.ParseInt(v, 8, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return int(n) & unix.O_ACCMODE
+		}
+	}
+	return -1
+}
+
+func TestServerEndsWithItsParent(t *testing.T) {
+	socket := filepath.Join(shortDir(t), "s")
+	ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
+	defer cancel()
+	sh := exec.CommandContext(ctx, "/bin/sh", "-c", `"$0" --exit-with-parent --print-uri -U "$1" "$2" & wait`,
+		os.Args[0], socket, image(t, 1<<20))
+	sh.Env = append(os.Environ(), asProgram+"=1")
+	out, err := sh.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sh.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal("server did not start")
+	}
+	d := &daemonProcess{t: t, socket: socket}
+	c := d.dial()
+	c.works()
+	sh.Process.Kill()
+	sh.Wait()
+	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("client got %v, want EOF", err)
+	}
+}
+
+func TestServerGivesUpItsRights(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	d := serve(t, "-u", "65534", "-g", "65534", image(t, 1<<20))
+	d.dial().works()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", d.cmd.Process.Pid))
+	if err != nil || len(tasks) == 0 {
+		t.Fatal("no threads found")
+	}
+	for _, task := range tasks {
+		b, err := os.ReadFile(task)
+		if err == nil && (!bytes.Contains(b, []byte("Uid:\t65534\t65534\t65534")) || !bytes.Contains(b, []byte("Gid:\t65534\t65534\t65534"))) {
+			t.Errorf("%s: thread kept rights", task)
+		}
+	}
+}
+
+func TestKeyThatOthersCanReadIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	ca := transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
+	if err := os.Chmod(filepath.Join(dir, "server-key.pem"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(shortDir(t), "s")
+	out, err := program("--tls=require", "--tls-certificates", dir, "-U", socket, image(t, 1<<20)).CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), "server-key.pem") {
+		t.Errorf("got %v, %q; want status 1 and the name of the key", err, out)
+	}
+	if exists(socket) {
+		t.Error("a socket was made")
+	}
+}
+
+func TestCommandGetsTheDiskAndGivesItsStatus(t *testing.T) {
+	path := image(t, 1<<20)
+	out, err := program("-e", "it's", "--run", `echo "$uri|$unixsocket|$port|$exportname|$nbd"; exit 7`, path).Output()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 7 {
+		t.Errorf("exit status: %v, want 7", err)
+	}
+	f := strings.Split(strings.TrimSpace(string(out)), "|")
+	if len(f) != 5 || f[0] != "nbd+unix:///it%27s?socket="+f[1] || f[2] != "" || f[3] != "it's" ||
+		f[4] != "nbd:unix:"+f[1]+":exportname=it's" || exists(f[1]) {
+		t.Errorf("variables: %q", f)
+	}
+}
+
+func TestLiveSocketIsNotTakenAway(t *testing.T) {
+	d := serve(t, image(t, 1<<20))
+	out, err := program("-U", d.socket, image(t, 1<<20)).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), d.socket) {
+		t.Errorf("second server: %v, %q; want an error that names the socket", err, out)
+	}
+	d.dial().works()
+}
+
+func TestSocketOfAKilledServerIsReplaced(t *testing.T) {
+	path := image(t, 1<<20)
+	d := serve(t, path)
+	d.signal(syscall.SIGKILL)
+	d.wait()
+	if !exists(d.socket) {
+		t.Fatal("socket is gone already")
+	}
+	next := program("--print-uri", "-U", d.socket, path)
+	out, err := next.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer next.Wait()
+	defer next.Process.Signal(syscall.SIGTERM)
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal("server did not start on the stale socket")
+	}
+	d.dial().works()
+}
