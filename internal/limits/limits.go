@@ -62,7 +62,7 @@ const (
 
 	// Linger bounds the wait for a peer to take the last bytes of a
 	// connection that is being closed.
-	Linger = 2 * time.Second
+	Linger = 500 * time.Millisecond
 
 	// TLSClose bounds the sending of close_notify.
 	TLSClose = time.Second

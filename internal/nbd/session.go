@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -342,9 +344,14 @@ func (s *session) abandon() {
 }
 
 // linger lets the peer take the last replies before the connection is closed
-// on bytes that it sent and nobody will read, which would reset it.
+// on bytes that it sent and nobody will read, which resets it. A Unix peer can
+// be kept from sending more; any other gets a moment to notice.
 func (s *session) linger() {
-	s.conn.CloseWrite()
+	if rc := s.conn.Raw(); rc != nil && s.conn.Peer().Kind == transport.Unix {
+		rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	} else {
+		s.conn.CloseWrite()
+	}
 	s.conn.SetReadDeadline(time.Now().Add(limits.Linger))
 	io.Copy(io.Discard, io.LimitReader(s.conn, limits.MaxIO))
 }
