@@ -54,8 +54,16 @@ kill $server
 wait $server || [ $? = 143 ]
 `
 
-// vsockScenario connects to the server through the loopback transport.
+// vsockScenario connects to the server through the loopback transport. When
+// both sides close at once, 6.12 now and then answers the client's last read
+// with ENOTCONN instead of the end of the stream, whichever the server; what
+// was copied is compared all the same.
 const vsockScenario = startServer + `
+copy() {
+	nbdcopy --connections=4 "$@" 2>/run/error && return
+	cat /run/error
+	grep -q 'nbd_shutdown: recv: Transport endpoint is not connected' /run/error
+}
 uri=nbd+vsock://1:10809/
 i=0
 until nbdinfo --size $uri 2>/dev/null; do
@@ -65,9 +73,10 @@ until nbdinfo --size $uri 2>/dev/null; do
 done
 [ "$(nbdinfo --size $uri)" = 268435456 ]
 nbdinfo $uri | cat
+[ ! -e /usr/bin/vmdiskctl ] || vmdiskctl info $uri
 dd if=/dev/urandom of=/run/a bs=1M count=32 2>/dev/null
-nbdcopy --connections=4 --flush /run/a $uri
-nbdcopy --connections=4 $uri /run/b
+copy --flush /run/a $uri
+copy $uri /run/b
 cmp -n 33554432 /run/a /run/b
 kill $server
 wait $server || [ $? = 143 ]

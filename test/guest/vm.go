@@ -94,7 +94,8 @@ func eachKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
 	}
 }
 
-// guestServer puts the server under test into the guest and returns the words
+// guestServer puts the server under test into the guest, vmdiskd together with
+// vmdiskctl, and returns the words
 // of the shell that start it, to be followed by options that vmdiskd and
 // nbdkit share and by $IMAGE.
 func guestServer(t testing.TB, in *initramfs) (start string) {
@@ -102,8 +103,10 @@ func guestServer(t testing.TB, in *initramfs) (start string) {
 	ctx := testenv.Context(t)
 	switch k := testenv.Under(t); k.Program {
 	case "":
-		if err := in.copyFile(testenv.Binary(t, "vmdiskd"), "usr/bin/vmdiskd"); err != nil {
-			t.Fatal(err)
+		for _, name := range []string{"vmdiskd", "vmdiskctl"} {
+			if err := in.copyFile(testenv.Binary(t, name), "usr/bin/"+name); err != nil {
+				t.Fatal(err)
+			}
 		}
 		return "vmdiskd"
 	case "nbdkit":
