@@ -7,19 +7,19 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
-// write writes b at off, or fails.
-func (p *peer) write1(off uint64, b []byte, flags wire.CmdFlags) {
+// put writes b at off, or fails.
+func (p *peer) put(off uint64, b []byte, flags wire.CmdFlags) {
 	p.wantErrno(wire.Request{Cmd: wire.CmdWrite, Flags: flags, Off: off, Len: uint64(len(b))}, b, wire.OK)
 }
 
-// read returns n bytes at off, or fails.
-func (p *peer) read1(off, n uint64) []byte {
+// get returns n bytes at off, or fails.
+func (p *peer) get(off, n uint64) []byte {
 	return p.wantErrno(wire.Request{Cmd: wire.CmdRead, Off: off, Len: n}, nil, wire.OK).data
 }
 
 // wantData expects that the export reads as b at off.
 func (p *peer) wantData(off uint64, b []byte) {
-	if got := p.read1(off, uint64(len(b))); !bytes.Equal(got, b) {
+	if got := p.get(off, uint64(len(b))); !bytes.Equal(got, b) {
 		i := 0
 		for got[i] == b[i] {
 			i++
@@ -35,8 +35,8 @@ func dataChecks(s *Server) []check {
 		p := c.open(f)
 		for _, n := range []uint64{1, 511, 512, 513, 4096, 65535, 65536, 65537, 1 << 20, 1<<20 + 1} {
 			n = roundUp(n, s)
-			p.read1(0, n)
-			p.read1(uint64(s.Size)-n, n)
+			p.get(0, n)
+			p.get(uint64(s.Size)-n, n)
 		}
 		p.works()
 	})
@@ -65,7 +65,7 @@ func largeIOChecks(s *Server) []check {
 		}
 		l = append(l, perForm(s, check{id: fmt.Sprintf("TX-08/%d-mib", mib), claim: "a read is served"}, func(c *script, f form) {
 			p := c.open(f)
-			p.read1(0, uint64(mib)<<20)
+			p.get(0, uint64(mib)<<20)
 			p.works()
 		})...)
 		if s.ReadOnly {
@@ -74,7 +74,7 @@ func largeIOChecks(s *Server) []check {
 		l = append(l, perForm(s, check{id: fmt.Sprintf("TX-11/%d-mib", mib), claim: "a write is served and reads back"}, func(c *script, f form) {
 			p := c.open(f)
 			b := pattern(uint64(mib), mib<<20)
-			p.write1(4096, b, 0)
+			p.put(4096, b, 0)
 			p.wantData(4096, b[:1<<20])
 			p.wantData(4096+uint64(len(b))-1<<20, b[len(b)-1<<20:])
 			p.works()
@@ -88,14 +88,14 @@ func writeChecks(s *Server) []check {
 		p := c.open(f)
 		const area = 1 << 20
 		model := pattern(16, area)
-		p.write1(0, model, 0)
+		p.put(0, model, 0)
 		m := uint64(s.minBlock())
 		for i, n := range []uint64{1, 2, 511, 512, 513, 4095, 4096, 4097, 65535, 65537} {
 			n = roundUp(n, s)
 			off := (uint64(i)*90001 + 1) / m * m
 			b := pattern(uint64(100+i), int(n))
 			copy(model[off:], b)
-			p.write1(off, b, 0)
+			p.put(off, b, 0)
 		}
 		p.wantData(0, model)
 		p.works()
@@ -103,7 +103,7 @@ func writeChecks(s *Server) []check {
 	if s.has(wire.SendFUA) {
 		l = append(l, perForm(s, check{id: "WR-39", claim: "what was written with FUA reads back from another connection"}, func(c *script, f form) {
 			b := pattern(39, 128<<10)
-			c.open(f).write1(1<<20, b, wire.FlagFUA)
+			c.open(f).put(1<<20, b, wire.FlagFUA)
 			c.open(f).wantData(1<<20, b)
 		})...)
 	}
@@ -112,7 +112,7 @@ func writeChecks(s *Server) []check {
 			x, y, z := c.open(f), c.open(f), c.open(f)
 			for i := range uint64(20) {
 				b := pattern(400+i, 4096)
-				x.write1(i*8192, b, 0)
+				x.put(i*8192, b, 0)
 				y.wantErrno(wire.Request{Cmd: wire.CmdFlush}, nil, wire.OK)
 				z.wantData(i*8192, b)
 			}
@@ -139,8 +139,8 @@ func cutWrite(c *script) {
 	const off, n, half = 2 << 20, 1 << 20, 512 << 10
 	before, after := pattern(130, n), pattern(131, n)
 	p := c.open(simple)
-	p.write1(off, before, 0)
-	p.write1(off+n, before, 0)
+	p.put(off, before, 0)
+	p.put(off+n, before, 0)
 	cut := c.open(simple)
 	b := cut.encode(wire.Request{Cmd: wire.CmdWrite, Off: off, Len: n}, after)
 	cut.send(b[:wire.RequestSize+half])
@@ -149,7 +149,7 @@ func cutWrite(c *script) {
 	} else {
 		cut.reset()
 	}
-	got := p.read1(off, n)
+	got := p.get(off, n)
 	for i := 0; i < n; i += 512 {
 		s := got[i:][:512]
 		if !bytes.Equal(s, before[i:][:512]) && !(i < half && bytes.Equal(s, after[i:][:512])) {
@@ -170,7 +170,7 @@ func dfChecks(s *Server) []check {
 		l = append(l, check{id: "WR-33/df@" + string(f), claim: "DF gives one content chunk, holes spelt out", run: func(c *script) {
 			p := c.open(f)
 			if !s.ReadOnly { // data, hole, data
-				p.write1(0, pattern(33, 1<<20), 0)
+				p.put(0, pattern(33, 1<<20), 0)
 				if s.has(wire.SendZero) {
 					p.wantErrno(wire.Request{Cmd: wire.CmdZero, Off: 64 << 10, Len: 512 << 10}, nil, wire.OK)
 				}
@@ -198,7 +198,7 @@ func cacheChecks(s *Server) []check {
 	return perForm(s, check{id: "TX-20", claim: "CACHE of the whole export, again and again, is answered"}, func(c *script, f form) {
 		p := c.open(f)
 		for range 16 {
-			p.wantErrno(wire.Request{Cmd: wire.CmdCache, Len: uint64(s.Size)}, nil, wire.OK, wire.EINVAL)
+			p.wantErrno(wire.Request{Cmd: wire.CmdCache, Len: p.most(uint64(s.Size))}, nil, wire.OK, wire.EINVAL)
 		}
 		p.wantErrno(wire.Request{Cmd: wire.CmdCache, Len: roundUp(4096, s)}, nil, wire.OK)
 		p.works()
@@ -223,9 +223,9 @@ func zeroChecks(s *Server) []check {
 		}
 		l = append(l, perForm(s, check{id: "WR-42/whole", claim: "zeroing above the largest payload is one request"}, func(c *script, f form) {
 			p := c.open(f)
-			n := uint64(s.Size) - witnessArea
+			n := p.most(uint64(s.Size)-witnessArea) &^ 4095
 			for _, off := range []uint64{0, n / 2, n - 4096} {
-				p.write1(off, pattern(42, 4096), 0)
+				p.put(off, pattern(42, 4096), 0)
 			}
 			p.wantErrno(wire.Request{Cmd: wire.CmdZero, Len: n}, nil, wire.OK)
 			for _, off := range []uint64{0, n / 2, n - 4096} {
@@ -256,7 +256,7 @@ func zeroChecks(s *Server) []check {
 func zeroed(p *peer, flags wire.CmdFlags, want ...wire.Errno) {
 	for _, hole := range []span{{4096, 8192}, {1, 3}, {4095, 65537}, {512, 513}, {100000, 900001}} {
 		model := pattern(18, 1<<20)
-		p.write1(0, model, 0)
+		p.put(0, model, 0)
 		m := uint64(p.c.s.minBlock())
 		hole.off, hole.end = hole.off/m*m, roundUp(hole.end, p.c.s)
 		r := p.wantErrno(wire.Request{Cmd: wire.CmdZero, Flags: flags, Off: hole.off, Len: hole.end - hole.off}, nil, want...)
@@ -275,9 +275,9 @@ func trimChecks(s *Server) []check {
 			m := uint64(s.minBlock())
 			hole.off, hole.end = hole.off/m*m, roundUp(hole.end, s)
 			model := pattern(44, 1<<20)
-			p.write1(0, model, 0)
+			p.put(0, model, 0)
 			p.wantErrno(wire.Request{Cmd: wire.CmdTrim, Off: hole.off, Len: hole.end - hole.off}, nil, wire.OK)
-			p.read1(hole.off, hole.end-hole.off)
+			p.get(hole.off, hole.end-hole.off)
 			if hole.off > 0 {
 				p.wantData(0, model[:hole.off])
 			}
@@ -285,6 +285,9 @@ func trimChecks(s *Server) []check {
 		}
 		p.works()
 	})
+	if s.Size >= 1<<32 {
+		return l
+	}
 	return append(l, perForm(s, check{id: "TX-19/small", claim: "TRIM of 4 GiB - 1 on a smaller export is EINVAL", negative: true}, func(c *script, f form) {
 		p := c.open(f)
 		p.wantErrno(wire.Request{Cmd: wire.CmdTrim, Len: 1<<32 - 1}, nil, wire.EINVAL)

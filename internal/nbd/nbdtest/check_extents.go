@@ -25,7 +25,7 @@ func extentChecks(s *Server) []check {
 			}},
 			check{id: "WR-46/req-one@" + string(f), claim: "REQ_ONE gives one extent, no longer than asked", run: func(c *script) {
 				p := c.openContexts(f)
-				for _, n := range []uint64{512, 4096, 1 << 20, uint64(s.Size)} {
+				for _, n := range []uint64{512, 4096, 1 << 20, p.most(uint64(s.Size))} {
 					p.extentsOf(0, n, wire.FlagReqOne)
 					p.extentsOf(uint64(s.Size)-n, n, wire.FlagReqOne)
 				}
@@ -63,10 +63,7 @@ func (p *peer) extentsOf(off, n uint64, flags wire.CmdFlags) []extent {
 // walk asks for the whole export, piece by piece.
 func (p *peer) walk(size uint64, flags wire.CmdFlags) (l []extent, steps int) {
 	for off := uint64(0); off < size; steps++ {
-		n := size - off
-		if p.form != extended {
-			n = min(n, 1<<32-512)
-		}
+		n := p.most(size - off)
 		for _, e := range p.extentsOf(off, n, flags) {
 			l = append(l, e)
 			off += e.length
@@ -78,12 +75,11 @@ func (p *peer) walk(size uint64, flags wire.CmdFlags) (l []extent, steps int) {
 // walkLengths asks for awkward lengths at awkward offsets.
 func walkLengths(p *peer, size uint64) {
 	for _, off := range []uint64{0, 512, 4096, size / 2, size - 4096} {
-		for _, n := range []uint64{1, 511, 512, 4096, 65536, 1<<31 - 512, 1 << 31, 1<<32 - 512, 1<<32 - 1, 1 << 32, size - off} {
-			if p.form != extended && n > 1<<32-1 {
-				continue
-			}
+		for _, n := range []uint64{1, 511, 512, 4096, 65536, 1<<31 - 512, 1 << 31, 1<<32 - 512, 1<<32 - 1, 1 << 32, 1<<32 + 512, size - off} {
 			n = roundUp(min(n, size-off), p.c.s)
-			p.extentsOf(off, n, 0)
+			if p.form == extended || n < 1<<32 {
+				p.extentsOf(off, n, 0)
+			}
 		}
 	}
 }
@@ -93,7 +89,7 @@ func truthful(c *script, f form) {
 	p := c.openContexts(f)
 	const area = 4 << 20
 	model := pattern(48, area)
-	p.write1(0, model, 0)
+	p.put(0, model, 0)
 	if c.s.has(wire.SendZero) {
 		p.wantErrno(wire.Request{Cmd: wire.CmdZero, Off: 1 << 20, Len: 1 << 20}, nil, wire.OK)
 		clear(model[1<<20 : 2<<20])

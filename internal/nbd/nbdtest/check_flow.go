@@ -29,9 +29,9 @@ type batch struct {
 func fill(p *peer) []byte {
 	b := pattern(24, slots*slotSize)
 	if p.c.s.ReadOnly {
-		return p.read1(0, uint64(len(b)))
+		return p.get(0, uint64(len(b)))
 	}
-	p.write1(0, b, 0)
+	p.put(0, b, 0)
 	return b
 }
 

@@ -50,6 +50,14 @@ func metaChecks(s *Server) []check {
 				}
 				p.usable()
 			}},
+			check{id: "HS-19/no-colon" + id, claim: "a query without a colon is an error or ignored", negative: true, run: func(c *script) {
+				p := c.haggleNamed()
+				for _, q := range []string{"", "base", "nothing"} {
+					r := wire.MetaRequest{Name: s.Export, Queries: []string{q}}
+					p.wantOnly(o, wire.AppendMetaRequest(nil, r), wire.RepErrInvalid, wire.RepAck)
+				}
+				p.usable()
+			}},
 			check{id: "HS-19/oversize" + id, claim: "a query of 4097 bytes is an error or ignored", negative: true, run: func(c *script) {
 				p := c.haggleNamed()
 				r := wire.MetaRequest{Name: s.Export, Queries: []string{strings.Repeat("q", 4097)}}
@@ -80,7 +88,6 @@ func metaQueryChecks(s *Server) []check {
 		{"WR-27/leaf", "unknown leaves of base: are ignored", both, []string{"base:nothing", "base:allocation2", "base:alloc"}, false, true},
 		{"WR-27/namespace", "unknown namespaces are ignored", both, []string{"x-nothing:here", "x-nothing:"}, false, true},
 		{"WR-27/bitmap", "a dirty bitmap that does not exist is ignored", both, []string{"qemu:dirty-bitmap:no-such-bitmap"}, false, true},
-		{"HS-19/no-colon", "a query without a colon is ignored", both, []string{"base", "nothing"}, false, true},
 		{"HS-19/case", "names of contexts are compared byte by byte", both, []string{"BASE:ALLOCATION", " base:allocation"}, false, true},
 		{"WR-27/mixed", "known queries among unknown ones count", both, []string{"x:y", wire.ContextAllocation, "base:z"}, true, false},
 	} {

@@ -21,14 +21,14 @@ func modelChecks(s *Server) []check {
 	})
 	l = append(l, perForm(s, check{id: "TX-31/shared", claim: "racing writes of 8 connections leave every sector one of them"}, func(c *script, f form) {
 		const area, n = 1 << 20, 8
-		c.open(f).write1(0, sectors(0, area), 0)
+		c.open(f).put(0, sectors(0, area), 0)
 		c.together(n, func(c *script, i int) {
 			rng := rand.New(rand.NewPCG(modelSeed, uint64(i)))
 			p := c.open(f)
 			for range 40 {
 				length := sectorSize * (1 + rng.IntN(256))
 				off := sectorSize * rng.IntN((area-length)/sectorSize+1)
-				p.write1(uint64(off), sectors(uint64(i+1), length), 0)
+				p.put(uint64(off), sectors(uint64(i+1), length), 0)
 			}
 			p.works()
 		})
@@ -37,7 +37,7 @@ func modelChecks(s *Server) []check {
 	return append(l, perForm(s, check{id: "TX-32", claim: "overlapping writes in flight on one connection leave every sector one of them"}, func(c *script, f form) {
 		p := c.open(f)
 		const n, length = 16, 64 << 10
-		p.write1(0, sectors(0, 1<<20), 0)
+		p.put(0, sectors(0, 1<<20), 0)
 		var b []byte
 		for i := range uint64(n) {
 			b = append(b, p.encode(wire.Request{Cmd: wire.CmdWrite, Off: i * 8 * sectorSize, Len: length}, sectors(i+1, length))...)
@@ -67,7 +67,7 @@ func wholeSectors(p *peer, off, length uint64, n int) {
 	for i := range uint64(n + 1) {
 		known[string(sectors(i, sectorSize))] = true
 	}
-	got := p.read1(off, length)
+	got := p.get(off, length)
 	for i := 0; i < len(got); i += sectorSize {
 		if !known[string(got[i:i+sectorSize])] {
 			p.c.failf("sector at %d is none of the writes", off+uint64(i))
@@ -83,7 +83,7 @@ func randomOps(c *script, f form, i int) {
 	rng := rand.New(rand.NewPCG(modelSeed, uint64(i)))
 	p := c.open(f)
 	model := pattern(uint64(i), area)
-	p.write1(base, model, 0)
+	p.put(base, model, 0)
 	for step := range 100 {
 		n := randomLen(rng, area)
 		off := rng.IntN(area - n + 1)
@@ -94,7 +94,7 @@ func randomOps(c *script, f form, i int) {
 		case op < 4:
 			b := pattern(rng.Uint64(), n)
 			copy(model[off:], b)
-			p.write1(r.Off, b, 0)
+			p.put(r.Off, b, 0)
 		case op < 5 && c.s.has(wire.SendZero):
 			r.Cmd = wire.CmdZero
 			clear(model[off : off+n])
@@ -102,7 +102,7 @@ func randomOps(c *script, f form, i int) {
 		case op < 6 && c.s.has(wire.SendFlush):
 			p.wantErrno(wire.Request{Cmd: wire.CmdFlush}, nil, wire.OK)
 		default:
-			if !bytes.Equal(p.read1(r.Off, r.Len), model[off:off+n]) {
+			if !bytes.Equal(p.get(r.Off, r.Len), model[off:off+n]) {
 				c.failf("connection %d, seed %d, step %d: read of %d+%d differs from the model", i, modelSeed, step, r.Off, n)
 			}
 		}
@@ -142,7 +142,7 @@ func largeChecks(s *Server) []check {
 		p := c.open(f)
 		end := uint64(big.Size)
 		for _, off := range []uint64{0, 1 << 32, end - 8<<30} {
-			p.write1(off, pattern(19, 8192), 0)
+			p.put(off, pattern(19, 8192), 0)
 			for _, cmd := range []wire.Cmd{wire.CmdZero, wire.CmdTrim} {
 				p.wantErrno(wire.Request{Cmd: cmd, Off: off, Len: 1<<32 - 512}, nil, wire.OK)
 			}

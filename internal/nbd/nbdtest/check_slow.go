@@ -51,7 +51,7 @@ func slowChecks(s *Server) []check {
 			const off, n = 8 << 20, 1 << 20
 			before := pattern(12, n)
 			other := c.open(simple)
-			other.write1(off, before, 0)
+			other.put(off, before, 0)
 			p := c.open(simple)
 			p.send(p.encode(wire.Request{Cmd: wire.CmdWrite, Off: off, Len: n}, make([]byte, n))[:wire.RequestSize+10])
 			p.closedAfter(s.Stall, func(<-chan struct{}) {})

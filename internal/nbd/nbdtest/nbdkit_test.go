@@ -107,3 +107,8 @@ func TestNbdkitReadOnlyConformsButForItsList(t *testing.T) {
 	s.Deviations = nbdkitDeviations
 	nbdtest.Conformance(t, s)
 }
+
+func TestNbdkitOldstyleConforms(t *testing.T) {
+	t.Parallel()
+	nbdtest.Oldstyle(t, nbdkitServer(nbdkit(t, "-o", "memory", "256M")))
+}

@@ -171,7 +171,8 @@ func (p *peer) parseInfo(e *exportInfo, i wire.Info, d []byte) {
 	}
 }
 
-// metaReply reads the answer to LIST_META_CONTEXT or SET_META_CONTEXT.
+// meta sends LIST_META_CONTEXT or SET_META_CONTEXT and returns the contexts of
+// a successful answer by ID; for LIST, whose IDs mean nothing, by position.
 func (p *peer) meta(o wire.Opt, name string, queries ...string) map[uint32]string {
 	l := p.wantReply(o, wire.AppendMetaRequest(nil, wire.MetaRequest{Name: name, Queries: queries}), wire.RepAck)
 	ids := map[uint32]string{}

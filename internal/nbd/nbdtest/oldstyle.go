@@ -36,7 +36,7 @@ func oldstyleChecks(s *Server) []check {
 			p := c.oldstyle()
 			if !s.ReadOnly {
 				b := pattern(2, 64<<10)
-				p.write1(4096, b, 0)
+				p.put(4096, b, 0)
 				p.wantData(4096, b)
 			}
 			p.works()
@@ -58,7 +58,7 @@ func oldstyleChecks(s *Server) []check {
 		}},
 		{id: "OS-05", claim: "an option is a request with a wrong magic", negative: true, run: func(c *script) {
 			p := c.oldstyle()
-			p.trySend(wire.AppendOption(be.AppendUint32(nil, clientFlags), wire.OptList, nil))
+			p.trySend(wire.AppendOption(be.AppendUint32(nil, clientFlags), wire.OptList, make([]byte, 32)))
 			if b := p.wantEnd("an option"); bytes.Contains(b, be.AppendUint64(nil, wire.MagicOptReply)) {
 				c.failf("option answered on an oldstyle connection")
 			}

@@ -47,11 +47,11 @@ var qemuReadOnlyDeviations = map[string]string{
 }
 
 // qemuNBD starts qemu-nbd on a new image of zeroes.
-func qemuNBD(t *testing.T, args ...string) *process {
+func qemuNBD(t *testing.T, size int64, args ...string) *process {
 	t.Helper()
 	socket := socketPath(t)
 	args = append([]string{"-k", socket, "-e", "16", "--persistent", "-f", "raw", "-x", "disk"}, args...)
-	return start(t, socket, "qemu-nbd", append(args, sparseFile(t, 256<<20))...)
+	return start(t, socket, "qemu-nbd", append(args, sparseFile(t, size))...)
 }
 
 func qemuServer(p *process) nbdtest.Server {
@@ -63,16 +63,25 @@ func qemuServer(p *process) nbdtest.Server {
 
 func TestQemuNBDConformsButForItsList(t *testing.T) {
 	t.Parallel()
-	s := qemuServer(qemuNBD(t))
+	s := qemuServer(qemuNBD(t, 256<<20))
 	s.Deviations = with(qemuDeviations, qemuWriteDeviations)
 	nbdtest.Conformance(t, s)
 }
 
 func TestQemuNBDReadOnlyConformsButForItsList(t *testing.T) {
 	t.Parallel()
-	s := qemuServer(qemuNBD(t, "-r"))
+	s := qemuServer(qemuNBD(t, 256<<20, "-r"))
 	s.ReadOnly = true
 	s.Features.Flags = wire.HasFlags | wire.ReadOnly | wire.SendFlush | wire.SendFUA | wire.SendDF | wire.CanMultiConn | wire.SendCache
 	s.Deviations = with(qemuDeviations, qemuReadOnlyDeviations)
+	nbdtest.Conformance(t, s)
+}
+
+func TestQemuNBDOnALargeDiskConformsButForItsList(t *testing.T) {
+	t.Parallel()
+	s := qemuServer(qemuNBD(t, 8<<40))
+	s.Size = 8 << 40
+	s.Large = &nbdtest.Export{Name: s.Export, Size: s.Size}
+	s.Deviations = with(qemuDeviations, qemuWriteDeviations)
 	nbdtest.Conformance(t, s)
 }

@@ -39,6 +39,9 @@ func (p *peer) encode(r wire.Request, payload []byte) []byte {
 
 // encodeAs is encode with a chosen cookie.
 func (p *peer) encodeAs(cookie uint64, r wire.Request, payload []byte) []byte {
+	if p.form != extended && r.Len > 1<<32-1 {
+		p.c.failf("%v of %d bytes does not fit a compact request: mistake in the check", r.Cmd, r.Len)
+	}
 	r.Cookie = cookie
 	if r.Cmd == wire.CmdWrite && p.form == extended {
 		r.Flags |= wire.FlagPayloadLen
@@ -50,6 +53,14 @@ func (p *peer) encodeAs(cookie uint64, r wire.Request, payload []byte) []byte {
 		return append(wire.AppendExtRequest(make([]byte, 0, wire.ExtRequestSize+len(payload)), r), payload...)
 	}
 	return append(wire.AppendRequest(make([]byte, 0, wire.RequestSize+len(payload)), r), payload...)
+}
+
+// most is n, or the largest aligned length that fits a request.
+func (p *peer) most(n uint64) uint64 {
+	if p.form == extended {
+		return n
+	}
+	return min(n, 1<<32-512)
 }
 
 // do sends one request and waits for its reply, with none other in flight.

@@ -14,7 +14,7 @@ const (
 	// patience detects hangs. No check takes a noticeable part of it.
 	patience = 20 * time.Second
 	// deviantPatience is the same for a check that is expected to fail.
-	deviantPatience = time.Second
+	deviantPatience = 250 * time.Millisecond
 )
 
 // check is one claim about a server.
