@@ -43,7 +43,6 @@ var (
 	errTooLarge       = &refusal{wire.EINVAL, "request is too large"}
 	errNoContext      = &refusal{wire.EINVAL, "no metadata context was negotiated"}
 	errPayload        = &refusal{wire.EINVAL, "payload is not allowed here"}
-	errNoPayload      = &refusal{wire.EINVAL, "payload length flag is missing"}
 	errBadPayload     = &refusal{wire.EINVAL, "malformed payload"}
 )
 
@@ -77,9 +76,6 @@ func (s *session) check(row *command, req *wire.Request) error {
 		} else if req.Flags&wire.FlagPayloadLen != 0 {
 			return errPayload
 		}
-		if row.payload && req.Flags&wire.FlagPayloadLen == 0 {
-			return errNoPayload
-		}
 	}
 	if req.Flags&^allowed != 0 {
 		return errBadFlags
@@ -90,15 +86,11 @@ func (s *session) check(row *command, req *wire.Request) error {
 	return nil
 }
 
-// carries tells how many bytes of payload follow the header.
+// carries tells how many bytes of payload follow the header. A WRITE always
+// has one. An extended header should say so by its flag, but QEMU's client
+// (10.0) leaves the flag out.
 func (s *session) carries(row *command, req *wire.Request) uint64 {
-	if s.extended {
-		if req.Flags&wire.FlagPayloadLen != 0 {
-			return req.Len
-		}
-		return 0
-	}
-	if row != nil && row.payload {
+	if row != nil && row.payload || s.extended && req.Flags&wire.FlagPayloadLen != 0 {
 		return req.Len
 	}
 	return 0
