@@ -153,49 +153,58 @@ func Conformance(t *testing.T, s Server) {
 		s.Invariants(t)
 	}
 	w := startWitness(ctx, t, &s)
-	judge := func(t *testing.T, ck check) {
-		reason, deviates := s.deviation(ck.id)
-		c := &script{s: &s, ctx: ctx, patience: patience}
-		if deviates && !ck.slow {
-			c.patience = deviantPatience
-		}
-		err := c.attempt(ck.run)
-		if text := verdict(err, deviates, reason); text != "" {
-			t.Error(text)
-		} else if err != nil {
-			t.Logf("deviates, %s: %v", reason, err)
-		}
-		if err := w.beat(); err != nil {
-			t.Errorf("client on another connection, after the check: %v", err)
-		}
-		if s.Invariants != nil && ck.negative && !ck.slow {
-			s.Invariants(t)
-		}
-	}
 	var slow []check
 	for _, ck := range catalogue(&s) {
 		if ck.slow {
 			slow = append(slow, ck)
 			continue
 		}
-		t.Run(ck.id+" "+ck.claim, func(t *testing.T) { judge(t, ck) })
+		t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, s.outcome(ctx, ck)) })
 		if w.broken() {
 			t.Fatalf("client on another connection has lost it after %s: the rest of the suite makes no sense", ck.id)
 		}
 	}
-	t.Run("time limits", func(t *testing.T) {
-		for _, ck := range slow {
-			t.Run(ck.id+" "+ck.claim, func(t *testing.T) {
-				t.Parallel()
-				judge(t, ck)
-			})
-		}
-	})
+	// The waiting overlaps whatever -parallel says.
+	outcomes := make([]chan error, len(slow))
+	for i, ck := range slow {
+		outcomes[i] = make(chan error, 1)
+		go func() { outcomes[i] <- s.outcome(ctx, ck) }()
+	}
+	for i, ck := range slow {
+		err := <-outcomes[i]
+		t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, err) })
+	}
 	if s.Invariants != nil && len(slow) > 0 {
 		s.Invariants(t)
 	}
 	if err := w.stop(); err != nil {
 		t.Errorf("client on another connection, at the end: %v", err)
+	}
+}
+
+// outcome runs a check and returns how it failed, or nil.
+func (s *Server) outcome(ctx context.Context, ck check) error {
+	c := &script{s: s, ctx: ctx, patience: patience}
+	if _, deviates := s.deviation(ck.id); deviates && !ck.slow {
+		c.patience = deviantPatience
+	}
+	return c.attempt(ck.run)
+}
+
+// judge reports the outcome of a check and looks after the rest of the world.
+func (s *Server) judge(t *testing.T, w *witness, ck check, err error) {
+	t.Helper()
+	reason, deviates := s.deviation(ck.id)
+	if text := verdict(err, deviates, reason); text != "" {
+		t.Error(text)
+	} else if err != nil {
+		t.Logf("deviates, %s: %v", reason, err)
+	}
+	if err := w.beat(); err != nil {
+		t.Errorf("client on another connection, after the check: %v", err)
+	}
+	if s.Invariants != nil && ck.negative && !ck.slow {
+		s.Invariants(t)
 	}
 }
 
