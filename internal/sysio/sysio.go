@@ -153,13 +153,12 @@ func Pwrite(fd uintptr, p []byte, off int64, dsync bool) (int, syscall.Errno) {
 	return int(n), 0
 }
 
-// Sendfile moves up to n bytes of file from off to the non-blocking socket
-// without copying them. It may wait for the disk when the range is not in
-// the page cache, never for the socket: EAGAIN says that the socket is full.
-// 0 means that the file ends before off.
-func Sendfile(sock, file uintptr, off int64, n int) (int, syscall.Errno) {
+// TrySendfile moves up to n bytes of file from off to the non-blocking socket
+// without copying them. The range must be in the page cache, where it does not
+// wait; EAGAIN says that the socket is full, 0 that the file ends before off.
+func TrySendfile(sock, file uintptr, off int64, n int) (int, syscall.Errno) {
 	o := off
-	r, _, e := syscall.Syscall6(unix.SYS_SENDFILE, sock, file, uintptr(unsafe.Pointer(&o)), uintptr(n), 0, 0)
+	r, _, e := syscall.RawSyscall6(unix.SYS_SENDFILE, sock, file, uintptr(unsafe.Pointer(&o)), uintptr(n), 0, 0)
 	if e != 0 {
 		return 0, e
 	}

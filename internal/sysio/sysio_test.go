@@ -125,13 +125,13 @@ func TestDurableWriteIsRead(t *testing.T) {
 func TestSendfileSendsTheRangeAndStopsAtTheEnd(t *testing.T) {
 	a, b := pair(t)
 	f := file(t, []byte("0123456789"))
-	if n, e := Sendfile(a, f.Fd(), 3, 4); n != 4 || e != 0 {
+	if n, e := TrySendfile(a, f.Fd(), 3, 4); n != 4 || e != 0 {
 		t.Fatalf("got %d, %v; want 4", n, e)
 	}
 	if got := string(recv(t, b, 16)); got != "3456" {
 		t.Errorf("arrived: %q", got)
 	}
-	if n, e := Sendfile(a, f.Fd(), 10, 4); n != 0 || e != 0 {
+	if n, e := TrySendfile(a, f.Fd(), 10, 4); n != 0 || e != 0 {
 		t.Errorf("behind the end: got %d, %v; want 0", n, e)
 	}
 }
@@ -165,7 +165,7 @@ func TestNoCallAllocates(t *testing.T) {
 		v.Add(p)
 		TrySendv(a, &v)
 		v.Reset()
-		Sendfile(a, f.Fd(), 0, 10)
+		TrySendfile(a, f.Fd(), 0, 10)
 		TryCached(f.Fd(), 0, 4096)
 		for n, e := TryRecv(b, p); n > 0 && e == 0; n, e = TryRecv(b, p) {
 		}
