@@ -78,6 +78,12 @@ const (
 	KeepAliveCount    = 3
 )
 
+// UnixSendBuffer is the send buffer of a Unix connection: room for a reply of
+// 1 MiB, which otherwise leaves in five pieces with a wake-up each. More
+// brings nothing. Without privileges the kernel grants what
+// net.core.wmem_max allows.
+const UnixSendBuffer = 1 << 20
+
 // Connections and their budgets.
 const (
 	// Connections bounds all connections of the process.

@@ -60,7 +60,9 @@ type Endpoint struct {
 	FD int
 
 	// SendBuffer and RecvBuffer are the sizes of the socket buffers in
-	// bytes; 0 leaves the kernel's. A vsock has only the latter.
+	// bytes; 0 is limits.UnixSendBuffer for what a Unix socket sends and
+	// leaves the kernel's otherwise: TCP finds its own. A vsock has only the
+	// latter.
 	SendBuffer, RecvBuffer int
 
 	// KeepAlive is for TCP; nil is DefaultKeepAlive.

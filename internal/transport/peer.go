@@ -47,8 +47,12 @@ func (o *options) buffers(s *socket.Conn, k Kind) error {
 		}
 		return s.SetsockoptBytes(unix.AF_VSOCK, unix.SO_VM_SOCKETS_BUFFER_SIZE, b[:])
 	}
-	if o.send > 0 {
-		if err := s.SetWriteBuffer(o.send); err != nil {
+	send := o.send
+	if send == 0 && k == Unix {
+		send = limits.UnixSendBuffer
+	}
+	if send > 0 {
+		if err := s.SetWriteBuffer(send); err != nil {
 			return err
 		}
 	}
