@@ -81,7 +81,7 @@ func (s *session) collectExtents(req *wire.Request, ids []contextID) ([]byte, er
 		return s.appendDone(nil, req), nil
 	}
 	off, n := device(req)
-	e := extentList{wide: s.extended}
+	e := extentList{wide: s.extended, one: req.Flags&wire.FlagReqOne != 0}
 	// FUA is accepted on every command and means nothing here.
 	err := s.dev.Extents(s.ctx, off, n, deviceFlags(req.Flags&wire.FlagReqOne), e.add)
 	if err != nil {
@@ -133,7 +133,8 @@ func state(x backing.Extent) (f uint32) {
 // (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS").
 type extentList struct {
 	list []backing.Extent
-	wide bool
+	wide bool // lengths have 64 bits
+	one  bool // REQ_ONE: there is one extent, cut where it has to be
 }
 
 // maxCompactExtent is the longest extent of a compact reply, a multiple of
@@ -152,6 +153,9 @@ func (e *extentList) add(x backing.Extent) bool {
 		part := x
 		part.Len = maxCompactExtent
 		e.list = append(e.list, part)
+		if e.one {
+			return false
+		}
 		x.Len -= maxCompactExtent
 	}
 	if len(e.list) == limits.MaxExtents {

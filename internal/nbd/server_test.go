@@ -373,6 +373,13 @@ func TestExtentsMergeAndStayBelow32Bits(t *testing.T) {
 	}
 }
 
+func TestOneRequestedExtentIsCutNotSplit(t *testing.T) {
+	e := extentList{one: true}
+	if e.add(backing.Extent{Len: 1 << 33}) || len(e.list) != 1 || e.list[0].Len != maxCompactExtent {
+		t.Errorf("got %v, want one extent of %d", e.list, int64(maxCompactExtent))
+	}
+}
+
 func TestExtentListIsBounded(t *testing.T) {
 	e := extentList{}
 	n := 0
