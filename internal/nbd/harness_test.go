@@ -30,26 +30,37 @@ type rig struct {
 	errs    chan error
 }
 
-// oneExport publishes a device as "" and "disk".
+// oneExport publishes a device as "" and "disk", and beside it, for whoever
+// needs two, a sparse one as "large".
 type oneExport struct {
 	dev     backing.Device
+	large   backing.Device // may be nil
 	deny    backing.Caps
 	needTLS bool
 	opened  atomic.Int32
 	open    atomic.Int32
 }
 
-func (x *oneExport) info() ExportInfo {
-	return ExportInfo{Name: "disk", Description: "a disk", NeedTLS: x.needTLS}
+func (x *oneExport) info(name string) ExportInfo {
+	return ExportInfo{Name: name, Description: "a disk", NeedTLS: x.needTLS}
 }
 
-func (x *oneExport) List(*transport.Peer) []ExportInfo { return []ExportInfo{x.info()} }
+func (x *oneExport) List(*transport.Peer) []ExportInfo {
+	l := []ExportInfo{x.info("disk")}
+	if x.large != nil {
+		l = append(l, x.info("large"))
+	}
+	return l
+}
 
 func (x *oneExport) Find(name string, _ *transport.Peer) (ExportInfo, error) {
-	if name != "" && name != "disk" {
-		return ExportInfo{}, ErrUnknownExport
+	switch {
+	case name == "" || name == "disk":
+		return x.info("disk"), nil
+	case name == "large" && x.large != nil:
+		return x.info("large"), nil
 	}
-	return x.info(), nil
+	return ExportInfo{}, ErrUnknownExport
 }
 
 func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Export, error) {
@@ -57,9 +68,13 @@ func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Ex
 	if err != nil {
 		return nil, err
 	}
+	dev := x.dev
+	if info.Name == "large" {
+		dev = x.large
+	}
 	x.opened.Add(1)
 	x.open.Add(1)
-	return &Export{ExportInfo: info, Device: backing.NewChecked(x.dev, x.deny), Close: func() { x.open.Add(-1) }}, nil
+	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Close: func() { x.open.Add(-1) }}, nil
 }
 
 // memRig serves size bytes of memory.

@@ -1,0 +1,218 @@
+package nbd
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
+)
+
+// conformanceSize is the size of the disks that the suite works on.
+const conformanceSize = nbdtest.MinSize + 12345
+
+// largeSize is that of a second, sparse disk.
+const largeSize = 8 << 40
+
+// fullFlags is what every writable disk of ours offers.
+const fullFlags = wire.HasFlags | wire.SendFlush | wire.SendFUA | wire.SendTrim | wire.SendZero |
+	wire.SendDF | wire.CanMultiConn | wire.SendCache
+
+// listen accepts on an endpoint until the test ends.
+func (r *rig) listen(t *testing.T, e transport.Endpoint) transport.Listener {
+	t.Helper()
+	ls, err := transport.Listen(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.server = NewServer(r.opt)
+	go func() {
+		for {
+			c, err := ls[0].Accept(context.Background())
+			if err != nil {
+				return
+			}
+			go r.server.Serve(context.Background(), c) // its error is the client's doing
+		}
+	}()
+	t.Cleanup(func() { ls[0].Close() })
+	return ls[0]
+}
+
+// dialer connects to a listener as a stranger would, by package net.
+func dialer(l transport.Listener) func(context.Context) (net.Conn, error) {
+	network := map[transport.Kind]string{transport.Unix: "unix", transport.TCP: "tcp"}[l.Kind()]
+	return func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, network, l.Addr())
+	}
+}
+
+// engineRig serves a disk of package mem, or a raw file, by the named engine.
+func engineRig(t *testing.T, engine, format, cache string) *rig {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	bufs := bufpool.New(limits.BufferBudget)
+	bufs.SetPoison(true)
+	eng, err := choose.New(engine, bufs, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dev backing.Device
+	if format == "mem" {
+		dev = backing.NewEmulate(mem.New(conformanceSize, nil))
+	} else {
+		path := filepath.Join(t.TempDir(), "disk.img")
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(path, conformanceSize); err != nil {
+			t.Fatal(err)
+		}
+		if dev, err = open.Open(t.Context(), open.Spec{Path: path, Format: format, Cache: cache, Engine: eng, Buffers: bufs, Log: log}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return newRig(t, dev, eng, bufs)
+}
+
+// expected is what the suite shall find.
+func (r *rig) expected() nbdtest.Server {
+	flags := fullFlags
+	caps := r.dev.Info().Caps
+	if caps.Has(backing.CanFastZero) {
+		flags |= wire.SendFastZero
+	}
+	if caps.Has(backing.IsRotational) {
+		flags |= wire.Rotational
+	}
+	if r.exports.deny != 0 {
+		flags &^= wire.SendFUA | wire.SendTrim | wire.SendZero | wire.SendFastZero
+		flags |= wire.ReadOnly
+	}
+	return nbdtest.Server{
+		Export:   "disk",
+		Size:     conformanceSize,
+		ReadOnly: r.exports.deny != 0,
+		Features: nbdtest.Features{Flags: flags, Structured: true, Extended: true, Contexts: true, BlockSizes: true},
+	}
+}
+
+func unixEndpoint(t *testing.T) transport.Endpoint {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vmdiskd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return transport.Endpoint{Kind: transport.Unix, Path: filepath.Join(dir, "s")}
+}
+
+func tcpEndpoint() transport.Endpoint {
+	return transport.Endpoint{Kind: transport.TCP, Address: "127.0.0.1"}
+}
+
+func TestConformance(t *testing.T) {
+	for _, tt := range []struct {
+		name, engine, format, cache string
+		tcp, readonly               bool
+	}{
+		{name: "raw uring unix", engine: "uring", format: "raw"},
+		{name: "raw pool tcp", engine: "pool", format: "raw", tcp: true},
+		{name: "raw direct uring tcp", engine: "uring", format: "raw", cache: open.CacheNone, tcp: true},
+		{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone},
+		{name: "mem pool unix", engine: "pool", format: "mem"},
+		{name: "raw readonly", engine: "pool", format: "raw", readonly: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := engineRig(t, tt.engine, tt.format, tt.cache)
+			if tt.readonly {
+				r.exports.deny = backing.CanWrite
+			}
+			e := unixEndpoint(t)
+			if tt.tcp {
+				e = tcpEndpoint()
+			}
+			r.exports.large = backing.NewEmulate(mem.New(largeSize, nil))
+			s := r.expected()
+			s.Other = "large"
+			if !tt.readonly {
+				s.Large = &nbdtest.Export{Name: "large", Size: largeSize}
+			}
+			s.Dial = dialer(r.listen(t, e))
+			nbdtest.Conformance(t, s)
+		})
+	}
+}
+
+func TestConformanceInsideTLS(t *testing.T) {
+	for _, mode := range []TLSMode{TLSOn, TLSRequire} {
+		name := map[TLSMode]nbdtest.TLSMode{TLSOn: nbdtest.TLSOn, TLSRequire: nbdtest.TLSRequire}[mode]
+		t.Run(string(name), func(t *testing.T) {
+			dir := t.TempDir()
+			ca := transporttest.NewCA(t, "test")
+			transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
+			client := ca.IssueClient("client")
+			pool := x509.NewCertPool()
+			pool.AddCert(ca.Cert)
+			pair, err := tls.X509KeyPair(client.CertPEM(), client.KeyPEM(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			creds, err := transport.LoadCredentials(dir, transport.TLSOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := engineRig(t, "uring", "raw", "")
+			r.opt.TLS, r.opt.TLSConfig = mode, creds.ServerConfig
+			s := r.expected()
+			s.Dial = dialer(r.listen(t, tcpEndpoint()))
+			s.TLS = nbdtest.TLS{Mode: name, Config: &tls.Config{
+				ServerName: "localhost", RootCAs: pool, Certificates: []tls.Certificate{pair},
+			}}
+			nbdtest.Conformance(t, s)
+		})
+	}
+}
+
+func TestConformanceOfTheTimeLimits(t *testing.T) {
+	r := engineRig(t, "pool", "mem", "")
+	r.opt.Handshake, r.opt.Stall = 2*time.Second, 2*time.Second
+	s := r.expected()
+	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
+	s.Long, s.Handshake, s.Stall = true, r.opt.Handshake, r.opt.Stall
+	nbdtest.Conformance(t, s)
+}
+
+func TestConformanceDegraded(t *testing.T) {
+	r := engineRig(t, "pool", "mem", "")
+	r.opt.NoStructured = true
+	s := r.expected()
+	s.Features.Structured, s.Features.Extended, s.Features.Contexts = false, false, false
+	s.Features.Flags &^= wire.SendDF
+	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
+	nbdtest.Conformance(t, s)
+}
+
+func TestOldstyleConformance(t *testing.T) {
+	r := engineRig(t, "pool", "mem", "")
+	r.opt.Oldstyle = true
+	s := r.expected()
+	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
+	nbdtest.Oldstyle(t, s)
+}
