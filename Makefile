@@ -20,7 +20,7 @@ build: ## build the static binaries into bin/
 run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 	@scripts/run.sh bin/vmdiskd $(IMAGE)
 
-test: deps fmt vet race fuzz interop guest ## install what the tests need and run all of them
+test: deps fmt vet unit race fuzz interop guest ## install what the tests need and run all of them
 
 deps: ## install the packages that the tests need
 	scripts/install-test-deps.sh

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -14,21 +15,23 @@ var (
 	errTooManyHandshaking = errors.New("too many connections in handshake")
 )
 
-// admission counts connections: all of them, those in handshake, and both
-// for each peer. A slot that a flood of half-open connections takes is not
-// one that an established guest loses.
+// admission counts connections: all of them, those in handshake, and both for
+// each peer. What is one too many is refused; what is one too many in
+// handshake waits for its turn, so that a burst is served and a flood of
+// half-open connections cannot take the slot of an established guest.
 type admission struct {
+	early chan struct{} // holds a token per connection in handshake
+
 	mu    sync.Mutex
 	all   int              // guarded by mu
-	early int              // guarded by mu; in handshake
 	peers map[string]*peer // guarded by mu
 }
 
 // peer is what the connections of one peer share.
 type peer struct {
 	key    string
-	all    int // guarded by admission.mu
-	early  int // guarded by admission.mu
+	early  chan struct{} // as in admission
+	all    int           // guarded by admission.mu
 	budget budget
 }
 
@@ -36,55 +39,69 @@ type peer struct {
 type slot struct {
 	a     *admission
 	peer  *peer
-	early bool
+	early bool // holds its tokens
 }
 
+func newAdmission() *admission {
+	return &admission{
+		early: make(chan struct{}, limits.Handshaking),
+		peers: make(map[string]*peer),
+	}
+}
+
+// enter takes a place for a connection of the peer that key names.
 func (a *admission) enter(key string) (*slot, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.all >= limits.Connections {
+		return nil, errTooManyConns
+	}
 	p := a.peers[key]
 	if p == nil {
-		p = &peer{key: key}
+		p = &peer{key: key, early: make(chan struct{}, limits.HandshakingPerPeer)}
 		p.budget.init(limits.RequestsPerPeer, limits.BytesPerPeer)
+		a.peers[key] = p
 	}
-	switch {
-	case a.all >= limits.Connections:
-		return nil, errTooManyConns
-	case p.all >= limits.ConnectionsPerPeer:
+	if p.all >= limits.ConnectionsPerPeer {
 		return nil, errTooManyPeerConns
-	case a.early >= limits.Handshaking || p.early >= limits.HandshakingPerPeer:
-		return nil, errTooManyHandshaking
 	}
-	if a.peers == nil {
-		a.peers = make(map[string]*peer)
-	}
-	a.peers[key] = p
 	a.all++
-	a.early++
 	p.all++
-	p.early++
-	return &slot{a: a, peer: p, early: true}, nil
+	return &slot{a: a, peer: p}, nil
+}
+
+// handshake waits until the connection may begin its handshake, until the
+// time for that is over, or until quit is closed.
+func (s *slot) handshake(over <-chan time.Time, quit <-chan struct{}) error {
+	for _, tokens := range [...]chan struct{}{s.peer.early, s.a.early} {
+		select {
+		case tokens <- struct{}{}:
+			continue
+		case <-over:
+		case <-quit:
+		}
+		if tokens == s.a.early {
+			<-s.peer.early
+		}
+		return errTooManyHandshaking
+	}
+	s.early = true
+	return nil
 }
 
 // established ends the handshake's claim.
 func (s *slot) established() {
-	s.a.mu.Lock()
-	defer s.a.mu.Unlock()
-	s.leaveEarlyLocked()
-}
-
-func (s *slot) leaveEarlyLocked() {
 	if s.early {
 		s.early = false
-		s.a.early--
-		s.peer.early--
+		<-s.a.early
+		<-s.peer.early
 	}
 }
 
 func (s *slot) leave() {
+	s.established()
 	s.a.mu.Lock()
 	defer s.a.mu.Unlock()
-	s.leaveEarlyLocked()
 	s.a.all--
 	s.peer.all--
 	if s.peer.all == 0 {

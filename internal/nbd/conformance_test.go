@@ -130,15 +130,18 @@ func tcpEndpoint() transport.Endpoint {
 func TestConformance(t *testing.T) {
 	for _, tt := range []struct {
 		name, engine, format, cache string
-		tcp, readonly               bool
+		tcp, readonly, race         bool
 	}{
-		{name: "raw uring unix", engine: "uring", format: "raw"},
+		{name: "raw uring unix", engine: "uring", format: "raw", race: true},
 		{name: "raw pool tcp", engine: "pool", format: "raw", tcp: true},
 		{name: "raw direct uring tcp", engine: "uring", format: "raw", cache: open.CacheNone, tcp: true},
-		{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone},
+		{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone, race: true},
 		{name: "mem pool unix", engine: "pool", format: "mem"},
 		{name: "raw readonly", engine: "pool", format: "raw", readonly: true},
 	} {
+		if underRace && !tt.race {
+			continue
+		}
 		t.Run(tt.name, func(t *testing.T) {
 			r := engineRig(t, tt.engine, tt.format, tt.cache)
 			if tt.readonly {
@@ -162,6 +165,9 @@ func TestConformance(t *testing.T) {
 
 func TestConformanceInsideTLS(t *testing.T) {
 	for _, mode := range []TLSMode{TLSOn, TLSRequire} {
+		if underRace && mode == TLSOn {
+			continue
+		}
 		name := map[TLSMode]nbdtest.TLSMode{TLSOn: nbdtest.TLSOn, TLSRequire: nbdtest.TLSRequire}[mode]
 		t.Run(string(name), func(t *testing.T) {
 			dir := t.TempDir()

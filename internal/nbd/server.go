@@ -91,14 +91,15 @@ type Options struct {
 // Server speaks NBD on the connections that Serve is given.
 type Server struct {
 	opt  Options
-	admt admission
+	admt *admission
 
 	mu       sync.Mutex
 	conns    map[*connection]struct{} // guarded by mu
 	draining bool                     // guarded by mu
 	idle     chan struct{}            // guarded by mu; closed when draining and conns is empty
 
-	stop     chan struct{}
+	quit     chan struct{} // closed when draining begins
+	stop     chan struct{} // closed when the watch shall end
 	watching sync.WaitGroup
 }
 
@@ -121,7 +122,9 @@ func NewServer(o Options) *Server {
 	}
 	s := &Server{
 		opt:   o,
+		admt:  newAdmission(),
 		conns: make(map[*connection]struct{}),
+		quit:  make(chan struct{}),
 		stop:  make(chan struct{}),
 	}
 	s.watching.Add(1)
@@ -146,7 +149,12 @@ func (s *Server) Serve(ctx context.Context, c transport.Conn) error {
 	}
 	defer s.unregister(k)
 
+	over := time.NewTimer(s.opt.Handshake)
+	defer over.Stop()
 	if err := c.SetDeadline(time.Now().Add(s.opt.Handshake)); err != nil {
+		return err
+	}
+	if err := slot.handshake(over.C, s.quit); err != nil {
 		return err
 	}
 	n := newNegotiation(&s.opt, c, slot)
@@ -221,6 +229,7 @@ func (s *Server) Shutdown(ctx context.Context) bool {
 func (s *Server) startDrain() <-chan struct{} {
 	s.mu.Lock()
 	s.draining = true
+	close(s.quit)
 	s.idle = make(chan struct{})
 	if len(s.conns) == 0 {
 		close(s.idle)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -279,34 +280,69 @@ func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
 	}
 }
 
-func TestAdmissionCountsPeersApart(t *testing.T) {
-	var a admission
+func TestHandshakesOfAPeerWaitTheirTurn(t *testing.T) {
+	a := newAdmission()
+	never := make(chan struct{})
+	enter := func(key string) *slot {
+		t.Helper()
+		s, err := a.enter(key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	over := make(chan time.Time)
+	close(over)
 	var slots []*slot
 	for range limits.HandshakingPerPeer {
-		s, err := a.enter("uid:1")
-		if err != nil {
+		s := enter("uid:1")
+		if err := s.handshake(nil, never); err != nil {
 			t.Fatal(err)
 		}
 		slots = append(slots, s)
 	}
-	if _, err := a.enter("uid:1"); !errors.Is(err, errTooManyHandshaking) {
+	late := enter("uid:1")
+	if err := late.handshake(over, never); !errors.Is(err, errTooManyHandshaking) {
 		t.Errorf("one more in handshake: got %v, want %v", err, errTooManyHandshaking)
 	}
-	s, err := a.enter("uid:2")
-	if err != nil {
+	other := enter("uid:2")
+	if err := other.handshake(nil, never); err != nil {
 		t.Errorf("another peer: %v", err)
 	}
-	s.leave()
+	done := make(chan error)
+	go func() { done <- late.handshake(nil, never) }()
 	slots[0].established()
-	if s, err = a.enter("uid:1"); err != nil {
-		t.Errorf("after one was established: %v", err)
+	if err := <-done; err != nil {
+		t.Errorf("when one was established: %v", err)
 	}
-	s.leave()
-	for _, s := range slots {
+	for _, s := range append(slots, late, other) {
 		s.leave()
 	}
-	if len(a.peers) != 0 || a.all != 0 || a.early != 0 {
-		t.Errorf("after all left: %d peers, %d connections, %d in handshake; want none", len(a.peers), a.all, a.early)
+	if len(a.peers) != 0 || a.all != 0 || len(a.early) != 0 {
+		t.Errorf("after all left: %d peers, %d connections, %d in handshake; want none", len(a.peers), a.all, len(a.early))
+	}
+}
+
+func TestConnectionsAreBoundedPerPeerAndInAll(t *testing.T) {
+	a := newAdmission()
+	for range limits.ConnectionsPerPeer {
+		if _, err := a.enter("uid:1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := a.enter("uid:1"); !errors.Is(err, errTooManyPeerConns) {
+		t.Errorf("one more of the peer: got %v, want %v", err, errTooManyPeerConns)
+	}
+	for i := a.all; i < limits.Connections; i++ {
+		if _, err := a.enter(strconv.Itoa(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := a.enter("uid:2"); !errors.Is(err, errTooManyConns) {
+		t.Errorf("one more in all: got %v, want %v", err, errTooManyConns)
+	}
+	if len(a.peers) != 1+limits.Connections-limits.ConnectionsPerPeer {
+		t.Errorf("peers: got %d; one that was refused left a trace", len(a.peers))
 	}
 }
 
