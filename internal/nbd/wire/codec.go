@@ -25,58 +25,67 @@ type Request struct {
 	Len uint64
 }
 
+// head is what requests and chunks of either form begin with.
+type head struct {
+	flags, kind uint16
+	cookie      uint64
+}
+
+// headSize is its size, with the magic.
+const headSize = 16
+
+// cutHead splits the head off a message of size bytes.
+func cutHead(b []byte, size int, magic uint32) (h head, rest []byte, err error) {
+	if len(b) < size {
+		return head{}, nil, ErrShort
+	}
+	if be.Uint32(b) != magic {
+		return head{}, nil, ErrMagic
+	}
+	return head{be.Uint16(b[4:]), be.Uint16(b[6:]), be.Uint64(b[8:])}, b[headSize:], nil
+}
+
+func appendHead(b []byte, magic uint32, h head) []byte {
+	b = be.AppendUint32(b, magic)
+	b = be.AppendUint16(b, h.flags)
+	b = be.AppendUint16(b, h.kind)
+	return be.AppendUint64(b, h.cookie)
+}
+
+func (r *Request) head() head { return head{uint16(r.Flags), uint16(r.Cmd), r.Cookie} }
+
+func request(h head, off, n uint64) Request {
+	return Request{Flags: CmdFlags(h.flags), Cmd: Cmd(h.kind), Cookie: h.cookie, Off: off, Len: n}
+}
+
 // DecodeRequest reads a compact request from the first RequestSize bytes.
 func DecodeRequest(b []byte) (Request, error) {
-	if len(b) < RequestSize {
-		return Request{}, ErrShort
+	h, b, err := cutHead(b, RequestSize, MagicRequest)
+	if err != nil {
+		return Request{}, err
 	}
-	if be.Uint32(b) != MagicRequest {
-		return Request{}, ErrMagic
-	}
-	return Request{
-		Flags:  CmdFlags(be.Uint16(b[4:])),
-		Cmd:    Cmd(be.Uint16(b[6:])),
-		Cookie: be.Uint64(b[8:]),
-		Off:    be.Uint64(b[16:]),
-		Len:    uint64(be.Uint32(b[24:])),
-	}, nil
+	return request(h, be.Uint64(b), uint64(be.Uint32(b[8:]))), nil
 }
 
 // DecodeExtRequest reads an extended request from the first ExtRequestSize
 // bytes.
 func DecodeExtRequest(b []byte) (Request, error) {
-	if len(b) < ExtRequestSize {
-		return Request{}, ErrShort
+	h, b, err := cutHead(b, ExtRequestSize, MagicExtRequest)
+	if err != nil {
+		return Request{}, err
 	}
-	if be.Uint32(b) != MagicExtRequest {
-		return Request{}, ErrMagic
-	}
-	return Request{
-		Flags:  CmdFlags(be.Uint16(b[4:])),
-		Cmd:    Cmd(be.Uint16(b[6:])),
-		Cookie: be.Uint64(b[8:]),
-		Off:    be.Uint64(b[16:]),
-		Len:    be.Uint64(b[24:]),
-	}, nil
+	return request(h, be.Uint64(b), be.Uint64(b[8:])), nil
 }
 
 // AppendRequest appends r in compact form; r.Len must fit 32 bits.
 func AppendRequest(b []byte, r Request) []byte {
-	b = be.AppendUint32(b, MagicRequest)
-	b = be.AppendUint16(b, uint16(r.Flags))
-	b = be.AppendUint16(b, uint16(r.Cmd))
-	b = be.AppendUint64(b, r.Cookie)
-	b = be.AppendUint64(b, r.Off)
+	b = be.AppendUint64(appendHead(b, MagicRequest, r.head()), r.Off)
 	return be.AppendUint32(b, uint32(r.Len))
 }
 
 // AppendExtRequest appends r in extended form.
 func AppendExtRequest(b []byte, r Request) []byte {
-	b = be.AppendUint32(b, MagicExtRequest)
-	b = be.AppendUint16(b, uint16(r.Flags))
-	b = be.AppendUint16(b, uint16(r.Cmd))
-	b = be.AppendUint64(b, r.Cookie)
-	b = be.AppendUint64(b, r.Off)
+	b = be.AppendUint64(appendHead(b, MagicExtRequest, r.head()), r.Off)
 	return be.AppendUint64(b, r.Len)
 }
 
@@ -99,22 +108,20 @@ type Chunk struct {
 	Len uint64
 }
 
+func (c *Chunk) head() head { return head{uint16(c.Flags), uint16(c.Type), c.Cookie} }
+
+func chunk(h head, off, n uint64) Chunk {
+	return Chunk{Flags: ChunkFlags(h.flags), Type: ChunkType(h.kind), Cookie: h.cookie, Off: off, Len: n}
+}
+
 // AppendChunk appends a structured chunk header; c.Len must fit 32 bits.
 func AppendChunk(b []byte, c Chunk) []byte {
-	b = be.AppendUint32(b, MagicChunk)
-	b = be.AppendUint16(b, uint16(c.Flags))
-	b = be.AppendUint16(b, uint16(c.Type))
-	b = be.AppendUint64(b, c.Cookie)
-	return be.AppendUint32(b, uint32(c.Len))
+	return be.AppendUint32(appendHead(b, MagicChunk, c.head()), uint32(c.Len))
 }
 
 // AppendExtChunk appends an extended chunk header.
 func AppendExtChunk(b []byte, c Chunk) []byte {
-	b = be.AppendUint32(b, MagicExtResponse)
-	b = be.AppendUint16(b, uint16(c.Flags))
-	b = be.AppendUint16(b, uint16(c.Type))
-	b = be.AppendUint64(b, c.Cookie)
-	b = be.AppendUint64(b, c.Off)
+	b = be.AppendUint64(appendHead(b, MagicExtResponse, c.head()), c.Off)
 	return be.AppendUint64(b, c.Len)
 }
 
@@ -131,35 +138,20 @@ func DecodeSimpleReply(b []byte) (e Errno, cookie uint64, err error) {
 
 // DecodeChunk reads a structured chunk header.
 func DecodeChunk(b []byte) (Chunk, error) {
-	if len(b) < ChunkSize {
-		return Chunk{}, ErrShort
+	h, b, err := cutHead(b, ChunkSize, MagicChunk)
+	if err != nil {
+		return Chunk{}, err
 	}
-	if be.Uint32(b) != MagicChunk {
-		return Chunk{}, ErrMagic
-	}
-	return Chunk{
-		Flags:  ChunkFlags(be.Uint16(b[4:])),
-		Type:   ChunkType(be.Uint16(b[6:])),
-		Cookie: be.Uint64(b[8:]),
-		Len:    uint64(be.Uint32(b[16:])),
-	}, nil
+	return chunk(h, 0, uint64(be.Uint32(b))), nil
 }
 
 // DecodeExtChunk reads an extended chunk header.
 func DecodeExtChunk(b []byte) (Chunk, error) {
-	if len(b) < ExtChunkSize {
-		return Chunk{}, ErrShort
+	h, b, err := cutHead(b, ExtChunkSize, MagicExtResponse)
+	if err != nil {
+		return Chunk{}, err
 	}
-	if be.Uint32(b) != MagicExtResponse {
-		return Chunk{}, ErrMagic
-	}
-	return Chunk{
-		Flags:  ChunkFlags(be.Uint16(b[4:])),
-		Type:   ChunkType(be.Uint16(b[6:])),
-		Cookie: be.Uint64(b[8:]),
-		Off:    be.Uint64(b[16:]),
-		Len:    be.Uint64(b[24:]),
-	}, nil
+	return chunk(h, be.Uint64(b), be.Uint64(b[8:])), nil
 }
 
 // AppendHole appends the payload of a ChunkHole.
