@@ -40,6 +40,11 @@ type IO struct {
 	// It must not block.
 	Done func(*IO)
 
+	// After, if it is not nil, is flushed when Done has been called for
+	// everything that the engine has at hand: answers to a batch can leave
+	// together. It must not block either.
+	After Flusher
+
 	// N is the number of bytes moved. A read is short only at the end of the
 	// file; a write is never short without Err.
 	N int
@@ -50,6 +55,19 @@ type IO struct {
 	// Engine-private state while the IO is submitted.
 	Next *IO
 	Slot uint32
+}
+
+// Flusher sends on what several Done have gathered.
+type Flusher interface{ Flush() }
+
+// finish calls Done and flushes After, for engines that finish transfers one
+// by one. The IO is the caller's again when Done has returned.
+func (io *IO) finish() {
+	after := io.After
+	io.Done(io)
+	if after != nil {
+		after.Flush()
+	}
 }
 
 // File is a file that an engine may work on. It stays valid until Close.

@@ -101,7 +101,7 @@ func (p *Pool) work() {
 			return
 		}
 		run(io)
-		io.Done(io)
+		io.finish()
 	}
 }
 

@@ -22,6 +22,9 @@ type link interface {
 	// returns 0, and the caller leaves the bytes to send.
 	trySend(p []byte, more bool) (int, error)
 
+	// trySendAll is trySend for several pieces; it may leave some of them out.
+	trySendAll(bufs [][]byte) (int, error)
+
 	// send sends all of bufs, waiting as long as it takes.
 	send(bufs [][]byte) error
 
@@ -68,14 +71,16 @@ type socketLink struct {
 	vec    sysio.Vector
 	sendFn func(uintptr)
 	vecFn  func(uintptr) bool
-	tryFn  func(uintptr)
-	fileFn func(uintptr) bool
+	// vecTryFn is vecFn without the wait.
+	vecTryFn func(uintptr)
+	tryFn    func(uintptr)
+	fileFn   func(uintptr) bool
 }
 
 func newSocketLink(rc syscall.RawConn, zeroCopy bool) *socketLink {
 	l := &socketLink{rc: rc, copies: !zeroCopy}
 	l.recvFn, l.sendFn, l.vecFn = l.doRecv, l.doSend, l.doVector
-	l.tryFn, l.fileFn = l.doTryFile, l.doFile
+	l.tryFn, l.fileFn, l.vecTryFn = l.doTryFile, l.doFile, l.doTryVector
 	return l
 }
 
@@ -140,6 +145,21 @@ func (l *socketLink) doSend(fd uintptr) {
 	}
 }
 
+func (l *socketLink) trySendAll(bufs [][]byte) (int, error) {
+	for _, b := range bufs[:min(len(bufs), sysio.MaxVector)] {
+		l.vec.Add(b)
+	}
+	l.sn, l.serr = 0, nil
+	err := l.rc.Control(l.vecTryFn)
+	l.vec.Reset()
+	if err != nil {
+		return 0, err
+	}
+	return l.sn, l.serr
+}
+
+func (l *socketLink) doTryVector(fd uintptr) { l.doVector(fd) }
+
 func (l *socketLink) send(bufs [][]byte) error {
 	for len(bufs) > 0 {
 		k := min(len(bufs), sysio.MaxVector)
@@ -147,7 +167,7 @@ func (l *socketLink) send(bufs [][]byte) error {
 			l.vec.Add(b)
 		}
 		bufs = bufs[k:]
-		l.serr = nil
+		l.sn, l.serr = 0, nil
 		err := l.rc.Write(l.vecFn)
 		l.vec.Reset()
 		if err == nil {
@@ -166,6 +186,7 @@ func (l *socketLink) doVector(fd uintptr) bool {
 		switch e {
 		case 0:
 			l.vec.Skip(n)
+			l.sn += n
 		case syscall.EINTR:
 		case syscall.EAGAIN:
 			return false
@@ -247,6 +268,7 @@ func (l *streamLink) recv(into func() []byte, idle func() error) (int, error) {
 }
 
 func (l *streamLink) trySend([]byte, bool) (int, error) { return 0, nil }
+func (l *streamLink) trySendAll([][]byte) (int, error)  { return 0, nil }
 
 // send joins small pieces so that a header does not become a record, or a
 // write, of its own.

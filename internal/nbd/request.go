@@ -120,7 +120,7 @@ func (r *request) transfer(i int, op engine.Op, f *engine.File, from, to, off in
 	t := &r.ios[i]
 	r.at[i] = int64(r.req.Off) + from
 	t.Op, t.FUA, t.File, t.Buf, t.Off = op, false, f, r.p[from:to], off
-	t.N, t.Err, t.Done = 0, nil, r.ioDoneFn
+	t.N, t.Err, t.Done, t.After = 0, nil, r.ioDoneFn, &r.s.sender
 	r.left.Add(1)
 	r.s.batch = append(r.s.batch, t)
 }
@@ -204,7 +204,9 @@ func (r *request) run() {
 	case wire.CmdExtents:
 		r.p, err = r.s.collectExtents(&r.req, r.contexts)
 	}
+	o := &r.s.sender // r is gone with its answer
 	r.answer(err)
+	o.Flush()
 }
 
 var flagMap = [...]struct {

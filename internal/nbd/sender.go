@@ -25,9 +25,19 @@ type segment struct {
 	turn *bufpool.Buf
 }
 
+// size is what head and body have to send.
+func (g *segment) size() int { return len(g.head) + len(g.body) }
+
+// skip forgets the first n bytes of head and body, which were sent.
+func (g *segment) skip(n int) {
+	k := min(n, len(g.head))
+	g.head, g.body = g.head[k:], g.body[n-k:]
+}
+
 // sender owns the outgoing half of a connection. One goroutine at a time owns
 // the socket: the connection's own when it claims an idle sender at the end
-// of a turn, or writeLoop, which exists only while segments are queued.
+// of a turn, one of the engine's that flushes, or writeLoop, which exists only
+// while the peer does not take what is queued.
 type sender struct {
 	link link
 	s    *session
@@ -70,8 +80,8 @@ func (o *sender) yield(rest ...segment) {
 	o.mu.Unlock()
 }
 
-// push queues a segment; it never waits. On a broken connection the segment
-// ends at once.
+// push queues a segment; it never waits, and does not send: Flush does. On a
+// broken connection the segment ends at once.
 func (o *sender) push(g segment) {
 	o.mu.Lock()
 	if o.err != nil {
@@ -80,10 +90,64 @@ func (o *sender) push(g segment) {
 		return
 	}
 	o.q = append(o.q, g)
-	if !o.busy {
-		o.startLocked(true)
-	}
 	o.mu.Unlock()
+}
+
+// Flush sends what is queued, as far as the peer takes it at once, and leaves
+// the rest to writeLoop. It does nothing while somebody owns the socket, who
+// will find what is queued.
+func (o *sender) Flush() {
+	o.mu.Lock()
+	if o.busy || len(o.q) == 0 {
+		o.mu.Unlock()
+		return
+	}
+	o.busy = true
+	batch := o.q
+	o.q = o.spare[:0]
+	o.mu.Unlock()
+
+	n, err := o.tryAll(batch)
+	if err != nil {
+		o.endAll(batch)
+		o.yield()
+		o.s.fail(err)
+		return
+	}
+	rest := batch
+	for len(rest) > 0 && n >= rest[0].size() && rest[0].n == 0 {
+		n -= rest[0].size()
+		o.end(&rest[0])
+		rest = rest[1:]
+	}
+	if len(rest) > 0 {
+		rest[0].skip(n)
+	}
+	o.spare = batch[:0] // yield copies rest before anybody reuses it
+	o.yield(rest...)
+}
+
+// tryAll sends the segments of batch up to the first range of a file.
+func (o *sender) tryAll(batch []segment) (int, error) {
+	for i := range batch {
+		o.bufs = append(o.bufs, batch[i].head, batch[i].body)
+		if batch[i].n > 0 {
+			break
+		}
+	}
+	n, err := o.link.trySendAll(o.bufs)
+	clear(o.bufs)
+	o.bufs = o.bufs[:0]
+	if n > 0 {
+		o.s.moved()
+	}
+	return n, err
+}
+
+func (o *sender) endAll(batch []segment) {
+	for i := range batch {
+		o.end(&batch[i])
+	}
 }
 
 // startLocked makes writeLoop the owner, or nobody.
@@ -147,9 +211,7 @@ func (o *sender) writeLoop() {
 		o.waiting.Store(true)
 		err := o.sendAll(batch)
 		o.waiting.Store(false)
-		for i := range batch {
-			o.end(&batch[i])
-		}
+		o.endAll(batch)
 		o.spare = batch[:0]
 		if err != nil {
 			o.s.fail(err)

@@ -174,7 +174,11 @@ func (s *session) endTurn() error {
 		clear(s.batch)
 		s.batch = s.batch[:0]
 	}
-	return s.flushOut()
+	if err := s.flushOut(); err != nil {
+		return err
+	}
+	s.sender.Flush()
+	return nil
 }
 
 // park is what happens before the connection's goroutine waits for the peer:
@@ -341,6 +345,7 @@ func (s *session) abandon() {
 	for _, h := range heads {
 		s.sender.push(segment{head: h})
 	}
+	s.sender.Flush()
 }
 
 // linger lets the peer take the last replies before the connection is closed

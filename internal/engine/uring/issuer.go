@@ -3,6 +3,7 @@ package uring
 import (
 	"fmt"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -33,6 +34,7 @@ type issuer struct {
 	free     []uint32 // slots without a transfer
 	again    []uint32 // slots whose transfer has another call to make
 	backlog  list     // taken from the queue, without a slot
+	after    []engine.Flusher
 	controls []*control
 	armed    bool   // the eventfd is being read
 	wakes    uint64 // what the read puts there
@@ -64,8 +66,10 @@ func (s *issuer) loop() {
 			s.leave()
 			return
 		}
+		s.flush()
 		s.enter(full)
 		s.reap()
+		s.flush()
 	}
 }
 
@@ -125,7 +129,7 @@ func (s *issuer) fill() (full bool) {
 		sl := &s.slots[i]
 		if !sl.t.Start(io) {
 			sl.t.IO = nil
-			io.Done(io)
+			s.done(io)
 			continue
 		}
 		s.free = s.free[:len(s.free)-1]
@@ -248,7 +252,25 @@ func (s *issuer) finish(c cqe) {
 	sl.t.IO = nil
 	sl.gen++
 	s.free = append(s.free, i)
+	s.done(io)
+}
+
+// done gives io back and remembers what is to be flushed for it.
+func (s *issuer) done(io *engine.IO) {
+	after := io.After
 	io.Done(io)
+	if after != nil && !slices.Contains(s.after, after) {
+		s.after = append(s.after, after)
+	}
+}
+
+// flush lets the answers to all that is done leave.
+func (s *issuer) flush() {
+	for _, f := range s.after {
+		f.Flush()
+	}
+	clear(s.after)
+	s.after = s.after[:0]
 }
 
 // leave ends the read of the eventfd, so that the kernel holds no address of
