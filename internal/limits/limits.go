@@ -44,6 +44,10 @@ const (
 	// the rest, and finding this many takes the file system milliseconds.
 	MaxExtents = 1 << 13
 
+	// HoleRead is the shortest read for which a known hole is looked up: below
+	// it, sending zeroes costs less.
+	HoleRead = 32 << 10
+
 	// MaxListed bounds how many exports one LIST reply names.
 	MaxListed = 10000
 )

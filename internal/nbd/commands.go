@@ -160,10 +160,28 @@ func (s *session) read(req *wire.Request) error {
 	return s.readLater(req, int(n))
 }
 
-// hole tells whether the answer is one hole chunk. With DF zeroes are
-// spelled out.
+// mayBeHole tells whether a read may be answered by a hole chunk: with DF
+// zeroes are spelled out.
+func (s *session) mayBeHole(req *wire.Request) bool {
+	return s.structured && req.Flags&wire.FlagDF == 0
+}
+
+// hole tells whether the mapped answer is one hole chunk.
 func (s *session) hole(req *wire.Request) bool {
-	return s.structured && req.Flags&wire.FlagDF == 0 && s.m.N == 1 && s.m.Runs[0].File == nil
+	return s.mayBeHole(req) && s.m.N == 1 && s.m.Runs[0].File == nil
+}
+
+// isHole asks the device, for a large read that could not be mapped.
+func (s *session) isHole(req *wire.Request) (hole bool) {
+	off, n := device(req)
+	if !s.mayBeHole(req) || n < limits.HoleRead {
+		return false
+	}
+	err := s.dev.Extents(s.ctx, off, n, backing.ReqOne, func(x backing.Extent) bool {
+		hole = x.Zero && x.Len == n
+		return false
+	})
+	return err == nil && hole
 }
 
 // readInline copies n bytes behind a header in the turn's buffer. done is

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -14,9 +13,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
-	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
-	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -63,32 +59,21 @@ func dialer(l transport.Listener) func(context.Context) (net.Conn, error) {
 	}
 }
 
-// engineRig serves a disk of package mem, or a raw file, by the named engine.
+// engineRig serves a disk of package mem, or a sparse raw file, by the named
+// engine.
 func engineRig(t *testing.T, engine, format, cache string) *rig {
 	t.Helper()
-	log := slog.New(slog.DiscardHandler)
-	bufs := bufpool.New(limits.BufferBudget)
-	bufs.SetPoison(true)
-	eng, err := choose.New(engine, bufs, log)
-	if err != nil {
+	if format == "mem" {
+		return memRig(t, conformanceSize)
+	}
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var dev backing.Device
-	if format == "mem" {
-		dev = backing.NewEmulate(mem.New(conformanceSize, nil))
-	} else {
-		path := filepath.Join(t.TempDir(), "disk.img")
-		if err := os.WriteFile(path, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Truncate(path, conformanceSize); err != nil {
-			t.Fatal(err)
-		}
-		if dev, err = open.Open(t.Context(), open.Spec{Path: path, Format: format, Cache: cache, Engine: eng, Buffers: bufs, Log: log}); err != nil {
-			t.Fatal(err)
-		}
+	if err := os.Truncate(path, conformanceSize); err != nil {
+		t.Fatal(err)
 	}
-	return newRig(t, dev, eng, bufs)
+	return rawRig(t, path, engine, cache)
 }
 
 // expected is what the suite shall find.

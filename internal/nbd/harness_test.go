@@ -16,6 +16,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -82,22 +83,33 @@ func memRig(t testing.TB, size int64) *rig {
 	return newRig(t, backing.NewEmulate(mem.New(size, nil)), engine.NewPool(2), bufpool.New(limits.BufferBudget))
 }
 
-// fileRig serves a sparse file of size bytes.
-func fileRig(t testing.TB, size int64) (*rig, string) {
+// fileRig serves a file of size bytes of zeroes, written and in the page
+// cache.
+func fileRig(t testing.TB, size int64, engine, cache string) *rig {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk.img")
-	if err := os.WriteFile(path, nil, 0o600); err != nil {
+	if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(path, size); err != nil {
-		t.Fatal(err)
-	}
-	eng, bufs := engine.NewPool(2), bufpool.New(limits.BufferBudget)
-	dev, err := open.Open(context.Background(), open.Spec{Path: path, Format: "raw", Engine: eng, Buffers: bufs, Log: slog.New(slog.DiscardHandler)})
+	return rawRig(t, path, engine, cache)
+}
+
+// rawRig serves a raw image by the named engine. Released buffers are
+// overwritten: nobody may still look at them.
+func rawRig(t testing.TB, path, engine, cache string) *rig {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	bufs := bufpool.New(limits.BufferBudget)
+	bufs.SetPoison(true)
+	eng, err := choose.New(engine, bufs, log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newRig(t, dev, eng, bufs), path
+	dev, err := open.Open(context.Background(), open.Spec{Path: path, Format: "raw", Cache: cache, Engine: eng, Buffers: bufs, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newRig(t, dev, eng, bufs)
 }
 
 func newRig(t testing.TB, dev backing.Device, eng engine.Engine, bufs *bufpool.Pool) *rig {

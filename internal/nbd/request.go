@@ -29,6 +29,7 @@ type request struct {
 	err   error // guarded by mu until left is 0; the first error
 	errAt int64 // guarded by mu until left is 0; where it happened
 
+	hole     bool        // a read that is answered by a hole chunk
 	head     [64]byte    // the reply's header
 	charge   int         // bytes taken from the budgets
 	contexts []contextID // of a BLOCK_STATUS
@@ -57,7 +58,7 @@ func getRequest() *request {
 func (s *session) newRequest(req *wire.Request, charge int, answered bool) *request {
 	r := getRequest()
 	r.s, r.req, r.charge = s, *req, charge
-	r.err, r.errAt = nil, -1
+	r.err, r.errAt, r.hole = nil, -1, false
 	r.left.Store(1) // the turn's own share, see transferred
 	r.answered.Store(answered)
 	s.take(1, charge)
@@ -170,6 +171,8 @@ func (r *request) answer(err error) {
 	switch {
 	case err != nil:
 		g.head = r.s.appendFailure(r.head[:0], &r.req, err, r.errAt)
+	case r.hole:
+		g.head = r.s.appendReadHole(r.head[:0], &r.req)
 	case r.req.Cmd == wire.CmdRead:
 		g.head, g.body = r.s.appendReadHead(r.head[:0], &r.req), r.p
 	case r.req.Cmd == wire.CmdExtents:
@@ -190,7 +193,9 @@ func (r *request) run() {
 	var err error
 	switch r.req.Cmd {
 	case wire.CmdRead:
-		err = dev.ReadAt(ctx, r.p, off)
+		if r.hole = r.s.isHole(&r.req); !r.hole {
+			err = dev.ReadAt(ctx, r.p, off)
+		}
 	case wire.CmdWrite:
 		err = dev.WriteAt(ctx, r.p, off, deviceFlags(r.req.Flags))
 	case wire.CmdFlush:

@@ -15,6 +15,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // Options says how a file is served. The zero value is a writable file in the
@@ -188,6 +189,9 @@ func (d *Device) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 		}
 	}
 	m.Runs[0], m.N, m.Lease = backing.Run{File: d.file, Off: off, Len: n}, 1, lease
+	if op == engine.OpRead && n >= limits.HoleRead && d.knownHole(off, n) {
+		m.Runs[0] = backing.Run{Len: n}
+	}
 	return nil
 }
 

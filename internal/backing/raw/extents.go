@@ -112,6 +112,16 @@ func (d *Device) runAt(off, end int64) (run, error) {
 	return r, err
 }
 
+// knownHole tells whether somebody asked for the extents of the range, found a
+// hole, and nothing has changed since. It does not look itself.
+func (d *Device) knownHole(off, n int64) bool {
+	if !d.locked {
+		return false
+	}
+	r, ok := d.seen.find(off)
+	return ok && r.hole && n <= r.hi-off && d.stands(r)
+}
+
 // stands makes sure that the file did not lose the part that was a hole.
 func (d *Device) stands(r run) bool {
 	if !r.hole {
