@@ -17,6 +17,9 @@ type testCase struct {
 	// adds fio on the same file.
 	direct bool
 	writes bool
+	// small has the image in the page cache page by page, not in the large
+	// folios that reading ahead makes.
+	small bool
 }
 
 // idleConnections is what the memory case compares with a single connection.
@@ -30,7 +33,8 @@ var cases = []testCase{
 	{name: "rr4k-q32", about: "4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}},
 	{name: "rr4k-q32c4", about: "4 KiB random read, QD32 x 4 connections", load: []string{"-o", "randread", "-b", "4096", "-q", "32", "-c", "4"}},
 	{name: "rr4k-q1c64", about: "4 KiB random read, QD1 x 64 connections", load: []string{"-o", "randread", "-b", "4096", "-q", "1", "-c", "64"}},
-	{name: "rw4k-q32", about: "4 KiB random write, QD32", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, writes: true},
+	{name: "rw4k-q32", about: "4 KiB random write, QD32, image cached page by page", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, writes: true, small: true},
+	{name: "rw4k-folio", about: "the same, image cached in large folios, whose every block recent kernels' ext4 looks at for each small write", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, writes: true},
 	{name: "r128k-q16", about: "128 KiB sequential read, QD16", load: []string{"-o", "read", "-b", "131072", "-q", "16"}},
 	{name: "r1m-q8", about: "1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}},
 	{name: "w1m-q8", about: "1 MiB sequential write, QD8", load: []string{"-o", "write", "-b", "1048576", "-q", "8"}, writes: true},

@@ -46,6 +46,7 @@ type sample struct {
 type bench struct {
 	dir   string // of the image, the sockets and nbdload; removed by the caller
 	image string
+	small bool   // the page cache holds the image page by page
 	load  string // path of nbdload
 	secs  float64
 }
@@ -60,7 +61,7 @@ func newBench(ctx context.Context, dir string, size int64, secs float64) (*bench
 	if err := testenv.CreatePattern(b.image, size); err != nil {
 		return nil, err
 	}
-	return b, b.warm()
+	return b, b.settle()
 }
 
 // compileLoad builds nbdload into dir and returns its path.
@@ -78,14 +79,33 @@ func compileLoad(ctx context.Context, dir string) (string, error) {
 	return out, nil
 }
 
-// warm reads the image, so that every page of it is in the page cache.
-func (b *bench) warm() error {
+// pageBytes is the unit of the page cache.
+var pageBytes = os.Getpagesize()
+
+// warm brings the image into the page cache, in large folios by reading ahead
+// or page by page.
+func (b *bench) warm(small bool) error {
 	f, err := os.Open(b.image)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = io.Copy(struct{ io.Writer }{io.Discard}, f)
+	fd := int(f.Fd())
+	if small != b.small {
+		// What is there keeps its shape: it has to go first.
+		if err := errors.Join(f.Sync(), unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)); err != nil {
+			return err
+		}
+		b.small = small
+	}
+	advice, step := unix.FADV_SEQUENTIAL, 1<<20
+	if small {
+		advice, step = unix.FADV_RANDOM, pageBytes
+	}
+	if err := unix.Fadvise(fd, 0, 0, advice); err != nil {
+		return err
+	}
+	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, step))
 	return err
 }
 
@@ -112,6 +132,9 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 		return sample{}, true, err
 	}
 	defer os.RemoveAll(dir)
+	if err := b.warm(c.small); err != nil {
+		return sample{}, true, err
+	}
 	server, err := p.kind.Launch(ctx, dir, o, "taskset", "-c", serverCPU)
 	if err != nil {
 		return sample{}, true, err
