@@ -71,6 +71,14 @@ const (
 	// TLSClose bounds the sending of close_notify.
 	TLSClose = time.Second
 
+	// SlowWrite is how long a copy into the page cache may take before the
+	// connection leaves its writes to the engine, for SlowWriteFor: the
+	// kernel is slowing writers down, or the storage is far away, and reads
+	// on the same connection shall not wait for that. A thread that lost its
+	// processor for a moment is not meant.
+	SlowWrite    = 10 * time.Millisecond
+	SlowWriteFor = 5 * time.Second
+
 	// LogInterval is the time over which LogBurst lines per peer may be
 	// written.
 	LogInterval = time.Second

@@ -1,6 +1,8 @@
 package nbd
 
 import (
+	"time"
+
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -324,9 +326,12 @@ func (s *session) writeDone(req *wire.Request, err error) error {
 }
 
 // writeMapped copies p to the page cache. ErrNotMappable says that nothing
-// was done.
+// was done, and the write is for the engine.
 func (s *session) writeMapped(req *wire.Request, p []byte) error {
 	off, n := device(req)
+	if !s.pace.quick() {
+		return backing.ErrNotMappable
+	}
 	if err := s.dev.Map(engine.OpWrite, off, n, &s.m); err != nil {
 		return err
 	}
@@ -342,6 +347,7 @@ func (s *session) writeMapped(req *wire.Request, p []byte) error {
 		}
 		p = p[run.Len:]
 	}
+	s.pace.wrote(time.Now())
 	return nil
 }
 

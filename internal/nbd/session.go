@@ -43,6 +43,7 @@ type session struct {
 	outB  *bufpool.Buf // nil when there are none
 	batch []*engine.IO // transfers of this turn
 	m     backing.Mapping
+	pace  pace
 
 	sender sender         // see there
 	own    budget         // what this connection has in flight
@@ -169,6 +170,7 @@ func (s *session) decode(b []byte) (wire.Request, error) {
 // endTurn hands the turn's transfers to the engine and its replies to the
 // peer.
 func (s *session) endTurn() error {
+	s.pace.turn()
 	if len(s.batch) > 0 {
 		s.opt.Engine.Submit(s.batch)
 		clear(s.batch)
