@@ -52,7 +52,7 @@ type raw struct {
 	mask                         string
 	noSR, noMC                   bool
 	format, cache, lock, engine  string
-	timeout, drain               time.Duration
+	timeout, drain, poll         time.Duration
 	later                        map[string]*string
 }
 
@@ -86,6 +86,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
 	f.IntVarP(&r.threads, "threads", "t", 0, fmt.Sprintf("requests in flight per connection (default %d)", limits.RequestsPerConn))
+	f.DurationVar(&r.poll, "poll-max", limits.Poll, "longest `TIME` that an idle connection polls its socket; 0 never")
 	f.StringVar(&r.tls, "tls", "off", "off, on (clients may encrypt) or require")
 	f.StringVar(&r.certificates, "tls-certificates", "/etc/pki/vmdiskd", "`DIRECTORY` with ca-cert.pem, server-cert.pem, server-key.pem, ca-crl.pem")
 	f.BoolVar(&r.verifyPeer, "tls-verify-peer", false, "demand a client certificate (the default when there is a ca-cert.pem)")
@@ -198,6 +199,10 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--threads: want 1 to %d", limits.RequestsPerConn)
 	}
 	c.Requests = r.threads
+	if r.poll < 0 || r.poll > time.Millisecond {
+		return usagef("--poll-max: want 0 to 1ms")
+	}
+	c.Poll = r.poll
 	if r.timeout <= 0 || r.drain <= 0 {
 		return usagef("--timeout and --drain-timeout must be positive")
 	}

@@ -33,8 +33,9 @@ type Config struct {
 	TLSCertificates string
 	TLSVerifyPeer   *bool // nil: verified when a CA is there
 
-	Engine        string // "auto", "uring" or "pool"
-	Requests      int    // in flight per connection, 0 for the default
+	Engine        string        // "auto", "uring" or "pool"
+	Requests      int           // in flight per connection, 0 for the default
+	Poll          time.Duration // see nbd.Options
 	Oldstyle      bool
 	MaskHandshake uint16
 	NoStructured  bool

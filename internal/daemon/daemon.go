@@ -193,6 +193,7 @@ func (d *daemon) serve() error {
 		Log:           d.logs.For("nbd"),
 		TLS:           d.cfg.TLS,
 		Requests:      d.cfg.Requests,
+		Poll:          d.cfg.Poll,
 		Oldstyle:      d.cfg.Oldstyle,
 		MaskHandshake: d.cfg.MaskHandshake,
 		NoStructured:  d.cfg.NoStructured,

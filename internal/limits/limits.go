@@ -71,6 +71,18 @@ const (
 	// TLSClose bounds the sending of close_notify.
 	TLSClose = time.Second
 
+	// Poll is how long a connection looks at its empty socket before it
+	// sleeps, and PollPays the sleep below which that would have been
+	// better: what it takes to be woken, twice.
+	// PollCrowded is the time for one look above which somebody else had the
+	// processor meanwhile.
+	Poll        = 25 * time.Microsecond
+	PollPays    = 100 * time.Microsecond
+	PollCrowded = 5 * time.Microsecond
+
+	// PollAfter is how many short sleeps in a row show such a peer.
+	PollAfter = 8
+
 	// SlowWrite is how long a copy into the page cache may take before the
 	// connection leaves its writes to the engine, for SlowWriteFor: the
 	// kernel is slowing writers down, or the storage is far away, and reads

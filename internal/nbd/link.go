@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/sysio"
@@ -39,9 +40,9 @@ type link interface {
 // errShortFile: a file shrank under a reply whose header is out.
 var errShortFile = errors.New("image ends early")
 
-func newLink(c transport.Conn) link {
+func newLink(c transport.Conn, p *poller) link {
 	if rc := c.Raw(); rc != nil {
-		return newSocketLink(rc, c.Peer().Kind != transport.VSock)
+		return newSocketLink(rc, c.Peer().Kind != transport.VSock, p)
 	}
 	return &streamLink{conn: c}
 }
@@ -52,6 +53,7 @@ func newLink(c transport.Conn) link {
 type socketLink struct {
 	rc     syscall.RawConn
 	copies bool // sendfile would copy: leave it alone
+	poll   *poller
 
 	// recv in progress
 	into   func() []byte
@@ -77,8 +79,8 @@ type socketLink struct {
 	fileFn   func(uintptr) bool
 }
 
-func newSocketLink(rc syscall.RawConn, zeroCopy bool) *socketLink {
-	l := &socketLink{rc: rc, copies: !zeroCopy}
+func newSocketLink(rc syscall.RawConn, zeroCopy bool, p *poller) *socketLink {
+	l := &socketLink{rc: rc, copies: !zeroCopy, poll: p}
 	l.recvFn, l.sendFn, l.vecFn = l.doRecv, l.doSend, l.doVector
 	l.tryFn, l.fileFn, l.vecTryFn = l.doTryFile, l.doFile, l.doTryVector
 	return l
@@ -97,23 +99,49 @@ func (l *socketLink) recv(into func() []byte, idle func() error) (int, error) {
 	return l.rn, l.rerr
 }
 
+// doRecv reports false when the poller shall wait for the peer.
 func (l *socketLink) doRecv(fd uintptr) bool {
-	for {
-		n, e := sysio.TryRecv(fd, l.into())
-		switch e {
-		case 0:
-			l.rn = n
-			return true
-		case syscall.EINTR:
-			continue
-		case syscall.EAGAIN:
-			if l.rerr = l.idle(); l.rerr != nil {
-				return true
-			}
-			return false
+	e := l.tryRecv(fd)
+	if e == syscall.EAGAIN {
+		e = l.pollRecv(fd)
+	}
+	switch e {
+	case 0:
+		if !l.poll.since.IsZero() {
+			l.poll.wake(time.Now())
 		}
-		l.rerr = os.NewSyscallError("read", e)
 		return true
+	case syscall.EAGAIN:
+		l.rerr = l.idle()
+		l.poll.sleep(time.Now())
+		return l.rerr != nil
+	}
+	l.rerr = os.NewSyscallError("read", e)
+	return true
+}
+
+func (l *socketLink) tryRecv(fd uintptr) (e syscall.Errno) {
+	for {
+		if l.rn, e = sysio.TryRecv(fd, l.into()); e != syscall.EINTR {
+			return e
+		}
+	}
+}
+
+// pollRecv looks at the empty socket for as long as that pays.
+func (l *socketLink) pollRecv(fd uintptr) syscall.Errno {
+	if !l.poll.pays() {
+		return syscall.EAGAIN
+	}
+	for l.poll.begin(time.Now()); ; {
+		if e := l.tryRecv(fd); e != syscall.EAGAIN {
+			l.poll.found()
+			return e
+		}
+		sysio.TryYield()
+		if !l.poll.again(time.Now()) {
+			return syscall.EAGAIN
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -82,6 +83,10 @@ type Options struct {
 	// limits.RequestsPerConn.
 	Requests int
 
+	// Poll is how long a connection looks at its empty socket before it
+	// sleeps, where that pays; 0 turns polling off.
+	Poll time.Duration
+
 	// Handshake and Stall replace limits.Handshake and limits.Stall when
 	// they are not zero.
 	Handshake time.Duration
@@ -90,8 +95,9 @@ type Options struct {
 
 // Server speaks NBD on the connections that Serve is given.
 type Server struct {
-	opt  Options
-	admt *admission
+	opt   Options
+	admt  *admission
+	wakes atomic.Uint32 // of all sessions
 
 	mu       sync.Mutex
 	conns    map[*connection]struct{} // guarded by mu
@@ -174,7 +180,7 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 	if err := n.conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	sess := newSession(&s.opt, n)
+	sess := newSession(&s.opt, n, &s.wakes)
 	s.mu.Lock()
 	k.session = sess
 	if s.draining {

@@ -44,6 +44,7 @@ type session struct {
 	batch []*engine.IO // transfers of this turn
 	m     backing.Mapping
 	pace  pace
+	poll  poller
 
 	sender sender         // see there
 	own    budget         // what this connection has in flight
@@ -70,7 +71,9 @@ var (
 	errBadMagic = errors.New("request has a wrong magic")
 )
 
-func newSession(o *Options, n *negotiation) *session {
+// newSession makes the session that was negotiated; crowd counts the wake-ups
+// of all of them.
+func newSession(o *Options, n *negotiation, crowd *atomic.Uint32) *session {
 	s := &session{
 		opt:        o,
 		conn:       n.conn,
@@ -87,7 +90,8 @@ func newSession(o *Options, n *negotiation) *session {
 	}
 	s.payloads = s.extended && len(s.contexts) > 0
 	s.own.init(int64(o.Requests), limits.BytesPerConn)
-	s.sender.init(s, newLink(n.conn))
+	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: crowd}
+	s.sender.init(s, newLink(n.conn, &s.poll))
 	s.in.init(s, n.early())
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -151,6 +155,7 @@ func (s *session) readLoop() error {
 			return err
 		}
 		s.in.skip(size)
+		s.poll.requests++
 		if s.req.Cmd == wire.CmdDisc {
 			return nil
 		}

@@ -46,6 +46,10 @@ func TrySend(fd uintptr, p []byte, more bool) (int, syscall.Errno) {
 	return int(n), 0
 }
 
+// TryYield lets another thread that waits for this CPU have it; it returns at
+// once when there is none.
+func TryYield() { syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
+
 // Vector is a reusable list of buffers for TrySendv. Its zero value is empty.
 type Vector struct {
 	all []unix.Iovec // the backing array of iov
