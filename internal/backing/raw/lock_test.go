@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
 // tool finds a program, or skips and says which package has it.
@@ -115,20 +116,27 @@ func TestByteLocksOfOthers(t *testing.T) {
 			if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
 				t.Fatal(err)
 			}
-			for _, readOnly := range []bool{true, false} {
-				d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
-				want := tt.writer
-				if readOnly {
-					want = tt.reader
-				}
-				if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
-					t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
-				}
-				if err == nil {
-					_ = d.Close()
-				}
-			}
+			checkOpens(t, path, e, tt.reader, tt.writer)
 		})
+	}
+}
+
+// checkOpens opens an image that somebody else has locked, read-only and then
+// writable, and expects each to succeed as said or to find it locked.
+func checkOpens(t *testing.T, path string, e engine.Engine, reader, writer bool) {
+	t.Helper()
+	for _, readOnly := range []bool{true, false} {
+		d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
+		want := writer
+		if readOnly {
+			want = reader
+		}
+		if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
+			t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
+		}
+		if err == nil {
+			_ = d.Close()
+		}
 	}
 }
 
@@ -232,19 +240,7 @@ func TestWeStayAwayFromWhatQEMUHas(t *testing.T) {
 				}
 			}
 			e := newEngine(t, "pool")
-			for _, readOnly := range []bool{true, false} {
-				d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
-				want := tt.writer
-				if readOnly {
-					want = tt.reader
-				}
-				if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
-					t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
-				}
-				if err == nil {
-					_ = d.Close()
-				}
-			}
+			checkOpens(t, path, e, tt.reader, tt.writer)
 		})
 	}
 }
