@@ -310,8 +310,12 @@ func (s *session) write(req *wire.Request) error {
 	if err != nil {
 		return err
 	}
-	err = s.writeMapped(req, p)
-	if err == backing.ErrNotMappable {
+	cached, err := s.mapWrite(req, &s.m)
+	if cached {
+		err = s.writeCached(req, &s.m, p)
+	}
+	s.m.Release()
+	if !cached && (err == nil || err == backing.ErrNotMappable) {
 		return s.writeLater(req, int(n))
 	}
 	s.in.skip(int(n))
@@ -325,23 +329,25 @@ func (s *session) writeDone(req *wire.Request, err error) error {
 	return s.replyDone(req)
 }
 
-// writeMapped copies p to the page cache. ErrNotMappable says that nothing
-// was done, and the write is for the engine.
-func (s *session) writeMapped(req *wire.Request, p []byte) error {
+// mapWrite maps a write into m. cached says that all of it may be copied to
+// the page cache within the turn.
+func (s *session) mapWrite(req *wire.Request, m *backing.Mapping) (cached bool, err error) {
 	off, n := device(req)
-	if !s.pace.quick() {
-		return backing.ErrNotMappable
+	if err := s.dev.Map(engine.OpWrite, off, n, m); err != nil {
+		return false, err
 	}
-	if err := s.dev.Map(engine.OpWrite, off, n, &s.m); err != nil {
-		return err
-	}
-	defer s.m.Release()
-	for _, run := range s.m.Runs[:s.m.N] {
+	for _, run := range m.Runs[:m.N] {
 		if run.File == nil || run.File.Direct {
-			return backing.ErrNotMappable
+			return false, nil
 		}
 	}
-	for _, run := range s.m.Runs[:s.m.N] {
+	return s.pace.quick(), nil
+}
+
+// writeCached copies p to the page cache.
+func (s *session) writeCached(req *wire.Request, m *backing.Mapping, p []byte) error {
+	off, n := device(req)
+	for _, run := range m.Runs[:m.N] {
 		if _, err := run.File.WriteCached(p[:run.Len], run.Off); err != nil {
 			return backing.Wrap("write", off, n, err)
 		}
@@ -351,9 +357,9 @@ func (s *session) writeMapped(req *wire.Request, p []byte) error {
 	return nil
 }
 
-// writeLater receives the payload into a buffer of its own. A mapped write
-// that bypasses the page cache goes to the engine, everything else to a
-// goroutine.
+// writeLater receives the payload into a buffer of its own. What is not for
+// the page cache goes to the engine if it can be mapped, and to a goroutine if
+// not, or if it must be durable.
 func (s *session) writeLater(req *wire.Request, n int) error {
 	r := s.newRequest(req, n, false)
 	if err := r.lend(n); err != nil {
@@ -368,17 +374,19 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 		r.start()
 		return nil
 	}
-	if err := s.writeMapped(req, r.p); err != backing.ErrNotMappable {
+	cached, err := s.mapWrite(req, &r.m)
+	switch {
+	case err != nil:
+		r.start()
+		return nil
+	case cached:
+		err = s.writeCached(req, &r.m, r.p)
 		late := !r.answered.CompareAndSwap(false, true)
 		r.finish()
 		if late {
 			return nil
 		}
 		return s.writeDone(req, err)
-	}
-	if err := s.dev.Map(engine.OpWrite, int64(req.Off), int64(n), &r.m); err != nil {
-		r.start()
-		return nil
 	}
 	at := int64(0)
 	for i := range r.m.N {
@@ -390,7 +398,8 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 	return nil
 }
 
-// flush takes no range (security: a length here is a confused client).
+// flush takes no range: offset and length are reserved (proto.md,
+// "NBD_CMD_FLUSH").
 func (s *session) flush(req *wire.Request) error {
 	if req.Off != 0 || req.Len != 0 {
 		return s.replyError(req, errFlushRange)
