@@ -50,7 +50,7 @@ type sender struct {
 
 	waiting atomic.Bool // writeLoop is in the hands of the peer
 
-	// Owned by writeLoop.
+	// Owned by whoever owns the socket.
 	spare []segment
 	bufs  [][]byte
 }
@@ -103,15 +103,14 @@ func (o *sender) Flush() {
 		return
 	}
 	o.busy = true
-	batch := o.q
-	o.q = o.spare[:0]
+	batch := o.takeLocked()
 	o.mu.Unlock()
 
 	n, err := o.tryAll(batch)
 	if err != nil {
 		o.endAll(batch)
-		o.yield()
 		o.s.fail(err)
+		o.yield()
 		return
 	}
 	rest := batch
@@ -125,6 +124,13 @@ func (o *sender) Flush() {
 	}
 	o.spare = batch[:0] // yield copies rest before anybody reuses it
 	o.yield(rest...)
+}
+
+// takeLocked takes all that is queued; the owner gives the slice back as spare.
+func (o *sender) takeLocked() []segment {
+	batch := o.q
+	o.q, o.spare = o.spare[:0], nil
+	return batch
 }
 
 // tryAll sends the segments of batch up to the first range of a file.
@@ -168,9 +174,7 @@ func (o *sender) fail(err error) {
 		q, o.q = o.q, nil
 	}
 	o.mu.Unlock()
-	for i := range q {
-		o.end(&q[i])
-	}
+	o.endAll(q)
 }
 
 // broken tells why nothing is sent any more, or nil.
@@ -204,8 +208,7 @@ func (o *sender) writeLoop() {
 			o.mu.Unlock()
 			return
 		}
-		batch := o.q
-		o.q = o.spare[:0]
+		batch := o.takeLocked()
 		o.mu.Unlock()
 
 		o.waiting.Store(true)
