@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 )
 
@@ -46,6 +47,11 @@ type Span struct {
 	// decompressed cluster the span begins.
 	InLen int64
 	Skip  int64
+
+	// Compressed: the decompressed size of the whole cluster, and how it is
+	// compressed. Skip+Len is at most Cluster.
+	Cluster int64
+	Codec   format.Compression
 
 	Err error // Damaged: what is wrong
 }
