@@ -31,6 +31,11 @@ type Options struct {
 	// Writethrough makes every write durable before it is answered.
 	Writethrough bool
 
+	// Container says that the file holds an image of a format with a structure
+	// of its own: nobody else may move its end, and QEMU expects that to be
+	// locked too.
+	Container bool
+
 	Lock    LockMode
 	Buffers *bufpool.Pool // needed for direct files only
 	Log     *slog.Logger  // nil: slog.Default
@@ -50,6 +55,7 @@ type Device struct {
 
 	size   atomic.Int64 // bytes, never falls
 	shrunk atomic.Bool  // a read found the file shorter than size; said once
+	tail   atomic.Bool  // direct: parts of blocks were written at a moving end
 
 	sync     syncer
 	durables durables

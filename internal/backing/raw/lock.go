@@ -57,7 +57,32 @@ var (
 		absent: []int64{deniesBase + permRead, deniesBase + permWrite,
 			usesBase + permWrite, usesBase + permResize},
 	}
+
+	// The same of containers.
+	containerReadOnlyLocks = lockBytes{
+		hold:   []int64{usesBase + permRead, deniesBase + permWrite, deniesBase + permResize},
+		absent: []int64{deniesBase + permRead, usesBase + permWrite, usesBase + permResize},
+	}
+	containerWriterLocks = lockBytes{
+		hold: []int64{usesBase + permRead, usesBase + permWrite, usesBase + permResize,
+			deniesBase + permWrite, deniesBase + permResize},
+		absent: []int64{deniesBase + permRead, deniesBase + permWrite, deniesBase + permResize,
+			usesBase + permWrite, usesBase + permResize},
+	}
 )
+
+// locksOf are the bytes for the way in which the file is opened.
+func locksOf(o Options) lockBytes {
+	switch {
+	case o.Container && o.ReadOnly:
+		return containerReadOnlyLocks
+	case o.Container:
+		return containerWriterLocks
+	case o.ReadOnly:
+		return readOnlyLocks
+	}
+	return writerLocks
+}
 
 // lockBackoff is the wait before an attempt after the first: somebody may
 // only be testing.
@@ -77,11 +102,7 @@ func lockImage(f *os.File, g geometry, o Options) (locked bool, unlock func(), e
 	if !inUse.add(g.id, o.ReadOnly) {
 		return false, nothing, lockedError(o, errors.New("this process serves it already"))
 	}
-	bytes := writerLocks
-	if o.ReadOnly {
-		bytes = readOnlyLocks
-	}
-	if err := bytes.take(f, o); err != nil {
+	if err := locksOf(o).take(f, o); err != nil {
 		if !errors.Is(err, errNoLocks) || o.Lock == LockOn {
 			inUse.remove(g.id, o.ReadOnly)
 			return false, nothing, err

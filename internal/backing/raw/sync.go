@@ -124,9 +124,9 @@ func (d *Device) lostPages(ctx context.Context, p []byte, off int64, err error) 
 }
 
 // cached reports whether written bytes may be in the page cache: the tail of
-// a direct file that is not a whole number of blocks is.
+// a direct file that is not, or was not, a whole number of blocks is.
 func (d *Device) cached() bool {
-	return !d.geo.direct || d.size.Load()&(d.geo.align-1) != 0
+	return !d.geo.direct || d.tail.Load() || d.size.Load()&(d.geo.align-1) != 0
 }
 
 // durables orders the verdicts of operations that ask for durability. The
