@@ -120,7 +120,11 @@ func (r *Registry) findLocked(name string) (*entry, error) {
 }
 
 func (e *entry) info() nbd.ExportInfo {
-	return nbd.ExportInfo{Name: e.spec.Name, Description: e.spec.Description, NeedTLS: e.spec.NeedTLS}
+	x := nbd.ExportInfo{Name: e.spec.Name, Description: e.spec.Description, NeedTLS: e.spec.NeedTLS}
+	if d, ok := e.spec.Device.(backing.Describer); ok {
+		x.Contexts = d.Descriptions()
+	}
+	return x
 }
 
 // Close waits until no connection uses an export any more, flushes the

@@ -3,6 +3,7 @@ package nbd
 import (
 	"encoding/binary"
 	"math"
+	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -21,9 +22,9 @@ func (s *session) extents(req *wire.Request) error {
 	return s.startExtents(req, s.contexts)
 }
 
-func (s *session) startExtents(req *wire.Request, ids []contextID) error {
-	r := s.newRequest(req, len(ids)*limits.MaxExtents*extentSize, false)
-	r.contexts = ids
+func (s *session) startExtents(req *wire.Request, contexts []metaContext) error {
+	r := s.newRequest(req, len(contexts)*limits.MaxExtents*extentSize, false)
+	r.contexts = contexts
 	r.start()
 	return nil
 }
@@ -43,69 +44,74 @@ func (s *session) extentsPayload(req *wire.Request) error {
 		return err
 	}
 	n := binary.BigEndian.Uint64(b)
-	ids, ok := s.pickContexts(b[8:])
+	contexts, ok := s.pickContexts(b[8:])
 	s.in.skip(len(b))
 	if !ok {
 		return s.replyError(req, errBadPayload)
 	}
 	sub := *req
 	sub.Len = n
-	return s.startExtents(&sub, ids)
+	return s.startExtents(&sub, contexts)
 }
 
-func (s *session) pickContexts(b []byte) ([]contextID, bool) {
-	var ids []contextID
+func (s *session) pickContexts(b []byte) (picked []metaContext, ok bool) {
 	for ; len(b) >= 4; b = b[4:] {
 		id := contextID(binary.BigEndian.Uint32(b))
-		if !containsID(s.contexts, id) || containsID(ids, id) {
+		at := indexOf(s.contexts, id)
+		if at < 0 || indexOf(picked, id) >= 0 {
 			return nil, false
 		}
-		ids = append(ids, id)
+		picked = append(picked, s.contexts[at])
 	}
-	return ids, true
+	return picked, true
 }
 
-func containsID(ids []contextID, id contextID) bool {
-	for _, i := range ids {
-		if i == id {
-			return true
-		}
-	}
-	return false
+func indexOf(contexts []metaContext, id contextID) int {
+	return slices.IndexFunc(contexts, func(c metaContext) bool { return c.id == id })
 }
 
 // collectExtents makes the whole reply: one chunk per context. A reply may
 // describe less than was asked for, never nothing.
-func (s *session) collectExtents(req *wire.Request, ids []contextID) ([]byte, error) {
-	if len(ids) == 0 {
+func (s *session) collectExtents(req *wire.Request, contexts []metaContext) ([]byte, error) {
+	if len(contexts) == 0 {
 		return s.appendDone(nil, req), nil
 	}
-	off, n := device(req)
-	e := extentList{wide: s.extended, one: req.Flags&wire.FlagReqOne != 0}
-	// FUA is accepted on every command and means nothing here.
-	err := s.dev.Extents(s.ctx, off, n, deviceFlags(req.Flags&wire.FlagReqOne), e.add)
-	if err != nil {
-		return nil, err
-	}
 	var b []byte
-	for i, id := range ids {
+	for i, c := range contexts {
+		e := statusList{wide: s.extended, one: req.Flags&wire.FlagReqOne != 0}
+		if err := s.describe(req, c, &e); err != nil {
+			return nil, err
+		}
 		var f wire.ChunkFlags
-		if i == len(ids)-1 {
+		if i == len(contexts)-1 {
 			f = wire.ChunkDone
 		}
-		b = s.appendExtents(b, req, f, id, &e)
+		b = s.appendExtents(b, req, f, c.id, &e)
 	}
 	return b, nil
 }
 
-func (s *session) appendExtents(b []byte, req *wire.Request, f wire.ChunkFlags, id contextID, e *extentList) []byte {
+// describe fills e with what context c says of the range. FUA is accepted on
+// every command and means nothing here.
+func (s *session) describe(req *wire.Request, c metaContext, e *statusList) error {
+	off, n := device(req)
+	f := deviceFlags(req.Flags & wire.FlagReqOne)
+	if c.name != wire.ContextAllocation {
+		return s.dev.Describe(s.ctx, c.name, off, n, f, e.add)
+	}
+	return s.dev.Extents(s.ctx, off, n, f, func(x backing.Extent) bool {
+		return e.add(backing.Status{Len: x.Len, Value: state(x)})
+	})
+}
+
+func (s *session) appendExtents(b []byte, req *wire.Request, f wire.ChunkFlags, id contextID, e *statusList) []byte {
 	if s.extended {
 		b = s.appendChunk(b, req, f, wire.ChunkExtentsExt, 8+16*len(e.list))
 		b = binary.BigEndian.AppendUint32(b, uint32(id))
 		b = binary.BigEndian.AppendUint32(b, uint32(len(e.list)))
 		for _, x := range e.list {
 			b = binary.BigEndian.AppendUint64(b, uint64(x.Len))
-			b = binary.BigEndian.AppendUint64(b, uint64(state(x)))
+			b = binary.BigEndian.AppendUint64(b, uint64(x.Value))
 		}
 		return b
 	}
@@ -113,7 +119,7 @@ func (s *session) appendExtents(b []byte, req *wire.Request, f wire.ChunkFlags, 
 	b = binary.BigEndian.AppendUint32(b, uint32(id))
 	for _, x := range e.list {
 		b = binary.BigEndian.AppendUint32(b, uint32(x.Len))
-		b = binary.BigEndian.AppendUint32(b, state(x))
+		b = binary.BigEndian.AppendUint32(b, x.Value)
 	}
 	return b
 }
@@ -129,10 +135,10 @@ func state(x backing.Extent) (f uint32) {
 	return f
 }
 
-// extentList merges equal neighbours and keeps compact lengths below 2^32
+// statusList merges equal neighbours and keeps compact lengths below 2^32
 // (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS").
-type extentList struct {
-	list []backing.Extent
+type statusList struct {
+	list []backing.Status
 	wide bool // lengths have 64 bits
 	one  bool // REQ_ONE: there is one extent, cut where it has to be
 }
@@ -141,8 +147,8 @@ type extentList struct {
 // every block size.
 const maxCompactExtent = math.MaxUint32 &^ (64<<10 - 1)
 
-func (e *extentList) add(x backing.Extent) bool {
-	if k := len(e.list) - 1; k >= 0 && e.list[k].Hole == x.Hole && e.list[k].Zero == x.Zero {
+func (e *statusList) add(x backing.Status) bool {
+	if k := len(e.list) - 1; k >= 0 && e.list[k].Value == x.Value {
 		x.Len += e.list[k].Len
 		e.list = e.list[:k]
 	}

@@ -34,16 +34,17 @@ type rig struct {
 // oneExport publishes a device as "" and "disk", and beside it, for whoever
 // needs two, a sparse one as "large".
 type oneExport struct {
-	dev     backing.Device
-	large   backing.Device // may be nil
-	deny    backing.Caps
-	needTLS bool
-	opened  atomic.Int32
-	open    atomic.Int32
+	dev      backing.Device
+	large    backing.Device // may be nil
+	deny     backing.Caps
+	needTLS  bool
+	contexts []string // beyond base:allocation
+	opened   atomic.Int32
+	open     atomic.Int32
 }
 
 func (x *oneExport) info(name string) ExportInfo {
-	return ExportInfo{Name: name, Description: "a disk", NeedTLS: x.needTLS}
+	return ExportInfo{Name: name, Description: "a disk", NeedTLS: x.needTLS, Contexts: x.contexts}
 }
 
 func (x *oneExport) List(*transport.Peer) []ExportInfo {

@@ -9,38 +9,44 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
-// context IDs are positions in this table; IDs in LIST replies are 0.
-var metaContexts = [...]string{
-	contextAllocation: wire.ContextAllocation,
-}
-
-// contextID names a metadata context on the wire.
+// contextID names a metadata context on the wire: its position among those of
+// the export. IDs in LIST replies are 0.
 type contextID uint32
 
-const contextAllocation contextID = 0
+// contextsOf names all contexts of an export: how its bytes are allocated,
+// and what else its device says of them.
+func contextsOf(x ExportInfo) []string {
+	return append([]string{wire.ContextAllocation}, x.Contexts...)
+}
+
+// metaContext is a context that was selected.
+type metaContext struct {
+	id   contextID
+	name string
+}
 
 // metaChoice is what the last SET_META_CONTEXT selected, and for which
 // export. Its zero value selects nothing.
 type metaChoice struct {
-	export string // canonical name
-	ids    []contextID
+	export   string // canonical name
+	selected []metaContext
 }
 
 // forExport gives the contexts that count for the export that was finally opened
 // (proto.md, "Metadata querying").
-func (m metaChoice) forExport(name string) []contextID {
+func (m metaChoice) forExport(name string) []metaContext {
 	if m.export != name {
 		return nil
 	}
-	return m.ids
+	return m.selected
 }
 
 func (n *negotiation) optListMeta(_ context.Context, o wire.Opt, p []byte) (verdict, error) {
-	_, queries, v, ok := n.metaRequest(o, p)
+	x, queries, v, ok := n.metaRequest(o, p)
 	if !ok {
 		return v, nil
 	}
-	for _, c := range metaContexts {
+	for _, c := range contextsOf(x) {
 		if len(queries) == 0 || matchesAny(c, queries, true) {
 			n.replyContext(o, 0, c)
 		}
@@ -56,9 +62,9 @@ func (n *negotiation) optSetMeta(_ context.Context, o wire.Opt, p []byte) (verdi
 		return v, nil
 	}
 	m := metaChoice{export: x.Name}
-	for id, c := range metaContexts {
-		if matchesAny(c, queries, false) && len(m.ids) < limits.MaxContexts {
-			m.ids = append(m.ids, contextID(id))
+	for id, c := range contextsOf(x) {
+		if matchesAny(c, queries, false) && len(m.selected) < limits.MaxContexts {
+			m.selected = append(m.selected, metaContext{contextID(id), c})
 			n.replyContext(o, contextID(id), c)
 		}
 	}

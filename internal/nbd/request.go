@@ -29,11 +29,11 @@ type request struct {
 	err   error // guarded by mu until left is 0; the first error
 	errAt int64 // guarded by mu until left is 0; where it happened
 
-	hole     bool        // a read that is answered by a hole chunk
-	head     [64]byte    // the reply's header
-	charge   int         // bytes taken from the budgets
-	contexts []contextID // of a BLOCK_STATUS
-	answered atomic.Bool // a reply is queued
+	hole     bool          // a read that is answered by a hole chunk
+	head     [64]byte      // the reply's header
+	charge   int           // bytes taken from the budgets
+	contexts []metaContext // of a BLOCK_STATUS
+	answered atomic.Bool   // a reply is queued
 
 	prev, next *request // in session.flying, guarded by session.mu
 

@@ -31,6 +31,10 @@ type ExportInfo struct {
 	Name        string // canonical
 	Description string
 	NeedTLS     bool // SELECTIVETLS: invisible to plaintext connections
+
+	// Contexts are the metadata contexts beyond base:allocation, which the
+	// device describes.
+	Contexts []string
 }
 
 // Export is an open export, seen by one connection.

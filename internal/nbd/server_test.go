@@ -378,20 +378,20 @@ func TestErrnoFitsCommandAndFlags(t *testing.T) {
 }
 
 func TestExtentsMergeAndStayBelow32Bits(t *testing.T) {
-	hole := func(n int64) backing.Extent { return backing.Extent{Len: n, Hole: true, Zero: true} }
-	data := func(n int64) backing.Extent { return backing.Extent{Len: n} }
+	hole := func(n int64) backing.Status { return backing.Status{Len: n, Value: wire.StateHole | wire.StateZero} }
+	data := func(n int64) backing.Status { return backing.Status{Len: n} }
 	for _, tt := range []struct {
 		name     string
 		wide     bool
-		in, want []backing.Extent
+		in, want []backing.Status
 	}{
-		{"equal neighbours", false, []backing.Extent{data(1), data(2), hole(3), hole(4)}, []backing.Extent{data(3), hole(7)}},
-		{"compact split", false, []backing.Extent{data(1 << 32)}, []backing.Extent{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
-		{"compact merge then split", false, []backing.Extent{data(1 << 31), data(1 << 31)}, []backing.Extent{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
-		{"extended keeps", true, []backing.Extent{hole(1 << 40)}, []backing.Extent{hole(1 << 40)}},
+		{"equal neighbours", false, []backing.Status{data(1), data(2), hole(3), hole(4)}, []backing.Status{data(3), hole(7)}},
+		{"compact split", false, []backing.Status{data(1 << 32)}, []backing.Status{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
+		{"compact merge then split", false, []backing.Status{data(1 << 31), data(1 << 31)}, []backing.Status{data(maxCompactExtent), data(1<<32 - maxCompactExtent)}},
+		{"extended keeps", true, []backing.Status{hole(1 << 40)}, []backing.Status{hole(1 << 40)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			e := extentList{wide: tt.wide}
+			e := statusList{wide: tt.wide}
 			for _, x := range tt.in {
 				if !e.add(x) {
 					t.Fatal("list is full")
@@ -410,16 +410,16 @@ func TestExtentsMergeAndStayBelow32Bits(t *testing.T) {
 }
 
 func TestOneRequestedExtentIsCutNotSplit(t *testing.T) {
-	e := extentList{one: true}
-	if e.add(backing.Extent{Len: 1 << 33}) || len(e.list) != 1 || e.list[0].Len != maxCompactExtent {
+	e := statusList{one: true}
+	if e.add(backing.Status{Len: 1 << 33}) || len(e.list) != 1 || e.list[0].Len != maxCompactExtent {
 		t.Errorf("got %v, want one extent of %d", e.list, int64(maxCompactExtent))
 	}
 }
 
 func TestExtentListIsBounded(t *testing.T) {
-	e := extentList{}
+	e := statusList{}
 	n := 0
-	for e.add(backing.Extent{Len: 512, Hole: n%2 == 0}) {
+	for e.add(backing.Status{Len: 512, Value: uint32(n % 2)}) {
 		if n++; n > limits.MaxExtents {
 			t.Fatal("list grows without bound")
 		}

@@ -34,7 +34,7 @@ type session struct {
 
 	structured bool // chunks may be sent, compact or extended
 	extended   bool
-	contexts   []contextID
+	contexts   []metaContext
 	payloads   bool // BLOCK_STATUS may carry a payload
 
 	in    input
