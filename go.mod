@@ -2,7 +2,10 @@ module github.com/vmdiskd/vmdiskd
 
 go 1.26.0
 
-require golang.org/x/sys v0.49.0
+require (
+	github.com/klauspost/compress v1.20.3
+	golang.org/x/sys v0.49.0
+)
 
 require (
 	github.com/coreos/go-systemd/v22 v22.7.0 // indirect

@@ -226,6 +226,22 @@ const (
 	ExtentRuns = 16
 )
 
+// Compressed clusters.
+const (
+	// ZstdWindow bounds the window that a zstd frame asks for. The
+	// recommendation of RFC 8878, section 3.1.1.1.2; a cluster has 2 MiB at
+	// most.
+	ZstdWindow = 8 << 20
+
+	// ZstdFrames bounds the frames that make up one cluster, skippable ones
+	// included. QEMU writes one.
+	ZstdFrames = 16
+
+	// DeflateWindow is how far a deflate stream that is written looks back:
+	// QEMU opens its reader with window bits of 12.
+	DeflateWindow = 4 << 10
+)
+
 // Relations that the code relies on: a negative array length does not compile.
 var (
 	_ [MaxIO - AdvertisedIO]struct{}
