@@ -242,6 +242,38 @@ const (
 	DeflateWindow = 4 << 10
 )
 
+// Images that are chains of layers.
+const (
+	// MapCache bounds the mapping of one image that is kept in memory: that of
+	// 128 GiB of 64 KiB clusters in the worst order, of far more where
+	// neighbours lie together.
+	MapCache = 64 << 20
+
+	// MapPage is the guest range whose mapping is loaded and evicted as one:
+	// 512 clusters of 64 KiB, what a 4 KiB slice of an L2 table maps. A power
+	// of two.
+	MapPage = 32 << 20
+
+	// MapSubPage is the range of one piece of a page that has more than
+	// MapExtents extents, as clusters of 512 bytes make them; its 2048
+	// clusters always fit. A power of two that divides MapPage.
+	MapSubPage = 1 << 20
+
+	// MapExtents bounds the extents of a page, 32 bytes each.
+	MapExtents = 4096
+
+	// ClusterCache bounds the decompressed clusters of one image.
+	ClusterCache = 64 << 20
+
+	// ClusterReads bounds the compressed clusters of one image that are in
+	// memory at a time; one of them takes at most 6 MiB with its output.
+	ClusterReads = 32
+
+	// ClusterBatch is how many compressed clusters of one read are gathered
+	// before they are decompressed side by side.
+	ClusterBatch = 64
+)
+
 // Relations that the code relies on: a negative array length does not compile.
 var (
 	_ [MaxIO - AdvertisedIO]struct{}
@@ -249,6 +281,8 @@ var (
 	_ [MaxOption - 2*MaxString - 16]struct{}
 	_ [BytesPerPeer - BytesPerConn]struct{}
 	_ [BufferCache - RingArena]struct{}
+	_ [MapExtents - MapSubPage/512]struct{}
+	_ [-(MapPage % MapSubPage)]struct{}
 )
 
 // The client's side: what a server may cost it.
@@ -284,4 +318,19 @@ const (
 
 	// CopyBudget bounds the buffers of one copy.
 	CopyBudget = 256 << 20
+)
+
+// What the header of a qcow2 image may cost.
+const (
+	// DataFileName bounds the name of an external data file: the kernel's
+	// own bound of a path, its closing NUL not counted.
+	DataFileName = 4095
+
+	// FeatureNames bounds the feature name table: one name for each bit of
+	// the three feature words.
+	FeatureNames = 3 * 64
+
+	// JSONName bounds a file name of the form "json:{...}". QEMU keeps at
+	// most 1023 bytes in an image; an operator's own may be longer.
+	JSONName = 4096
 )

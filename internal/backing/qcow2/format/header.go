@@ -26,6 +26,9 @@ const (
 	OffIncompat      = 72
 	OffCompat        = 80
 	OffAutoclear     = 88
+	offCrypt         = 32
+	offOrder         = 96
+	offLength        = 100
 	Magic            = 0x514649fb
 	headerV2         = 72
 	headerV3         = 104
@@ -88,9 +91,12 @@ type Header struct {
 	Bitmaps       *BitmapsExtension
 	// BitmapsErr is what is wrong with the bitmaps extension, which then is
 	// nil: the disk can be read all the same.
-	BitmapsErr   error
-	FeatureNames []FeatureName
-	Extensions   []Extension // others, in order
+	BitmapsErr error
+	// StaleBitmaps: there is a bitmaps extension and its autoclear bit is
+	// clear, so that it means nothing and its clusters are leaked.
+	StaleBitmaps bool
+	FeatureNames []FeatureName // printable ASCII
+	Extensions   []Extension   // others, in order
 }
 
 // Geometry of the image.
