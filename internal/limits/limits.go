@@ -244,6 +244,11 @@ const (
 
 // Images that are chains of layers.
 const (
+	// ChainDepth bounds the images of one chain, the top included: each costs
+	// a descriptor and a look at its tables for every extent. Backup tools keep
+	// some dozen.
+	ChainDepth = 64
+
 	// MapCache bounds the mapping of one image that is kept in memory: that of
 	// 128 GiB of 64 KiB clusters in the worst order, of far more where
 	// neighbours lie together.

@@ -30,13 +30,18 @@ const (
 // Spec says what to open and how.
 type Spec struct {
 	Path     string // of the image; for "mem" and "null" a size, see ParseSize
-	Format   string // "raw", "mem" or "null"; never guessed from contents
+	Format   string // "raw", "qcow2", "mem" or "null"; never guessed from contents
 	ReadOnly bool
 	Cache    string       // "" is CacheWriteback
 	Lock     raw.LockMode // "" is raw.LockAuto
 	Engine   engine.Engine
 	Buffers  *bufpool.Pool
 	Log      *slog.Logger // nil: slog.Default
+
+	// For "qcow2": which files the image may name, and the internal snapshot
+	// to serve instead of the disk, by ID or name.
+	Backing  Policy
+	Snapshot string
 }
 
 // formats is all there is.

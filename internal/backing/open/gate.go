@@ -1,0 +1,333 @@
+package open
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+)
+
+// gate opens the files that the images of one chain name, as far as the
+// policy allows. No other code follows a name that was read from an image.
+type gate struct {
+	policy Policy
+	direct bool
+
+	// SameDir, Beneath: the directory, its path without symbolic links and
+	// the one that the operator wrote, both absolute.
+	root          *os.File
+	real, written string
+
+	// Explicit: what was not used yet.
+	files     []File
+	dataFiles []string
+}
+
+// wish is what an image asks for.
+type wish struct {
+	by       string // path of the image
+	what     string // "backing file" or "data file"
+	name     string // as it stands in the image; may be empty
+	readOnly bool
+}
+
+// newGate opens the directory that the policy speaks of. image is the path of
+// the top of the chain.
+func newGate(p Policy, image string, direct bool) (*gate, error) {
+	g := &gate{policy: p, direct: direct, files: p.Files, dataFiles: p.DataFiles}
+	dir := p.Root
+	switch p.Mode {
+	case "", Deny, Explicit:
+		return g, nil
+	case SameDir:
+		dir = filepath.Dir(image)
+	case Beneath:
+	default:
+		return nil, fmt.Errorf("unknown backing policy %q", p.Mode)
+	}
+	var err error
+	if g.written, err = filepath.Abs(dir); err != nil {
+		return nil, err
+	}
+	if g.real, err = filepath.EvalSymlinks(g.written); err != nil {
+		return nil, err
+	}
+	fd, err := openRetrying(g.real, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: g.real, Err: err}
+	}
+	g.root = os.NewFile(uintptr(fd), g.real)
+	return g, nil
+}
+
+// close lets go of the directory; files that were opened stay open.
+func (g *gate) close() {
+	if g.root != nil {
+		_ = g.root.Close() // a directory that was only looked into
+	}
+}
+
+// backing opens what an image names as its backing file, whose format it said.
+// It returns the file, its path and its format.
+func (g *gate) backing(w wish, said string) (*os.File, string, string, error) {
+	if g.policy.Mode == Explicit {
+		if len(g.files) == 0 {
+			return nil, "", "", w.denied("--backing=explicit and there is no further --backing-file")
+		}
+		next := g.files[0]
+		g.files = g.files[1:]
+		if next.Format != "" {
+			said = next.Format
+		}
+		if err := w.checkFormat(said); err != nil {
+			return nil, "", "", err
+		}
+		f, path, err := g.openNamed(next.Path, w)
+		return f, path, said, err
+	}
+	if g.root == nil {
+		return nil, "", "", w.deniedByDefault()
+	}
+	name, fileFormat, err := w.fileName(said)
+	if err != nil {
+		return nil, "", "", err
+	}
+	if err := w.checkFormat(fileFormat); err != nil {
+		return nil, "", "", err
+	}
+	f, path, err := g.openAllowed(w, name)
+	return f, path, fileFormat, err
+}
+
+// data opens what an image names as its data file.
+func (g *gate) data(w wish) (*os.File, string, error) {
+	if g.policy.Mode == Explicit {
+		if len(g.dataFiles) == 0 {
+			return nil, "", w.denied("--backing=explicit and there is no further --data-file")
+		}
+		next := g.dataFiles[0]
+		g.dataFiles = g.dataFiles[1:]
+		return g.openNamed(next, w)
+	}
+	if g.root == nil {
+		return nil, "", w.deniedByDefault()
+	}
+	if w.name == "" {
+		return nil, "", w.denied("the image does not name it; --data-file would")
+	}
+	if err := errors.Join(w.local(w.name), w.printable(w.name)); err != nil {
+		return nil, "", err
+	}
+	return g.openAllowed(w, w.name)
+}
+
+// unused complains of files that no image asked for: the operator has another
+// chain in mind.
+func (g *gate) unused() error {
+	switch {
+	case len(g.files) > 0:
+		return fmt.Errorf("--backing-file %q is not needed: the chain ends above it", g.files[0].Path)
+	case len(g.dataFiles) > 0:
+		return fmt.Errorf("--data-file %q is not needed: no image of the chain has a further data file", g.dataFiles[0])
+	}
+	return nil
+}
+
+// openNamed opens a file that the operator named, wherever it is.
+func (g *gate) openNamed(path string, w wish) (*os.File, string, error) {
+	f, err := openFile(Spec{Path: path, ReadOnly: w.readOnly}, cacheMode{direct: g.direct})
+	return f, path, err
+}
+
+// openAllowed opens a file beneath the root.
+func (g *gate) openAllowed(w wish, name string) (*os.File, string, error) {
+	rel, err := g.inside(w, name)
+	if err != nil {
+		return nil, "", err
+	}
+	path := filepath.Join(g.real, rel)
+	fd, err := g.openBeneath(w, rel)
+	if err != nil {
+		return nil, "", err
+	}
+	return os.NewFile(uintptr(fd), path), path, nil
+}
+
+// inside makes name relative to the root. It is relative to the directory of
+// the image that contains it, which has no symbolic links in its path.
+func (g *gate) inside(w wish, name string) (string, error) {
+	path := filepath.Clean(name)
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(filepath.Dir(w.by), name)
+	}
+	for _, root := range []string{g.real, g.written} {
+		rel, err := filepath.Rel(root, path)
+		if err != nil || !filepath.IsLocal(rel) {
+			continue
+		}
+		if g.policy.Mode == SameDir && strings.Contains(rel, "/") {
+			continue
+		}
+		return rel, nil
+	}
+	if g.policy.Mode == SameDir {
+		return "", w.denied(fmt.Sprintf("--backing=same-dir opens files in %q only; --backing=beneath=DIR or naming the file would", g.real))
+	}
+	return "", w.denied(fmt.Sprintf("--backing=beneath=%s opens files beneath that directory only; naming the file would", g.written))
+}
+
+// openBeneath looks at a file before it opens it, because opening some kinds
+// has effects, and again afterwards.
+func (g *gate) openBeneath(w wish, rel string) (int, error) {
+	looked, err := g.openat(w, rel, unix.O_PATH)
+	if err != nil {
+		return -1, err
+	}
+	err = g.checkFile(w, looked)
+	_ = unix.Close(looked)
+	if err != nil {
+		return -1, err
+	}
+	flags := uint64(unix.O_RDONLY)
+	if !w.readOnly {
+		flags = unix.O_RDWR
+	}
+	if g.direct {
+		flags |= unix.O_DIRECT
+	}
+	fd, err := g.openat(w, rel, flags|unix.O_NONBLOCK|unix.O_NOCTTY)
+	if err != nil {
+		return -1, err
+	}
+	err = g.checkFile(w, fd)
+	if err == nil {
+		err = unix.SetNonblock(fd, false) // io_uring would answer EAGAIN where it should wait
+	}
+	if err != nil {
+		_ = unix.Close(fd) // err matters more
+		return -1, err
+	}
+	return fd, nil
+}
+
+func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
+	how := unix.OpenHow{Flags: flags | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_SYMLINKS}
+	for {
+		fd, err := unix.Openat2(int(g.root.Fd()), rel, &how)
+		switch {
+		case err == nil:
+			return fd, nil
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.ELOOP), errors.Is(err, unix.EXDEV):
+			return -1, w.denied(fmt.Sprintf("%s follows no symbolic links; naming the file would", g.option()))
+		case errors.Is(err, unix.ENOSYS):
+			return -1, w.denied(fmt.Sprintf("%s needs openat2, that is Linux 5.6; naming the file does not", g.option()))
+		default:
+			return -1, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: err}
+		}
+	}
+}
+
+// checkFile admits regular files only.
+func (g *gate) checkFile(w wish, fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	switch m := st.Mode & unix.S_IFMT; m {
+	case unix.S_IFREG:
+		return nil
+	case unix.S_IFBLK:
+		return w.denied(fmt.Sprintf("it is a block device, %s opens regular files only; naming the device would", g.option()))
+	default:
+		return w.denied(fmt.Sprintf("it is a %s", kinds[m]))
+	}
+}
+
+// option is the policy as it is written on the command line.
+func (g *gate) option() string {
+	if g.policy.Mode == Beneath {
+		return "--backing=beneath=" + g.written
+	}
+	return "--backing=" + string(g.policy.Mode)
+}
+
+func (w wish) deniedByDefault() error {
+	return w.denied("--backing=deny, the default, opens none; " +
+		"--backing=same-dir, --backing=beneath=DIR or --backing-file and --data-file would")
+}
+
+// denied refuses the wish.
+func (w wish) denied(why string) error {
+	return &backing.Error{Op: "open", Path: w.by, Off: -1, Kind: backing.ErrInvalid,
+		Err: fmt.Errorf("%s %q %w: %s", w.what, w.name, ErrDenied, why)}
+}
+
+// layerFormats are the formats that a backing file may have.
+var layerFormats = [...]string{"raw", "qcow2"}
+
+// checkFormat refuses formats that are not there; none is ever guessed.
+func (w wish) checkFormat(name string) error {
+	if slices.Contains(layerFormats[:], name) {
+		return nil
+	}
+	if name == "" {
+		return w.denied("the image does not say its format, which is never guessed; " +
+			"--backing-file=PATH:raw or PATH:qcow2 says it, as does qemu-img rebase -u -F")
+	}
+	return w.denied(fmt.Sprintf("its format %q is neither raw nor qcow2", name))
+}
+
+// fileName is the name of the file that an image means, and its format: name
+// may be written as JSON, which says the format too, or begin with "file:".
+func (w wish) fileName(said string) (name, fileFormat string, err error) {
+	if strings.HasPrefix(w.name, format.JSONPrefix) {
+		inner, name, err := format.ParseJSONFile(w.name)
+		if err != nil {
+			return "", "", w.denied(err.Error())
+		}
+		if said != "" && said != inner {
+			return "", "", w.denied(fmt.Sprintf("its format is said to be %q and %q", said, inner))
+		}
+		return name, inner, w.printable(name)
+	}
+	name = strings.TrimPrefix(w.name, "file:")
+	if name == w.name {
+		if err := w.local(name); err != nil {
+			return "", "", err
+		}
+	}
+	return name, said, w.printable(name)
+}
+
+// local refuses names of protocols, as QEMU tells them from files: a colon
+// before any slash.
+func (w wish) local(name string) error {
+	head, _, _ := strings.Cut(name, "/")
+	if protocol, _, ok := strings.Cut(head, ":"); ok {
+		return w.denied(fmt.Sprintf("protocols such as %q are never followed", protocol))
+	}
+	return nil
+}
+
+// printable refuses names that a log or a C program would show differently.
+func (w wish) printable(name string) error {
+	for _, b := range []byte(name) {
+		if b < ' ' || b == 0x7f {
+			return w.denied("its name has control bytes")
+		}
+	}
+	if name == "" {
+		return w.denied("its name is empty")
+	}
+	return nil
+}
