@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -116,27 +117,64 @@ func TestByteLocksOfOthers(t *testing.T) {
 			if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
 				t.Fatal(err)
 			}
-			checkOpens(t, path, e, tt.reader, tt.writer)
+			checkOpens(t, path, e, raw.Options{}, tt.reader, tt.writer)
+			checkOpens(t, path, e, raw.Options{Container: true}, tt.reader && tt.at != 103, tt.writer && tt.at != 203)
 		})
 	}
 }
 
 // checkOpens opens an image that somebody else has locked, read-only and then
 // writable, and expects each to succeed as said or to find it locked.
-func checkOpens(t *testing.T, path string, e engine.Engine, reader, writer bool) {
+func checkOpens(t *testing.T, path string, e engine.Engine, o raw.Options, reader, writer bool) {
 	t.Helper()
 	for _, readOnly := range []bool{true, false} {
-		d, err := tryRaw(t, path, e, false, raw.Options{ReadOnly: readOnly})
+		o.ReadOnly = readOnly
+		d, err := tryRaw(t, path, e, false, o)
 		want := writer
 		if readOnly {
 			want = reader
 		}
 		if want != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
-			t.Errorf("open read-only=%v: got %v, want success %v", readOnly, err, want)
+			t.Errorf("open with %+v: got %v, want success %v", o, err, want)
 		}
 		if err == nil {
 			_ = d.Close()
 		}
+	}
+}
+
+// TestBytesThatAreHeld reads the locks as another program sees them.
+func TestBytesThatAreHeld(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		o    raw.Options
+		want []int64
+	}{
+		{"reader", raw.Options{ReadOnly: true}, []int64{100, 201}},
+		{"writer", raw.Options{}, []int64{100, 101, 201, 203}},
+		{"reader of a container", raw.Options{ReadOnly: true, Container: true}, []int64{100, 201, 203}},
+		{"writer of a container", raw.Options{Container: true}, []int64{100, 101, 103, 201, 203}},
+		{"nobody who locks", raw.Options{Lock: raw.LockOff}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := tempImage(t, 1<<20)
+			closeAfter(t, openRaw(t, path, newEngine(t, "pool"), false, tt.o))
+			f := openFile(t, path, unix.O_RDWR)
+			defer f.Close()
+			var got []int64
+			for at := range int64(400) {
+				l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: at, Len: 1}
+				if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
+					t.Fatal(err)
+				}
+				if l.Type != unix.F_UNLCK {
+					got = append(got, at)
+				}
+			}
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("locked bytes: got %v, want %v", got, tt.want)
+			}
+		})
 	}
 }
 
@@ -240,7 +278,7 @@ func TestWeStayAwayFromWhatQEMUHas(t *testing.T) {
 				}
 			}
 			e := newEngine(t, "pool")
-			checkOpens(t, path, e, tt.reader, tt.writer)
+			checkOpens(t, path, e, raw.Options{}, tt.reader, tt.writer)
 		})
 	}
 }
