@@ -127,6 +127,33 @@ func TestOnlyServersThatCanTakePartInTheDirectCase(t *testing.T) {
 	}
 }
 
+func TestOnlyServersThatReadQcow2TakePartInItsCases(t *testing.T) {
+	peers, err := parsePeers("nbdkit,qemu-nbd-uring,vmdiskd -v")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{"", "-f qcow2 -e 300 -t -x  -k a.sock -r --aio=io_uring chain.qcow2",
+		"-f -U a.sock -r --backing=same-dir -v --format=qcow2 chain.qcow2"} {
+		o, ok := peers[i].options(cases[indexCase("q-chain")], "chain.qcow2")
+		if ok != (want != "") {
+			t.Errorf("%s takes part: %v", peers[i].name, ok)
+		}
+		if args := strings.Join(peers[i].kind.Args(o, "a.sock"), " "); ok && args != want {
+			t.Errorf("%s: arguments %q, want %q", peers[i].name, args, want)
+		}
+	}
+}
+
+func TestRatioOfACaseMayHaveItsOwnBaselineAndValue(t *testing.T) {
+	samples := []sample{
+		{Case: "q-zlib-1m", Peer: qemuPeer, PerIO: 9, MBps: 500},
+		{Case: "q-zlib-1m", Peer: "vmdiskd", PerIO: 1, MBps: 1500},
+	}
+	if got := ratio(samples, "q-zlib-1m", "vmdiskd", "nbdkit"); got != 3 {
+		t.Errorf("ratio: got %v, want 3, by MB/s", got)
+	}
+}
+
 func TestFioReportBecomesASample(t *testing.T) {
 	s, err := parseFio([]byte(`{"jobs":[{"usr_cpu":10,"sys_cpu":30,"job_runtime":2000,"read":{
 		"iops":5000,"bw_bytes":20480000,"total_ios":10000,
@@ -264,10 +291,10 @@ func TestMemoryIsReadWithIdleConnections(t *testing.T) {
 }
 
 func TestWholeRunWritesTableAndPage(t *testing.T) {
-	testenv.Require(t, "cc", "nbdkit", "taskset", "fio")
+	testenv.Require(t, "cc", "nbdkit", "qemu-nbd", "qemu-img", "taskset", "fio")
 	page := filepath.Join(testenv.TempDir(t), "benchmarks.md")
 	var out, progress bytes.Buffer
-	err := run(testenv.Context(t), []string{"--peers", "nbdkit", "--cases", "rr4k-q32,rw4k-q32",
+	err := run(testenv.Context(t), []string{"--peers", "nbdkit,qemu-nbd-uring", "--cases", "rr4k-q32,rw4k-q32,q-rr4k,q-chain,q-10T,q-zlib-1m,q-zstd-4k",
 		"--rounds", "1", "--secs", "0.1", "--size", "8", "--out", page}, &out, &progress)
 	if err != nil {
 		t.Fatal(err)

@@ -20,7 +20,17 @@ type testCase struct {
 	// small has the image in the page cache page by page, not in the large
 	// folios that reading ahead makes.
 	small bool
+	// image names what is served; rawImage is the zero value.
+	image string
+	// versus is the peer that the others are compared with, the first of the
+	// run if it is empty, and by is what is compared: processor time per
+	// request if it is nil.
+	versus string
+	by     func(sample) float64
 }
+
+func byIOPS(s sample) float64 { return s.IOPS }
+func byMBps(s sample) float64 { return s.MBps }
 
 // idleConnections is what the memory case compares with a single connection.
 const idleConnections = 256
@@ -38,7 +48,15 @@ var cases = []testCase{
 	{name: "r128k-q16", about: "128 KiB sequential read, QD16", load: []string{"-o", "read", "-b", "131072", "-q", "16"}},
 	{name: "r1m-q8", about: "1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}},
 	{name: "w1m-q8", about: "1 MiB sequential write, QD8", load: []string{"-o", "write", "-b", "1048576", "-q", "8"}, writes: true},
-	{name: "direct", about: "4 KiB random read past the page cache, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", fmt.Sprint(directDepth)}, direct: true},
+	{name: "direct", about: "4 KiB random read past the page cache, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", fmt.Sprint(directDepth)}, direct: true, versus: fioPeer, by: byIOPS},
+	{name: "q-rr4k", about: "qcow2, plain clusters: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: plainImage, versus: qemuPeer},
+	{name: "q-chain", about: fmt.Sprintf("the same at the bottom of a chain of %d", chainDepth), load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: chainImage, versus: qemuPeer},
+	{name: "q-10T", about: "the same data on a disk of 10 TiB", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: sparseImage, versus: qemuPeer},
+	{name: "q-r1m", about: "qcow2, plain clusters: 1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}, image: plainImage, versus: qemuPeer},
+	{name: "q-zlib-1m", about: "qcow2, zlib: 1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}, image: zlibImage, versus: qemuPeer, by: byMBps},
+	{name: "q-zstd-1m", about: "qcow2, zstd: 1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}, image: zstdImage, versus: qemuPeer, by: byMBps},
+	{name: "q-zlib-4k", about: "qcow2, zlib: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zlibImage, versus: qemuPeer},
+	{name: "q-zstd-4k", about: "qcow2, zstd: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zstdImage, versus: qemuPeer},
 	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
 }
 
@@ -85,6 +103,9 @@ type peer struct {
 // fioPeer is the name under which fio's own reading of the image is listed.
 const fioPeer = "fio io_uring"
 
+// qemuPeer is whom the qcow2 cases are compared with.
+const qemuPeer = "qemu-nbd-uring"
+
 // directArgs are what makes a server open its image with O_DIRECT. A program
 // without an entry has no such mode.
 var directArgs = map[string][]string{
@@ -114,6 +135,11 @@ func parsePeers(list string) ([]peer, error) {
 // it cannot.
 func (p peer) options(c testCase, image string) (o testenv.Options, ok bool) {
 	o = testenv.Options{Image: image, Extra: p.extra}
+	if c.image != rawImage {
+		args, ok := imageArgs[p.kind.Program]
+		args.Image, args.Extra = image, append(append([]string(nil), args.Extra...), p.extra...)
+		return args, ok
+	}
 	if !c.direct {
 		return o, true
 	}

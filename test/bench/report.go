@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -27,8 +28,8 @@ type row struct {
 
 // summarize returns a row for each case and peer, in the order of appearance.
 // The ratio is the median of each round's server CPU per request divided by
-// the baseline's in the same round; in the direct case, where fio sets the
-// bar, it is fio's IOPS that others are divided by.
+// the baseline's in the same round; a case may name another baseline and
+// another value.
 func summarize(samples []sample, baseline string) []row {
 	var rows []row
 	for _, s := range samples {
@@ -64,8 +65,11 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 // ratio compares round by round what the case is about.
 func ratio(samples []sample, name, peerName, baseline string) float64 {
 	value := func(s sample) float64 { return s.PerIO }
-	if i := indexCase(name); i >= 0 && cases[i].direct {
-		baseline, value = fioPeer, func(s sample) float64 { return s.IOPS }
+	if i := indexCase(name); i >= 0 {
+		baseline = cmp.Or(cases[i].versus, baseline)
+		if cases[i].by != nil {
+			value = cases[i].by
+		}
 	}
 	base := map[int]float64{}
 	for _, s := range samples {
@@ -202,7 +206,7 @@ func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
 	for _, name := range slices.Sorted(maps.Keys(f.Versions)) {
 		fmt.Fprintf(w, "| %s | %s |\n", name, f.Versions[name])
 	}
-	fmt.Fprintf(w, "| image | %d MiB, raw, fully written; in the page cache except in the direct case |\n", f.Image>>20)
+	fmt.Fprintf(w, "| image | %d MiB, fully written, raw or as the case says; in the page cache except in the direct case |\n", f.Image>>20)
 	fmt.Fprintf(w, "| run | %d rounds of %g s; server on CPU %s, load on CPU %s, Unix socket |\n\n", f.Rounds, f.Secs, serverCPU, loadCPU)
 	fmt.Fprintf(w, "## Cases\n\n| case | what |\n|---|---|\n")
 	for _, c := range chosen {
@@ -210,7 +214,7 @@ func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
 	}
 	fmt.Fprintf(w, "\n## Results\n\n`CPU us/io` is the server's own processor time (user and system) per request. "+
 		"`ratio` is that time divided by the first peer's in the same round; in the direct case it is IOPS divided by those of "+
-		"fio on the same file. All figures are medians over the rounds.\n\n")
+		"fio on the same file; the q- cases are compared with qemu-nbd-uring, those of 1 MiB from compressed images by MB/s. All figures are medians over the rounds.\n\n")
 	writeTable(w, rows)
 	fmt.Fprintf(w, "\n## How to repeat\n\n```\nmake bench\n"+
 		"go run ./test/bench --cases rr4k-q32 --peers 'nbdkit,vmdiskd,vmdiskd --engine=pool' --rounds 5\n```\n")

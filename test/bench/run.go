@@ -44,8 +44,10 @@ type sample struct {
 
 // bench holds what all measurements share.
 type bench struct {
-	dir   string // of the image, the sockets and nbdload; removed by the caller
-	image string
+	dir   string // of the images and nbdload; removed by the caller
+	raw   string // the pattern
+	size  int64  // of the pattern in bytes
+	image string // what is served now
 	small bool   // the page cache holds the image page by page
 	load  string // path of nbdload
 	secs  float64
@@ -53,7 +55,8 @@ type bench struct {
 
 // newBench compiles nbdload and writes the image into dir.
 func newBench(ctx context.Context, dir string, size int64, secs float64) (*bench, error) {
-	b := &bench{dir: dir, image: filepath.Join(dir, "disk.img"), secs: secs}
+	b := &bench{dir: dir, raw: filepath.Join(dir, "disk.img"), size: size, secs: secs}
+	b.image = b.raw
 	var err error
 	if b.load, err = compileLoad(ctx, dir); err != nil {
 		return nil, err
@@ -276,6 +279,9 @@ func parseFio(out []byte) (s sample, err error) {
 func (b *bench) runAll(ctx context.Context, chosen []testCase, peers []peer, rounds int, progress io.Writer) ([]sample, error) {
 	var all []sample
 	for _, c := range chosen {
+		if err := b.use(ctx, c.image); err != nil {
+			return all, err
+		}
 		for round := range rounds {
 			for i := range peers {
 				if round%2 == 1 {

@@ -2,6 +2,7 @@ package testenv
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 // means the server's own default.
 type Options struct {
 	Image    string
+	Format   string // of the image; empty: raw
 	ReadOnly bool
 	Export   string
 	// TLSDir, if set, holds the certificates and makes TLS obligatory.
@@ -90,7 +92,11 @@ func nbdkitLike(o Options, socket string) []string {
 }
 
 func vmdiskdArgs(o Options, socket string) []string {
-	return append(nbdkitLike(o, socket), o.Image)
+	args := nbdkitLike(o, socket)
+	if o.Format != "" {
+		args = append(args, "--format="+o.Format)
+	}
+	return append(args, o.Image)
 }
 
 func nbdkitArgs(o Options, socket string) []string {
@@ -98,7 +104,7 @@ func nbdkitArgs(o Options, socket string) []string {
 }
 
 func qemuNBDArgs(o Options, socket string) []string {
-	args := []string{"-f", "raw", "-e", "300", "-t", "-x", o.Export}
+	args := []string{"-f", cmp.Or(o.Format, "raw"), "-e", "300", "-t", "-x", o.Export}
 	if o.Port != 0 {
 		args = append(args, "-b", "127.0.0.1", "-p", fmt.Sprint(o.Port))
 	} else {
