@@ -2,9 +2,13 @@ package codec
 
 import (
 	"bytes"
+	"compress/flate"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"math/bits"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 
@@ -57,6 +61,49 @@ func TestDeflateLooksBackNoFurtherThanItsWindow(t *testing.T) {
 	}
 	if out, ok := Encode(format.Deflate, nil, src); ok {
 		t.Errorf("8000-periodic noise encodes to %d bytes", len(out))
+	}
+}
+
+// skewed is noise in which every byte is about twice as frequent as the next,
+// so that the longest codes occur; short repetitions lead back by all powers
+// of two.
+func skewed(n int) []byte {
+	r := rand.New(rand.NewPCG(10, 1))
+	b := make([]byte, 0, n+8)
+	for len(b) < n {
+		back := 1 << r.IntN(16)
+		if back += r.IntN(back); r.IntN(4) == 0 && back <= len(b) {
+			from := len(b) - back
+			b = append(b, b[from:min(from+3+r.IntN(5), len(b))]...)
+			continue
+		}
+		b = append(b, byte(bits.LeadingZeros32(r.Uint32()|1<<8))<<3|byte(r.IntN(8)&r.IntN(8)))
+	}
+	return b[:n]
+}
+
+func TestStreamsOfTheStandardLibraryDecode(t *testing.T) {
+	for _, n := range []int{512, 4096, cluster, 2 << 20} {
+		for name, src := range map[string][]byte{
+			"zeroes": make([]byte, n), "text": text(11, n), "elf": elf(t, n), "mixed": mixed(t, n), "skewed": skewed(n),
+		} {
+			for level := flate.HuffmanOnly; level <= flate.BestCompression; level++ {
+				var b bytes.Buffer
+				w, err := flate.NewWriter(&b, level)
+				if err != nil {
+					t.Fatal(err)
+				}
+				w.Write(src)
+				w.Close()
+				if b.Len() > 2*n {
+					continue
+				}
+				dst, intact := guarded(n)
+				if err := Decode(format.Deflate, dst, b.Bytes()); err != nil || !bytes.Equal(dst, src) || !intact() {
+					t.Errorf("%d bytes of %s at level %d: error %v, intact: %t", n, name, level, err, intact())
+				}
+			}
+		}
 	}
 }
 
@@ -214,5 +261,76 @@ func checkDecode(t *testing.T, kind format.Compression, n int, src []byte, ok bo
 	}
 	if !bytes.Equal(src, before) {
 		t.Error("decode wrote to its input")
+	}
+}
+
+// bitString packs groups of bits as deflate does; a group is written with its
+// first bit first, spaces do not count.
+func bitString(s string) []byte {
+	s = strings.ReplaceAll(s, " ", "")
+	b := make([]byte, (len(s)+7)/8)
+	for i, c := range s {
+		b[i/8] |= byte(c-'0') << (i % 8)
+	}
+	return b
+}
+
+// TestDeflateErrorsAreTold has streams that break one rule of RFC 1951 each.
+// Numbers have their lowest bit first, codes their highest.
+func TestDeflateErrorsAreTold(t *testing.T) {
+	const (
+		dynamic = "1 01 "
+		fixed   = "1 10 "
+		zeroLit = "00110000 "
+	)
+	// dyn is a dynamic block of 257+lits and 1+dists symbols with code lengths
+	// for 16, 17, 18, 0 (and so on in that order), then rest.
+	dyn := func(lits, dists, count string, rest string) []byte {
+		return bitString(dynamic + lits + dists + count + rest + strings.Repeat("0", 64))
+	}
+	for _, tt := range []struct {
+		name string
+		src  []byte
+		want error
+	}{
+		{"no bits", nil, errDeflateEnd},
+		{"block type 3", bitString("1 11"), errDeflateBlock},
+		{"stored without length", []byte{1, 0, 0}, errDeflateEnd},
+		{"stored with false complement", []byte{1, 0, 0, 0xff, 0xfe}, errDeflateBlock},
+		{"stored beyond the data", []byte{1, 9, 0, 0xf6, 0xff, 1}, errDeflateEnd},
+		{"stored beyond the cluster", stored(true, make([]byte, 513)), errLong},
+		{"fixed end at once", bitString(fixed + "0000000"), errDeflateShort},
+		{"fixed literal and no more", bitString(fixed + zeroLit), errDeflateEnd},
+		{"fixed length symbol 286", bitString(fixed + "11000110 00000000"), errDeflateCode},
+		{"fixed distance symbol 30", bitString(fixed + zeroLit + "0000001 11110 00000000"), errDeflateCode},
+		{"distance before the cluster", bitString(fixed + zeroLit + "0000001 00001 00000000"), errDistance},
+		{"dynamic cut in its header", bitString(dynamic + "00000"), errDeflateEnd},
+		{"dynamic cut in the first code", bitString(dynamic + "00000 00000 0000"), errDeflateEnd},
+		{"287 literals", dyn("01111", "00000", "0000", ""), errDeflateBlock},
+		{"31 distances", dyn("00000", "01111", "0000", ""), errDeflateBlock},
+		{"first code too full", dyn("00000", "00000", "0000", "100 100 100 000"), errDeflateBlock},
+		{"first code not full", dyn("00000", "00000", "0000", "010 000 000 000"), errDeflateBlock},
+		{"first code empty", dyn("00000", "00000", "0000", "000 000 000 000"), errDeflateCode},
+		{"repeat of nothing", dyn("00000", "00000", "0000", "100 000 000 100 1"), errDeflateBlock},
+		// 18 is the code 0 and 0 the code 1: 138 + 138 zeroes are too many.
+		{"run beyond the symbols", dyn("00000", "00000", "0000", "000 000 100 100 1 1111111 1 1111111"), errDeflateBlock},
+		{"codes all empty", dyn("00000", "00000", "0000", "000 000 100 100 1 1111111 1 1011011"), errDeflateCode},
+		// 8 is the code 0 and 18 the code 1: 257 zeroes, then one distance.
+		{"distance code not full", dyn("00000", "00000", "1000", "000 000 100 000 100 1 1111111 1 0011011 0"), errDeflateBlock},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dst, intact := guarded(512)
+			if err := Decode(format.Deflate, dst, tt.src); !errors.Is(err, tt.want) || !intact() {
+				t.Errorf("decode: %v, want %v", err, tt.want)
+			}
+			if tt.want == errDeflateEnd {
+				return
+			}
+			// The same where the end of the data is far.
+			long := append(bytes.Clone(tt.src), make([]byte, 2*fastIn)...)
+			if err := Decode(format.Deflate, dst, long); !errors.Is(err, tt.want) || !intact() {
+				t.Errorf("decode with more behind: %v, want %v", err, tt.want)
+			}
+		})
 	}
 }

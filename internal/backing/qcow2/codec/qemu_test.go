@@ -74,7 +74,7 @@ func text(seed uint64, n int) []byte {
 	return b.Bytes()[:n]
 }
 
-// elf is the beginning of a program.
+// elf is n bytes of a program, repeated if need be.
 func elf(t testing.TB, n int) []byte {
 	t.Helper()
 	path, err := exec.LookPath("qemu-img")
@@ -85,7 +85,7 @@ func elf(t testing.TB, n int) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b[:min(n, len(b))]
+	return bytes.Repeat(b, n/len(b)+1)[:n]
 }
 
 // mixed alternates, every 8 KiB, between text, noise, zeroes and a program.
@@ -105,7 +105,7 @@ func mixed(t testing.TB, n int) []byte {
 		case 2:
 			clear(p)
 		case 3:
-			copy(p, program[at%len(program):])
+			copy(p, program[at:])
 		}
 	}
 	return b
