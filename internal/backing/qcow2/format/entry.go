@@ -82,10 +82,16 @@ func (g *Geometry) DecodeL2(word, bitmap uint64) (Cluster, error) {
 		}
 		c.Host = NoHost
 	}
+	err := c.setFlags(g, word, bitmap)
+	return c, err
+}
+
+// setFlags reads which of the subclusters have data or read as zeroes.
+func (c *Cluster) setFlags(g *Geometry, word, bitmap uint64) error {
 	if g.Extended {
-		return c, c.setBitmap(bitmap)
+		return c.setBitmap(bitmap)
 	}
-	return c, c.setFlag(word, g.Version)
+	return c.setFlag(word, g.Version)
 }
 
 // setFlag reads the zero flag of a standard entry.

@@ -100,6 +100,9 @@ func (h *Header) parseBackingFormat(data be) error {
 // end is dropped.
 func parseFeatureNames(data be) []FeatureName {
 	n := min(len(data)/featureEntry, limits.FeatureNames)
+	if n == 0 {
+		return nil
+	}
 	names := make([]FeatureName, n)
 	for i := range names {
 		e := data[i*featureEntry:][:featureEntry]

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"strings"
+	"unicode"
 )
 
 // More bounds of QEMU, which all images keep.
@@ -163,13 +164,11 @@ func (h *Header) parseBacking(b be, clusterSize int64) (end int64, err error) {
 // checkName refuses bytes that another program may cut a name at, or that
 // would garble a log.
 func checkName(what, name string) error {
-	if strings.ContainsFunc(name, isControl) {
+	if strings.ContainsFunc(name, unicode.IsControl) {
 		return corrupt("%s %q has control characters", what, name)
 	}
 	return nil
 }
-
-func isControl(r rune) bool { return r < ' ' || r == 0x7f }
 
 // checkIncompat refuses what must be understood and is not.
 func (h *Header) checkIncompat() error {
@@ -251,13 +250,13 @@ func (g *Geometry) CheckL1(off uint64, entries uint32, size uint64) error {
 	case size > maxDisk:
 		return corrupt("image is too big: %d bytes", size)
 	case entries > MaxL1/8:
-		return corrupt("active L1 table too large: %d entries", entries)
+		return corrupt("L1 table too large: %d entries", entries)
 	case int64(entries) < g.L1Size(int64(size)):
 		return corrupt("L1 table is too small: %d entries, the disk needs %d", entries, g.L1Size(int64(size)))
 	case !g.validTable(off, int64(entries)*8):
-		return corrupt("active L1 table offset %#x invalid", off)
+		return corrupt("L1 table offset %#x invalid", off)
 	case entries > 0 && off == 0:
-		return corrupt("active L1 table offset is 0")
+		return corrupt("L1 table offset is 0")
 	}
 	return nil
 }
@@ -275,7 +274,7 @@ func (h *Header) Within(size int64, write bool) error {
 	inside := func(off uint64, n int64) bool { return n <= size && int64(off) <= size-n }
 	switch {
 	case h.L1Size > 0 && !inside(h.L1Offset, int64(h.L1Size)*8):
-		return corrupt("active L1 table at %#x lies beyond the end of the file", h.L1Offset)
+		return corrupt("L1 table at %#x lies beyond the end of the file", h.L1Offset)
 	case h.Snapshots > 0 && !inside(h.SnapshotsOffset, snapshotFixed):
 		return corrupt("snapshot table at %#x lies beyond the end of the file", h.SnapshotsOffset)
 	case !write:
