@@ -244,6 +244,10 @@ const (
 
 // Images that are chains of layers.
 const (
+	// CreatePiece is the buffer that fills the storage of a new image: as much
+	// as the kernel writes well at a time.
+	CreatePiece = 1 << 20
+
 	// ChainDepth bounds the images of one chain, the top included: each costs
 	// a descriptor and a look at its tables for every extent. Backup tools keep
 	// some dozen.
@@ -323,6 +327,22 @@ const (
 
 	// CopyBudget bounds the buffers of one copy.
 	CopyBudget = 256 << 20
+)
+
+// What the tables of a qcow2 image may cost.
+const (
+	// MaxTableRead bounds one read of a piece of an L2 or refcount table: the
+	// whole L2 table of an image with 64 KiB clusters.
+	MaxTableRead = 64 << 10
+
+	// SnapshotTable bounds the snapshot table that is read, in bytes: 65536
+	// snapshots without names, or 7000 whose names and extra data have 1 KiB.
+	// The disk of an image with a larger one is served all the same.
+	SnapshotTable = 8 << 20
+
+	// SnapshotsNamed is how many snapshots the error about an unknown one
+	// names.
+	SnapshotsNamed = 16
 )
 
 // What the header of a qcow2 image may cost.
