@@ -23,6 +23,9 @@ type Layer interface {
 	Close() error
 }
 
+// Clustered is a Layer that knows its cluster size in bytes.
+type Clustered interface{ ClusterSize() int64 }
+
 // SpanKind says where the bytes of a Span are.
 type SpanKind uint8
 
@@ -40,6 +43,7 @@ type Span struct {
 	Len  int64 // guest bytes
 
 	// Data: where the bytes lie. Compressed: where the compressed data begin.
+	// Zero: Store is set when a host cluster is allocated for it, else nil.
 	Store store.Store
 	Off   int64
 

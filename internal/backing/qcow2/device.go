@@ -1,0 +1,302 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// defaultPreferred is the request size of a chain whose top layer does not say
+// its cluster size, and the largest for any: the default cluster size.
+const defaultPreferred = 64 << 10
+
+// longestRun is where Extents yields an extent that still goes on: whoever
+// asks may have enough, and what follows costs time to find.
+const longestRun = 2048 * limits.MapPage
+
+// mapPieces bounds the extents that one Map looks at.
+const mapPieces = 4 * backing.MaxRuns
+
+// chainDevice serves a chain of layers for reading.
+type chainDevice struct {
+	backing.Unsupported
+	chain    *chain
+	clusters *clusterCache
+	path     string
+	info     backing.Info
+}
+
+// NewChainDevice serves a chain of layers for reading. It takes over top and
+// what is below; Close closes them. Of o it uses Path, CacheBytes and
+// ClusterBytes. The dynamic types of the layers' stores must be comparable.
+func NewChainDevice(top Layer, o Options) backing.Device {
+	d := &chainDevice{chain: newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes), path: o.Path}
+	d.info = backing.Info{
+		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred,
+		Caps: backing.CanFlush | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
+	}
+	if c, ok := top.(Clustered); ok {
+		d.info.Preferred = max(4096, min(c.ClusterSize(), defaultPreferred))
+	}
+	return d
+}
+
+// Info is the same in every call.
+func (d *chainDevice) Info() backing.Info { return d.info }
+
+// Stats says how the mapping is cached.
+func (d *chainDevice) Stats() MapStats { return d.chain.stats() }
+
+func (d *chainDevice) cursor(off, n int64) cursor {
+	return cursor{chain: d.chain, off: off, end: off + n}
+}
+
+// ReadAt fills p. Compressed clusters are decompressed side by side.
+func (d *chainDevice) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return d.wrap("read", off, int64(len(p)), d.readAt(ctx, p, off))
+}
+
+func (d *chainDevice) readAt(ctx context.Context, p []byte, off int64) error {
+	var batch *clusterBatch
+	for k := d.cursor(off, int64(len(p))); k.off < k.end; {
+		x, err := k.next(ctx)
+		if err != nil {
+			batch.free()
+			return err
+		}
+		to := p[k.off-x.n-off : k.off-off]
+		switch x.kind {
+		case Compressed:
+			if batch == nil {
+				batch = clusterBatches.Get().(*clusterBatch)
+			}
+			err = batch.add(ctx, d.clusters, &x, to)
+		case Data:
+			err = readData(ctx, x.store(), to, x.off)
+		case Damaged:
+			err = x.err()
+		default:
+			clear(to)
+		}
+		if err != nil {
+			batch.free()
+			return err
+		}
+	}
+	if batch == nil {
+		return nil
+	}
+	defer batch.free()
+	return d.clusters.readAll(ctx, batch.reads)
+}
+
+// readData fills p. What a file does not have of its last cluster is zero.
+func readData(ctx context.Context, st store.Store, p []byte, off int64) error {
+	n, err := st.ReadAt(ctx, p, off)
+	if err != nil {
+		return err
+	}
+	clear(p[n:])
+	return nil
+}
+
+// clusterBatch gathers what one request wants of compressed clusters.
+type clusterBatch struct{ reads []clusterRead }
+
+var clusterBatches = sync.Pool{New: func() any {
+	return &clusterBatch{make([]clusterRead, 0, limits.ClusterBatch)}
+}}
+
+// add has x read into p, now or later.
+func (b *clusterBatch) add(ctx context.Context, c *clusterCache, x *piece, p []byte) error {
+	if len(b.reads) == cap(b.reads) {
+		if err := c.readAll(ctx, b.reads); err != nil {
+			return err
+		}
+		b.reads = b.reads[:0]
+	}
+	key := clusterKey{store: x.store(), off: x.off, inLen: int64(x.inLen), size: int64(x.cluster), codec: x.codec}
+	b.reads = append(b.reads, clusterRead{key: key, skip: int64(x.skip), p: p})
+	return nil
+}
+
+// free lets go of the request's memory. b may be nil.
+func (b *clusterBatch) free() {
+	if b != nil {
+		clear(b.reads)
+		b.reads = b.reads[:0]
+		clusterBatches.Put(b)
+	}
+}
+
+// Cache loads the mapping of the range and asks the stores to read ahead what
+// it leads to. A store that cannot do that is no error.
+func (d *chainDevice) Cache(ctx context.Context, off, n int64) error {
+	for k := d.cursor(off, n); k.off < k.end; {
+		x, err := k.next(ctx)
+		if err == nil && x.kind == Data {
+			err = x.store().Cache(ctx, x.off, x.n)
+		} else if err == nil && x.kind == Compressed {
+			err = x.store().Cache(ctx, x.off, int64(x.inLen))
+		}
+		if err != nil && !errors.Is(err, backing.ErrNotSupported) {
+			return d.wrap("cache", off, n, err)
+		}
+	}
+	return nil
+}
+
+// Extents reports as holes what no layer has allocated. What is damaged counts
+// as data: who reads it finds out.
+func (d *chainDevice) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	var run backing.Extent
+	for k := d.cursor(off, n); k.off < k.end; {
+		x, err := k.next(ctx)
+		if err != nil {
+			return d.wrap("extents", off, n, err)
+		}
+		e := backing.Extent{Len: x.n}
+		switch x.kind {
+		case Absent:
+			e.Hole, e.Zero = true, true
+		case Zero:
+			e.Hole, e.Zero = !x.allocated, true
+		}
+		if run.Len > 0 && run.Len < longestRun && e.Hole == run.Hole && e.Zero == run.Zero {
+			run.Len += e.Len
+			continue
+		}
+		if run.Len > 0 && (!yield(run) || f&backing.ReqOne != 0) {
+			return nil
+		}
+		run = e
+	}
+	if run.Len > 0 {
+		yield(run)
+	}
+	return nil
+}
+
+// Map names the runs behind a range whose mapping is in memory. Compressed and
+// damaged clusters are not mappable.
+func (d *chainDevice) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	if op != engine.OpRead {
+		return backing.ErrReadOnly
+	}
+	if off < 0 || n <= 0 || off > d.info.Size || n > d.info.Size-off {
+		return backing.ErrNotMappable
+	}
+	k := d.cursor(off, n)
+	x, ok := k.nextCached()
+	if ok && x.kind == Data && k.off == k.end {
+		return x.store().Map(op, x.off, x.n, m)
+	}
+	j := joins.Get().(*join)
+	for range mapPieces {
+		if !ok || !j.add(op, &x) {
+			break
+		}
+		if k.off == k.end {
+			j.give(m)
+			return nil
+		}
+		x, ok = k.nextCached()
+	}
+	j.abandon()
+	return backing.ErrNotMappable
+}
+
+// join puts the mappings of several pieces together. It is the lease of the
+// whole.
+type join struct {
+	sum, part backing.Mapping
+	leases    [backing.MaxRuns]backing.Lease
+	n         int // number of leases
+}
+
+var joins = sync.Pool{New: func() any { return new(join) }}
+
+// add takes the runs of x in; it tells whether that could be done.
+func (j *join) add(op engine.Op, x *piece) bool {
+	switch x.kind {
+	case Absent, Zero:
+		return j.run(backing.Run{Len: x.n})
+	case Data:
+	default:
+		return false
+	}
+	if j.n == len(j.leases) || x.store().Map(op, x.off, x.n, &j.part) != nil {
+		return false
+	}
+	if j.part.Lease != nil {
+		j.leases[j.n] = j.part.Lease
+		j.n++
+	}
+	for _, r := range j.part.Runs[:j.part.N] {
+		if !j.run(r) {
+			return false
+		}
+	}
+	j.part.Lease = nil
+	j.part.Release()
+	return true
+}
+
+// run appends r, or makes the last run longer.
+func (j *join) run(r backing.Run) bool {
+	if k := j.sum.N; k > 0 {
+		last := &j.sum.Runs[k-1]
+		if last.File == r.File && (r.File == nil || last.Off+last.Len == r.Off) {
+			last.Len += r.Len
+			return true
+		}
+	}
+	if j.sum.N == backing.MaxRuns {
+		return false
+	}
+	j.sum.Runs[j.sum.N] = r
+	j.sum.N++
+	return true
+}
+
+// give moves the runs to m. j is free after that, or the lease of m.
+func (j *join) give(m *backing.Mapping) {
+	m.Runs, m.N, m.Lease = j.sum.Runs, j.sum.N, nil
+	if j.n > 0 {
+		m.Lease = j
+		return
+	}
+	j.abandon()
+}
+
+// Release ends the leases of all pieces.
+func (j *join) Release() { j.abandon() }
+
+// abandon ends what leases there are and frees j.
+func (j *join) abandon() {
+	for _, l := range j.leases[:j.n] {
+		l.Release()
+	}
+	*j = join{}
+	joins.Put(j)
+}
+
+// Close closes the layers.
+func (d *chainDevice) Close() error { return d.chain.top.Close() }
+
+// wrap gives err its place, unless it has one or the caller gave up waiting.
+func (d *chainDevice) wrap(op string, off, n int64, err error) error {
+	if err == nil || gaveUp(err) {
+		return err
+	}
+	var e *backing.Error
+	if errors.As(err, &e) {
+		return err
+	}
+	return &backing.Error{Op: op, Path: d.path, Off: off, Len: n, Kind: backing.KindOf(err), Err: err}
+}
