@@ -52,6 +52,8 @@ type raw struct {
 	mask                         string
 	noSR, noMC                   bool
 	format, cache, lock, engine  string
+	backing, snapshot            string
+	backingFiles, dataFiles      []string
 	timeout, drain, poll         time.Duration
 	later                        map[string]*string
 }
@@ -81,7 +83,11 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVarP(&r.export, "exportname", "e", "", "`NAME` of the export (the empty name opens it too)")
 	f.StringVar(&r.export, "export", "", "same as --exportname")
 	f.StringVar(&r.description, "description", "", "`TEXT` that describes the export to clients")
-	f.StringVar(&r.format, "format", "raw", "`FORMAT` of IMAGE: raw, mem or null; never guessed from contents")
+	f.StringVar(&r.format, "format", "raw", "`FORMAT` of IMAGE: raw, qcow2, mem or null; never guessed from contents")
+	f.StringVar(&r.backing, "backing", "", "`POLICY` for files that a qcow2 image names: deny (the default), same-dir, beneath=DIR or explicit")
+	f.StringArrayVar(&r.backingFiles, "backing-file", nil, "`PATH[:FORMAT]` of the backing file, instead of what the image says; again for the next below")
+	f.StringArrayVar(&r.dataFiles, "data-file", nil, "`PATH` of the external data file, instead of what the image says")
+	f.StringVar(&r.snapshot, "snapshot", "", "`ID|NAME` of the internal snapshot to serve")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
@@ -170,7 +176,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
 	}
 	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
-		r.checkWords, r.endpoints, r.tlsMode, r.handshake, r.logging,
+		r.checkWords, r.chain, r.endpoints, r.tlsMode, r.handshake, r.logging,
 	} {
 		if err := step(f, &c); err != nil {
 			return c, err
@@ -185,7 +191,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 		name, got string
 		want      []string
 	}{
-		{"format", r.format, []string{"raw", "mem", "null"}},
+		{"format", r.format, []string{"raw", "qcow2", "mem", "null"}},
 		{"cache", r.cache, []string{"writeback", "none", "writethrough", "directsync", "unsafe"}},
 		{"image-lock", r.lock, []string{"auto", "on", "off"}},
 		{"engine", r.engine, []string{"auto", "uring", "pool"}},
@@ -208,6 +214,24 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 	}
 	if r.oldstyle && r.newstyle {
 		return usagef("--oldstyle and --newstyle exclude each other")
+	}
+	return nil
+}
+
+// chain checks the options of qcow2 images.
+func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
+	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot"} {
+		if f.Changed(name) && r.format != "qcow2" {
+			return usagef("--%s needs --format=qcow2", name)
+		}
+	}
+	if f.Changed("snapshot") && r.snapshot == "" {
+		return usagef("--snapshot: want an ID or a name")
+	}
+	c.Snapshot = r.snapshot
+	var err error
+	if c.Backing, err = daemon.ParseBacking(r.backing, r.backingFiles, r.dataFiles); err != nil {
+		return usagef("%v", err)
 	}
 	return nil
 }

@@ -72,6 +72,20 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 			o := first(c).Owner
 			return o.UID == 107 && o.GID == 64055 && first(c).Mode == 0o660
 		}},
+		{"-r --format=qcow2 disk.img", func(c daemon.Config) bool {
+			return c.Format == "qcow2" && c.Backing.Mode == "deny" && c.Snapshot == ""
+		}},
+		{"-r --format=qcow2 --backing=same-dir --snapshot=s1 disk.img", func(c daemon.Config) bool {
+			return c.Backing.Mode == "same-dir" && c.Snapshot == "s1"
+		}},
+		{"-r --format=qcow2 --backing=beneath=/images disk.img", func(c daemon.Config) bool {
+			return c.Backing.Mode == "beneath" && c.Backing.Root == "/images"
+		}},
+		{"-r --format=qcow2 --backing-file=a:qcow2 --backing-file b,c:raw --data-file=d disk.img", func(c daemon.Config) bool {
+			b := c.Backing
+			return b.Mode == "explicit" && len(b.Files) == 2 && b.Files[0].Path == "a" && b.Files[0].Format == "qcow2" &&
+				b.Files[1].Path == "b,c" && b.Files[1].Format == "raw" && b.DataFiles[0] == "d"
+		}},
 		{"--unix-owner :0 -U s disk.img", func(c daemon.Config) bool {
 			return first(c).Owner.UID == -1 && first(c).Owner.GID == 0
 		}},
@@ -92,10 +106,13 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 	for _, line := range []string{
 		"", "a b", "--nonsense disk", "-p x disk", "-p 70000 disk", "-4 -6 disk", "-s -U x disk", "-s -p 1 disk",
 		"-U x -p 1 disk", "--vsock -4 disk", "--tls=maybe disk", "--tls-certificates=/x disk",
-		"--tls=require -o disk", "-o -n disk", "--format=qcow2 disk", "--cache=x disk", "--engine=x disk",
+		"--tls=require -o disk", "-o -n disk", "--format=vmdk disk", "--cache=x disk", "--engine=x disk",
 		"--mask-handshake=x disk", "--mask-handshake=0x10000 disk", "-t -1 disk", "-t 129 disk", "-D nbd disk",
 		"-D nbd=loud disk", "--log=x disk", "--unix-mode=9 -U x disk", "--unix-mode=0 -U x disk",
 		"--unix-owner=no-such-user -U x disk", "--timeout=0s disk", "--image-lock=x disk", "-s --run true disk",
+		"--backing=same-dir disk", "--snapshot=1 disk", "--backing-file=b disk", "--format=qcow2 --backing=allow disk",
+		"--format=qcow2 --backing=beneath disk", "--format=qcow2 --backing=explicit disk", "--format=qcow2 --snapshot= disk",
+		"--format=qcow2 --backing=deny --backing-file=b disk", "--format=qcow2 --data-file= disk",
 	} {
 		_, err := parse(strings.Fields(line))
 		var usage usageError

@@ -6,6 +6,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -20,6 +21,8 @@ type Config struct {
 	Cache       string
 	Lock        string
 	ReadOnly    bool
+	Backing     open.Policy // of a qcow2 image; see ParseBacking
+	Snapshot    string      // of a qcow2 image, by ID or name; "" for the disk
 	ExportName  string
 	Description string
 
@@ -52,6 +55,12 @@ type Config struct {
 	Stdout         io.Writer
 
 	Log obs.Options
+}
+
+// ParseBacking reads what a user wrote about the files that an image may name:
+// a policy, and files where the policy is to name them. See open.ParsePolicy.
+func ParseBacking(policy string, files, dataFiles []string) (open.Policy, error) {
+	return open.ParsePolicy(policy, files, dataFiles)
 }
 
 // wantsTLS tells whether URIs are nbds.

@@ -155,6 +155,8 @@ func (d *daemon) openDisk() error {
 		ReadOnly: d.cfg.ReadOnly,
 		Cache:    d.cfg.Cache,
 		Lock:     raw.LockMode(d.cfg.Lock),
+		Backing:  d.cfg.Backing,
+		Snapshot: d.cfg.Snapshot,
 		Engine:   d.engine,
 		Buffers:  d.buffers,
 		Log:      d.logs.For("backing"),

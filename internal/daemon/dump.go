@@ -33,7 +33,7 @@ func DumpConfig() string {
 		{"go", runtime.Version()},
 		{"host_os", runtime.GOOS},
 		{"host_cpu", runtime.GOARCH},
-		{"formats", "raw mem null"},
+		{"formats", "raw qcow2 mem null"},
 		{"engines", "uring pool"},
 		{"io_uring", ring},
 		{"vsock", yes(err == nil)},

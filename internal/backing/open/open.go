@@ -46,9 +46,10 @@ type Spec struct {
 
 // formats is all there is.
 var formats = map[string]func(context.Context, Spec, cacheMode) (backing.Device, error){
-	"raw":  openRaw,
-	"mem":  openMem,
-	"null": openNull,
+	"raw":   openRaw,
+	"qcow2": openQcow2,
+	"mem":   openMem,
+	"null":  openNull,
 }
 
 type cacheMode struct{ direct, through, unsafe bool }

@@ -22,12 +22,6 @@ func (d *Device) End() (int64, error) {
 	return n, d.failed("size", -1, 0, err)
 }
 
-// ID tells files and devices apart, whatever names they have: the device and
-// inode number of a file, the device number and 0 of a block device.
-func (d *Device) ID() (block bool, dev, ino uint64) {
-	return d.geo.id.block, d.geo.id.dev, d.geo.id.ino
-}
-
 // ReadSome fills p and returns how much of it the file had; that is less than
 // len(p), without an error, only where the file ends.
 func (d *Device) ReadSome(ctx context.Context, p []byte, off int64) (int, error) {

@@ -1,0 +1,244 @@
+package open
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// openQcow2 opens an image and the chain of its backing files, read-only.
+func openQcow2(ctx context.Context, s Spec, c cacheMode) (backing.Device, error) {
+	if !s.ReadOnly {
+		return nil, &backing.Error{Op: "open", Path: s.Path, Off: -1, Kind: backing.ErrNotSupported,
+			Err: errors.New("qcow2 images can be served read-only only; --readonly does")}
+	}
+	ch := &chain{spec: s, cache: c, seen: make(map[fileID]string)}
+	defer ch.close()
+	if err := ch.open(ctx); err != nil {
+		return nil, err
+	}
+	return ch.device(ctx)
+}
+
+// chain is a chain that is being opened: from the top downwards the files,
+// because each names the next; then from the bottom upwards the layers.
+type chain struct {
+	spec  Spec
+	cache cacheMode
+	gate  *gate
+	seen  map[fileID]string // what is open, and by which path
+
+	links []link // top first; those that were handed on are cut off
+	below qcow2.Layer
+}
+
+// link is one image of the chain.
+type link struct {
+	path   string // absolute, and without symbolic links in its directory
+	format string
+	st     store.Store
+	data   store.Store // nil without a data file
+}
+
+// fileID tells files apart, whatever their names.
+type fileID struct {
+	block    bool
+	dev, ino uint64
+}
+
+// open opens all files and reads the headers that name them. Whatever it has
+// opened, close closes.
+func (ch *chain) open(ctx context.Context) error {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(ch.spec.Path))
+	if err == nil {
+		dir, err = filepath.Abs(dir)
+	}
+	if err != nil {
+		return err
+	}
+	f, err := openFile(ch.spec, ch.cache)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(dir, filepath.Base(ch.spec.Path))
+	if err := ch.add(f, path, "qcow2"); err != nil {
+		return err
+	}
+	if ch.gate, err = newGate(ch.spec.Backing, ch.spec.Path, ch.cache.direct); err != nil {
+		return invalid(ch.spec, err)
+	}
+	for {
+		more, err := ch.descend(ctx)
+		if err != nil {
+			return err
+		}
+		if !more {
+			break
+		}
+	}
+	if err := ch.gate.unused(); err != nil {
+		return invalid(ch.spec, err)
+	}
+	return nil
+}
+
+// descend opens what the last image names.
+func (ch *chain) descend(ctx context.Context) (more bool, err error) {
+	l := &ch.links[len(ch.links)-1]
+	if l.format == "raw" {
+		return false, nil
+	}
+	h, err := qcow2.ReadHeader(ctx, l.st)
+	if err != nil {
+		return false, inImage(l.path, err)
+	}
+	names := qcow2.NamesOf(h)
+	if names.NeedsDataFile {
+		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: true}
+		f, path, err := ch.gate.data(w)
+		if err != nil {
+			return false, err
+		}
+		if l.data, err = ch.store(f, path); err != nil {
+			return false, err
+		}
+	}
+	if names.Backing == "" {
+		return false, nil
+	}
+	w := wish{by: l.path, what: "backing file", name: names.Backing, readOnly: true}
+	if len(ch.links) == limits.ChainDepth {
+		return false, w.denied(fmt.Sprintf("a chain has %d images at most", limits.ChainDepth))
+	}
+	f, path, format, err := ch.gate.backing(w, names.BackingFormat)
+	if err != nil {
+		return false, err
+	}
+	return true, ch.add(f, path, format)
+}
+
+// inImage gives err the path of the image, if nothing below did.
+func inImage(path string, err error) error {
+	var e *backing.Error
+	if errors.As(err, &e) {
+		if e.Path != "" {
+			return err
+		}
+		named := *e
+		named.Path = path
+		return &named
+	}
+	return &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.KindOf(err), Err: err}
+}
+
+// add takes over f as the next image of the chain.
+func (ch *chain) add(f *os.File, path, format string) error {
+	st, err := ch.store(f, path)
+	if err == nil {
+		ch.links = append(ch.links, link{path: path, format: format, st: st})
+	}
+	return err
+}
+
+// store takes over f and locks it. The same file twice in a chain is a loop;
+// that is told by the open file, whatever is at the path by now.
+func (ch *chain) store(f *os.File, path string) (store.Store, error) {
+	id, err := idOf(f)
+	if err == nil && ch.seen[id] != "" {
+		err = &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.ErrInvalid,
+			Err: fmt.Errorf("the chain is a loop: it has this file already, as %q", ch.seen[id])}
+	}
+	if err != nil {
+		_ = f.Close() // the error that matters is err
+		return nil, err
+	}
+	ch.seen[id] = path
+	dev, err := raw.Open(f, ch.spec.Engine, raw.Options{
+		Path: path, ReadOnly: true, Direct: ch.cache.direct, Container: true,
+		Lock: ch.spec.Lock, Buffers: ch.spec.Buffers, Log: ch.spec.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return store.NewFile(dev), nil
+}
+
+func idOf(f *os.File) (fileID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fileID{}, err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return fileID{block: true, dev: st.Rdev}, nil
+	}
+	return fileID{dev: st.Dev, ino: st.Ino}, nil
+}
+
+// device builds the layers, each upon the one below, and the device on top.
+func (ch *chain) device(ctx context.Context) (backing.Device, error) {
+	for len(ch.links) > 1 {
+		l := ch.cut()
+		layer, err := ch.layer(ctx, l)
+		if err != nil {
+			return nil, inImage(l.path, err)
+		}
+		ch.below = layer
+	}
+	l := ch.cut()
+	o := ch.options(l)
+	o.Snapshot = ch.spec.Snapshot
+	top, err := qcow2.OpenImage(ctx, l.st, o)
+	if err != nil {
+		return nil, inImage(l.path, err)
+	}
+	return qcow2.NewChainDevice(top, o), nil
+}
+
+// layer hands l on.
+func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
+	if l.format == "raw" {
+		return qcow2.NewRawLayer(l.st)
+	}
+	return qcow2.OpenImage(ctx, l.st, ch.options(l))
+}
+
+// options hands on what lies below, and the data file of l.
+func (ch *chain) options(l link) qcow2.Options {
+	o := qcow2.Options{Path: l.path, ReadOnly: true, Backing: ch.below, DataFile: l.data, Log: ch.spec.Log}
+	ch.below = nil
+	return o
+}
+
+// cut takes the lowest image that is left off the chain.
+func (ch *chain) cut() link {
+	last := len(ch.links) - 1
+	l := ch.links[last]
+	ch.links = ch.links[:last]
+	return l
+}
+
+// close closes what was not handed on.
+func (ch *chain) close() {
+	if ch.gate != nil {
+		ch.gate.close()
+	}
+	for _, l := range ch.links {
+		_ = l.st.Close() // read-only: there is nothing to lose
+		if l.data != nil {
+			_ = l.data.Close()
+		}
+	}
+	if ch.below != nil {
+		_ = ch.below.Close()
+	}
+}
