@@ -90,7 +90,7 @@ func (s *Snapshot) parse(b be) (size int, err error) {
 	s.VMClock, s.VMStateSize = b.u64(24), uint64(b.u32(32))
 	s.ID, s.Name = string(b[id:name]), string(b[name:end])
 	s.parseExtra(b[snapshotFixed:id])
-	// QEMU leaves no padding out; the end of a table may.
+	// QEMU does not write the padding of the last entry, where a file may end.
 	return min(int(padded(int64(end))), len(b)), nil
 }
 
