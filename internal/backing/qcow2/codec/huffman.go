@@ -25,6 +25,8 @@ const (
 	distBits = 8
 	preBits  = 7
 
+	distMost = maxCode + 13 // bits of a distance, extra bits included
+
 	// With subtables, 288 symbols need at most 2342 entries and 32 symbols at
 	// most 402; build does not rely on it.
 	litSize  = 2400
@@ -36,8 +38,7 @@ type (
 	distTable [distSize]entry
 )
 
-// entry says what the next bits of a stream mean. The zero entry means that
-// no code begins like that.
+// entry says what the next bits of a stream mean.
 //
 //	bits 0-5    length of the code with its extra bits
 //	bits 8-11   length of the code alone; of a subtable, its index bits
@@ -53,6 +54,9 @@ const (
 	isTable    = 1 << 14
 	isLiteral  = 1 << 15
 	valueShift = 16
+
+	// noCode: no code begins like that.
+	noCode = isEnd
 )
 
 func (e entry) bits() uint   { return uint(e & entryBits) }
@@ -75,7 +79,7 @@ func makeLitEntries() (t [fixedLit]entry) {
 	for i := range endBlock {
 		t[i] = isLiteral | entry(i)<<valueShift
 	}
-	t[endBlock] = isEnd
+	t[endBlock] = isEnd | 1<<valueShift // unlike noCode
 	base := 3
 	for i := endBlock + 1; i < maxLit; i++ {
 		extra := max(0, i-261) / 4
@@ -83,6 +87,9 @@ func makeLitEntries() (t [fixedLit]entry) {
 		base += 1 << extra
 	}
 	t[maxLit-1] = maxMatch << valueShift
+	for i := maxLit; i < fixedLit; i++ {
+		t[i] = noCode
+	}
 	return t
 }
 
@@ -92,6 +99,9 @@ func makeDistEntries() (t [fixedDist]entry) {
 		extra := max(0, i-2) / 2
 		t[i] = entry(base)<<valueShift | entry(extra)
 		base += 1 << extra
+	}
+	for i := maxDist; i < fixedDist; i++ {
+		t[i] = noCode
 	}
 	return t
 }
@@ -105,7 +115,7 @@ func makePreEntries() (t [maxPre]entry) {
 
 // build fills the table of a canonical code with the given index bits. lens
 // are the lengths of the codes of the symbols, 0 for none; symbols gives their
-// entries, zero for those that must not occur. It reports whether lens make
+// entries, noCode for those that must not occur. It reports whether lens make
 // sense: a code is complete, or it is one single code of one bit, or empty.
 func build(t []entry, index uint, lens []uint8, symbols []entry) bool {
 	var count [maxCode + 1]int
@@ -125,7 +135,9 @@ func build(t []entry, index uint, lens []uint8, symbols []entry) bool {
 		if longest > 1 {
 			return false
 		}
-		clear(t[:1<<index])
+		for i := range t[:1<<index] {
+			t[i] = noCode
+		}
 	}
 	// Sort the symbols by length and number, which is the order of their codes.
 	var at [maxCode + 2]int
@@ -169,7 +181,7 @@ func (b *builder) add(n uint, e entry) bool {
 	b.length = n
 	reversed := uint(bits.Reverse16(uint16(b.code))) >> (16 - n)
 	b.code++
-	if e != 0 {
+	if e != noCode {
 		e += entry(n)<<codeShift | entry(n)
 	}
 	if n <= b.index {

@@ -26,10 +26,12 @@ const (
 
 const (
 	// fastIn and fastOut are what an iteration of fast may read and write: two
-	// words whose first moves on by at most 7 bytes; two literals and a match,
-	// which is written in words.
+	// words whose first moves on by at most 7 bytes; two literals and a match.
 	fastIn  = 16
-	fastOut = 2 + maxMatch + 16
+	fastOut = 2 + maxMatch + repeatOver
+
+	// repeatOver is how far repeat may write behind a match.
+	repeatOver = 24
 
 	maxMatch = 258
 )
@@ -225,8 +227,7 @@ func (f *inflater) fast(lit *litTable, dist *distTable) error {
 		pos += int((63 - have) >> 3)
 		have |= 56
 		// Literals of the first table have at most litBits bits: after two of
-		// them a length with its extra bits is still there, and its distance
-		// after another refill.
+		// them a length with its extra bits is still there.
 		e := lit[word&(1<<litBits-1)]
 		if e&isLiteral != 0 {
 			dst[out] = byte(e >> valueShift)
@@ -244,28 +245,32 @@ func (f *inflater) fast(lit *litTable, dist *distTable) error {
 		if e&isTable != 0 {
 			e = lit[e.value()+int(word>>litBits&e.mask())]
 		}
-		if e&isLiteral != 0 {
+		if e&(isLiteral|isEnd) != 0 {
+			if e&isEnd != 0 {
+				break // block tells what it is
+			}
 			dst[out] = byte(e >> valueShift)
 			out++
 			word >>= e & entryBits
 			have -= uint(e & entryBits)
 			continue
 		}
-		if e&isEnd != 0 || e == 0 {
-			break // block tells what it is
-		}
 		length := e.value() + e.extra(word)
 		word >>= e & entryBits
 		have -= uint(e & entryBits)
 
-		word |= binary.LittleEndian.Uint64(src[pos:]) << (have & 63)
-		pos += int((63 - have) >> 3)
-		have |= 56
-		if e = dist[word&(1<<distBits-1)]; e&isTable != 0 {
-			e = dist[e.value()+int(word>>distBits&e.mask())]
+		if have < distMost {
+			word |= binary.LittleEndian.Uint64(src[pos:]) << (have & 63)
+			pos += int((63 - have) >> 3)
+			have |= 56
 		}
-		if e == 0 {
-			return errDeflateCode
+		if e = dist[word&(1<<distBits-1)]; e&(isTable|isEnd) != 0 {
+			if e&isTable != 0 {
+				e = dist[e.value()+int(word>>distBits&e.mask())]
+			}
+			if e&isEnd != 0 {
+				return errDeflateCode
+			}
 		}
 		distance := e.value() + e.extra(word)
 		word >>= e & entryBits
@@ -273,7 +278,7 @@ func (f *inflater) fast(lit *litTable, dist *distTable) error {
 		if distance > out {
 			return errDistance
 		}
-		repeat(dst[out-distance:out+length+8], distance, length)
+		repeat(dst[out-distance:out+length+repeatOver], distance, length)
 		out += length
 	}
 	f.word, f.have, f.pos, f.out = word, have, pos, out
@@ -281,15 +286,19 @@ func (f *inflater) fast(lit *litTable, dist *distTable) error {
 }
 
 // repeat continues p, of which the first distance bytes are there, by length
-// bytes that repeat them, and may write up to 8 bytes behind those.
+// bytes that repeat them, and may write up to repeatOver bytes behind those.
 func repeat(p []byte, distance, length int) {
 	from, to := p, p[distance:]
 	switch {
-	case distance >= length && length > 32:
-		copy(to[:length], from)
 	case distance >= 8:
-		for i := 0; i < length; i += 8 {
-			binary.LittleEndian.PutUint64(to[i:], binary.LittleEndian.Uint64(from[i:]))
+		// Most matches are short; a word may repeat the one before it.
+		_, _ = from[23], to[23]
+		le := binary.LittleEndian
+		le.PutUint64(to, le.Uint64(from))
+		le.PutUint64(to[8:], le.Uint64(from[8:]))
+		le.PutUint64(to[16:], le.Uint64(from[16:]))
+		for i := 24; i < length; i += 8 {
+			le.PutUint64(to[i:], le.Uint64(from[i:]))
 		}
 	case distance == 1:
 		x := uint64(from[0]) * 0x0101010101010101
