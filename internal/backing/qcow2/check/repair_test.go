@@ -1,0 +1,137 @@
+package check
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+)
+
+func (i image) header() *format.Header {
+	i.Helper()
+	h, err := format.ParseHeader(i.bytes())
+	if err != nil {
+		i.Fatal(err)
+	}
+	return h
+}
+
+// repair runs RepairLeaks and puts the file back.
+func (i image) repair() error {
+	i.Helper()
+	m, h, ctx := storetest.New(i.bytes()), i.header(), context.Background()
+	r, err := Run(ctx, m, h, Options{})
+	if err != nil {
+		i.Fatal(err)
+	}
+	if err := RepairLeaks(ctx, m, h, r); err != nil {
+		return err
+	}
+	if m.Count(storetest.Write) > 0 && m.Count(storetest.Sync) == 0 {
+		i.Error("the repair was not made durable")
+	}
+	return os.WriteFile(i.path, m.Contents(), 0o600)
+}
+
+// guest is what a guest reads.
+func (i image) guest() []byte {
+	i.Helper()
+	out := filepath.Join(i.TempDir(), "raw")
+	i.run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", i.path, out)
+	b, err := os.ReadFile(out)
+	if err != nil {
+		i.Fatal(err)
+	}
+	return b
+}
+
+func TestRepairedLeaksAreGone(t *testing.T) {
+	seed := rand.Uint64()
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	for _, options := range []string{
+		"", "compat=0.10", "cluster_size=512", "refcount_bits=2", "refcount_bits=4,cluster_size=4k",
+		"refcount_bits=8", "refcount_bits=32,cluster_size=512", "refcount_bits=64",
+	} {
+		t.Run(options, func(t *testing.T) {
+			i := create(t, options, "8M", "write -P 1 0 300k", "write -P 2 1M 200k").snap("one").io("write -P 3 64k 9k")
+			g := i.header()
+			geometry := g.Geometry()
+			// Raise refcounts at random: of clusters in use and of free ones.
+			b, block := i.bytes(), i.at(int64(g.RefTableOffset))
+			entries := b[block : block+geometry.ClusterSize]
+			for range 20 {
+				c := rnd.Int64N(min(geometry.BlockEntries, geometry.Clusters(int64(len(b)))))
+				if n := geometry.Refcount(entries, c); n == 0 || n == 2 {
+					geometry.SetRefcount(entries, c, 3)
+				}
+			}
+			if err := os.WriteFile(i.path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			want := i.guest()
+			if r := i.check(); r.Leaks == 0 || r.Corruptions != 0 {
+				t.Fatalf("seed %d: %d leaks and %d corruptions were made", seed, r.Leaks, r.Corruptions)
+			}
+			i.agree(nil)
+			if err := i.repair(); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+			i.agree(nil)
+			i.run("qemu-img", "check", "-q", "-f", "qcow2", i.path)
+			if !bytes.Equal(i.guest(), want) {
+				t.Errorf("seed %d: the contents changed", seed)
+			}
+		})
+	}
+}
+
+func TestRepairRefusesCorruptions(t *testing.T) {
+	i := leaky(t).patch(0x2000a, "0000")
+	before := i.bytes()
+	if err := i.repair(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("RepairLeaks = %v, want ErrCorrupt", err)
+	}
+	if !bytes.Equal(i.bytes(), before) {
+		t.Error("the image was changed")
+	}
+}
+
+func TestRepairClearsUnknownAutoclearBits(t *testing.T) {
+	i := leaky(t).patch(88, "8000000000000000")
+	if err := i.repair(); err != nil {
+		t.Fatal(err)
+	}
+	if got := i.header().Autoclear; got != 0 {
+		t.Errorf("autoclear bits are %#x, want 0", got)
+	}
+	i.agree(nil)
+}
+
+func TestFailedReadsAreErrorsAndForbidRepair(t *testing.T) {
+	i := leaky(t)
+	h, ctx := i.header(), context.Background()
+	calls := storetest.New(i.bytes())
+	if _, err := Run(ctx, calls, h, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	for n := 1; n <= calls.Count(storetest.Read); n++ {
+		m := storetest.New(i.bytes())
+		m.FailOp(storetest.Read, n, errors.New("broken disk"))
+		r, err := Run(ctx, m, h, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Errors != 1 {
+			t.Errorf("read %d failed: %d errors, want 1", n, r.Errors)
+		}
+		if err := RepairLeaks(ctx, m, h, r); err == nil || m.Count(storetest.Write) > 0 {
+			t.Errorf("read %d failed: the repair went on: %v", n, err)
+		}
+	}
+}
