@@ -27,6 +27,9 @@ type chain struct {
 	top    Layer
 	size   int64
 	shards [mapShards]mapShard
+
+	mu   sync.Mutex
+	ends map[store.Store]int64 // guarded by mu; where a file ended when it was first seen
 }
 
 // mapShard holds a part of the pages. Pages do not change once they are in.
@@ -56,6 +59,7 @@ type page struct {
 	split   bool  // no mapping here: the pieces have it
 	extents []extent
 	stores  []store.Store
+	ends    []int64 // where the stores ended when the chain first saw them
 	errs    []error // what is wrong with damaged extents
 	used    atomic.Bool
 }
@@ -65,7 +69,7 @@ type page struct {
 const (
 	pageCost   = 256
 	extentCost = 32
-	storeCost  = 16
+	storeCost  = 24
 	errorCost  = 256
 )
 
@@ -113,7 +117,7 @@ func (x extent) continues(n int64, y extent) bool {
 }
 
 func newChain(top Layer, cacheBytes int64) *chain {
-	c := &chain{top: top, size: top.Size()}
+	c := &chain{top: top, size: top.Size(), ends: map[store.Store]int64{}}
 	if cacheBytes <= 0 {
 		cacheBytes = limits.MapCache
 	}
@@ -270,8 +274,8 @@ func (c *chain) stats() (t MapStats) {
 var errFragmented = fmt.Errorf("%w: mapping is too fragmented", backing.ErrIO)
 
 // load walks the layers for the mapping of a page, or of a piece of one.
-func (c *chain) load(ctx context.Context, key int64) (*page, error) {
-	p := &page{key: key, off: key, n: limits.MapPage}
+func (c *chain) load(ctx context.Context, key int64) (p *page, err error) {
+	p = &page{key: key, off: key, n: limits.MapPage}
 	piece := key&1 != 0
 	if piece {
 		p.off, p.n = key-1, limits.MapSubPage
@@ -283,7 +287,7 @@ func (c *chain) load(ctx context.Context, key int64) (*page, error) {
 		if lo == hi {
 			break
 		}
-		err := b.overlay(ctx, l, p.off, lo, hi, uint16(min(depth, math.MaxUint16)))
+		err = b.overlay(ctx, l, p.off, lo, hi, uint16(min(depth, math.MaxUint16)))
 		switch {
 		case err == errFragmented && !piece:
 			p.split = true
@@ -293,7 +297,28 @@ func (c *chain) load(ctx context.Context, key int64) (*page, error) {
 		}
 	}
 	p.extents, p.stores, p.errs = slices.Clone(b.list), slices.Clip(b.stores), slices.Clip(b.errs)
-	return p, nil
+	p.ends, err = c.endsOf(p.stores)
+	return p, err
+}
+
+// endsOf is where the files ended when the chain first saw them: what is there
+// later must be no less.
+func (c *chain) endsOf(stores []store.Store) ([]int64, error) {
+	ends := make([]int64, len(stores))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, st := range stores {
+		end, known := c.ends[st]
+		if !known {
+			var err error
+			if end, err = st.Size(); err != nil {
+				return nil, err
+			}
+			c.ends[st] = end
+		}
+		ends[i] = end
+	}
+	return ends, nil
 }
 
 // weaver puts one layer below another. Offsets are those in the page.

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -29,6 +31,21 @@ type chainDevice struct {
 	clusters *clusterCache
 	path     string
 	info     backing.Info
+}
+
+// Open opens the image in st and serves it with what lies below. It takes over
+// st, o.Backing and o.DataFile, also when it fails. It fails as OpenImage does,
+// and with ErrNotSupported unless o.ReadOnly.
+func Open(ctx context.Context, st store.Store, o Options) (backing.Device, error) {
+	top, err := OpenImage(ctx, st, o)
+	if err != nil {
+		return nil, err
+	}
+	if !o.ReadOnly {
+		return nil, errors.Join(&backing.Error{Op: "open", Path: o.Path, Off: -1, Kind: backing.ErrNotSupported,
+			Err: errors.New("qcow2 images can only be served read-only")}, top.Close())
+	}
+	return NewChainDevice(top, o), nil
 }
 
 // NewChainDevice serves a chain of layers for reading. It takes over top and
@@ -77,7 +94,7 @@ func (d *chainDevice) readAt(ctx context.Context, p []byte, off int64) error {
 			}
 			err = batch.add(ctx, d.clusters, &x, to)
 		case Data:
-			err = readData(ctx, x.store(), to, x.off)
+			err = readData(ctx, &x, to)
 		case Damaged:
 			err = x.err()
 		default:
@@ -95,11 +112,15 @@ func (d *chainDevice) readAt(ctx context.Context, p []byte, off int64) error {
 	return d.clusters.readAll(ctx, batch.reads)
 }
 
-// readData fills p. What a file does not have of its last cluster is zero.
-func readData(ctx context.Context, st store.Store, p []byte, off int64) error {
-	n, err := st.ReadAt(ctx, p, off)
+// readData fills p. What a file never had of its last cluster is zero; what it
+// had and has no more is an error.
+func readData(ctx context.Context, x *piece, p []byte) error {
+	n, err := x.store().ReadAt(ctx, p, x.off)
 	if err != nil {
 		return err
+	}
+	if n < len(p) && x.off+int64(n) < x.page.ends[x.ref] {
+		return fmt.Errorf("file is shorter than it was: %w", io.ErrUnexpectedEOF)
 	}
 	clear(p[n:])
 	return nil
