@@ -208,6 +208,7 @@ func (m *Image) readL1(ctx context.Context, off int64, entries uint32, size int6
 	if err := readFull(ctx, m.st, table, off); err != nil {
 		return err
 	}
+	m.tables.reserve(table)
 	m.addTables(table)
 	m.size, m.l1 = size, table[:m.g.L1Size(size)*8]
 	return nil

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -219,6 +220,25 @@ func TestHeaderIsCheckedAgainstTheFile(t *testing.T) {
 	}
 }
 
+func TestImageSaysWhatItIs(t *testing.T) {
+	b := made(t, "cluster_size=64k,extended_l2=on,refcount_bits=8", "64M")
+	m := open(t, b, quiet())
+	h, err := qcow2.ReadHeader(context.Background(), storetest.New(b))
+	if err != nil || m.Header().Size != h.Size || h.Size != 64<<20 || m.Geometry() != h.Geometry() || m.Below() != nil {
+		t.Errorf("header %+v, %v; geometry %+v", h, err, m.Geometry())
+	}
+	var _ qcow2.Clustered = m
+	for _, n := range []int{0, 3, 23, 71, 103} {
+		if _, err := qcow2.ReadHeader(context.Background(), storetest.New(b[:n])); !errors.Is(err, backing.ErrInvalid) {
+			t.Errorf("header of %d bytes: %v", n, err)
+		}
+	}
+	st := storetest.New(b)
+	if _, err := qcow2.ReadHeader(context.Background(), st); err != nil || st.Bytes(storetest.Read) > 64<<10 {
+		t.Errorf("the header took %d bytes, %v", st.Bytes(storetest.Read), err)
+	}
+}
+
 // TestLastClusterMayBeMissing is M14 and the bound beyond it.
 func TestLastClusterMayBeMissing(t *testing.T) {
 	d := made(t, "cluster_size=64k", "64M", written)
@@ -248,3 +268,157 @@ func TestCompressedDataEndWithTheFile(t *testing.T) {
 
 // u64 reads a number of an image.
 func u64(b []byte, off int) int { return int(binary.BigEndian.Uint64(b[off:])) }
+
+// TestSmallClusters are M13 and M15.
+func TestSmallClusters(t *testing.T) {
+	b := made(t, "cluster_size=512", "1M", "write -q -P 1 0 512", "write -q -P 2 32k 512")
+	shared := open(t, patch(t, b, 1544, hex.EncodeToString(b[1536:1544])), quiet())
+	if a, b := at(t, shared, 0), at(t, shared, 32<<10); a.Kind != qcow2.Data || a.Off != b.Off {
+		t.Errorf("shared L2 table: %+v, %+v", a, b)
+	}
+	l2 := u64(b, 1536) & 0xffffff
+	st := storetest.New(patch(t, b, l2+8, "0080000000000000"))
+	m, err := qcow2.OpenImage(context.Background(), st, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := spans(t, m, 0, 1024); len(got) != 2 || got[0].Kind != qcow2.Data || got[1].Kind != qcow2.Damaged {
+		t.Errorf("cluster at 32 PiB: %+v", got)
+	}
+}
+
+// TestDataFileHasClustersAtTheirOwnPlace are C8 and E10.
+func TestDataFileHasClustersAtTheirOwnPlace(t *testing.T) {
+	b := made(t, "cluster_size=64k,data_file=t.data,data_file_raw=on", "64M", written, "write -q -P 2 1M 64k")
+	for _, tt := range []struct {
+		name string
+		hex  string
+		want qcow2.SpanKind
+	}{
+		{"nothing", "", qcow2.Data},
+		{"C8 compressed", "4000000000050000", qcow2.Damaged},
+		{"E10 elsewhere", "8000000000010000", qcow2.Damaged},
+		{"E10 elsewhere and zero", "8000000000010001", qcow2.Damaged},
+		{"not allocated", "0000000000000000", qcow2.Absent},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o, data := quiet(), storetest.New(nil)
+			data.Cut(64 << 20)
+			o.DataFile = data
+			m := open(t, patch(t, b, u64(b, 0x30000)&0xffffff, tt.hex), o)
+			if s := at(t, m, 0); s.Kind != tt.want {
+				t.Errorf("span %+v, want kind %d", s, tt.want)
+			}
+			if s := at(t, m, 1<<20+5); s.Kind != qcow2.Data || s.Off != 1<<20+5 || s.Store != data {
+				t.Errorf("elsewhere: %+v", s)
+			}
+		})
+	}
+}
+
+// TestFilesThatAnImageNeeds refuses an image without them, and closes all.
+func TestFilesThatAnImageNeeds(t *testing.T) {
+	dir := t.TempDir()
+	qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "below", "-F", "raw", "-u", "t", "1M")
+	overlay, err := os.ReadFile(filepath.Join(dir, "t"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := qcow2.OpenImage(context.Background(), storetest.New(overlay), quiet()); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("without its backing file: %v", err)
+	}
+	below, data, st := storetest.New(nil), storetest.New(nil), storetest.New(overlay)
+	o := quiet()
+	if o.Backing, err = qcow2.NewRawLayer(below); err != nil {
+		t.Fatal(err)
+	}
+	o.DataFile = data
+	if _, err := qcow2.OpenImage(context.Background(), st, o); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("with a data file that it does not need: %v", err)
+	}
+	if below.Closed() != 1 || data.Closed() != 1 || st.Closed() != 1 {
+		t.Errorf("closed %d, %d, %d times, want once each", below.Closed(), data.Closed(), st.Closed())
+	}
+}
+
+// TestEveryFailedCallIsReported makes each call of opening and mapping fail.
+func TestEveryFailedCallIsReported(t *testing.T) {
+	b := made(t, "cluster_size=64k", "64M", written, "snapshot s1")
+	boom := errors.New("boom")
+	use := func(st *storetest.Mem) error {
+		m, err := qcow2.OpenImage(context.Background(), st, snapshotOf("s1"))
+		if err == nil {
+			err = m.Spans(context.Background(), 0, m.Size(), func(qcow2.Span) bool { return true })
+		}
+		return err
+	}
+	whole := storetest.New(b)
+	if err := use(whole); err != nil || whole.Calls() < 8 {
+		t.Fatalf("%d calls, %v", whole.Calls(), err)
+	}
+	for n := range whole.Calls() {
+		st := storetest.New(b)
+		st.FailCall(n+1, boom)
+		var e *backing.Error
+		if err := use(st); !errors.Is(err, boom) || !errors.As(err, &e) || e.Kind != backing.ErrIO || e.Path != "test" {
+			t.Errorf("call %d: %v", n+1, err)
+		}
+	}
+}
+
+func TestTablesAreReadInPieces(t *testing.T) {
+	b := made(t, "cluster_size=2M", "512G", written)
+	st := storetest.New(b)
+	m, err := qcow2.OpenImage(context.Background(), st, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := st.Bytes(storetest.Read)
+	if at(t, m, 0).Kind != qcow2.Data || st.Bytes(storetest.Read)-before > 16 {
+		t.Errorf("one entry took %d bytes", st.Bytes(storetest.Read)-before)
+	}
+	reads := st.Count(storetest.Read)
+	if got := spans(t, m, 0, m.Size()); len(got) != 2 || st.Count(storetest.Read)-reads != 32 {
+		t.Errorf("%d spans with %d reads, want 2 with 32", len(got), st.Count(storetest.Read)-reads)
+	}
+	if err := m.Spans(context.Background(), 1, m.Size(), nil); !errors.Is(err, backing.ErrOutOfRange) {
+		t.Errorf("beyond the end: %v", err)
+	}
+	n := 0
+	if err := m.Spans(context.Background(), 0, m.Size(), func(qcow2.Span) bool { n++; return false }); err != nil || n != 1 {
+		t.Errorf("stopped after %d spans, %v", n, err)
+	}
+}
+
+func TestRawLayerIsDataAndHoles(t *testing.T) {
+	st := storetest.New([]byte{4096: 1, 8191: 1})
+	st.Cut(9000)
+	l, err := qcow2.NewRawLayer(st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.Size() != 9000 || l.Below() != nil {
+		t.Errorf("size %d, below %v", l.Size(), l.Below())
+	}
+	got := spans(t, l, 100, 8900)
+	if want := []qcow2.Span{
+		{Kind: qcow2.Zero, Len: 3996},
+		{Kind: qcow2.Data, Len: 512, Store: st, Off: 4096},
+		{Kind: qcow2.Zero, Len: 3072},
+		{Kind: qcow2.Data, Len: 512, Store: st, Off: 7680},
+		{Kind: qcow2.Zero, Len: 808},
+	}; !slices.Equal(got, want) {
+		t.Errorf("spans %+v, want %+v", got, want)
+	}
+	st.FailOp(storetest.Extents, 1, backing.ErrNotSupported)
+	if got := spans(t, l, 0, 9000); len(got) != 1 || got[0].Kind != qcow2.Data || got[0].Len != 9000 {
+		t.Errorf("without extents: %+v", got)
+	}
+	st.FailOp(storetest.Extents, 1, errors.New("boom"))
+	if err := l.Spans(context.Background(), 0, 1, nil); !errors.Is(err, backing.ErrIO) {
+		t.Errorf("failed extents: %v", err)
+	}
+	if err := l.Close(); err != nil || st.Closed() != 1 {
+		t.Errorf("Close: %v, %d times", err, st.Closed())
+	}
+}

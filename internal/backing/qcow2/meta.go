@@ -31,6 +31,17 @@ func (m *metadata) addRange(off, n int64) {
 // addCluster puts one cluster in.
 func (m *metadata) addCluster(off int64) { m.singles = append(m.singles, off) }
 
+// reserve makes room for what part of a table names.
+func (m *metadata) reserve(table []byte) {
+	n := 0
+	for ; len(table) >= 8; table = table[8:] {
+		if be64(table) != 0 {
+			n++
+		}
+	}
+	m.singles = slices.Grow(m.singles, n)
+}
+
 // seal sorts what was added.
 func (m *metadata) seal() {
 	slices.SortFunc(m.ranges, func(a, b hostRange) int { return compare(a.from, b.from) })
