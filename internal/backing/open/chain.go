@@ -197,11 +197,11 @@ func (ch *chain) device(ctx context.Context) (backing.Device, error) {
 	l := ch.cut()
 	o := ch.options(l)
 	o.Snapshot = ch.spec.Snapshot
-	top, err := qcow2.OpenImage(ctx, l.st, o)
+	dev, err := qcow2.Open(ctx, l.st, o)
 	if err != nil {
 		return nil, inImage(l.path, err)
 	}
-	return qcow2.NewChainDevice(top, o), nil
+	return dev, nil
 }
 
 // layer hands l on.
