@@ -106,6 +106,26 @@ func TestStandardEntries(t *testing.T) {
 	}
 }
 
+// Every combination of flags that means something is written and read alike.
+func TestEncodeL2IsTheReverseOfDecodeL2(t *testing.T) {
+	for _, extended := range []bool{false, true} {
+		g := NewGeometry(3, 16, 4, extended, false)
+		for _, c := range []Cluster{
+			Unallocated,
+			{Host: NoHost, Zero: g.AllSubs()},
+			{Host: 0x50000, Data: g.AllSubs()},
+			{Host: 0x50000, Data: g.AllSubs(), Copied: true},
+			{Host: 0x50000, Zero: g.AllSubs(), Copied: true},
+			{Host: 0x50123, Length: 3*512 - 0x123, Compressed: true, Data: g.AllSubs()},
+		} {
+			got, err := g.DecodeL2(g.EncodeL2(c))
+			if err != nil || got != c {
+				t.Errorf("extended %v: got %+v, %v, want %+v", extended, got, err, c)
+			}
+		}
+	}
+}
+
 // A reserved bit is refused in each place, and no other.
 func TestReservedBits(t *testing.T) {
 	const host = 0x50000

@@ -271,7 +271,7 @@ func (g *Geometry) validTable(off uint64, n int64) bool {
 // errors are Corrupt.
 func (h *Header) Within(size int64, write bool) error {
 	clusterSize := int64(1) << h.ClusterBits
-	inside := func(off uint64, n int64) bool { return n <= size && int64(off) <= size-n }
+	inside := func(off uint64, n int64) bool { return int64(off) <= size-n }
 	switch {
 	case h.L1Size > 0 && !inside(h.L1Offset, int64(h.L1Size)*8):
 		return corrupt("L1 table at %#x lies beyond the end of the file", h.L1Offset)

@@ -1,6 +1,7 @@
 package format
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
 	"path/filepath"
@@ -194,6 +195,19 @@ func TestEncodeSnapshotsRefusesWhatDoesNotFit(t *testing.T) {
 	if _, err := EncodeSnapshots(many[:511]); err != nil {
 		t.Errorf("longest names: %v", err)
 	}
+}
+
+func TestSnapshotTableIsBounded(t *testing.T) {
+	entry, err := EncodeSnapshots([]Snapshot{{ID: strings.Repeat("i", 65535), Name: strings.Repeat("n", 65535)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := MaxSnapshotTable / len(entry)
+	table := bytes.Repeat(entry, n+1)
+	if _, used, err := ParseSnapshots(table, n); err != nil || used != n*len(entry) {
+		t.Errorf("%d snapshots of %d bytes: %d bytes used, %v", n, len(entry), used, err)
+	}
+	checkRefusal(t, "ends within it", func() error { _, _, err := ParseSnapshots(table, n+1); return err })
 }
 
 func bitmapEntry() []byte {
