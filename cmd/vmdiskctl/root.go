@@ -49,7 +49,10 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 // about the command line.
 func exitCode(err error, begun bool) int {
 	var refused *client.OptionError
+	var found unsound
 	switch {
+	case errors.As(err, &found):
+		return found.code()
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
 	case errors.Is(err, copier.ErrRefused), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
@@ -80,6 +83,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.`,
 	root.AddCommand(
 		newInfo(),
 		newCopy(terminal),
+		newImage(terminal),
 		newVersion(),
 	)
 	return root

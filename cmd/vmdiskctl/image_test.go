@@ -1,0 +1,122 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// qemuImage makes a qcow2 image in a directory of its own.
+func qemuImage(t *testing.T, args ...string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image")
+	tool(t, "qemu-img", append(append([]string{"create", "-q", "-f", "qcow2"}, args...), path, "64M")...)
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -P 1 0 200k", path)
+	return path
+}
+
+func tool(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %q: %v: %s", name, args, err, out)
+	}
+}
+
+// fieldsOf is the JSON object that a command of qemu-img writes.
+func fieldsOf(t *testing.T, args ...string) (fields map[string]any, code int) {
+	t.Helper()
+	out, err := exec.Command("qemu-img", args...).Output()
+	var failed *exec.ExitError
+	if errors.As(err, &failed) {
+		code = failed.ExitCode()
+	} else {
+		must(t, err)
+	}
+	must(t, json.Unmarshal(out, &fields))
+	return fields, code
+}
+
+func patchImage(t *testing.T, path string, off int64, b ...byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt(b, off)
+	must(t, errors.Join(err, f.Close()))
+}
+
+func agreeOnCheck(t *testing.T, path string) {
+	t.Helper()
+	theirs, code := fieldsOf(t, "check", "-f", "qcow2", "--output=json", path)
+	var ours map[string]any
+	must(t, json.Unmarshal([]byte(want(t, code, "image", "check", "--json", path)), &ours))
+	if !reflect.DeepEqual(ours, theirs) {
+		t.Errorf("got %v, want %v", ours, theirs)
+	}
+}
+
+func TestImageCheckHasFieldsAndExitCodesOfQEMU(t *testing.T) {
+	path := qemuImage(t)
+	agreeOnCheck(t, path)
+	must(t, os.Truncate(path, 0xa0000))
+	patchImage(t, path, 0x20000+2*9, 0, 1) // a free cluster gets a refcount
+	agreeOnCheck(t, path)
+	want(t, exitLeaks, "image", "check", path)
+	want(t, exitDone, "image", "check", "--repair=leaks", path)
+	agreeOnCheck(t, path)
+	patchImage(t, path, 0x2000a, 0, 0) // a data cluster loses its own
+	agreeOnCheck(t, path)
+	if got := want(t, exitCorrupt, "image", "check", "--repair=leaks", path); !strings.Contains(got, "cluster 5: refcount is 0, references are 1\n") {
+		t.Errorf("the corruption is not named: %s", got)
+	}
+}
+
+func TestImageCheckRefusesWhatIsNoImage(t *testing.T) {
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	must(t, unix.Mkfifo(fifo, 0o600))
+	plain := filepath.Join(dir, "plain")
+	must(t, os.WriteFile(plain, make([]byte, 1<<20), 0o600))
+	for _, path := range []string{fifo, dir, plain, filepath.Join(dir, "none"), "/dev/zero"} {
+		want(t, exitFailed, "image", "check", path)
+	}
+	want(t, exitUsage, "image", "check", "-f", "raw", plain)
+	want(t, exitUsage, "image", "check", "--repair=all", plain)
+}
+
+func TestImageInfoHasFieldsOfQEMU(t *testing.T) {
+	for _, args := range [][]string{
+		nil, {"-o", "compat=0.10"}, {"-o", "cluster_size=4k,lazy_refcounts=on,refcount_bits=64"},
+		{"-o", "extended_l2=on,compression_type=zstd"}, {"-u", "-b", "none", "-F", "raw"},
+		{"-u", "-b", "/nowhere/none", "-F", "qcow2"},
+	} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "image")
+			tool(t, "qemu-img", append(append([]string{"create", "-q", "-f", "qcow2"}, args...), path, "64M")...)
+			theirs, _ := fieldsOf(t, "info", "-f", "qcow2", "--output=json", path)
+			var ours map[string]any
+			must(t, json.Unmarshal([]byte(want(t, exitDone, "image", "info", "--json", path)), &ours))
+			if !reflect.DeepEqual(ours, theirs) {
+				t.Errorf("got %v, want %v", ours, theirs)
+			}
+		})
+	}
+}
+
+func TestImageInfoOfRawFileIsNotGuessed(t *testing.T) {
+	path := qemuImage(t)
+	i, err := os.Stat(path)
+	must(t, err)
+	var r imageReport
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "image", "info", "-f", "raw", "--json", path)), &r))
+	if r.VirtualSize != i.Size() || r.Format != "raw" || r.Specific != nil {
+		t.Errorf("a raw file of %d bytes is %+v", i.Size(), r)
+	}
+	want(t, exitUsage, "image", "info", "-f", "vmdk", path)
+}

@@ -1,0 +1,167 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/progress"
+)
+
+// Exit codes of image check, those of qemu-img check: 1 is "not checked".
+const (
+	exitCorrupt = 2
+	exitLeaks   = 3
+)
+
+// unsound is a check that was done and found something.
+type unsound struct{ corruptions, leaks int64 }
+
+func (u unsound) Error() string {
+	return fmt.Sprintf("%d corruptions and %d leaked clusters found", u.corruptions, u.leaks)
+}
+
+func (u unsound) code() int {
+	if u.corruptions > 0 {
+		return exitCorrupt
+	}
+	return exitLeaks
+}
+
+type imageCheckFlags struct {
+	imageFlags
+	repair string
+}
+
+func newImageCheck(terminal *os.File) *cobra.Command {
+	f := &imageCheckFlags{}
+	c := &cobra.Command{
+		Use:   "check FILE",
+		Short: "Check the metadata of an image",
+		Long: `Check the metadata of a qcow2 image: all tables, the references to each cluster
+and its refcount. No other file is opened.
+
+Exit codes: 0 clean, 1 could not be checked, 2 corruptions, 3 leaked clusters
+only.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.run(c.Context(), args[0], c.OutOrStdout(), terminal)
+		},
+	}
+	f.add(c)
+	c.Flags().StringVar(&f.repair, "repair", "", "what to repair: leaks")
+	return c
+}
+
+func (f *imageCheckFlags) run(ctx context.Context, path string, w io.Writer, terminal *os.File) error {
+	if err := f.check(); err != nil {
+		return err
+	}
+	switch {
+	case f.format != formatQcow2:
+		return usage("images of format %q have nothing to check", f.format)
+	case f.repair != "" && f.repair != "leaks":
+		return usage("--repair is %q, allowed is leaks", f.repair)
+	}
+	var r *check.Report
+	err := withImage(ctx, path, f.repair == "", func(st store.Store) (err error) {
+		r, err = f.checkImage(ctx, st, terminal)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := f.print(w, path, r); err != nil {
+		return err
+	}
+	switch {
+	case r.Errors > 0:
+		return fmt.Errorf("%d reads failed", r.Errors)
+	case r.Corruptions > 0 || r.Leaks > 0:
+		return unsound{r.Corruptions, r.Leaks}
+	}
+	return nil
+}
+
+// checkImage checks, repairs if that was asked for and is possible, and then
+// checks again.
+func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, terminal *os.File) (*check.Report, error) {
+	h, err := qcow2.ReadHeader(ctx, st)
+	if err != nil {
+		return nil, err
+	}
+	o := check.Options{}
+	if progress.IsTerminal(terminal) {
+		var bar *progress.Bar
+		last := int64(0)
+		o.Progress = func(done, total int64) {
+			if bar == nil {
+				bar = progress.New(terminal, total)
+			}
+			bar.Add(done - last)
+			last = done
+		}
+		defer func() { bar.Close() }()
+	}
+	r, err := check.Run(ctx, st, h, o)
+	if err != nil || f.repair == "" || r.Leaks == 0 {
+		return r, err
+	}
+	if err := check.RepairLeaks(ctx, st, h, r); errors.Is(err, check.ErrCorrupt) {
+		return r, nil
+	} else if err != nil {
+		return nil, err
+	}
+	if h, err = qcow2.ReadHeader(ctx, st); err != nil {
+		return nil, err
+	}
+	return check.Run(ctx, st, h, check.Options{})
+}
+
+// imageCheckReport is qemu-img's: it leaves out what is 0.
+type imageCheckReport struct {
+	ImageEnd    int64  `json:"image-end-offset,omitempty"`
+	Total       int64  `json:"total-clusters,omitempty"`
+	Errors      int64  `json:"check-errors"`
+	Allocated   int64  `json:"allocated-clusters,omitempty"`
+	Filename    string `json:"filename"`
+	Format      string `json:"format"`
+	Fragmented  int64  `json:"fragmented-clusters,omitempty"`
+	Compressed  int64  `json:"compressed-clusters,omitempty"`
+	Corruptions int64  `json:"corruptions,omitempty"`
+	Leaks       int64  `json:"leaks,omitempty"`
+}
+
+func (f *imageCheckFlags) print(w io.Writer, path string, r *check.Report) error {
+	if f.json {
+		return writeJSON(w, imageCheckReport{
+			ImageEnd: r.ImageEnd, Total: r.TotalClusters, Errors: r.Errors, Allocated: r.AllocatedClusters,
+			Filename: path, Format: f.format, Fragmented: r.FragmentedClusters,
+			Compressed: r.CompressedClusters, Corruptions: r.Corruptions, Leaks: r.Leaks,
+		})
+	}
+	p := &printer{w: w}
+	for _, problem := range r.Problems {
+		kind := "error"
+		if problem.Leak {
+			kind = "leak"
+		}
+		p.print("%s: %s\n", kind, printable(problem.Text))
+	}
+	if all := r.Corruptions + r.Leaks + r.Errors; all == 0 {
+		p.print("no errors found\n")
+	} else {
+		p.print("%d corruptions, %d leaked clusters, %d reads failed\n", r.Corruptions, r.Leaks, r.Errors)
+	}
+	p.print("%d of %d clusters allocated, %d fragmented, %d compressed\n",
+		r.AllocatedClusters, r.TotalClusters, r.FragmentedClusters, r.CompressedClusters)
+	p.print("image end offset: %d\n", r.ImageEnd)
+	return p.err
+}
