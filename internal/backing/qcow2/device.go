@@ -17,10 +17,6 @@ import (
 // its cluster size, and the largest for any: the default cluster size.
 const defaultPreferred = 64 << 10
 
-// longestRun is where Extents yields an extent that still goes on: whoever
-// asks may have enough, and what follows costs time to find.
-const longestRun = 2048 * limits.MapPage
-
 // mapPieces bounds the extents that one Map looks at.
 const mapPieces = 4 * backing.MaxRuns
 
@@ -168,37 +164,6 @@ func (d *chainDevice) Cache(ctx context.Context, off, n int64) error {
 		if err != nil && !errors.Is(err, backing.ErrNotSupported) {
 			return d.wrap("cache", off, n, err)
 		}
-	}
-	return nil
-}
-
-// Extents reports as holes what no layer has allocated. What is damaged counts
-// as data: who reads it finds out.
-func (d *chainDevice) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
-	var run backing.Extent
-	for k := d.cursor(off, n); k.off < k.end; {
-		x, err := k.next(ctx)
-		if err != nil {
-			return d.wrap("extents", off, n, err)
-		}
-		e := backing.Extent{Len: x.n}
-		switch x.kind {
-		case Absent:
-			e.Hole, e.Zero = true, true
-		case Zero:
-			e.Hole, e.Zero = !x.allocated, true
-		}
-		if run.Len > 0 && run.Len < longestRun && e.Hole == run.Hole && e.Zero == run.Zero {
-			run.Len += e.Len
-			continue
-		}
-		if run.Len > 0 && (!yield(run) || f&backing.ReqOne != 0) {
-			return nil
-		}
-		run = e
-	}
-	if run.Len > 0 {
-		yield(run)
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -294,6 +295,41 @@ func TestExtentsSayWhatIsAllocatedAndZero(t *testing.T) {
 	once := func(backing.Extent) bool { calls++; return true }
 	if err := d.Extents(t.Context(), 0, 17408, backing.ReqOne, once); err != nil || calls != 1 {
 		t.Errorf("extents with ReqOne: got %d calls, %v, want 1", calls, err)
+	}
+}
+
+func TestDepthSaysWhichLayerHasTheBytes(t *testing.T) {
+	st := memory(make([]byte, 64<<10))
+	base := layertest.New(nil, qcow2.Span{Kind: qcow2.Data, Len: 1000, Store: st}, qcow2.Span{Kind: qcow2.Absent, Len: 3096})
+	middle := layertest.New(base, qcow2.Span{Kind: qcow2.Absent, Len: 8192}, qcow2.Span{Kind: qcow2.Zero, Len: 4096})
+	d := newDevice(t, layertest.New(middle,
+		qcow2.Span{Kind: qcow2.Data, Len: 500, Store: st, Off: 4096},
+		qcow2.Span{Kind: qcow2.Absent, Len: 13500},
+		qcow2.Span{Kind: qcow2.Damaged, Len: 100},
+	), qcow2.Options{}).(backing.Describer)
+	depth := func(f backing.Flags, off, n int64) (list []backing.Status) {
+		err := d.Describe(t.Context(), "qemu:allocation-depth", off, n, f, func(s backing.Status) bool {
+			list = append(list, s)
+			return true
+		})
+		if err != nil {
+			t.Fatalf("describe %d+%d: %v", off, n, err)
+		}
+		return list
+	}
+	// What a layer is too short for is zero there: it has those bytes.
+	want := []backing.Status{{Len: 500, Value: 1}, {Len: 500, Value: 3}, {Len: 3096}, {Len: 4096, Value: 3}, {Len: 5808, Value: 2}, {Len: 100, Value: 1}}
+	if got := depth(0, 0, 14100); !slices.Equal(got, want) {
+		t.Errorf("depth: got %v, want %v", got, want)
+	}
+	if got := depth(backing.ReqOne, 400, 1000); !slices.Equal(got, []backing.Status{{Len: 100, Value: 1}}) {
+		t.Errorf("depth with ReqOne: got %v, want 100 bytes of depth 1", got)
+	}
+	if !slices.Contains(d.Descriptions(), "qemu:allocation-depth") {
+		t.Errorf("descriptions: got %q", d.Descriptions())
+	}
+	if err := d.Describe(t.Context(), "qemu:dirty-bitmap:b0", 0, 1, 0, nil); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("unknown name: got %v, want %v", err, backing.ErrInvalid)
 	}
 }
 
