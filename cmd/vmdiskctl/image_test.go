@@ -120,3 +120,33 @@ func TestImageInfoOfRawFileIsNotGuessed(t *testing.T) {
 	}
 	want(t, exitUsage, "image", "info", "-f", "vmdk", path)
 }
+
+func TestImageSnapshotListHasFieldsOfQEMU(t *testing.T) {
+	path := qemuImage(t)
+	if got := want(t, exitDone, "image", "snapshot", "list", "--json", path); got != "[]\n" {
+		t.Errorf("an image without snapshots has %s", got)
+	}
+	tool(t, "qemu-img", "snapshot", "-c", "one", path)
+	tool(t, "qemu-img", "snapshot", "-c", "two\x1b[1m", path)
+	info, _ := fieldsOf(t, "info", "-f", "qcow2", "--output=json", path)
+	var ours []map[string]any
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "image", "snapshot", "list", "--json", path)), &ours))
+	theirs := info["snapshots"].([]any)
+	if len(ours) != len(theirs) {
+		t.Fatalf("%d snapshots, want %d", len(ours), len(theirs))
+	}
+	for k := range ours {
+		if ours[k]["disk-size"] != float64(64<<20) {
+			t.Errorf("disk size is %v", ours[k]["disk-size"])
+		}
+		for name, v := range theirs[k].(map[string]any) {
+			if name != "icount" && !reflect.DeepEqual(ours[k][name], v) {
+				t.Errorf("snapshot %d: %s is %v, want %v", k, name, ours[k][name], v)
+			}
+		}
+	}
+	if got := want(t, exitDone, "image", "snapshot", "list", path); strings.Contains(got, "\x1b") {
+		t.Errorf("control characters reach the terminal: %q", got)
+	}
+	want(t, exitUsage, "image", "snapshot", "list", "-f", "raw", path)
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+func newImageSnapshot() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "snapshot",
+		Short: "Look at the snapshots within an image",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return usage("a command is missing: see vmdiskctl image %s --help", c.Name())
+		},
+	}
+	f := &imageFlags{}
+	list := &cobra.Command{
+		Use:   "list FILE",
+		Short: "List the snapshots within a qcow2 image",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := f.check(); err != nil {
+				return err
+			}
+			if f.format != formatQcow2 {
+				return usage("images of format %q have no snapshots", f.format)
+			}
+			return withImage(c.Context(), args[0], true, func(st store.Store) error {
+				h, err := qcow2.ReadHeader(c.Context(), st)
+				if err != nil {
+					return err
+				}
+				snapshots, err := readSnapshots(c.Context(), st, h)
+				if err != nil {
+					return err
+				}
+				return f.printSnapshots(c.OutOrStdout(), snapshots)
+			})
+		},
+	}
+	f.add(list)
+	c.AddCommand(list)
+	return c
+}
+
+// snapshotReport has the names of qemu-img info.
+type snapshotReport struct {
+	ID          string `json:"id"`
+	Name        string `json:"name"`
+	VMStateSize uint64 `json:"vm-state-size"`
+	DateSec     uint32 `json:"date-sec"`
+	DateNsec    uint32 `json:"date-nsec"`
+	ClockSec    uint64 `json:"vm-clock-sec"`
+	ClockNsec   uint64 `json:"vm-clock-nsec"`
+	DiskSize    uint64 `json:"disk-size,omitempty"`
+}
+
+// readSnapshots reads the snapshot table, whose size only its entries tell:
+// more and more of it until all are there.
+func readSnapshots(ctx context.Context, st store.Store, h *format.Header) ([]snapshotReport, error) {
+	if h.Snapshots == 0 {
+		return nil, nil
+	}
+	end, err := st.Size()
+	if err != nil {
+		return nil, err
+	}
+	off := int64(h.SnapshotsOffset)
+	for size := int64(limits.CheckPiece); ; size *= 4 {
+		p := make([]byte, max(0, min(size, limits.CheckTable, end-off)))
+		n, err := st.ReadAt(ctx, p, off)
+		if err != nil {
+			return nil, err
+		}
+		list, _, err := format.ParseSnapshots(p[:n], int(h.Snapshots))
+		if err == nil {
+			return reportSnapshots(list), nil
+		}
+		if size >= limits.CheckTable || size >= end-off {
+			return nil, err
+		}
+	}
+}
+
+func reportSnapshots(list []format.Snapshot) []snapshotReport {
+	const second = uint64(time.Second)
+	reports := make([]snapshotReport, len(list))
+	for i := range list {
+		s := &list[i]
+		reports[i] = snapshotReport{
+			ID: s.ID, Name: s.Name, VMStateSize: s.VMStateSize, DateSec: s.Seconds, DateNsec: s.Nanoseconds,
+			ClockSec: s.VMClock / second, ClockNsec: s.VMClock % second, DiskSize: s.DiskSize,
+		}
+	}
+	return reports
+}
+
+func (f *imageFlags) printSnapshots(w io.Writer, list []snapshotReport) error {
+	if f.json {
+		return writeJSON(w, append([]snapshotReport{}, list...))
+	}
+	p := &printer{w: w}
+	for _, s := range list {
+		taken := time.Unix(int64(s.DateSec), 0).UTC().Format(time.RFC3339)
+		p.print("%s\n", fmt.Sprintf("%-10s %-20s %s", printable(s.ID), printable(s.Name), taken))
+	}
+	return p.err
+}
