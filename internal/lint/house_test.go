@@ -57,7 +57,7 @@ var mayImport = map[string][]string{
 		"internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"cmd/vmdiskd":                   {"internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
-	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
+	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 	"cmd/vmdiskctl/internal/copier": {"internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }
 

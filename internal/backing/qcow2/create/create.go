@@ -237,3 +237,23 @@ func allZero(p []byte) bool {
 	}
 	return true
 }
+
+// Raw makes a raw image of size bytes in st, an empty file, and makes it
+// durable. Metadata is not a mode of raw images. Errors as of Image.
+func Raw(ctx context.Context, st store.Store, size int64, mode Preallocation) error {
+	switch {
+	case size < 0:
+		return refuse("size", "%d is negative", size)
+	case mode != "" && mode != Off && mode != Falloc && mode != Full:
+		return refuse("preallocation", "%q is not one of off, falloc and full", string(mode))
+	case mode == "":
+		mode = Off
+	}
+	if err := prepare(st, size); err != nil {
+		return err
+	}
+	if err := fill(ctx, st, 0, size, mode); err != nil {
+		return err
+	}
+	return st.Sync(ctx)
+}

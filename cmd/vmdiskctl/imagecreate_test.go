@@ -1,0 +1,149 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// judged is what qemu-img says of a sound image.
+type judged struct {
+	Format      string `json:"format"`
+	VirtualSize int64  `json:"virtual-size"`
+	ClusterSize int64  `json:"cluster-size"`
+	Backing     string `json:"backing-filename"`
+	Specific    struct {
+		Data struct {
+			Compat      string `json:"compat"`
+			Compression string `json:"compression-type"`
+			Refcount    int    `json:"refcount-bits"`
+			Extended    bool   `json:"extended-l2"`
+			DataFile    string `json:"data-file"`
+			Raw         bool   `json:"data-file-raw"`
+		} `json:"data"`
+	} `json:"format-specific"`
+}
+
+// judge fails unless qemu-img finds the qcow2 image sound.
+func judge(t *testing.T, path string) judged {
+	t.Helper()
+	if out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput(); err != nil {
+		t.Errorf("qemu-img check: %v\n%s", err, out)
+	}
+	out, err := exec.Command("qemu-img", "info", "-f", "qcow2", "--output=json", path).Output()
+	must(t, err)
+	var j judged
+	must(t, json.Unmarshal(out, &j))
+	return j
+}
+
+func TestImageCreateMakesWhatWasAskedFor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	out := want(t, exitDone, "image", "create", "--json", "--cluster-size=128K", "--refcount-bits=8", "--extended-l2",
+		"--compression-type=zstd", "--preallocation=metadata", path, "5M")
+	var said created
+	must(t, json.Unmarshal([]byte(out), &said))
+	if wanted := (created{Filename: path, Format: "qcow2", VirtualSize: 5 << 20, ClusterSize: 128 << 10}); said != wanted {
+		t.Errorf("said %+v, want %+v", said, wanted)
+	}
+	j := judge(t, path)
+	d := j.Specific.Data
+	if j.VirtualSize != 5<<20 || j.ClusterSize != 128<<10 || d.Compat != "1.1" || d.Compression != "zstd" ||
+		d.Refcount != 8 || !d.Extended {
+		t.Errorf("qemu-img says %+v", j)
+	}
+	old := filepath.Join(t.TempDir(), "old")
+	want(t, exitDone, "image", "create", "--compat=0.10", old, "1G")
+	if j := judge(t, old); j.Specific.Data.Compat != "0.10" || j.VirtualSize != 1<<30 {
+		t.Errorf("qemu-img says %+v", j)
+	}
+}
+
+func TestImageCreateTakesTheSizeOfTheBackingFile(t *testing.T) {
+	dir := t.TempDir()
+	base, top := filepath.Join(dir, "base"), filepath.Join(dir, "top")
+	must(t, os.WriteFile(base, []byte(strings.Repeat("x", 70001)), 0o600))
+	want(t, exitDone, "image", "create", "--backing-file=base", "--backing-format=raw", top, "1M")
+	next := filepath.Join(dir, "next")
+	want(t, exitDone, "image", "create", "--backing-file=top", "--backing-format=qcow2", next)
+	if j := judge(t, next); j.VirtualSize != 1<<20 || j.Backing != "top" {
+		t.Errorf("qemu-img says %+v", j)
+	}
+	small := filepath.Join(dir, "small")
+	want(t, exitDone, "image", "create", "--backing-file=base", "--backing-format=raw", small)
+	if j := judge(t, small); j.VirtualSize != 137*512 {
+		t.Errorf("size is %d, want that of the backing file rounded up, %d", j.VirtualSize, 137*512)
+	}
+}
+
+func TestImageCreateMakesTheDataFile(t *testing.T) {
+	dir := t.TempDir()
+	path, data := filepath.Join(dir, "disk"), filepath.Join(dir, "data")
+	want(t, exitDone, "image", "create", "--data-file="+data, "--data-file-raw", path, "1M")
+	if j := judge(t, path); j.Specific.Data.DataFile != data || !j.Specific.Data.Raw {
+		t.Errorf("qemu-img says %+v", j)
+	}
+	fi, err := os.Stat(data)
+	must(t, err)
+	if fi.Size() != 1<<20 {
+		t.Errorf("data file has %d bytes, want %d", fi.Size(), 1<<20)
+	}
+}
+
+func TestImageCreateRaw(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	want(t, exitDone, "image", "create", "-f", "raw", "--preallocation=falloc", path, "1M")
+	if n := allocated(t, path); n < 1<<20 {
+		t.Errorf("%d bytes are allocated, want %d", n, 1<<20)
+	}
+}
+
+func TestImageCreateOverwritesWithForceOnly(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	must(t, os.WriteFile(path, []byte("precious"), 0o600))
+	want(t, exitRefused, "image", "create", path, "1M")
+	got, err := os.ReadFile(path)
+	must(t, err)
+	if string(got) != "precious" {
+		t.Fatalf("the file has %q", got)
+	}
+	want(t, exitRefused, "image", "create", "--force", "--backing-file="+path, "--backing-format=raw", path, "1M")
+	if got, err = os.ReadFile(path); err != nil || string(got) != "precious" {
+		t.Fatalf("the backing file has %q, error %v", got, err)
+	}
+	want(t, exitDone, "image", "create", "--force", path, "1M")
+	judge(t, path)
+}
+
+func TestImageCreateLeavesNothingWhenItFails(t *testing.T) {
+	dir := t.TempDir()
+	data := filepath.Join(dir, "data")
+	must(t, os.WriteFile(data, []byte("precious"), 0o600))
+	want(t, exitRefused, "image", "create", "--data-file=data", filepath.Join(dir, "disk"), "1M")
+	left, err := os.ReadDir(dir)
+	must(t, err)
+	if len(left) != 1 || left[0].Name() != "data" {
+		t.Errorf("left are %v", left)
+	}
+}
+
+func TestImageCreateRefusesBadUsage(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk")
+	for _, args := range [][]string{
+		{path}, {path, "1X"}, {path, "513"}, {"-f", "vmdk", path, "1M"}, {"--cluster-size=3K", path, "1M"},
+		{"--cluster-size=0", path, "1M"}, {"--compat=1.0", path, "1M"}, {"--compression-type=lzo", path, "1M"},
+		{"--preallocation=some", path, "1M"}, {"--backing-file=b", path, "1M"}, {"--backing-file=/dev/null", path},
+		{"-f", "raw", "--cluster-size=64K", path, "1M"}, {"-f", "raw", "--preallocation=metadata", path, "1M"},
+		{"--extended-l2", "--compat=0.10", path, "1M"}, {"--data-file-raw", path, "1M"},
+	} {
+		want(t, exitUsage, append([]string{"image", "create"}, args...)...)
+		if _, err := os.Stat(path); err == nil {
+			t.Fatalf("%q left a file", args)
+		}
+	}
+	want(t, exitFailed, "image", "create", "--backing-file=/dev/null", "--backing-format=raw", path)
+	want(t, exitUsage, "image")
+}
