@@ -1,9 +1,7 @@
-// Package qcow2 serves a qcow2 image and its backing chain.
+// Package qcow2 serves a qcow2 image and its backing chain, read-only.
 //
-// An image that is opened read-only is the top layer of a chain of immutable
-// layers; one flattened map of extents answers for all of them (chain.go).
-// An image that is opened for writing has a writer (writer.go) above the chain
-// of its backing files.
+// An image is the top layer of a chain of immutable layers; one flattened map
+// of extents answers for all of them (chain.go).
 //
 // The package opens no files: package open resolves the names that images
 // contain and hands over what it permitted.
@@ -16,11 +14,10 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 )
 
-// Options says how an image is opened. The zero value opens an image that has
-// neither backing nor data file for reading and writing.
+// Options says how an image is opened.
 type Options struct {
 	Path     string // for errors and logs only
-	ReadOnly bool
+	ReadOnly bool   // without it, Open refuses
 
 	// Backing is what lies below, nil for nothing. The device closes it.
 	Backing Layer
@@ -29,36 +26,15 @@ type Options struct {
 	// The device closes it.
 	DataFile store.Store
 
-	// Snapshot serves the internal snapshot with this ID or name; the image
-	// must be opened read-only.
+	// Snapshot serves the internal snapshot with this ID or name.
 	Snapshot string
-
-	// Discard says what a trim does.
-	Discard DiscardMode
 
 	// CacheBytes bounds the mapping that is kept in memory, ClusterBytes the
 	// decompressed clusters; 0 is limits.MapCache and limits.ClusterCache.
 	CacheBytes, ClusterBytes int64
 
-	// FullAudit checks all refcounts before an image is written to, however
-	// large it is; without it, that stops at limits.AuditMetadata.
-	FullAudit bool
-
 	Log *slog.Logger // nil: slog.Default
 }
-
-// DiscardMode says what a trim does.
-type DiscardMode uint8
-
-const (
-	// DiscardUnmap frees the clusters.
-	DiscardUnmap DiscardMode = iota
-	// DiscardKeep keeps the clusters for the next write, against
-	// fragmentation, and gives their storage back (QEMU's discard-no-unref).
-	DiscardKeep
-	// DiscardIgnore does nothing.
-	DiscardIgnore
-)
 
 // Names are the files that an image asks for, as they stand in its header.
 type Names struct {
