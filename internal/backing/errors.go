@@ -1,6 +1,7 @@
 package backing
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -94,4 +95,35 @@ func Wrap(op string, off, n int64, err error) error {
 		return err
 	}
 	return &Error{Op: op, Off: off, Len: n, Kind: KindOf(err), Err: err}
+}
+
+// WrapIn is Wrap for what happened to the image at path. That the caller gave
+// up waiting happened to the caller: it stays as it is.
+func WrapIn(op, path string, off, n int64, err error) error {
+	if err == nil || GaveUp(err) {
+		return err
+	}
+	var e *Error // below: it costs an allocation
+	if errors.As(err, &e) {
+		return err
+	}
+	return &Error{Op: op, Path: path, Off: off, Len: n, Kind: KindOf(err), Err: err}
+}
+
+// GaveUp tells whether err is about the caller's patience: another caller may
+// have more.
+func GaveUp(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// WithPath gives path to an err that is an *Error without one. Any other err
+// stays as it is.
+func WithPath(path string, err error) error {
+	var e *Error
+	if !errors.As(err, &e) || e.Path != "" || path == "" {
+		return err
+	}
+	named := *e
+	named.Path = path
+	return &named
 }

@@ -1,6 +1,7 @@
 package backing_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -81,5 +82,26 @@ func TestWrapAddsOnePlaceOnly(t *testing.T) {
 	}
 	if again := backing.Wrap("copy", 0, 0, inner); again != inner {
 		t.Errorf("wrap of a wrapped error: got %v, want it unchanged", again)
+	}
+}
+
+func TestErrorGetsThePathItDoesNotHave(t *testing.T) {
+	cause := errors.New("cause")
+	err := backing.WithPath("/a", &backing.Error{Op: "map", Off: 5, Kind: backing.ErrIO, Err: cause})
+	var e *backing.Error
+	if !errors.As(err, &e) || e.Path != "/a" || e.Off != 5 || !errors.Is(err, cause) {
+		t.Errorf("got %v", err)
+	}
+	if again := backing.WithPath("/b", err); again != err {
+		t.Errorf("an error with a path: got %v, want %v", again, err)
+	}
+	if got := backing.WithPath("/a", cause); got != cause {
+		t.Errorf("another error: got %v, want %v", got, cause)
+	}
+	if got := backing.WrapIn("read", "/a", 1, 2, context.Canceled); got != context.Canceled {
+		t.Errorf("an impatient caller: got %v", got)
+	}
+	if err := backing.WrapIn("read", "/a", 1, 2, cause); !errors.As(err, &e) || e.Path != "/a" || e.Len != 2 || e.Kind != backing.ErrIO {
+		t.Errorf("wrapped: got %v", err)
 	}
 }

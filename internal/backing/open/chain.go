@@ -129,16 +129,7 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 
 // inImage gives err the path of the image, if nothing below did.
 func inImage(path string, err error) error {
-	var e *backing.Error
-	if errors.As(err, &e) {
-		if e.Path != "" {
-			return err
-		}
-		named := *e
-		named.Path = path
-		return &named
-	}
-	return &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.KindOf(err), Err: err}
+	return backing.WithPath(path, backing.Wrap("open", -1, 0, err))
 }
 
 // add takes over f as the next image of the chain.

@@ -208,16 +208,10 @@ func (c *chain) loaded(ctx context.Context, key int64) (*page, error) {
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-		if !gaveUp(l.err) {
+		if !backing.GaveUp(l.err) {
 			return l.page, l.err
 		}
 	}
-}
-
-// gaveUp tells whether err is about the caller's patience: another caller may
-// have more.
-func gaveUp(err error) bool {
-	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // loaded keeps the page of l, if there is one, and lets those go on who wait.

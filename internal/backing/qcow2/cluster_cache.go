@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/codec"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
@@ -95,7 +96,7 @@ func (c *clusterCache) read(ctx context.Context, r *clusterRead) error {
 			copy(r.p, x.data.b[r.skip:])
 		}
 		c.release(x)
-		if mine || !gaveUp(err) {
+		if mine || !backing.GaveUp(err) {
 			return err
 		}
 	}

@@ -277,12 +277,5 @@ func (d *chainDevice) Close() error { return d.chain.top.Close() }
 
 // wrap gives err its place, unless it has one or the caller gave up waiting.
 func (d *chainDevice) wrap(op string, off, n int64, err error) error {
-	if err == nil || gaveUp(err) {
-		return err
-	}
-	var e *backing.Error
-	if errors.As(err, &e) {
-		return err
-	}
-	return &backing.Error{Op: op, Path: d.path, Off: off, Len: n, Kind: backing.KindOf(err), Err: err}
+	return backing.WrapIn(op, d.path, off, n, err)
 }

@@ -77,12 +77,7 @@ func refusal(path string, err error) error {
 	var e *backing.Error
 	switch {
 	case errors.As(err, &e):
-		if e.Path != "" || path == "" {
-			return err
-		}
-		named := *e
-		named.Path = path
-		return &named
+		return backing.WithPath(path, err)
 	case errors.As(err, &corrupt):
 		kind = backing.ErrInvalid
 	case errors.As(err, &unsupported):

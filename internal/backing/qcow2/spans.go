@@ -80,21 +80,11 @@ func (m *Image) Spans(ctx context.Context, off, n int64, yield func(Span) bool) 
 	for w.off < w.end && !w.done {
 		if err := w.table(ctx); err != nil {
 			w.flush()
-			return refusedMap(m.path, err)
+			return backing.WithPath(m.path, err)
 		}
 	}
 	w.flush()
 	return nil
-}
-
-// refusedMap gives an error of reading a table the image's path.
-func refusedMap(path string, err error) error {
-	if e, ok := err.(*backing.Error); ok && e.Path == "" {
-		named := *e
-		named.Path = path
-		return &named
-	}
-	return err
 }
 
 // table does what remains of the range of one L2 table.

@@ -291,10 +291,5 @@ func (d *Device) failed(op string, off, n int64, err error) error {
 
 // wrap gives err its place, unless it has one or the caller gave up waiting.
 func (d *Device) wrap(op string, off, n int64, err error) error {
-	var e *backing.Error
-	if err == nil || errors.As(err, &e) || errors.Is(err, context.Canceled) ||
-		errors.Is(err, context.DeadlineExceeded) {
-		return err
-	}
-	return &backing.Error{Op: op, Path: d.opt.Path, Off: off, Len: n, Kind: backing.KindOf(err), Err: err}
+	return backing.WrapIn(op, d.opt.Path, off, n, err)
 }
