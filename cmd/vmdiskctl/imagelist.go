@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"time"
@@ -40,11 +39,11 @@ func newImageSnapshot() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				snapshots, err := readSnapshots(c.Context(), st, h)
+				list, _, err := qcow2.ReadSnapshots(c.Context(), st, h, limits.CheckTable)
 				if err != nil {
 					return err
 				}
-				return f.printSnapshots(c.OutOrStdout(), snapshots)
+				return f.printSnapshots(c.OutOrStdout(), reportSnapshots(list))
 			})
 		},
 	}
@@ -65,33 +64,6 @@ type snapshotReport struct {
 	DiskSize    uint64 `json:"disk-size,omitempty"`
 }
 
-// readSnapshots reads the snapshot table, whose size only its entries tell:
-// more and more of it until all are there.
-func readSnapshots(ctx context.Context, st store.Store, h *format.Header) ([]snapshotReport, error) {
-	if h.Snapshots == 0 {
-		return nil, nil
-	}
-	end, err := st.Size()
-	if err != nil {
-		return nil, err
-	}
-	off := int64(h.SnapshotsOffset)
-	for size := int64(limits.CheckPiece); ; size *= 4 {
-		p := make([]byte, max(0, min(size, limits.CheckTable, end-off)))
-		n, err := st.ReadAt(ctx, p, off)
-		if err != nil {
-			return nil, err
-		}
-		list, _, err := format.ParseSnapshots(p[:n], int(h.Snapshots))
-		if err == nil {
-			return reportSnapshots(list), nil
-		}
-		if size >= limits.CheckTable || size >= end-off {
-			return nil, err
-		}
-	}
-}
-
 func reportSnapshots(list []format.Snapshot) []snapshotReport {
 	const second = uint64(time.Second)
 	reports := make([]snapshotReport, len(list))
@@ -107,7 +79,7 @@ func reportSnapshots(list []format.Snapshot) []snapshotReport {
 
 func (f *imageFlags) printSnapshots(w io.Writer, list []snapshotReport) error {
 	if f.json {
-		return writeJSON(w, append([]snapshotReport{}, list...))
+		return writeJSON(w, list)
 	}
 	p := &printer{w: w}
 	for _, s := range list {

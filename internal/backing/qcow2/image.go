@@ -162,7 +162,7 @@ func (m *Image) load(ctx context.Context, snapshot string, log *slog.Logger) err
 	m.fixed.clusterSize, m.tables.clusterSize = m.g.ClusterSize, m.g.ClusterSize
 	m.fixed.addRange(0, 1)
 	m.fixed.addRange(int64(h.L1Offset), int64(h.L1Size)*8)
-	list, used, snapErr := readSnapshots(ctx, m.st, h, m.stSize)
+	list, used, snapErr := ReadSnapshots(ctx, m.st, h, limits.SnapshotTable)
 	switch {
 	case snapErr == nil:
 		m.addSnapshots(list, used)
@@ -288,7 +288,7 @@ func (m *Image) Geometry() format.Geometry { return m.g }
 // Snapshots reads the snapshot table. What is wrong with it is an
 // *backing.Error of kind ErrInvalid.
 func (m *Image) Snapshots(ctx context.Context) ([]format.Snapshot, error) {
-	list, _, err := readSnapshots(ctx, m.st, m.header, m.stSize)
+	list, _, err := ReadSnapshots(ctx, m.st, m.header, limits.SnapshotTable)
 	if err != nil {
 		return nil, refusal(m.path, err)
 	}

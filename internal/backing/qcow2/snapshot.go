@@ -13,15 +13,19 @@ import (
 // firstSnapshotRead is enough for the snapshots of nearly every image.
 const firstSnapshotRead = 64 << 10
 
-// readSnapshots reads the snapshot table of the image in st, whose header is h
-// and whose size fileSize. used is how many bytes the table takes. What is
-// wrong with the table is an error with a format.Corrupt.
-func readSnapshots(ctx context.Context, st store.Store, h *format.Header, fileSize int64) (list []format.Snapshot, used int, err error) {
+// ReadSnapshots reads the snapshot table of the image in st, whose header is h,
+// as far as it has limit bytes. used is how many it takes. What is wrong with
+// the table is an error with a format.Corrupt.
+func ReadSnapshots(ctx context.Context, st store.Store, h *format.Header, limit int64) (list []format.Snapshot, used int, err error) {
 	if h.Snapshots == 0 {
 		return nil, 0, nil
 	}
+	size, err := st.Size()
+	if err != nil {
+		return nil, 0, err
+	}
 	off := int64(h.SnapshotsOffset)
-	most := min(fileSize-off, limits.SnapshotTable)
+	most := min(size-off, limit)
 	for n := int64(firstSnapshotRead); ; n *= 4 {
 		b := make([]byte, max(0, min(n, most)))
 		if err := readFull(ctx, st, b, off); err != nil {
