@@ -321,10 +321,8 @@ func (w wish) local(name string) error {
 
 // printable refuses names that a log or a C program would show differently.
 func (w wish) printable(name string) error {
-	for _, b := range []byte(name) {
-		if b < ' ' || b == 0x7f {
-			return w.denied("its name has control bytes")
-		}
+	if format.HasControl(name) {
+		return w.denied("its name has control bytes")
 	}
 	if name == "" {
 		return w.denied("its name is empty")

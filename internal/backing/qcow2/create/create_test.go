@@ -67,6 +67,7 @@ func TestBadOptionsAreRefusedByName(t *testing.T) {
 		{"backing file", Options{Backing: strings.Repeat("a", 1024), BackingFormat: "raw"}},
 		{"backing file", Options{Backing: "a\x00b", BackingFormat: "raw"}},
 		{"backing file", Options{Backing: "a\nb", BackingFormat: "raw"}},
+		{"backing file", Options{Backing: "a\u0085b", BackingFormat: "raw"}},
 		{"data file", Options{DataFile: "a\x7f"}},
 		{"data file", Options{DataFile: "named and not there"}},
 		{"data file", Options{Data: storetest.New(nil)}},

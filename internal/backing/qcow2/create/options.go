@@ -145,9 +145,9 @@ func (o *Options) checkNames() error {
 		return refuse("backing format", "%q is neither raw nor qcow2", o.BackingFormat)
 	case len(o.Backing) > format.MaxBackingName:
 		return refuse("backing file", "a name of %d bytes is longer than %d", len(o.Backing), format.MaxBackingName)
-	case hasControl(o.Backing):
+	case format.HasControl(o.Backing):
 		return refuse("backing file", "%q has control characters", o.Backing)
-	case hasControl(o.DataFile):
+	case format.HasControl(o.DataFile):
 		return refuse("data file", "%q has control characters", o.DataFile)
 	case int64(len(o.DataFile)) > o.ClusterSize:
 		return refuse("data file", "a name of %d bytes does not fit into the header", len(o.DataFile))
@@ -171,16 +171,6 @@ func (o *Options) checkPreallocation() error {
 		return refuse("preallocation", "would hide the backing file, unless L2 entries are extended")
 	}
 	return nil
-}
-
-// hasControl reports whether s has bytes that no file name should have.
-func hasControl(s string) bool {
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] == 0x7f {
-			return true
-		}
-	}
-	return false
 }
 
 func powerOfTwo(n int64) bool { return bits.OnesCount64(uint64(n)) == 1 }

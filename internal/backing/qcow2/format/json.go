@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"unicode"
 	"unicode/utf8"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -47,7 +46,7 @@ func ParseJSONFile(s string) (format, filename string, err error) {
 		return "", "", fmt.Errorf("json: file driver %q is not supported", values["file.driver"])
 	case filename == "":
 		return "", "", fmt.Errorf("json: no file name")
-	case strings.ContainsFunc(filename, unicode.IsControl) || strings.ContainsRune(filename, utf8.RuneError):
+	case HasControl(filename) || strings.ContainsRune(filename, utf8.RuneError):
 		return "", "", fmt.Errorf("json: file name %q has control characters", filename)
 	}
 	return format, filename, nil

@@ -161,10 +161,12 @@ func (h *Header) parseBacking(b be, clusterSize int64) (end int64, err error) {
 	return int64(off), checkName("backing file name", h.Backing)
 }
 
-// checkName refuses bytes that another program may cut a name at, or that
-// would garble a log.
+// HasControl tells of characters that another program may cut a name at, or
+// that would garble a log: no name in an image has them.
+func HasControl(name string) bool { return strings.ContainsFunc(name, unicode.IsControl) }
+
 func checkName(what, name string) error {
-	if strings.ContainsFunc(name, unicode.IsControl) {
+	if HasControl(name) {
 		return corrupt("%s %q has control characters", what, name)
 	}
 	return nil
