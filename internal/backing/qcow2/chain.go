@@ -37,11 +37,8 @@ type mapShard struct {
 	hits, misses atomic.Int64
 
 	mu      sync.RWMutex
-	most    int64               // bytes; constant
-	bytes   int64               // guarded by mu
 	pages   map[int64]*page     // guarded by mu; by key
-	ring    []*page             // guarded by mu; the clock that finds what to evict
-	hand    int                 // guarded by mu
+	clock   clock[*page]        // guarded by mu; of pages
 	loading map[int64]*pageLoad // guarded by mu; by key
 }
 
@@ -54,6 +51,7 @@ type pageLoad struct {
 
 // page is the mapping of a guest range, complete and immutable.
 type page struct {
+	clockNode
 	key     int64
 	off, n  int64 // guest range in bytes
 	split   bool  // no mapping here: the pieces have it
@@ -61,13 +59,12 @@ type page struct {
 	stores  []store.Store
 	ends    []int64 // where the stores ended when the chain first saw them
 	errs    []error // what is wrong with damaged extents
-	used    atomic.Bool
 }
 
 // Memory that a page takes, roughly: for itself with its place in map and
 // ring, for an extent, and for the other things it refers to.
 const (
-	pageCost   = 256
+	pageCost   = 288
 	extentCost = 32
 	storeCost  = 24
 	errorCost  = 256
@@ -123,7 +120,7 @@ func newChain(top Layer, cacheBytes int64) *chain {
 	}
 	for i := range c.shards {
 		s := &c.shards[i]
-		s.most, s.pages, s.loading = cacheBytes/mapShards, map[int64]*page{}, map[int64]*pageLoad{}
+		s.clock.most, s.pages, s.loading = cacheBytes/mapShards, map[int64]*page{}, map[int64]*pageLoad{}
 	}
 	return c
 }
@@ -142,8 +139,8 @@ func (s *mapShard) find(key int64) *page {
 	s.mu.RLock()
 	p := s.pages[key]
 	s.mu.RUnlock()
-	if p != nil && !p.used.Load() {
-		p.used.Store(true)
+	if p != nil {
+		p.touch()
 	}
 	return p
 }
@@ -219,31 +216,20 @@ func (s *mapShard) loaded(key int64, l *pageLoad) {
 	s.mu.Lock()
 	delete(s.loading, key)
 	if l.err == nil {
-		s.pages[key] = l.page
-		s.ring = append(s.ring, l.page)
-		s.bytes += l.page.cost()
-		s.evictLocked(l.page)
+		s.keepLocked(l.page)
 	}
 	s.mu.Unlock()
 	close(l.done)
 }
 
-// evictLocked makes room by dropping pages that were not used since the hand
-// last passed them. The one in keep stays.
-func (s *mapShard) evictLocked(keep *page) {
-	for s.bytes > s.most && len(s.ring) > 1 {
-		s.hand %= len(s.ring)
-		p := s.ring[s.hand]
-		if p == keep || p.used.Swap(false) {
-			s.hand++
-			continue
-		}
-		last := len(s.ring) - 1
-		s.ring[s.hand], s.ring[last] = s.ring[last], nil
-		s.ring = s.ring[:last]
-		delete(s.pages, p.key)
-		s.bytes -= p.cost()
+// keepLocked takes p in and drops others for it.
+func (s *mapShard) keepLocked(p *page) {
+	cost := p.cost()
+	for old := range s.clock.evict(cost) {
+		delete(s.pages, old.key)
 	}
+	s.pages[p.key] = p
+	s.clock.add(p, cost)
 }
 
 // MapStats is what a map has in memory, and how often that helped.
@@ -255,8 +241,8 @@ func (c *chain) stats() (t MapStats) {
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.RLock()
-		t.Pages += int64(len(s.ring))
-		t.Bytes += s.bytes
+		t.Pages += int64(s.clock.count)
+		t.Bytes += s.clock.bytes
 		s.mu.RUnlock()
 		t.Hits += s.hits.Load()
 		t.Misses += s.misses.Load()

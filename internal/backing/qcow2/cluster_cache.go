@@ -38,8 +38,6 @@ func (r *clusterRead) whole() bool { return r.skip == 0 && int64(len(r.p)) == r.
 // clusterCache reads compressed clusters, and keeps those that were wanted in
 // part: the rest is likely to be wanted soon. Safe for concurrent use.
 type clusterCache struct {
-	most int64 // bytes
-
 	// Both bound what goes on at a time, by their capacity: compressed
 	// clusters in memory, and decompressions. Taken in this order.
 	inputs, decoders chan struct{}
@@ -49,22 +47,20 @@ type clusterCache struct {
 
 	mu    sync.Mutex
 	byKey map[clusterKey]*cluster // guarded by mu; those on their way too
-	ring  []*cluster              // guarded by mu; those that are kept
-	hand  int                     // guarded by mu
-	bytes int64                   // guarded by mu; of those that are kept
+	clock clock[*cluster]         // guarded by mu; of those that are kept
 }
 
 // cluster is a decompressed cluster. data and err are set before done is
 // closed. data goes back to the pool when nobody reads it and it is not kept.
 type cluster struct {
+	clockNode
 	key  clusterKey
 	done chan struct{}
 	data *buffer
 	err  error
 
 	refs int  // guarded by clusterCache.mu; who reads data
-	kept bool // guarded by clusterCache.mu; in the ring
-	used bool // guarded by clusterCache.mu; since the hand passed
+	kept bool // guarded by clusterCache.mu; in the clock
 }
 
 func newClusterCache(bytes int64) *clusterCache {
@@ -72,7 +68,7 @@ func newClusterCache(bytes int64) *clusterCache {
 		bytes = limits.ClusterCache
 	}
 	return &clusterCache{
-		most: bytes, byKey: map[clusterKey]*cluster{},
+		clock: clock[*cluster]{most: bytes}, byKey: map[clusterKey]*cluster{},
 		inputs:   make(chan struct{}, limits.ClusterReads),
 		decoders: make(chan struct{}, runtime.GOMAXPROCS(0)),
 	}
@@ -126,7 +122,7 @@ func (c *clusterCache) take(r *clusterRead) (x *cluster, mine bool) {
 	if x = c.byKey[r.key]; x != nil {
 		c.hits.Add(1)
 		x.refs++
-		x.used = true
+		x.touch()
 		return x, false
 	}
 	c.misses.Add(1)
@@ -169,36 +165,24 @@ func (c *clusterCache) fill(ctx context.Context, x *cluster) {
 	if x.err != nil {
 		delete(c.byKey, x.key)
 	} else {
-		x.kept = true
-		c.ring = append(c.ring, x)
-		c.bytes += x.key.size
-		c.evictLocked()
+		c.keepLocked(x)
 	}
 	c.mu.Unlock()
 	close(x.done)
 }
 
-// evictLocked drops clusters that were not used since the hand last passed.
-func (c *clusterCache) evictLocked() {
-	for c.bytes > c.most {
-		c.hand %= len(c.ring)
-		x := c.ring[c.hand]
-		if x.used {
-			x.used = false
-			c.hand++
-			continue
-		}
-		last := len(c.ring) - 1
-		c.ring[c.hand], c.ring[last] = c.ring[last], nil
-		c.ring = c.ring[:last]
-		delete(c.byKey, x.key)
-		c.bytes -= x.key.size
-		x.kept = false
-		if x.refs == 0 {
-			c.buffers.put(x.data)
-			x.data = nil
+// keepLocked takes x in and drops others for it.
+func (c *clusterCache) keepLocked(x *cluster) {
+	for old := range c.clock.evict(x.key.size) {
+		delete(c.byKey, old.key)
+		old.kept = false
+		if old.refs == 0 {
+			c.buffers.put(old.data)
+			old.data = nil
 		}
 	}
+	x.kept = true
+	c.clock.add(x, x.key.size)
 }
 
 // decompress reads and decompresses one cluster into dst, which is as long as
