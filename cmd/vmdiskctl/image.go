@@ -54,10 +54,10 @@ func (f *imageFlags) check() error {
 	return nil
 }
 
-// openImage opens the file below an image, with the locks that QEMU knows.
-// Only regular files and block devices are opened, and none other named in
-// them. done gives all back.
-func openImage(path string, readOnly bool) (st store.Store, done func() error, err error) {
+// openImage opens the file below an image, with the locks that QEMU knows or
+// without. Only regular files and block devices are opened, and none other
+// named in them. done gives all back.
+func openImage(path string, readOnly bool, lock raw.LockMode) (st store.Store, done func() error, err error) {
 	if err := checkImageFile(os.Stat(path)); err != nil {
 		return nil, nil, err
 	}
@@ -74,7 +74,7 @@ func openImage(path string, readOnly bool) (st store.Store, done func() error, e
 		return nil, nil, errors.Join(err, f.Close())
 	}
 	e := engine.NewPool(1)
-	dev, err := raw.Open(f, e, raw.Options{Path: path, ReadOnly: readOnly, Container: true})
+	dev, err := raw.Open(f, e, raw.Options{Path: path, ReadOnly: readOnly, Container: true, Lock: lock})
 	if err != nil {
 		return nil, nil, errors.Join(err, e.Close())
 	}
@@ -98,7 +98,7 @@ func withImage(ctx context.Context, path string, readOnly bool, f func(store.Sto
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	st, done, err := openImage(path, readOnly)
+	st, done, err := openImage(path, readOnly, raw.LockAuto)
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -38,14 +37,15 @@ func newImageCreate() *cobra.Command {
 		Short: "Make a new image",
 		Long: `Make a new image. FILE must not exist, unless --force is given; it is removed
 again when the command fails. SIZE is in bytes, or with a suffix K, M, G, T; with
-a backing file it may be left out and is then that of the backing file.`,
+a backing file it may be left out and is then that of the backing file. The
+size of a qcow2 image is rounded up to 512 bytes.`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error {
 			return f.run(c, args)
 		},
 	}
 	n := c.Flags()
-	n.StringVarP(&f.format, "format", "f", "qcow2", "qcow2 or raw")
+	n.StringVarP(&f.format, "format", "f", formatQcow2, "qcow2 or raw")
 	n.StringVar(&f.compat, "compat", "1.1", "version of the format: 0.10 or 1.1")
 	n.Var(&f.clusterSize, "cluster-size", "size of a cluster, 512 to 2M")
 	n.IntVar(&f.refcountBits, "refcount-bits", create.DefaultRefcountBits, "width of refcounts, 1 to 64")
@@ -99,13 +99,13 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
-	if o.Size, err = f.size(args); err != nil {
+	if o.Size, err = f.size(c.Context(), args); err != nil {
 		return err
 	}
 	switch f.format {
-	case "qcow2":
+	case formatQcow2:
 		_, err = create.Measure(o)
-	case "raw":
+	case formatRaw:
 		for _, name := range qcow2Only {
 			if c.Flags().Changed(name) {
 				return usage("--%s is for qcow2 images", name)
@@ -127,19 +127,23 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 	return f.report(c.OutOrStdout(), args[0], o)
 }
 
-// size is what was asked for, or that of the backing file.
-func (f *createFlags) size(args []string) (int64, error) {
+// size is what was asked for, or that of the backing file. A qcow2 image has
+// whole sectors.
+func (f *createFlags) size(ctx context.Context, args []string) (int64, error) {
 	if len(args) > 1 {
 		var n byteSize
 		if err := n.Set(args[1]); err != nil {
 			return 0, usageError{err}
+		}
+		if f.format == formatQcow2 {
+			return wholeSectors(int64(n))
 		}
 		return int64(n), nil
 	}
 	if f.backing == "" {
 		return 0, usage("SIZE is missing")
 	}
-	return imageSize(beside(args[0], f.backing), f.backingFormat)
+	return imageSize(ctx, beside(args[0], f.backing), f.backingFormat)
 }
 
 // beside is what a name in the image at path means.
@@ -166,7 +170,7 @@ func (f *createFlags) make(ctx context.Context, path string, o create.Options) (
 	if err != nil {
 		return err
 	}
-	if f.format == "raw" {
+	if f.format == formatRaw {
 		return create.Raw(ctx, st, o.Size, o.Preallocation)
 	}
 	if o.DataFile != "" {
@@ -193,10 +197,8 @@ func (f *createFlags) report(w io.Writer, path string, o create.Options) error {
 		return err
 	}
 	said := created{Filename: path, Format: f.format, VirtualSize: o.Size}
-	if f.format == "qcow2" {
+	if f.format == formatQcow2 {
 		said.ClusterSize, said.BackingFile, said.DataFile = o.ClusterSize, o.Backing, o.DataFile
 	}
-	e := json.NewEncoder(w)
-	e.SetIndent("", "    ")
-	return e.Encode(said)
+	return writeJSON(w, said)
 }

@@ -1,17 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
-	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -105,59 +106,43 @@ func syncDirectory(path string) error {
 }
 
 // imageSize is the size of the disk in an image that the operator named,
-// rounded up to sectors. The format is not guessed.
-func imageSize(path, kind string) (int64, error) {
-	if kind == "" {
-		return 0, usage("--backing-format is missing")
-	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	if err != nil {
-		return 0, fmt.Errorf("backing file: %w", err)
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return 0, fmt.Errorf("backing file: %w", err)
-	}
-	if m := fi.Mode(); !m.IsRegular() && (m&fs.ModeDevice == 0 || m&fs.ModeCharDevice != 0) {
-		return 0, fmt.Errorf("backing file %q: neither a regular file nor a block device", path)
-	}
+// rounded up to sectors. The format is not guessed. It takes no lock: the size
+// of an image that is in use does not matter to it.
+func imageSize(ctx context.Context, path, kind string) (int64, error) {
 	switch kind {
-	case "raw":
-		n, err := f.Seek(0, io.SeekEnd)
-		if err != nil {
-			return 0, fmt.Errorf("backing file: %w", err)
-		}
-		const sector = 512
-		return (n + sector - 1) / sector * sector, nil
-	case "qcow2":
-		n, err := qcow2Size(f)
-		if err != nil {
-			return 0, fmt.Errorf("backing file %q: %w", path, err)
-		}
-		return n, nil
+	case formatQcow2, formatRaw:
+	case "":
+		return 0, usage("--backing-format is missing")
+	default:
+		return 0, usage("--backing-format is %q, allowed are qcow2 and raw", kind)
 	}
-	return 0, usage("--backing-format is %q, allowed are qcow2 and raw", kind)
+	st, done, err := openImage(path, true, raw.LockOff)
+	if err != nil {
+		return 0, fmt.Errorf("backing file: %w", err)
+	}
+	n, err := sizeWithin(ctx, st, kind)
+	if err = errors.Join(err, done()); err != nil {
+		return 0, fmt.Errorf("backing file %q: %w", path, err)
+	}
+	return wholeSectors(n)
 }
 
-// qcow2Size reads the header, which lies in the first cluster.
-func qcow2Size(f *os.File) (int64, error) {
-	p := make([]byte, 24)
-	n, err := f.ReadAt(p, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return 0, err
+func sizeWithin(ctx context.Context, st store.Store, kind string) (int64, error) {
+	if kind == formatRaw {
+		return st.Size()
 	}
-	size, err := format.ClusterSize(p[:n])
-	if err != nil {
-		return 0, err
-	}
-	p = make([]byte, size)
-	if n, err = f.ReadAt(p, 0); err != nil && !errors.Is(err, io.EOF) {
-		return 0, err
-	}
-	h, err := format.ParseHeader(p[:n])
+	h, err := qcow2.ReadHeader(ctx, st)
 	if err != nil {
 		return 0, err
 	}
 	return int64(h.Size), nil
+}
+
+// wholeSectors rounds a size up to sectors of 512 bytes.
+func wholeSectors(n int64) (int64, error) {
+	const sector = 512
+	if n > math.MaxInt64-sector {
+		return 0, usage("a disk of %d bytes is too large", n)
+	}
+	return (n + sector - 1) &^ (sector - 1), nil
 }

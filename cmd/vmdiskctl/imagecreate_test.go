@@ -93,6 +93,24 @@ func TestImageCreateMakesTheDataFile(t *testing.T) {
 	}
 }
 
+func TestImageCreateRoundsTheSizeUpAsQEMUDoes(t *testing.T) {
+	for _, size := range []string{"1", "513", "1048577", "1049088"} {
+		dir := t.TempDir()
+		ours, theirs := filepath.Join(dir, "ours"), filepath.Join(dir, "theirs")
+		want(t, exitDone, "image", "create", ours, size)
+		tool(t, "qemu-img", "create", "-q", "-f", "qcow2", theirs, size)
+		if got, wanted := judge(t, ours).VirtualSize, judge(t, theirs).VirtualSize; got != wanted {
+			t.Errorf("size %s: the disk has %d bytes, qemu-img's %d", size, got, wanted)
+		}
+	}
+	path := filepath.Join(t.TempDir(), "raw")
+	want(t, exitDone, "image", "create", "-f", "raw", path, "513")
+	if i, err := os.Stat(path); err != nil || i.Size() != 513 {
+		t.Errorf("raw image of 513 bytes: got %v, %v", i, err)
+	}
+	want(t, exitUsage, "image", "create", filepath.Join(t.TempDir(), "huge"), "9223372036854775807")
+}
+
 func TestImageCreateRaw(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
 	want(t, exitDone, "image", "create", "-f", "raw", "--preallocation=falloc", path, "1M")
@@ -133,7 +151,7 @@ func TestImageCreateLeavesNothingWhenItFails(t *testing.T) {
 func TestImageCreateRefusesBadUsage(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
 	for _, args := range [][]string{
-		{path}, {path, "1X"}, {path, "513"}, {"-f", "vmdk", path, "1M"}, {"--cluster-size=3K", path, "1M"},
+		{path}, {path, "1X"}, {"-f", "vmdk", path, "1M"}, {"--cluster-size=3K", path, "1M"},
 		{"--cluster-size=0", path, "1M"}, {"--compat=1.0", path, "1M"}, {"--compression-type=lzo", path, "1M"},
 		{"--preallocation=some", path, "1M"}, {"--backing-file=b", path, "1M"}, {"--backing-file=/dev/null", path},
 		{"-f", "raw", "--cluster-size=64K", path, "1M"}, {"-f", "raw", "--preallocation=metadata", path, "1M"},
