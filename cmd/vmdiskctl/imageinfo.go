@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func newImageInfo() *cobra.Command {
@@ -22,7 +24,8 @@ func newImageInfo() *cobra.Command {
 		Use:   "info FILE",
 		Short: "Show what the header of an image says",
 		Long: `Show what the header of an image says. No other file is opened: a backing file
-is only named.`,
+is only named. When the snapshots within it cannot be read, the rest is shown
+and the exit code is 1.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := f.check(); err != nil {
@@ -33,7 +36,7 @@ is only named.`,
 				if err != nil {
 					return err
 				}
-				return f.print(c.OutOrStdout(), r)
+				return errors.Join(f.print(c.OutOrStdout(), r), r.broken)
 			})
 		},
 	}
@@ -53,6 +56,9 @@ type imageReport struct {
 	Backing       string        `json:"backing-filename,omitempty"`
 	BackingFormat string        `json:"backing-filename-format,omitempty"`
 	Dirty         bool          `json:"dirty-flag"`
+
+	Snapshots []snapshotReport `json:"snapshots,omitempty"`
+	broken    error            // why the snapshots are not known
 }
 
 type qcow2Details struct {
@@ -95,6 +101,15 @@ func (f *imageFlags) describe(ctx context.Context, st store.Store, path string) 
 	r.Backing, r.BackingFormat = h.Backing, h.BackingFormat
 	r.FullBacking = beneath(path, h.Backing)
 	r.Specific = &qcow2Details{formatQcow2, detailsOf(h)}
+	list, _, err := qcow2.ReadSnapshots(ctx, st, h, limits.CheckTable)
+	if err != nil {
+		r.broken = fmt.Errorf("snapshots of %q: %w", path, err)
+		return r, nil
+	}
+	r.Snapshots = reportSnapshots(list)
+	for i := range r.Snapshots {
+		r.Snapshots[i].DiskSize = 0 // qemu-img info does not say it
+	}
 	return r, nil
 }
 
@@ -155,6 +170,10 @@ func (f *imageFlags) print(w io.Writer, r *imageReport) error {
 	}
 	if d.DataFile != "" {
 		p.print("data file: %q\n", d.DataFile)
+	}
+	if len(r.Snapshots) > 0 {
+		p.print("snapshots:\n")
+		p.snapshots("  ", r.Snapshots)
 	}
 	return p.err
 }

@@ -54,14 +54,15 @@ func newImageSnapshot() *cobra.Command {
 
 // snapshotReport has the names of qemu-img info.
 type snapshotReport struct {
-	ID          string `json:"id"`
-	Name        string `json:"name"`
-	VMStateSize uint64 `json:"vm-state-size"`
-	DateSec     uint32 `json:"date-sec"`
-	DateNsec    uint32 `json:"date-nsec"`
-	ClockSec    uint64 `json:"vm-clock-sec"`
-	ClockNsec   uint64 `json:"vm-clock-nsec"`
-	DiskSize    uint64 `json:"disk-size,omitempty"`
+	ID          string  `json:"id"`
+	Name        string  `json:"name"`
+	VMStateSize uint64  `json:"vm-state-size"`
+	DateSec     uint32  `json:"date-sec"`
+	DateNsec    uint32  `json:"date-nsec"`
+	ClockSec    uint64  `json:"vm-clock-sec"`
+	ClockNsec   uint64  `json:"vm-clock-nsec"`
+	ICount      *uint64 `json:"icount,omitempty"`
+	DiskSize    uint64  `json:"disk-size,omitempty"`
 }
 
 func reportSnapshots(list []format.Snapshot) []snapshotReport {
@@ -73,6 +74,9 @@ func reportSnapshots(list []format.Snapshot) []snapshotReport {
 			ID: s.ID, Name: s.Name, VMStateSize: s.VMStateSize, DateSec: s.Seconds, DateNsec: s.Nanoseconds,
 			ClockSec: s.VMClock / second, ClockNsec: s.VMClock % second, DiskSize: s.DiskSize,
 		}
+		if s.HasICount() {
+			reports[i].ICount = &s.ICount
+		}
 	}
 	return reports
 }
@@ -82,9 +86,14 @@ func (f *imageFlags) printSnapshots(w io.Writer, list []snapshotReport) error {
 		return writeJSON(w, list)
 	}
 	p := &printer{w: w}
+	p.snapshots("", list)
+	return p.err
+}
+
+// snapshots prints a line for each.
+func (p *printer) snapshots(indent string, list []snapshotReport) {
 	for _, s := range list {
 		taken := time.Unix(int64(s.DateSec), 0).UTC().Format(time.RFC3339)
-		p.print("%s\n", fmt.Sprintf("%-10s %-20s %s", printable(s.ID), printable(s.Name), taken))
+		p.print("%s\n", indent+fmt.Sprintf("%-10s %-20s %s", printable(s.ID), printable(s.Name), taken))
 	}
-	return p.err
 }

@@ -44,6 +44,10 @@ type Snapshot struct {
 	Extra     []byte
 }
 
+// HasICount reports whether the entry says ICount; images without it are older
+// than it.
+func (s *Snapshot) HasICount() bool { return s.ExtraSize >= extraICount }
+
 // knownExtra is how much of n bytes of extra data has a meaning.
 func knownExtra(n uint32) int { return int(min(n, extraICount) &^ 7) }
 
