@@ -35,7 +35,7 @@ const (
 // Map always answers ErrNotMappable. Safe for concurrent use.
 type Mem struct {
 	mu     sync.Mutex
-	pages  map[int64]*[pageSize]byte // guarded by mu
+	pages  map[int64]*[pageSize]byte // guarded by mu; a page never changes
 	size   int64                     // guarded by mu
 	fixed  bool                      // guarded by mu
 	counts map[Op]int                // guarded by mu
@@ -250,17 +250,19 @@ func (m *Mem) putLocked(p []byte, off int64) {
 	}
 }
 
-// putPageLocked writes into one page; zeroes alone do not make one.
+// putPageLocked writes into one page; zeroes alone do not make one. The page
+// is a new one: others may hold the old one.
 func (m *Mem) putPageLocked(p []byte, i, at int64) {
-	page := m.pages[i]
-	if page == nil {
-		if allZero(p) {
-			return
-		}
-		page = new([pageSize]byte)
-		m.pages[i] = page
+	old := m.pages[i]
+	if old == nil && allZero(p) {
+		return
+	}
+	page := new([pageSize]byte)
+	if old != nil && len(p) < pageSize {
+		*page = *old
 	}
 	copy(page[at:], p)
+	m.pages[i] = page
 }
 
 func allZero(p []byte) bool {
@@ -313,7 +315,9 @@ func (m *Mem) wipeLocked(off, end int64) {
 		case to-from == pageSize:
 			delete(m.pages, i)
 		default:
-			clear(page[from-i*pageSize : to-i*pageSize])
+			rest := *page
+			clear(rest[from-i*pageSize : to-i*pageSize])
+			m.pages[i] = &rest
 		}
 	}
 }
