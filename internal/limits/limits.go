@@ -271,6 +271,16 @@ const (
 	// MapExtents bounds the extents of a page, 32 bytes each.
 	MapExtents = 4096
 
+	// MapHoles bounds the large holes of one image that are kept in memory,
+	// 320 bytes each; they lie in one sorted list, which moves when one is put
+	// in.
+	MapHoles = 4096
+
+	// MapHoleScan is how many entries of an L1 table are looked at for the
+	// ends of a hole, some 50 microseconds; those of a disk of 32 TiB with
+	// clusters of 64 KiB. A power of two.
+	MapHoleScan = 64 << 10
+
 	// ClusterCache bounds the decompressed clusters of one image.
 	ClusterCache = 64 << 20
 

@@ -22,11 +22,13 @@ const mapShards = 16
 // chain is the flattened map of a chain of layers: for each guest byte the
 // store and the offset that it is read from, whichever layer says so. It keeps
 // pages of limits.MapPage, or pieces of limits.MapSubPage of such a page where
-// one has too many extents. Safe for concurrent use.
+// one has too many extents, and one page for each large hole. Safe for
+// concurrent use.
 type chain struct {
 	top    Layer
 	size   int64
 	shards [mapShards]mapShard
+	holes  holeMap
 
 	mu   sync.Mutex
 	ends map[store.Store]int64 // guarded by mu; where a file ended when it was first seen
@@ -118,9 +120,11 @@ func newChain(top Layer, cacheBytes int64) *chain {
 	if cacheBytes <= 0 {
 		cacheBytes = limits.MapCache
 	}
+	share := cacheBytes / (mapShards + 1)
+	c.holes.clock.most = min(share, limits.MapHoles*(pageCost+extentCost))
 	for i := range c.shards {
 		s := &c.shards[i]
-		s.clock.most, s.pages, s.loading = cacheBytes/mapShards, map[int64]*page{}, map[int64]*pageLoad{}
+		s.clock.most, s.pages, s.loading = share, map[int64]*page{}, map[int64]*pageLoad{}
 	}
 	return c
 }
@@ -151,6 +155,11 @@ func (c *chain) cached(off int64) *page {
 	key := pageKey(off)
 	s := c.shard(key)
 	p := s.find(key)
+	if p == nil {
+		if p = c.holes.find(off); p != nil {
+			return p
+		}
+	}
 	if p == nil || p.split {
 		key = subKey(off)
 		p = c.shard(key).find(key)
@@ -168,6 +177,9 @@ func (c *chain) cached(off int64) *page {
 // more of the disk than it must.
 func (c *chain) get(ctx context.Context, off int64) (*page, error) {
 	if p := c.cached(off); p != nil {
+		return p, nil
+	}
+	if p := c.hole(off); p != nil {
 		return p, nil
 	}
 	p, err := c.loaded(ctx, pageKey(off))
@@ -238,6 +250,10 @@ type MapStats struct {
 }
 
 func (c *chain) stats() (t MapStats) {
+	c.holes.mu.RLock()
+	t.Pages, t.Bytes = int64(c.holes.clock.count), c.holes.clock.bytes
+	c.holes.mu.RUnlock()
+	t.Hits = c.holes.hits.Load()
 	for i := range c.shards {
 		s := &c.shards[i]
 		s.mu.RLock()
@@ -492,6 +508,10 @@ func (x *piece) err() error         { return x.page.errs[x.ref] }
 // enter makes p, which has the mapping of k.off, the current page.
 func (k *cursor) enter(p *page) {
 	k.page = p
+	if len(p.extents) == 1 { // a hole is longer than offsets of extents say
+		k.i = 0
+		return
+	}
 	at := uint32(k.off - p.off)
 	k.i = sort.Search(len(p.extents), func(i int) bool { return p.extents[i].at > at }) - 1
 }
