@@ -45,6 +45,7 @@ var mayImport = map[string][]string{
 	"internal/backing/qcow2/clusters":  {},
 	"internal/backing/qcow2/check":     {"internal/backing/qcow2/clusters", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/limits"},
 	"internal/backing/qcow2/format":    {"internal/limits"},
+	"internal/backing/qcow2/space":     {"internal/backing", "internal/backing/qcow2/check", "internal/backing/qcow2/clusters", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/limits"},
 	"internal/backing/qcow2/layertest": {"internal/backing/qcow2", "internal/backing/qcow2/codec", "internal/backing/qcow2/format", "internal/backing/qcow2/store"},
 	"internal/backing/qcow2/storetest": {"internal/backing", "internal/backing/qcow2/store", "internal/engine"},
 	"internal/nbd/wire":                {},
