@@ -49,10 +49,35 @@ var zstdReader = sync.OnceValue(func() *zstd.Decoder {
 	return d
 })
 
-// decodeZstd decodes frames until dst is full, which must be where a frame
-// ends. The decoder is shown whole frames only: it would take what lies behind
-// the last one for another.
+// zstdSlack is room behind the output that makes the decoder copy in whole
+// words: a block, of a frame that does not tell its size, and one copy.
+const zstdSlack = maxBlock + 16
+
+// stage is memory of the cluster size with zstdSlack behind it.
+type stage struct{ b []byte }
+
+var stages = sync.Pool{New: func() any { return new(stage) }}
+
+// decodeZstd decodes src into dst by way of a stage: to copy a cluster costs
+// much less than a decoder that watches where dst ends.
 func decodeZstd(dst, src []byte) error {
+	s := stages.Get().(*stage)
+	defer stages.Put(s)
+	if len(s.b) < len(dst)+zstdSlack {
+		s.b = make([]byte, len(dst)+zstdSlack)
+	}
+	if err := decodeFrames(s.b[:len(dst)], src); err != nil {
+		return err
+	}
+	copy(dst, s.b)
+	return nil
+}
+
+// decodeFrames decodes frames until dst is full, which must be where a frame
+// ends; dst has zstdSlack of capacity behind it, for any use. The decoder is
+// shown whole frames only: it would take what lies behind the last one for
+// another.
+func decodeFrames(dst, src []byte) error {
 	have := 0
 	for range limits.ZstdFrames {
 		room := len(dst) - have
@@ -61,7 +86,7 @@ func decodeZstd(dst, src []byte) error {
 			return err
 		}
 		if !skip {
-			out, err := zstdReader().DecodeAll(src[:n], dst[have:have:len(dst)])
+			out, err := zstdReader().DecodeAll(src[:n], dst[have:have:len(dst)+zstdSlack])
 			if err != nil {
 				return fmt.Errorf("zstd: %w", err)
 			}
