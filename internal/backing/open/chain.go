@@ -48,6 +48,8 @@ type link struct {
 	format string
 	st     store.Store
 	data   store.Store // nil without a data file
+
+	dataPath string // with data
 }
 
 // fileID tells files apart, whatever their names.
@@ -71,7 +73,7 @@ func (ch *chain) open(ctx context.Context) error {
 		return err
 	}
 	path := filepath.Join(dir, filepath.Base(ch.spec.Path))
-	if err := ch.add(f, path, "qcow2"); err != nil {
+	if err := ch.add(f, path, ch.spec.Format); err != nil {
 		return err
 	}
 	if ch.gate, err = newGate(ch.spec.Backing, ch.spec.Path, ch.cache.direct); err != nil {
@@ -95,7 +97,7 @@ func (ch *chain) open(ctx context.Context) error {
 // descend opens what the last image names.
 func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 	l := &ch.links[len(ch.links)-1]
-	if l.format == "raw" {
+	if l.format == formatRaw {
 		return false, nil
 	}
 	h, err := qcow2.ReadHeader(ctx, l.st)
@@ -112,6 +114,7 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 		if l.data, err = ch.store(f, path); err != nil {
 			return false, err
 		}
+		l.dataPath = path
 	}
 	if names.Backing == "" {
 		return false, nil
@@ -175,19 +178,38 @@ func idOf(f *os.File) (fileID, error) {
 	return fileID{dev: st.Dev, ino: st.Ino}, nil
 }
 
-// device builds the layers, each upon the one below, and the device on top.
-func (ch *chain) device(ctx context.Context) (backing.Device, error) {
+// files names the files of the chain, top first.
+func (ch *chain) files() []LayerFiles {
+	list := make([]LayerFiles, len(ch.links))
+	for i, l := range ch.links {
+		list[i] = LayerFiles{Path: l.path, Data: l.path}
+		if l.data != nil {
+			list[i].Data = l.dataPath
+		}
+	}
+	return list
+}
+
+// stack builds the layers below the top, each upon the one below.
+func (ch *chain) stack(ctx context.Context) error {
 	for len(ch.links) > 1 {
 		l := ch.cut()
 		layer, err := ch.layer(ctx, l)
 		if err != nil {
-			return nil, inImage(l.path, err)
+			return inImage(l.path, err)
 		}
 		ch.below = layer
 	}
+	return nil
+}
+
+// device builds the layers and the device on top.
+func (ch *chain) device(ctx context.Context) (backing.Device, error) {
+	if err := ch.stack(ctx); err != nil {
+		return nil, err
+	}
 	l := ch.cut()
 	o := ch.options(l)
-	o.Snapshot = ch.spec.Snapshot
 	dev, err := qcow2.Open(ctx, l.st, o)
 	if err != nil {
 		return nil, inImage(l.path, err)
@@ -197,7 +219,7 @@ func (ch *chain) device(ctx context.Context) (backing.Device, error) {
 
 // layer hands l on.
 func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
-	if l.format == "raw" {
+	if l.format == formatRaw {
 		return qcow2.NewRawLayer(l.st)
 	}
 	return qcow2.OpenImage(ctx, l.st, ch.options(l))
@@ -207,6 +229,9 @@ func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
 func (ch *chain) options(l link) qcow2.Options {
 	o := qcow2.Options{Path: l.path, ReadOnly: true, Backing: ch.below, DataFile: l.data, Log: ch.spec.Log}
 	ch.below = nil
+	if len(ch.links) == 0 { // l is the top
+		o.Snapshot = ch.spec.Snapshot
+	}
 	return o
 }
 

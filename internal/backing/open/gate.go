@@ -273,7 +273,7 @@ func (w wish) denied(why string) error {
 }
 
 // layerFormats are the formats that a backing file may have.
-var layerFormats = [...]string{"raw", "qcow2"}
+var layerFormats = [...]string{formatRaw, formatQcow2}
 
 // checkFormat refuses formats that are not there; none is ever guessed.
 func (w wish) checkFormat(name string) error {

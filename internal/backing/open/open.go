@@ -44,12 +44,18 @@ type Spec struct {
 	Snapshot string
 }
 
+// Formats of image files.
+const (
+	formatRaw   = "raw"
+	formatQcow2 = "qcow2"
+)
+
 // formats is all there is.
 var formats = map[string]func(context.Context, Spec, cacheMode) (backing.Device, error){
-	"raw":   openRaw,
-	"qcow2": openQcow2,
-	"mem":   openMem,
-	"null":  openNull,
+	formatRaw:   openRaw,
+	formatQcow2: openQcow2,
+	"mem":       openMem,
+	"null":      openNull,
 }
 
 type cacheMode struct{ direct, through, unsafe bool }
