@@ -43,7 +43,8 @@ type Span struct {
 	Len  int64 // guest bytes
 
 	// Data: where the bytes lie. Compressed: where the compressed data begin.
-	// Zero: Store is set when a host cluster is allocated for it, else nil.
+	// Zero: Store is set when a host cluster is allocated for it, at Off, else
+	// nil.
 	Store store.Store
 	Off   int64
 

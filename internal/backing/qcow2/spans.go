@@ -47,7 +47,7 @@ func continues(a, b *Span) bool {
 	case a.Kind == Data:
 		return a.Store == b.Store && a.Off+a.Len == b.Off
 	case a.Kind == Zero:
-		return a.Store == b.Store
+		return a.Store == b.Store && (a.Store == nil || a.Off+a.Len == b.Off)
 	}
 	return true
 }
@@ -197,7 +197,7 @@ func (w *walk) cluster(c *format.Cluster, skip, n int64) {
 		case c.Data&bit != 0:
 			w.hostData(c.Host+skip, step)
 		case c.Zero&bit != 0 && c.HasHost():
-			w.emit(Span{Kind: Zero, Len: step, Store: w.data})
+			w.emit(Span{Kind: Zero, Len: step, Store: w.data, Off: c.Host + skip})
 		case c.Zero&bit != 0:
 			w.emit(Span{Kind: Zero, Len: step})
 		default:
@@ -238,9 +238,9 @@ func (w *walk) isFree(off, n int64) bool {
 func (w *walk) hostData(host, n int64) {
 	if have := min(n, w.dataSize-host); have > 0 {
 		w.emit(Span{Kind: Data, Len: have, Store: w.data, Off: host})
-		n -= have
+		host, n = host+have, n-have
 	}
 	if n > 0 && !w.done {
-		w.emit(Span{Kind: Zero, Len: n, Store: w.data})
+		w.emit(Span{Kind: Zero, Len: n, Store: w.data, Off: host})
 	}
 }
