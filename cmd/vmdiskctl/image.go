@@ -31,7 +31,7 @@ func newImage(terminal *os.File) *cobra.Command {
 			return usage("a command is missing: see vmdiskctl %s --help", c.Name())
 		},
 	}
-	c.AddCommand(newImageCreate(), newImageCheck(terminal), newImageInfo(), newImageSnapshot())
+	c.AddCommand(newImageCreate(), newImageCheck(terminal), newImageInfo(), newImageMap(), newImageSnapshot())
 	return c
 }
 

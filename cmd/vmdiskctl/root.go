@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 )
 
@@ -55,7 +56,7 @@ func exitCode(err error, begun bool) int {
 		return found.code()
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
-	case errors.Is(err, copier.ErrRefused), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
+	case errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
 		return exitRefused
 	}
 	return exitFailed

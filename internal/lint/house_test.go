@@ -58,7 +58,7 @@ var mayImport = map[string][]string{
 		"internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"cmd/vmdiskd":                   {"internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
-	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
+	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 	"cmd/vmdiskctl/internal/copier": {"internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }
 
@@ -132,10 +132,14 @@ func TestNoTestDoubleReachesAProgram(t *testing.T) {
 	}
 }
 
+// TestDaemonSpeaksToNoHypervisorAndCtlServesNothing also keeps io_uring and its
+// unsafe code out of vmdiskctl. The operator's own commands may open images,
+// but only where the daemon does, in backing/open: so a name within an image
+// passes the same gate, which is shut by default.
 func TestDaemonSpeaksToNoHypervisorAndCtlServesNothing(t *testing.T) {
 	forbidden := map[string][]string{
 		"cmd/vmdiskd":   {"github.com/digitalocean/", "libvirt.org/", module + "internal/qmp", module + "internal/attach", "net/http/pprof"},
-		"cmd/vmdiskctl": {module + "internal/daemon", module + "internal/export", module + "internal/engine/uring", module + "internal/backing/open"},
+		"cmd/vmdiskctl": {module + "internal/daemon", module + "internal/export", module + "internal/engine/uring", module + "internal/engine/choose"},
 	}
 	for _, p := range house(t) {
 		for _, prefix := range forbidden[p.room()] {

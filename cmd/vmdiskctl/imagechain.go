@@ -1,0 +1,61 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+)
+
+// chainFlags are the flags of commands that read what a chain of images has.
+// They mean what they mean to vmdiskd.
+type chainFlags struct {
+	backing                 string
+	backingFiles, dataFiles []string
+	snapshot                string
+}
+
+// chainFlagNames are the flags that add makes.
+var chainFlagNames = []string{"backing", "backing-file", "data-file", "snapshot"}
+
+func (f *chainFlags) add(c *cobra.Command) {
+	n := c.Flags()
+	n.StringVar(&f.backing, "backing", "", "files that the image may name: deny (the default), same-dir, beneath=DIR or explicit")
+	n.StringArrayVar(&f.backingFiles, "backing-file", nil, "PATH[:FORMAT] of the backing file, instead of what the image says; again for the next below")
+	n.StringArrayVar(&f.dataFiles, "data-file", nil, "PATH of the external data file, instead of what the image says")
+	n.StringVar(&f.snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
+}
+
+// check refuses flags that c was given in vain.
+func (f *chainFlags) check(c *cobra.Command, format string) error {
+	for _, name := range chainFlagNames {
+		if c.Flags().Changed(name) && format != formatQcow2 {
+			return usage("--%s is for qcow2 images", name)
+		}
+	}
+	if c.Flags().Changed("snapshot") && f.snapshot == "" {
+		return usage("--snapshot: want an ID or a name")
+	}
+	return nil
+}
+
+// openChain opens an image for reading with those that it stands on, all with
+// the locks that QEMU knows. done gives back what closing the image does not.
+func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *open.Image, done func() error, err error) {
+	policy, err := open.ParsePolicy(f.backing, f.backingFiles, f.dataFiles)
+	if err != nil {
+		return nil, nil, usageError{err}
+	}
+	e := engine.NewPool(chainWorkers)
+	i, err = open.OpenImage(ctx, open.Spec{Path: path, Format: format, ReadOnly: true, Engine: e, Backing: policy, Snapshot: f.snapshot})
+	if err != nil {
+		return nil, nil, errors.Join(err, e.Close())
+	}
+	return i, e.Close, nil
+}
+
+// chainWorkers read side by side, as many as a file is worth.
+const chainWorkers = 16
