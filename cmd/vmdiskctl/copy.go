@@ -18,11 +18,13 @@ import (
 // copyFlags are the flags of copy.
 type copyFlags struct {
 	connectFlags
+	chainFlags
 	copier.Options
-	connections int
-	requests    int
-	requestSize byteSize
-	progress    bool
+	sourceFormat string
+	connections  int
+	requests     int
+	requestSize  byteSize
+	progress     bool
 }
 
 func newCopy(terminal *os.File) *cobra.Command {
@@ -33,17 +35,24 @@ func newCopy(terminal *os.File) *cobra.Command {
 		Long: `Copy a disk. SOURCE and DESTINATION are each an NBD URI, a file or a block
 device. A destination file that does not exist is made, sparse and of the
 right size, and is removed again when the copy fails. A destination that
-exists is written in place and must not be smaller than the source.`,
+exists is written in place and must not be smaller than the source. With
+--source-format=qcow2 the source is the disk in an image and those that it
+stands on.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			if !c.Flags().Changed("progress") {
 				f.progress = progress.IsTerminal(terminal)
 			}
+			if err := f.checkSource(c, args[0]); err != nil {
+				return err
+			}
 			return f.run(c.Context(), args[0], args[1], terminal)
 		},
 	}
-	f.add(c)
+	f.connectFlags.add(c)
+	f.chainFlags.add(c)
 	n := c.Flags()
+	n.StringVarP(&f.sourceFormat, "source-format", "f", formatRaw, "format of SOURCE when it is a file, never guessed: raw or qcow2")
 	n.IntVar(&f.connections, "connections", 4, "connections to a server that allows several")
 	n.IntVar(&f.requests, "requests", 16, "requests in flight on each connection")
 	n.Var(&f.requestSize, "request-size", "size of a request, with suffix K or M")
@@ -66,6 +75,17 @@ func (f *copyFlags) check() error {
 	}
 	f.RequestSize = int64(f.requestSize)
 	return nil
+}
+
+// checkSource refuses what makes no sense for the source called name.
+func (f *copyFlags) checkSource(c *cobra.Command, name string) error {
+	switch {
+	case f.sourceFormat != formatRaw && f.sourceFormat != formatQcow2:
+		return usage("--source-format is %q, allowed are raw and qcow2", f.sourceFormat)
+	case f.sourceFormat != formatRaw && isURI(name):
+		return usage("--source-format is for files: a server says nothing of formats")
+	}
+	return f.chainFlags.check(c, f.sourceFormat)
 }
 
 func (f *copyFlags) run(ctx context.Context, from, to string, terminal *os.File) (err error) {
@@ -120,6 +140,9 @@ func (f *copyFlags) source(ctx context.Context, name string) (copier.Disk, error
 	if isURI(name) {
 		return f.export(ctx, name, wire.ContextAllocation)
 	}
+	if f.sourceFormat == formatQcow2 {
+		return f.openDisk(ctx, name, f.sourceFormat)
+	}
 	return copier.OpenFile(name)
 }
 
@@ -140,9 +163,18 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 	if err != nil {
 		return nil, err
 	}
-	if o, ok := src.(*copier.File); ok && d.Same(o) {
-		d.Close()
-		return nil, fmt.Errorf("%w: it is the source", copier.ErrRefused)
+	same := false
+	switch o := src.(type) {
+	case *copier.File:
+		same = d.Same(o)
+	case *imageDisk:
+		same, err = o.Uses(d)
+	}
+	if same && err == nil {
+		err = fmt.Errorf("%w: it is the source", copier.ErrRefused)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.Discard())
 	}
 	if d.Created() {
 		f.DestinationIsZero = true

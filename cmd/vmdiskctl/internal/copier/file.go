@@ -72,6 +72,9 @@ func measure(f *os.File) (int64, error) {
 // Created reports whether CreateFile has made the file.
 func (d *File) Created() bool { return d.created }
 
+// File is the open file, which stays the Disk's.
+func (d *File) File() *os.File { return d.f }
+
 // Same reports whether both are one file.
 func (d *File) Same(o *File) bool {
 	a, err := d.f.Stat()
