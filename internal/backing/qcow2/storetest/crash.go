@@ -241,26 +241,35 @@ func (c *Crash) Log() []Unit {
 
 // State is the file after a power cut now that keeps what keep wants; nil
 // keeps nothing. keep must not use c.
-func (c *Crash) State(keep func(Unit) bool) *Mem {
-	k := c.snapshot()
-	return k.state(keep)
+func (c *Crash) State(keep func(Unit) bool) *Mem { return CutPower(c)[0].State(keep) }
+
+// Crashes is CutPower for one file.
+func (c *Crash) Crashes(rnd *rand.Rand, n int) iter.Seq2[string, *Mem] {
+	return CutPower(c)[0].Crashes(rnd, n)
 }
 
-// cut is all that a power cut at one moment can leave.
-type cut struct {
+// Cut is all that a power cut at one moment can leave of a file.
+type Cut struct {
 	pages map[int64]*[pageSize]byte
 	size  int64
 	fixed bool
 	log   []Unit
 }
 
-func (c *Crash) snapshot() cut {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return cut{maps.Clone(c.pages), c.size, c.Fixed(), slices.Clone(c.log)}
+// CutPower cuts the power of all files at the same moment. The files go on.
+// Two calls at the same time shall have the files in the same order.
+func CutPower(files ...*Crash) []*Cut {
+	cuts := make([]*Cut, len(files))
+	for i, c := range files {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		cuts[i] = &Cut{maps.Clone(c.pages), c.size, c.Fixed(), slices.Clone(c.log)}
+	}
+	return cuts
 }
 
-func (k *cut) state(keep func(Unit) bool) *Mem {
+// State is the file that keeps what keep wants; nil keeps nothing.
+func (k *Cut) State(keep func(Unit) bool) *Mem {
 	m := New(nil)
 	m.pages, m.size, m.fixed = maps.Clone(k.pages), k.size, k.fixed
 	if keep == nil {
@@ -283,14 +292,13 @@ func (k *cut) state(keep func(Unit) bool) *Mem {
 	return m
 }
 
-// Crashes yields up to n files that a power cut now can leave, each with a
-// name: all that there are, if they are so few, else those with one edge or
-// one exception and then any, as rnd picks them. The states are of the moment of the call.
-func (c *Crash) Crashes(rnd *rand.Rand, n int) iter.Seq2[string, *Mem] {
-	k := c.snapshot()
+// Crashes yields up to n files that can be left, each with a name: all that
+// there are, if they are so few, else those with one edge or one exception and
+// then any, as rnd picks them.
+func (k *Cut) Crashes(rnd *rand.Rand, n int) iter.Seq2[string, *Mem] {
 	return func(yield func(string, *Mem) bool) {
 		for _, p := range k.plans(rnd, n) {
-			if !yield(p.name, k.state(p.keep)) {
+			if !yield(p.name, k.State(p.keep)) {
 				return
 			}
 		}
@@ -304,18 +312,20 @@ type plan struct {
 }
 
 // plans chooses up to n plans.
-func (k *cut) plans(rnd *rand.Rand, n int) []plan {
+func (k *Cut) plans(rnd *rand.Rand, n int) []plan {
 	if len(k.log) < 16 && 1<<len(k.log) <= n {
 		return k.subsets()
 	}
-	nothing := plan{"nothing", func(Unit) bool { return false }}
-	everything := plan{"everything", func(Unit) bool { return true }}
+	list := []plan{
+		{"nothing", func(Unit) bool { return false }},
+		{"everything", func(Unit) bool { return true }},
+	}
+	if n < 8 {
+		list = list[:0] // room for others
+	}
 	telling := k.regular(rnd, n)
 	rnd.Shuffle(len(telling), func(i, j int) { telling[i], telling[j] = telling[j], telling[i] })
-	if most := max(1, n*2/3); len(telling) > most {
-		telling = telling[:most]
-	}
-	list := append([]plan{nothing, everything}, telling...)
+	list = append(list, telling[:min(len(telling), n*rnd.IntN(4)/4)]...)
 	for len(list) < n {
 		list = append(list, random(rnd))
 	}
@@ -331,7 +341,7 @@ type place struct {
 func placeOf(u Unit) place { return place{u.Call, u.Off} }
 
 // subsets are all plans there are.
-func (k *cut) subsets() (list []plan) {
+func (k *Cut) subsets() (list []plan) {
 	for bits := range 1 << len(k.log) {
 		kept := map[place]bool{}
 		for i, u := range k.log {
@@ -344,7 +354,7 @@ func (k *cut) subsets() (list []plan) {
 
 // regular are the plans with one edge or one exception: by call, and by unit
 // for n units that are picked evenly.
-func (k *cut) regular(rnd *rand.Rand, n int) (list []plan) {
+func (k *Cut) regular(rnd *rand.Rand, n int) (list []plan) {
 	add := func(what string, u Unit, same func(Unit) bool) {
 		at := fmt.Sprintf("%s of call %d (%s at %#x)", what, u.Call, u.Op, u.Off)
 		list = append(list,

@@ -5,6 +5,7 @@ package storetest
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -400,4 +401,14 @@ func (m *Mem) Reopen() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed, m.failed = 0, nil
+}
+
+// Clone is a file of its own with the same contents. Faults and counts are not
+// taken along.
+func (m *Mem) Clone() *Mem {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := New(nil)
+	c.pages, c.size, c.fixed = maps.Clone(m.pages), m.size, m.fixed
+	return c
 }

@@ -1,0 +1,185 @@
+package disktest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+)
+
+// Files are what an image lies in. Data is nil unless it has a data file.
+type Files struct{ Image, Data store.Store }
+
+// Format opens and checks images.
+type Format struct {
+	// Open takes over the files, also when it fails.
+	Open func(ctx context.Context, f Files, readOnly bool) (backing.Device, error)
+
+	// Audit says what is wrong with an image, leaks aside, and how many leaks
+	// there are. It reads only and does not close. It may be nil.
+	Audit func(ctx context.Context, f Files) (leaks int64, err error)
+}
+
+func (f Format) audit(ctx context.Context, files Files) (leaks int64, err error) {
+	if f.Audit == nil {
+		return 0, nil
+	}
+	return f.Audit(ctx, files)
+}
+
+// PowerCuts takes what power cuts can leave while a Run goes on and verifies
+// it: that the audit finds leaks at most, that it opens, that the contents are
+// right, and that all this holds when it is written to.
+type PowerCuts struct {
+	Format Format
+	Oracle *Oracle
+
+	// Files are the image and its data file, if it has one.
+	Files []*storetest.Crash
+
+	// PerSync is how many states are taken before and after each Sync, and
+	// about how often one is at any other call out of PerSync calls.
+	PerSync int
+
+	// Check looks at some of the states, with their names; may be nil.
+	Check func(name string, files []*storetest.Mem) error
+
+	mu     sync.Mutex
+	rnd    *rand.Rand // guarded by mu
+	states int        // guarded by mu
+	most   int        // guarded by mu
+	err    error      // guarded by mu
+}
+
+// Start begins to take up to most states, at calls that rnd picks.
+func (k *PowerCuts) Start(rnd *rand.Rand, most int) {
+	k.rnd, k.most = rnd, most
+	for _, c := range k.Files {
+		c.SetHook(k.hook)
+	}
+}
+
+// Stop ends that. It returns how many states there were and what is wrong with
+// the first that was.
+func (k *PowerCuts) Stop() (states int, err error) {
+	for _, c := range k.Files {
+		c.SetHook(nil)
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.states, k.err
+}
+
+func (k *PowerCuts) hook(x storetest.Call) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	n := k.PerSync
+	if x.Op != storetest.Sync {
+		if !x.Done || k.rnd.IntN(k.PerSync) > 0 {
+			return
+		}
+		n = 2
+	}
+	if n = min(n, k.most-k.states); k.err == nil && n > 0 {
+		k.take(fmt.Sprintf("%s %d+%d (done %v)", x.Op, x.Off, x.Len, x.Done), n)
+	}
+}
+
+// take verifies n states of now. k.mu is held.
+func (k *PowerCuts) take(when string, n int) {
+	m := k.Oracle.Crash() // before the cut: later promises do not bind
+	cuts := storetest.CutPower(k.Files...)
+	var data []*storetest.Mem
+	if len(cuts) > 1 {
+		for _, s := range cuts[1].Crashes(k.rnd, n) {
+			data = append(data, s)
+		}
+	}
+	for name, image := range cuts[0].Crashes(k.rnd, n) {
+		files := []*storetest.Mem{image}
+		if len(cuts) > 1 {
+			files = append(files, data[k.rnd.IntN(len(data))].Clone())
+		}
+		k.states++
+		if err := k.verify(files, name, m); err != nil {
+			k.err = fmt.Errorf("power cut at %s, which kept %s: %w", when, name, err)
+			return
+		}
+	}
+}
+
+// filesOf opens files once more.
+func filesOf(list []*storetest.Mem) (f Files) {
+	for _, m := range list {
+		m.Reopen()
+	}
+	f.Image = list[0]
+	if len(list) > 1 {
+		f.Data = list[1]
+	}
+	return f
+}
+
+// verify looks at one state from the outside and then writes to it.
+func (k *PowerCuts) verify(files []*storetest.Mem, name string, m Moment) error {
+	ctx := context.Background()
+	if _, err := k.Format.audit(ctx, filesOf(files)); err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	if k.Check != nil {
+		if err := k.Check(name, files); err != nil {
+			return err
+		}
+	}
+	dev, err := k.Format.Open(ctx, filesOf(files), true)
+	if err != nil {
+		return fmt.Errorf("open for reading: %w", err)
+	}
+	p, err := contents(ctx, dev)
+	if err = errors.Join(err, dev.Close()); err != nil {
+		return err
+	}
+	if err := k.Oracle.Verify(p, 0, m); err != nil {
+		return err
+	}
+	if err := k.goOn(ctx, files, p); err != nil {
+		return fmt.Errorf("used after it: %w", err)
+	}
+	return nil
+}
+
+// laterVersion is above the versions that scripts write before a power cut.
+const laterVersion = 1 << 24
+
+// goOn opens a state that reads as p for writing, and uses every fourth.
+func (k *PowerCuts) goOn(ctx context.Context, files []*storetest.Mem, p []byte) error {
+	dev, err := k.Format.Open(ctx, filesOf(files), false)
+	if err != nil {
+		return fmt.Errorf("open for writing: %w", err)
+	}
+	again, err := contents(ctx, dev)
+	if err == nil && !bytes.Equal(again, p) {
+		err = errors.New("for writing it has other contents than for reading")
+	}
+	if err == nil && k.states%4 == 0 {
+		r := Run{Dev: dev, Oracle: NewOracle(p)}
+		shape := Shape{Size: int64(len(p)), Ops: 8, Version: laterVersion, Largest: 64 << 10}
+		script := shape.Random(k.rnd)
+		if err = r.Do(ctx, append(script, Batch{{Kind: Flush}})); err != nil {
+			err = fmt.Errorf("%w\n%s", err, script)
+		}
+	}
+	if err = errors.Join(err, dev.Close()); err != nil {
+		return err
+	}
+	if _, err := k.Format.audit(ctx, filesOf(files)); err != nil {
+		return fmt.Errorf("audit at its end: %w", err)
+	}
+	return nil
+}
