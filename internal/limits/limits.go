@@ -258,6 +258,22 @@ const (
 	// neighbours lie together.
 	MapCache = 64 << 20
 
+	// L2Slice is how much of an L2 table of a writable image is read, cached
+	// and written as one, in bytes: what QEMU's cache uses too. A power of two.
+	L2Slice = 4 << 10
+
+	// DirtySlices bounds the slices of one image that wait for a commit: 4 MiB
+	// of L2 tables.
+	DirtySlices = 1024
+
+	// CommitDelay is how long a change of the mapping waits for the guest's
+	// flush before it is committed without.
+	CommitDelay = 5 * time.Second
+
+	// MaxFill is the largest write that is copied so that what is around it in
+	// its clusters goes with it in one call.
+	MaxFill = 256 << 10
+
 	// MapPage is the guest range whose mapping is loaded and evicted as one:
 	// 512 clusters of 64 KiB, what a 4 KiB slice of an L2 table maps. A power
 	// of two.

@@ -3,14 +3,11 @@ package qcow2
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // defaultPreferred is the request size of a chain whose top layer does not say
@@ -30,24 +27,29 @@ type chainDevice struct {
 }
 
 // Open opens the image in st and serves it with what lies below. It takes over
-// st, o.Backing and o.DataFile, also when it fails. It fails as OpenImage does,
-// and with ErrNotSupported unless o.ReadOnly.
+// st, o.Backing and o.DataFile, also when it fails. It fails as OpenImage does;
+// without o.ReadOnly also for every image that must not be written to.
 func Open(ctx context.Context, st store.Store, o Options) (backing.Device, error) {
 	top, err := OpenImage(ctx, st, o)
 	if err != nil {
 		return nil, err
 	}
-	if !o.ReadOnly {
-		return nil, errors.Join(&backing.Error{Op: "open", Path: o.Path, Off: -1, Kind: backing.ErrNotSupported,
-			Err: errors.New("qcow2 images can only be served read-only")}, top.Close())
+	if o.ReadOnly {
+		return NewChainDevice(top, o), nil
 	}
-	return NewChainDevice(top, o), nil
+	d, err := openDisk(ctx, top, o)
+	if err != nil {
+		return nil, errors.Join(refusal(o.Path, err), top.Close())
+	}
+	return d, nil
 }
 
 // NewChainDevice serves a chain of layers for reading. It takes over top and
 // what is below; Close closes them. Of o it uses Path, CacheBytes and
 // ClusterBytes. The dynamic types of the layers' stores must be comparable.
-func NewChainDevice(top Layer, o Options) backing.Device {
+func NewChainDevice(top Layer, o Options) backing.Device { return newChainDevice(top, o) }
+
+func newChainDevice(top Layer, o Options) *chainDevice {
 	d := &chainDevice{chain: newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes), path: o.Path}
 	d.info = backing.Info{
 		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred,
@@ -75,80 +77,23 @@ func (d *chainDevice) ReadAt(ctx context.Context, p []byte, off int64) error {
 }
 
 func (d *chainDevice) readAt(ctx context.Context, p []byte, off int64) error {
-	var batch *clusterBatch
+	g := gather{cache: d.clusters}
+	defer g.free()
 	for k := d.cursor(off, int64(len(p))); k.off < k.end; {
 		x, err := k.next(ctx)
 		if err != nil {
-			batch.free()
 			return err
 		}
-		to := p[k.off-x.n-off : k.off-off]
-		switch x.kind {
-		case Compressed:
-			if batch == nil {
-				batch = clusterBatches.Get().(*clusterBatch)
-			}
-			err = batch.add(ctx, d.clusters, &x, to)
-		case Data:
-			err = readData(ctx, &x, to)
-		case Damaged:
-			err = x.err()
-		default:
-			clear(to)
+		s := x.span()
+		var end int64
+		if s.Store != nil {
+			end = x.page.ends[x.ref]
 		}
-		if err != nil {
-			batch.free()
+		if err := g.read(ctx, &s, end, p[k.off-x.n-off:k.off-off]); err != nil {
 			return err
 		}
 	}
-	if batch == nil {
-		return nil
-	}
-	defer batch.free()
-	return d.clusters.readAll(ctx, batch.reads)
-}
-
-// readData fills p. What a file never had of its last cluster is zero; what it
-// had and has no more is an error.
-func readData(ctx context.Context, x *piece, p []byte) error {
-	n, err := x.store().ReadAt(ctx, p, x.off)
-	if err != nil {
-		return err
-	}
-	if n < len(p) && x.off+int64(n) < x.page.ends[x.ref] {
-		return fmt.Errorf("file is shorter than it was: %w", io.ErrUnexpectedEOF)
-	}
-	clear(p[n:])
-	return nil
-}
-
-// clusterBatch gathers what one request wants of compressed clusters.
-type clusterBatch struct{ reads []clusterRead }
-
-var clusterBatches = sync.Pool{New: func() any {
-	return &clusterBatch{make([]clusterRead, 0, limits.ClusterBatch)}
-}}
-
-// add has x read into p, now or later.
-func (b *clusterBatch) add(ctx context.Context, c *clusterCache, x *piece, p []byte) error {
-	if len(b.reads) == cap(b.reads) {
-		if err := c.readAll(ctx, b.reads); err != nil {
-			return err
-		}
-		b.reads = b.reads[:0]
-	}
-	key := clusterKey{store: x.store(), off: x.off, inLen: int64(x.inLen), size: int64(x.cluster), codec: x.codec}
-	b.reads = append(b.reads, clusterRead{key: key, skip: int64(x.skip), p: p})
-	return nil
-}
-
-// free lets go of the request's memory. b may be nil.
-func (b *clusterBatch) free() {
-	if b != nil {
-		clear(b.reads)
-		b.reads = b.reads[:0]
-		clusterBatches.Put(b)
-	}
+	return g.finish(ctx)
 }
 
 // Cache loads the mapping of the range and asks the stores to read ahead what
@@ -201,7 +146,7 @@ func (d *chainDevice) Map(op engine.Op, off, n int64, m *backing.Mapping) error 
 // whole.
 type join struct {
 	sum, part backing.Mapping
-	leases    [backing.MaxRuns]backing.Lease
+	leases    [backing.MaxRuns + 1]backing.Lease
 	n         int // number of leases
 }
 
@@ -213,23 +158,37 @@ func (j *join) add(op engine.Op, x *piece) bool {
 	case Absent, Zero:
 		return j.run(backing.Run{Len: x.n})
 	case Data:
-	default:
+		return j.mapped(x.store().Map(op, x.off, x.n, &j.part))
+	}
+	return false
+}
+
+// mapped takes in what is in j.part, if err is nil and there is room.
+func (j *join) mapped(err error) bool {
+	if err != nil {
 		return false
 	}
-	if j.n == len(j.leases) || x.store().Map(op, x.off, x.n, &j.part) != nil {
-		return false
-	}
-	if j.part.Lease != nil {
-		j.leases[j.n] = j.part.Lease
-		j.n++
+	ok := j.keep(j.part.Lease)
+	if ok {
+		j.part.Lease = nil
 	}
 	for _, r := range j.part.Runs[:j.part.N] {
-		if !j.run(r) {
-			return false
-		}
+		ok = ok && j.run(r)
 	}
-	j.part.Lease = nil
 	j.part.Release()
+	return ok
+}
+
+// keep makes a lease, if there is one, part of that of the whole.
+func (j *join) keep(l backing.Lease) bool {
+	switch {
+	case l == nil:
+		return true
+	case j.n == len(j.leases):
+		return false
+	}
+	j.leases[j.n] = l
+	j.n++
 	return true
 }
 
@@ -259,6 +218,9 @@ func (j *join) give(m *backing.Mapping) {
 	}
 	j.abandon()
 }
+
+// lease makes the mapping last as long as l.
+func (j *join) lease(l backing.Lease) { j.keep(l) }
 
 // Release ends the leases of all pieces.
 func (j *join) Release() { j.abandon() }

@@ -1,7 +1,8 @@
-// Package qcow2 serves a qcow2 image and its backing chain, read-only.
+// Package qcow2 serves a qcow2 image and its backing chain.
 //
-// An image is the top layer of a chain of immutable layers; one flattened map
-// of extents answers for all of them (chain.go).
+// Read-only, an image is the top layer of a chain of immutable layers; one
+// flattened map of extents answers for all of them (chain.go). For writing, the
+// image is a disk above such a chain (disk.go).
 //
 // The package opens no files: package open resolves the names that images
 // contain and hands over what it permitted.
@@ -17,7 +18,7 @@ import (
 // Options says how an image is opened.
 type Options struct {
 	Path     string // for errors and logs only
-	ReadOnly bool   // without it, Open refuses
+	ReadOnly bool   // without it, Open writes
 
 	// Backing is what lies below, nil for nothing. The device closes it.
 	Backing Layer
@@ -29,9 +30,17 @@ type Options struct {
 	// Snapshot serves the internal snapshot with this ID or name.
 	Snapshot string
 
+	// Lenient reads an image as QEMU does, to rescue data: what lies beyond the
+	// end of the file is zeroes, reserved bits of entries do not count, and
+	// clusters may lie in metadata. Only with ReadOnly.
+	Lenient bool
+
 	// CacheBytes bounds the mapping that is kept in memory, ClusterBytes the
 	// decompressed clusters; 0 is limits.MapCache and limits.ClusterCache.
 	CacheBytes, ClusterBytes int64
+
+	// Discard is what becomes of clusters that the guest trims.
+	Discard Discard
 
 	Log *slog.Logger // nil: slog.Default
 }

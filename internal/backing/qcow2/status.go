@@ -28,9 +28,9 @@ func (d *chainDevice) Describe(ctx context.Context, name string, off, n int64, f
 	if !slices.Contains(chainDescriptions, name) {
 		return backing.ErrInvalid
 	}
-	return d.wrap("describe", off, n, runs(ctx, d.cursor(off, n), f, depthOf, func(n int64, depth uint32) bool {
-		return yield(backing.Status{Len: n, Value: depth})
-	}))
+	r := depthRuns(f, yield)
+	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, depthOf(x)) })
+	return d.wrap("describe", off, n, r.end(err))
 }
 
 func depthOf(x *piece) uint32 {
@@ -43,10 +43,20 @@ func depthOf(x *piece) uint32 {
 // Extents reports as holes what no layer has allocated. What is damaged counts
 // as data: who reads it finds out.
 func (d *chainDevice) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
-	return d.wrap("extents", off, n, runs(ctx, d.cursor(off, n), f, stateOf, func(n int64, e backing.Extent) bool {
-		e.Len = n
-		return yield(e)
-	}))
+	r := extentRuns(f, yield)
+	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, stateOf(x)) })
+	return d.wrap("extents", off, n, r.end(err))
+}
+
+// pieces calls f for each piece of a range until it wants no more.
+func (d *chainDevice) pieces(ctx context.Context, off, n int64, f func(*piece) bool) error {
+	for k := d.cursor(off, n); k.off < k.end; {
+		x, err := k.next(ctx)
+		if err != nil || !f(&x) {
+			return err
+		}
+	}
+	return nil
 }
 
 // stateOf is an extent without its length.
@@ -60,27 +70,46 @@ func stateOf(x *piece) (e backing.Extent) {
 	return e
 }
 
-// runs yields what of says of each piece, equal neighbours as one. It honours
-// ReqOne.
-func runs[S comparable](ctx context.Context, k cursor, f backing.Flags, of func(*piece) S, yield func(int64, S) bool) error {
-	var n int64
-	var state S
-	for k.off < k.end {
-		x, err := k.next(ctx)
-		if err != nil {
-			return err
-		}
-		s := of(&x)
-		if n > 0 && (s != state || n >= longestRun) {
-			if !yield(n, state) || f&backing.ReqOne != 0 {
-				return nil
-			}
-			n = 0
-		}
-		n, state = n+x.n, s
+// runs yields equal neighbours as one. It honours ReqOne.
+type runs[S comparable] struct {
+	flags backing.Flags
+	yield func(n int64, state S) bool
+
+	n     int64 // bytes of the run so far
+	state S
+	done  bool // yield wants no more
+}
+
+func depthRuns(f backing.Flags, yield func(backing.Status) bool) *runs[uint32] {
+	return &runs[uint32]{flags: f, yield: func(n int64, depth uint32) bool {
+		return yield(backing.Status{Len: n, Value: depth})
+	}}
+}
+
+func extentRuns(f backing.Flags, yield func(backing.Extent) bool) *runs[backing.Extent] {
+	return &runs[backing.Extent]{flags: f, yield: func(n int64, e backing.Extent) bool {
+		e.Len = n
+		return yield(e)
+	}}
+}
+
+// add takes the state of the next n bytes and reports whether more is wanted.
+func (r *runs[S]) add(n int64, s S) bool {
+	if r.n > 0 && (s != r.state || r.n >= longestRun) {
+		r.done = !r.yield(r.n, r.state) || r.flags&backing.ReqOne != 0
+		r.n = 0
 	}
-	if n > 0 {
-		yield(n, state)
+	if r.done {
+		return false
 	}
-	return nil
+	r.n, r.state = r.n+n, s
+	return true
+}
+
+// end yields what is left, unless the walk failed.
+func (r *runs[S]) end(err error) error {
+	if err == nil && !r.done && r.n > 0 {
+		r.yield(r.n, r.state)
+	}
+	return err
 }

@@ -36,6 +36,26 @@ type Cluster struct {
 // Unallocated is the cluster of an empty entry.
 var Unallocated = Cluster{Host: NoHost}
 
+// SubKind is what a subcluster of a Cluster is.
+type SubKind uint8
+
+const (
+	SubAbsent SubKind = iota // it comes from the backing file
+	SubZero                  // it reads as zeroes
+	SubData                  // its data are in the host cluster
+)
+
+// Kind of subcluster i.
+func (c *Cluster) Kind(i int64) SubKind {
+	switch bit := uint32(1) << i; {
+	case c.Data&bit != 0:
+		return SubData
+	case c.Zero&bit != 0:
+		return SubZero
+	}
+	return SubAbsent
+}
+
 // HasHost reports whether a whole host cluster belongs to c.
 func (c *Cluster) HasHost() bool { return c.Host != NoHost && !c.Compressed }
 

@@ -1,0 +1,193 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// disk serves an image for reading and writing, above an immutable chain.
+//
+// A write to clusters that are the disk's alone goes to them straight. Any
+// other claims its clusters (claim.go), writes them to reserved space and then
+// links them in the mapping in memory (l2.go). The file learns of that by a
+// commit (commit.go), in an order that leaves at worst a leak behind wherever
+// it is cut off. What was unlinked waits in quarantine (epoch.go).
+type disk struct {
+	backing.Unsupported
+	path   string
+	log    *slog.Logger
+	header *format.Header
+	g      format.Geometry
+	info   backing.Info
+
+	st, data store.Store // the image, and what has the guest clusters
+	end      int64       // where st ended when the disk was opened
+	space    *space.Space
+	below    *chainDevice // nil for nothing
+	clusters *clusterCache
+	discard  Discard
+
+	m        mapping
+	claims   map[int64]*claim // guarded by m.mu; by guest cluster
+	epoch    *epoch           // guarded by m.mu
+	unlinked []space.Ref      // guarded by m.mu; since the last commit began
+
+	commits    commits
+	quarantine []quarantined // the commit's own; oldest first
+}
+
+// Discard says what becomes of host clusters that the guest trims.
+type Discard uint8
+
+const (
+	Unmap       Discard = iota // they are freed
+	KeepCluster                // they stay allocated and read as zeroes
+	IgnoreTrim                 // nothing
+)
+
+// openDisk takes over top. It refuses what cannot be written to safely.
+func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
+	h := top.header
+	if err := writableImage(h, o); err != nil {
+		return nil, err
+	}
+	if _, _, err := ReadSnapshots(ctx, top.st, h, limits.SnapshotTable); err != nil {
+		return nil, err
+	}
+	r, err := audit(ctx, top.st, h)
+	if err != nil {
+		return nil, err
+	}
+	log := o.Log
+	if log == nil {
+		log = slog.Default()
+	}
+	if r.Leaks > 0 {
+		log.Warn("image has leaked clusters", "path", o.Path, "clusters", r.Leaks)
+	}
+	d := &disk{
+		path: o.Path, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
+		clusters: newClusterCache(o.ClusterBytes), discard: o.Discard,
+		claims: map[int64]*claim{}, epoch: new(epoch),
+	}
+	if d.space, err = space.New(top.st, h, r, log); err != nil {
+		return nil, err
+	}
+	if top.below != nil {
+		d.below = newChainDevice(top.below, o)
+		d.below.clusters = d.clusters
+	}
+	d.m.init(&d.g, top.l1, o.CacheBytes)
+	d.commits.init(d)
+	d.info = backing.Info{
+		Size: top.size, MinBlock: 1, Preferred: max(4096, min(d.g.SubSize, defaultPreferred)),
+		Caps: backing.CanWrite | backing.CanFlush | backing.CanFUA | backing.CanTrim | backing.CanZero |
+			backing.CanFastZero | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
+	}
+	return d, d.clearAutoclear(ctx)
+}
+
+// writableImage refuses marks in the header that stand against writing.
+func writableImage(h *format.Header, o Options) error {
+	switch {
+	case o.Snapshot != "":
+		return invalid(o.Path, "a snapshot can only be served read-only")
+	case h.Incompat&format.IncompatCorrupt != 0:
+		return invalid(o.Path, "image is marked corrupt, it can only be served read-only")
+	case h.Incompat&format.IncompatDirty != 0:
+		return invalid(o.Path, "image was not closed properly, check and repair it first")
+	case h.BitmapsErr != nil:
+		return invalid(o.Path, "%w", h.BitmapsErr)
+	}
+	return nil
+}
+
+// audit holds the whole mapping against the refcounts: an image where they
+// disagree must not be written to.
+func audit(ctx context.Context, st store.Store, h *format.Header) (*check.Report, error) {
+	r, err := check.Run(ctx, st, h, check.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if r.Corruptions == 0 && r.Errors == 0 {
+		return r, nil
+	}
+	first := ""
+	for _, p := range r.Problems {
+		if !p.Leak {
+			first = ": " + p.Text
+			break
+		}
+	}
+	return nil, format.Corrupt(fmt.Sprintf("image is corrupt, it can only be served read-only (%d problems%s)",
+		r.Corruptions+r.Errors, first))
+}
+
+// clearAutoclear clears the bits of features that writing would break (section
+// "Header", autoclear_features), before the first write.
+func (d *disk) clearAutoclear(ctx context.Context) error {
+	h := d.header
+	keep := h.Autoclear & format.AutoclearRawData
+	if h.Version < 3 || h.Autoclear == keep {
+		return nil
+	}
+	err := d.st.WriteAt(ctx, binary.BigEndian.AppendUint64(nil, keep), format.OffAutoclear, false)
+	if err == nil {
+		err = d.st.Sync(ctx)
+	}
+	return err
+}
+
+// Info is the same in every call.
+func (d *disk) Info() backing.Info { return d.info }
+
+// wrap gives err its place, unless it has one or the caller gave up waiting.
+func (d *disk) wrap(op string, off, n int64, err error) error {
+	return backing.WrapIn(op, d.path, off, n, err)
+}
+
+// Close commits what is left and closes all files. No request is in flight and
+// no Mapping open. What a failure leaves behind are leaks.
+func (d *disk) Close() error {
+	err := d.commits.stop()
+	if err == nil {
+		err = d.space.Trim(context.Background())
+	}
+	err = errors.Join(err, d.st.Close())
+	if d.data != d.st {
+		err = errors.Join(err, d.data.Close())
+	}
+	if d.below != nil {
+		err = errors.Join(err, d.below.Close())
+	}
+	return d.wrap("close", -1, 0, err)
+}
+
+// Cache is a hint that is passed on for data.
+func (d *disk) Cache(ctx context.Context, off, n int64) error {
+	return d.wrap("cache", off, n, d.eachSpan(ctx, off, n, func(at int64, s *Span) error {
+		var err error
+		switch {
+		case s.Kind == Data:
+			err = s.Store.Cache(ctx, s.Off, s.Len)
+		case s.Kind == Absent && d.belowHas(at) > 0:
+			err = d.below.Cache(ctx, at, min(s.Len, d.belowHas(at)))
+		}
+		if errors.Is(err, backing.ErrNotSupported) {
+			err = nil
+		}
+		return err
+	}))
+}
+
+var _ backing.Device = (*disk)(nil)

@@ -1,0 +1,229 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+)
+
+// zeroBlock is what is written where the mapping cannot say zero.
+var zeroBlock [64 << 10]byte
+
+// Zero makes a range read as zeroes, by its mapping as far as it has whole
+// subclusters. ErrNotSupported, with nothing changed, where the image cannot
+// say so: version 2 above a backing file.
+func (d *disk) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	err := d.zero(ctx, off, n, f)
+	if err == nil && f&backing.FUA != 0 {
+		return d.Flush(ctx)
+	}
+	return d.wrap("zero", off, n, err)
+}
+
+func (d *disk) zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	from, to := d.inner(off, off+n)
+	if from >= to {
+		return d.zeroBytes(ctx, off, off+n)
+	}
+	keep := f&backing.NoHole != 0
+	if !d.canZero(keep) {
+		return backing.ErrNotSupported
+	}
+	if err := d.zeroBytes(ctx, off, from); err != nil {
+		return err
+	}
+	absent := func(off int64) bool { return !keep && d.belowHas(off) == 0 }
+	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
+			return d.zeroed(old, subs, keep)
+		})
+	})
+	if err != nil {
+		return err
+	}
+	return d.zeroBytes(ctx, to, off+n)
+}
+
+// canZero reports whether an entry can say that a cluster reads as zeroes, with
+// keep one that has a host cluster.
+func (d *disk) canZero(keep bool) bool {
+	return !d.g.DataFile && (d.g.Version > 2 || d.below == nil && !keep)
+}
+
+// inner is what there is of whole subclusters in [off, end). The last one of
+// the disk counts as whole.
+func (d *disk) inner(off, end int64) (from, to int64) {
+	mask := d.g.SubSize - 1
+	from, to = (off+mask)&^mask, end&^mask
+	if end == d.info.Size {
+		to = (end + mask) &^ mask
+	}
+	return from, to
+}
+
+// zeroBytes writes zeroes to a range of less than two subclusters, unless it is
+// zero.
+func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
+	if off >= end {
+		return nil
+	}
+	defer d.use().Release()
+	if zero, err := d.isZero(ctx, off, end); err != nil || zero {
+		return err
+	}
+	for n := int64(0); off < end; off += n {
+		n = min(end-off, int64(len(zeroBlock)))
+		if err := d.writeAt(ctx, zeroBlock[:n], off, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eachStretch calls f for the clusters of [from, to), as many at a time as lie
+// in one slice and nobody has claimed, with d.m.mu locked. f says how many of
+// them it did; what it cannot do is written as zeroes. Where there is no L2
+// table and absent says that none is needed, f is not called.
+func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
+	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
+		if off := first << d.g.ClusterBits; absent(off) && d.noTable(off) {
+			first = (off/d.g.L2Coverage + 1) * d.g.L2Entries
+			continue
+		}
+		if err := d.commits.makeRoom(ctx); err != nil {
+			return err
+		}
+		s, n, err := d.lockClusters(ctx, first, end-first)
+		if err != nil {
+			return err
+		}
+		n, err = f(s, first, n)
+		d.m.mu.Unlock()
+		if first += n; err == errCompressed {
+			at := first << d.g.ClusterBits
+			err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.info.Size))
+			first++
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// noTable reports whether a part of the disk has no L2 table.
+func (d *disk) noTable(off int64) bool {
+	d.m.mu.RLock()
+	defer d.m.mu.RUnlock()
+	return d.m.l1[off/d.g.L2Coverage] == 0
+}
+
+// eachCluster makes of n clusters from first on what f says, given those of
+// their subclusters that lie in [from, to), until f fails. With d.m.mu.
+func (d *disk) eachCluster(s *slice, first, n, from, to int64, f func(old *format.Cluster, subs uint32) (format.Cluster, error)) (done int64, err error) {
+	for ; done < n; done++ {
+		i := first%d.m.entries + done
+		old := d.cluster(s, i)
+		c, err := f(&old, d.touched(first+done, from, to))
+		if err != nil {
+			return done, err
+		}
+		if c == old {
+			continue
+		}
+		d.set(s, i, c)
+		if c.Host != old.Host || c.Compressed != old.Compressed {
+			d.release(&old)
+		}
+	}
+	return n, nil
+}
+
+// errCompressed says that a part of a compressed cluster cannot be changed.
+var errCompressed = errors.New("cluster is compressed")
+
+// zeroed is a cluster that reads as zeroes in subs. With keep it has a host
+// cluster. With d.m.mu.
+func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Cluster, error) {
+	all := subs == d.g.AllSubs()
+	if old.Compressed && !all {
+		return *old, errCompressed
+	}
+	c := format.Cluster{Host: old.Host, Copied: old.Copied, Data: old.Data &^ subs, Zero: old.Zero | subs}
+	switch {
+	case !keep && c.Data == 0:
+		c.Host, c.Copied = format.NoHost, false
+	case keep && (!old.HasHost() || !old.Copied && all):
+		r, err := d.space.Reserve(d.g.ClusterSize)
+		if err != nil {
+			return *old, err
+		}
+		c.Host, c.Copied = r.Off, true
+	}
+	if d.g.Version < 3 {
+		c.Zero = 0
+	}
+	return c, nil
+}
+
+// Trim frees the host clusters of whole subclusters, which then read as zeroes,
+// as far as the image can say so; else it does nothing.
+func (d *disk) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
+	err := d.trim(ctx, off, n)
+	if err == nil && f&backing.FUA != 0 {
+		return d.Flush(ctx)
+	}
+	return d.wrap("trim", off, n, err)
+}
+
+func (d *disk) trim(ctx context.Context, off, n int64) error {
+	from, to := d.inner(off, off+n)
+	if from >= to || d.discard == IgnoreTrim {
+		return nil
+	}
+	if d.g.DataFile {
+		return d.punchData(ctx, from, min(to, d.info.Size))
+	}
+	absent := func(int64) bool { return true }
+	return d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
+			return d.trimmed(old, subs), nil
+		})
+	})
+}
+
+// trimmed is a cluster whose contents in subs do not matter. With d.m.mu.
+func (d *disk) trimmed(old *format.Cluster, subs uint32) format.Cluster {
+	all := subs == d.g.AllSubs()
+	if *old == format.Unallocated || old.Compressed && !all || d.g.Version < 3 && d.below != nil {
+		return *old
+	}
+	gone := subs & old.Data
+	c := format.Cluster{Host: old.Host, Copied: old.Copied, Data: old.Data &^ gone, Zero: old.Zero | gone}
+	keep := d.discard == KeepCluster && old.HasHost() && d.g.Version > 2
+	if c.Data == 0 && !keep {
+		c.Host, c.Copied = format.NoHost, false
+	}
+	if all && !keep && d.below == nil || d.g.Version < 3 {
+		c.Zero = 0
+	}
+	return c
+}
+
+// punchData frees what a data file has of a range. A file that cannot do that
+// stays as it is.
+func (d *disk) punchData(ctx context.Context, from, to int64) error {
+	defer d.use().Release()
+	err := d.eachSpan(ctx, from, to-from, func(_ int64, s *Span) error {
+		if s.Kind != Data {
+			return nil
+		}
+		return d.data.Punch(ctx, s.Off, s.Len)
+	})
+	if errors.Is(err, backing.ErrNotSupported) {
+		return nil
+	}
+	return err
+}
