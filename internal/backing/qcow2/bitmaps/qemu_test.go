@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -111,7 +112,7 @@ func header(t testing.TB, st store.Store) *format.Header {
 func load(t testing.TB, st store.Store) (*bitmaps.Set, *format.Header) {
 	t.Helper()
 	h := header(t, st)
-	s, err := bitmaps.Load(ctx, st, h, int64(h.Size), bitmaps.Options{})
+	s, err := bitmaps.Load(ctx, st, h, int64(h.Size), bitmaps.Options{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatalf("load: %v", err)
 	}
@@ -135,7 +136,7 @@ func allocator(t testing.TB, st store.Store, h *format.Header) *space.Space {
 	if r.Corruptions != 0 {
 		t.Fatalf("the image is corrupt: %v", r.Problems)
 	}
-	sp, err := space.New(st, h, r, nil)
+	sp, err := space.New(st, h, r, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
