@@ -7,14 +7,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// Bits of table entries (section "Cluster mapping"). The walker takes entries
-// apart itself: what is wrong in one place says nothing about the others.
-const (
-	offsetBits = 0x00fffffffffffe00
-	l1Unused   = 0x7f000000000001ff
-	l2Unused   = 0x3f000000000001fe
-)
-
 func (w *walker) activeL1() error {
 	return w.l1Table(int64(w.h.L1Offset), int64(w.h.L1Size), true, "the active L1 table")
 }
@@ -47,12 +39,14 @@ func (w *walker) l1Table(off, entries int64, active bool, what string) error {
 	})
 }
 
+// l1Entry takes an entry apart itself, as all of the walker: what is wrong in
+// one place says nothing about the others.
 func (w *walker) l1Entry(e uint64, i int, active bool, what string) {
 	if e == 0 {
 		return
 	}
-	off := int64(e & offsetBits)
-	if e&l1Unused != 0 {
+	off := int64(e & format.OffsetMask)
+	if e&format.L1Reserved != 0 {
 		w.corrupt(1, "%s, entry %d: %#x has reserved bits set", what, i, e)
 	}
 	if off == 0 {

@@ -96,10 +96,10 @@ func (t *l2Table) overlap(off, n int64, e uint64) {
 }
 
 func (t *l2Table) standard(e, bitmap uint64) {
-	if e&l2Unused != 0 {
+	if e&format.L2Reserved != 0 {
 		t.bad("has reserved bits set", e)
 	}
-	off, copied := int64(e&offsetBits), e&format.FlagCopied != 0
+	off, copied := int64(e&format.OffsetMask), e&format.FlagCopied != 0
 	zero := e&format.FlagZero != 0 && !t.g.Extended
 	if zero && t.g.Version < 3 {
 		t.bad("of a version 2 image has the zero flag set", e)

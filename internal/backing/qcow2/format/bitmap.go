@@ -169,7 +169,7 @@ func (m *Bitmap) append(b []byte) []byte {
 // of bits, or 0, and then ones says what they all are. It does not know where
 // clusters may lie. Its errors are Corrupt.
 func (g *Geometry) DecodeBitmapTable(e uint64) (off int64, ones bool, err error) {
-	off, ones = int64(e&offsetMask), e&bitmapOnes != 0
+	off, ones = int64(e&OffsetMask), e&bitmapOnes != 0
 	switch {
 	case e&bitmapReserved != 0 || ones && off != 0:
 		return 0, false, corrupt("bitmap table entry %#x has reserved bits set", e)

@@ -6,9 +6,14 @@ const (
 	FlagCompressed = 1 << 62
 	FlagZero       = 1
 
-	offsetMask   = 0x00fffffffffffe00
-	l1Reserved   = 0x7f000000000001ff
-	l2Reserved   = 0x3f000000000001fe
+	// OffsetMask takes the host offset out of an entry that is not compressed.
+	OffsetMask = 0x00fffffffffffe00
+
+	// L1Reserved and L2Reserved must be 0, the latter in entries that are not
+	// compressed.
+	L1Reserved = 0x7f000000000001ff
+	L2Reserved = 0x3f000000000001fe
+
 	maxHostShift = 56
 )
 
@@ -62,9 +67,9 @@ func (c *Cluster) HasHost() bool { return c.Host != NoHost && !c.Compressed }
 // DecodeL1 splits an entry of an L1 table. off is 0 for "no table". It does
 // not know where tables may lie.
 func (g *Geometry) DecodeL1(e uint64) (off int64, copied bool, err error) {
-	off = int64(e & offsetMask)
+	off = int64(e & OffsetMask)
 	switch {
-	case e&l1Reserved != 0:
+	case e&L1Reserved != 0:
 		return 0, false, corrupt("L1 entry %#x has reserved bits set", e)
 	case !g.Aligned(off):
 		return 0, false, corrupt("L2 table at %#x is not on a cluster boundary", off)
@@ -87,10 +92,10 @@ func (g *Geometry) DecodeL2(word, bitmap uint64) (Cluster, error) {
 	switch {
 	case word&FlagCompressed != 0:
 		return g.decodeCompressed(word)
-	case word&l2Reserved != 0:
+	case word&L2Reserved != 0:
 		return Unallocated, corrupt("L2 entry %#x has reserved bits set", word)
 	}
-	c := Cluster{Host: int64(word & offsetMask), Copied: word&FlagCopied != 0}
+	c := Cluster{Host: int64(word & OffsetMask), Copied: word&FlagCopied != 0}
 	switch {
 	case !g.Aligned(c.Host):
 		return Unallocated, corrupt("cluster at %#x is not on a cluster boundary", c.Host)

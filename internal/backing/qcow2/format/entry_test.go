@@ -68,7 +68,7 @@ func TestStandardEntries(t *testing.T) {
 		{"data, copied", v3, host | FlagCopied, 0, Cluster{Host: host, Data: 1, Copied: true}, true},
 		{"zero", v3, 1, 0, Cluster{Host: NoHost, Zero: 1}, true},
 		{"zero, allocated", v3, host | 1 | FlagCopied, 0, Cluster{Host: host, Zero: 1, Copied: true}, true},
-		{"last offset", v3, offsetMask &^ 0xffff, 0, Cluster{Host: offsetMask &^ 0xffff, Data: 1}, true},
+		{"last offset", v3, OffsetMask &^ 0xffff, 0, Cluster{Host: OffsetMask &^ 0xffff, Data: 1}, true},
 		{"unaligned", v3, host + 0x200, 0, Cluster{}, false},
 		{"copied without cluster", v3, FlagCopied, 0, Cluster{}, false},
 		{"copied zero without cluster", v3, FlagCopied | 1, 0, Cluster{}, false},
