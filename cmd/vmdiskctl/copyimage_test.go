@@ -72,3 +72,17 @@ func TestCopyFromDamagedImageFails(t *testing.T) {
 		t.Error("half a copy was left")
 	}
 }
+
+func TestCopyFromDamagedImageLeniently(t *testing.T) {
+	dir := t.TempDir()
+	base, top, raw := filepath.Join(dir, "base"), filepath.Join(dir, "top"), filepath.Join(dir, "raw")
+	must(t, os.WriteFile(base, bytes.Repeat([]byte{1}, 1<<20), 0o600))
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", top)
+	patchImage(t, top, 0x30000, 0x80, 0, 0, 0x10, 0, 0, 0, 0) // the L2 table lies beyond the end
+	tool(t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", top, raw)
+	ours := filepath.Join(dir, "ours")
+	want(t, exitFailed, "copy", "-f", "qcow2", "--backing=same-dir", top, ours)
+	want(t, exitDone, "copy", "-f", "qcow2", "--backing=same-dir", "--lenient", top, ours)
+	sameBytes(t, ours, raw)
+}

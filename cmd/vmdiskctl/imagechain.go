@@ -16,10 +16,11 @@ type chainFlags struct {
 	backing                 string
 	backingFiles, dataFiles []string
 	snapshot                string
+	lenient                 bool
 }
 
 // chainFlagNames are the flags that add makes.
-var chainFlagNames = []string{"backing", "backing-file", "data-file", "snapshot"}
+var chainFlagNames = []string{"backing", "backing-file", "data-file", "snapshot", "lenient"}
 
 func (f *chainFlags) add(c *cobra.Command) {
 	n := c.Flags()
@@ -27,6 +28,7 @@ func (f *chainFlags) add(c *cobra.Command) {
 	n.StringArrayVar(&f.backingFiles, "backing-file", nil, "PATH[:FORMAT] of the backing file, instead of what the image says; again for the next below")
 	n.StringArrayVar(&f.dataFiles, "data-file", nil, "PATH of the external data file, instead of what the image says")
 	n.StringVar(&f.snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
+	n.BoolVar(&f.lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
 }
 
 // check refuses flags that c was given in vain.
@@ -50,7 +52,9 @@ func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *ope
 		return nil, nil, usageError{err}
 	}
 	e := engine.NewPool(chainWorkers)
-	i, err = open.OpenImage(ctx, open.Spec{Path: path, Format: format, ReadOnly: true, Engine: e, Backing: policy, Snapshot: f.snapshot})
+	i, err = open.OpenImage(ctx, open.Spec{
+		Path: path, Format: format, ReadOnly: true, Engine: e, Backing: policy, Snapshot: f.snapshot, Lenient: f.lenient,
+	})
 	if err != nil {
 		return nil, nil, errors.Join(err, e.Close())
 	}

@@ -53,6 +53,7 @@ type raw struct {
 	noSR, noMC                   bool
 	format, cache, lock, engine  string
 	backing, snapshot            string
+	lenient                      bool
 	backingFiles, dataFiles      []string
 	timeout, drain, poll         time.Duration
 	later                        map[string]*string
@@ -88,6 +89,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringArrayVar(&r.backingFiles, "backing-file", nil, "`PATH[:FORMAT]` of the backing file, instead of what the image says; again for the next below")
 	f.StringArrayVar(&r.dataFiles, "data-file", nil, "`PATH` of the external data file, instead of what the image says")
 	f.StringVar(&r.snapshot, "snapshot", "", "`ID|NAME` of the internal snapshot to serve")
+	f.BoolVar(&r.lenient, "lenient", false, "with --readonly: read damaged places of a qcow2 image as QEMU does")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
@@ -220,7 +222,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 
 // chain checks the options of qcow2 images.
 func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
-	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot"} {
+	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot", "lenient"} {
 		if f.Changed(name) && r.format != "qcow2" {
 			return usagef("--%s needs --format=qcow2", name)
 		}
@@ -228,7 +230,10 @@ func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
 	if f.Changed("snapshot") && r.snapshot == "" {
 		return usagef("--snapshot: want an ID or a name")
 	}
-	c.Snapshot = r.snapshot
+	if r.lenient && !r.readonly {
+		return usagef("--lenient needs --readonly")
+	}
+	c.Snapshot, c.Lenient = r.snapshot, r.lenient
 	var err error
 	if c.Backing, err = daemon.ParseBacking(r.backing, r.backingFiles, r.dataFiles); err != nil {
 		return usagef("%v", err)

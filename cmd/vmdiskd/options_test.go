@@ -78,6 +78,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		{"-r --format=qcow2 --backing=same-dir --snapshot=s1 disk.img", func(c daemon.Config) bool {
 			return c.Backing.Mode == "same-dir" && c.Snapshot == "s1"
 		}},
+		{"-r --format=qcow2 --lenient disk.img", func(c daemon.Config) bool { return c.Lenient && c.ReadOnly }},
 		{"-r --format=qcow2 --backing=beneath=/images disk.img", func(c daemon.Config) bool {
 			return c.Backing.Mode == "beneath" && c.Backing.Root == "/images"
 		}},
@@ -113,6 +114,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--backing=same-dir disk", "--snapshot=1 disk", "--backing-file=b disk", "--format=qcow2 --backing=allow disk",
 		"--format=qcow2 --backing=beneath disk", "--format=qcow2 --backing=explicit disk", "--format=qcow2 --snapshot= disk",
 		"--format=qcow2 --backing=deny --backing-file=b disk", "--format=qcow2 --data-file= disk",
+		"--format=qcow2 --lenient disk", "-r --lenient disk",
 	} {
 		_, err := parse(strings.Fields(line))
 		var usage usageError

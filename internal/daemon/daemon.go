@@ -157,6 +157,7 @@ func (d *daemon) openDisk() error {
 		Lock:     raw.LockMode(d.cfg.Lock),
 		Backing:  d.cfg.Backing,
 		Snapshot: d.cfg.Snapshot,
+		Lenient:  d.cfg.Lenient,
 		Engine:   d.engine,
 		Buffers:  d.buffers,
 		Log:      d.logs.For("backing"),

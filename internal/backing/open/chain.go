@@ -16,18 +16,19 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// openQcow2 opens an image and the chain of its backing files, read-only.
+// openQcow2 opens an image and the chain of its backing files. Those are
+// opened read-only whatever is to be done with the image.
 func openQcow2(ctx context.Context, s Spec, c cacheMode) (backing.Device, error) {
-	if !s.ReadOnly {
-		return nil, &backing.Error{Op: "open", Path: s.Path, Off: -1, Kind: backing.ErrNotSupported,
-			Err: errors.New("qcow2 images can be served read-only only; --readonly does")}
-	}
 	ch := &chain{spec: s, cache: c, seen: make(map[fileID]string)}
 	defer ch.close()
 	if err := ch.open(ctx); err != nil {
 		return nil, err
 	}
-	return ch.device(ctx)
+	dev, err := ch.device(ctx)
+	if err == nil && c.through {
+		dev = through{backing.Passthrough{Next: dev}}
+	}
+	return dev, err
 }
 
 // chain is a chain that is being opened: from the top downwards the files,
@@ -106,12 +107,13 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 	}
 	names := qcow2.NamesOf(h)
 	if names.NeedsDataFile {
-		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: true}
+		// What the image is opened for concerns its data file too.
+		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: ch.readOnly()}
 		f, path, err := ch.gate.data(w)
 		if err != nil {
 			return false, err
 		}
-		if l.data, err = ch.store(f, path); err != nil {
+		if l.data, err = ch.store(f, path, w.readOnly); err != nil {
 			return false, err
 		}
 		l.dataPath = path
@@ -135,9 +137,13 @@ func inImage(path string, err error) error {
 	return backing.WithPath(path, backing.Wrap("open", -1, 0, err))
 }
 
+// readOnly reports how the image is opened that was added last, or is to be
+// added first: only the top may be written to.
+func (ch *chain) readOnly() bool { return ch.spec.ReadOnly || len(ch.links) > 1 }
+
 // add takes over f as the next image of the chain.
 func (ch *chain) add(f *os.File, path, format string) error {
-	st, err := ch.store(f, path)
+	st, err := ch.store(f, path, ch.readOnly())
 	if err == nil {
 		ch.links = append(ch.links, link{path: path, format: format, st: st})
 	}
@@ -146,7 +152,7 @@ func (ch *chain) add(f *os.File, path, format string) error {
 
 // store takes over f and locks it. The same file twice in a chain is a loop;
 // that is told by the open file, whatever is at the path by now.
-func (ch *chain) store(f *os.File, path string) (store.Store, error) {
+func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, error) {
 	id, err := idOf(f)
 	if err == nil && ch.seen[id] != "" {
 		err = &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.ErrInvalid,
@@ -158,13 +164,22 @@ func (ch *chain) store(f *os.File, path string) (store.Store, error) {
 	}
 	ch.seen[id] = path
 	dev, err := raw.Open(f, ch.spec.Engine, raw.Options{
-		Path: path, ReadOnly: true, Direct: ch.cache.direct, Container: true,
-		Lock: ch.spec.Lock, Buffers: ch.spec.Buffers, Log: ch.spec.Log,
+		Path: path, ReadOnly: readOnly, Direct: ch.cache.direct, Container: true,
+		Lock: ch.lock(readOnly), Buffers: ch.spec.Buffers, Log: ch.spec.Log,
 	})
 	if err != nil {
 		return nil, err
 	}
 	return store.NewFile(dev), nil
+}
+
+// lock is how a file is locked. A writer of qcow2 must know that it is the only
+// one: where files cannot be locked, the operator has to say so.
+func (ch *chain) lock(readOnly bool) raw.LockMode {
+	if l := ch.spec.Lock; readOnly || l != raw.LockAuto && l != "" {
+		return l
+	}
+	return raw.LockOn
 }
 
 func idOf(f *os.File) (fileID, error) {
@@ -227,7 +242,8 @@ func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
 
 // options hands on what lies below, and the data file of l.
 func (ch *chain) options(l link) qcow2.Options {
-	o := qcow2.Options{Path: l.path, ReadOnly: true, Backing: ch.below, DataFile: l.data, Log: ch.spec.Log}
+	o := qcow2.Options{Path: l.path, ReadOnly: true, Backing: ch.below, DataFile: l.data,
+		Lenient: ch.spec.Lenient, Log: ch.spec.Log}
 	ch.below = nil
 	if len(ch.links) == 0 { // l is the top
 		o.Snapshot = ch.spec.Snapshot

@@ -42,6 +42,10 @@ type Spec struct {
 	// to serve instead of the disk, by ID or name.
 	Backing  Policy
 	Snapshot string
+
+	// Lenient reads damaged qcow2 images as QEMU does (qcow2.Options); only
+	// with ReadOnly.
+	Lenient bool
 }
 
 // Formats of image files.
@@ -84,6 +88,9 @@ func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	cache, ok := cacheModes[s.Cache]
 	if !ok {
 		return nil, invalid(s, fmt.Errorf("unknown cache mode %q", s.Cache))
+	}
+	if s.Lenient && !(s.ReadOnly && s.Format == formatQcow2) {
+		return nil, invalid(s, errors.New("lenient reading is for qcow2 images that are opened read-only"))
 	}
 	dev, err := format(ctx, s, cache)
 	if err != nil {

@@ -22,6 +22,8 @@ type Image struct {
 	data  store.Store // what has the guest clusters: st or the data file
 	below Layer       // nil at the end of the chain
 
+	lenient bool // as Options
+
 	header *format.Header
 	g      format.Geometry
 	size   int64 // of the disk in bytes
@@ -92,11 +94,11 @@ func invalid(path, text string, args ...any) error {
 }
 
 // OpenImage opens the image in st for reading; of o it heeds Path, Backing,
-// DataFile, Snapshot and Log. It takes over st, o.Backing and o.DataFile, also
+// DataFile, Snapshot, Lenient and Log. It takes over st, o.Backing and o.DataFile, also
 // when it fails. A damaged part of the image that the rest does not need is
 // found when it is read. Its errors are *backing.Error.
 func OpenImage(ctx context.Context, st store.Store, o Options) (*Image, error) {
-	m := &Image{path: o.Path, st: st, data: st, below: o.Backing}
+	m := &Image{path: o.Path, st: st, data: st, below: o.Backing, lenient: o.Lenient}
 	if o.DataFile != nil {
 		m.data = o.DataFile
 	}
@@ -150,6 +152,9 @@ func (m *Image) warn(log *slog.Logger) {
 	}
 	if m.header.Incompat&format.IncompatDirty != 0 {
 		log.Warn("image was not closed properly, its refcounts may be wrong", "path", m.path)
+	}
+	if m.lenient {
+		log.Warn("damaged places of the image are read as QEMU reads them", "path", m.path)
 	}
 	if err := m.header.BitmapsErr; err != nil {
 		log.Warn("image has bitmaps that cannot be used", "path", m.path, "err", err)
