@@ -32,7 +32,7 @@ type Image struct {
 	l1               []byte // the L1 table as the file has it, for the disk only
 
 	fixed  metadata // where neither L2 tables nor clusters may lie
-	tables metadata // L2 tables: where no clusters may lie either
+	tables metadata // L2 tables and snapshots: where no clusters may lie either
 }
 
 var _ Layer = (*Image)(nil)
@@ -229,12 +229,13 @@ func (m *Image) addRefcounts(ctx context.Context) error {
 }
 
 // addSnapshots notes where the snapshot table and the L1 tables of the
-// snapshots lie.
+// snapshots lie. What they claim wrongly does not keep L2 tables from being
+// read: snapshots are not needed to serve the disk.
 func (m *Image) addSnapshots(list []format.Snapshot, used int) {
-	m.fixed.addRange(int64(m.header.SnapshotsOffset), int64(used))
+	m.tables.addRange(int64(m.header.SnapshotsOffset), int64(used))
 	for i := range list {
 		if s := &list[i]; m.checkSnapshot(s) == nil {
-			m.fixed.addRange(s.L1Offset, int64(s.L1Size)*8)
+			m.tables.addRange(s.L1Offset, int64(s.L1Size)*8)
 		}
 	}
 }
