@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -359,7 +360,7 @@ func (d *disk) readWords(ctx context.Context, words []uint64, at int64) error {
 	b := tableBuffers.Get().(*tableBuffer)
 	defer tableBuffers.Put(b)
 	p := b[:len(words)*8]
-	if err := readFull(ctx, d.st, p, at); err != nil {
+	if err := store.ReadFull(ctx, d.st, p, at); err != nil {
 		return err
 	}
 	for i := range words {

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -47,7 +46,7 @@ func ReadHeader(ctx context.Context, st store.Store) (*format.Header, error) {
 		return nil, refusal("", err)
 	}
 	b := make([]byte, min(size, 1<<format.MinClusterBits))
-	if err := readFull(ctx, st, b, 0); err != nil {
+	if err := store.ReadFull(ctx, st, b, 0); err != nil {
 		return nil, refusal("", err)
 	}
 	clusterSize, err := format.ClusterSize(b)
@@ -57,7 +56,7 @@ func ReadHeader(ctx context.Context, st store.Store) (*format.Header, error) {
 	if rest := min(size, clusterSize) - int64(len(b)); rest > 0 {
 		first := len(b)
 		b = append(b, make([]byte, rest)...)
-		if err := readFull(ctx, st, b[first:], int64(first)); err != nil {
+		if err := store.ReadFull(ctx, st, b[first:], int64(first)); err != nil {
 			return nil, refusal("", err)
 		}
 	}
@@ -205,7 +204,7 @@ func (m *Image) load(ctx context.Context, snapshot string, log *slog.Logger) err
 // say where metadata lie.
 func (m *Image) readL1(ctx context.Context, off int64, entries uint32, size int64) error {
 	table := make([]byte, int64(entries)*8)
-	if err := readFull(ctx, m.st, table, off); err != nil {
+	if err := store.ReadFull(ctx, m.st, table, off); err != nil {
 		return err
 	}
 	m.tables.reserve(table)
@@ -257,25 +256,13 @@ func (m *Image) eachPiece(ctx context.Context, off, n int64, f func([]byte)) err
 	defer tableBuffers.Put(b)
 	for n > 0 {
 		p := b[:min(n, int64(len(b)))]
-		if err := readFull(ctx, m.st, p, off); err != nil {
+		if err := store.ReadFull(ctx, m.st, p, off); err != nil {
 			return err
 		}
 		f(p)
 		off, n = off+int64(len(p)), n-int64(len(p))
 	}
 	return nil
-}
-
-// readFull fills p from what lies in the file.
-func readFull(ctx context.Context, st store.Store, p []byte, off int64) error {
-	if len(p) == 0 {
-		return nil
-	}
-	n, err := st.ReadAt(ctx, p, off)
-	if err == nil && n < len(p) {
-		err = fmt.Errorf("the file has become shorter: %w", io.ErrUnexpectedEOF)
-	}
-	return backing.Wrap("read", off, int64(len(p)), err)
 }
 
 func isCorrupt(err error) bool {

@@ -28,7 +28,7 @@ func ReadSnapshots(ctx context.Context, st store.Store, h *format.Header, limit 
 	most := min(size-off, limit)
 	for n := int64(firstSnapshotRead); ; n *= 4 {
 		b := make([]byte, max(0, min(n, most)))
-		if err := readFull(ctx, st, b, off); err != nil {
+		if err := store.ReadFull(ctx, st, b, off); err != nil {
 			return nil, 0, err
 		}
 		// An entry says how long it is only where it lies.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 )
 
 // tableBuffers are free buffers for pieces of tables.
@@ -135,7 +136,7 @@ func (w *walk) readEntries(ctx context.Context, p []byte, off int64) error {
 		clear(p[have:])
 		p = p[:have]
 	}
-	return readFull(ctx, w.st, p, off)
+	return store.ReadFull(ctx, w.st, p, off)
 }
 
 // checkTable says why no L2 table can be at off.

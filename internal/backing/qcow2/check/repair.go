@@ -66,7 +66,7 @@ func clearUnknown(ctx context.Context, st store.Store, h *format.Header) error {
 func repairBlock(ctx context.Context, st store.Store, h *format.Header, r *Report, c, end int64) error {
 	g := h.Geometry()
 	var e [8]byte
-	if err := readFull(ctx, st, e[:], int64(h.RefTableOffset)+c/g.BlockEntries*8); err != nil {
+	if err := store.ReadFull(ctx, st, e[:], int64(h.RefTableOffset)+c/g.BlockEntries*8); err != nil {
 		return err
 	}
 	off, err := g.DecodeRefTable(binary.BigEndian.Uint64(e[:]))
@@ -89,7 +89,7 @@ func repairBlock(ctx context.Context, st store.Store, h *format.Header, r *Repor
 // which lie in the sector at, to the references that were counted.
 func repairSector(ctx context.Context, st store.Store, g *format.Geometry, r *Report, at, first, end int64) error {
 	var p, before [sector]byte
-	if err := readFull(ctx, st, p[:], at); err != nil {
+	if err := store.ReadFull(ctx, st, p[:], at); err != nil {
 		return err
 	}
 	before = p
@@ -104,14 +104,6 @@ func repairSector(ctx context.Context, st store.Store, g *format.Geometry, r *Re
 		return nil
 	}
 	return st.WriteAt(ctx, p[:], at, false)
-}
-
-func readFull(ctx context.Context, st store.Store, p []byte, off int64) error {
-	n, err := st.ReadAt(ctx, p, off)
-	if err == nil && n < len(p) {
-		err = fmt.Errorf("the file ends within the refcounts at %#x", off)
-	}
-	return err
 }
 
 var _ [limits.CheckPiece % sector]struct{} // a sector never spans two pieces
