@@ -54,6 +54,7 @@ type raw struct {
 	format, cache, lock, engine  string
 	backing, snapshot            string
 	lenient                      bool
+	discard                      string
 	backingFiles, dataFiles      []string
 	timeout, drain, poll         time.Duration
 	later                        map[string]*string
@@ -90,6 +91,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringArrayVar(&r.dataFiles, "data-file", nil, "`PATH` of the external data file, instead of what the image says")
 	f.StringVar(&r.snapshot, "snapshot", "", "`ID|NAME` of the internal snapshot to serve")
 	f.BoolVar(&r.lenient, "lenient", false, "with --readonly: read damaged places of a qcow2 image as QEMU does")
+	f.StringVar(&r.discard, "discard", "unmap", "what trims do in a qcow2 image: unmap frees clusters, keep keeps them as holes, ignore")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
@@ -193,6 +195,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 		name, got string
 		want      []string
 	}{
+		{"discard", r.discard, []string{"unmap", "keep", "ignore"}},
 		{"format", r.format, []string{"raw", "qcow2", "mem", "null"}},
 		{"cache", r.cache, []string{"writeback", "none", "writethrough", "directsync", "unsafe"}},
 		{"image-lock", r.lock, []string{"auto", "on", "off"}},
@@ -222,7 +225,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 
 // chain checks the options of qcow2 images.
 func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
-	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot", "lenient"} {
+	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot", "lenient", "discard"} {
 		if f.Changed(name) && r.format != "qcow2" {
 			return usagef("--%s needs --format=qcow2", name)
 		}
@@ -233,7 +236,7 @@ func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
 	if r.lenient && !r.readonly {
 		return usagef("--lenient needs --readonly")
 	}
-	c.Snapshot, c.Lenient = r.snapshot, r.lenient
+	c.Snapshot, c.Lenient, c.Discard = r.snapshot, r.lenient, r.discard
 	var err error
 	if c.Backing, err = daemon.ParseBacking(r.backing, r.backingFiles, r.dataFiles); err != nil {
 		return usagef("%v", err)

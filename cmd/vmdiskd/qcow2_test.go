@@ -105,7 +105,6 @@ func TestQcow2IsRefusedWithAReason(t *testing.T) {
 		args []string
 		want string
 	}{
-		{"for writing", []string{"--backing=same-dir"}, "--readonly"},
 		{"backing file by default", []string{"-r"}, "--backing=same-dir"},
 		{"other directory", []string{"-r", "--backing=beneath=/usr"}, "--backing=beneath=/usr"},
 		{"no such snapshot", []string{"-r", "--backing=same-dir", "--snapshot=after"}, "after"},

@@ -23,6 +23,7 @@ type Config struct {
 	ReadOnly    bool
 	Backing     open.Policy // of a qcow2 image; see ParseBacking
 	Snapshot    string      // of a qcow2 image, by ID or name; "" for the disk
+	Discard     string      // what trims do in a qcow2 image: "unmap", "keep" or "ignore"
 	Lenient     bool        // damaged qcow2 images are read as QEMU reads them
 	ExportName  string
 	Description string

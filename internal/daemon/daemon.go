@@ -158,6 +158,7 @@ func (d *daemon) openDisk() error {
 		Backing:  d.cfg.Backing,
 		Snapshot: d.cfg.Snapshot,
 		Lenient:  d.cfg.Lenient,
+		Discard:  d.cfg.Discard,
 		Engine:   d.engine,
 		Buffers:  d.buffers,
 		Log:      d.logs.For("backing"),

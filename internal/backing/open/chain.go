@@ -2,7 +2,6 @@ package open
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -108,7 +107,7 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 	names := qcow2.NamesOf(h)
 	if names.NeedsDataFile {
 		// What the image is opened for concerns its data file too.
-		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: ch.readOnly()}
+		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: ch.readOnly(len(ch.links) - 1)}
 		f, path, err := ch.gate.data(w)
 		if err != nil {
 			return false, err
@@ -137,13 +136,13 @@ func inImage(path string, err error) error {
 	return backing.WithPath(path, backing.Wrap("open", -1, 0, err))
 }
 
-// readOnly reports how the image is opened that was added last, or is to be
-// added first: only the top may be written to.
-func (ch *chain) readOnly() bool { return ch.spec.ReadOnly || len(ch.links) > 1 }
+// readOnly reports how image i of the chain is opened: only the top may be
+// written to.
+func (ch *chain) readOnly(i int) bool { return ch.spec.ReadOnly || i > 0 }
 
 // add takes over f as the next image of the chain.
 func (ch *chain) add(f *os.File, path, format string) error {
-	st, err := ch.store(f, path, ch.readOnly())
+	st, err := ch.store(f, path, ch.readOnly(len(ch.links)))
 	if err == nil {
 		ch.links = append(ch.links, link{path: path, format: format, st: st})
 	}
@@ -242,8 +241,8 @@ func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
 
 // options hands on what lies below, and the data file of l.
 func (ch *chain) options(l link) qcow2.Options {
-	o := qcow2.Options{Path: l.path, ReadOnly: true, Backing: ch.below, DataFile: l.data,
-		Lenient: ch.spec.Lenient, Log: ch.spec.Log}
+	o := qcow2.Options{Path: l.path, ReadOnly: ch.readOnly(len(ch.links)), Backing: ch.below, DataFile: l.data,
+		Lenient: ch.spec.Lenient, Discard: qcow2.Discard(ch.spec.Discard), Log: ch.spec.Log}
 	ch.below = nil
 	if len(ch.links) == 0 { // l is the top
 		o.Snapshot = ch.spec.Snapshot

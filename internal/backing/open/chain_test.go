@@ -215,16 +215,6 @@ func patched(t *testing.T, from, to, old, replacement string) {
 	}
 }
 
-func TestWritableQcow2IsRefused(t *testing.T) {
-	dir, _ := newChain(t)
-	s := chainSpec(t, filepath.Join(dir, "top.qcow2"), open.Policy{Mode: open.SameDir})
-	s.ReadOnly = false
-	if _, err := open.Open(t.Context(), s); !errors.Is(err, backing.ErrNotSupported) || !strings.Contains(err.Error(), "--readonly") {
-		t.Errorf("open for writing: got %v, want %v that names --readonly", err, backing.ErrNotSupported)
-	}
-}
-
-// TestDepthOfAChainIsBounded is E8.
 func TestDepthOfAChainIsBounded(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "1"), make([]byte, diskSize), 0o600); err != nil {

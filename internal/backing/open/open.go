@@ -8,11 +8,13 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -43,6 +45,10 @@ type Spec struct {
 	Backing  Policy
 	Snapshot string
 
+	// Discard is what becomes of the clusters of a qcow2 image that the guest
+	// trims, one of the values of qcow2.Discard; "" is qcow2.Unmap.
+	Discard string
+
 	// Lenient reads damaged qcow2 images as QEMU does (qcow2.Options); only
 	// with ReadOnly.
 	Lenient bool
@@ -61,6 +67,8 @@ var formats = map[string]func(context.Context, Spec, cacheMode) (backing.Device,
 	"mem":       openMem,
 	"null":      openNull,
 }
+
+var discards = []qcow2.Discard{"", qcow2.Unmap, qcow2.KeepCluster, qcow2.IgnoreTrim}
 
 type cacheMode struct{ direct, through, unsafe bool }
 
@@ -88,6 +96,9 @@ func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	cache, ok := cacheModes[s.Cache]
 	if !ok {
 		return nil, invalid(s, fmt.Errorf("unknown cache mode %q", s.Cache))
+	}
+	if !slices.Contains(discards, qcow2.Discard(s.Discard)) {
+		return nil, invalid(s, fmt.Errorf("unknown discard mode %q", s.Discard))
 	}
 	if s.Lenient && !(s.ReadOnly && s.Format == formatQcow2) {
 		return nil, invalid(s, errors.New("lenient reading is for qcow2 images that are opened read-only"))
@@ -209,6 +220,29 @@ func volatileSize(s Spec, c cacheMode) (int64, error) {
 		return 0, invalid(s, err)
 	}
 	return n, nil
+}
+
+// through makes every write durable.
+type through struct{ backing.Passthrough }
+
+func (t through) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	return t.Next.WriteAt(ctx, p, off, f|backing.FUA)
+}
+
+func (t through) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	return t.Next.Zero(ctx, off, n, f|backing.FUA)
+}
+
+func (t through) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
+	return t.Next.Trim(ctx, off, n, f|backing.FUA)
+}
+
+// Map names what is read; what is written must go through WriteAt.
+func (t through) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	if op != engine.OpRead {
+		return backing.ErrNotMappable
+	}
+	return t.Next.Map(op, off, n, m)
 }
 
 // careless answers flushes without doing them, because the operator asked for

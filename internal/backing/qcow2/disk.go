@@ -47,12 +47,12 @@ type disk struct {
 }
 
 // Discard says what becomes of host clusters that the guest trims.
-type Discard uint8
+type Discard string
 
 const (
-	Unmap       Discard = iota // they are freed
-	KeepCluster                // they stay allocated and read as zeroes
-	IgnoreTrim                 // nothing
+	Unmap       Discard = "unmap"  // they are freed; also the zero value
+	KeepCluster Discard = "keep"   // they stay where they are, as holes of the host file that read as zeroes
+	IgnoreTrim  Discard = "ignore" // nothing
 )
 
 // openDisk takes over top. It refuses what cannot be written to safely.

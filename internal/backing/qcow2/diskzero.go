@@ -187,11 +187,15 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 		return d.punchData(ctx, from, min(to, d.info.Size))
 	}
 	absent := func(int64) bool { return true }
-	return d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
 		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.trimmed(old, subs), nil
 		})
 	})
+	if err == nil && d.discard == KeepCluster {
+		err = d.punchKept(ctx, from, to)
+	}
+	return err
 }
 
 // trimmed is a cluster whose contents in subs do not matter. With d.m.mu.
@@ -210,6 +214,60 @@ func (d *disk) trimmed(old *format.Cluster, subs uint32) format.Cluster {
 		c.Zero = 0
 	}
 	return c
+}
+
+// punchKept frees the storage of host clusters that have no data any more and
+// stay with the clusters of [from, to).
+func (d *disk) punchKept(ctx context.Context, from, to int64) error {
+	first, end := from>>d.g.ClusterBits, to>>d.g.ClusterBits
+	for first < end {
+		if off := first << d.g.ClusterBits; d.noTable(off) {
+			first = (off/d.g.L2Coverage + 1) * d.g.L2Entries
+			continue
+		}
+		s, n, err := d.lockClusters(ctx, first, end-first)
+		if err != nil {
+			return err
+		}
+		host, kept := d.kept(s, first, n)
+		if host == 0 {
+			d.m.mu.Unlock()
+			first += kept
+			continue
+		}
+		x := &claim{first: first, n: kept}
+		d.hold(x, s)
+		d.m.mu.Unlock()
+		err = d.data.Punch(ctx, host, kept<<d.g.ClusterBits)
+		d.m.mu.Lock()
+		d.letGo(x)
+		d.m.mu.Unlock()
+		if errors.Is(err, backing.ErrNotSupported) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		first += kept
+	}
+	return nil
+}
+
+// kept is a run of up to n clusters from first on whose host clusters have no
+// data and lie at host in a row; or host is 0 and the run has none such. With
+// d.m.mu.
+func (d *disk) kept(s *slice, first, n int64) (host, run int64) {
+	for ; run < n; run++ {
+		c := d.cluster(s, first%d.m.entries+run)
+		idle := c.HasHost() && c.Copied && c.Data == 0
+		switch {
+		case run == 0 && idle:
+			host = c.Host
+		case host == 0 && idle, host != 0 && (!idle || c.Host != host+run<<d.g.ClusterBits):
+			return host, run
+		}
+	}
+	return host, run
 }
 
 // punchData frees what a data file has of a range. A file that cannot do that
