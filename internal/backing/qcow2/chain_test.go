@@ -258,10 +258,12 @@ func TestImagesReadAsQEMUReadsThem(t *testing.T) {
 	}
 }
 
-func TestOpenForWritingIsRefused(t *testing.T) {
+func TestOpenForWritingIsNeverLenient(t *testing.T) {
 	st := storetest.New(made(t, "cluster_size=64k", "1M"))
-	if _, err := qcow2.Open(t.Context(), st, quiet()); !errors.Is(err, backing.ErrNotSupported) {
-		t.Errorf("open for writing: got %v, want %v", err, backing.ErrNotSupported)
+	o := quiet()
+	o.Lenient = true
+	if _, err := qcow2.Open(t.Context(), st, o); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("lenient open for writing: got %v, want %v", err, backing.ErrInvalid)
 	}
 	if got := st.Closed(); got != 1 {
 		t.Errorf("file was closed %d times, want once", got)

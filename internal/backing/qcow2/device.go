@@ -37,6 +37,9 @@ func Open(ctx context.Context, st store.Store, o Options) (backing.Device, error
 	if o.ReadOnly {
 		return NewChainDevice(top, o), nil
 	}
+	if o.Lenient {
+		return nil, errors.Join(invalid(o.Path, "nothing is written to what is read leniently"), top.Close())
+	}
 	d, err := openDisk(ctx, top, o)
 	if err != nil {
 		return nil, errors.Join(refusal(o.Path, err), top.Close())
