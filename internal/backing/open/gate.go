@@ -153,12 +153,11 @@ func (g *gate) openAllowed(w wish, name string) (*os.File, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	path := filepath.Join(g.real, rel)
-	fd, err := g.openBeneath(w, rel)
+	f, err := g.openBeneath(w, rel)
 	if err != nil {
 		return nil, "", err
 	}
-	return os.NewFile(uintptr(fd), path), path, nil
+	return f, f.Name(), nil
 }
 
 // inside makes name relative to the root. It is relative to the directory of
@@ -186,15 +185,19 @@ func (g *gate) inside(w wish, name string) (string, error) {
 
 // openBeneath looks at a file before it opens it, because opening some kinds
 // has effects, and again afterwards.
-func (g *gate) openBeneath(w wish, rel string) (int, error) {
+func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
 	looked, err := g.openat(w, rel, unix.O_PATH)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
-	err = g.checkFile(w, looked)
+	var st unix.Stat_t
+	err = unix.Fstat(looked, &st)
 	_ = unix.Close(looked)
+	if err == nil {
+		err = g.checkKind(w, st.Mode)
+	}
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
 	flags := uint64(unix.O_RDONLY)
 	if !w.readOnly {
@@ -205,17 +208,9 @@ func (g *gate) openBeneath(w wish, rel string) (int, error) {
 	}
 	fd, err := g.openat(w, rel, flags|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
-	err = g.checkFile(w, fd)
-	if err == nil {
-		err = unix.SetNonblock(fd, false) // io_uring would answer EAGAIN where it should wait
-	}
-	if err != nil {
-		_ = unix.Close(fd) // err matters more
-		return -1, err
-	}
-	return fd, nil
+	return admitted(fd, filepath.Join(g.real, rel), func(mode uint32) error { return g.checkKind(w, mode) })
 }
 
 func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
@@ -237,13 +232,9 @@ func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 	}
 }
 
-// checkFile admits regular files only.
-func (g *gate) checkFile(w wish, fd int) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
-	switch m := st.Mode & unix.S_IFMT; m {
+// checkKind admits regular files only.
+func (g *gate) checkKind(w wish, mode uint32) error {
+	switch m := mode & unix.S_IFMT; m {
 	case unix.S_IFREG:
 		return nil
 	case unix.S_IFBLK:

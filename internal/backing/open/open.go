@@ -156,19 +156,25 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 		}
 		return nil, &fs.PathError{Op: "open", Path: s.Path, Err: err}
 	}
-	err = unix.Fstat(fd, &st)
+	return admitted(fd, s.Path, func(mode uint32) error { return checkKind(s, mode) })
+}
+
+// admitted takes over fd, which was opened with O_NONBLOCK, and closes it
+// again unless check admits the mode of the file.
+func admitted(fd int, path string, check func(mode uint32) error) (*os.File, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(fd, &st)
 	if err == nil {
-		err = checkKind(s, st.Mode)
+		err = check(st.Mode)
 	}
 	if err == nil {
-		// io_uring would answer EAGAIN where it should wait.
-		err = unix.SetNonblock(fd, false)
+		err = unix.SetNonblock(fd, false) // io_uring would answer EAGAIN where it should wait
 	}
 	if err != nil {
 		_ = unix.Close(fd) // err matters more
 		return nil, err
 	}
-	return os.NewFile(uintptr(fd), s.Path), nil
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 func openRetrying(path string, flags int) (int, error) {
