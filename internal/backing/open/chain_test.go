@@ -1,7 +1,6 @@
 package open_test
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -304,24 +304,15 @@ func TestChainThatQEMUWritesToIsNotOpened(t *testing.T) {
 		t.Run(fmt.Sprint(tt.image, tt.args), func(t *testing.T) {
 			cmd := exec.CommandContext(t.Context(), "qemu-io", append(slices.Clone(tt.args), "-f", tt.format, tt.image)...)
 			cmd.Dir = dir
-			in, err := cmd.StdinPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
+			in, out := backingtest.Converse(t, cmd)
 			defer func() { _ = in.Close(); _ = cmd.Wait() }()
 			if _, err := io.WriteString(in, "length\n"); err != nil {
 				t.Fatal(err)
 			}
 			// The answer says that the image is open.
-			for r, line := bufio.NewReader(out), ""; !strings.Contains(line, "MiB"); {
-				if line, err = r.ReadString('\n'); err != nil {
+			for line := ""; !strings.Contains(line, "MiB"); {
+				var err error
+				if line, err = out.ReadString('\n'); err != nil {
 					t.Fatalf("qemu-io: %q, %v", line, err)
 				}
 			}

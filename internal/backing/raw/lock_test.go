@@ -1,7 +1,6 @@
 package raw_test
 
 import (
-	"bufio"
 	"errors"
 	"io"
 	"os"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -188,7 +188,7 @@ f = open(sys.argv[1], "r+b")
 fcntl.lockf(f, fcntl.LOCK_EX)
 print("locked", flush=True)
 sys.stdin.read()`, path)
-	in, out := pipes(t, cmd)
+	in, out := backingtest.Converse(t, cmd)
 	defer func() { _ = in.Close(); _ = cmd.Wait() }()
 	if line, err := out.ReadString('\n'); err != nil {
 		t.Fatalf("python3: %q, %v", line, err)
@@ -196,22 +196,6 @@ sys.stdin.read()`, path)
 	if _, err := tryRaw(t, path, newEngine(t, "pool"), false, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
 		t.Errorf("open of a file locked as a whole: got %v, want %v", err, backing.ErrLocked)
 	}
-}
-
-func pipes(t *testing.T, cmd *exec.Cmd) (io.WriteCloser, *bufio.Reader) {
-	t.Helper()
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	return in, bufio.NewReader(out)
 }
 
 func TestQEMUStaysAwayFromWhatWeServe(t *testing.T) {
@@ -265,7 +249,7 @@ func TestWeStayAwayFromWhatQEMUHas(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			path := tempImage(t, 1<<20)
 			cmd := exec.CommandContext(t.Context(), qemuIO, append(tt.args, "-f", "raw", path)...)
-			in, out := pipes(t, cmd)
+			in, out := backingtest.Converse(t, cmd)
 			defer func() { _ = in.Close(); _ = cmd.Wait() }()
 			// The answer to a command says that the image is open.
 			if _, err := io.WriteString(in, "length\n"); err != nil {
