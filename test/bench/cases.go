@@ -22,6 +22,8 @@ type testCase struct {
 	small bool
 	// image names what is served; rawImage is the zero value.
 	image string
+	// fresh has the image made anew for each measurement.
+	fresh bool
 	// versus is the peer that the others are compared with, the first of the
 	// run if it is empty, and by is what is compared: processor time per
 	// request if it is nil.
@@ -57,6 +59,8 @@ var cases = []testCase{
 	{name: "q-zstd-1m", about: "qcow2, zstd: 1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}, image: zstdImage, versus: qemuPeer, by: byMBps},
 	{name: "q-zlib-4k", about: "qcow2, zlib: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zlibImage, versus: qemuPeer},
 	{name: "q-zstd-4k", about: "qcow2, zstd: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zstdImage, versus: qemuPeer},
+	{name: "q-alloc", about: "empty qcow2 overlay on a sparse raw disk of 64 GiB: 4 KiB random write, QD32, each to a new cluster", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: overlayImage, fresh: true, writes: true, versus: qemuPeer},
+	{name: "q-cow", about: "empty qcow2 overlay on the raw image: 4 KiB random write, QD32, to new clusters as long as there are", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: copyImage, fresh: true, writes: true, versus: qemuPeer},
 	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
 }
 
@@ -137,7 +141,7 @@ func (p peer) options(c testCase, image string) (o testenv.Options, ok bool) {
 	o = testenv.Options{Image: image, Extra: p.extra}
 	if c.image != rawImage {
 		args, ok := imageArgs[p.kind.Program]
-		args.Image, args.Extra = image, append(append([]string(nil), args.Extra...), p.extra...)
+		args.Image, args.ReadOnly, args.Extra = image, !c.writes, append(append([]string(nil), args.Extra...), p.extra...)
 		return args, ok
 	}
 	if !c.direct {

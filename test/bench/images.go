@@ -21,6 +21,9 @@ const (
 	sparseImage = "sparse.qcow2" // a disk of 10 TiB that has the same data at its start
 	zlibImage   = "zlib.qcow2"   // files of this system, compressed
 	zstdImage   = "zstd.qcow2"
+
+	overlayImage = "overlay.qcow2" // an empty overlay on a large disk without data
+	copyImage    = "copy.qcow2"    // an empty overlay on the pattern
 )
 
 // chainDepth is the number of images of the chain.
@@ -37,6 +40,15 @@ var recipes = map[string]func(ctx context.Context, b *bench, path string) error{
 		return errors.Join(
 			qemuImg(ctx, "convert", "-O", "qcow2", b.raw, path),
 			qemuImg(ctx, "resize", path, "10T"))
+	},
+	overlayImage: func(ctx context.Context, b *bench, path string) error {
+		base := filepath.Join(b.dir, "sparse.raw")
+		return errors.Join(
+			qemuImg(ctx, "create", "-q", "-f", "raw", base, "64G"),
+			qemuImg(ctx, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, path))
+	},
+	copyImage: func(ctx context.Context, b *bench, path string) error {
+		return qemuImg(ctx, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", b.raw, path)
 	},
 	zlibImage: func(ctx context.Context, b *bench, path string) error { return b.compress(ctx, "zlib", path) },
 	zstdImage: func(ctx context.Context, b *bench, path string) error { return b.compress(ctx, "zstd", path) },
@@ -143,6 +155,6 @@ func appendFile(out io.Writer, name string, limit int64) (int64, error) {
 // imageArgs are what makes a server serve an image of the case. A program
 // without an entry reads raw images only.
 var imageArgs = map[string]testenv.Options{
-	"":         {Format: "qcow2", ReadOnly: true, Extra: []string{"--backing=same-dir"}}, // vmdiskd
-	"qemu-nbd": {Format: "qcow2", ReadOnly: true},
+	"":         {Format: "qcow2", Extra: []string{"--backing=same-dir"}}, // vmdiskd
+	"qemu-nbd": {Format: "qcow2"},
 }

@@ -135,6 +135,11 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 		return sample{}, true, err
 	}
 	defer os.RemoveAll(dir)
+	if c.fresh {
+		if err := recipes[c.image](ctx, b, b.image); err != nil {
+			return sample{}, true, err
+		}
+	}
 	if err := b.warm(c.small); err != nil {
 		return sample{}, true, err
 	}
