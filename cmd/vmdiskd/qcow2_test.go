@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -94,6 +96,26 @@ func TestQcow2SnapshotIsServed(t *testing.T) {
 	out, err := tool(t, dir, "qemu-img", "compare", "-f", "raw", "-F", "raw", "nbd+unix:///?socket="+d.socket, "want")
 	if err != nil || !strings.Contains(out, "identical") {
 		t.Errorf("qemu-img compare: %q, %v, want identical images", out, err)
+	}
+}
+
+func TestDamagedQcow2IsServedLeniently(t *testing.T) {
+	dir := qcow2Chain(t)
+	top := filepath.Join(dir, "top.qcow2")
+	b, err := os.ReadFile(top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[binary.BigEndian.Uint64(b[40:])+7] |= 1 // a reserved bit of the first L1 entry
+	if err := os.WriteFile(top, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, lenient := range []bool{false, true} {
+		d := serve(t, "-r", "--format=qcow2", "--backing=same-dir", fmt.Sprintf("--lenient=%v", lenient), top)
+		out, err := tool(t, dir, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", "nbd+unix:///?socket="+d.socket, top)
+		if (err == nil) != lenient {
+			t.Errorf("lenient %v: qemu-img compare: %q, %v", lenient, out, err)
+		}
 	}
 }
 
