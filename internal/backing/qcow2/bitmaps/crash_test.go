@@ -21,6 +21,7 @@ type scenario struct {
 	name   string
 	image  func(t *testing.T) []byte
 	change func(t *testing.T, s *bitmaps.Set)
+	before func(t *testing.T, s *bitmaps.Set) // comes before Begin; nil for nothing
 }
 
 // must fails for a change that is refused.
@@ -108,25 +109,39 @@ func touch(t *testing.T, s *bitmaps.Set) {
 }
 
 var scenarios = []scenario{
-	{"small clusters", func(t *testing.T) []byte { return three(t, "512") }, touch},
-	{"large clusters", func(t *testing.T) []byte { return three(t, "64k") }, touch},
-	{"torn payload", func(t *testing.T) []byte { return torn(t, three(t, "4k")) }, touch},
-	{"clear", func(t *testing.T) []byte { return three(t, "4k") }, func(t *testing.T, s *bitmaps.Set) { must(t, s.Clear("auto")) }},
+	{"torn payload and one more", func(t *testing.T) []byte { return torn(t, three(t, "4k")) }, func(t *testing.T, s *bitmaps.Set) {
+		must(t, s.Add("one more", 9, true))
+		touch(t, s)
+	}, nil},
+	{"torn payload and one less", func(t *testing.T) []byte { return torn(t, three(t, "4k")) }, func(t *testing.T, s *bitmaps.Set) {
+		must(t, s.Remove("lost"))
+		touch(t, s)
+	}, nil},
+	{"enable", func(t *testing.T) []byte { return three(t, "4k") }, touch,
+		func(t *testing.T, s *bitmaps.Set) { must(t, s.Enable("off")) }},
+	{"disable", func(t *testing.T) []byte { return three(t, "4k") }, touch,
+		func(t *testing.T, s *bitmaps.Set) { must(t, s.Disable("auto")) }},
+	{"remove before Begin", func(t *testing.T) []byte { return three(t, "4k") }, touch,
+		func(t *testing.T, s *bitmaps.Set) { must(t, s.Remove("auto")) }},
+	{"small clusters", func(t *testing.T) []byte { return three(t, "512") }, touch, nil},
+	{"large clusters", func(t *testing.T) []byte { return three(t, "64k") }, touch, nil},
+	{"torn payload", func(t *testing.T) []byte { return torn(t, three(t, "4k")) }, touch, nil},
+	{"clear", func(t *testing.T) []byte { return three(t, "4k") }, func(t *testing.T, s *bitmaps.Set) { must(t, s.Clear("auto")) }, nil},
 	{"merge", func(t *testing.T) []byte { return three(t, "4k") }, func(t *testing.T, s *bitmaps.Set) {
 		touch(t, s)
 		must(t, s.Merge("off", "auto"))
 		must(t, s.Remove("auto"))
-	}},
+	}, nil},
 	{"remove one", func(t *testing.T) []byte { return three(t, "4k") }, func(t *testing.T, s *bitmaps.Set) {
 		must(t, s.Remove("lost"))
 		must(t, s.Remove("auto"))
 		touch(t, s)
-	}},
+	}, nil},
 	{"remove all", func(t *testing.T) []byte { return three(t, "4k") }, func(t *testing.T, s *bitmaps.Set) {
 		for _, name := range s.Names() {
 			must(t, s.Remove(name))
 		}
-	}},
+	}, nil},
 	{"remove all before others", func(t *testing.T) []byte {
 		return reheaded(t, three(t, "4k"), func(h *format.Header) {
 			h.Extensions = append(h.Extensions, format.Extension{Type: 0x12345678, Data: []byte("something")})
@@ -135,14 +150,14 @@ var scenarios = []scenario{
 		for _, name := range s.Names() {
 			must(t, s.Remove(name))
 		}
-	}},
-	{"add the first", func(t *testing.T) []byte { return create(t, "cluster_size=4k", "8m") }, addFirst},
-	{"add the first before a name", overlay, addFirst},
+	}, nil},
+	{"add the first", func(t *testing.T) []byte { return create(t, "cluster_size=4k", "8m") }, addFirst, nil},
+	{"add the first before a name", overlay, addFirst, nil},
 	{"add the first to a torn place", func(t *testing.T) []byte {
 		return reheaded(t, overlay(t), func(h *format.Header) {
 			h.Unknown = make([]byte, 360)
 		})
-	}, addFirst},
+	}, addFirst, nil},
 }
 
 func addFirst(t *testing.T, s *bitmaps.Set) {
@@ -205,15 +220,18 @@ func TestPowerCutLeavesNoStaleBitmap(t *testing.T) {
 			old := j.note(s, h)
 			states, rnd := 0, rand.New(rand.NewPCG(seed, 0))
 			st.SetHook(func(c storetest.Call) {
-				for name, m := range st.Crashes(rnd, 24) {
+				for name, m := range st.Crashes(rnd, 12) {
 					j.judge(fmt.Sprintf("seed %d, %v, %s", seed, c, name), m)
 					states++
 				}
 			})
+			if tt.before != nil {
+				tt.before(t, s)
+			}
 			must(t, s.Begin(ctx))
 			// From here on the disk is written to: what was right before no longer is,
 			// but for a bitmap that writes do not change.
-			delete(j.right, "auto")
+			j.written(s)
 			tt.change(t, s)
 			j.note(s, h)
 			must(t, s.Save(ctx, sp))
@@ -245,6 +263,16 @@ func usable(s *bitmaps.Set) (n int) {
 	return n
 }
 
+// written forgets what was right before the disk was written to.
+func (j *judge) written(s *bitmaps.Set) {
+	delete(j.right, "auto")
+	for _, m := range s.List() {
+		if m.Auto {
+			delete(j.right, m.Name)
+		}
+	}
+}
+
 // note adds what the bitmaps are to what may be found.
 func (j *judge) note(s *bitmaps.Set, h *format.Header) map[string][]string {
 	for _, m := range s.List() {
@@ -270,6 +298,9 @@ func TestFailureLeavesNoStaleBitmap(t *testing.T) {
 				sp := allocator(t, st, h)
 				j := &judge{t, &first, map[string][]string{}}
 				j.note(s, h)
+				if tt.before != nil {
+					tt.before(t, s)
+				}
 				calls := st.Calls()
 				st.FailCall(n, boom)
 				err := s.Begin(ctx)
@@ -282,7 +313,7 @@ func TestFailureLeavesNoStaleBitmap(t *testing.T) {
 				if err == nil && st.Calls()-calls >= n {
 					t.Fatalf("call %d failed and Begin did not", n)
 				}
-				delete(j.right, "auto")
+				j.written(s)
 				tt.change(t, s)
 				j.note(s, h)
 				failed += saveAgain(t, s, st, sp, j, n, boom)
@@ -312,6 +343,9 @@ func saveAgain(t *testing.T, s *bitmaps.Set, st *storetest.Mem, sp *space.Space,
 	st.Reopen()
 	if err := s.Save(ctx, sp); err == nil {
 		j.judge(fmt.Sprintf("saved after call %d failed", n), storetest.New(st.Contents()))
+		if r := audit(t, st); r.Leaks != 0 {
+			t.Errorf("saved after call %d failed: %v", n, r.Problems)
+		}
 		if got := usable(s); got > 0 {
 			again, _ := load(t, storetest.New(st.Contents()))
 			if usable(again) != got {

@@ -28,10 +28,11 @@ type head struct {
 	st  store.Store
 	b   []byte // as the file has it
 
-	ext  int // offset of the bitmaps extension, 0 for none
-	end  int // offset of the end marker, or area
-	next int // offset of what follows the bitmaps extension
-	area int // where the area of the extensions ends
+	ext  int  // offset of the bitmaps extension, 0 for none
+	odd  bool // that it does not have the length that it should
+	next int  // offset of what follows it
+	end  int  // offset of the end marker, or area
+	area int  // where the area of the extensions ends
 }
 
 // readHead reads the first cluster and finds its way in it.
@@ -44,12 +45,13 @@ func readHead(ctx context.Context, st store.Store, clusterSize int64) (*head, er
 	if _, err := format.ParseHeader(h.b[:n]); err != nil {
 		return nil, invalid("the header has changed: %v", err)
 	}
-	return h, h.find()
+	h.find()
+	return h, nil
 }
 
 // find walks the extensions, whose lengths ParseHeader has checked.
-func (h *head) find() error {
-	h.ext, h.next, h.area = 0, 0, len(h.b)
+func (h *head) find() {
+	h.ext, h.next, h.odd, h.area = 0, 0, false, len(h.b)
 	if off := binary.BigEndian.Uint64(h.b[offBacking:]); off != 0 {
 		h.area = int(off)
 	}
@@ -61,15 +63,11 @@ func (h *head) find() error {
 		}
 		next := min(h.area, at+extensionHead+(n+7)&^7)
 		if kind == extension {
-			h.ext, h.next = at, next
-		}
-		if kind == extension && n != extensionBytes {
-			return invalid("the bitmaps extension has %d bytes", n)
+			h.ext, h.next, h.odd = at, next, n != extensionBytes
 		}
 		at = next
 	}
 	h.end = at
-	return nil
 }
 
 // write puts p at off and makes it durable. p lies in one sector, or nothing
@@ -81,9 +79,6 @@ func (h *head) write(off int, p []byte) error {
 	copy(h.b[off:], p)
 	return h.st.Sync(h.ctx)
 }
-
-// valid says whether the bitmaps are declared consistent.
-func (h *head) valid() bool { return h.autoclear()&format.AutoclearBitmaps != 0 }
 
 func (h *head) autoclear() uint64 { return binary.BigEndian.Uint64(h.b[format.OffAutoclear:]) }
 
@@ -128,6 +123,9 @@ func payload(x *format.BitmapsExtension) []byte {
 
 // room says whether point has room in the header.
 func (h *head) room() error {
+	if h.odd {
+		return fmt.Errorf("the bitmaps extension of the header does not have %d bytes", extensionBytes)
+	}
 	if h.ext != 0 || h.end+h.growth() <= h.area {
 		return nil
 	}
@@ -169,7 +167,8 @@ func (h *head) insert() error {
 	if err := h.write(at, begin); err != nil {
 		return err
 	}
-	return h.find()
+	h.find()
+	return nil
 }
 
 // moveName moves the backing file name behind what insert needs. The 8 bytes
@@ -200,5 +199,6 @@ func (h *head) forget() error {
 	if err := h.write(h.ext, make([]byte, extensionHead)); err != nil {
 		return err
 	}
-	return h.find()
+	h.find()
+	return nil
 }

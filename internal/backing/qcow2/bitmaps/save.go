@@ -123,11 +123,20 @@ func (s *Set) Save(ctx context.Context, sp Allocator) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	if !s.mustSave() {
+	if s.mustSave() {
+		v := &saver{s: s, ctx: ctx, sp: sp}
+		if err := v.save(); err != nil {
+			return backing.Wrap("bitmaps", -1, 0, err)
+		}
+	}
+	if !s.freed {
 		return nil
 	}
-	v := &saver{s: s, ctx: ctx, sp: sp}
-	return backing.Wrap("bitmaps", -1, 0, v.save())
+	if err := sp.Write(ctx); err != nil {
+		return backing.Wrap("bitmaps", -1, 0, err)
+	}
+	s.freed = false
+	return nil
 }
 
 // mustSave reports whether the file says anything else than the memory.
@@ -174,10 +183,9 @@ func (v *saver) save() error {
 		return err
 	}
 	v.adopt()
-	if err := v.sp.Release(v.ctx, v.freed); err != nil {
-		return err
-	}
-	return v.sp.Write(v.ctx)
+	s := v.s
+	s.freed = s.freed || len(v.freed) > 0
+	return v.sp.Release(v.ctx, v.freed)
 }
 
 // prepare writes all that is new, where nothing leads to it.

@@ -48,6 +48,7 @@ type Set struct {
 	h       *format.Header
 	file    []*stored // guarded by mu: the directory in the file
 	changed bool      // guarded by mu: list is not what the directory says
+	freed   bool      // guarded by mu: what was given back counts as used in the file
 	failed  error     // guarded by mu: it is not known what the header says
 	memory  budget    // guarded by mu
 }
