@@ -44,8 +44,8 @@ func newBitset(n int64) *bitset {
 // pagesOf is the number of pages that n bits take.
 func pagesOf(n int64) int64 { return n/pageBits + min(1, n%pageBits) }
 
-// bytes is how many bytes the bits take in the file.
-func (b *bitset) bytes() int64 { return b.n/8 + min(1, b.n%8) }
+// bytesOf is the number of bytes that n bits take in the file.
+func bytesOf(n int64) int64 { return n/8 + min(1, n%8) }
 
 // mark sets the bits [from, to), which exist.
 func (b *bitset) mark(from, to int64) {

@@ -34,7 +34,7 @@ func (m model) agree(t *testing.T, b *bitset) {
 		}
 		at = end
 	}
-	p := make([]byte, b.bytes()+24) // and what lies behind
+	p := make([]byte, bytesOf(b.n)+24) // and what lies behind
 	p = p[:len(p)&^7]
 	for i := range p {
 		p[i] = 0xaa

@@ -59,7 +59,7 @@ func (s *Set) checkNew(name string, granularity uint8) error {
 		return invalid("there is a bitmap %q already", name)
 	case len(s.all()) == format.MaxBitmaps:
 		return invalid("there are %d bitmaps already", format.MaxBitmaps)
-	case s.g.Clusters(s.bitsOf(granularity)/8+1)<<s.g.ClusterBits > format.MaxBitmapData:
+	case s.g.Clusters(bytesOf(s.bitsOf(granularity)))<<s.g.ClusterBits > format.MaxBitmapData:
 		return invalid("bitmap %q: more than %d bytes of bits", name, format.MaxBitmapData)
 	}
 	return s.checkDirectory(name)

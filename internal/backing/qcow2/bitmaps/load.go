@@ -203,7 +203,7 @@ func (s *Set) readTable(ctx context.Context, e *stored, end int64) ([]byte, erro
 
 // loadCluster reads the bits of one cluster, which begin at byte at of all.
 func (s *Set) loadCluster(ctx context.Context, b *bitset, at, off, end int64) error {
-	n := min(s.g.ClusterSize, b.bytes()-at)
+	n := min(s.g.ClusterSize, bytesOf(b.n)-at)
 	for done := int64(0); done < n; {
 		step := min(limits.BitmapPiece, n-done)
 		p, err := s.read(ctx, off+done, step, end, "bits of a bitmap")

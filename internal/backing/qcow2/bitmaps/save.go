@@ -278,7 +278,7 @@ func (v *saver) place(p []byte) (off int64, err error) {
 // store writes table and bits of m.
 func (v *saver) store(m *bitmap) (*stored, error) {
 	g := &v.s.g
-	table := make([]uint64, g.Clusters(m.bits.bytes()))
+	table := make([]uint64, g.Clusters(bytesOf(m.bits.n)))
 	var data []int64 // indices of entries with bits of their own
 	perEntry := g.ClusterSize * 8
 	for i := range table {

@@ -228,10 +228,13 @@ func (s *Set) Tracking() bool { return len(*s.auto.Load()) > 0 }
 // none. It does not allocate where bits of the neighbourhood are set. Parts of
 // the range that do not lie in the disk are ignored.
 func (s *Set) Mark(off, n int64) {
-	off, end := max(0, off), off+min(n, s.size-off)
-	if off >= end {
+	if off < 0 && n > 0 {
+		off, n = 0, n+off
+	}
+	if n <= 0 || off >= s.size {
 		return
 	}
+	end := off + min(n, s.size-off)
 	for _, m := range *s.auto.Load() {
 		m.bits.mark(off>>m.granularity, (end-1)>>m.granularity+1)
 	}
