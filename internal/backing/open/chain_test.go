@@ -22,14 +22,14 @@ import (
 )
 
 // qemu runs a program of qemu-utils in dir.
-func qemu(t *testing.T, dir, program string, args ...string) {
+func qemu(t testing.TB, dir, program string, args ...string) {
 	t.Helper()
 	if out, err := tryQEMU(t, dir, program, args...); err != nil {
 		t.Fatalf("%s %q: %v: %s", program, args, err, out)
 	}
 }
 
-func tryQEMU(t *testing.T, dir, program string, args ...string) (string, error) {
+func tryQEMU(t testing.TB, dir, program string, args ...string) (string, error) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), program, args...)
 	cmd.Dir = dir
