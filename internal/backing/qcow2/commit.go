@@ -18,6 +18,9 @@ import (
 type commits struct {
 	d *disk
 
+	// one is held by who writes what only the commit writes. Before mu.
+	one sync.Mutex
+
 	mu      sync.Mutex
 	next    *turn       // guarded by mu; who waits for the next commit
 	running bool        // guarded by mu
@@ -79,9 +82,16 @@ func (c *commits) work() {
 			c.timer = nil
 		}
 		c.mu.Unlock()
-		t.err = c.d.commit(context.Background())
+		t.err = c.exclusive(func() error { return c.d.commit(context.Background()) })
 		close(t.done)
 	}
+}
+
+// exclusive calls f while no commit is running.
+func (c *commits) exclusive(f func() error) error {
+	c.one.Lock()
+	defer c.one.Unlock()
+	return f()
 }
 
 // wind has a commit done some time after the first change of the mapping, so

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
@@ -28,7 +30,7 @@ type disk struct {
 	log    *slog.Logger
 	header *format.Header
 	g      format.Geometry
-	info   backing.Info
+	info   backing.Info // without Size
 
 	st, data store.Store // the image, and what has the guest clusters
 	end      int64       // where st ended when the disk was opened
@@ -36,6 +38,10 @@ type disk struct {
 	below    *chainDevice // nil for nothing
 	clusters *clusterCache
 	discard  Discard
+
+	resizing sync.Mutex
+	size     atomic.Int64 // of the disk in bytes
+	reach    atomic.Int64 // up to where the mapping goes: size, or what it will be
 
 	m        mapping
 	claims   map[int64]*claim // guarded by m.mu; by guest cluster
@@ -89,8 +95,10 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	}
 	d.m.init(&d.g, top.l1, o.CacheBytes)
 	d.commits.init(d)
+	d.size.Store(top.size)
+	d.reach.Store(top.size)
 	d.info = backing.Info{
-		Size: top.size, MinBlock: 1, Preferred: max(4096, min(d.g.SubSize, defaultPreferred)),
+		MinBlock: 1, Preferred: max(4096, min(d.g.SubSize, defaultPreferred)),
 		Caps: backing.CanWrite | backing.CanFlush | backing.CanFUA | backing.CanTrim | backing.CanZero |
 			backing.CanFastZero | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
 	}
@@ -148,8 +156,12 @@ func (d *disk) clearAutoclear(ctx context.Context) error {
 	return err
 }
 
-// Info is the same in every call.
-func (d *disk) Info() backing.Info { return d.info }
+// Info changes when the disk grows.
+func (d *disk) Info() backing.Info {
+	i := d.info
+	i.Size = d.size.Load()
+	return i
+}
 
 // wrap gives err its place, unless it has one or the caller gave up waiting.
 func (d *disk) wrap(op string, off, n int64, err error) error {

@@ -165,7 +165,7 @@ func (d *disk) readBelow(ctx context.Context, p []byte, off int64) error {
 // Map names the runs behind a range whose mapping is in memory. A write must
 // go to clusters that are the disk's alone.
 func (d *disk) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
-	if off < 0 || n <= 0 || off > d.info.Size || n > d.info.Size-off {
+	if off < 0 || n <= 0 || off > d.size.Load() || n > d.size.Load()-off {
 		return backing.ErrNotMappable
 	}
 	var spans [backing.MaxRuns]Span

@@ -263,7 +263,7 @@ func (d *disk) needsFill(ctx context.Context, x *stretch, from, to int64) (bool,
 	case !x.run.Zeroed:
 		return true, nil
 	}
-	zero, err := d.isZero(ctx, from, min(to, d.info.Size))
+	zero, err := d.isZero(ctx, from, min(to, d.reach.Load()))
 	return !zero, err
 }
 

@@ -57,7 +57,7 @@ func (d *disk) canZero(keep bool) bool {
 func (d *disk) inner(off, end int64) (from, to int64) {
 	mask := d.g.SubSize - 1
 	from, to = (off+mask)&^mask, end&^mask
-	if end == d.info.Size {
+	if end == d.reach.Load() {
 		to = (end + mask) &^ mask
 	}
 	return from, to
@@ -103,7 +103,7 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 		d.m.mu.Unlock()
 		if first += n; err == errCompressed {
 			at := first << d.g.ClusterBits
-			err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.info.Size))
+			err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()))
 			first++
 		}
 		if err != nil {
@@ -184,7 +184,7 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 		return nil
 	}
 	if d.g.DataFile {
-		return d.punchData(ctx, from, min(to, d.info.Size))
+		return d.punchData(ctx, from, min(to, d.reach.Load()))
 	}
 	absent := func(int64) bool { return true }
 	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {

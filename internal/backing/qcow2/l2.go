@@ -49,6 +49,8 @@ type slice struct {
 type freshTable struct {
 	off  int64 // where it will be
 	from int64 // the table that it is a copy of, 0 for an empty one
+
+	entry uint64 // what the L1 table in the file has
 }
 
 // sliceLoad is a slice on its way. err is set before done is closed.
@@ -263,8 +265,8 @@ func (d *disk) own(i int64) error {
 	if err != nil {
 		return err
 	}
+	d.m.fresh[i] = &freshTable{off: r.Off, from: off, entry: d.m.l1[i]}
 	d.m.l1[i] = format.EncodeL1(r.Off, true)
-	d.m.fresh[i] = &freshTable{off: r.Off, from: off}
 	if off != 0 {
 		d.unlink(space.Ref{Off: off, Len: d.g.ClusterSize})
 	}

@@ -1,0 +1,188 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Resizer is a device whose disk can grow while it is in use. What is new reads
+// as zeroes, whatever a backing file has there. The new size is durable, and
+// in Info, when Resize returns; a failure changes nothing that a guest sees.
+// Disks do not shrink: ErrNotSupported.
+type Resizer interface {
+	Resize(ctx context.Context, size int64) error
+}
+
+var _ Resizer = (*disk)(nil)
+
+// Resize makes the disk larger, to a multiple of 512 bytes.
+func (d *disk) Resize(ctx context.Context, size int64) error {
+	d.resizing.Lock()
+	defer d.resizing.Unlock()
+	old := d.size.Load()
+	err := d.canResize(ctx, old, size)
+	if err != nil || size == old {
+		return d.wrap("resize", size, 0, err)
+	}
+	err = d.commits.exclusive(func() error { return d.growL1(ctx, size) })
+	if err == nil {
+		err = d.clearTail(ctx, old, size)
+	}
+	if err == nil {
+		err = d.commits.exclusive(func() error {
+			p := binary.BigEndian.AppendUint64(nil, uint64(size))
+			if err := d.st.WriteAt(ctx, p, format.OffSize, false); err != nil {
+				return err
+			}
+			return d.st.Sync(ctx)
+		})
+	}
+	if err != nil {
+		d.reach.Store(old)
+		return d.wrap("resize", size, 0, err)
+	}
+	d.size.Store(size)
+	return nil
+}
+
+// canResize refuses what the format or this package cannot do.
+func (d *disk) canResize(ctx context.Context, old, size int64) error {
+	h := d.header
+	var why error
+	switch {
+	case size < old:
+		why = errors.New("a disk cannot shrink")
+	case h.Bitmaps != nil:
+		why = errors.New("the image has bitmaps, which are of the old size")
+	case h.Version < 3 && h.Snapshots > 0:
+		why = errors.New("the image is of version 2 and has snapshots, which have no size of their own")
+	case size%512 != 0:
+		return invalid(d.path, "size %d is not a multiple of 512", size)
+	case d.g.L1Size(size) > format.MaxL1/8:
+		return invalid(d.path, "size %d is too large for clusters of %d bytes", size, d.g.ClusterSize)
+	}
+	if why == nil {
+		why = d.noVMState(ctx, size)
+	}
+	if why != nil {
+		return &backing.Error{Op: "resize", Path: d.path, Off: -1, Kind: backing.ErrNotSupported, Err: why}
+	}
+	return nil
+}
+
+// noVMState refuses to make part of the disk what the L1 table has behind it.
+func (d *disk) noVMState(ctx context.Context, size int64) error {
+	from := int64(len(d.m.l1))
+	n := min(d.g.L1Size(size), int64(d.header.L1Size)) - from
+	for n > 0 {
+		words := make([]uint64, min(n, limits.MaxTableRead/8))
+		if err := d.readWords(ctx, words, int64(d.header.L1Offset)+from*8); err != nil {
+			return err
+		}
+		for _, w := range words {
+			if w != 0 {
+				return errors.New("the image has a VM state behind the disk")
+			}
+		}
+		from, n = from+int64(len(words)), n-int64(len(words))
+	}
+	return nil
+}
+
+// growL1 gives the mapping the entries that a disk of size bytes needs, in the
+// file first. With commits.one.
+func (d *disk) growL1(ctx context.Context, size int64) error {
+	if d.g.DataFile && !d.data.Fixed() {
+		if err := d.data.Truncate(size); err != nil {
+			return err
+		}
+	}
+	entries := d.g.L1Size(size)
+	if entries > int64(d.header.L1Size) {
+		if err := d.moveL1(ctx, entries); err != nil {
+			return err
+		}
+	}
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	d.m.l1 = append(d.m.l1, make([]uint64, max(0, entries-int64(len(d.m.l1))))...)
+	d.reach.Store(size)
+	return nil
+}
+
+// moveL1 writes the L1 table anew, with that many entries, and names it in the
+// header.
+func (d *disk) moveL1(ctx context.Context, entries int64) error {
+	if err := d.commit(ctx); err != nil {
+		return err
+	}
+	old := space.Ref{Off: int64(d.header.L1Offset), Len: int64(d.header.L1Size) * 8}
+	run, err := d.space.ReserveMeta(d.g.Clusters(entries*8) << d.g.ClusterBits)
+	if err != nil {
+		return err
+	}
+	if err := d.writeL1(ctx, run); err != nil {
+		d.space.Drop(run.Off, run.Len)
+		return err
+	}
+	p := binary.BigEndian.AppendUint32(nil, uint32(entries))
+	p = binary.BigEndian.AppendUint64(p, uint64(run.Off))
+	if err := d.st.WriteAt(ctx, p, format.OffL1, false); err != nil {
+		return err // the header may name it or not: a leak
+	}
+	if err := d.st.Sync(ctx); err != nil {
+		return err
+	}
+	d.header.L1Offset, d.header.L1Size = uint64(run.Off), uint32(entries)
+	return d.space.Release(ctx, []space.Ref{old})
+}
+
+// writeL1 makes a copy of the L1 table in the file durable.
+func (d *disk) writeL1(ctx context.Context, run space.Run) error {
+	if err := d.space.Extend(ctx, run.Off+run.Len); err != nil {
+		return err
+	}
+	words := make([]uint64, run.Len/8)
+	d.m.mu.RLock()
+	copy(words, d.m.l1)
+	for i, f := range d.m.fresh {
+		words[i] = f.entry
+	}
+	d.m.mu.RUnlock()
+	for at := run.Off; len(words) > 0; {
+		n := min(len(words), limits.MaxTableRead/8)
+		if err := d.writeWords(ctx, words[:n], at); err != nil {
+			return err
+		}
+		words, at = words[n:], at+int64(n)*8
+	}
+	if err := d.space.Write(ctx); err != nil {
+		return err
+	}
+	return d.st.Sync(ctx)
+}
+
+// clearTail makes zeroes of what is new and is there already: the rest of the
+// last cluster, and what a backing file has.
+func (d *disk) clearTail(ctx context.Context, old, size int64) error {
+	end := (old + d.g.ClusterSize - 1) &^ (d.g.ClusterSize - 1)
+	end = min(size, max(end, old+d.belowHas(old)))
+	if end <= old {
+		return nil
+	}
+	err := d.zero(ctx, old, end-old, 0)
+	if errors.Is(err, backing.ErrNotSupported) {
+		err = d.zeroBytes(ctx, old, end)
+	}
+	if err != nil {
+		return fmt.Errorf("clearing what is behind the disk: %w", err)
+	}
+	return d.Flush(ctx)
+}
