@@ -112,8 +112,11 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 	for n := 1; ; n++ {
 		image, want := growing(t)
 		d := openOver(t, image)
+		before := image.Calls()
 		image.FailCall(n, syscall.ENOSPC)
 		err := d.(qcow2.Resizer).Resize(t.Context(), grownTo)
+		last := image.Calls()-before < n
+		image.FailCall(0, nil)
 		if err != nil && d.Info().Size != int64(len(want)) {
 			t.Errorf("call %d: size after the failure is %d", n, d.Info().Size)
 		}
@@ -121,7 +124,6 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 			t.Errorf("call %d: %v", n, err)
 		}
 		_ = d.Close() // after a failed sync it fails
-		image.FailCall(0, nil)
 		image.Reopen()
 		wantSound(t, image, 1<<20)
 		d = openOver(t, image)
@@ -129,8 +131,10 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 			t.Errorf("call %d, opened again: %v", n, err)
 		}
 		_ = d.Close()
-		if err == nil {
-			t.Logf("%d calls", n-1)
+		if last {
+			if n < 15 || err != nil {
+				t.Errorf("after %d calls that failed: %v", n-1, err)
+			}
 			return
 		}
 	}
@@ -159,7 +163,7 @@ func TestPowerCutDuringGrowth(t *testing.T) {
 	if err := errors.Join(err, d.Close()); err != nil {
 		t.Fatal(err)
 	}
-	if states < 100 {
-		t.Errorf("got %d states, want 100 at least", states)
+	if states < 50 {
+		t.Errorf("got %d states, want 50 at least", states)
 	}
 }
