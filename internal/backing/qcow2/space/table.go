@@ -150,49 +150,36 @@ func (s *Space) hook(ctx context.Context) error {
 	return nil
 }
 
-// grow reserves a larger area for the table, with room for block i and for
-// those that count the area. It returns the blocks that do.
-func (s *Space) grow(i int64) ([]int64, error) {
+// grow reserves a larger area for the table, with room for block i. It returns
+// the blocks that count the area; where the table has no room for them, it
+// grows once more.
+func (s *Space) grow(i int64) (more []int64, err error) {
 	k := &s.commit
 	entries := max(i+1, int64(len(k.table))*limits.RefTableGrowth/100)
-	for {
-		n := min(s.g.Clusters(entries*pointer)<<s.g.ClusterBits, format.MaxRefTable)
-		if n/pointer <= i {
-			return nil, s.noSpace(n)
-		}
-		run, err := s.ReserveMeta(n)
-		if err != nil {
-			return nil, err
-		}
-		first := run.Off >> s.g.ClusterBits / s.g.BlockEntries
-		last := (run.Off + run.Len - 1) >> s.g.ClusterBits / s.g.BlockEntries
-		if last < n/pointer {
-			if k.moved != nil {
-				s.Drop(k.moved.Off, k.moved.Len)
-			}
-			k.moved = &run
-			k.table = append(k.table, make([]uint64, n/pointer-int64(len(k.table)))...)
-			var more []int64
-			for b := first; b <= last; b++ {
-				more = append(more, b)
-			}
-			return more, nil
-		}
-		s.Drop(run.Off, run.Len)
-		if n == format.MaxRefTable {
-			return nil, s.noSpace(n)
-		}
-		entries = last + 1
+	n := min(s.g.Clusters(entries*pointer)<<s.g.ClusterBits, format.MaxRefTable)
+	if n/pointer <= i {
+		return nil, s.noSpace(n)
 	}
+	run, err := s.ReserveMeta(n)
+	if err != nil {
+		return nil, err
+	}
+	if k.moved != nil {
+		s.Drop(k.moved.Off, k.moved.Len)
+	}
+	k.moved = &run
+	k.table = append(k.table, make([]uint64, n/pointer-int64(len(k.table)))...)
+	span := s.g.BlockEntries << s.g.ClusterBits
+	for b := run.Off / span; b <= (run.Off+run.Len-1)/span; b++ {
+		more = append(more, b)
+	}
+	return more, nil
 }
 
 // move writes the table to its new area, hooks that into the header, and with
-// it all fresh blocks, and lets go of the old area.
+// it all fresh blocks, and lets go of the old area. All pieces are written.
 func (s *Space) move(ctx context.Context) error {
 	k := &s.commit
-	if err := s.writeDirty(ctx); err != nil {
-		return err
-	}
 	if err := s.Extend(ctx, k.moved.Off+k.moved.Len); err != nil {
 		return err
 	}

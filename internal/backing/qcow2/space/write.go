@@ -40,6 +40,12 @@ func newCommit(area Ref) commit {
 // and Write may be called again; ErrNoSpace is cured by Drop as well. Once it
 // has found the image to be corrupt it always answers ErrIO.
 func (s *Space) Write(ctx context.Context) error {
+	s.mu.Lock()
+	idle, bad := !s.pendingLocked(), s.bad
+	s.mu.Unlock()
+	if idle {
+		return bad
+	}
 	defer s.settle()
 	if err := s.begin(ctx); err != nil {
 		return err
