@@ -344,21 +344,25 @@ func (d *disk) writeWords(ctx context.Context, words []uint64, at int64) error {
 // writeTable writes a whole table: what is in memory of it, the rest from the
 // table that it is a copy of.
 func (d *disk) writeTable(ctx context.Context, t *dirtyTable) error {
-	if err := d.space.Extend(ctx, t.f.off+d.g.ClusterSize); err != nil {
+	if err := d.space.Extend(ctx, t.f.run.Off+d.g.ClusterSize); err != nil {
 		return err
 	}
 	size := d.m.entries * d.g.EntrySize
 	for k := range d.perTable() {
 		words := t.slices[k]
-		if words == nil {
+		switch {
+		case words != nil:
+		case t.f.from != 0:
 			words = make([]uint64, size/8)
-			if t.f.from != 0 {
-				if err := d.readWords(ctx, words, t.f.from+k*size); err != nil {
-					return err
-				}
+			if err := d.readWords(ctx, words, t.f.from+k*size); err != nil {
+				return err
 			}
+		case t.f.run.Zeroed:
+			continue
+		default:
+			words = make([]uint64, size/8)
 		}
-		if err := d.writeWords(ctx, words, t.f.off+k*size); err != nil {
+		if err := d.writeWords(ctx, words, t.f.run.Off+k*size); err != nil {
 			return err
 		}
 	}

@@ -23,8 +23,10 @@ func (d *disk) span(off, end int64) (s Span, ok bool) {
 	}
 	piece := d.m.slices[number]
 	if piece == nil {
+		d.m.misses.Add(1)
 		return Span{}, false
 	}
+	d.m.hits.Add(1)
 	piece.touch()
 	i := off % d.m.coverage >> d.g.ClusterBits
 	skip := off & (d.g.ClusterSize - 1)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
@@ -31,6 +32,8 @@ type mapping struct {
 
 	loading map[int64]*sliceLoad // guarded by mu; by number
 
+	hits, misses atomic.Int64 // of lookups
+
 	entries  int64 // of a slice
 	coverage int64 // guest bytes of a slice
 }
@@ -47,8 +50,8 @@ type slice struct {
 
 // freshTable is an L2 table that is not in the file yet.
 type freshTable struct {
-	off  int64 // where it will be
-	from int64 // the table that it is a copy of, 0 for an empty one
+	run  space.Run // where it will be
+	from int64     // the table that it is a copy of, 0 for an empty one
 
 	entry uint64 // what the L1 table in the file has
 }
@@ -146,6 +149,16 @@ func (d *disk) keep(s *slice) {
 		delete(m.slices, old.number)
 	}
 	m.clock.unpin(s)
+}
+
+// Stats says how the mapping is cached: slices are its pages. What lies below
+// is not in it.
+func (d *disk) Stats() MapStats {
+	d.m.mu.RLock()
+	defer d.m.mu.RUnlock()
+	return MapStats{
+		Pages: int64(d.m.clock.count), Bytes: d.m.clock.bytes, Hits: d.m.hits.Load(), Misses: d.m.misses.Load(),
+	}
 }
 
 // emptySlice has no entry set.
@@ -265,7 +278,7 @@ func (d *disk) own(i int64) error {
 	if err != nil {
 		return err
 	}
-	d.m.fresh[i] = &freshTable{off: r.Off, from: off, entry: d.m.l1[i]}
+	d.m.fresh[i] = &freshTable{run: r, from: off, entry: d.m.l1[i]}
 	d.m.l1[i] = format.EncodeL1(r.Off, true)
 	if off != 0 {
 		d.unlink(space.Ref{Off: off, Len: d.g.ClusterSize})
