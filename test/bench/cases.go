@@ -59,6 +59,8 @@ var cases = []testCase{
 	{name: "q-zstd-1m", about: "qcow2, zstd: 1 MiB sequential read, QD8", load: []string{"-o", "read", "-b", "1048576", "-q", "8"}, image: zstdImage, versus: qemuPeer, by: byMBps},
 	{name: "q-zlib-4k", about: "qcow2, zlib: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zlibImage, versus: qemuPeer},
 	{name: "q-zstd-4k", about: "qcow2, zstd: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: zstdImage, versus: qemuPeer},
+	{name: "q-rr4k-rw", about: "qcow2 open for writing, plain clusters: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, image: plainImage, writes: true, versus: qemuPeer},
+	{name: "q-rw4k", about: "the same: 4 KiB random write, in place", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: plainImage, writes: true, small: true, versus: qemuPeer},
 	{name: "q-alloc", about: "empty qcow2 overlay on a sparse raw disk of 64 GiB: 4 KiB random write, QD32, each to a new cluster", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: overlayImage, fresh: true, writes: true, versus: qemuPeer},
 	{name: "q-cow", about: "empty qcow2 overlay on the raw image: 4 KiB random write, QD32, to new clusters as long as there are", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: copyImage, fresh: true, writes: true, versus: qemuPeer},
 	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
