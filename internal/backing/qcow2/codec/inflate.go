@@ -26,12 +26,12 @@ const (
 
 const (
 	// fastIn and fastOut are what an iteration of fast may read and write: two
-	// words whose first moves on by at most 7 bytes; two literals and a match.
+	// words whose first moves on by at most 7 bytes; three literals and a match.
 	fastIn  = 16
-	fastOut = 2 + maxMatch + repeatOver
+	fastOut = 3 + maxMatch + repeatOver
 
-	// repeatOver is how far repeat may write behind a match.
-	repeatOver = 24
+	// repeatOver is how far repeat and move may write behind a match.
+	repeatOver = 32
 
 	maxMatch = 258
 )
@@ -219,70 +219,91 @@ func (f *inflater) match(length, distance int) error {
 }
 
 // fast decodes as long as neither slice can end within an iteration and no
-// symbol comes but literals and matches.
+// symbol comes but literals and matches. Only the low six bits of have count
+// here, so that whole entries can be taken from it.
 func (f *inflater) fast(lit *litTable, dist *distTable) error {
-	src, dst, word, have, pos, out := f.src, f.dst, f.word, f.have, f.pos, f.out
+	src, dst, word, have, pos, out := f.src, f.dst[:len(f.dst):len(f.dst)], f.word, f.have, f.pos, f.out
 	for pos <= len(src)-fastIn && out <= len(dst)-fastOut {
-		word |= binary.LittleEndian.Uint64(src[pos:]) << (have & 63)
-		pos += int((63 - have) >> 3)
-		have |= 56
-		// Literals of the first table have at most litBits bits: after two of
+		word, pos, have = more(src, pos, word, have)
+		// Literals of the first table have at most litBits bits: after three of
 		// them a length with its extra bits is still there.
 		e := lit[word&(1<<litBits-1)]
 		if e&isLiteral != 0 {
-			dst[out] = byte(e >> valueShift)
-			out++
-			word >>= e & entryBits
-			have -= uint(e & entryBits)
+			p := (*[3]byte)(dst[out:])
+			p[0] = byte(e >> valueShift)
+			out, word, have = out+1, word>>(e&entryBits), have-uint(e)
 			if e = lit[word&(1<<litBits-1)]; e&isLiteral != 0 {
-				dst[out] = byte(e >> valueShift)
-				out++
-				word >>= e & entryBits
-				have -= uint(e & entryBits)
-				e = lit[word&(1<<litBits-1)]
+				p[1] = byte(e >> valueShift)
+				out, word, have = out+1, word>>(e&entryBits), have-uint(e)
+				if e = lit[word&(1<<litBits-1)]; e&isLiteral != 0 {
+					p[2] = byte(e >> valueShift)
+					out, word, have = out+1, word>>(e&entryBits), have-uint(e)
+					e = lit[word&(1<<litBits-1)]
+				}
 			}
 		}
-		if e&isTable != 0 {
-			e = lit[e.value()+int(word>>litBits&e.mask())]
-		}
-		if e&(isLiteral|isEnd) != 0 {
+		if e&(isTable|isLiteral|isEnd) != 0 {
+			if e&isTable != 0 {
+				e = lit[e.value()+int(word>>litBits&e.mask())]
+			}
 			if e&isEnd != 0 {
 				break // block tells what it is
 			}
-			dst[out] = byte(e >> valueShift)
-			out++
-			word >>= e & entryBits
-			have -= uint(e & entryBits)
-			continue
+			if e&isLiteral != 0 {
+				dst[out] = byte(e >> valueShift)
+				out, word, have = out+1, word>>(e&entryBits), have-uint(e)
+				continue
+			}
 		}
 		length := e.value() + e.extra(word)
-		word >>= e & entryBits
-		have -= uint(e & entryBits)
+		word, have = word>>(e&entryBits), have-uint(e)
 
-		if have < distMost {
-			word |= binary.LittleEndian.Uint64(src[pos:]) << (have & 63)
-			pos += int((63 - have) >> 3)
-			have |= 56
+		if have&63 < distMost {
+			word, pos, have = more(src, pos, word, have)
 		}
-		if e = dist[word&(1<<distBits-1)]; e&(isTable|isEnd) != 0 {
-			if e&isTable != 0 {
-				e = dist[e.value()+int(word>>distBits&e.mask())]
-			}
-			if e&isEnd != 0 {
-				return errDeflateCode
-			}
+		e = dist[word&(1<<distBits-1)]
+		if e&isTable != 0 {
+			e = dist[e.value()+int(word>>distBits&e.mask())]
+		}
+		if e&isEnd != 0 {
+			return errDeflateCode
 		}
 		distance := e.value() + e.extra(word)
-		word >>= e & entryBits
-		have -= uint(e & entryBits)
-		if distance > out {
+		word, have = word>>(e&entryBits), have-uint(e)
+		switch {
+		case distance > out:
 			return errDistance
+		case distance < chunk:
+			repeat(dst[out-distance:out+length+repeatOver], distance, length)
+			out += length
+			continue
 		}
-		repeat(dst[out-distance:out+length+repeatOver], distance, length)
-		out += length
+		// Most matches fit two chunks, and to copy both costs less than to ask.
+		move(dst, out, distance)
+		move(dst, out+chunk, distance)
+		at := out + 2*chunk
+		for out += length; at < out; at += chunk {
+			move(dst, at, distance)
+		}
 	}
-	f.word, f.have, f.pos, f.out = word, have, pos, out
+	f.word, f.have, f.pos, f.out = word, have&63, pos, out
 	return nil
+}
+
+// more brings the low six bits of have to 56 or more; src has 8 bytes at pos.
+func more(src []byte, pos int, word uint64, have uint) (uint64, int, uint) {
+	word |= binary.LittleEndian.Uint64(src[pos:]) << (have & 63)
+	return word, pos + int((63-have)>>3&7), have | 56
+}
+
+// chunk is what move copies at a time.
+const chunk = 16
+
+// move copies a chunk to p[at:] from what lies distance bytes back, chunk or
+// more.
+func move(p []byte, at, distance int) {
+	from := at - distance
+	*(*[chunk]byte)(p[at : at+chunk : at+chunk]) = *(*[chunk]byte)(p[from : from+chunk : from+chunk])
 }
 
 // repeat continues p, of which the first distance bytes are there, by length
