@@ -41,7 +41,7 @@ var mayImport = map[string][]string{
 	"internal/backing/qcow2/create":    {"internal/backing", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/limits"},
 	"internal/backing/open":            {"internal/backing", "internal/backing/raw", "internal/backing/mem", "internal/backing/qcow2", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/engine", "internal/engine/bufpool", "internal/limits", "internal/sysio"},
 	"internal/backing/backingtest":     {"internal/backing", "internal/engine", "internal/engine/bufpool", "internal/limits"},
-	"internal/backing/qcow2":           {"internal/backing", "internal/backing/qcow2/check", "internal/backing/qcow2/codec", "internal/backing/qcow2/format", "internal/backing/qcow2/space", "internal/backing/qcow2/store", "internal/engine", "internal/limits"},
+	"internal/backing/qcow2":           {"internal/backing", "internal/backing/qcow2/bitmaps", "internal/backing/qcow2/check", "internal/backing/qcow2/codec", "internal/backing/qcow2/format", "internal/backing/qcow2/space", "internal/backing/qcow2/store", "internal/engine", "internal/limits"},
 	"internal/backing/qcow2/clusters":  {},
 	"internal/backing/qcow2/bitmaps":   {"internal/backing", "internal/backing/qcow2/format", "internal/backing/qcow2/space", "internal/backing/qcow2/store", "internal/limits"},
 	"internal/backing/qcow2/check":     {"internal/backing/qcow2/clusters", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/limits"},

@@ -3,9 +3,11 @@ package qcow2
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/bitmaps"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -24,6 +26,9 @@ type chainDevice struct {
 	clusters *clusterCache
 	path     string
 	info     backing.Info
+
+	descriptions []string
+	bitmaps      *bitmaps.Set // nil for none
 }
 
 // Open opens the image in st and serves it with what lies below. It takes over
@@ -35,7 +40,9 @@ func Open(ctx context.Context, st store.Store, o Options) (backing.Device, error
 		return nil, err
 	}
 	if o.ReadOnly {
-		return NewChainDevice(top, o), nil
+		d := newChainDevice(top, o)
+		d.loadBitmaps(ctx, top, o)
+		return d, nil
 	}
 	if o.Lenient {
 		return nil, errors.Join(invalid(o.Path, "nothing is written to what is read leniently"), top.Close())
@@ -52,8 +59,27 @@ func Open(ctx context.Context, st store.Store, o Options) (backing.Device, error
 // ClusterBytes. The dynamic types of the layers' stores must be comparable.
 func NewChainDevice(top Layer, o Options) backing.Device { return newChainDevice(top, o) }
 
+// loadBitmaps adds the bitmaps of the disk, which are of no use for a snapshot.
+// If they cannot be used the disk is served without.
+func (d *chainDevice) loadBitmaps(ctx context.Context, top *Image, o Options) {
+	if o.Snapshot != "" || top.header.BitmapsErr != nil {
+		return
+	}
+	log := o.Log
+	if log == nil {
+		log = slog.Default()
+	}
+	set, err := bitmaps.Load(ctx, top.st, top.header, top.size, bitmaps.Options{Log: log})
+	if err != nil {
+		log.Warn("image has bitmaps that cannot be used", "path", o.Path, "err", err)
+		return
+	}
+	d.bitmaps = set
+	d.descriptions = append(d.descriptions, set.Exposed(false)...)
+}
+
 func newChainDevice(top Layer, o Options) *chainDevice {
-	d := &chainDevice{chain: newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes), path: o.Path}
+	d := &chainDevice{descriptions: []string{depthContext}, chain: newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes), path: o.Path}
 	d.info = backing.Info{
 		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred,
 		Caps: backing.CanFlush | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
@@ -151,6 +177,11 @@ type join struct {
 	sum, part backing.Mapping
 	leases    [backing.MaxRuns + 1]backing.Lease
 	n         int // number of leases
+
+	// The range of a write, which is marked when it is over; marks is nil for
+	// no write.
+	marks    *bitmaps.Set
+	off, len int64
 }
 
 var joins = sync.Pool{New: func() any { return new(join) }}
@@ -222,11 +253,13 @@ func (j *join) give(m *backing.Mapping) {
 	j.abandon()
 }
 
-// lease makes the mapping last as long as l.
-func (j *join) lease(l backing.Lease) { j.keep(l) }
-
 // Release ends the leases of all pieces.
-func (j *join) Release() { j.abandon() }
+func (j *join) Release() {
+	if j.marks != nil {
+		j.marks.Mark(j.off, j.len)
+	}
+	j.abandon()
+}
 
 // abandon ends what leases there are and frees j.
 func (j *join) abandon() {

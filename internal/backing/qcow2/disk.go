@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/bitmaps"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
@@ -39,6 +40,8 @@ type disk struct {
 	clusters *clusterCache
 	discard  Discard
 
+	descriptions []string
+
 	resizing sync.Mutex
 	size     atomic.Int64 // of the disk in bytes
 	reach    atomic.Int64 // up to where the mapping goes: size, or what it will be
@@ -48,6 +51,7 @@ type disk struct {
 	epoch    *epoch           // guarded by m.mu
 	unlinked []space.Ref      // guarded by m.mu; since the last commit began
 
+	bitmaps    *bitmaps.Set
 	commits    commits
 	quarantine []quarantined // the commit's own; oldest first
 }
@@ -89,10 +93,14 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	if d.space, err = space.New(top.st, h, r, log); err != nil {
 		return nil, err
 	}
+	if d.bitmaps, err = bitmaps.Load(ctx, top.st, h, top.size, bitmaps.Options{Log: log}); err != nil {
+		return nil, err
+	}
 	if top.below != nil {
 		d.below = newChainDevice(top.below, o)
 		d.below.clusters = d.clusters
 	}
+	d.descriptions = append([]string{depthContext}, d.bitmaps.Exposed(true)...)
 	d.m.init(&d.g, top.l1, o.CacheBytes)
 	d.commits.init(d)
 	d.size.Store(top.size)
@@ -145,7 +153,7 @@ func audit(ctx context.Context, st store.Store, h *format.Header) (*check.Report
 // "Header", autoclear_features), before the first write.
 func (d *disk) clearAutoclear(ctx context.Context) error {
 	h := d.header
-	keep := h.Autoclear & format.AutoclearRawData
+	keep := h.Autoclear & format.KnownAutoclear
 	if h.Version < 3 || h.Autoclear == keep {
 		return nil
 	}
@@ -153,8 +161,24 @@ func (d *disk) clearAutoclear(ctx context.Context) error {
 	if err == nil {
 		err = d.st.Sync(ctx)
 	}
+	if err == nil {
+		h.Autoclear = keep
+	}
 	return err
 }
+
+// begin comes before every change of the disk: the bitmaps that it changes must
+// not be believed before they are stored again.
+func (d *disk) begin(ctx context.Context) error {
+	if d.bitmaps.Begun() {
+		return nil
+	}
+	return d.commits.exclusive(func() error { return d.bitmaps.Begin(ctx) })
+}
+
+// Bitmaps are those of the image: what is changed there is in the file when the
+// disk was closed.
+func (d *disk) Bitmaps() *bitmaps.Set { return d.bitmaps }
 
 // Info changes when the disk grows.
 func (d *disk) Info() backing.Info {
@@ -171,9 +195,13 @@ func (d *disk) wrap(op string, off, n int64, err error) error {
 // Close commits what is left and closes all files. No request is in flight and
 // no Mapping open. What a failure leaves behind are leaks.
 func (d *disk) Close() error {
+	ctx := context.Background()
 	err := d.commits.stop()
 	if err == nil {
-		err = d.space.Trim(context.Background())
+		err = d.commits.exclusive(func() error { return d.bitmaps.Save(ctx, d.space) })
+	}
+	if err == nil {
+		err = d.space.Trim(ctx)
 	}
 	err = errors.Join(err, d.st.Close())
 	if d.data != d.st {

@@ -15,6 +15,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
 // diskCases are kinds of images that a disk is tried on.
@@ -141,4 +143,20 @@ func qemuCheck(t testing.TB, image []byte) {
 	if out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput(); err != nil {
 		t.Errorf("qemu-img check: %v: %s", err, out)
 	}
+}
+
+// writableFile is a store on a real file.
+func writableFile(t testing.TB, path string) store.Store {
+	t.Helper()
+	e := engine.NewPool(2)
+	t.Cleanup(func() { _ = e.Close() })
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := raw.Open(f, e, raw.Options{Path: path, Container: true, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store.NewFile(d)
 }

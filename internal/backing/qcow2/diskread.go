@@ -174,7 +174,7 @@ func (d *disk) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	d.m.mu.RLock()
 	defer d.m.mu.RUnlock()
 	k, to := d.lookup(off, off+n, spans[:])
-	if to != off+n || op != engine.OpRead && !d.inPlace(off, n) {
+	if to != off+n || op != engine.OpRead && !(d.bitmaps.Begun() && d.inPlace(off, n)) {
 		return backing.ErrNotMappable
 	}
 	j := joins.Get().(*join)
@@ -182,7 +182,11 @@ func (d *disk) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 		j.abandon()
 		return backing.ErrNotMappable
 	}
-	j.lease(d.lease())
+	j.keep(d.lease())
+	if op != engine.OpRead && d.bitmaps.Tracking() {
+		d.bitmaps.Mark(off, n)
+		j.marks, j.off, j.len = d.bitmaps, off, n
+	}
 	j.give(m)
 	return nil
 }
@@ -213,13 +217,17 @@ func (d *disk) joinSpans(op engine.Op, off int64, spans []Span, j *join) bool {
 	return true
 }
 
-// Descriptions has the allocation depth.
-func (d *disk) Descriptions() []string { return chainDescriptions }
+// Descriptions has the allocation depth, and the bitmaps that writes do not
+// change.
+func (d *disk) Descriptions() []string { return d.descriptions }
 
-// Describe tells the depth of a range.
+// Describe tells the depth of a range, or what a bitmap has of it.
 func (d *disk) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
-	if !slices.Contains(chainDescriptions, name) {
+	switch {
+	case !slices.Contains(d.descriptions, name):
 		return backing.ErrInvalid
+	case name != depthContext:
+		return d.wrap("describe", off, n, describeBitmap(d.bitmaps, name, off, n, f, yield))
 	}
 	r := depthRuns(f, yield)
 	err := d.eachPiece(ctx, off, n, func(own bool, x *piece) bool {

@@ -16,6 +16,10 @@ func (d *disk) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags
 }
 
 func (d *disk) writeAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	if err := d.begin(ctx); err != nil {
+		return err
+	}
+	defer d.bitmaps.Mark(off, int64(len(p)))
 	late := false // the write is not durable before a commit is
 	for len(p) > 0 {
 		n, durable, err := d.overwrite(ctx, p, off, f&backing.FUA != 0)

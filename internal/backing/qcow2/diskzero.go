@@ -15,7 +15,11 @@ var zeroBlock [64 << 10]byte
 // subclusters. ErrNotSupported, with nothing changed, where the image cannot
 // say so: version 2 above a backing file.
 func (d *disk) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
-	err := d.zero(ctx, off, n, f)
+	err := d.begin(ctx)
+	if err == nil {
+		err = d.zero(ctx, off, n, f)
+		d.bitmaps.Mark(off, n)
+	}
 	if err == nil && f&backing.FUA != 0 {
 		return d.Flush(ctx)
 	}
@@ -171,7 +175,11 @@ func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Clust
 // Trim frees the host clusters of whole subclusters, which then read as zeroes,
 // as far as the image can say so; else it does nothing.
 func (d *disk) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
-	err := d.trim(ctx, off, n)
+	err := d.begin(ctx)
+	if err == nil {
+		err = d.trim(ctx, off, n)
+		d.bitmaps.Mark(off, n)
+	}
 	if err == nil && f&backing.FUA != 0 {
 		return d.Flush(ctx)
 	}

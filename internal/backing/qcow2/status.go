@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/bitmaps"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -17,20 +18,26 @@ const longestRun = 2048 * limits.MapPage
 // docs/interop/nbd.rst, "qemu:allocation-depth").
 const depthContext = "qemu:allocation-depth"
 
-var chainDescriptions = []string{depthContext}
+// Descriptions has the allocation depth, and the bitmaps of the top image.
+func (d *chainDevice) Descriptions() []string { return d.descriptions }
 
-// Descriptions has the allocation depth.
-func (d *chainDevice) Descriptions() []string { return chainDescriptions }
-
-// Describe tells the depth of a range. What is damaged counts where that was
-// found.
+// Describe tells the depth of a range, or what a bitmap has of it. What is
+// damaged counts where that was found.
 func (d *chainDevice) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
-	if !slices.Contains(chainDescriptions, name) {
+	switch {
+	case !slices.Contains(d.descriptions, name):
 		return backing.ErrInvalid
+	case name != depthContext:
+		return d.wrap("describe", off, n, describeBitmap(d.bitmaps, name, off, n, f, yield))
 	}
 	r := depthRuns(f, yield)
 	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, depthOf(x)) })
 	return d.wrap("describe", off, n, r.end(err))
+}
+
+// describeBitmap yields what a bitmap has of a range.
+func describeBitmap(set *bitmaps.Set, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	return set.Describe(name, off, n, func(s backing.Status) bool { return yield(s) && f&backing.ReqOne == 0 })
 }
 
 func depthOf(x *piece) uint32 {
