@@ -44,11 +44,11 @@ type PowerCuts struct {
 	Files []*storetest.Crash
 
 	// PerSync is how many states are taken before and after each Sync, and
-	// about how often one is at any other call out of PerSync calls.
-	PerSync int
+	// PerCall after any other call. If that is 0, it is some after some calls.
+	PerSync, PerCall int
 
-	// Check looks at some of the states, with their names; may be nil.
-	Check func(name string, files []*storetest.Mem) error
+	// Check looks at each state once more; it may be nil.
+	Check func(files []*storetest.Mem) error
 
 	mu     sync.Mutex
 	rnd    *rand.Rand // guarded by mu
@@ -81,10 +81,10 @@ func (k *PowerCuts) hook(x storetest.Call) {
 	defer k.mu.Unlock()
 	n := k.PerSync
 	if x.Op != storetest.Sync {
-		if !x.Done || k.rnd.IntN(k.PerSync) > 0 {
+		if !x.Done || k.PerCall == 0 && k.rnd.IntN(k.PerSync) > 0 {
 			return
 		}
-		n = 2
+		n = max(k.PerCall, 2)
 	}
 	if n = min(n, k.most-k.states); k.err == nil && n > 0 {
 		k.take(fmt.Sprintf("%s %d+%d (done %v)", x.Op, x.Off, x.Len, x.Done), n)
@@ -107,7 +107,7 @@ func (k *PowerCuts) take(when string, n int) {
 			files = append(files, data[k.rnd.IntN(len(data))].Clone())
 		}
 		k.states++
-		if err := k.verify(files, name, m); err != nil {
+		if err := k.verify(files, m); err != nil {
 			k.err = fmt.Errorf("power cut at %s, which kept %s: %w", when, name, err)
 			return
 		}
@@ -127,13 +127,13 @@ func filesOf(list []*storetest.Mem) (f Files) {
 }
 
 // verify looks at one state from the outside and then writes to it.
-func (k *PowerCuts) verify(files []*storetest.Mem, name string, m Moment) error {
+func (k *PowerCuts) verify(files []*storetest.Mem, m Moment) error {
 	ctx := context.Background()
 	if _, err := k.Format.audit(ctx, filesOf(files)); err != nil {
 		return fmt.Errorf("audit: %w", err)
 	}
 	if k.Check != nil {
-		if err := k.Check(name, files); err != nil {
+		if err := k.Check(files); err != nil {
 			return err
 		}
 	}

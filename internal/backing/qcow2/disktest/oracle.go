@@ -220,7 +220,6 @@ func (c *Change) supersedes(end int64, m Moment) bool {
 func (o *Oracle) look(p []byte, off int64, m Moment, resolve func(lo, hi, content int64)) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	var buf [Sector]byte
 	for at := off; at < off+int64(len(p)); {
 		s := at / Sector
 		hi := min(off+int64(len(p)), (s+1)*Sector)
@@ -231,21 +230,46 @@ func (o *Oracle) look(p []byte, off int64, m Moment, resolve func(lo, hi, conten
 				}
 			}
 		}
-		got := p[at-off : hi-off]
 		choice := o.choiceLocked(at, hi, m)
-		i := slices.IndexFunc(choice, func(content int64) bool {
-			o.contentLocked(&buf, s, content)
-			return bytes.Equal(got, buf[at-s*Sector:hi-s*Sector])
-		})
-		if i < 0 {
+		if !o.matchLocked(p[at-off:hi-off], at, choice, resolve) {
 			return o.wrongLocked(p, off, at, hi, choice)
-		}
-		if resolve != nil && len(choice) > 1 {
-			resolve(at, hi, choice[i])
 		}
 		at = hi
 	}
 	return nil
+}
+
+// matchLocked tells whether p, in one sector from off, is one of choice, and
+// calls resolve if there was a choice. Requests that end within sectors may be
+// carried out in parts that do, too: there, and only there, contents mix.
+func (o *Oracle) matchLocked(p []byte, off int64, choice []int64, resolve func(lo, hi, content int64)) bool {
+	var buf [Sector]byte
+	s := off / Sector
+	longest := func(p []byte, off int64) (best, n int64) {
+		for _, content := range choice {
+			o.contentLocked(&buf, s, content)
+			k := int64(0)
+			for k < int64(len(p)) && p[k] == buf[off-s*Sector+k] {
+				k++
+			}
+			if k > n {
+				best, n = content, k
+			}
+		}
+		return best, n
+	}
+	mixed := slices.ContainsFunc(o.history[s], func(c *Change) bool { return c.lo%Sector+c.hi%Sector > 0 })
+	for end := off + int64(len(p)); off < end; {
+		content, n := longest(p, off)
+		if n == 0 || n < end-off && !mixed {
+			return false
+		}
+		if resolve != nil && len(choice) > 1 {
+			resolve(off, off+n, content)
+		}
+		p, off = p[n:], off+n
+	}
+	return true
 }
 
 // choiceLocked are the contents that [lo, hi), in one sector, may have.

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 )
@@ -161,18 +162,18 @@ func (s *Shape) extent(rnd *rand.Rand, spots []int64) (off, n int64) {
 	return off, min(n, s.Size-off)
 }
 
-// shrinkRuns bounds how often Shrink tries.
-const shrinkRuns = 300
+// shrinkTime bounds how long Shrink tries.
+const shrinkTime = 15 * time.Second
 
 // Shrink looks for a shorter script for which fails is still true, by leaving
 // out ever smaller parts.
 func Shrink(s Script, fails func(Script) bool) Script {
-	runs := 0
-	for part := (len(s) + 1) / 2; part > 0 && runs < shrinkRuns; {
+	end := time.Now().Add(shrinkTime)
+	for part := (len(s) + 1) / 2; part > 0 && time.Now().Before(end); {
 		shorter := false
-		for at := 0; at < len(s) && runs < shrinkRuns; {
+		for at := 0; at < len(s) && time.Now().Before(end); {
 			try := slices.Concat(s[:at], s[min(at+part, len(s)):])
-			if runs++; len(try) > 0 && fails(try) {
+			if len(try) > 0 && fails(try) {
 				s, shorter = try, true
 			} else {
 				at += part
