@@ -204,7 +204,8 @@ func (c *clusterCache) decompress(ctx context.Context, k clusterKey, dst []byte)
 // readAll fills all of reads, side by side. It returns one of the errors, and
 // may leave the rest alone then.
 func (c *clusterCache) readAll(ctx context.Context, reads []clusterRead) error {
-	workers := min(len(reads), cap(c.decoders))
+	// On one CPU side by side is slower, whatever GOMAXPROCS says.
+	workers := min(len(reads), cap(c.decoders), runtime.NumCPU())
 	if workers == 1 {
 		for i := range reads {
 			if err := c.read(ctx, &reads[i]); err != nil {
