@@ -56,6 +56,7 @@ var mayImport = map[string][]string{
 	"internal/nbd/nbdtest":             {"internal/limits", "internal/nbd/wire"},
 	"internal/export":                  {"internal/backing", "internal/limits", "internal/nbd", "internal/transport"},
 	"internal/progress":                {},
+	"internal/config":                  {"internal/limits"},
 	"internal/daemon": {"internal/backing", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/engine",
 		"internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
