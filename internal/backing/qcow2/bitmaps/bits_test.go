@@ -89,6 +89,19 @@ func TestBitsetAgreesWithModel(t *testing.T) {
 	}
 }
 
+// TestBitsBehindTheLastAreIgnored: a file may have any there.
+func TestBitsBehindTheLastAreIgnored(t *testing.T) {
+	b, p := newBitset(70), []byte("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff")
+	b.put(0, p)
+	b.get(0, p)
+	if want := "\xff\xff\xff\xff\xff\xff\xff\xff\x3f\x00\x00\x00\x00\x00\x00\x00"; string(p) != want {
+		t.Errorf("got %x, want %x", p, want)
+	}
+	if end, set := b.run(0, 70); end != 70 || !set {
+		t.Errorf("got %v up to %d", set, end)
+	}
+}
+
 // TestMarkOfWholePagesTakesNoMemory: only a page with some bits set and some
 // not does.
 func TestMarkOfWholePagesTakesNoMemory(t *testing.T) {

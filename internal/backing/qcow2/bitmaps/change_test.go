@@ -187,8 +187,9 @@ func TestMergeAndClearAgreeWithQemu(t *testing.T) {
 	must(t, s.Save(ctx, allocator(t, st, h)))
 	clean(t, st.Contents())
 	same(t, st.Contents(), s, h)
+	ours := infos(t, st.Contents())
 	for i, want := range infos(t, theirs) {
-		if got := infos(t, st.Contents())[i]; got.Name != want.Name || !slices.Equal(got.Flags, want.Flags) || got.Granularity != want.Granularity {
+		if got := ours[i]; got.Name != want.Name || !slices.Equal(got.Flags, want.Flags) || got.Granularity != want.Granularity {
 			t.Errorf("got %+v, want %+v", got, want)
 		}
 	}

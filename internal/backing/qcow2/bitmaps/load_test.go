@@ -161,11 +161,34 @@ func TestLoadReadsOnes(t *testing.T) {
 		must(t, err)
 		tab := binary.BigEndian.Uint64(b[h.Bitmaps.DirOffset:])
 		binary.BigEndian.PutUint64(b[tab:], 1)
-		s, h := load(t, storetest.New(b))
+		st := storetest.New(b)
+		s, h := load(t, st)
 		if got := described(t, s, h, "b0"); got[0].Value != 1 {
 			t.Errorf("got %v, want ones first", got)
 		}
 		same(t, b, s, h)
+		sp := allocator(t, st, h)
+		if err := s.Save(ctx, sp); err != nil || st.Count(storetest.Write) != 0 {
+			t.Errorf("save of what has not changed: %v, %d writes", err, st.Count(storetest.Write))
+		}
+	}
+}
+
+// TestOnesCountAsMemory: a small cluster of ones beside one of zeroes takes a
+// page.
+func TestOnesCountAsMemory(t *testing.T) {
+	b := create(t, "cluster_size=512", "8g", []string{"add", "-g", "4k", "b0"}, []string{"disable", "b0"})
+	h, err := format.ParseHeader(b)
+	must(t, err)
+	tab := binary.BigEndian.Uint64(b[h.Bitmaps.DirOffset:])
+	for i := uint64(0); i < 512; i += 8 {
+		binary.BigEndian.PutUint64(b[tab+i*8:], 1)
+	}
+	for limit, want := range map[int64]bool{100 << 10: false, 300 << 10: true} {
+		_, err := bitmaps.Load(ctx, storetest.New(b), h, int64(h.Size), bitmaps.Options{Log: quiet, Limit: limit})
+		if got := err == nil; got != want {
+			t.Errorf("limit %d: got %v, want success %v", limit, err, want)
+		}
 	}
 }
 

@@ -96,7 +96,7 @@ func change(t testing.TB, b []byte, commands ...[]string) []byte {
 
 func header(t testing.TB, st store.Store) *format.Header {
 	t.Helper()
-	b := make([]byte, 2<<20)
+	b := make([]byte, 64<<10)
 	n, err := st.ReadAt(ctx, b, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -318,6 +318,15 @@ func TestSaveAgreesWithQemu(t *testing.T) {
 			same(t, b, again, h2)
 			if *h.Bitmaps != *h2.Bitmaps || h.Autoclear != h2.Autoclear {
 				t.Errorf("header: got %v %x, the file has %v %x", h.Bitmaps, h.Autoclear, h2.Bitmaps, h2.Autoclear)
+			}
+			// QEMU goes on with what was saved.
+			theirs := change(t, b, []string{"io", "write 13m 3k"})
+			third, h3 := load(t, storetest.New(theirs))
+			same(t, theirs, third, h3)
+			if got := described(t, third, h3, "first"); !slices.ContainsFunc(got, func(e extent) bool {
+				return e.Value == 1 && e.Off <= 13<<20 && e.Off+e.Len >= 13<<20+3<<10
+			}) {
+				t.Errorf("what qemu wrote is not marked: %v", got)
 			}
 			calls := st.Count(storetest.Write)
 			if err := s.Save(ctx, sp); err != nil || st.Count(storetest.Write) != calls {
