@@ -248,6 +248,9 @@ func (o *Oracle) matchLocked(p []byte, off int64, choice []int64, resolve func(l
 	longest := func(p []byte, off int64) (best, n int64) {
 		for _, content := range choice {
 			o.contentLocked(&buf, s, content)
+			if bytes.Equal(p, buf[off-s*Sector:off-s*Sector+int64(len(p))]) {
+				return content, int64(len(p))
+			}
 			k := int64(0)
 			for k < int64(len(p)) && p[k] == buf[off-s*Sector+k] {
 				k++

@@ -200,17 +200,11 @@ func (c *Crash) wipe(x Call, call func() error) error {
 	return c.do(x, func() error {
 		c.Mem.mu.Lock()
 		size := c.Mem.size
-		touched := make([]int64, 0, len(c.Mem.pages))
-		for i := range c.Mem.pages {
-			if i*pageSize < x.Off+x.Len && (i+1)*pageSize > x.Off {
-				touched = append(touched, i)
-			}
-		}
+		touched := c.Mem.touchedLocked(x.Off, x.Off+x.Len)
 		c.Mem.mu.Unlock()
 		if err := call(); err != nil {
 			return err
 		}
-		slices.Sort(touched)
 		for _, i := range touched {
 			c.recordLocked(x.Op, i*pageSize, min(pageSize, size-i*pageSize))
 		}

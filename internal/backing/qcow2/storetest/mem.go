@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"slices"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -309,18 +310,39 @@ func (m *Mem) wipe(ctx context.Context, op Op, off, n int64) error {
 
 // wipeLocked clears [off, end).
 func (m *Mem) wipeLocked(off, end int64) {
-	for i, page := range m.pages {
+	for _, i := range m.touchedLocked(off, end) {
 		from, to := max(off, i*pageSize), min(end, (i+1)*pageSize)
-		switch {
-		case from >= to:
-		case to-from == pageSize:
+		if to-from == pageSize {
 			delete(m.pages, i)
-		default:
-			rest := *page
-			clear(rest[from-i*pageSize : to-i*pageSize])
-			m.pages[i] = &rest
+			continue
+		}
+		rest := *m.pages[i]
+		clear(rest[from-i*pageSize : to-i*pageSize])
+		m.pages[i] = &rest
+	}
+}
+
+// touchedLocked are the pages there are in [off, end), in order.
+func (m *Mem) touchedLocked(off, end int64) (list []int64) {
+	if off >= end {
+		return nil
+	}
+	first, last := off/pageSize, (end-1)/pageSize
+	if last-first < int64(len(m.pages)) {
+		for i := first; i <= last; i++ {
+			if m.pages[i] != nil {
+				list = append(list, i)
+			}
+		}
+		return list
+	}
+	for i := range m.pages {
+		if first <= i && i <= last {
+			list = append(list, i)
 		}
 	}
+	slices.Sort(list)
+	return list
 }
 
 // Truncate moves the end of the file.
