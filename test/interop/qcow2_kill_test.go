@@ -1,0 +1,222 @@
+package interop
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+var kills = flag.Int("qcow2.kills", 25, "how often a server that writes qcow2 is killed under load")
+
+const (
+	killDisk  = 32 << 20
+	killBlock = 4096 // of which each has one tag
+	workers   = 4    // each with a connection and a part of the disk
+	blocksPer = killDisk / killBlock / workers
+)
+
+// tag fills a block with what version of it was written; version 0 is zeroes.
+func tag(p []byte, block int, version uint64) {
+	clear(p)
+	if version == 0 {
+		return
+	}
+	for i := 0; i < len(p); i += 16 {
+		binary.LittleEndian.PutUint64(p[i:], uint64(block)<<16|uint64(i))
+		binary.LittleEndian.PutUint64(p[i+8:], version)
+	}
+}
+
+// tagOf is the version of a block, if it is whole.
+func tagOf(p []byte, block int) (version uint64, ok bool) {
+	version = binary.LittleEndian.Uint64(p[8:])
+	want := make([]byte, len(p))
+	tag(want, block, version)
+	return version, bytes.Equal(p, want)
+}
+
+// ledger is what the blocks of one worker may hold: what was there at the last
+// flush, and what was asked for since.
+type ledger struct {
+	first int // block
+	may   [][]uint64
+	next  uint64 // version
+	rng   *rand.Rand
+}
+
+// change asks for n blocks from i on to become version 0 or a new one. A trim
+// may do nothing, so what was there stays possible.
+func (l *ledger) change(ctx context.Context, c *client.Client, i, n, kind int) (versions []uint64, err error) {
+	off, size := int64(l.first+i)*killBlock, int64(n)*killBlock
+	versions = make([]uint64, n)
+	p := make([]byte, size)
+	if kind > 1 {
+		for k := range versions {
+			l.next++
+			versions[k] = l.next
+			tag(p[k*killBlock:(k+1)*killBlock], l.first+i+k, l.next)
+		}
+	}
+	for k, v := range versions {
+		l.may[i+k] = append(l.may[i+k], v)
+	}
+	switch kind {
+	case 0:
+		return nil, c.Trim(ctx, off, size, 0)
+	case 1:
+		return versions, c.Zero(ctx, off, size, 0)
+	default:
+		return versions, c.WriteAt(ctx, p, off, 0)
+	}
+}
+
+// load writes until the server is gone. It flushes now and then; what was
+// answered before is certain then.
+func (l *ledger) load(ctx context.Context, c *client.Client) {
+	for {
+		certain := map[int]uint64{}
+		for range 1 + l.rng.IntN(40) {
+			n := 1 + l.rng.IntN(1<<l.rng.IntN(6))
+			i := l.rng.IntN(blocksPer - n)
+			kind := l.rng.IntN(12)
+			versions, err := l.change(ctx, c, i, n, kind)
+			if err != nil {
+				return
+			}
+			for k := range n {
+				if versions == nil {
+					delete(certain, i+k)
+				} else {
+					certain[i+k] = versions[k]
+				}
+			}
+		}
+		if c.Flush(ctx) != nil {
+			return
+		}
+		for i, v := range certain {
+			l.may[i] = append(l.may[i][:0], v)
+		}
+	}
+}
+
+// settle holds what is read against the ledger, and starts anew from it.
+func (l *ledger) settle(p []byte) error {
+	for i := range l.may {
+		block := l.first + i
+		v, ok := tagOf(p[block*killBlock:(block+1)*killBlock], block)
+		if !ok || !slices.Contains(l.may[i], v) {
+			return fmt.Errorf("block %d holds version %d (whole: %v), want one of %d", block, v, ok, l.may[i])
+		}
+		l.may[i] = append(l.may[i][:0], v)
+	}
+	return nil
+}
+
+// killRun is a disk that is written to by servers that are killed.
+type killRun struct {
+	t     *testing.T
+	image string
+	rng   *rand.Rand
+	parts [workers]*ledger
+}
+
+// launch serves the disk in one of the ways that there are.
+func (r *killRun) launch(round int) *testenv.Server {
+	r.t.Helper()
+	kind, err := testenv.KindByName([]string{"vmdiskd-uring", "vmdiskd-pool"}[round%2])
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	cache := "--cache=" + []string{"writeback", "none"}[round/2%2]
+	s, err := kind.Launch(testenv.Context(r.t), testenv.TempDir(r.t), writable(r.image, cache))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(s.Kill)
+	return s
+}
+
+// round loads a server, kills it, and looks at what is left, by way of the
+// next one.
+func (r *killRun) round(s *testenv.Server, round int) *testenv.Server {
+	r.t.Helper()
+	var all sync.WaitGroup
+	for _, l := range r.parts {
+		c := dial(r.t, s)
+		all.Go(func() { l.load(testenv.Context(r.t), c) })
+	}
+	time.AfterFunc(time.Duration(r.rng.IntN(300))*time.Millisecond, s.Kill)
+	all.Wait()
+	<-s.Done()
+	wantSound(r.t, r.image, true)
+	next := r.launch(round + 1)
+	p := make([]byte, killDisk)
+	if err := dial(r.t, next).ReadAt(testenv.Context(r.t), p, 0); err != nil {
+		r.t.Fatal(err)
+	}
+	for _, l := range r.parts {
+		if err := l.settle(p); err != nil {
+			r.t.Fatalf("round %d: %v", round, err)
+		}
+	}
+	return next
+}
+
+func TestFlushedBlocksOutliveKilledWritersOfQcow2(t *testing.T) {
+	vmdiskdOnly(t)
+	needQEMU(t)
+	for _, tt := range []struct {
+		name    string
+		options []string
+		share   int // of the kills
+	}{
+		{"plain", nil, 2},
+		{"overlay", []string{"-o", "cluster_size=8k", "-b", "base.raw", "-F", "raw"}, 2},
+		{"subclusters", []string{"-o", "extended_l2=on"}, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			seed := rand.Uint64()
+			t.Logf("seed %d", seed)
+			dir := testenv.TempDir(t)
+			base := make([]byte, killDisk)
+			for i := range killDisk / killBlock {
+				tag(base[i*killBlock:(i+1)*killBlock], i, 1)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "base.raw"), base, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			createQcow2(t, dir, "disk.qcow2", fmt.Sprint(killDisk), tt.options...)
+			r := &killRun{t: t, image: filepath.Join(dir, "disk.qcow2"), rng: rand.New(rand.NewPCG(seed, 0))}
+			initial := uint64(0)
+			if slices.Contains(tt.options, "-b") {
+				initial = 1
+			}
+			for i := range r.parts {
+				l := &ledger{first: i * blocksPer, may: make([][]uint64, blocksPer), next: 1, rng: rand.New(rand.NewPCG(seed, uint64(i+1)))}
+				for k := range l.may {
+					l.may[k] = []uint64{initial}
+				}
+				r.parts[i] = l
+			}
+			s := r.launch(0)
+			for round := range *kills * tt.share / 5 {
+				s = r.round(s, round)
+			}
+			stopAndCompare(t, s, r.image, served(t, s))
+			wantSound(t, r.image, true)
+		})
+	}
+}
