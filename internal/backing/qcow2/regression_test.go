@@ -101,8 +101,8 @@ func TestCrashQ1(t *testing.T) {
 	s.perSync, s.perCall = 40, 15
 	script := serial(write(0, 512, 1), write(1<<20, 64<<10, 2), write(2<<20, 64<<10, 3), write(3<<20, 128<<10, 4), flush,
 		write(3<<20, 64<<10, 5), flush)
-	n, err := s.episode(1, script, 700)
-	if err != nil || n < 400 {
+	n, err := s.episode(1, script, 1000)
+	if err != nil || n < 200 {
 		t.Errorf("%d power cuts: %v", n, err)
 	}
 }
