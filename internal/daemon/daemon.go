@@ -168,10 +168,12 @@ func (d *daemon) openDisk() error {
 	}
 	d.exports = export.NewRegistry()
 	return d.exports.Add(export.Spec{
-		Name:        d.cfg.ExportName,
-		Description: d.cfg.Description,
-		Device:      dev,
-		ReadOnly:    d.cfg.ReadOnly || !dev.Info().Caps.Has(backing.CanWrite),
+		Name:   d.cfg.ExportName,
+		Device: dev,
+		Settings: export.Settings{
+			Description: d.cfg.Description,
+			ReadOnly:    d.cfg.ReadOnly || !dev.Info().Caps.Has(backing.CanWrite),
+		},
 	})
 }
 

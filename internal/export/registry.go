@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sort"
 	"sync"
 	"unicode/utf8"
@@ -16,71 +18,263 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
-// Spec describes an export.
+// State is where an export is in its life.
+type State string
+
+const (
+	Opening  State = "opening"  // its name is taken; no peer sees it
+	Ready    State = "ready"    // it can be opened
+	Draining State = "draining" // its connections leave; no peer sees it
+	Closed   State = "closed"   // it is in no registry any more
+)
+
+// Spec describes an export. What Update changes may change while peers use it.
 type Spec struct {
-	Name        string
+	Name    string
+	Device  backing.Device // owned by the registry from Add on
+	NeedTLS bool           // only for connections that are encrypted
+
+	// Via are the listeners at which it can be seen, as transport.Peer calls
+	// them; none is all but the private ones, which see nothing else.
+	Via []string
+
+	Settings
+}
+
+// Settings are what may change while an export is in use. Connections that are
+// open keep the access that they have.
+type Settings struct {
 	Description string
-	Device      backing.Device // owned by the registry from Add on
 	ReadOnly    bool
-	NeedTLS     bool // only for connections that are encrypted
+	Default     bool // the empty name opens it too; the last to say so does
+	Grants      []Grant
+	Connections int // bound of the clients at a time; 0 for none
 }
 
 // Registry is safe for concurrent use.
 type Registry struct {
 	mu      sync.Mutex
 	byName  map[string]*entry // guarded by mu
-	dfault  string            // guarded by mu; what "" stands for
-	hasDflt bool              // guarded by mu
+	dfault  *entry            // guarded by mu; what "" stands for, or nil
+	private map[string]bool   // guarded by mu; listeners of single exports
 	closed  bool              // guarded by mu
+	opening sync.WaitGroup    // Add is not called once closed is set
+
+	// Changed is called after a change of a state, without locks. It is set
+	// before the first Add.
+	Changed func(name string, s State)
 }
 
+// entry is an export; its fields are guarded by Registry.mu.
 type entry struct {
 	spec  Spec
-	users sync.WaitGroup // open views
+	state State
+	users int
+	idle  chan struct{} // not nil while somebody waits for users to be 0
+
+	gone  context.Context // ends when connections shall leave
+	leave context.CancelFunc
 }
 
-// ErrExists is returned by Add for a name that is taken.
-var ErrExists = errors.New("export exists")
+// Errors of the registry. ErrInUse is also that of a Remove that may not wait.
+var (
+	ErrExists = errors.New("export exists")
+	ErrInUse  = errors.New("export is in use")
+	errFull   = fmt.Errorf("%w: it has as many clients as it may have", nbd.ErrUnknownExport)
+)
 
 // NewRegistry makes an empty registry.
-func NewRegistry() *Registry { return &Registry{byName: make(map[string]*entry)} }
+func NewRegistry() *Registry {
+	return &Registry{byName: map[string]*entry{}, private: map[string]bool{}}
+}
 
-// Add publishes an export. The first one is the default: the empty name opens
-// it too.
-func (r *Registry) Add(s Spec) error {
+// check refuses what cannot be sent to a client.
+func (s *Spec) check() error {
 	if len(s.Name) > limits.MaxString || len(s.Description) > limits.MaxString ||
 		!utf8.ValidString(s.Name) || !utf8.ValidString(s.Description) {
 		return fmt.Errorf("export name and description must be UTF-8 of at most %d bytes", limits.MaxString)
 	}
+	return nil
+}
+
+// Add publishes an export. The first one is the default unless another says
+// that it is.
+func (r *Registry) Add(s Spec) error {
+	return r.AddOpening(s, func() (backing.Device, error) { return s.Device, nil })
+}
+
+// AddOpening takes the name of s, opens the device, which may take long, and
+// publishes the export.
+func (r *Registry) AddOpening(s Spec, open func() (backing.Device, error)) error {
+	if err := s.check(); err != nil {
+		return err
+	}
+	e := &entry{spec: s, state: Opening}
+	e.gone, e.leave = context.WithCancel(context.Background())
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if _, ok := r.byName[s.Name]; ok {
+	if _, ok := r.byName[s.Name]; ok || r.closed {
+		r.mu.Unlock()
 		return fmt.Errorf("%w: %q", ErrExists, s.Name)
 	}
-	r.byName[s.Name] = &entry{spec: s}
-	if !r.hasDflt {
-		r.dfault, r.hasDflt = s.Name, true
+	r.byName[s.Name] = e
+	r.opening.Add(1)
+	r.mu.Unlock()
+	defer r.opening.Done()
+	r.tell(s.Name, Opening)
+	dev, err := open()
+	if err != nil {
+		r.forget(e)
+		return err
+	}
+	return r.publish(e, dev)
+}
+
+// publish makes a device that is open visible, unless the registry was closed
+// meanwhile.
+func (r *Registry) publish(e *entry, dev backing.Device) error {
+	r.mu.Lock()
+	if r.closed {
+		r.mu.Unlock()
+		r.forget(e)
+		return errors.Join(errors.New("server is shutting down"), dev.Close())
+	}
+	e.spec.Device, e.state = dev, Ready
+	if r.dfault == nil || e.spec.Default {
+		r.dfault = e
+	}
+	for _, via := range e.spec.Via {
+		r.private[via] = true
+	}
+	r.mu.Unlock()
+	r.tell(e.spec.Name, Ready)
+	return nil
+}
+
+// forget takes e out of the registry.
+func (r *Registry) forget(e *entry) {
+	r.mu.Lock()
+	delete(r.byName, e.spec.Name)
+	if r.dfault == e {
+		r.dfault = nil
+	}
+	e.state = Closed
+	r.mu.Unlock()
+	r.tell(e.spec.Name, Closed)
+}
+
+func (r *Registry) tell(name string, s State) {
+	if r.Changed != nil {
+		r.Changed(name, s)
+	}
+}
+
+// Update changes the settings of an export: f is called with those that it
+// has and must not block.
+func (r *Registry) Update(name string, f func(*Settings)) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.byName[name]
+	if e == nil || e.state != Ready {
+		return nbd.ErrUnknownExport
+	}
+	next := e.spec
+	f(&next.Settings)
+	if err := next.check(); err != nil {
+		return err
+	}
+	e.spec = next
+	if next.Default {
+		r.dfault = e
 	}
 	return nil
 }
 
+// Remove takes an export away: no peer sees it any more, and those that use it
+// leave when what they have in flight is finished. Without force an export in
+// use stays: ErrInUse. When all have left, the disk is flushed and closed. If
+// ctx ends before that, the export stays in the state Draining, and Remove can
+// be called again.
+func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
+	r.mu.Lock()
+	e := r.byName[name]
+	switch {
+	case e == nil || e.state == Opening:
+		r.mu.Unlock()
+		return nbd.ErrUnknownExport
+	case e.users > 0 && !force:
+		r.mu.Unlock()
+		return fmt.Errorf("%w: %q", ErrInUse, name)
+	}
+	first := e.state == Ready
+	e.state = Draining
+	r.mu.Unlock()
+	if first {
+		r.tell(name, Draining)
+	}
+	e.leave()
+	if err := r.wait(ctx, e); err != nil {
+		return err
+	}
+	return r.shut(ctx, e)
+}
+
+// wait waits until nobody uses e.
+func (r *Registry) wait(ctx context.Context, e *entry) error {
+	r.mu.Lock()
+	if e.users > 0 && e.idle == nil {
+		e.idle = make(chan struct{})
+	}
+	idle := e.idle
+	r.mu.Unlock()
+	if idle == nil {
+		return nil
+	}
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %q: %w", ErrInUse, e.spec.Name, ctx.Err())
+	}
+}
+
+// shut flushes and closes the disk of e, which nobody uses. One of several who
+// call it does so.
+func (r *Registry) shut(ctx context.Context, e *entry) error {
+	r.mu.Lock()
+	dev := e.spec.Device
+	e.spec.Device = nil
+	r.mu.Unlock()
+	if dev == nil {
+		return nil
+	}
+	var err error
+	if dev.Info().Caps.Has(backing.CanWrite) {
+		err = dev.Flush(context.WithoutCancel(ctx))
+	}
+	err = errors.Join(err, dev.Close())
+	r.forget(e)
+	return err
+}
+
 // List implements nbd.Exports, sorted by name.
-func (r *Registry) List(*transport.Peer) []nbd.ExportInfo {
+func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make([]nbd.ExportInfo, 0, len(r.byName))
 	for _, e := range r.byName {
-		out = append(out, e.info())
+		if r.accessLocked(e, p) != NoAccess {
+			out = append(out, e.info())
+		}
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Name < out[j].Name })
 	return out
 }
 
 // Find implements nbd.Exports.
-func (r *Registry) Find(name string, _ *transport.Peer) (nbd.ExportInfo, error) {
+func (r *Registry) Find(name string, p *transport.Peer) (nbd.ExportInfo, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e, err := r.findLocked(name)
+	e, _, err := r.findLocked(name, p)
 	if err != nil {
 		return nbd.ExportInfo{}, err
 	}
@@ -88,35 +282,78 @@ func (r *Registry) Find(name string, _ *transport.Peer) (nbd.ExportInfo, error) 
 }
 
 // Open implements nbd.Exports: the view that it returns has the size that the
-// device has now, and no right to write if the export is read-only.
-func (r *Registry) Open(_ context.Context, name string, _ *transport.Peer) (*nbd.Export, error) {
+// device has now, and no right to write if the peer or the export has none.
+func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd.Export, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e, err := r.findLocked(name)
+	e, access, err := r.findLocked(name, p)
 	if err != nil {
 		return nil, err
 	}
+	if n := e.spec.Connections; n > 0 && e.users >= n {
+		return nil, errFull
+	}
 	var deny backing.Caps
-	if e.spec.ReadOnly {
+	if e.spec.ReadOnly || access != ReadWrite {
 		deny = backing.CanWrite
 	}
-	e.users.Add(1)
+	e.users++
 	return &nbd.Export{
 		ExportInfo: e.info(),
 		Device:     backing.NewChecked(e.spec.Device, deny),
-		Close:      sync.OnceFunc(e.users.Done),
+		Gone:       e.gone,
+		Close:      sync.OnceFunc(func() { r.left(e) }),
 	}, nil
 }
 
-func (r *Registry) findLocked(name string) (*entry, error) {
-	if name == "" && r.hasDflt {
-		name = r.dfault
+// left is the end of one use of e.
+func (r *Registry) left(e *entry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e.users--; e.users == 0 && e.idle != nil {
+		close(e.idle)
+		e.idle = nil
 	}
+}
+
+func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, error) {
 	e := r.byName[name]
-	if e == nil || r.closed {
-		return nil, nbd.ErrUnknownExport
+	if name == "" && e == nil {
+		e = r.defaultLocked(p)
 	}
-	return e, nil
+	if e == nil {
+		return nil, NoAccess, nbd.ErrUnknownExport
+	}
+	access := r.accessLocked(e, p)
+	if access == NoAccess {
+		return nil, NoAccess, nbd.ErrUnknownExport
+	}
+	return e, access, nil
+}
+
+// defaultLocked is what the empty name opens for p: at a listener of a single
+// export that one.
+func (r *Registry) defaultLocked(p *transport.Peer) *entry {
+	if p != nil && r.private[p.Via] {
+		for _, e := range r.byName {
+			if slices.Contains(e.spec.Via, p.Via) {
+				return e
+			}
+		}
+	}
+	return r.dfault
+}
+
+// accessLocked is what p may do with e. What it may not see does not exist for
+// it.
+func (r *Registry) accessLocked(e *entry, p *transport.Peer) Access {
+	if r.closed || e.state != Ready {
+		return NoAccess
+	}
+	if p != nil && (r.private[p.Via] || len(e.spec.Via) > 0) && !slices.Contains(e.spec.Via, p.Via) {
+		return NoAccess
+	}
+	return accessOf(e.spec.Grants, p)
 }
 
 func (e *entry) info() nbd.ExportInfo {
@@ -127,26 +364,48 @@ func (e *entry) info() nbd.ExportInfo {
 	return x
 }
 
+// Status is what there is to say about an export.
+type Status struct {
+	Spec    Spec
+	State   State
+	Clients int
+	Info    backing.Info // zero unless Ready or Draining
+}
+
+// Status describes all exports, sorted by name. The devices in it may be closed
+// at any time.
+func (r *Registry) Status() []Status {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make([]Status, 0, len(r.byName))
+	for _, e := range r.byName {
+		s := Status{Spec: e.spec, State: e.state, Clients: e.users}
+		if e.spec.Device != nil {
+			s.Info = e.spec.Device.Info()
+		}
+		out = append(out, s)
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].Spec.Name < out[j].Spec.Name })
+	return out
+}
+
 // Close waits until no connection uses an export any more, flushes the
-// writable ones and closes all. It returns the first error.
+// writable ones and closes all. It returns all errors.
 func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
 	r.mu.Unlock()
-	var first error
-	for _, e := range r.byName {
-		e.users.Wait()
-		if !e.spec.ReadOnly {
-			first = keep(first, e.spec.Device.Flush(ctx))
+	r.opening.Wait() // publish closes what was opening
+	r.mu.Lock()
+	all := slices.Collect(maps.Values(r.byName))
+	r.mu.Unlock()
+	var errs []error
+	for _, e := range all {
+		err := r.wait(ctx, e)
+		if err == nil {
+			err = r.shut(ctx, e)
 		}
-		first = keep(first, e.spec.Device.Close())
+		errs = append(errs, err)
 	}
-	return first
-}
-
-func keep(first, err error) error {
-	if first == nil {
-		return err
-	}
-	return first
+	return errors.Join(errs...)
 }

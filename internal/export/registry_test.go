@@ -2,7 +2,9 @@ package export
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -10,6 +12,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 var _ nbd.Exports = (*Registry)(nil)
@@ -53,7 +56,7 @@ func TestEmptyNameOpensTheFirstExport(t *testing.T) {
 func TestListIsSorted(t *testing.T) {
 	r := NewRegistry()
 	for _, n := range []string{"c", "a", "b"} {
-		add(t, r, Spec{Name: n, Description: "disk " + n})
+		add(t, r, Spec{Name: n, Settings: Settings{Description: "disk " + n}})
 	}
 	var got []string
 	for _, x := range r.List(nil) {
@@ -79,7 +82,7 @@ func TestBadSpecsAreRefused(t *testing.T) {
 	r := NewRegistry()
 	add(t, r, Spec{Name: "a"})
 	long := strings.Repeat("x", limits.MaxString+1)
-	for _, s := range []Spec{{Name: "a"}, {Name: long}, {Name: "\xff"}, {Name: "b", Description: long}, {Name: "b", Description: "\xff"}} {
+	for _, s := range []Spec{{Name: "a"}, {Name: long}, {Name: "\xff"}, {Name: "b", Settings: Settings{Description: long}}, {Name: "b", Settings: Settings{Description: "\xff"}}} {
 		s.Device = mem.New(1, nil)
 		if err := r.Add(s); err == nil {
 			t.Errorf("%.20q was accepted", s.Name)
@@ -92,7 +95,7 @@ func TestBadSpecsAreRefused(t *testing.T) {
 
 func TestReadOnlyExportHasNoRightToWrite(t *testing.T) {
 	r := NewRegistry()
-	add(t, r, Spec{Name: "a", ReadOnly: true})
+	add(t, r, Spec{Name: "a", Settings: Settings{ReadOnly: true}})
 	x, err := r.Open(t.Context(), "a", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -105,9 +108,8 @@ func TestReadOnlyExportHasNoRightToWrite(t *testing.T) {
 
 func TestCloseWaitsFlushesAndCloses(t *testing.T) {
 	r := NewRegistry()
-	rw, ro := &recorder{Device: mem.New(1, nil)}, &recorder{Device: mem.New(1, nil)}
+	rw := &recorder{Device: mem.New(1, nil)}
 	add(t, r, Spec{Name: "rw", Device: rw})
-	add(t, r, Spec{Name: "ro", Device: ro, ReadOnly: true})
 	x, err := r.Open(t.Context(), "rw", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -127,10 +129,164 @@ func TestCloseWaitsFlushesAndCloses(t *testing.T) {
 	if got := strings.Join(rw.calls, " "); got != "flush close" {
 		t.Errorf("writable device: got %q, want flush close", got)
 	}
-	if got := strings.Join(ro.calls, " "); got != "close" {
-		t.Errorf("read-only device: got %q, want close", got)
-	}
 	if _, err := r.Open(t.Context(), "rw", nil); !errors.Is(err, nbd.ErrUnknownExport) {
 		t.Errorf("open after close: got %v", err)
+	}
+}
+
+// names are what a peer can see.
+func names(r *Registry, p *transport.Peer) string {
+	var got []string
+	for _, x := range r.List(p) {
+		got = append(got, x.Name)
+	}
+	return strings.Join(got, " ")
+}
+
+// TestGrantsDecideWhatExists: the first that matches decides, and what a peer
+// may not see is unknown to it.
+func TestGrantsDecideWhatExists(t *testing.T) {
+	r := NewRegistry()
+	grants := []Grant{
+		{Access: NoAccess, UIDs: []uint32{7}},
+		{Access: ReadOnly, UIDs: []uint32{7, 8}},
+		{Access: ReadWrite, Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.0.1/32")}},
+		{Access: ReadWrite, CIDs: []uint32{42}, Label: "x"},
+		{Access: ReadWrite, CertNames: []string{"host.example"}},
+	}
+	add(t, r, Spec{Name: "a", Settings: Settings{Grants: grants}})
+	tcp := func(a string) *transport.Peer { return &transport.Peer{Kind: transport.TCP, Addr: a} }
+	cert := tcp("10.0.0.1:1")
+	cert.Cert = &x509.Certificate{DNSNames: []string{"host.example"}}
+	for _, tt := range []struct {
+		name string
+		peer *transport.Peer
+		want Access
+	}{
+		{"denied first", &transport.Peer{Kind: transport.Unix, UID: 7}, NoAccess},
+		{"read-only user", &transport.Peer{Kind: transport.Unix, UID: 8}, ReadOnly},
+		{"UID of a peer that has none", &transport.Peer{Kind: transport.VSock, UID: 8}, NoAccess},
+		{"address", tcp("192.168.0.1:99"), ReadWrite},
+		{"longer address", tcp("192.168.0.10:99"), NoAccess},
+		{"mapped address", tcp("[::ffff:192.168.0.1]:99"), ReadWrite},
+		{"mapped address with a zone", tcp("[::ffff:192.168.0.1%lo]:99"), ReadWrite},
+		{"half of the facts", &transport.Peer{Kind: transport.VSock, CID: 42}, NoAccess},
+		{"all facts", &transport.Peer{Kind: transport.VSock, CID: 42, Label: "x"}, ReadWrite},
+		{"certificate", cert, ReadWrite},
+		{"nothing known", &transport.Peer{Kind: transport.Stdio}, NoAccess},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			x, err := r.Open(t.Context(), "a", tt.peer)
+			if visible := names(r, tt.peer) == "a"; visible != (tt.want != NoAccess) || (err == nil) != visible {
+				t.Fatalf("visible %v, open %v; want access %d", visible, err, tt.want)
+			}
+			if err != nil {
+				if err != nbd.ErrUnknownExport {
+					t.Errorf("got %v, want %v", err, nbd.ErrUnknownExport)
+				}
+				return
+			}
+			defer x.Close()
+			if got := x.Device.Info().Caps.Has(backing.CanWrite); got != (tt.want == ReadWrite) {
+				t.Errorf("may write: got %v, want %v", got, tt.want == ReadWrite)
+			}
+		})
+	}
+}
+
+// TestListenerOfAnExportShowsNothingElse: and the export is not to be seen at
+// others.
+func TestListenerOfAnExportShowsNothingElse(t *testing.T) {
+	r := NewRegistry()
+	add(t, r, Spec{Name: "common"})
+	add(t, r, Spec{Name: "own", Via: []string{"l1"}})
+	for via, want := range map[string]string{"l1": "own", "l2": "common"} {
+		p := &transport.Peer{Via: via}
+		if got := names(r, p); got != want {
+			t.Errorf("at %s: got %q, want %q", via, got, want)
+		}
+		if x, err := r.Find("", p); err != nil || x.Name != want {
+			t.Errorf("default at %s: got %q, %v, want %q", via, x.Name, err, want)
+		}
+	}
+}
+
+func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
+	r := NewRegistry()
+	var states []string
+	r.Changed = func(_ string, s State) { states = append(states, string(s)) }
+	dev := &recorder{Device: mem.New(1, nil)}
+	add(t, r, Spec{Name: "a", Device: dev})
+	x, err := r.Open(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Remove(t.Context(), "a", false); !errors.Is(err, ErrInUse) {
+		t.Errorf("remove of an export in use: got %v, want %v", err, ErrInUse)
+	}
+	hasty, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.Remove(hasty, "a", true); !errors.Is(err, ErrInUse) || !errors.Is(err, context.Canceled) {
+		t.Errorf("forced remove that may not wait: got %v, want %v", err, ErrInUse)
+	}
+	if x.Gone.Err() == nil {
+		t.Error("the user was not told to leave")
+	}
+	if _, err := r.Open(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("open while it goes: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+	removed := make(chan error)
+	go func() { removed <- r.Remove(context.Background(), "a", true) }()
+	x.Close()
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	if got := strings.Join(dev.calls, " "); got != "flush close" {
+		t.Errorf("device: got %q, want flush close", got)
+	}
+	if got := strings.Join(states, " "); got != "opening ready draining closed" {
+		t.Errorf("states: got %q", got)
+	}
+	add(t, r, Spec{Name: "a"}) // the name is free again
+}
+
+func TestSettingsChangeWhileInUse(t *testing.T) {
+	r := NewRegistry()
+	add(t, r, Spec{Name: "a"})
+	add(t, r, Spec{Name: "b"})
+	x, err := r.Open(t.Context(), "b", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	err = r.Update("b", func(s *Settings) { s.Default, s.Connections, s.Description = true, 1, "new" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.Find("", nil); err != nil || got.Name != "b" || got.Description != "new" {
+		t.Errorf("default: got %+v, %v, want the changed b", got, err)
+	}
+	if _, err := r.Open(t.Context(), "b", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("second client of one: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+	if err := r.Update("b", func(s *Settings) { s.Description = "\xff" }); err == nil {
+		t.Error("a description that is not text was accepted")
+	}
+	if err := r.Update("c", func(*Settings) {}); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("update of nothing: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+}
+
+func TestFailedOpenLeavesNothing(t *testing.T) {
+	r := NewRegistry()
+	boom := errors.New("boom")
+	err := r.AddOpening(Spec{Name: "a"}, func() (backing.Device, error) {
+		if _, err := r.Find("a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+			t.Errorf("find while it opens: got %v, want %v", err, nbd.ErrUnknownExport)
+		}
+		return nil, boom
+	})
+	if err != boom || len(r.Status()) != 0 {
+		t.Errorf("got %v, %v, want %v and no export", err, r.Status(), boom)
 	}
 }

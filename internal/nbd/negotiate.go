@@ -35,6 +35,7 @@ type agreed struct {
 // this state; they append replies to out and do no I/O.
 type negotiation struct {
 	opt  *Options
+	tls  TLSMode
 	conn transport.Conn
 	in   *bufio.Reader
 	out  []byte
@@ -63,8 +64,8 @@ const (
 // handshakeBuffer is room for the usual options in one read.
 const handshakeBuffer = 4096
 
-func newNegotiation(o *Options, c transport.Conn, s *slot) *negotiation {
-	return &negotiation{opt: o, conn: c, slot: s, in: bufio.NewReaderSize(c, handshakeBuffer)}
+func newNegotiation(o *Options, c transport.Conn, s *slot, tls TLSMode) *negotiation {
+	return &negotiation{opt: o, tls: tls, conn: c, slot: s, in: bufio.NewReaderSize(c, handshakeBuffer)}
 }
 
 // run ends with an export to serve, with nil and no export when the client
@@ -148,7 +149,7 @@ func (n *negotiation) option(ctx context.Context) (verdict, error) {
 // answer applies the TLS mode, then the option's row.
 func (n *negotiation) answer(ctx context.Context, o wire.Opt, p []byte) (verdict, error) {
 	row := findOption(o)
-	if n.opt.TLS == TLSRequire && !n.secure && !(row != nil && row.plain) {
+	if n.tls == TLSRequire && !n.secure && !(row != nil && row.plain) {
 		// FORCEDTLS: every option, known or not (proto.md, "FORCEDTLS mode").
 		if o == wire.OptExportName {
 			return hangUp, errExportName

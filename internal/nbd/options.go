@@ -80,7 +80,7 @@ func (n *negotiation) optList(_ context.Context, o wire.Opt, _ []byte) (verdict,
 }
 
 func (n *negotiation) optStartTLS(_ context.Context, o wire.Opt, _ []byte) (verdict, error) {
-	if n.opt.TLS == TLSOff {
+	if n.tls == TLSOff {
 		return n.fail(o, wire.RepErrUnsup, "TLS is not enabled"), nil
 	}
 	if n.secure {

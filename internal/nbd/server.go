@@ -41,6 +41,11 @@ type ExportInfo struct {
 type Export struct {
 	ExportInfo
 	Device *backing.Checked
+
+	// Gone ends when the connection shall finish what is in flight and leave;
+	// nil is never.
+	Gone context.Context
+
 	// Close is called when the connection has answered its last request.
 	Close func()
 }
@@ -146,6 +151,11 @@ func NewServer(o Options) *Server {
 // down, and closes c. The error says why a connection ended that did not end
 // well; it is for the log.
 func (s *Server) Serve(ctx context.Context, c transport.Conn) error {
+	return s.ServeTLS(ctx, c, s.opt.TLS)
+}
+
+// ServeTLS is Serve in another TLS mode than that of the options.
+func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) error {
 	defer c.Close()
 	slot, err := s.admt.enter(c.Peer().Key())
 	if err != nil {
@@ -167,7 +177,7 @@ func (s *Server) Serve(ctx context.Context, c transport.Conn) error {
 	if err := slot.handshake(over.C, s.quit); err != nil {
 		return err
 	}
-	n := newNegotiation(&s.opt, c, slot)
+	n := newNegotiation(&s.opt, c, slot, mode)
 	err = n.run(ctx)
 	if err != nil || n.export == nil {
 		n.close()
@@ -185,6 +195,10 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 		return err
 	}
 	sess := newSession(&s.opt, n, &s.wakes)
+	if gone := n.export.Gone; gone != nil {
+		stop := context.AfterFunc(gone, sess.drain)
+		defer stop()
+	}
 	s.mu.Lock()
 	k.session = sess
 	if s.draining {

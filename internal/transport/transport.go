@@ -29,6 +29,9 @@ type Peer struct {
 	// Addr is the peer's address in printable form.
 	Addr string
 
+	// Via names the listener that it came in by, as the server calls that.
+	Via string
+
 	// CID and Port are the context ID and port of a vsock peer; a CID is an
 	// address, not an identity.
 	CID, Port uint32
