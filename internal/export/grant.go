@@ -1,0 +1,80 @@
+package export
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// Access is what a peer may do with an export.
+type Access uint8
+
+const (
+	NoAccess  Access = iota // it does not exist for the peer
+	ReadOnly                // it can be read
+	ReadWrite               // it can be written to as well, if it can at all
+)
+
+// Grant gives an access to the peers that it matches: those that have every
+// fact it names, and of a list one. A peer without such a fact, as a TCP peer
+// without a user, does not match.
+type Grant struct {
+	Access Access
+
+	UIDs      []uint32
+	GIDs      []uint32
+	CIDs      []uint32
+	Addresses []netip.Prefix // an IPv4 address inside IPv6 counts as IPv4
+	Label     string         // SELinux context, whole
+	CertNames []string       // common name, or one of the DNS names
+}
+
+// matches reports whether p has every fact of g.
+func (g *Grant) matches(p *transport.Peer) bool {
+	unix := p.Kind == transport.Unix
+	switch {
+	case len(g.UIDs) > 0 && !(unix && slices.Contains(g.UIDs, p.UID)),
+		len(g.GIDs) > 0 && !(unix && slices.Contains(g.GIDs, p.GID)),
+		len(g.CIDs) > 0 && !(p.Kind == transport.VSock && slices.Contains(g.CIDs, p.CID)),
+		len(g.Addresses) > 0 && !g.hasAddress(p),
+		g.Label != "" && g.Label != p.Label,
+		len(g.CertNames) > 0 && !g.hasCert(p):
+		return false
+	}
+	return true
+}
+
+func (g *Grant) hasAddress(p *transport.Peer) bool {
+	if p.Kind != transport.TCP {
+		return false
+	}
+	a, err := netip.ParseAddrPort(p.Addr)
+	if err != nil {
+		return false
+	}
+	ip := a.Addr().Unmap().WithZone("")
+	return slices.ContainsFunc(g.Addresses, func(x netip.Prefix) bool { return x.Contains(ip) })
+}
+
+func (g *Grant) hasCert(p *transport.Peer) bool {
+	if p.Cert == nil {
+		return false
+	}
+	return slices.Contains(g.CertNames, p.Cert.Subject.CommonName) ||
+		slices.ContainsFunc(p.Cert.DNSNames, func(n string) bool { return slices.Contains(g.CertNames, n) })
+}
+
+// accessOf is what the first grant that matches gives, and with no grants at
+// all everything.
+func accessOf(grants []Grant, p *transport.Peer) Access {
+	if len(grants) == 0 {
+		return ReadWrite
+	}
+	for i := range grants {
+		if p != nil && grants[i].matches(p) {
+			return grants[i].Access
+		}
+	}
+	return NoAccess
+}
