@@ -59,8 +59,9 @@ trap - EXIT
 report 0
 `
 
-// makeRoot builds the disk: an ext4 file system with a busybox tree.
-func makeRoot(t *testing.T) (image string) {
+// makeRoot builds the disk: an ext4 file system with a busybox tree and the
+// script of its first process.
+func makeRoot(t *testing.T, init string) (image string) {
 	t.Helper()
 	tree := testenv.TempDir(t)
 	for _, dir := range []string{"bin", "sbin", "dev", "proc", "data"} {
@@ -82,7 +83,6 @@ func makeRoot(t *testing.T) (image string) {
 			t.Fatal(err)
 		}
 	}
-	init := fmt.Sprintf(rootInit, knownLine, knownBytes, trimmed>>20)
 	if err := os.WriteFile(filepath.Join(tree, "sbin/init"), []byte(init), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -102,12 +102,8 @@ func nbdRoot(socket string) []string {
 
 func TestGuestLivesOnItsNBDRootDisk(t *testing.T) {
 	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
-		image := makeRoot(t)
-		in, err := newInitramfs(testenv.Context(t), k, "", "virtio_pci", "virtio_blk", "ext4")
-		if err != nil {
-			t.Fatal(err)
-		}
-		in.addFile("init", 0o755, []byte(prelude+enterRoot))
+		image := makeRoot(t, fmt.Sprintf(rootInit, knownLine, knownBytes, trimmed>>20))
+		in := rootInitramfs(t, k, "")
 		s := testenv.Start(t, testenv.Options{Image: image})
 		console := mustBoot(t, in, 256, nbdRoot(s.Socket)...)
 		if err := s.Stop(); err != nil {

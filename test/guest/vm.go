@@ -35,25 +35,18 @@ func requireGuest(t testing.TB) {
 // status finds the line by which a scenario ends.
 var status = regexp.MustCompile(`(?m)^LAB-RC=(\d+)`)
 
-// boot runs a guest to its end and returns its console and the scenario's
-// exit status, which is an error if there is none. The guest has a single
-// processor: QEMU's emulation of code that one processor patches while another
-// runs it makes 6.12 die of stray breakpoints.
-func boot(ctx context.Context, in *initramfs, memoryMiB int, devices ...string) (console string, code int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, bootPatience)
-	defer cancel()
+// command is QEMU with a guest whose console is standard output. It writes the
+// initramfs into dir. The guest has a single processor: QEMU's emulation of
+// code that one processor patches while another runs it makes 6.12 die of stray
+// breakpoints.
+func command(ctx context.Context, in *initramfs, dir string, memoryMiB int, devices ...string) (*exec.Cmd, error) {
 	qemu, err := testenv.Tool("qemu-system-x86_64")
 	if err != nil {
-		return "", 0, err
+		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "vmdg")
-	if err != nil {
-		return "", 0, err
-	}
-	defer os.RemoveAll(dir)
 	archive := filepath.Join(dir, "initramfs")
 	if err := in.writeFile(archive); err != nil {
-		return "", 0, err
+		return nil, err
 	}
 	args := []string{
 		"-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", strconv.Itoa(memoryMiB),
@@ -61,7 +54,24 @@ func boot(ctx context.Context, in *initramfs, memoryMiB int, devices ...string) 
 		"-kernel", in.kernel.Image, "-initrd", archive,
 		"-append", "console=ttyS0 quiet panic=-1",
 	}
-	out, err := exec.CommandContext(ctx, qemu, append(args, devices...)...).CombinedOutput()
+	return exec.CommandContext(ctx, qemu, append(args, devices...)...), nil
+}
+
+// boot runs a guest to its end and returns its console and the scenario's
+// exit status, which is an error if there is none.
+func boot(ctx context.Context, in *initramfs, memoryMiB int, devices ...string) (console string, code int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, bootPatience)
+	defer cancel()
+	dir, err := os.MkdirTemp("", "vmdg")
+	if err != nil {
+		return "", 0, err
+	}
+	defer os.RemoveAll(dir)
+	cmd, err := command(ctx, in, dir, memoryMiB, devices...)
+	if err != nil {
+		return "", 0, err
+	}
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return string(out), 0, fmt.Errorf("qemu: %w", err)
 	}
