@@ -57,6 +57,7 @@ var mayImport = map[string][]string{
 	"internal/export":                  {"internal/backing", "internal/limits", "internal/nbd", "internal/transport"},
 	"internal/progress":                {},
 	"internal/config":                  {"internal/limits"},
+	"internal/control/api":             {"internal/config"},
 	"internal/daemon": {"internal/backing", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/engine",
 		"internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},

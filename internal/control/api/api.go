@@ -1,0 +1,180 @@
+// Package api has the words of the control API: HTTP with JSON over a Unix
+// socket, version 1. The server's handlers, the client and openapi.yaml say
+// the same with them.
+package api
+
+import (
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+)
+
+// Version is the first part of every path: "/v1/exports".
+const Version = "v1"
+
+// Paths of version 1. {name} is an export's name, percent-encoded.
+//
+//	GET    /v1/status                     Status
+//	GET    /v1/exports                    []Export
+//	POST   /v1/exports                    AddExport -> Export
+//	GET    /v1/exports/{name}             Export
+//	PATCH  /v1/exports/{name}             Patch -> Export
+//	DELETE /v1/exports/{name}?force=&timeout=
+//	POST   /v1/exports/{name}/pause       Pause
+//	POST   /v1/exports/{name}/resume
+//	POST   /v1/exports/{name}/resize      Resize -> Export
+//	POST   /v1/exports/{name}/snapshot    Snapshot -> Export
+//	GET    /v1/clients?export=            []Client
+//	DELETE /v1/clients/{id}
+//	GET    /v1/stats                      []Stats
+//	GET    /v1/events                     a line of JSON for each Event, until the client leaves
+//	POST   /v1/reload                     Reload
+//	GET    /metrics                       Prometheus' text format
+const (
+	PathStatus  = "/v1/status"
+	PathExports = "/v1/exports"
+	PathClients = "/v1/clients"
+	PathStats   = "/v1/stats"
+	PathEvents  = "/v1/events"
+	PathReload  = "/v1/reload"
+	PathMetrics = "/metrics"
+)
+
+// Error is the body of every answer that is not a success.
+type Error struct {
+	Code string `json:"code"` // one of the Code constants
+	Text string `json:"text"` // for people
+}
+
+// Error is the text.
+func (e *Error) Error() string { return e.Text }
+
+// Codes of errors, with their HTTP status.
+const (
+	CodeInvalid     = "invalid"     // 400: the request makes no sense
+	CodeForbidden   = "forbidden"   // 403: the peer or the image's place does not allow it
+	CodeNotFound    = "not-found"   // 404
+	CodeExists      = "exists"      // 409: the name is taken
+	CodeInUse       = "in-use"      // 409: not while there are clients
+	CodeUnsupported = "unsupported" // 422: this disk cannot do that
+	CodeTimeout     = "timeout"     // 504: it takes longer than was allowed
+	CodeFailed      = "failed"      // 500: the storage or the system failed
+)
+
+// Status is the daemon as a whole.
+type Status struct {
+	Version   string            `json:"version"`
+	PID       int               `json:"pid"`
+	Started   time.Time         `json:"started"`
+	Engine    string            `json:"engine"`
+	Exports   int               `json:"exports"`
+	Clients   int               `json:"clients"`
+	Listeners []string          `json:"listeners"` // addresses
+	Config    string            `json:"config,omitempty"`
+	Memory    map[string]int64  `json:"memory"` // bytes in buffers and caches
+	Notes     map[string]string `json:"notes,omitempty"`
+}
+
+// AddExport asks for a new export. Images may be names of files, or stand for
+// descriptors that come with the request (SCM_RIGHTS): the image is then
+// "fd:0", its backing file or data file "fd:1", and so on.
+type AddExport struct {
+	config.Export
+	Persist bool `json:"persist,omitempty"` // keep it in the state folder
+}
+
+// Export is an export as it is.
+type Export struct {
+	config.Export
+	State    string   `json:"state"` // export.State, or "paused"
+	Size     int64    `json:"size"`  // bytes
+	Writable bool     `json:"writable"`
+	Clients  int      `json:"clients"`
+	Origin   string   `json:"origin"`          // "config", "state", "api" or "command line"
+	URIs     []string `json:"uris"`            // where clients find it
+	Error    string   `json:"error,omitempty"` // why it does not work any more
+}
+
+// Patch changes what can change while an export is in use. What is absent
+// stays.
+type Patch struct {
+	Description *string         `json:"description,omitempty"`
+	ReadOnly    *bool           `json:"readonly,omitempty"`
+	Default     *bool           `json:"default,omitempty"`
+	Grants      *[]config.Grant `json:"grants,omitempty"`
+	Connections *int            `json:"max-connections,omitempty"`
+	Rate        *config.Rate    `json:"rate,omitempty"` // all zero: no bound
+	LogRequests *bool           `json:"log-requests,omitempty"`
+	Faults      *[]config.Fault `json:"faults,omitempty"`
+}
+
+// Pause holds back all requests of an export after a flush, until Resume or
+// the limit.
+type Pause struct {
+	Limit config.Duration `json:"limit,omitempty"` // 0: the longest allowed
+}
+
+// Resize makes the disk larger. For a raw image the file is extended unless it
+// is large enough already.
+type Resize struct {
+	Size int64 `json:"size"` // bytes
+}
+
+// Snapshot puts a new qcow2 overlay above the image, while the export is
+// paused: what is written from then on goes there.
+type Snapshot struct {
+	Overlay string `json:"overlay"` // path, or "fd:0": an empty file
+}
+
+// Client is a connection.
+type Client struct {
+	ID       uint64    `json:"id"`
+	Peer     string    `json:"peer"`
+	Via      string    `json:"via"` // listener
+	Export   string    `json:"export"`
+	Since    time.Time `json:"since"`
+	TLS      string    `json:"tls,omitempty"` // version and cipher
+	Cert     string    `json:"cert,omitempty"`
+	Writable bool      `json:"writable"`
+	Features []string  `json:"features"` // "structured", "extended", "base:allocation", …
+	InFlight int       `json:"in-flight"`
+	Requests uint64    `json:"requests"`
+	BytesIn  uint64    `json:"bytes-in"`
+	BytesOut uint64    `json:"bytes-out"`
+	Stalled  bool      `json:"stalled,omitempty"`
+}
+
+// Stats are the counters of one export since it was opened.
+type Stats struct {
+	Export   string             `json:"export"`
+	Time     time.Time          `json:"time"`
+	InFlight int                `json:"in-flight"`
+	Commands map[string]Command `json:"commands"` // "read", "write", "flush", …
+}
+
+// Command counts the requests of one kind.
+type Command struct {
+	Requests uint64 `json:"requests"`
+	Errors   uint64 `json:"errors"`
+	Bytes    uint64 `json:"bytes"`
+	// Latency counts requests by duration: Latency[i] took less than
+	// 2^i microseconds and no less than half of that.
+	Latency []uint64 `json:"latency"`
+}
+
+// Event is something that happened.
+type Event struct {
+	Time   time.Time `json:"time"`
+	Kind   string    `json:"kind"` // "client-connected", "client-left", "export-state", "io-error", "poisoned", "slow-request", "reloaded", "lost"
+	Export string    `json:"export,omitempty"`
+	Client uint64    `json:"client,omitempty"`
+	State  string    `json:"state,omitempty"`
+	Text   string    `json:"text,omitempty"`
+	Lost   uint64    `json:"lost,omitempty"` // of kind "lost": events that this listener was too slow for
+}
+
+// Reload says what a reload of the configuration has changed, or would change.
+type Reload struct {
+	DryRun  bool     `json:"dry-run,omitempty"`
+	Changes []string `json:"changes"`
+}
