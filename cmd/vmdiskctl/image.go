@@ -25,13 +25,13 @@ const (
 func newImage(terminal *os.File) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "image",
-		Short: "Look at and check image files",
+		Short: "Make, look at and change image files",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return usage("a command is missing: see vmdiskctl %s --help", c.Name())
 		},
 	}
-	c.AddCommand(newImageCreate(), newImageCheck(terminal), newImageInfo(), newImageMap(), newImageSnapshot())
+	c.AddCommand(newImageCreate(), newImageCheck(terminal), newImageInfo(), newImageMap(), newImageResize(), newImageSnapshot())
 	return c
 }
 

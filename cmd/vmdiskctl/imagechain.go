@@ -6,6 +6,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -23,12 +24,18 @@ type chainFlags struct {
 var chainFlagNames = []string{"backing", "backing-file", "data-file", "snapshot", "lenient"}
 
 func (f *chainFlags) add(c *cobra.Command) {
+	f.addFiles(c)
+	n := c.Flags()
+	n.StringVar(&f.snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
+	n.BoolVar(&f.lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
+}
+
+// addFiles adds only those that say which files may be opened.
+func (f *chainFlags) addFiles(c *cobra.Command) {
 	n := c.Flags()
 	n.StringVar(&f.backing, "backing", "", "files that the image may name: deny (the default), same-dir, beneath=DIR or explicit")
 	n.StringArrayVar(&f.backingFiles, "backing-file", nil, "PATH[:FORMAT] of the backing file, instead of what the image says; again for the next below")
 	n.StringArrayVar(&f.dataFiles, "data-file", nil, "PATH of the external data file, instead of what the image says")
-	n.StringVar(&f.snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
-	n.BoolVar(&f.lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
 }
 
 // check refuses flags that c was given in vain.
@@ -61,5 +68,20 @@ func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *ope
 	return i, e.Close, nil
 }
 
-// chainWorkers read side by side, as many as a file is worth.
+// openForWriting opens a qcow2 image for writing and those that it stands on for
+// reading, as openChain does.
+func (f *chainFlags) openForWriting(ctx context.Context, path string) (dev backing.Device, done func() error, err error) {
+	policy, err := open.ParsePolicy(f.backing, f.backingFiles, f.dataFiles)
+	if err != nil {
+		return nil, nil, usageError{err}
+	}
+	e := engine.NewPool(chainWorkers)
+	dev, err = open.Open(ctx, open.Spec{Path: path, Format: formatQcow2, Engine: e, Backing: policy})
+	if err != nil {
+		return nil, nil, errors.Join(err, e.Close())
+	}
+	return dev, e.Close, nil
+}
+
+// chainWorkers read or write side by side, as many as a file is worth.
 const chainWorkers = 16
