@@ -2,6 +2,7 @@ package space
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"log/slog"
 	"os"
@@ -225,11 +226,67 @@ func TestFileGrowsInStepsAndIsTrimmed(t *testing.T) {
 	if r.check().Leaks != 1 {
 		t.Error("the last cluster in use was cut off")
 	}
-	r.tape.Cut(size + 65536)
-	n = r.tape.Count(storetest.Truncate)
-	if err := r.s.Trim(ctx); err != nil || r.tape.Count(storetest.Truncate) != n {
-		t.Errorf("Trim of a file that did not grow: %v, %d calls", err, r.tape.Count(storetest.Truncate)-n)
+}
+
+func TestFileThatDidNotGrowIsNotTrimmed(t *testing.T) {
+	r := newRig(t, 65536, 16, 4096, create.Off)
+	size, _ := r.tape.Size()
+	if err := r.tape.Truncate(size + 1<<20); err != nil {
+		t.Fatal(err)
 	}
+	r.open()
+	r.reserve(65536)
+	if err := r.s.Trim(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := r.tape.Size(); n != size+1<<20 {
+		t.Errorf("the file has %d bytes, want %d as before", n, size+1<<20)
+	}
+}
+
+func TestDeviceIsNeitherGrownNorTrimmed(t *testing.T) {
+	r := newRig(t, 65536, 16, 64, create.Off)
+	size, _ := r.tape.Size()
+	r.tape.Cut(size + 1<<20)
+	r.tape.size = size + 1<<20
+	r.tape.SetFixed(true)
+	r.open()
+	r.reserve(65536)
+	r.commit()
+	if err := r.s.Trim(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if n := r.tape.Count(storetest.Truncate); n != 1 { // the one that made the image
+		t.Errorf("the device was truncated %d times", n-1)
+	}
+}
+
+// TestCanceledCallsGoOnLater gives up waiting, and asks again with patience.
+func TestCanceledCallsGoOnLater(t *testing.T) {
+	r := newRig(t, 512, 16, 64, create.Off)
+	gone, cancel := context.WithCancel(ctx)
+	cancel()
+	run := r.reserve(5 * 512)
+	if err := r.s.Write(gone); !errors.Is(err, context.Canceled) {
+		t.Errorf("Write: got %v, want Canceled", err)
+	}
+	if err := r.s.Extend(gone, 1<<30); !errors.Is(err, context.Canceled) {
+		t.Errorf("Extend: got %v, want Canceled", err)
+	}
+	r.commit()
+	if err := r.s.Release(gone, []Ref{run.ref()}); !errors.Is(err, context.Canceled) {
+		t.Errorf("Release: got %v, want Canceled", err)
+	}
+	if !r.s.Pending() {
+		t.Error("nothing is pending after a release that was given up")
+	}
+	if again := r.reserve(512); again.Off == run.Off {
+		t.Errorf("%+v is free although its release was given up", again)
+	} else {
+		r.s.Drop(again.Off, again.Len)
+	}
+	r.commit()
+	r.sound()
 }
 
 // TestSharedClustersAreReleasedOnce takes the active mapping of an image away

@@ -69,7 +69,7 @@ func TestEveryFailureOfGrowthIsSurvived(t *testing.T) {
 		for _, cause := range []error{syscall.ENOSPC, syscall.EIO} {
 			t.Run(fmt.Sprint(tt.name, " ", cause), func(t *testing.T) {
 				origin := newRig(t, tt.clusterSize, tt.bits, tt.mapped, create.Metadata)
-				for n := 1; origin.failOnce(n, cause, tt.want, tt.more); n += 1 + n/6 {
+				for n := 1; origin.failOnce(n, cause, tt.want, tt.more); n += 1 + n/4 {
 				}
 			})
 		}
@@ -80,7 +80,7 @@ func TestEveryFailureOfGrowthIsSurvived(t *testing.T) {
 func (origin *rig) failOnce(n int, cause error, want, more int64) bool {
 	origin.Helper()
 	r := origin.clone()
-	r.watch(16)
+	r.watch(40)
 	runs := r.reserveAll(want)
 	syncs := r.tape.Count(storetest.Sync)
 	r.tape.FailCall(n, cause)

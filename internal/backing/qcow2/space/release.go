@@ -8,6 +8,11 @@ import "context"
 // is done by the next Release or Write: refs must not be given again.
 func (s *Space) Release(ctx context.Context, refs []Ref) error {
 	s.commit.releases = append(s.commit.releases, refs...)
+	if len(s.commit.releases) == 0 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.bad
+	}
 	defer s.settle()
 	if err := s.begin(ctx); err != nil {
 		return err

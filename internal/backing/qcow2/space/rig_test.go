@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 
@@ -138,7 +140,7 @@ func (t *tape) image(crash bool) *storetest.Mem {
 			m.Patch(i*sector, s[:])
 		}
 	}
-	for i := range t.dirty {
+	for _, i := range slices.Sorted(maps.Keys(t.dirty)) {
 		s := t.cur[i]
 		if crash && t.rnd.IntN(2) == 0 {
 			s = t.old[i]

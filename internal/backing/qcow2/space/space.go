@@ -64,6 +64,7 @@ type Space struct {
 	hint   int64 // guarded by mu: where the next search begins
 	top    int64 // guarded by mu: all clusters from here on are free
 	virgin int64 // guarded by mu: from here on, nothing was ever handed out, and the file was not there
+	spare  int64 // guarded by mu: free clusters kept for refcounts, on a device
 	rest   bool  // guarded by mu: the commit has something to do besides touched
 	bad    error // guarded by mu: the image is corrupt, for good
 
@@ -99,6 +100,9 @@ func New(st store.Store, h *format.Header, r *check.Report, log *slog.Logger) (*
 	}
 	s.top = lastIn(s.used, s.limit)
 	s.commit = newCommit(Ref{int64(h.RefTableOffset), int64(h.RefTableClusters) << s.g.ClusterBits})
+	s.spare = s.spareFor(s.commit.area.Len/pointer, func(i int64) bool {
+		return s.used.HasAny(i*s.g.BlockEntries, s.g.BlockEntries)
+	})
 	return s, nil
 }
 
@@ -128,12 +132,12 @@ func (s *Space) Reserve(n int64) (Run, error) {
 	if err := s.askLocked(n); err != nil {
 		return Run{}, err
 	}
-	c := s.freeLocked()
-	if c >= s.max {
+	c, room := s.freeLocked(), s.roomLocked()
+	if c >= s.max || room <= 0 {
 		return Run{}, s.noSpace(n)
 	}
 	zeroed := s.zeroedLocked(c)
-	want := s.g.Clusters(min(n, limits.ReserveRun))
+	want := min(s.g.Clusters(min(n, limits.ReserveRun)), room)
 	end := s.used.Next(c, min(c+want, s.max))
 	for e := c + 1; e < end; e++ {
 		if s.zeroedLocked(e) != zeroed {
@@ -148,9 +152,13 @@ func (s *Space) Reserve(n int64) (Run, error) {
 func (s *Space) ReserveMeta(n int64) (Run, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.bad == nil && s.g.Clusters(n) > s.roomLocked() {
+		return Run{}, s.noSpace(n)
+	}
 	return s.reserveMetaLocked(n)
 }
 
+// reserveMetaLocked also takes what is kept for refcounts.
 func (s *Space) reserveMetaLocked(n int64) (Run, error) {
 	if err := s.askLocked(n); err != nil {
 		return Run{}, err
@@ -184,6 +192,9 @@ func (s *Space) noSpace(n int64) error {
 	return &backing.Error{Op: "allocate", Off: -1, Kind: backing.ErrNoSpace,
 		Err: fmt.Errorf("no room for %d bytes in an image of at most %d clusters", n, s.max)}
 }
+
+// roomLocked is how many clusters may be handed out.
+func (s *Space) roomLocked() int64 { return s.max - s.used.Len() - s.spare }
 
 // freeLocked is the next free cluster; max or more when there is none.
 func (s *Space) freeLocked() int64 {

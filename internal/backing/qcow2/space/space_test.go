@@ -84,6 +84,23 @@ func TestReleasedIsPunchedAndZeroed(t *testing.T) {
 
 func (r Run) ref() Ref { return Ref{r.Off, r.Len} }
 
+// TestRunsAreZeroedOrNot frees neighbours of which some could be punched.
+func TestRunsAreZeroedOrNot(t *testing.T) {
+	r := newRig(t, 4096, 16, 64, create.Off)
+	run := r.reserve(6 * 4096)
+	r.commit()
+	r.s.Drop(run.Off, 2*4096)
+	if err := r.s.Release(ctx, []Ref{{run.Off + 2*4096, 4 * 4096}}); err != nil {
+		t.Fatal(err)
+	}
+	r.s.hint = 0
+	for _, want := range []Run{{run.Off, 2 * 4096, false}, {run.Off + 2*4096, 5 * 4096, true}} {
+		if got := r.reserve(5 * 4096); got != want {
+			t.Errorf("Reserve = %+v, want %+v", got, want)
+		}
+	}
+}
+
 func TestUnpunchedIsNotZeroed(t *testing.T) {
 	r := newRig(t, 4096, 16, 64, create.Off)
 	run := r.reserve(4096)
@@ -100,27 +117,51 @@ func TestUnpunchedIsNotZeroed(t *testing.T) {
 	}
 }
 
-func TestFullDeviceHasNoSpace(t *testing.T) {
-	r := newRig(t, 512, 64, 200, create.Off)
-	size, _ := r.tape.Size()
-	r.tape.Mem.SetFixed(true)
-	r.tape.Mem.Cut(size + 20*512 + 100)
-	r.tape.size = size + 20*512 + 100
-	r.open()
-	n := 0
+// TestFullDeviceCanBeCounted fills devices to the last cluster: what could be
+// reserved can be written.
+func TestFullDeviceCanBeCounted(t *testing.T) {
+	for _, tt := range []struct{ clusterSize, bits, more int64 }{
+		{512, 64, 0}, {512, 64, 1}, {512, 64, 20}, {512, 64, 63}, {512, 64, 64}, {512, 64, 65}, {512, 64, 500},
+		{512, 64, 5000}, {512, 16, 300}, {4096, 64, 700}, {512, 1, 4200},
+	} {
+		t.Run(fmt.Sprint(tt), func(t *testing.T) {
+			r := newRig(t, tt.clusterSize, tt.bits, 200, create.Off)
+			size, _ := r.tape.Size()
+			size += tt.more*tt.clusterSize + 100
+			r.tape.Cut(size)
+			r.tape.SetFixed(true)
+			r.tape.size = size
+			r.open()
+			free := size/tt.clusterSize - r.s.used.Len()
+			taken := int64(0)
+			for again := true; again; {
+				n := r.fill(size)
+				taken, again = taken+n, n > 0
+				r.commit()
+			}
+			used := r.s.used.Len() - (size/tt.clusterSize - free)
+			if used != free && r.s.spare > 0 {
+				t.Errorf("%d of %d free clusters are used, and %d kept", used, free, r.s.spare)
+			}
+			if n := r.check().Leaks; n != taken {
+				t.Errorf("%d leaks, want the %d that are reserved", n, taken)
+			}
+		})
+	}
+}
+
+// fill reserves until there is no room on a device of size bytes, and returns
+// how many clusters it got.
+func (r *rig) fill(size int64) (n int64) {
+	r.Helper()
 	for {
-		run, err := r.s.Reserve(512)
+		run, err := r.s.Reserve(r.g.ClusterSize * (1 + r.rnd.Int64N(9)))
 		if errors.Is(err, backing.ErrNoSpace) {
-			break
+			return n
 		}
-		if err != nil || run.Zeroed || run.Off+run.Len > size+20*512 {
-			t.Fatalf("Reserve = %+v, %v", run, err)
+		if err != nil || run.Zeroed || run.Off+run.Len > size {
+			r.Fatalf("Reserve = %+v, %v", run, err)
 		}
-		n++
+		n += run.Len >> r.g.ClusterBits
 	}
-	if n != 20 {
-		t.Errorf("%d clusters of 20 could be reserved", n)
-	}
-	r.commit()
-	r.check()
 }

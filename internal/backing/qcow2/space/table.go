@@ -31,7 +31,37 @@ func (s *Space) loadTable(ctx context.Context) error {
 		k.table[i] = binary.BigEndian.Uint64(p[i*pointer:])
 	}
 	k.loaded = true
+	s.countSpare()
 	return nil
+}
+
+// spareFor is how many clusters of a device are kept for refcounts, so that
+// what is reserved can be counted: for each block that is not there, and for a
+// table of more than the given entries, if the device needs it. The table
+// wants them in a row, which is not promised. A file may always grow.
+func (s *Space) spareFor(entries int64, has func(i int64) bool) int64 {
+	if !s.fixed {
+		return 0
+	}
+	n, blocks := int64(0), (s.max+s.g.BlockEntries-1)/s.g.BlockEntries
+	for i := range blocks {
+		if !has(i) {
+			n++
+		}
+	}
+	if entries < blocks {
+		n += s.g.Clusters(blocks * pointer * limits.RefTableGrowth / 100)
+	}
+	return n
+}
+
+// countSpare counts anew, with the table.
+func (s *Space) countSpare() {
+	t := s.commit.table
+	n := s.spareFor(int64(len(t)), func(i int64) bool { return i < int64(len(t)) && t[i] != 0 })
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.spare = n
 }
 
 // block is the offset of refcount block i, 0 where there is none.
@@ -65,6 +95,9 @@ func (s *Space) newBlock(ctx context.Context, i int64) (more []int64, err error)
 		if err = s.wipe(ctx, run); err == nil {
 			s.commit.table[i] = uint64(run.Off)
 			s.commit.fresh[i] = fresh{turn}
+			s.mu.Lock()
+			s.spare = max(0, s.spare-1)
+			s.mu.Unlock()
 			return []int64{own}, nil
 		}
 	}
@@ -160,7 +193,9 @@ func (s *Space) grow(i int64) (more []int64, err error) {
 	if n/pointer <= i {
 		return nil, s.noSpace(n)
 	}
-	run, err := s.ReserveMeta(n)
+	s.mu.Lock()
+	run, err := s.reserveMetaLocked(n)
+	s.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
@@ -169,6 +204,7 @@ func (s *Space) grow(i int64) (more []int64, err error) {
 	}
 	k.moved = &run
 	k.table = append(k.table, make([]uint64, n/pointer-int64(len(k.table)))...)
+	s.countSpare()
 	span := s.g.BlockEntries << s.g.ClusterBits
 	for b := run.Off / span; b <= (run.Off+run.Len-1)/span; b++ {
 		more = append(more, b)
