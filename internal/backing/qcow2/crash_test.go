@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
 )
 
@@ -32,6 +33,47 @@ func TestPowerCutsLoseNothingThatWasFlushed(t *testing.T) {
 				states += n
 			}
 		})
+	}
+}
+
+// TestPowerCutsAfterFailures has calls to the host file fail now and then: what
+// was undone, or is to be done again, must hold in a power cut as well.
+func TestPowerCutsAfterFailures(t *testing.T) {
+	ctx, seed := t.Context(), seedOf(t)
+	share := (*crashStates + 19) / 20
+	for _, s := range []*specimen{created(t)[1], compressedImage(t, "", 4096, 256<<10),
+		fromQEMUIO(t, "snapshot", "", 512, "256k", "write -P 1 0 128k", "snapshot a")} {
+		for states, first := 0, seed; states < share; seed++ {
+			if seed == first+1000 {
+				t.Fatalf("%s: 1000 scripts have led to %d states only, want %d", s.name, states, share)
+			}
+			rnd := rand.New(rand.NewPCG(seed, 0))
+			h, r := s.start(t)
+			r.Faulty = true
+			cuts := disktest.PowerCuts{Format: s.format(), Oracle: r.Oracle, Files: h.files, PerSync: 4}
+			cuts.Start(rnd, share-states)
+			shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 40, Largest: 40 * s.cluster}
+			script := shape.Random(rand.New(rand.NewPCG(seed, 1)))
+			for i := range script {
+				if i%3 == 0 {
+					h.files[0].FailCall(1+i*7%40, backing.ErrNoSpace)
+				}
+				var refused *backing.Error // by the disk; what is wrong with contents is none
+				if err := r.Do(ctx, script[i:i+1]); err != nil && !errors.As(err, &refused) {
+					t.Fatalf("%s: -disk.seed %d: batch %d: %v\n%s", s.name, seed, i, err, script)
+				}
+			}
+			n, err := cuts.Stop()
+			if err != nil {
+				t.Fatalf("%s: -disk.seed %d: %v\n%s", s.name, seed, err, script)
+			}
+			states += n
+			_ = r.Dev.Close() // it may have failed for good
+			h.files[0].FailCall(0, nil)
+			if _, err := audit(ctx, h.again()); err != nil {
+				t.Fatalf("%s: -disk.seed %d: at the end: %v\n%s", s.name, seed, err, script)
+			}
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"reflect"
+	"sync"
 	"testing"
 	"time"
 
@@ -147,6 +148,46 @@ func TestRegressionPunchComesBeforeReuse(t *testing.T) {
 		t.Error("nothing was punched")
 	}
 	finish(t, h, r)
+}
+
+// TestRegressionLateIOTouchesNobodyElse: a request that has looked up where
+// its cluster lies, and is slow, must not read or write what the host cluster
+// holds after the guest has trimmed it and others have got it.
+func TestRegressionLateIOTouchesNobodyElse(t *testing.T) {
+	const late, cluster = 3 * 512, 4096
+	for _, op := range []storetest.Op{storetest.Read, storetest.Write} {
+		s := blank(t, "late", create.Options{Size: 1 << 20, ClusterSize: cluster})
+		h, r := s.start(t)
+		do(t, r, serial(write(0, cluster, 1), flush))
+		held, gate, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+		var once sync.Once
+		h.files[0].SetHook(func(x storetest.Call) {
+			if x.Op == op && x.Len == late && !x.Done {
+				once.Do(func() { close(held); <-gate })
+			}
+		})
+		go func() {
+			m, p := r.Oracle.Now(), make([]byte, late)
+			if op == storetest.Read {
+				err := r.Dev.ReadAt(context.Background(), p, 512)
+				done <- errors.Join(err, r.Oracle.Verify(p, 512, m))
+				return
+			}
+			c := r.Oracle.Begin(512, late, 2, false, false)
+			disktest.Fill(p, 512, 2)
+			err := r.Dev.WriteAt(context.Background(), p, 512, 0)
+			r.Oracle.End(c)
+			done <- err
+		}()
+		<-held
+		do(t, r, serial(trim(0, cluster), flush, flush, write(cluster, 64*cluster, 3), flush))
+		close(gate)
+		if err := <-done; err != nil {
+			t.Errorf("late %s: %v", op, err)
+		}
+		do(t, r, serial(flush, flush))
+		finish(t, h, r)
+	}
 }
 
 // TestRegressionFailureAtAnyCallLosesNothing: each call to the host file fails

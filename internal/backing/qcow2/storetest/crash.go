@@ -67,8 +67,8 @@ func NewCrash(m *Mem) *Crash {
 	return &Crash{Mem: m, pages: maps.Clone(m.pages), size: m.size}
 }
 
-// SetHook has f called before and after each call that changes the file or
-// syncs it, in the goroutine of that call, which waits. f may take states, and
+// SetHook has f called before each read, and before and after each call that
+// changes the file or syncs it, in the goroutine of that call, which waits. f may take states, and
 // use the file, which calls f again.
 func (c *Crash) SetHook(f func(Call)) {
 	c.mu.Lock()
@@ -96,6 +96,12 @@ func (c *Crash) do(x Call, call func() error) error {
 	x.Done = true
 	c.tell(x)
 	return x.Err
+}
+
+// ReadAt fills p as far as the file reaches.
+func (c *Crash) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	c.tell(Call{Op: Read, Off: off, Len: int64(len(p))})
+	return c.Mem.ReadAt(ctx, p, off)
 }
 
 // WriteAt writes p. Durable writes are so at once, in whole sectors, together

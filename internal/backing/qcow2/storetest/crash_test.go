@@ -211,11 +211,14 @@ func TestCrashHookSeesCallsBeforeAndAfter(t *testing.T) {
 		calls = append(calls, x)
 	})
 	must(t, c.WriteAt(ctx, sectors('X'), 0, false))
+	if _, err := c.ReadAt(ctx, make([]byte, 3), 7); err != nil {
+		t.Fatal(err)
+	}
 	must(t, c.Sync(ctx))
-	if !slices.Equal(got, []string{"a", "a", "a", "X"}) {
+	if !slices.Equal(got, []string{"a", "a", "a", "a", "X"}) {
 		t.Errorf("durable contents: got %q, want a until the end of the sync", got)
 	}
-	want := []Call{{Op: Write, Len: 512}, {Op: Write, Len: 512, Done: true}, {Op: Sync}, {Op: Sync, Done: true}}
+	want := []Call{{Op: Write, Len: 512}, {Op: Write, Len: 512, Done: true}, {Op: Read, Off: 7, Len: 3}, {Op: Sync}, {Op: Sync, Done: true}}
 	if !slices.Equal(calls, want) {
 		t.Errorf("calls: got %+v, want %+v", calls, want)
 	}
