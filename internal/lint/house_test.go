@@ -25,6 +25,9 @@ var mayImport = map[string][]string{
 	"internal/confine": {"internal/limits"},
 	"internal/lint":    {},
 
+	"internal/qmp":         {"internal/limits"},
+	"internal/qmp/qmptest": {},
+
 	"internal/transport":               {"internal/confine/selinux", "internal/limits"},
 	"internal/transport/transporttest": {"internal/transport"},
 	"internal/engine":                  {"internal/limits", "internal/sysio"},
@@ -36,6 +39,7 @@ var mayImport = map[string][]string{
 	"internal/backing/raw":             {"internal/backing", "internal/engine", "internal/engine/bufpool", "internal/limits", "internal/sysio"},
 	"internal/backing/qcow2/store":     {"internal/backing", "internal/backing/raw", "internal/engine"},
 	"internal/backing/mem":             {"internal/backing", "internal/engine", "internal/limits"},
+	"internal/backing/layer":           {"internal/backing", "internal/engine", "internal/limits"},
 	"internal/backing/qcow2/codec":     {"internal/backing/qcow2/format", "internal/limits"},
 	"internal/backing/qcow2/qcowtest":  {},
 	"internal/backing/qcow2/create":    {"internal/backing", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/limits"},

@@ -1,0 +1,116 @@
+package qmp
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// write sends b, with files along its first byte, before ctx's deadline. sent
+// is true once the peer may have got a part of b.
+func write(ctx context.Context, conn *net.UnixConn, b []byte, files []*os.File) (sent bool, err error) {
+	rights, release, err := descriptors(files)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	defer until(ctx, conn.SetWriteDeadline)()
+	n := 0
+	if rights != nil {
+		if n, _, err = conn.WriteMsgUnix(b, rights, nil); err != nil {
+			return n > 0, because(ctx, err)
+		}
+	}
+	rest, err := conn.Write(b[n:])
+	return n+rest > 0, because(ctx, err)
+}
+
+// until has the deadline that set sets pass as soon as ctx is done, until
+// release is called.
+func until(ctx context.Context, set func(time.Time) error) (release func()) {
+	deadline, _ := ctx.Deadline()
+	set(deadline) // an error means a closed connection, which the caller will see
+	fired := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		set(time.Unix(1, 0))
+		close(fired)
+	})
+	return func() {
+		if !stop() {
+			<-fired // not later, over the next caller's deadline
+		}
+	}
+}
+
+// because adds what ended a write.
+func because(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return errors.Join(err, ctx.Err())
+	}
+	return err
+}
+
+// descriptors is the control message that passes files. release is called
+// after it was sent.
+func descriptors(files []*os.File) (rights []byte, release func(), err error) {
+	var fds []int
+	release = func() {
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}
+	if len(files) == 0 {
+		return nil, release, nil
+	}
+	if len(files) > limits.QMPFiles {
+		return nil, release, fmt.Errorf("%w: %d descriptors, at most %d", ErrInvalid, len(files), limits.QMPFiles)
+	}
+	for _, f := range files {
+		fd, err := duplicate(f)
+		if err != nil {
+			release()
+			return nil, func() {}, err
+		}
+		fds = append(fds, fd)
+	}
+	return unix.UnixRights(fds...), release, nil
+}
+
+// duplicate keeps the descriptor alive whatever its owner does.
+func duplicate(f *os.File) (int, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, dupErr := -1, error(nil)
+	err = raw.Control(func(p uintptr) {
+		fd, dupErr = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	if err == nil {
+		err = dupErr
+	}
+	return fd, err
+}
+
+// strictly decodes one JSON value without unknown members.
+func strictly(b []byte, v any) error {
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("something after the value")
+	}
+	return nil
+}
