@@ -59,7 +59,7 @@ func (d *disk) canResize(ctx context.Context, old, size int64) error {
 	switch {
 	case size < old:
 		why = errors.New("a disk cannot shrink")
-	case h.Bitmaps != nil:
+	case len(d.bitmaps.Names()) > 0:
 		why = errors.New("the image has bitmaps, which are of the old size")
 	case h.Version < 3 && h.Snapshots > 0:
 		why = errors.New("the image is of version 2 and has snapshots, which have no size of their own")
