@@ -43,13 +43,18 @@ func mount(t *testing.T, uri string) string {
 // TestKernelFileOperationsAgreeWithAModel exercises the disk as a file, the
 // way fsx does: the kernel's page cache and FUSE stand between.
 func TestKernelFileOperationsAgreeWithAModel(t *testing.T) {
-	s := serve(t, testenv.Options{})
+	checkFileOperations(t, serve(t, testenv.Options{}), 5000)
+}
+
+// checkFileOperations does random operations on a disk of the pattern.
+func checkFileOperations(t *testing.T, s *testenv.Server, ops int) {
+	t.Helper()
 	f, err := os.OpenFile(mount(t, s.URI), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	const size, ops = 4 << 20, 5000
+	const size = 4 << 20
 	model := make([]byte, size)
 	testenv.PatternAt(model, 0)
 	seed := rand.Uint64()
