@@ -20,11 +20,14 @@ type copyFlags struct {
 	connectFlags
 	chainFlags
 	copier.Options
-	sourceFormat string
-	connections  int
-	requests     int
-	requestSize  byteSize
-	progress     bool
+	layoutFlags
+	sourceFormat      string
+	destinationFormat string
+	newLayout         bool // a flag says how the new image is built
+	connections       int
+	requests          int
+	requestSize       byteSize
+	progress          bool
 }
 
 func newCopy(terminal *os.File) *cobra.Command {
@@ -37,7 +40,8 @@ device. A destination file that does not exist is made, sparse and of the
 right size, and is removed again when the copy fails. A destination that
 exists is written in place and must not be smaller than the source. With
 --source-format=qcow2 the source is the disk in an image and those that it
-stands on.`,
+stands on. With --destination-format=qcow2 the destination is a qcow2 image, in
+which zeroes take no space.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			if !c.Flags().Changed("progress") {
@@ -46,13 +50,18 @@ stands on.`,
 			if err := f.checkSource(c, args[0]); err != nil {
 				return err
 			}
+			if err := f.checkDestination(c, args[1]); err != nil {
+				return err
+			}
 			return f.run(c.Context(), args[0], args[1], terminal)
 		},
 	}
 	f.connectFlags.add(c)
 	f.chainFlags.add(c)
+	f.layoutFlags.add(c)
 	n := c.Flags()
 	n.StringVarP(&f.sourceFormat, "source-format", "f", formatRaw, "format of SOURCE when it is a file, never guessed: raw or qcow2")
+	n.StringVarP(&f.destinationFormat, "destination-format", "O", formatRaw, "format of DESTINATION when it is a file, never guessed: raw or qcow2")
 	n.IntVar(&f.connections, "connections", 4, "connections to a server that allows several")
 	n.IntVar(&f.requests, "requests", 16, "requests in flight on each connection")
 	n.Var(&f.requestSize, "request-size", "size of a request, with suffix K or M")
@@ -86,6 +95,27 @@ func (f *copyFlags) checkSource(c *cobra.Command, name string) error {
 		return usage("--source-format is for files: a server says nothing of formats")
 	}
 	return f.chainFlags.check(c, f.sourceFormat)
+}
+
+// checkDestination refuses what makes no sense for the destination called name.
+func (f *copyFlags) checkDestination(c *cobra.Command, name string) error {
+	switch {
+	case f.destinationFormat != formatRaw && f.destinationFormat != formatQcow2:
+		return usage("--destination-format is %q, allowed are raw and qcow2", f.destinationFormat)
+	case f.destinationFormat != formatRaw && isURI(name):
+		return usage("--destination-format is for files: a server says nothing of formats")
+	}
+	for _, flag := range layoutNames {
+		if !c.Flags().Changed(flag) {
+			continue
+		}
+		if f.destinationFormat != formatQcow2 {
+			return usage("--%s is for --destination-format=qcow2", flag)
+		}
+		f.newLayout = true
+	}
+	_, err := f.layoutFlags.options()
+	return err
 }
 
 func (f *copyFlags) run(ctx context.Context, from, to string, terminal *os.File) (err error) {
@@ -124,7 +154,7 @@ func (f *copyFlags) copy(ctx context.Context, src, dst copier.Disk, terminal *os
 // file that was made for the copy goes.
 func finish(ctx context.Context, dst copier.Disk, err error) error {
 	switch d := dst.(type) {
-	case *copier.File:
+	case interface{ Discard() error }:
 		if err != nil {
 			return errors.Join(err, d.Discard())
 		}
@@ -159,11 +189,29 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 		}
 		return d, nil
 	}
+	if f.destinationFormat == formatQcow2 {
+		d, err := f.targetImage(ctx, name, src)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	}
 	d, err := copier.CreateFile(name, src.Size())
 	if err != nil {
 		return nil, err
 	}
-	same := false
+	if err := notSource(d, src); err != nil {
+		return nil, errors.Join(err, d.Discard())
+	}
+	if d.Created() {
+		f.DestinationIsZero = true
+	}
+	return d, nil
+}
+
+// notSource refuses a file that has bytes of the source.
+func notSource(d *copier.File, src copier.Disk) error {
+	same, err := false, error(nil)
 	switch o := src.(type) {
 	case *copier.File:
 		same = d.Same(o)
@@ -173,13 +221,7 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 	if same && err == nil {
 		err = fmt.Errorf("%w: it is the source", copier.ErrRefused)
 	}
-	if err != nil {
-		return nil, errors.Join(err, d.Discard())
-	}
-	if d.Created() {
-		f.DestinationIsZero = true
-	}
-	return d, nil
+	return err
 }
 
 func (f *copyFlags) export(ctx context.Context, uri string, contexts ...string) (*copier.NBD, error) {

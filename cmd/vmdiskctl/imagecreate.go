@@ -14,60 +14,31 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 )
 
-// createFlags are the flags of image create.
-type createFlags struct {
-	format        string
-	compat        string
-	clusterSize   byteSize
-	refcountBits  int
-	backing       string
-	backingFormat string
-	compression   string
-	extended      bool
-	preallocation string
-	dataFile      string
-	dataFileRaw   bool
-	force, json   bool
+// layoutFlags say how a new qcow2 image is built.
+type layoutFlags struct {
+	compat       string
+	clusterSize  byteSize
+	refcountBits int
+	compression  string
+	extended     bool
 }
 
-func newImageCreate() *cobra.Command {
-	f := &createFlags{clusterSize: create.DefaultClusterSize}
-	c := &cobra.Command{
-		Use:   "create FILE [SIZE]",
-		Short: "Make a new image",
-		Long: `Make a new image. FILE must not exist, unless --force is given; it is removed
-again when the command fails. SIZE is in bytes, or with a suffix K, M, G, T; with
-a backing file it may be left out and is then that of the backing file. The
-size of a qcow2 image is rounded up to 512 bytes.`,
-		Args: cobra.RangeArgs(1, 2),
-		RunE: func(c *cobra.Command, args []string) error {
-			return f.run(c, args)
-		},
-	}
+// layoutNames are the flags that add makes.
+var layoutNames = []string{"compat", "cluster-size", "refcount-bits", "compression-type", "extended-l2"}
+
+func (f *layoutFlags) add(c *cobra.Command) {
+	f.clusterSize = create.DefaultClusterSize
 	n := c.Flags()
-	n.StringVarP(&f.format, "format", "f", formatQcow2, "qcow2 or raw")
-	n.StringVar(&f.compat, "compat", "1.1", "version of the format: 0.10 or 1.1")
+	n.StringVar(&f.compat, "compat", "1.1", "version of the qcow2 format: 0.10 or 1.1")
 	n.Var(&f.clusterSize, "cluster-size", "size of a cluster, 512 to 2M")
 	n.IntVar(&f.refcountBits, "refcount-bits", create.DefaultRefcountBits, "width of refcounts, 1 to 64")
-	n.StringVar(&f.backing, "backing-file", "", "backing file, relative to the folder of FILE")
-	n.StringVar(&f.backingFormat, "backing-format", "", "format of the backing file: qcow2 or raw")
 	n.StringVar(&f.compression, "compression-type", "zlib", "zlib or zstd")
 	n.BoolVar(&f.extended, "extended-l2", false, "allocate in subclusters")
-	n.StringVar(&f.preallocation, "preallocation", "off", "off, metadata, falloc or full")
-	n.StringVar(&f.dataFile, "data-file", "", "file for the guest's data, relative to the folder of FILE")
-	n.BoolVar(&f.dataFileRaw, "data-file-raw", false, "the data file is a raw image of the disk")
-	n.BoolVar(&f.force, "force", false, "overwrite files that exist")
-	n.BoolVar(&f.json, "json", false, "say in JSON what was made")
-	return c
 }
 
-// options translates the flags; the size and the data file are still missing.
-func (f *createFlags) options() (create.Options, error) {
-	o := create.Options{
-		ClusterSize: int64(f.clusterSize), RefcountBits: f.refcountBits, ExtendedL2: f.extended,
-		Backing: f.backing, BackingFormat: f.backingFormat, DataFile: f.dataFile, DataFileRaw: f.dataFileRaw,
-		Preallocation: create.Preallocation(f.preallocation),
-	}
+// options translates the flags.
+func (f *layoutFlags) options() (create.Options, error) {
+	o := create.Options{ClusterSize: int64(f.clusterSize), RefcountBits: f.refcountBits, ExtendedL2: f.extended}
 	switch f.compat {
 	case "0.10":
 		o.Version = 2
@@ -90,9 +61,56 @@ func (f *createFlags) options() (create.Options, error) {
 	return o, nil
 }
 
+// createFlags are the flags of image create.
+type createFlags struct {
+	layoutFlags
+	format        string
+	backing       string
+	backingFormat string
+	preallocation string
+	dataFile      string
+	dataFileRaw   bool
+	force, json   bool
+}
+
+func newImageCreate() *cobra.Command {
+	f := &createFlags{}
+	c := &cobra.Command{
+		Use:   "create FILE [SIZE]",
+		Short: "Make a new image",
+		Long: `Make a new image. FILE must not exist, unless --force is given; it is removed
+again when the command fails. SIZE is in bytes, or with a suffix K, M, G, T; with
+a backing file it may be left out and is then that of the backing file. The
+size of a qcow2 image is rounded up to 512 bytes.`,
+		Args: cobra.RangeArgs(1, 2),
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.run(c, args)
+		},
+	}
+	f.layoutFlags.add(c)
+	n := c.Flags()
+	n.StringVarP(&f.format, "format", "f", formatQcow2, "qcow2 or raw")
+	n.StringVar(&f.backing, "backing-file", "", "backing file, relative to the folder of FILE")
+	n.StringVar(&f.backingFormat, "backing-format", "", "format of the backing file: qcow2 or raw")
+	n.StringVar(&f.preallocation, "preallocation", "off", "off, metadata, falloc or full")
+	n.StringVar(&f.dataFile, "data-file", "", "file for the guest's data, relative to the folder of FILE")
+	n.BoolVar(&f.dataFileRaw, "data-file-raw", false, "the data file is a raw image of the disk")
+	n.BoolVar(&f.force, "force", false, "overwrite files that exist")
+	n.BoolVar(&f.json, "json", false, "say in JSON what was made")
+	return c
+}
+
+// options translates the flags; the size and the data file are still missing.
+func (f *createFlags) options() (create.Options, error) {
+	o, err := f.layoutFlags.options()
+	o.Backing, o.BackingFormat = f.backing, f.backingFormat
+	o.DataFile, o.DataFileRaw = f.dataFile, f.dataFileRaw
+	o.Preallocation = create.Preallocation(f.preallocation)
+	return o, err
+}
+
 // qcow2Only are the flags that a raw image has no use for.
-var qcow2Only = []string{"compat", "cluster-size", "refcount-bits", "backing-file", "backing-format",
-	"compression-type", "extended-l2", "data-file", "data-file-raw"}
+var qcow2Only = append([]string{"backing-file", "backing-format", "data-file", "data-file-raw"}, layoutNames...)
 
 func (f *createFlags) run(c *cobra.Command, args []string) error {
 	o, err := f.options()

@@ -50,6 +50,9 @@ type Shape struct {
 	MaxIO int64
 	// Requests is how many requests are worth having in flight.
 	Requests int
+	// Granule is the smallest range of zeroes inside data that is worth a
+	// request of its own, a power of two; 0 for what suits most disks.
+	Granule int64
 }
 
 // Extent is a range of a disk that reads as zeroes, or that may not.
@@ -82,8 +85,7 @@ const (
 	// interruption heard.
 	maxZero = 128 << 20
 
-	// granule is the smallest range of zeroes inside data that is worth a
-	// request of its own, in bytes.
+	// granule is the Granule that suits most disks, and the largest.
 	granule = 32 << 10
 )
 
@@ -100,6 +102,7 @@ type copying struct {
 	src, dst Disk
 	Options
 	align, step int64
+	granule     int64
 	workers     int
 }
 
@@ -139,6 +142,10 @@ func (c *copying) plan() error {
 		return fmt.Errorf("%w: block size %d of one disk is above the largest request of the other", ErrRefused, c.align)
 	}
 	c.step = max(min(c.RequestSize, a.MaxIO, b.MaxIO)&^(c.align-1), c.align)
+	c.granule = granule
+	if b.Granule > 0 {
+		c.granule = min(b.Granule, granule)
+	}
 	c.workers = max(1, min(max(a.Requests, b.Requests), int(limits.CopyBudget/(2*c.step))))
 	return nil
 }
@@ -241,7 +248,7 @@ func (c *copying) put(ctx context.Context, p []byte, off int64) error {
 	for len(p) > 0 {
 		n, zero := len(p), false
 		if !c.Allocated {
-			n, zero = prefix(p, int(max(granule, c.align)))
+			n, zero = prefix(p, int(max(c.granule, c.align)))
 		}
 		var err error
 		if zero {
