@@ -4,13 +4,13 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/user"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
@@ -157,7 +157,7 @@ func parse(args []string) (options, error) {
 	if err != nil {
 		return options{}, err
 	}
-	c.Image = f.Arg(0)
+	c.Disk.Image = f.Arg(0)
 	return options{config: c}, nil
 }
 
@@ -170,8 +170,12 @@ func help(f *pflag.FlagSet) string {
 // configure checks what flags mean together.
 func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 	c := daemon.Config{
-		Format: r.format, Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
-		ExportName: r.export, Description: r.description,
+		Disk: config.Export{
+			Name: r.export, Description: r.description,
+			Format: r.format, Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
+			Backing: r.backing, BackingFiles: r.backingFiles, DataFiles: r.dataFiles,
+			Snapshot: r.snapshot, Lenient: r.lenient, Discard: r.discard,
+		},
 		Stdio: r.single, Engine: r.engine, Oldstyle: r.oldstyle,
 		NoStructured: r.noSR, NoMeta: r.noMC,
 		TLSCertificates: r.certificates,
@@ -236,9 +240,7 @@ func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
 	if r.lenient && !r.readonly {
 		return usagef("--lenient needs --readonly")
 	}
-	c.Snapshot, c.Lenient, c.Discard = r.snapshot, r.lenient, r.discard
-	var err error
-	if c.Backing, err = daemon.ParseBacking(r.backing, r.backingFiles, r.dataFiles); err != nil {
+	if err := daemon.CheckBacking(&c.Disk); err != nil {
 		return usagef("%v", err)
 	}
 	return nil
@@ -308,39 +310,18 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 }
 
 func (r *raw) unixEndpoint(c *daemon.Config) error {
-	mode, err := strconv.ParseUint(r.unixMode, 8, 32)
-	if err != nil || mode == 0 || mode > 0o777 {
-		return usagef("--unix-mode: %q is not an octal mode", r.unixMode)
+	mode, err := transport.ParseMode(r.unixMode)
+	if err != nil {
+		return usagef("--unix-mode: %v", err)
 	}
-	e := transport.Endpoint{Kind: transport.Unix, Path: r.unix, Mode: os.FileMode(mode)}
+	e := transport.Endpoint{Kind: transport.Unix, Path: r.unix, Mode: mode}
 	if r.unixOwner != "" {
-		if e.Owner, err = parseOwner(r.unixOwner); err != nil {
-			return err
+		if e.Owner, err = transport.ParseOwner(r.unixOwner); err != nil {
+			return usagef("--unix-owner: %v", err)
 		}
 	}
 	c.Endpoints = []transport.Endpoint{e}
 	return nil
-}
-
-// parseOwner resolves USER, USER:GROUP or :GROUP, by name or number.
-func parseOwner(s string) (*transport.Owner, error) {
-	name, group, _ := strings.Cut(s, ":")
-	o := &transport.Owner{UID: -1, GID: -1}
-	if name != "" {
-		if u, err := user.Lookup(name); err == nil {
-			o.UID, _ = strconv.Atoi(u.Uid)
-		} else if o.UID, err = strconv.Atoi(name); err != nil {
-			return nil, usagef("--unix-owner: no user %q", name)
-		}
-	}
-	if group != "" {
-		if g, err := user.LookupGroup(group); err == nil {
-			o.GID, _ = strconv.Atoi(g.Gid)
-		} else if o.GID, err = strconv.Atoi(group); err != nil {
-			return nil, usagef("--unix-owner: no group %q", group)
-		}
-	}
-	return o, nil
 }
 
 func (r *raw) tlsMode(f *pflag.FlagSet, c *daemon.Config) error {

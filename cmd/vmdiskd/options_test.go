@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -23,8 +24,8 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		ok   func(daemon.Config) bool
 	}{
 		{"disk.img", func(c daemon.Config) bool {
-			return first(c).Kind == transport.TCP && first(c).Port == 10809 && c.Image == "disk.img" &&
-				c.Format == "raw" && c.MaskHandshake == 0xffff && c.TLS == nbd.TLSOff
+			return first(c).Kind == transport.TCP && first(c).Port == 10809 && c.Disk.Image == "disk.img" &&
+				c.Disk.Format == "raw" && c.MaskHandshake == 0xffff && c.TLS == nbd.TLSOff
 		}},
 		{"-U /run/s disk.img", func(c daemon.Config) bool {
 			return first(c).Kind == transport.Unix && first(c).Path == "/run/s" && first(c).Mode == 0o600
@@ -38,7 +39,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 			return first(c).Kind == transport.VSock && first(c).Port == 70000
 		}},
 		{"-rfv -e vm1 -P /run/p -t 16 disk.img", func(c daemon.Config) bool {
-			return c.ReadOnly && c.ExportName == "vm1" && c.PIDFile == "/run/p" && c.Requests == 16 &&
+			return c.Disk.ReadOnly && c.Disk.Name == "vm1" && c.PIDFile == "/run/p" && c.Requests == 16 &&
 				c.Log.Level == slog.LevelDebug
 		}},
 		{"-s disk.img", func(c daemon.Config) bool { return c.Stdio && len(c.Endpoints) == 0 }},
@@ -73,19 +74,17 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 			return o.UID == 107 && o.GID == 64055 && first(c).Mode == 0o660
 		}},
 		{"-r --format=qcow2 disk.img", func(c daemon.Config) bool {
-			return c.Format == "qcow2" && c.Backing.Mode == "deny" && c.Snapshot == ""
+			return c.Disk.Format == "qcow2" && c.Disk.Backing == "" && c.Disk.Snapshot == ""
 		}},
 		{"-r --format=qcow2 --backing=same-dir --snapshot=s1 disk.img", func(c daemon.Config) bool {
-			return c.Backing.Mode == "same-dir" && c.Snapshot == "s1"
+			return c.Disk.Backing == "same-dir" && c.Disk.Snapshot == "s1"
 		}},
-		{"-r --format=qcow2 --lenient disk.img", func(c daemon.Config) bool { return c.Lenient && c.ReadOnly }},
+		{"-r --format=qcow2 --lenient disk.img", func(c daemon.Config) bool { return c.Disk.Lenient && c.Disk.ReadOnly }},
 		{"-r --format=qcow2 --backing=beneath=/images disk.img", func(c daemon.Config) bool {
-			return c.Backing.Mode == "beneath" && c.Backing.Root == "/images"
+			return c.Disk.Backing == "beneath=/images"
 		}},
 		{"-r --format=qcow2 --backing-file=a:qcow2 --backing-file b,c:raw --data-file=d disk.img", func(c daemon.Config) bool {
-			b := c.Backing
-			return b.Mode == "explicit" && len(b.Files) == 2 && b.Files[0].Path == "a" && b.Files[0].Format == "qcow2" &&
-				b.Files[1].Path == "b,c" && b.Files[1].Format == "raw" && b.DataFiles[0] == "d"
+			return slices.Equal(c.Disk.BackingFiles, []string{"a:qcow2", "b,c:raw"}) && slices.Equal(c.Disk.DataFiles, []string{"d"})
 		}},
 		{"--unix-owner :0 -U s disk.img", func(c daemon.Config) bool {
 			return first(c).Owner.UID == -1 && first(c).Owner.GID == 0

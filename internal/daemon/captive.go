@@ -22,7 +22,7 @@ func (d *daemon) startCommand() error {
 	if d.cfg.Run == "" {
 		return nil
 	}
-	if len(d.listeners) == 0 {
+	if len(d.doors.all()) == 0 {
 		return errors.New("--run needs a socket")
 	}
 	cmd := exec.Command("/bin/sh", "-c", d.shellVariables()+d.cfg.Run)
@@ -46,8 +46,8 @@ func (d *daemon) startCommand() error {
 }
 
 func (d *daemon) shellVariables() string {
-	l := d.listeners[0]
-	name := d.cfg.ExportName
+	l := d.doors.all()[0]
+	name := d.cfg.Disk.Name
 	var path, port, old string
 	switch l.Kind() {
 	case transport.Unix:

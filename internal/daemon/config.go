@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -15,18 +16,8 @@ import (
 // Config is everything that a run of the daemon depends on. Values are valid:
 // whoever makes a Config has checked what a user wrote.
 type Config struct {
-	// The disk.
-	Image       string // path, or a size for the formats that have no file
-	Format      string
-	Cache       string
-	Lock        string
-	ReadOnly    bool
-	Backing     open.Policy // of a qcow2 image; see ParseBacking
-	Snapshot    string      // of a qcow2 image, by ID or name; "" for the disk
-	Discard     string      // what trims do in a qcow2 image: "unmap", "keep" or "ignore"
-	Lenient     bool        // damaged qcow2 images are read as QEMU reads them
-	ExportName  string
-	Description string
+	// Disk is the one disk of a run without a configuration file.
+	Disk config.Export
 
 	// Where it listens: Endpoints, or the sockets that systemd passed, or
 	// standard input and output.
@@ -59,10 +50,11 @@ type Config struct {
 	Log obs.Options
 }
 
-// ParseBacking reads what a user wrote about the files that an image may name:
-// a policy, and files where the policy is to name them. See open.ParsePolicy.
-func ParseBacking(policy string, files, dataFiles []string) (open.Policy, error) {
-	return open.ParsePolicy(policy, files, dataFiles)
+// CheckBacking says what is wrong with what a user wrote about the files that
+// an image may name. See open.ParsePolicy.
+func CheckBacking(x *config.Export) error {
+	_, err := open.ParsePolicy(x.Backing, x.BackingFiles, x.DataFiles)
+	return err
 }
 
 // wantsTLS tells whether URIs are nbds.

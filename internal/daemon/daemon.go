@@ -5,15 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"runtime"
 	"sync"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
-	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -28,16 +25,16 @@ import (
 // daemon is a running server. Its parts are built in this order and taken
 // down in the reverse.
 type daemon struct {
-	cfg       Config
-	logs      *obs.Log
-	log       *slog.Logger
-	creds     *transport.Credentials // nil without TLS
-	buffers   *bufpool.Pool
-	engine    engine.Engine
-	exports   *export.Registry
-	listeners []transport.Listener
-	server    *nbd.Server
-	pidfile   string // written by us, or ""
+	cfg     Config
+	logs    *obs.Log
+	log     *slog.Logger
+	creds   *transport.Credentials // nil without TLS
+	buffers *bufpool.Pool
+	engine  engine.Engine
+	exports *export.Registry
+	doors   doors
+	server  *nbd.Server
+	pidfile string // written by us, or ""
 
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
@@ -56,7 +53,7 @@ func Run(cfg Config) (status int, err error) {
 
 	err = d.start()
 	if err == nil {
-		d.log.Info("serving", "image", cfg.Image, "format", cfg.Format, "engine", d.engine.Name(), "at", d.addresses())
+		d.log.Info("serving", "image", cfg.Disk.Image, "format", cfg.Disk.Format, "engine", d.engine.Name(), "at", d.addresses())
 		status, err = d.wait(signals)
 	}
 	if cerr := d.close(); err == nil && cerr != nil {
@@ -76,7 +73,7 @@ func (d *daemon) start() error {
 		d.watchParent,
 		d.loadTLS,
 		d.listen,
-		d.openDisk,
+		d.openExports,
 		d.writePIDFile,
 		d.dropPrivileges,
 		d.serve,
@@ -128,19 +125,26 @@ func (d *daemon) listen() error {
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, ls...)
+		d.addDoors(ls)
 	}
 	for _, e := range d.cfg.Endpoints {
 		ls, err := transport.Listen(d.ctx, e)
 		if err != nil {
 			return err
 		}
-		d.listeners = append(d.listeners, ls...)
+		d.addDoors(ls)
 	}
 	return nil
 }
 
-func (d *daemon) openDisk() error {
+// addDoors takes listeners of the command line.
+func (d *daemon) addDoors(ls []transport.Listener) {
+	for _, l := range ls {
+		d.doors.add(&door{Listener: l, tls: d.cfg.TLS})
+	}
+}
+
+func (d *daemon) openExports() error {
 	d.buffers = bufpool.New(limits.BufferBudget)
 	var err error
 	if d.engine, err = choose.New(d.cfg.Engine, d.buffers, d.logs.For("engine")); err != nil {
@@ -149,31 +153,9 @@ func (d *daemon) openDisk() error {
 	if runtime.GOMAXPROCS(0) < minProcs {
 		runtime.GOMAXPROCS(minProcs)
 	}
-	dev, err := open.Open(d.ctx, open.Spec{
-		Path:     d.cfg.Image,
-		Format:   d.cfg.Format,
-		ReadOnly: d.cfg.ReadOnly,
-		Cache:    d.cfg.Cache,
-		Lock:     raw.LockMode(d.cfg.Lock),
-		Backing:  d.cfg.Backing,
-		Snapshot: d.cfg.Snapshot,
-		Lenient:  d.cfg.Lenient,
-		Discard:  d.cfg.Discard,
-		Engine:   d.engine,
-		Buffers:  d.buffers,
-		Log:      d.logs.For("backing"),
-	})
-	if err != nil {
-		return err
-	}
 	d.exports = export.NewRegistry()
-	return d.exports.Add(export.Spec{
-		Name:   d.cfg.ExportName,
-		Device: dev,
-		Settings: export.Settings{
-			Description: d.cfg.Description,
-			ReadOnly:    d.cfg.ReadOnly || !dev.Info().Caps.Has(backing.CanWrite),
-		},
+	return d.exports.AddOpening(d.specOf(&d.cfg.Disk), func() (backing.Device, error) {
+		return d.openDisk(d.ctx, &d.cfg.Disk)
 	})
 }
 
@@ -213,9 +195,8 @@ func (d *daemon) serve() error {
 	if d.cfg.Stdio {
 		return d.serveStdio()
 	}
-	for _, l := range d.listeners {
-		d.accepted.Add(1)
-		go d.acceptLoop(l)
+	for _, x := range d.doors.all() {
+		d.accept(x)
 	}
 	return nil
 }
@@ -228,45 +209,9 @@ func (d *daemon) serveStdio() error {
 	d.accepted.Add(1)
 	go func() {
 		defer d.accepted.Done()
-		d.finished <- d.converse(c)
+		d.finished <- d.converse(c, d.cfg.TLS)
 	}()
 	return nil
-}
-
-// acceptPause is how long accepting rests when the system is out of
-// descriptors or memory.
-const acceptPause = 50 * time.Millisecond
-
-func (d *daemon) acceptLoop(l transport.Listener) {
-	defer d.accepted.Done()
-	for {
-		c, err := l.Accept(d.ctx)
-		switch {
-		case err == nil:
-			d.accepted.Add(1)
-			go func() {
-				defer d.accepted.Done()
-				_ = d.converse(c) // logged there
-			}()
-		case errors.Is(err, net.ErrClosed) || d.ctx.Err() != nil:
-			return
-		default:
-			d.log.Warn("accept failed", "at", l.Addr(), "error", err)
-			select {
-			case <-time.After(acceptPause):
-			case <-d.ctx.Done():
-				return
-			}
-		}
-	}
-}
-
-// converse serves one client. What it did wrong is a debug line.
-func (d *daemon) converse(c transport.Conn) error {
-	d.log.Debug("connected", "peer", c.Peer())
-	err := d.server.Serve(d.ctx, c)
-	d.log.Debug("disconnected", "peer", c.Peer(), "error", err)
-	return err
 }
 
 // wait blocks until a signal, the captive command or the stdio client ends
@@ -302,9 +247,7 @@ func (d *daemon) reload() {
 // finished within the drain limit, the disk flushed and closed.
 func (d *daemon) close() error {
 	clean := true
-	for _, l := range d.listeners {
-		_ = l.Close() // a socket path that is not ours any more stays
-	}
+	d.doors.remove(d.doors.all())
 	if d.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), d.drain())
 		clean = d.server.Shutdown(ctx)
@@ -352,8 +295,8 @@ func (d *daemon) closeDisk() error {
 // lastResort is a second signal: sockets and pid file go, nothing is waited
 // for.
 func (d *daemon) lastResort() {
-	for _, l := range d.listeners {
-		_ = l.Close()
+	for _, x := range d.doors.all() {
+		_ = x.Close()
 	}
 	d.removePIDFile()
 	os.Exit(1)
@@ -361,7 +304,7 @@ func (d *daemon) lastResort() {
 
 func (d *daemon) addresses() []string {
 	var out []string
-	for _, l := range d.listeners {
+	for _, l := range d.doors.all() {
 		out = append(out, fmt.Sprintf("%s:%s", l.Kind(), l.Addr()))
 	}
 	return out
@@ -389,8 +332,8 @@ func (d *daemon) printURI() error {
 	if !d.cfg.PrintURI {
 		return nil
 	}
-	for _, l := range d.listeners {
-		if _, err := fmt.Fprintln(d.cfg.Stdout, l.URI(d.cfg.ExportName, d.cfg.wantsTLS())); err != nil {
+	for _, l := range d.doors.all() {
+		if _, err := fmt.Fprintln(d.cfg.Stdout, l.URI(d.cfg.Disk.Name, d.cfg.wantsTLS())); err != nil {
 			return err
 		}
 	}

@@ -63,9 +63,9 @@ var mayImport = map[string][]string{
 	"internal/config":                  {"internal/limits"},
 	"internal/control/api":             {"internal/config"},
 	"internal/daemon": {"internal/backing", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/engine",
-		"internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
+		"internal/config", "internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
-	"cmd/vmdiskd":                   {"internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
+	"cmd/vmdiskd":                   {"internal/config", "internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 	"cmd/vmdiskctl/internal/copier": {"internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }

@@ -4,8 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"math"
 	"net"
 	"os"
+	"os/user"
+	"strconv"
+	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"golang.org/x/sys/unix"
@@ -25,6 +30,52 @@ const PrivatePath = "-"
 // Owner is the owner of a Unix socket's file; -1 leaves that part as it is.
 type Owner struct {
 	UID, GID int
+}
+
+// ParseOwner resolves USER, USER:GROUP or :GROUP, by name or number; a name
+// comes before a number, as chown(1) has it. What is absent stays as it is.
+func ParseOwner(s string) (*Owner, error) {
+	name, group, _ := strings.Cut(s, ":")
+	o := &Owner{UID: -1, GID: -1}
+	if name != "" {
+		if u, err := user.Lookup(name); err == nil {
+			name = u.Uid
+		}
+		n, err := parseID(name)
+		if err != nil {
+			return nil, fmt.Errorf("no user %q", name)
+		}
+		o.UID = n
+	}
+	if group != "" {
+		if g, err := user.LookupGroup(group); err == nil {
+			group = g.Gid
+		}
+		n, err := parseID(group)
+		if err != nil {
+			return nil, fmt.Errorf("no group %q", group)
+		}
+		o.GID = n
+	}
+	return o, nil
+}
+
+// parseID refuses the largest number, which the kernel takes for "leave".
+func parseID(s string) (int, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err == nil && n == math.MaxUint32 {
+		err = strconv.ErrRange
+	}
+	return int(n), err
+}
+
+// ParseMode reads the permissions of a socket, in octal.
+func ParseMode(s string) (os.FileMode, error) {
+	m, err := strconv.ParseUint(s, 8, 32)
+	if err != nil || m == 0 || m > uint64(fs.ModePerm) {
+		return 0, fmt.Errorf("%q is not an octal mode", s)
+	}
+	return os.FileMode(m), nil
 }
 
 // Endpoint says where to listen. Only the fields of its Kind are used.

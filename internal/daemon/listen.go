@@ -1,0 +1,155 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// door is a listener with what is agreed for those who come in by it.
+type door struct {
+	transport.Listener
+	name string // what transport.Peer calls it
+	tls  nbd.TLSMode
+	spec config.Listener // zero for one of the command line
+
+	once   sync.Once
+	closed error
+}
+
+// Close stops accepting; it may be called again.
+func (o *door) Close() error {
+	o.once.Do(func() { o.closed = o.Listener.Close() })
+	return o.closed
+}
+
+// doors are the listeners of the daemon, accepting or not yet.
+type doors struct {
+	mu   sync.Mutex
+	list []*door // guarded by mu
+}
+
+func (s *doors) add(list ...*door) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.list = append(s.list, list...)
+}
+
+// all is a copy of the list.
+func (s *doors) all() []*door {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]*door(nil), s.list...)
+}
+
+// remove closes those doors and forgets them.
+func (s *doors) remove(list []*door) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range list {
+		_ = x.Close() // a socket path that is not ours any more stays
+		for i := range s.list {
+			if s.list[i] == x {
+				s.list = append(s.list[:i:i], s.list[i+1:]...)
+				break
+			}
+		}
+	}
+}
+
+// tlsModes are the words of the configuration.
+var tlsModes = map[string]nbd.TLSMode{"": nbd.TLSOff, "off": nbd.TLSOff, "on": nbd.TLSOn, "require": nbd.TLSRequire}
+
+// openDoor listens where l says. Nothing is accepted yet.
+func openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
+	e, err := endpointOf(l)
+	if err != nil {
+		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
+	}
+	mode, ok := tlsModes[l.TLS]
+	if !ok {
+		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
+	}
+	ls, err := transport.Listen(ctx, e)
+	if err != nil {
+		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
+	}
+	var list []*door
+	for _, x := range ls {
+		list = append(list, &door{Listener: x, name: l.URI, tls: mode, spec: l})
+	}
+	return list, nil
+}
+
+// endpointOf is where a listener of the configuration is.
+func endpointOf(l config.Listener) (transport.Endpoint, error) {
+	u, err := transport.ParseURI(l.URI)
+	if err != nil {
+		return transport.Endpoint{}, err
+	}
+	if u.Export != "" || u.User != "" || len(u.Params) > 0 {
+		return transport.Endpoint{}, errors.New("the URI of a listener has no export, user or parameters")
+	}
+	e := transport.Endpoint{Kind: u.Kind, Name: l.URI, Path: u.Path, Address: u.Address, Port: u.Port, CID: u.CID}
+	if l.Mode != "" {
+		if e.Mode, err = transport.ParseMode(l.Mode); err != nil {
+			return e, err
+		}
+	}
+	if l.Owner != "" {
+		e.Owner, err = transport.ParseOwner(l.Owner)
+	}
+	return e, err
+}
+
+// acceptPause is how long accepting rests when the system is out of
+// descriptors or memory.
+const acceptPause = 50 * time.Millisecond
+
+// accept begins to accept at a door.
+func (d *daemon) accept(x *door) {
+	d.accepted.Add(1)
+	go func() {
+		defer d.accepted.Done()
+		d.acceptLoop(x)
+	}()
+}
+
+func (d *daemon) acceptLoop(x *door) {
+	for {
+		c, err := x.Accept(d.ctx)
+		switch {
+		case err == nil:
+			c.Peer().Via = x.name
+			d.accepted.Add(1)
+			go func() {
+				defer d.accepted.Done()
+				_ = d.converse(c, x.tls) // logged there
+			}()
+		case errors.Is(err, net.ErrClosed) || d.ctx.Err() != nil:
+			return
+		default:
+			d.log.Warn("accept failed", "at", x.Addr(), "error", err)
+			select {
+			case <-time.After(acceptPause):
+			case <-d.ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// converse serves one client. What it did wrong is a debug line.
+func (d *daemon) converse(c transport.Conn, mode nbd.TLSMode) error {
+	d.log.Debug("connected", "peer", c.Peer())
+	err := d.server.ServeTLS(d.ctx, c, mode)
+	d.log.Debug("disconnected", "peer", c.Peer(), "error", err)
+	return err
+}
