@@ -34,8 +34,8 @@ type Spec struct {
 	Device  backing.Device // owned by the registry from Add on
 	NeedTLS bool           // only for connections that are encrypted
 
-	// Via are the listeners at which it can be seen, as transport.Peer calls
-	// them; none is all but the private ones, which see nothing else.
+	// Via are the listeners at which it can be seen and nowhere else, as
+	// transport.Peer calls them; none is all that Restrict allows.
 	Via []string
 
 	Settings
@@ -54,11 +54,11 @@ type Settings struct {
 // Registry is safe for concurrent use.
 type Registry struct {
 	mu      sync.Mutex
-	byName  map[string]*entry // guarded by mu
-	dfault  *entry            // guarded by mu; what "" stands for, or nil
-	private map[string]bool   // guarded by mu; listeners of single exports
-	closed  bool              // guarded by mu
-	opening sync.WaitGroup    // Add is not called once closed is set
+	byName  map[string]*entry   // guarded by mu
+	dfault  *entry              // guarded by mu; what "" stands for, or nil
+	visible map[string][]string // guarded by mu; by listener: the only exports there
+	closed  bool                // guarded by mu
+	opening sync.WaitGroup      // Add is not called once closed is set
 
 	// Changed is called after a change of a state, without locks. It is set
 	// before the first Add.
@@ -85,7 +85,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, private: map[string]bool{}}
+	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}}
 }
 
 // check refuses what cannot be sent to a client.
@@ -142,12 +142,21 @@ func (r *Registry) publish(e *entry, dev backing.Device) error {
 	if r.dfault == nil || e.spec.Default {
 		r.dfault = e
 	}
-	for _, via := range e.spec.Via {
-		r.private[via] = true
-	}
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Ready)
 	return nil
+}
+
+// Restrict lets a listener show the named exports only, or all again for no
+// names. The first of them that there is opens for the empty name.
+func (r *Registry) Restrict(via string, names []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(names) == 0 {
+		delete(r.visible, via)
+		return
+	}
+	r.visible[via] = slices.Clone(names)
 }
 
 // forget takes e out of the registry.
@@ -331,17 +340,17 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, e
 	return e, access, nil
 }
 
-// defaultLocked is what the empty name opens for p: at a listener of a single
-// export that one.
+// defaultLocked is what the empty name opens for p.
 func (r *Registry) defaultLocked(p *transport.Peer) *entry {
-	if p != nil && r.private[p.Via] {
-		for _, e := range r.byName {
-			if slices.Contains(e.spec.Via, p.Via) {
-				return e
-			}
+	if p == nil || r.visible[p.Via] == nil {
+		return r.dfault
+	}
+	for _, name := range r.visible[p.Via] {
+		if e := r.byName[name]; e != nil && r.accessLocked(e, p) != NoAccess {
+			return e
 		}
 	}
-	return r.dfault
+	return nil
 }
 
 // accessLocked is what p may do with e. What it may not see does not exist for
@@ -350,8 +359,11 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer) Access {
 	if r.closed || e.state != Ready {
 		return NoAccess
 	}
-	if p != nil && (r.private[p.Via] || len(e.spec.Via) > 0) && !slices.Contains(e.spec.Via, p.Via) {
-		return NoAccess
+	if p != nil {
+		only := r.visible[p.Via]
+		if only != nil && !slices.Contains(only, e.spec.Name) || len(e.spec.Via) > 0 && !slices.Contains(e.spec.Via, p.Via) {
+			return NoAccess
+		}
 	}
 	return accessOf(e.spec.Grants, p)
 }

@@ -200,6 +200,7 @@ func TestListenerOfAnExportShowsNothingElse(t *testing.T) {
 	r := NewRegistry()
 	add(t, r, Spec{Name: "common"})
 	add(t, r, Spec{Name: "own", Via: []string{"l1"}})
+	r.Restrict("l1", []string{"own"})
 	for via, want := range map[string]string{"l1": "own", "l2": "common"} {
 		p := &transport.Peer{Via: via}
 		if got := names(r, p); got != want {
