@@ -349,6 +349,33 @@ func TestFileSystemThatIsFullAtTheFirstFlush(t *testing.T) {
 	wantSound(t, image, false)
 }
 
+// TestServerThatCannotFlushAtItsEndSaysSo: what it leaves is sound, and served
+// again once there is room.
+func TestServerThatCannotFlushAtItsEndSaysSo(t *testing.T) {
+	const room, size = 12 << 20, 32 << 20
+	s, dir, image := fullImage(t, room, size, "writeback")
+	ctx := testenv.Context(t)
+	if full, err := fill(ctx, dial(t, s), 0, size); !errors.Is(err, wire.ENOSPC) {
+		t.Fatalf("a write to a full file system is answered %v at %d, want ENOSPC", err, full)
+	}
+	if err := s.Stop(); err == nil {
+		t.Error("a server that could not flush ends as if it could")
+	}
+	wantSoundOpen(t, image)
+	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT, "size=64M"); err != nil {
+		t.Fatal(err)
+	}
+	s = testenv.StartToKill(t, writable(image))
+	c := dial(t, s)
+	off, err := fill(ctx, c, 0, size)
+	if err := errors.Join(err, c.Flush(ctx)); err != nil {
+		t.Fatalf("write with more space, at %d: %v", off, err)
+	}
+	wantPattern(t, c, 0, size)
+	stopAndCompare(t, s, image, served(t, s))
+	wantSound(t, image, true)
+}
+
 // wantSoundOpen is wantSound with leaks for an image that a server has open:
 // what the file says now must hold, whatever the server still has in memory.
 func wantSoundOpen(t *testing.T, image string) {
