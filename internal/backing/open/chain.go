@@ -76,7 +76,7 @@ func (ch *chain) open(ctx context.Context) error {
 	if err := ch.add(f, path, ch.spec.Format); err != nil {
 		return err
 	}
-	if ch.gate, err = newGate(ch.spec.Backing, ch.spec.Path, ch.cache.direct); err != nil {
+	if ch.gate, err = newGate(ch.spec.Backing, ch.spec, ch.cache.direct); err != nil {
 		return invalid(ch.spec, err)
 	}
 	for {

@@ -19,6 +19,7 @@ import (
 // policy allows. No other code follows a name that was read from an image.
 type gate struct {
 	policy Policy
+	top    Spec
 	direct bool
 
 	// SameDir, Beneath: the directory, its path without symbolic links and
@@ -37,18 +38,19 @@ type wish struct {
 	what     string // "backing file" or "data file"
 	name     string // as it stands in the image; may be empty
 	readOnly bool
+	devices  bool // block devices may be opened too
 }
 
-// newGate opens the directory that the policy speaks of. image is the path of
-// the top of the chain.
-func newGate(p Policy, image string, direct bool) (*gate, error) {
-	g := &gate{policy: p, direct: direct, files: p.Files, dataFiles: p.DataFiles}
+// newGate opens the directory that the policy speaks of. top is how the top of
+// the chain was to be opened.
+func newGate(p Policy, top Spec, direct bool) (*gate, error) {
+	g := &gate{policy: p, top: top, direct: direct, files: p.Files, dataFiles: p.DataFiles}
 	dir := p.Root
 	switch p.Mode {
 	case "", Deny, Explicit:
 		return g, nil
 	case SameDir:
-		dir = filepath.Dir(image)
+		dir = filepath.Dir(top.Path)
 	case Beneath:
 	default:
 		return nil, fmt.Errorf("unknown backing policy %q", p.Mode)
@@ -143,7 +145,8 @@ func (g *gate) unused() error {
 
 // openNamed opens a file that the operator named, wherever it is.
 func (g *gate) openNamed(path string, w wish) (*os.File, string, error) {
-	f, err := openFile(Spec{Path: path, ReadOnly: w.readOnly}, cacheMode{direct: g.direct})
+	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Roots: g.top.Roots}
+	f, err := openFile(s, cacheMode{direct: g.direct})
 	return f, path, err
 }
 
@@ -232,12 +235,15 @@ func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 	}
 }
 
-// checkKind admits regular files only.
+// checkKind admits regular files, and block devices where they may be.
 func (g *gate) checkKind(w wish, mode uint32) error {
 	switch m := mode & unix.S_IFMT; m {
 	case unix.S_IFREG:
 		return nil
 	case unix.S_IFBLK:
+		if w.devices {
+			return nil
+		}
 		return w.denied(fmt.Sprintf("it is a block device, %s opens regular files only; naming the device would", g.option()))
 	default:
 		return w.denied(fmt.Sprintf("it is a %s", kinds[m]))

@@ -65,7 +65,7 @@ func ask(t *testing.T, p Policy, by, name, said string) (contents, format string
 	t.Helper()
 	promptly(t, func() {
 		var g *gate
-		if g, err = newGate(p, by, false); err != nil {
+		if g, err = newGate(p, Spec{Path: by}, false); err != nil {
 			return
 		}
 		defer g.close()
@@ -195,7 +195,7 @@ func TestDirectoryOfTheOperatorMayBeALink(t *testing.T) {
 	}
 	for _, p := range []Policy{{Mode: SameDir}, {Mode: Beneath, Root: link}} {
 		for _, name := range []string{"base", filepath.Join(images, "base"), filepath.Join(link, "base")} {
-			g, err := newGate(p, filepath.Join(link, "top"), false)
+			g, err := newGate(p, Spec{Path: filepath.Join(link, "top")}, false)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -250,7 +250,7 @@ func TestDataFileIsJudgedAsBackingFilesAre(t *testing.T) {
 			var err error
 			promptly(t, func() {
 				var g *gate
-				if g, err = newGate(tt.policy, abs("top"), false); err != nil {
+				if g, err = newGate(tt.policy, Spec{Path: abs("top")}, false); err != nil {
 					return
 				}
 				defer g.close()
@@ -276,7 +276,7 @@ func TestOperatorsFilesAreTakenInOrderAndAllOfThem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g, err := newGate(p, filepath.Join(images, "top"), false)
+	g, err := newGate(p, Spec{Path: filepath.Join(images, "top")}, false)
 	if err != nil {
 		t.Fatal(err)
 	}

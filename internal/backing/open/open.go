@@ -40,6 +40,15 @@ type Spec struct {
 	Buffers  *bufpool.Pool
 	Log      *slog.Logger // nil: slog.Default
 
+	// Files are open files that stand for the paths which are the keys: of
+	// the image, or of files that Backing names. They stay the caller's.
+	Files map[string]*os.File
+
+	// Roots, if not nil, are the folders beneath which everything must lie
+	// that is named and is not among Files. Paths are absolute then, and
+	// symbolic links within the folders are not followed.
+	Roots []string
+
 	// For "qcow2": which files the image may name, and the internal snapshot
 	// to serve instead of the disk, by ID or name.
 	Backing  Policy
@@ -103,6 +112,9 @@ func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	if s.Lenient && !(s.ReadOnly && s.Format == formatQcow2) {
 		return nil, invalid(s, errors.New("lenient reading is for qcow2 images that are opened read-only"))
 	}
+	if err := checkPolicy(s); err != nil {
+		return nil, err
+	}
 	dev, err := format(ctx, s, cache)
 	if err != nil {
 		return nil, err
@@ -129,11 +141,11 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	})
 }
 
-// openFile opens a regular file or block device. Other kinds are refused
+// openAnywhere opens a regular file or block device. Other kinds are refused
 // before they are opened, because opening some of them has effects; what
 // takes the path's place meanwhile is refused afterwards, and O_NONBLOCK
 // keeps a FIFO from holding up the open.
-func openFile(s Spec, c cacheMode) (*os.File, error) {
+func openAnywhere(s Spec, c cacheMode) (*os.File, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(s.Path, &st); err != nil {
 		return nil, &fs.PathError{Op: "open", Path: s.Path, Err: err}

@@ -1,0 +1,101 @@
+package open
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+)
+
+// openFile opens the file that s names: one of s.Files, or beneath s.Roots, or
+// wherever it is.
+func openFile(s Spec, c cacheMode) (*os.File, error) {
+	if f := s.Files[s.Path]; f != nil {
+		return adopt(f, s, c)
+	}
+	if s.Roots != nil {
+		return openInRoots(s, c)
+	}
+	return openAnywhere(s, c)
+}
+
+// adopt looks at a descriptor that somebody else has opened. The file that it
+// returns is another descriptor of the same open file.
+func adopt(f *os.File, s Spec, c cacheMode) (*os.File, error) {
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err != nil {
+		return nil, err
+	}
+	mode := flags & unix.O_ACCMODE
+	switch {
+	case flags&unix.O_PATH != 0:
+		return nil, invalid(s, errors.New("the descriptor was opened with O_PATH, which allows no I/O"))
+	case mode == unix.O_WRONLY, mode == unix.O_RDONLY && !s.ReadOnly:
+		return nil, invalid(s, errors.New("the descriptor does not allow what is to be done with the image"))
+	case flags&unix.O_APPEND != 0:
+		return nil, invalid(s, errors.New("the descriptor was opened with O_APPEND"))
+	case (flags&unix.O_DIRECT != 0) != c.direct:
+		return nil, invalid(s, errors.New("the descriptor's O_DIRECT is not that of the cache mode"))
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	return admitted(fd, s.Path, func(mode uint32) error { return checkKind(s, mode) })
+}
+
+// openInRoots opens a file beneath one of the folders that are allowed. No
+// symbolic link is followed behind the folder itself.
+func openInRoots(s Spec, c cacheMode) (*os.File, error) {
+	if !filepath.IsAbs(s.Path) {
+		return nil, invalid(s, errors.New("the path of an image must be absolute"))
+	}
+	w := wish{by: s.Path, what: "image", name: s.Path, readOnly: s.ReadOnly, devices: true}
+	for _, root := range s.Roots {
+		if _, err := filepath.Rel(root, s.Path); err != nil {
+			continue
+		}
+		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, c.direct)
+		if err != nil {
+			return nil, err
+		}
+		rel, err := g.inside(w, s.Path)
+		if err != nil {
+			g.close()
+			continue
+		}
+		f, err := g.openBeneath(w, rel)
+		g.close()
+		return f, err
+	}
+	return nil, w.denied("it lies beneath none of the folders that images may come from")
+}
+
+// checkPolicy refuses policies that would lead out of what s allows.
+func checkPolicy(s Spec) error {
+	p := s.Backing
+	switch {
+	case s.Files[s.Path] != nil && (p.Mode == SameDir || p.Mode == Beneath):
+		return invalid(s, fmt.Errorf("an image that came as a descriptor has no folder: its backing file cannot be opened by --backing=%s", p.Mode))
+	case s.Roots == nil || p.Mode != Beneath:
+		return nil
+	}
+	real, err := filepath.EvalSymlinks(p.Root)
+	if err != nil {
+		return err
+	}
+	for _, root := range s.Roots {
+		if root, err = filepath.EvalSymlinks(root); err != nil {
+			continue
+		}
+		if rel, err := filepath.Rel(root, real); err == nil && filepath.IsLocal(rel) {
+			return nil
+		}
+	}
+	return &backing.Error{Op: "open", Path: s.Path, Off: -1, Kind: backing.ErrInvalid,
+		Err: fmt.Errorf("%w: --backing=beneath=%s is beneath none of the folders that images may come from", ErrDenied, p.Root)}
+}

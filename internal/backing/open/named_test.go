@@ -1,0 +1,129 @@
+package open_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+)
+
+func TestImagesLieBeneathTheRoots(t *testing.T) {
+	dir := t.TempDir()
+	for _, d := range []string{"in/sub", "out"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range []string{"in/a", "in/sub/b", "out/c"} {
+		if err := os.WriteFile(filepath.Join(dir, f), make([]byte, 4096), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("../out/c", filepath.Join(dir, "in/link")), os.Symlink("in", filepath.Join(dir, "root"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, path string
+		ok         bool
+	}{
+		{"in the folder", "root/a", true},
+		{"by the real name of the folder", "in/a", true},
+		{"deeper", "root/sub/b", true},
+		{"up and down", "root/sub/../a", true},
+		{"outside", "out/c", false},
+		{"out by dots", "root/../out/c", false},
+		{"out by a link", "root/link", false},
+		{"the folder itself", "root", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, _ := newSpec(t)
+			s.Format, s.Path, s.Roots = "raw", dir+"/"+tt.path, []string{dir + "/root"}
+			d, err := open.Open(t.Context(), s)
+			if err == nil {
+				_ = d.Close()
+			}
+			if (err == nil) != tt.ok {
+				t.Errorf("got %v, want it opened: %v", err, tt.ok)
+			}
+		})
+	}
+	s, _ := newSpec(t)
+	s.Format, s.Path, s.Roots = "raw", "a", []string{dir}
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("relative path: got %v, want %v", err, backing.ErrInvalid)
+	}
+	s.Path, s.Roots = dir+"/in/a", []string{}
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, open.ErrDenied) {
+		t.Errorf("no folder at all: got %v, want %v", err, open.ErrDenied)
+	}
+}
+
+func TestDescriptorStandsForAPath(t *testing.T) {
+	path := image(t, 4096)
+	for _, tt := range []struct {
+		name     string
+		flags    int
+		readOnly bool
+		ok       bool
+	}{
+		{"for writing", unix.O_RDWR, false, true},
+		{"for reading", unix.O_RDONLY, true, true},
+		{"more than is needed", unix.O_RDWR, true, true},
+		{"for reading only", unix.O_RDONLY, false, false},
+		{"for writing only", unix.O_WRONLY, false, false},
+		{"only a place", unix.O_PATH, true, false},
+		{"appending", unix.O_RDWR | unix.O_APPEND, false, false},
+		{"past the page cache", unix.O_RDWR | unix.O_DIRECT, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			fd, err := unix.Open(path, tt.flags|unix.O_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f := os.NewFile(uintptr(fd), "given")
+			defer f.Close()
+			s, _ := newSpec(t)
+			s.Format, s.Path, s.ReadOnly = "raw", "fd:0", tt.readOnly
+			s.Files, s.Roots = map[string]*os.File{"fd:0": f}, []string{}
+			d, err := open.Open(t.Context(), s)
+			if (err == nil) != tt.ok {
+				t.Fatalf("got %v, want it opened: %v", err, tt.ok)
+			}
+			if err == nil {
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	s, _ := newSpec(t)
+	s.Format, s.Path, s.ReadOnly, s.Files = "raw", "fd:0", true, map[string]*os.File{"fd:0": r}
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("pipe: got %v, want %v", err, backing.ErrInvalid)
+	}
+}
+
+func TestDescriptorHasNoFolder(t *testing.T) {
+	f, err := os.Open(image(t, 4096))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s, _ := newSpec(t)
+	s.Format, s.Path, s.ReadOnly, s.Files = "qcow2", "fd:0", true, map[string]*os.File{"fd:0": f}
+	s.Backing = open.Policy{Mode: open.SameDir}
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("got %v, want %v", err, backing.ErrInvalid)
+	}
+}
