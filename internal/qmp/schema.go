@@ -133,8 +133,13 @@ func ask[T any](ctx context.Context, x Executor, command string, arguments any) 
 	if err != nil {
 		return v, err
 	}
-	if err := json.Unmarshal(raw, &v); err != nil {
-		return v, fmt.Errorf("%s: %w: %w", command, ErrProtocol, err)
+	return v, decode(command, raw, &v)
+}
+
+// decode reads what a command returned.
+func decode(command string, raw json.RawMessage, v any) error {
+	if err := json.Unmarshal(raw, v); err != nil {
+		return fmt.Errorf("%s: %w: %w", command, ErrProtocol, err)
 	}
-	return v, nil
+	return nil
 }

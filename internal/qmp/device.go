@@ -1,0 +1,191 @@
+package qmp
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Model is a kind of disk that a guest sees.
+type Model string
+
+// The models that can be plugged.
+const (
+	VirtIOBlk Model = "virtio-blk-pci"
+	SCSIDisk  Model = "scsi-hd"
+	NVMe      Model = "nvme"
+)
+
+// ErrorPolicy is what QEMU does when the server reports an error.
+type ErrorPolicy string
+
+// Policies. With PolicyStop the machine pauses. The zero value is QEMU's
+// default: reads are reported, and a full disk stops the machine.
+const (
+	PolicyReport ErrorPolicy = "report"
+	PolicyStop   ErrorPolicy = "stop"
+)
+
+// Device is a disk to be plugged.
+type Device struct {
+	Model  Model
+	ID     string // of the device
+	Node   string // the block node
+	Bus    string // of a Place or a Target
+	Slot   int    // PCI slot of Bus, 0 where the bus has only one
+	Target int    // SCSI target of Bus
+	// Serial is printable ASCII within the model's bound in limits. NVMe
+	// needs one.
+	Serial string
+	// ReadError and WriteError have no meaning for NVMe.
+	ReadError, WriteError ErrorPolicy
+}
+
+// options is the arguments of device_add, each of the type that QEMU's
+// property has: from 9.2 on it takes no strings for numbers.
+func (d *Device) options() (map[string]any, error) {
+	if err := errors.Join(checkID("device", d.ID), checkNode(d.Node), d.checkSerial()); err != nil {
+		return nil, err
+	}
+	if len(d.Bus) > limits.QMPName || d.Slot < 0 || d.Slot >= limits.PCISlots || d.Target < 0 || d.Target >= limits.SCSITargets {
+		return nil, fmt.Errorf("%w place of device %q: bus %.40q, slot %d, target %d", ErrInvalid, d.ID, d.Bus, d.Slot, d.Target)
+	}
+	o := map[string]any{"driver": string(d.Model), "id": d.ID, "drive": d.Node}
+	if d.Bus != "" {
+		o["bus"] = d.Bus
+	}
+	if d.Serial != "" {
+		o["serial"] = d.Serial
+	}
+	if d.Model == SCSIDisk {
+		o["scsi-id"], o["lun"] = d.Target, 0
+	} else if d.Slot > 0 {
+		o["addr"] = strconv.FormatInt(int64(d.Slot), 16)
+	}
+	if d.Model == NVMe {
+		return o, nil
+	}
+	if d.ReadError != "" {
+		o["rerror"] = string(d.ReadError)
+	}
+	if d.WriteError != "" {
+		o["werror"] = string(d.WriteError)
+	}
+	return o, nil
+}
+
+func (d *Device) checkSerial() error {
+	longest, ok := map[Model]int{VirtIOBlk: limits.VirtIOSerial, SCSIDisk: limits.SCSISerial, NVMe: limits.NVMeSerial}[d.Model]
+	if !ok {
+		return fmt.Errorf("%w device model %q", ErrInvalid, string(d.Model))
+	}
+	odd := strings.IndexFunc(d.Serial, func(c rune) bool { return c < ' ' || c > '~' }) >= 0
+	if odd || len(d.Serial) > longest || d.Serial == "" && d.Model == NVMe {
+		return fmt.Errorf("%w serial number of a %s: %q: printable ASCII, at most %d", ErrInvalid, d.Model, d.Serial, longest)
+	}
+	return nil
+}
+
+// DeviceAdd plugs a disk. The guest notices later.
+func DeviceAdd(ctx context.Context, x Executor, d Device) error {
+	options, err := d.options()
+	if err != nil {
+		return err
+	}
+	return do(ctx, x, "device_add", options)
+}
+
+// DevicePresent reports whether the machine has the device with the id.
+func DevicePresent(ctx context.Context, x Executor, id string) (bool, error) {
+	items, err := qomList(ctx, x, peripheral)
+	if err != nil {
+		return false, err
+	}
+	for _, i := range items {
+		if i.Name == id && strings.HasPrefix(i.Type, "child<") {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+var (
+	// ErrUnplugRefused is for a guest that said no.
+	ErrUnplugRefused = errors.New("the guest refuses to release the device")
+
+	// ErrNotReleased is for a guest that said nothing in time. The request
+	// stays with the guest: the device may go at any later moment, a reset
+	// of the machine included.
+	ErrNotReleased = errors.New("the guest has not released the device")
+)
+
+// Unplug asks the guest to release a device and waits until it is gone, until
+// ctx or, without an earlier deadline, limits.QMPUnplug: ErrNotReleased,
+// ErrUnplugRefused, or QEMU's refusal, class DeviceNotFound for a device that
+// it does not have.
+func (m *Monitor) Unplug(ctx context.Context, id string) error {
+	if err := checkID("device", id); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, limits.QMPUnplug)
+	defer cancel()
+	events, err := m.Subscribe() // before the command: no event is missed
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+	if err := do(ctx, m, "device_del", map[string]any{"id": id}); err != nil {
+		return err
+	}
+	for {
+		gone, err := m.awaitUnplug(ctx, events, id)
+		if gone {
+			return nil
+		}
+		if err == nil {
+			// The event may have been lost among others.
+			var present bool
+			if present, err = DevicePresent(ctx, m, id); err == nil && !present {
+				return nil
+			}
+		}
+		if ctx.Err() != nil && m.Err() == nil {
+			return fmt.Errorf("device %q: %w: %w", id, ErrNotReleased, ctx.Err())
+		}
+		if err != nil {
+			return fmt.Errorf("device %q: %w", id, err)
+		}
+	}
+}
+
+// awaitUnplug waits for an event about the device for limits.UnplugPoll.
+func (m *Monitor) awaitUnplug(ctx context.Context, events *Subscription, id string) (gone bool, err error) {
+	wait, cancel := context.WithTimeout(ctx, limits.UnplugPoll)
+	defer cancel()
+	for {
+		e, err := events.Next(wait)
+		if err != nil {
+			if wait.Err() != nil && m.Err() == nil {
+				return false, ctx.Err()
+			}
+			return false, err
+		}
+		var data struct {
+			Device string `json:"device"`
+		}
+		if json.Unmarshal(e.Data, &data) != nil || data.Device != id {
+			continue
+		}
+		switch e.Name {
+		case "DEVICE_DELETED":
+			return true, nil
+		case "DEVICE_UNPLUG_GUEST_ERROR":
+			return false, ErrUnplugRefused
+		}
+	}
+}

@@ -1,0 +1,375 @@
+package qmp_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+const diskSize = 1 << 20
+
+// machine starts a QEMU whose processor never runs and connects to it.
+func machine(t *testing.T, args ...string) *qmp.Monitor {
+	t.Helper()
+	m, _ := machineAt(t, args...)
+	return m
+}
+
+func machineAt(t *testing.T, args ...string) (m *qmp.Monitor, path string) {
+	t.Helper()
+	qemu := testenv.Path(t, "qemu-system-x86_64")
+	path = filepath.Join(t.TempDir(), "m.sock")
+	cmd := exec.Command(qemu, append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults", "-display", "none",
+		"-qmp", "unix:" + path + ",server=on,wait=off"}, args...)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("QEMU: %s", stderr.String())
+		}
+	})
+	ctx := testContext(t)
+	var err error
+	if testenv.Await(ctx, func() bool {
+		m, err = qmp.Dial(ctx, path)
+		return err == nil
+	}) != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m, path
+}
+
+// q35 has n ports and a SCSI controller.
+func q35(n int) []string {
+	args := []string{"-machine", "q35", "-device", "virtio-scsi-pci,id=scsi0"}
+	for i := 1; i <= n; i++ {
+		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=rp%d,chassis=%d,slot=%d", i, i, i))
+	}
+	return args
+}
+
+// add gives the machine a node of the server's disk.
+func add(t *testing.T, m *qmp.Monitor, node, socket string) {
+	t.Helper()
+	if err := qmp.BlockdevAddNBD(testContext(t), m, node, qmp.NBD{
+		Node: node + "-nbd", Server: qmp.UnixAddress(socket), ReconnectDelay: 20 * time.Second, OpenTimeout: 5 * time.Second, Discard: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nodeNames(t *testing.T, m *qmp.Monitor) (names []string) {
+	t.Helper()
+	nodes, err := qmp.QueryNamedBlockNodes(testContext(t), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		names = append(names, n.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// TestDiskIsPluggedAndUnplugged goes through a disk's life in a machine with
+// each model. A guest that does not run releases PCI devices at a reset.
+func TestDiskIsPluggedAndUnplugged(t *testing.T) {
+	m := machine(t, q35(2)...)
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize)})
+	for _, model := range []qmp.Model{qmp.VirtIOBlk, qmp.SCSIDisk, qmp.NVMe} {
+		t.Run(string(model), func(t *testing.T) {
+			ctx := testContext(t)
+			add(t, m, "n0", s.Socket)
+			d := qmp.Device{Model: model, ID: "d0", Node: "n0", Serial: `a,"b'<\`}
+			if model == qmp.SCSIDisk {
+				targets, err := qmp.FreeSCSI(ctx, m)
+				if err != nil || len(targets) != 1 {
+					t.Fatalf("targets %v, %v", targets, err)
+				}
+				d.Bus, d.Target = targets[0].Bus, targets[0].Target
+			} else {
+				places, err := qmp.FreePCI(ctx, m)
+				if err != nil || !slices.Equal(places, []qmp.Place{{Bus: "rp1"}, {Bus: "rp2"}}) {
+					t.Fatalf("places %v, %v", places, err)
+				}
+				d.Bus = places[0].Bus
+			}
+			if err := qmp.DeviceAdd(ctx, m, d); err != nil {
+				t.Fatal(err)
+			}
+			wantDisk(t, m, "d0", "n0")
+			if err := qmp.BlockdevDel(ctx, m, "n0"); !qmp.HasClass(err, qmp.ClassGeneric) {
+				t.Errorf("blockdev-del in use: %v", err)
+			}
+			unplug(t, m, model)
+			if present, err := qmp.DevicePresent(ctx, m, "d0"); err != nil || present {
+				t.Errorf("present %v, %v", present, err)
+			}
+			if err := qmp.BlockdevDel(ctx, m, "n0"); err != nil {
+				t.Error(err)
+			}
+			if names := nodeNames(t, m); len(names) != 0 {
+				t.Errorf("nodes left: %v", names)
+			}
+			if err := m.Unplug(ctx, "d0"); !qmp.HasClass(err, qmp.ClassDeviceNotFound) {
+				t.Errorf("second unplug: %v", err)
+			}
+		})
+	}
+}
+
+// wantDisk checks that query-block has the device with the node.
+func wantDisk(t *testing.T, m *qmp.Monitor, id, node string) {
+	t.Helper()
+	disks, err := qmp.QueryBlock(testContext(t), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(disks, func(d qmp.BlockDevice) bool { return d.Is(id) })
+	if i < 0 || disks[i].Inserted == nil || disks[i].Inserted.Name != node || disks[i].Inserted.Image.VirtualSize != diskSize {
+		t.Errorf("query-block: %+v, want %s with %s", disks, id, node)
+	}
+}
+
+// unplug waits for a device in vain where it takes a guest, then resets the
+// machine, which releases it.
+func unplug(t *testing.T, m *qmp.Monitor, model qmp.Model) {
+	t.Helper()
+	if model == qmp.SCSIDisk {
+		if err := m.Unplug(testContext(t), "d0"); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	ctx, cancel := context.WithTimeout(testContext(t), 200*time.Millisecond)
+	defer cancel()
+	if err := m.Unplug(ctx, "d0"); !errors.Is(err, qmp.ErrNotReleased) {
+		t.Errorf("unplug without a guest: %v", err)
+	}
+	events, err := m.Subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer events.Close()
+	if _, err := m.Execute(testContext(t), "system_reset", nil); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		e, err := events.Next(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Name == "DEVICE_DELETED" && strings.Contains(string(e.Data), `"device": "d0"`) {
+			return
+		}
+	}
+}
+
+func TestMachinesWithoutAPlaceSaySo(t *testing.T) {
+	ctx := testContext(t)
+	m := machine(t, "-machine", "q35")
+	if _, err := qmp.FreePCI(ctx, m); !errors.Is(err, qmp.ErrNoPCIPlace) {
+		t.Errorf("PCI: %v", err)
+	}
+	if _, err := qmp.FreeSCSI(ctx, m); !errors.Is(err, qmp.ErrNoSCSIPlace) {
+		t.Errorf("SCSI: %v", err)
+	}
+}
+
+// TestPlacesAreTheFreeOnes uses each place that is found, on a machine with
+// bridges and on one with slots, until there is none.
+func TestPlacesAreTheFreeOnes(t *testing.T) {
+	for name, args := range map[string][]string{
+		"q35": append(q35(11), "-device", "pcie-root-port,chassis=20,slot=20", "-device", "pcie-root-port,chassis=21,slot=21", "-device", "pcie-pci-bridge,id=pb", "-device", "pci-bridge,id=pb2,bus=pb,addr=1,chassis_nr=4"),
+		"pc":  {"-machine", "pc", "-device", "virtio-scsi-pci,id=scsi0,addr=7"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := testContext(t)
+			m := machine(t, args...)
+			places, err := qmp.FreePCI(ctx, m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if name == "q35" && (!slices.Contains(places, qmp.Place{Bus: "pcie.1"}) || places[1] != qmp.Place{Bus: "rp2"} || places[10] != qmp.Place{Bus: "rp11"}) {
+				t.Errorf("places %v", places)
+			}
+			if slices.Contains(places, qmp.Place{Bus: "pci.0", Slot: 7}) {
+				t.Errorf("slot 7 is taken, places %v", places)
+			}
+			for i, p := range places {
+				if _, err := m.Execute(ctx, "device_add", map[string]any{"driver": "virtio-rng-pci", "id": fmt.Sprint("d", i), "bus": p.Bus, "addr": fmt.Sprintf("%x", p.Slot)}); err != nil {
+					t.Errorf("place %v: %v", p, err)
+				}
+			}
+			if places, err := qmp.FreePCI(ctx, m); !errors.Is(err, qmp.ErrNoPCIPlace) {
+				t.Errorf("then: %v, %v", places, err)
+			}
+			for want := range 3 {
+				targets, err := qmp.FreeSCSI(ctx, m)
+				if err != nil || !slices.Equal(targets, []qmp.Target{{Bus: "scsi0.0", Target: want}}) {
+					t.Fatalf("targets %v, %v", targets, err)
+				}
+				if _, err := m.Execute(ctx, "device_add", map[string]any{"driver": "scsi-cd", "bus": targets[0].Bus, "scsi-id": want}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func TestQEMUWithAnotherClientIsNoGreeting(t *testing.T) {
+	_, path := machineAt(t, "-machine", "q35")
+	ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
+	defer cancel()
+	if _, err := qmp.Dial(ctx, path); !errors.Is(err, qmp.ErrNoGreeting) {
+		t.Errorf("second client: %v", err)
+	}
+}
+
+func TestFeaturesOfQEMUAreKnown(t *testing.T) {
+	ctx := testContext(t)
+	m := machine(t, "-machine", "q35")
+	for command, want := range map[string]bool{"blockdev-reopen": true, "blockdev-rename": false} {
+		if got, err := m.Supports(ctx, command); err != nil || got != want {
+			t.Errorf("supports %s: %v, %v", command, got, err)
+		}
+	}
+	s, err := m.Schema(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		command, variant, option string
+		want                     bool
+	}{
+		{"blockdev-add", "nbd", "open-timeout", true},
+		{"blockdev-add", "nbd", "reconnect-delay", true},
+		{"blockdev-add", "raw", "open-timeout", false},
+		{"blockdev-add", "", "node-name", true},
+		{"blockdev-add", "nothing", "node-name", false},
+		{"block_resize", "", "size", true},
+		{"no-command", "", "size", false},
+	} {
+		if got := s.HasOption(tt.command, tt.variant, tt.option); got != tt.want {
+			t.Errorf("%+v: %v", tt, got)
+		}
+	}
+	if !s.HasEvent("DEVICE_DELETED") || s.HasEvent("blockdev-add") {
+		t.Error("events are wrong")
+	}
+	if st, err := qmp.QueryStatus(ctx, m); err != nil || st.Running || st.State != "prelaunch" {
+		t.Errorf("status %+v, %v", st, err)
+	}
+}
+
+// TestDiskOverAPassedSocket has QEMU take a connection that was made for it.
+func TestDiskOverAPassedSocket(t *testing.T) {
+	ctx := testContext(t)
+	m := machine(t, "-machine", "q35")
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize)})
+	conn, err := net.Dial("unix", s.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	f, err := conn.(*net.UnixConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := m.GetFD(ctx, "disk-1", f); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.BlockdevAddNBD(ctx, m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.FDAddress("disk-1")}); err != nil {
+		t.Fatal(err)
+	}
+	if names := nodeNames(t, m); !slices.Equal(names, []string{"n0", "n0-nbd"}) {
+		t.Errorf("nodes %v", names)
+	}
+	if err := m.GetFD(ctx, "unused", f); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.CloseFD(ctx, "unused"); err != nil {
+		t.Error(err)
+	}
+	if err := m.CloseFD(ctx, "unused"); !qmp.HasClass(err, qmp.ClassGeneric) {
+		t.Errorf("second closefd: %v", err)
+	}
+}
+
+// TestServerIsExchangedUnderARunningDisk grows a disk the way that needs no
+// reconnection: a second client of the larger export below the raw node.
+func TestServerIsExchangedUnderARunningDisk(t *testing.T) {
+	ctx := testContext(t)
+	m := machine(t, q35(1)...)
+	small := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize)})
+	large := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, 2*diskSize)})
+	add(t, m, "n0", small.Socket)
+	if err := qmp.DeviceAdd(ctx, m, qmp.Device{Model: qmp.VirtIOBlk, ID: "d0", Node: "n0", Bus: "rp1"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.BlockResize(ctx, m, "n0", 2*diskSize); !qmp.HasClass(err, qmp.ClassGeneric) {
+		t.Errorf("resize beyond the server: %v", err)
+	}
+	if err := qmp.BlockdevAddNBDClient(ctx, m, qmp.NBD{Node: "n1-nbd", Server: qmp.UnixAddress(large.Socket), Discard: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.BlockdevReopenRaw(ctx, m, "n0", "n1-nbd", false, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.BlockResize(ctx, m, "n0", 2*diskSize); err != nil {
+		t.Error(err)
+	}
+	nodes, err := qmp.QueryNamedBlockNodes(ctx, m)
+	if err != nil || len(nodes) != 2 {
+		t.Fatalf("nodes %+v, %v", nodes, err)
+	}
+	for _, n := range nodes {
+		if n.Image.VirtualSize != 2*diskSize || n.Name == "n0-nbd" {
+			t.Errorf("node %+v", n)
+		}
+	}
+}
+
+func TestServerThatIsNotThereLeavesNoNode(t *testing.T) {
+	m := machine(t, "-machine", "q35")
+	err := qmp.BlockdevAddNBD(testContext(t), m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(filepath.Join(t.TempDir(), "none"))})
+	if !qmp.HasClass(err, qmp.ClassGeneric) {
+		t.Errorf("error %v", err)
+	}
+	if names := nodeNames(t, m); len(names) != 0 {
+		t.Errorf("nodes %v", names)
+	}
+}
+
+// TestNamesInPathsAreData serves on a socket whose name would be syntax.
+func TestNamesInPathsAreData(t *testing.T) {
+	m := machine(t, "-machine", "q35")
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize), Export: `-x,"y'<` + "\n"})
+	odd := filepath.Join(filepath.Dir(s.Socket), `o,p="q'<`+"\n")
+	if err := os.Symlink(s.Socket, odd); err != nil {
+		t.Fatal(err)
+	}
+	if err := qmp.BlockdevAddNBD(testContext(t), m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(odd), Export: `-x,"y'<` + "\n"}); err != nil {
+		t.Error(err)
+	}
+}
