@@ -219,6 +219,9 @@ func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
 func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 	how := unix.OpenHow{Flags: flags | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_SYMLINKS}
+	if flags&unix.O_CREAT != 0 {
+		how.Mode = 0o600
+	}
 	for {
 		fd, err := unix.Openat2(int(g.root.Fd()), rel, &how)
 		switch {

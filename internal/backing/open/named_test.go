@@ -127,3 +127,26 @@ func TestDescriptorHasNoFolder(t *testing.T) {
 		t.Errorf("got %v, want %v", err, backing.ErrInvalid)
 	}
 }
+
+func TestOverlayIsMadeBeneathTheRoots(t *testing.T) {
+	dir := t.TempDir()
+	base := filepath.Join(dir, "base")
+	if err := os.WriteFile(base, make([]byte, 64<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, _ := newSpec(t)
+	s.Path, s.Roots = filepath.Join(dir, "top"), []string{dir}
+	if err := open.CreateOverlay(t.Context(), s, 64<<10, "base", "raw"); err != nil {
+		t.Fatal(err)
+	}
+	if err := open.CreateOverlay(t.Context(), s, 64<<10, "base", "raw"); !errors.Is(err, os.ErrExist) {
+		t.Errorf("a second time: got %v, want %v", err, os.ErrExist)
+	}
+	qemu(t, dir, "qemu-img", "compare", "-f", "qcow2", "-F", "raw", "top", "base")
+	s.Format, s.Backing = "qcow2", open.Policy{Mode: open.SameDir}
+	wantContents(t, mustOpen(t, s), make([]byte, 64<<10))
+	s.Path = filepath.Join(t.TempDir(), "top")
+	if err := open.CreateOverlay(t.Context(), s, 64<<10, "base", "raw"); !errors.Is(err, open.ErrDenied) {
+		t.Errorf("elsewhere: got %v, want %v", err, open.ErrDenied)
+	}
+}

@@ -1,0 +1,75 @@
+package open
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+)
+
+// CreateOverlay makes a new qcow2 image at s.Path, which must not exist, of
+// size bytes and with a backing file, whose name it has as it is given. Of s
+// it heeds Path, Roots, Engine, Buffers and Log. What fails leaves no file
+// behind.
+func CreateOverlay(ctx context.Context, s Spec, size int64, name, format string) (err error) {
+	f, err := createFile(s)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(s.Path))
+		}
+	}()
+	dev, err := raw.Open(f, s.Engine, raw.Options{
+		Path: s.Path, Container: true, Buffers: s.Buffers, Log: s.Log,
+	})
+	if err != nil {
+		return err
+	}
+	st := store.NewFile(dev)
+	err = create.Image(ctx, st, create.Options{Size: size, Backing: name, BackingFormat: format})
+	return errors.Join(err, st.Close(), syncDir(filepath.Dir(s.Path)))
+}
+
+// createFile makes a file that is not there yet, beneath the roots if there are
+// any.
+func createFile(s Spec) (*os.File, error) {
+	if s.Roots == nil {
+		return os.OpenFile(s.Path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	}
+	w := wish{by: s.Path, what: "image", name: s.Path}
+	for _, root := range s.Roots {
+		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, false)
+		if err != nil {
+			return nil, err
+		}
+		rel, err := g.inside(w, s.Path)
+		if err != nil {
+			g.close()
+			continue
+		}
+		fd, err := g.openat(w, rel, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
+		g.close()
+		if err != nil {
+			return nil, err
+		}
+		return os.NewFile(uintptr(fd), s.Path), nil
+	}
+	return nil, w.denied("it lies beneath none of the folders that images may come from")
+}
+
+// syncDir makes the entries of a directory durable.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
