@@ -2,13 +2,20 @@ package qcow2_test
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
@@ -34,7 +41,8 @@ func withBitmap(t *testing.T) (b []byte, extension, dir, table int) {
 }
 
 // TestBrokenBitmapsLeaveTheDisk has the rows V1 to V5: the disk is read, the
-// check names what is wrong, and QEMU refuses all but V5.
+// check names what is wrong, and QEMU and whoever wants to write refuse all but
+// V5.
 func TestBrokenBitmapsLeaveTheDisk(t *testing.T) {
 	b, ext, dir, table := withBitmap(t)
 	for _, tt := range []struct {
@@ -79,7 +87,68 @@ func TestBrokenBitmapsLeaveTheDisk(t *testing.T) {
 			if got := opensInQEMU(t, image); got == tt.broken {
 				t.Errorf("QEMU opens it: %v", got)
 			}
+			if got := opensForWriting(t, image); got == tt.broken {
+				t.Errorf("it is opened for writing: %v", got)
+			}
 		})
+	}
+}
+
+// opensForWriting reports whether an image is not refused. One that is must not
+// be touched.
+func opensForWriting(t *testing.T, image []byte) bool {
+	t.Helper()
+	st := storetest.New(image)
+	d, err := qcow2.Open(t.Context(), st, qcow2.Options{Path: "image", Log: slog.New(slog.DiscardHandler)})
+	if err == nil {
+		if err := d.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+		return true
+	}
+	if !errors.Is(err, backing.ErrInvalid) {
+		t.Errorf("open for writing: got %v, want %v", err, backing.ErrInvalid)
+	}
+	if !bytes.Equal(st.Contents(), image) {
+		t.Error("open for writing: the image that it refuses was changed")
+	}
+	return false
+}
+
+// TestBitmapsThatSomebodyIgnoredAreNoMore is V6: the autoclear bit says that the
+// image was written to by a program that does not know bitmaps.
+func TestBitmapsThatSomebodyIgnoredAreNoMore(t *testing.T) {
+	b, _, _, _ := withBitmap(t)
+	st := storetest.New(patch(t, b, format.OffAutoclear, "0000000000000000"))
+	served(t, st.Contents())
+	leaks := checked(t, st.Contents()).Leaks
+	if leaks == 0 {
+		t.Error("check: what the bitmaps had is not leaked")
+	}
+	var log bytes.Buffer
+	o := qcow2.Options{Path: "image", Log: slog.New(slog.NewTextHandler(&log, nil))}
+	d, err := qcow2.Open(t.Context(), st, o)
+	if err != nil {
+		t.Fatalf("open for writing: %v", err)
+	}
+	if got := d.(backing.Describer).Descriptions(); slices.ContainsFunc(got, func(s string) bool { return strings.HasPrefix(s, "qemu:dirty") }) {
+		t.Errorf("contexts: got %q, want none of a bitmap", got)
+	}
+	if err := d.WriteAt(t.Context(), bytes.Repeat([]byte{9}, 3<<16), 1<<20, 0); err != nil {
+		t.Fatalf("write: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+	if !strings.Contains(log.String(), fmt.Sprintf("leaked clusters\" path=image clusters=%d", leaks)) {
+		t.Errorf("the log does not name %d leaked clusters: %s", leaks, log.String())
+	}
+	image := st.Contents()
+	if r := checked(t, image); r.Corruptions > 0 || r.Leaks != leaks {
+		t.Errorf("check: %d corruptions, %d leaks, want %d leaks: %v", r.Corruptions, r.Leaks, leaks, r.Problems)
+	}
+	if !opensInQEMU(t, image) {
+		t.Error("QEMU does not open it")
 	}
 }
 
