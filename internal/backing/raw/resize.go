@@ -2,7 +2,6 @@ package raw
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -10,35 +9,28 @@ import (
 
 var _ backing.Resizer = (*Device)(nil)
 
-// Resize makes the disk larger: a file is extended where it is not large enough
-// already, of a block device as much is shown as it has by now.
+// Resize extends the file. A file or block device that somebody else made
+// larger has its size already.
 func (d *Device) Resize(ctx context.Context, size int64) error {
 	if err := d.writable(); err != nil {
 		return err
 	}
-	end, err := d.End()
-	if err != nil {
-		return err
-	}
-	old := d.size.Load()
+	end := d.Info().Size
 	var why error
 	switch {
-	case size < old:
-		why = errors.New("a disk cannot shrink")
+	case size < end:
+		why = fmt.Errorf("the disk has %d bytes and cannot shrink", end)
 	case size > end && d.geo.block:
 		why = fmt.Errorf("the block device has %d bytes, it must be made larger first", end)
 	}
 	if why != nil {
 		return &backing.Error{Op: "resize", Path: d.opt.Path, Off: -1, Kind: backing.ErrNotSupported, Err: why}
 	}
-	if size > end {
-		if err := d.Truncate(size); err != nil {
-			return err
-		}
-		if err := d.Flush(ctx); err != nil {
-			return err
-		}
+	if size == end {
+		return nil
 	}
-	d.grown(size)
-	return nil
+	if err := d.Truncate(size); err != nil {
+		return err
+	}
+	return d.Flush(ctx)
 }
