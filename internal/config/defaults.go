@@ -1,0 +1,77 @@
+package config
+
+import (
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// The folder of the certificates and the mode of sockets, if nothing is said.
+const (
+	defaultCertificates = "/etc/pki/vmdiskd"
+	defaultMode         = "0600"
+)
+
+// SetDefaults puts a value where the file has none and nothing is not a value:
+// afterwards no word is empty but those that say that something is absent.
+func (c *Config) SetDefaults() {
+	or(&c.Engine, "auto")
+	if c.Drain == 0 {
+		c.Drain = Duration(limits.Drain)
+	}
+	or(&c.Log.Level, "info")
+	or(&c.Log.Format, "text")
+	or(&c.TLS.Certificates, defaultCertificates)
+	if c.Control.Socket != "" {
+		or(&c.Control.Mode, defaultMode)
+	}
+	for i := range c.Listeners {
+		c.Listeners[i].SetDefaults()
+	}
+	for i := range c.Exports {
+		c.Exports[i].SetDefaults()
+	}
+}
+
+// SetDefaults is that of Config, for one export.
+func (e *Export) SetDefaults() {
+	or(&e.Format, "raw")
+	or(&e.Cache, "writeback")
+	or(&e.Lock, "auto")
+	if e.Format == "qcow2" {
+		or(&e.Discard, "unmap")
+		if e.Backing == "" && len(e.BackingFiles)+len(e.DataFiles) > 0 {
+			e.Backing = "explicit"
+		}
+		or(&e.Backing, "deny")
+	}
+	for i := range e.Listeners {
+		e.Listeners[i].SetDefaults()
+	}
+}
+
+// SetDefaults is that of Config, for one listener. The schemes nbds,
+// nbds+unix and nbds+vsock demand TLS.
+func (l *Listener) SetDefaults() {
+	scheme := l.scheme()
+	if strings.HasPrefix(scheme, "nbds") {
+		or(&l.TLS, "require")
+	}
+	or(&l.TLS, "off")
+	if strings.HasSuffix(scheme, "+unix") {
+		or(&l.Mode, defaultMode)
+	}
+}
+
+// scheme is that of the URI, in lower case.
+func (l *Listener) scheme() string {
+	scheme, _, _ := strings.Cut(l.URI, ":")
+	return strings.ToLower(scheme)
+}
+
+// or sets s to v if it is empty.
+func or(s *string, v string) {
+	if *s == "" {
+		*s = v
+	}
+}

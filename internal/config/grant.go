@@ -1,0 +1,97 @@
+package config
+
+import (
+	"fmt"
+	"math"
+	"net/netip"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// ParseAddress reads an IP address, which stands for itself alone, or a
+// prefix. An IPv4 address inside IPv6 becomes the IPv4 address. Zones, and
+// prefixes that are not zero behind their length, are errors.
+func ParseAddress(s string) (netip.Prefix, error) {
+	if !strings.Contains(s, "/") {
+		a, err := netip.ParseAddr(s)
+		switch {
+		case err != nil:
+			return netip.Prefix{}, fmt.Errorf("%q is not an IP address", cut(s))
+		case a.Zone() != "":
+			return netip.Prefix{}, fmt.Errorf("%q has a zone", cut(s))
+		}
+		a = a.Unmap()
+		return netip.PrefixFrom(a, a.BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("%q is not an IP address with the length of a prefix", cut(s))
+	}
+	if p.Addr().Is4In6() {
+		const mapped = 96
+		if p.Bits() < mapped {
+			return netip.Prefix{}, fmt.Errorf("%q has IPv4 addresses and others", s)
+		}
+		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-mapped)
+	}
+	if p != p.Masked() {
+		return netip.Prefix{}, fmt.Errorf("%q: did you mean %v?", s, p.Masked())
+	}
+	return p, nil
+}
+
+func (e *Export) checkGrants(k checker) {
+	everybody := 0
+	for i := range e.Grants {
+		in := k.in("grant %d", i+1)
+		e.Grants[i].check(in)
+		if everybody > 0 {
+			in.fail("it is never reached: grant %d is for everybody", everybody)
+		} else if e.Grants[i].everybody() {
+			everybody = i + 1
+		}
+	}
+}
+
+// everybody tells whether g names no fact.
+func (g *Grant) everybody() bool {
+	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames) == 0 && g.Label == ""
+}
+
+// check also refuses facts that exclude each other: a peer has an IP address,
+// or a CID, or a user.
+func (g *Grant) check(k checker) {
+	k.word("access", g.Access, "rw", "ro", "none")
+	kinds := 0
+	for _, n := range [...]struct {
+		key string
+		n   int
+	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}} {
+		k.most(n.key, n.n, limits.GrantFacts)
+	}
+	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.Label != "", len(g.CIDs) > 0, len(g.Addresses) > 0} {
+		if local {
+			kinds++
+		}
+	}
+	if kinds > 1 {
+		k.fail("no peer matches: uid, gid and label are of Unix sockets, cid of vsock, address of TCP")
+	}
+	for _, cid := range g.CIDs {
+		if cid == math.MaxUint32 {
+			k.fail("cid: %d is no address of anybody", cid)
+		}
+	}
+	for _, a := range g.Addresses {
+		if _, err := ParseAddress(a); err != nil {
+			k.fail("address: %v", err)
+		}
+	}
+	k.text("label", g.Label, limits.SecurityLabel, "")
+	for _, name := range g.CertNames {
+		if k.text("cert-name", name, limits.MaxString, "") && name == "" {
+			k.fail("cert-name: it is empty")
+		}
+	}
+}

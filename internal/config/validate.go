@@ -1,0 +1,234 @@
+package config
+
+import (
+	"maps"
+	"net"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Validate finds all problems of a configuration that has its defaults. An
+// error is of type Problems. What only the system knows, such as whether a file
+// or a user exists, is not looked at.
+func (c *Config) Validate() error {
+	k := newChecker("")
+	k.word("engine", c.Engine, "auto", "uring", "pool")
+	if c.Drain <= 0 {
+		k.fail("drain-timeout: %v is not positive", c.Drain)
+	}
+	c.Log.check(k.in("log"))
+	k.in("tls").path("certificates", c.TLS.Certificates)
+	c.Control.check(k.in("control"))
+	c.Metrics.check(k.in("metrics"))
+	if k.most("roots", len(c.Images.Roots), limits.ConfigRoots) {
+		for _, r := range c.Images.Roots {
+			k.in("images").path("roots", r)
+		}
+	}
+	c.checkGroups(k)
+	if k.most("export", len(c.Exports), limits.ConfigExports) {
+		c.checkExports(k)
+	}
+	if k.most("listener", c.countListeners(), limits.ConfigListeners) {
+		c.checkListeners(k)
+	}
+	return k.err()
+}
+
+func (l *Log) check(k checker) {
+	k.word("level", l.Level, "debug", "info", "warn", "error")
+	k.word("format", l.Format, "text", "json", "journal")
+	k.notNegative("slow-request", int64(l.Slow))
+}
+
+func (c *Control) check(k checker) {
+	if c.Socket == "" {
+		words := []string{c.Mode, c.Owner, c.State}
+		for _, list := range [][]string{c.ReadUsers, c.ReadGroups, c.ChangeUsers, c.ChangeGroups} {
+			words = append(words, list...)
+		}
+		if strings.Join(words, "") != "" {
+			k.fail("without a socket the other keys have no meaning")
+		}
+		return
+	}
+	if k.path("socket", c.Socket) && len(c.Socket) > limits.SocketPath {
+		k.fail("socket: the path has %d bytes, which is more than %d", len(c.Socket), limits.SocketPath)
+	}
+	k.mode(c.Mode)
+	k.owner(c.Owner)
+	if c.State != "" {
+		k.path("state", c.State)
+	}
+	for _, l := range [...]struct {
+		key  string
+		list []string
+	}{
+		{"read-users", c.ReadUsers}, {"read-groups", c.ReadGroups},
+		{"change-users", c.ChangeUsers}, {"change-groups", c.ChangeGroups},
+	} {
+		if k.most(l.key, len(l.list), limits.GrantFacts) {
+			for _, name := range l.list {
+				k.user(l.key, name)
+			}
+		}
+	}
+}
+
+func (m *Metrics) check(k checker) {
+	if m.Listen == "" {
+		return
+	}
+	_, port, err := net.SplitHostPort(m.Listen)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		k.fail("listen: %q is not HOST:PORT", cut(m.Listen))
+	}
+	k.text("listen", m.Listen, limits.MaxString, "")
+}
+
+// mode demands an octal mode of a socket.
+func (c checker) mode(s string) {
+	if n, err := strconv.ParseUint(s, 8, 32); err != nil || n == 0 || n > 0o777 {
+		c.fail("mode: %q is not an octal mode, as 0660", cut(s))
+	}
+}
+
+// owner demands USER, USER:GROUP, :GROUP or nothing.
+func (c checker) owner(s string) {
+	if s == "" {
+		return
+	}
+	user, group, both := strings.Cut(s, ":")
+	if user != "" || !both {
+		c.user("owner", user)
+	}
+	if group != "" || user == "" {
+		c.user("owner", group)
+	}
+}
+
+// user demands what may be the name or the number of a user or a group.
+func (c checker) user(key, s string) {
+	if s == "" || strings.ContainsAny(s, ":,/ ") {
+		c.fail("%s: %q is not the name or the number of a user or group", key, cut(s))
+		return
+	}
+	c.text(key, s, limits.UserName, "")
+}
+
+func (c *Config) checkGroups(k checker) {
+	if !k.most("rate-group", len(c.Groups), limits.ConfigGroups) {
+		return
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Groups)) {
+		g := k.in("rate-group %q", cut(name))
+		g.name(name)
+		r := c.Groups[name]
+		r.check(g)
+	}
+}
+
+// name demands what an export can be called.
+func (c checker) name(s string) {
+	if s == "" {
+		c.fail("it needs a name")
+	}
+	c.text("name", s, limits.MaxString, "")
+}
+
+func (c *Config) checkExports(k checker) {
+	seen := make(map[string]int, len(c.Exports))
+	dflt := 0
+	for i := range c.Exports {
+		e := &c.Exports[i]
+		in := k.in("export %q", cut(e.Name))
+		if e.Name == "" {
+			in = k.in("export %d", i+1)
+		}
+		if first := seen[e.Name]; first > 0 {
+			in.fail("export %d has the same name", first)
+		} else {
+			seen[e.Name] = i + 1
+		}
+		if e.Default {
+			if dflt > 0 {
+				in.fail("export %q is the default already", cut(c.Exports[dflt-1].Name))
+			}
+			dflt = i + 1
+		}
+		e.check(in, c.scope())
+		if k.full() {
+			return
+		}
+	}
+}
+
+// scope is what exports of the file may name.
+func (c *Config) scope() Scope {
+	return Scope{Roots: c.Images.Roots, Anywhere: len(c.Images.Roots) == 0, Groups: c.Groups}
+}
+
+// Scope is what an export may name.
+type Scope struct {
+	Roots    []string // folders of images
+	Anywhere bool     // images may lie outside of Roots
+	Groups   map[string]Rate
+
+	// Descriptors is how many files came with the export. Its images are
+	// then "fd:0", "fd:1" and so on, or paths.
+	Descriptors int
+}
+
+// APIScope is the scope of exports that are made through the control API, with
+// a number of descriptors: their files lie in the roots.
+func (c *Config) APIScope(descriptors int) Scope {
+	return Scope{Roots: c.Images.Roots, Groups: c.Groups, Descriptors: descriptors}
+}
+
+// Validate finds all problems of an export that has its defaults. An error is
+// of type Problems. Whether its name, its addresses or its being the default
+// collide with other exports is not looked at.
+func (e *Export) Validate(s Scope) error {
+	k := newChecker("")
+	in := k.in("export %q", cut(e.Name))
+	e.check(in, s)
+	if k.most("listener", len(e.Listeners), limits.ConfigListeners) {
+		for i := range e.Listeners {
+			e.Listeners[i].check(in.in("listener %d", i+1))
+		}
+	}
+	return k.err()
+}
+
+// Contains tells whether path, absolute and clean, lies in a root. It compares
+// text: symbolic links are the matter of who opens.
+func (s *Scope) Contains(path string) bool {
+	return s.Anywhere || slices.ContainsFunc(s.Roots, func(r string) bool {
+		rel, err := filepath.Rel(r, path)
+		return err == nil && rel != "." && rel != ".." && !strings.HasPrefix(rel, "../")
+	})
+}
+
+// check looks at a rate.
+func (r *Rate) check(k checker) {
+	for _, n := range [...]struct {
+		key string
+		n   int64
+	}{
+		{"bytes", int64(r.Bytes)}, {"read-bytes", int64(r.ReadBytes)}, {"write-bytes", int64(r.WriteBytes)},
+		{"ops", r.Ops}, {"read-ops", r.ReadOps}, {"write-ops", r.WriteOps},
+	} {
+		k.notNegative(n.key, n.n)
+	}
+	if r.Burst < 0 || time.Duration(r.Burst) > limits.RateBurst {
+		k.fail("burst: want 0s to %v", limits.RateBurst)
+	}
+}

@@ -1,0 +1,73 @@
+package limits
+
+import "time"
+
+// What the configuration, and what is said by the control API, may cost.
+const (
+	// ConfigFile bounds a configuration file: 10000 exports with a few hundred
+	// bytes each.
+	ConfigFile = 4 << 20
+
+	// ConfigProblems bounds the problems of a configuration that are named:
+	// more than anybody mends at once.
+	ConfigProblems = 100
+
+	// ConfigExports bounds the exports of a service: as many as a client can
+	// list.
+	ConfigExports = MaxListed
+
+	// ConfigListeners bounds the addresses of a service, those of single
+	// exports included: one socket for each export.
+	ConfigListeners = ConfigExports + 64
+
+	// ConfigGroups bounds the rates that exports share, ConfigRoots the
+	// folders of images.
+	ConfigGroups = 1024
+	ConfigRoots  = 256
+
+	// Grants bounds the grants of one export, and GrantFacts the facts of one
+	// kind in one grant. Each client that asks for the export may be compared
+	// with all.
+	Grants     = 256
+	GrantFacts = 1024
+
+	// Faults bounds the rules of an export by which requests fail. Each
+	// request is compared with all.
+	Faults = 64
+
+	// FaultDelay is the longest delay of a request: guests give a disk up
+	// before that.
+	FaultDelay = 10 * time.Minute
+
+	// RateBurst is the longest burst of a rate.
+	RateBurst = time.Hour
+
+	// Partitions is the largest number of a partition: as many as a GPT has.
+	Partitions = 128
+
+	// ExportRanges bounds the ranges of an export that refuse writes. Each
+	// write searches them.
+	ExportRanges = 4096
+
+	// ExportBlock bounds the blocks of an export: the most that the NBD
+	// specification allows for a minimum.
+	ExportBlock = 64 << 10
+
+	// UserName bounds the name of a user or a group: Linux allows 256 bytes
+	// with the closing zero.
+	UserName = 255
+
+	// FilePath bounds a path, and SocketPath that of a Unix socket: the
+	// kernel's bounds without the closing zero.
+	FilePath   = 4095
+	SocketPath = 107
+
+	// ExportJSON and ExportDepth bound an export that is told to the control
+	// API: a thousand ranges, and no more levels than anything in it has.
+	ExportJSON  = 64 << 10
+	ExportDepth = 16
+
+	// StateFile bounds the file of an export that is kept: it has 4096 ranges
+	// and 256 grants at most.
+	StateFile = 1 << 20
+)
