@@ -1,0 +1,164 @@
+package layer_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+)
+
+// conformInBlocks runs the suite on a disk of whole blocks.
+func conformInBlocks(t *testing.T, block int64, wrap func(d backing.Device) backing.Device) {
+	for _, b := range bases {
+		t.Run(b.name, func(t *testing.T) {
+			backingtest.Run(t, backingtest.Maker{Granule: block, New: func(t testing.TB, size int64) backing.Device {
+				return closing(t, wrap(b.make(t, size)))
+			}})
+		})
+	}
+}
+
+func TestLargerBlocksConform(t *testing.T) {
+	conformInBlocks(t, 4096, func(d backing.Device) backing.Device {
+		return must(layer.NewBlockSize(d, layer.BlockSizeOptions{Min: 4096, Preferred: 65536, Max: 32768}))
+	})
+}
+
+// checkedBlocks is a disk that takes whole blocks only: whatever else comes
+// through to it is an error.
+func checkedBlocks(d backing.Device, block int64) backing.Device {
+	return owned{backing.NewChecked(must(layer.NewBlockSize(d, layer.BlockSizeOptions{Min: block})), 0), d}
+}
+
+// owned is a view that closes its disk.
+type owned struct {
+	*backing.Checked
+	disk backing.Device
+}
+
+func (o owned) Close() error { return o.disk.Close() }
+
+func TestSmallerBlocksConform(t *testing.T) {
+	for _, o := range []layer.BlockSizeOptions{{Min: 1}, {Min: 512, Max: 8192}} {
+		t.Run(fmt.Sprintf("min=%d", o.Min), func(t *testing.T) {
+			conformInBlocks(t, 4096, func(d backing.Device) backing.Device {
+				return must(layer.NewBlockSize(checkedBlocks(d, 4096), o))
+			})
+		})
+	}
+}
+
+func TestBlockSizesAreShown(t *testing.T) {
+	d := mem.New(100000, nil)
+	for _, tt := range []struct {
+		dev                  backing.Device
+		opt                  layer.BlockSizeOptions
+		min, preferred, size int64
+	}{
+		{d, layer.BlockSizeOptions{}, 1, 4096, 100000},
+		{d, layer.BlockSizeOptions{Min: 512}, 512, 4096, 99840},
+		{d, layer.BlockSizeOptions{Min: 8192}, 8192, 8192, 98304},
+		{d, layer.BlockSizeOptions{Min: 1, Preferred: 1}, 1, 512, 100000},
+		{d, layer.BlockSizeOptions{Preferred: 65536}, 1, 65536, 100000},
+		{checkedBlocks(d, 4096), layer.BlockSizeOptions{Min: 1}, 1, 4096, 98304},
+		{checkedBlocks(d, 4096), layer.BlockSizeOptions{}, 4096, 4096, 98304},
+	} {
+		i := must(layer.NewBlockSize(tt.dev, tt.opt)).Info()
+		if i.MinBlock != tt.min || i.Preferred != tt.preferred || i.Size != tt.size {
+			t.Errorf("%+v: got %+v, want block %d, preferred %d, size %d", tt.opt, i, tt.min, tt.preferred, tt.size)
+		}
+	}
+}
+
+func TestBadBlockSizesAreRefused(t *testing.T) {
+	for _, o := range []layer.BlockSizeOptions{
+		{Min: 3}, {Min: -1}, {Min: 128 << 10}, {Preferred: 1000}, {Preferred: 1 << 40}, {Max: 5000}, {Min: 4096, Max: 2048},
+		{Min: -1 << 63},
+	} {
+		_, err := layer.NewBlockSize(mem.New(1<<20, nil), o)
+		isKind(t, fmt.Sprintf("%+v", o), err, backing.ErrInvalid)
+	}
+	_, err := layer.NewBlockSize(checkedBlocks(mem.New(1<<20, nil), 4096), layer.BlockSizeOptions{Min: 1, Max: 2048})
+	isKind(t, "largest request smaller than a block of the disk", err, backing.ErrInvalid)
+}
+
+// pieces notes the lengths of writes.
+type pieces struct {
+	backing.Device
+	lens []int
+}
+
+func (p *pieces) WriteAt(ctx context.Context, b []byte, off int64, f backing.Flags) error {
+	p.lens = append(p.lens, len(b))
+	return p.Device.WriteAt(ctx, b, off, f)
+}
+
+func TestLargeRequestsAreSplit(t *testing.T) {
+	p := &pieces{Device: mem.New(1<<20, nil)}
+	b := must(layer.NewBlockSize(p, layer.BlockSizeOptions{Max: 8192}))
+	want := fill(t, b, 100, 20000, 4)
+	if !slices.Equal(p.lens, []int{8192, 8192, 3616}) {
+		t.Errorf("a write of 20000 bytes: got pieces %v", p.lens)
+	}
+	holds(t, b, 100, want)
+	var m backing.Mapping
+	isKind(t, "map of 8193 bytes", b.Map(engine.OpRead, 0, 8193, &m), backing.ErrNotMappable)
+}
+
+func TestBlockOfSeveralStatesIsData(t *testing.T) {
+	d := mem.New(256<<10, nil)
+	fill(t, d, 32<<10, 32<<10, 1)
+	b := must(layer.NewBlockSize(d, layer.BlockSizeOptions{Min: 64 << 10}))
+	var got []backing.Extent
+	yield := func(x backing.Extent) bool { got = append(got, x); return true }
+	if err := b.Extents(t.Context(), 0, 256<<10, 0, yield); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(got, []backing.Extent{{Len: 64 << 10}, {Len: 192 << 10, Hole: true, Zero: true}}) {
+		t.Errorf("extents: got %+v, want a block of data and 192 KiB of hole", got)
+	}
+}
+
+func TestFastZeroOfPartsIsRefusedUntouched(t *testing.T) {
+	d := mem.New(1<<20, nil)
+	b := must(layer.NewBlockSize(checkedBlocks(d, 4096), layer.BlockSizeOptions{Min: 1}))
+	want := fill(t, d, 0, 16384, 5)
+	isKind(t, "fast zero", b.Zero(t.Context(), 4000, 8000, backing.FastZero), backing.ErrNotSupported)
+	holds(t, d, 0, want)
+	if err := b.Zero(t.Context(), 4096, 8192, backing.FastZero); err != nil {
+		t.Fatal(err)
+	}
+	holds(t, d, 0, slices.Concat(want[:4096], make([]byte, 8192), want[:4096]))
+}
+
+// A lease of a whole block keeps writers of its parts out until it ends.
+func TestPartIsNotModifiedUnderAMappedWrite(t *testing.T) {
+	raw := newRaw(t, "pool", 1<<20, 0)
+	b := closing(t, must(layer.NewBlockSize(checkedBlocks(raw, 4096), layer.BlockSizeOptions{Min: 1})))
+	var m backing.Mapping
+	if err := b.Map(engine.OpWrite, 4096, 4096, &m); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- b.WriteAt(t.Context(), []byte{1, 2}, 4100, 0) }()
+	if _, err := m.Runs[0].File.OS.WriteAt(bytes.Repeat([]byte{9}, 4096), m.Runs[0].Off); err != nil {
+		t.Fatal(err)
+	}
+	m.Release()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	want := bytes.Repeat([]byte{9}, 4096)
+	want[4], want[5] = 1, 2
+	holds(t, b, 4096, want)
+	if n := mapAllocates(t, b); n != 0 {
+		t.Errorf("map: got %v allocations, want none", n)
+	}
+}

@@ -1,0 +1,270 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// ErrResumed is what Resume returns when the disk went on by itself before.
+var ErrResumed = errors.New("the pause had ended")
+
+// pausedBit is set in Pause.state while requests have to wait; the lower bits
+// count those that do not.
+const pausedBit = 1 << 62
+
+// Pause can hold a disk still: for a snapshot of the storage below, say. It
+// counts every request between its beginning and its end, a mapped one until
+// its lease is released.
+type Pause struct {
+	backing.Passthrough
+
+	// state counts the requests in flight, plus pausedBit. A request that
+	// finds the bit takes itself back.
+	state atomic.Int64
+
+	// idle has a token when the last request of a paused disk ended.
+	idle chan struct{}
+
+	mu   sync.Mutex
+	hold *Hold // guarded by mu; nil while the disk runs
+}
+
+// NewPause stands on dev.
+func NewPause(dev backing.Device) *Pause {
+	return &Pause{Passthrough: backing.Passthrough{Next: dev}, idle: make(chan struct{}, 1)}
+}
+
+// Hold is one pause of a disk.
+type Hold struct {
+	p     *Pause
+	timer *time.Timer
+	ended chan struct{}
+}
+
+// Ended is closed when the disk goes on.
+func (h *Hold) Ended() <-chan struct{} { return h.ended }
+
+// Resume lets the disk go on. ErrResumed says that it did so before: what was
+// done meanwhile may have seen writes.
+func (h *Hold) Resume() error {
+	if !h.p.end(h) {
+		return ErrResumed
+	}
+	return nil
+}
+
+// Pause makes new requests wait, waits for those in flight and flushes. It
+// gives up when ctx ends. The disk goes on by itself limit after the call,
+// whatever became of the caller; limit is more than 0 and at most
+// limits.PauseLongest. After an error the disk goes on: ErrInvalid for a
+// pause within a pause or a wrong limit, ErrResumed when the limit came
+// before the flush was done, or the error of the flush.
+func (p *Pause) Pause(ctx context.Context, limit time.Duration) (*Hold, error) {
+	if limit <= 0 || limit > limits.PauseLongest {
+		return nil, invalid("pause", "limit %v is not between 0 and %v", limit, limits.PauseLongest)
+	}
+	h, err := p.begin(limit)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.settle(ctx, h); err != nil {
+		p.end(h)
+		return nil, err
+	}
+	return h, nil
+}
+
+func (p *Pause) begin(limit time.Duration) (*Hold, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.hold != nil {
+		return nil, invalid("pause", "the disk is paused")
+	}
+	h := &Hold{p: p, ended: make(chan struct{})}
+	p.hold = h
+	select {
+	case <-p.idle: // left by an earlier pause
+	default:
+	}
+	p.state.Or(pausedBit)
+	h.timer = time.AfterFunc(limit, func() { p.end(h) })
+	return h, nil
+}
+
+// settle waits until nothing is in flight, and flushes.
+func (p *Pause) settle(ctx context.Context, h *Hold) error {
+	for p.state.Load() != pausedBit {
+		select {
+		case <-p.idle:
+		case <-h.ended:
+			return ErrResumed
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	if err := p.Next.Flush(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-h.ended:
+		return ErrResumed
+	default:
+		return nil
+	}
+}
+
+// end lets requests go on, if h is the pause that they wait for.
+func (p *Pause) end(h *Hold) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.hold != h {
+		return false
+	}
+	p.hold = nil
+	h.timer.Stop()
+	p.state.And(^int64(pausedBit))
+	close(h.ended)
+	return true
+}
+
+// Paused tells whether requests wait.
+func (p *Pause) Paused() bool { return p.state.Load()&pausedBit != 0 }
+
+// InFlight counts the requests that have begun and not ended.
+func (p *Pause) InFlight() int64 { return p.state.Load() &^ pausedBit }
+
+// tryEnter counts a request, unless the disk is paused.
+func (p *Pause) tryEnter() bool {
+	if p.state.Add(1)&pausedBit == 0 {
+		return true
+	}
+	p.leave()
+	return false
+}
+
+// enter counts a request, after the pause if there is one.
+func (p *Pause) enter(ctx context.Context) error {
+	for !p.tryEnter() {
+		p.mu.Lock()
+		h := p.hold
+		p.mu.Unlock()
+		if h == nil {
+			continue
+		}
+		select {
+		case <-h.ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// leave ends a request.
+func (p *Pause) leave() {
+	if p.state.Add(-1) != pausedBit {
+		return
+	}
+	select {
+	case p.idle <- struct{}{}:
+	default:
+	}
+}
+
+// in runs one request.
+func (p *Pause) in(ctx context.Context, do func() error) error {
+	if err := p.enter(ctx); err != nil {
+		return err
+	}
+	defer p.leave()
+	return do()
+}
+
+func (p *Pause) ReadAt(ctx context.Context, b []byte, off int64) error {
+	return p.in(ctx, func() error { return p.Next.ReadAt(ctx, b, off) })
+}
+
+func (p *Pause) WriteAt(ctx context.Context, b []byte, off int64, f backing.Flags) error {
+	return p.in(ctx, func() error { return p.Next.WriteAt(ctx, b, off, f) })
+}
+
+func (p *Pause) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	return p.in(ctx, func() error { return p.Next.Zero(ctx, off, n, f) })
+}
+
+func (p *Pause) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
+	return p.in(ctx, func() error { return p.Next.Trim(ctx, off, n, f) })
+}
+
+func (p *Pause) Flush(ctx context.Context) error {
+	return p.in(ctx, func() error { return p.Next.Flush(ctx) })
+}
+
+func (p *Pause) Cache(ctx context.Context, off, n int64) error {
+	return p.in(ctx, func() error { return p.Next.Cache(ctx, off, n) })
+}
+
+func (p *Pause) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	return p.in(ctx, func() error { return p.Next.Extents(ctx, off, n, f, yield) })
+}
+
+func (p *Pause) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	return p.in(ctx, func() error { return p.Passthrough.Describe(ctx, name, off, n, f, yield) })
+}
+
+func (p *Pause) Resize(ctx context.Context, size int64) error {
+	return p.in(ctx, func() error { return p.Passthrough.Resize(ctx, size) })
+}
+
+// Map forwards while the disk runs; the request counts until the lease is
+// released.
+func (p *Pause) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	if !p.tryEnter() {
+		return backing.ErrNotMappable
+	}
+	if err := p.Next.Map(op, off, n, m); err != nil {
+		p.leave()
+		return err
+	}
+	l := counts.Get().(*counted)
+	l.p, l.inner = p, m.Lease
+	m.Lease = l
+	return nil
+}
+
+// Close ends a pause.
+func (p *Pause) Close() error {
+	p.mu.Lock()
+	h := p.hold
+	p.mu.Unlock()
+	if h != nil {
+		p.end(h)
+	}
+	return p.Next.Close()
+}
+
+// counted is the lease of a request in flight.
+type counted struct {
+	p     *Pause
+	inner backing.Lease
+}
+
+var counts = sync.Pool{New: func() any { return new(counted) }}
+
+// Release ends the inner lease first: the request is over only then.
+func (l *counted) Release() {
+	if l.inner != nil {
+		l.inner.Release()
+	}
+	p := l.p
+	*l = counted{}
+	counts.Put(l)
+	p.leave()
+}

@@ -1,0 +1,35 @@
+package limits
+
+import "time"
+
+// The layers of a disk.
+const (
+	// ProtectRanges bounds the ranges of a disk that refuse writes. Each write
+	// searches them.
+	ProtectRanges = 4096
+
+	// CloseFlush is how long the flush of a disk that is closed may wait for
+	// its turn. It does not bound the storage.
+	CloseFlush = 30 * time.Second
+
+	// PauseLongest bounds how long a disk may be paused: guests take I/O that
+	// lasts longer for a dead disk (the time-out of Linux's SCSI layer is 30
+	// seconds, that of most daemons on top of it a few minutes).
+	PauseLongest = 5 * time.Minute
+
+	// LargestBlock bounds the blocks of a disk, whose parts are modified in a
+	// buffer of one block: more than any storage has, and the most that the NBD
+	// specification allows for a minimum.
+	LargestBlock = 64 << 10
+
+	// RateSlack is the least that a rate may run ahead of the clock: it makes
+	// up for timers that fire late, and stays below what a guest can notice.
+	RateSlack = 10 * time.Millisecond
+
+	// RateGroups bounds the groups that one disk shares its rates with.
+	RateGroups = 8
+
+	// RequestLogLines bounds the lines of a request log in a second. A guest
+	// makes a hundred times more requests, and must not fill the journal.
+	RequestLogLines = 2000
+)
