@@ -28,7 +28,7 @@ const Version = "v1"
 //	DELETE /v1/clients/{id}
 //	GET    /v1/stats                      []Stats
 //	GET    /v1/events                     a line of JSON for each Event, until the client leaves
-//	POST   /v1/reload                     Reload
+//	POST   /v1/reload?dry-run=            Reload
 //	GET    /metrics                       Prometheus' text format
 const (
 	PathStatus  = "/v1/status"
@@ -39,6 +39,10 @@ const (
 	PathReload  = "/v1/reload"
 	PathMetrics = "/metrics"
 )
+
+// FilePrefix and a decimal number, "fd:0", stand in the place of a path for a
+// descriptor that is sent with the first byte of the request (SCM_RIGHTS).
+const FilePrefix = "fd:"
 
 // Error is the body of every answer that is not a success.
 type Error struct {
@@ -51,7 +55,7 @@ func (e *Error) Error() string { return e.Text }
 
 // Codes of errors, with their HTTP status.
 const (
-	CodeInvalid     = "invalid"     // 400: the request makes no sense
+	CodeInvalid     = "invalid"     // 400, and 405, 408 or 413: the request makes no sense
 	CodeForbidden   = "forbidden"   // 403: the peer or the image's place does not allow it
 	CodeNotFound    = "not-found"   // 404
 	CodeExists      = "exists"      // 409: the name is taken

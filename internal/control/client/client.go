@@ -1,0 +1,363 @@
+// Package client speaks to the control API of vmdiskd. The server may be
+// anybody who could make the socket: what it sends is bounded.
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"golang.org/x/sys/unix"
+)
+
+// Client is a control socket. Each call makes a connection of its own and is
+// bounded by its context, so that a Client is safe for concurrent use and has
+// nothing to close. What the server refuses is an *api.Error.
+type Client struct {
+	path string
+}
+
+// Dial names the socket; nothing is connected before the first call.
+func Dial(path string) *Client { return &Client{path: path} }
+
+// request is what a call sends.
+type request struct {
+	method string
+	path   string // in percent-encoding
+	query  url.Values
+	body   any // nil: none
+	files  []*os.File
+}
+
+// exportPath is the path of an export and of what belongs to it.
+func exportPath(name string, more ...string) string {
+	p := api.PathExports + "/" + url.PathEscape(name)
+	for _, m := range more {
+		p += "/" + m
+	}
+	return p
+}
+
+// Status is the daemon as a whole.
+func (c *Client) Status(ctx context.Context) (s api.Status, err error) {
+	return s, c.call(ctx, request{method: "GET", path: api.PathStatus}, &s)
+}
+
+// Exports are all exports.
+func (c *Client) Exports(ctx context.Context) ([]api.Export, error) {
+	return list[api.Export](ctx, c, request{method: "GET", path: api.PathExports})
+}
+
+// Export is the export called name.
+func (c *Client) Export(ctx context.Context, name string) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "GET", path: exportPath(name)}, &e)
+}
+
+// Add makes an export. In a, "fd:0" stands for the first of files, and so on;
+// there are at most limits.ControlFiles, and they stay the caller's.
+func (c *Client) Add(ctx context.Context, a api.AddExport, files ...*os.File) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "POST", path: api.PathExports, body: a, files: files}, &e)
+}
+
+// Patch changes what p names.
+func (c *Client) Patch(ctx context.Context, name string, p api.Patch) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "PATCH", path: exportPath(name), body: p}, &e)
+}
+
+// Remove removes an export. With force its clients are cut off; without, they
+// have until timeout to leave, where 0 is the server's own idea.
+func (c *Client) Remove(ctx context.Context, name string, force bool, timeout time.Duration) error {
+	q := url.Values{}
+	if force {
+		q.Set("force", "true")
+	}
+	if timeout > 0 {
+		q.Set("timeout", timeout.String())
+	}
+	return c.call(ctx, request{method: "DELETE", path: exportPath(name), query: q}, nil)
+}
+
+// Pause holds back the requests of an export; limit as api.Pause has it.
+func (c *Client) Pause(ctx context.Context, name string, limit time.Duration) error {
+	body := api.Pause{Limit: config.Duration(limit)}
+	return c.call(ctx, request{method: "POST", path: exportPath(name, "pause"), body: body}, nil)
+}
+
+// Resume ends a pause.
+func (c *Client) Resume(ctx context.Context, name string) error {
+	return c.call(ctx, request{method: "POST", path: exportPath(name, "resume")}, nil)
+}
+
+// Resize makes a disk size bytes large.
+func (c *Client) Resize(ctx context.Context, name string, size int64) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "resize"), body: api.Resize{Size: size}}, &e)
+}
+
+// Snapshot puts an overlay above the image; files as with Add.
+func (c *Client) Snapshot(ctx context.Context, name string, s api.Snapshot, files ...*os.File) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "snapshot"), body: s, files: files}, &e)
+}
+
+// Clients are the connections of one export, or all if it is nil.
+func (c *Client) Clients(ctx context.Context, export *string) ([]api.Client, error) {
+	q := url.Values{}
+	if export != nil {
+		q.Set("export", *export)
+	}
+	return list[api.Client](ctx, c, request{method: "GET", path: api.PathClients, query: q})
+}
+
+// Disconnect cuts one connection off.
+func (c *Client) Disconnect(ctx context.Context, id uint64) error {
+	return c.call(ctx, request{method: "DELETE", path: api.PathClients + "/" + strconv.FormatUint(id, 10)}, nil)
+}
+
+// Stats are the counters of all exports.
+func (c *Client) Stats(ctx context.Context) ([]api.Stats, error) {
+	return list[api.Stats](ctx, c, request{method: "GET", path: api.PathStats})
+}
+
+// Reload makes the server read its configuration again, or only say what that
+// would change.
+func (c *Client) Reload(ctx context.Context, dryRun bool) (r api.Reload, err error) {
+	q := url.Values{}
+	if dryRun {
+		q.Set("dry-run", "true")
+	}
+	return r, c.call(ctx, request{method: "POST", path: api.PathReload, query: q}, &r)
+}
+
+// Metrics copies the counters in Prometheus' text format to w, at most
+// limits.ControlReply bytes.
+func (c *Client) Metrics(ctx context.Context, w io.Writer) error {
+	r, err := c.open(ctx, request{method: "GET", path: api.PathMetrics})
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	_, err = io.Copy(w, r.body())
+	return r.cause(err)
+}
+
+// call sends q and decodes the reply into v, unless it is nil.
+func (c *Client) call(ctx context.Context, q request, v any) error {
+	r, err := c.open(ctx, q)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if v == nil {
+		return nil
+	}
+	r.most.left = limits.ControlObject
+	b, err := io.ReadAll(r.body())
+	if err == nil {
+		err = object(b, v)
+	}
+	return r.cause(err)
+}
+
+// list sends q and decodes the reply, a list.
+func list[T any](ctx context.Context, c *Client, q request) ([]T, error) {
+	r, err := c.open(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	defer r.close()
+	r.most.left = limits.ControlList
+	b, err := io.ReadAll(r.body())
+	if err != nil {
+		return nil, r.cause(err)
+	}
+	out, err := elements[T](b)
+	return out, r.cause(err)
+}
+
+// object decodes one object of a bounded size with a bounded number of others.
+func object(b []byte, v any) error {
+	if len(b) > limits.ControlObject || bytes.Count(b, []byte("{")) > limits.ControlObjects {
+		return errTooLong
+	}
+	return json.Unmarshal(b, v)
+}
+
+// elements decodes a list one by one, so that the first element that is wrong
+// ends it.
+func elements[T any](b []byte) ([]T, error) {
+	if bytes.Count(b, []byte("{")) > limits.ControlObjects {
+		return nil, errTooLong
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	if tok, err := d.Token(); err != nil || tok != json.Delim('[') {
+		return nil, errors.Join(errors.New("not a list"), err)
+	}
+	out := []T{}
+	for d.More() {
+		var raw json.RawMessage
+		if err := d.Decode(&raw); err != nil {
+			return nil, err
+		}
+		var v T
+		if err := object(raw, &v); err != nil {
+			return nil, err
+		}
+		out = append(out, v)
+	}
+	_, err := d.Token()
+	return out, err
+}
+
+// reply is an open connection whose header says success.
+type reply struct {
+	ctx    context.Context
+	path   string
+	conn   net.Conn
+	most   *budget
+	http   *http.Response
+	unhook func() bool
+}
+
+// budget reads at most left bytes.
+type budget struct {
+	r    io.Reader
+	left int64
+}
+
+var errTooLong = errors.New("longer than a reply may be")
+
+func (b *budget) Read(p []byte) (int, error) {
+	if b.left <= 0 {
+		return 0, errTooLong
+	}
+	n, err := b.r.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	return n, err
+}
+
+// open sends q and reads the header of the reply. An error reply is the error.
+func (c *Client) open(ctx context.Context, q request) (*reply, error) {
+	hr, err := q.http()
+	if err != nil {
+		return nil, err
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.path)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	r := &reply{ctx: ctx, path: c.path, conn: conn, most: &budget{r: conn, left: limits.ControlReplyHeader}}
+	r.unhook = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	// A server that refuses may do so before it has read everything.
+	sendErr := send(conn.(*net.UnixConn), hr, q.files)
+	r.http, err = http.ReadResponse(bufio.NewReader(r.most), hr)
+	if err != nil {
+		r.close()
+		return nil, r.cause(errors.Join(sendErr, err))
+	}
+	r.most.left = limits.ControlReply
+	if r.http.StatusCode/100 != 2 {
+		defer r.close()
+		return nil, r.refusal()
+	}
+	return r, nil
+}
+
+// http checks what the server would refuse unread, and builds the request.
+func (q *request) http() (*http.Request, error) {
+	var body io.Reader
+	if q.body != nil {
+		b, err := json.Marshal(q.body)
+		if err != nil {
+			return nil, err
+		}
+		if len(b) > limits.ControlBody {
+			return nil, &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf("the request has %d bytes, more than %d", len(b), limits.ControlBody)}
+		}
+		body = bytes.NewReader(b)
+	}
+	if len(q.files) > limits.ControlFiles {
+		return nil, &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf("%d descriptors, more than %d", len(q.files), limits.ControlFiles)}
+	}
+	u := "http://vmdiskd" + q.path
+	if len(q.query) > 0 {
+		u += "?" + q.query.Encode()
+	}
+	if len(u) > limits.ControlHeader {
+		return nil, &api.Error{Code: api.CodeInvalid, Text: "the name is too long"}
+	}
+	hr, err := http.NewRequest(q.method, u, body)
+	if err != nil {
+		return nil, err
+	}
+	hr.Close = true
+	hr.Header.Set("User-Agent", "vmdiskctl")
+	if body != nil {
+		hr.Header.Set("Content-Type", "application/json")
+	}
+	return hr, nil
+}
+
+// send writes hr, its first byte with the descriptors.
+func send(conn *net.UnixConn, hr *http.Request, files []*os.File) error {
+	var b bytes.Buffer
+	if err := hr.Write(&b); err != nil {
+		return err
+	}
+	if len(files) > 0 {
+		fds := make([]int, len(files))
+		for i, f := range files {
+			fds[i] = int(f.Fd())
+		}
+		_, _, err := conn.WriteMsgUnix(b.Next(1), unix.UnixRights(fds...), nil)
+		runtime.KeepAlive(files)
+		if err != nil {
+			return err
+		}
+	}
+	_, err := conn.Write(b.Bytes())
+	return err
+}
+
+// refusal is the error that the reply is.
+func (r *reply) refusal() error {
+	r.most.left = 2 * limits.ControlErrorText * 6 // each byte may be escaped
+	b, err := io.ReadAll(r.body())
+	var e api.Error
+	if err != nil || json.Unmarshal(b, &e) != nil || e.Code == "" {
+		return r.cause(fmt.Errorf("unexpected reply %d", r.http.StatusCode))
+	}
+	e.Text = e.Text[:min(len(e.Text), limits.ControlErrorText)]
+	return &e
+}
+
+func (r *reply) body() io.Reader { return r.http.Body }
+
+// cause prefers the context's end to what it led to.
+func (r *reply) cause(err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctxErr := r.ctx.Err(); ctxErr != nil {
+		err = ctxErr
+	}
+	return fmt.Errorf("control socket %q: %w", r.path, err)
+}
+
+func (r *reply) close() {
+	r.unhook()
+	_ = r.conn.Close()
+}

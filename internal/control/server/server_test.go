@@ -1,0 +1,133 @@
+package server_test
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
+)
+
+// names are names of exports that are syntax somewhere.
+var names = []string{
+	"disk", "a/b", "a%2Fb", "%", "..", ".", "a b", `quo"te`, "it's", "a,b=c", "<x>&amp;", "new\nline\r\n", "-rf", "json:{}", "ä☃", "?x=1", "#f", "a//b", "fd:0", "", "{name}", "exports", ";", "+",
+}
+
+func TestNamesAreDataInPathsAndBodies(t *testing.T) {
+	w := start(t, &controltest.Service{}, server.Change)
+	ctx := testContext(t)
+	for _, name := range names {
+		if _, err := w.client.Add(ctx, api.AddExport{Export: config.Export{Name: name, Image: "/x"}}); err != nil {
+			t.Fatalf("add %q: %v", name, err)
+		}
+		if e, err := w.client.Export(ctx, name); err != nil || e.Name != name {
+			t.Errorf("export %q: got %q, %v", name, e.Name, err)
+		}
+		if err := w.client.Pause(ctx, name, time.Second); err != nil {
+			t.Errorf("pause %q: %v", name, err)
+		}
+		if e, err := w.client.Resize(ctx, name, 4096); err != nil || e.Name != name || e.State != "paused" || e.Size != 4096 {
+			t.Errorf("resize %q: got %+v, %v", name, e, err)
+		}
+	}
+	all, err := w.client.Exports(ctx)
+	if err != nil || len(all) != len(names) {
+		t.Errorf("exports: got %d, %v, want %d", len(all), err, len(names))
+	}
+	for _, name := range names {
+		if err := w.client.Remove(ctx, name, true, 0); err != nil {
+			t.Errorf("remove %q: %v", name, err)
+		}
+	}
+	if all, err := w.client.Exports(ctx); err != nil || len(all) != 0 {
+		t.Errorf("exports at the end: got %v, %v", all, err)
+	}
+}
+
+func TestEachCallReachesTheServiceAsItWasMade(t *testing.T) {
+	s := &controltest.Service{}
+	s.Put(export("a"))
+	s.PutClient(api.Client{ID: 7, Export: "a"})
+	s.PutClient(api.Client{ID: 8, Export: ""})
+	w := start(t, s, server.Change)
+	ctx := testContext(t)
+	text, yes, a, none := "words", true, "a", ""
+
+	st, err := w.client.Status(ctx)
+	check(t, "status", err, st.Exports == 1 && st.Listeners != nil && st.Memory != nil)
+	e, err := w.client.Patch(ctx, "a", api.Patch{Description: &text, ReadOnly: &yes, Rate: &config.Rate{Bytes: 5, Burst: config.Duration(time.Second)}})
+	check(t, "patch", err, e.Description == text && e.ReadOnly && e.Rate.Bytes == 5 && e.Rate.Burst == config.Duration(time.Second))
+	check(t, "resume", w.client.Resume(ctx, "a"), true)
+	e, err = w.client.Snapshot(ctx, "a", api.Snapshot{Overlay: "/o"})
+	check(t, "snapshot", err, e.Image == "/o")
+	cs, err := w.client.Clients(ctx, nil)
+	check(t, "clients", err, len(cs) == 2 && cs[0].Features != nil)
+	cs, err = w.client.Clients(ctx, &a)
+	check(t, "clients of a", err, len(cs) == 1 && cs[0].ID == 7)
+	cs, err = w.client.Clients(ctx, &none)
+	check(t, "clients of the empty name", err, len(cs) == 1 && cs[0].ID == 8)
+	check(t, "disconnect", w.client.Disconnect(ctx, 7), true)
+	stats, err := w.client.Stats(ctx)
+	check(t, "stats", err, len(stats) == 1 && stats[0].Commands["read"].Requests == 1)
+	r, err := w.client.Reload(ctx, true)
+	check(t, "reload", err, r.DryRun && r.Changes != nil)
+	var m bytes.Buffer
+	err = w.client.Metrics(ctx, &m)
+	check(t, "metrics", err, m.String() == "vmdiskd_exports 1\n")
+
+	want := `patch "a"|resume "a"|snapshot "a" overlay "/o" files 0|disconnect 7|reload dry true`
+	if got := strings.Join(s.Calls(), "|"); got != want {
+		t.Errorf("calls:\n got %s\nwant %s", got, want)
+	}
+}
+
+func check(t *testing.T, what string, err error, ok bool) {
+	t.Helper()
+	if err != nil || !ok {
+		t.Errorf("%s: err %v, as expected %t", what, err, ok)
+	}
+}
+
+func TestErrorsKeepTheirCode(t *testing.T) {
+	for _, code := range []string{
+		api.CodeInvalid, api.CodeForbidden, api.CodeNotFound, api.CodeExists,
+		api.CodeInUse, api.CodeUnsupported, api.CodeTimeout, api.CodeFailed,
+	} {
+		w := start(t, &controltest.Service{Fail: &api.Error{Code: code, Text: "why <" + code + ">"}}, server.Change)
+		err := w.client.Resume(testContext(t), "a")
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != code || e.Text != "why <"+code+">" {
+			t.Errorf("%s: got %#v", code, err)
+		}
+	}
+}
+
+func TestReadersAreNotToldCausesAndChangeNothing(t *testing.T) {
+	s := &controltest.Service{Fail: errors.New("open /secret/disk: no such file")}
+	w := start(t, s, server.Read)
+	ctx := testContext(t)
+	_, err := w.client.Export(ctx, "a")
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != api.CodeFailed || strings.Contains(e.Text, "secret") {
+		t.Errorf("export: got %v", err)
+	}
+	if err := w.client.Metrics(ctx, &bytes.Buffer{}); !errors.As(err, &e) || strings.Contains(e.Text, "secret") {
+		t.Errorf("metrics: got %v", err)
+	}
+	err = w.client.Resume(ctx, "a")
+	if !errors.As(err, &e) || e.Code != api.CodeForbidden {
+		t.Errorf("resume: got %v, want forbidden", err)
+	}
+	if got := s.Calls(); len(got) != 0 {
+		t.Errorf("the service was asked for %q", got)
+	}
+	owner := start(t, s, server.Change)
+	if _, err = owner.client.Export(ctx, "a"); !errors.As(err, &e) || !strings.Contains(e.Text, "secret") {
+		t.Errorf("export, by an owner: got %v", err)
+	}
+}
