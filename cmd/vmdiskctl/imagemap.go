@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 )
@@ -111,7 +112,7 @@ func (m *imageMap) span(ctx context.Context, l qcow2.Layer, depth int, off int64
 			e.Offset = &s.Off
 		}
 	case qcow2.Data:
-		e.Data, e.Offset = true, &s.Off
+		return m.data(ctx, l, e, s)
 	case qcow2.Compressed:
 		e.Data, e.Compressed = true, true
 	default:
@@ -121,6 +122,41 @@ func (m *imageMap) span(ctx context.Context, l qcow2.Layer, depth int, off int64
 		e.Filename = m.image.Files[depth].Data
 	}
 	return m.add(e)
+}
+
+// data maps what has a place in a file, apart where the file has a hole there:
+// clusters that were only preallocated.
+func (m *imageMap) data(ctx context.Context, l qcow2.Layer, e imageRange, s qcow2.Span) error {
+	e.Data, e.Filename = true, m.image.Files[e.Depth].Data
+	within := int64(0)
+	if _, image := l.(qcow2.Clustered); image {
+		end, err := s.Store.Size()
+		if err != nil {
+			return err
+		}
+		within = max(0, min(s.Len, end-s.Off))
+	}
+	done := int64(0)
+	part := func(n int64, zero bool) error {
+		at, x := s.Off+done, e
+		x.Start, x.Length, x.Offset, x.Zero = e.Start+done, n, &at, zero
+		done += n
+		return m.add(x)
+	}
+	if within > 0 {
+		var inner error
+		err := s.Store.Extents(ctx, s.Off, within, func(x backing.Extent) bool {
+			inner = part(x.Len, x.Hole && x.Zero)
+			return inner == nil
+		})
+		if err = errors.Join(inner, err); err != nil {
+			return err
+		}
+	}
+	if done == s.Len {
+		return nil
+	}
+	return part(s.Len-done, false)
 }
 
 // below maps what a layer does not have. What lies behind the end of the next
@@ -158,7 +194,7 @@ func (m *imageMap) flush() error {
 		return nil
 	case m.json:
 		return m.line(e)
-	case !e.Data:
+	case !e.Data || e.Zero:
 		return nil
 	}
 	at, file := "compressed", m.image.Files[e.Depth].Path
