@@ -314,7 +314,7 @@ func (m *Monitor) send(ctx context.Context, command string, arguments any, files
 		sent, err = write(ctx, conn, b, files)
 		if err != nil && sent {
 			// Half a command makes nonsense of whatever follows.
-			m.fail(fmt.Errorf("%w: %w", ErrLost, err))
+			m.fail(fmt.Errorf("%w: a command was cut: %w", ErrLost, err))
 			return nil, fmt.Errorf("%w: %w", ErrUnanswered, err)
 		}
 	}

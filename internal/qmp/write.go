@@ -52,12 +52,17 @@ func until(ctx context.Context, set func(time.Time) error) (release func()) {
 	}
 }
 
-// because adds what ended a write.
+// because says what an error of a connection with the deadline of ctx means.
 func because(ctx context.Context, err error) error {
-	if err != nil && ctx.Err() != nil {
-		return errors.Join(err, ctx.Err())
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return context.DeadlineExceeded // the timer of ctx is a moment late
 	}
-	return err
+	return lost(err)
 }
 
 // descriptors is the control message that passes files. release is called
