@@ -107,6 +107,7 @@ func (s *session) serve(ctx context.Context) error {
 		err = e
 	}
 	s.work.Wait()
+	s.m.Release() // of a read whose reply was cut off
 	s.in.release()
 	s.releaseOut()
 	s.cancel()

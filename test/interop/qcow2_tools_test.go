@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -229,6 +230,41 @@ func TestTrimsShrinkTheHostFile(t *testing.T) {
 				t.Errorf("the file has grown from %d bytes to %d, %v", st.Size(), again.Size(), err)
 			}
 		})
+	}
+}
+
+// TestClientsThatVanishHoldNoClusters: a reply that is cut off gives back the
+// clusters that it was read from, else nothing could be freed any more.
+func TestClientsThatVanishHoldNoClusters(t *testing.T) {
+	const size = 16 << 20
+	image := newQcow2(t, fmt.Sprint(size))
+	s := serveQcow2(t, image)
+	ctx := testenv.Context(t)
+	c := dial(t, s)
+	if _, err := fill(ctx, c, 0, size); err != nil {
+		t.Fatal(err)
+	}
+	var reads []byte
+	for i := range 300 {
+		reads = wire.AppendRequest(reads, wire.Request{Cmd: wire.CmdRead, Cookie: uint64(i), Off: uint64(i) << 14, Len: 16 << 10})
+	}
+	for range 200 {
+		conn, err := net.Dial("unix", s.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		enterTransmission(t, conn)
+		if _, err := conn.Write(reads); err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+	if err := errors.Join(c.Trim(ctx, 0, size, 0), c.Flush(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	// What has been read for them ends soon.
+	if err := testenv.Await(ctx, func() bool { return c.Flush(ctx) != nil || blocks(t, image) < 4<<20 }); err != nil {
+		t.Errorf("the file takes %d bytes of a disk that was trimmed: %v", blocks(t, image), err)
 	}
 }
 
