@@ -30,5 +30,15 @@ func (d *disk) lease() *epoch {
 }
 
 // unlink notes that the mapping does not name a range of host clusters any
-// more. With d.m.mu.
-func (d *disk) unlink(r space.Ref) { d.unlinked = append(d.unlinked, r) }
+// more; neighbours of whole clusters become one, so that they are punched at
+// once. With d.m.mu.
+func (d *disk) unlink(r space.Ref) {
+	if n := len(d.unlinked); n > 0 && (r.Off|r.Len)&(d.g.ClusterSize-1) == 0 {
+		last := &d.unlinked[n-1]
+		if last.Off&(d.g.ClusterSize-1) == 0 && last.Off+last.Len == r.Off {
+			last.Len += r.Len
+			return
+		}
+	}
+	d.unlinked = append(d.unlinked, r)
+}
