@@ -1,0 +1,176 @@
+package config
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// stateSuffix ends the name of each kept export's file.
+const stateSuffix = ".json"
+
+// stateFile is the name of the file that keeps the export called name. Two
+// names never have one file: letters, digits, "-" and "_" stand for themselves,
+// other bytes are "%XX", and what is too long for a file system is "~" and a
+// hash, which no shorter name has.
+func stateFile(name string) string {
+	var b strings.Builder
+	for i := range len(name) {
+		switch c := name[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '_', c == '-' && i > 0:
+			b.WriteByte(c)
+		default:
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	const most = 200 // of 255 that file systems allow
+	if b.Len() > most {
+		sum := sha256.Sum256([]byte(name))
+		return "~" + hex.EncodeToString(sum[:]) + stateSuffix
+	}
+	return b.String() + stateSuffix
+}
+
+// WriteExport keeps e in the folder dir, which exists. When it returns without
+// an error, e is on stable storage; with one, what was kept under its name
+// before is still there. Calls for one folder exclude each other.
+func WriteExport(dir string, e Export) error {
+	b, err := encodeState(e)
+	if err != nil {
+		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
+	}
+	name := stateFile(e.Name)
+	temp := filepath.Join(dir, "."+name+".new")
+	if err := writeFile(temp, b); err != nil {
+		return fmt.Errorf("keep export %q: %w", cut(e.Name), errors.Join(err, removeFile(temp)))
+	}
+	if err := os.Rename(temp, filepath.Join(dir, name)); err != nil {
+		return fmt.Errorf("keep export %q: %w", cut(e.Name), errors.Join(err, removeFile(temp)))
+	}
+	return syncDir(dir)
+}
+
+// encodeState writes e so that it is read as the same again, or not at all.
+func encodeState(e Export) ([]byte, error) {
+	for _, path := range slices.Concat([]string{e.Image}, e.BackingFiles, e.DataFiles) {
+		if _, ok := descriptor(withoutFormat(path)); ok {
+			return nil, errors.New("its image came as a descriptor, which has no name to open it by again")
+		}
+	}
+	if e.Name == "" {
+		return nil, errors.New("it has no name")
+	}
+	b, err := json.Marshal(e)
+	if err != nil {
+		return nil, err
+	}
+	var again Export
+	if err := decodeJSON(b, &again, limits.StateFile); err != nil {
+		return nil, err
+	}
+	if !equal(e, again) {
+		return nil, errors.New("it has text that is not UTF-8")
+	}
+	return append(b, '\n'), nil
+}
+
+// writeFile makes a file that is on stable storage, but for its name.
+func writeFile(name string, b []byte) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// removeFile removes a file that may be absent.
+func removeFile(name string) error {
+	if err := os.Remove(name); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// RemoveExport forgets the export called name. That none is kept is no error.
+func RemoveExport(dir, name string) error {
+	if err := removeFile(filepath.Join(dir, stateFile(name))); err != nil {
+		return fmt.Errorf("forget export %q: %w", cut(name), err)
+	}
+	return syncDir(dir)
+}
+
+// ReadExports returns what WriteExport kept in dir, in the order of the files'
+// names, at most limits.ConfigExports. Files that cannot be read do not hide
+// the others: the error, beside the exports, names them all.
+func ReadExports(dir string) ([]Export, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	// One more of each kind than there can be: an interrupted write leaves a
+	// second file.
+	names, err := d.Readdirnames(2*limits.ConfigExports + 1)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	slices.Sort(names)
+	var list []Export
+	var problems []error
+	for _, name := range names {
+		if strings.HasPrefix(name, ".") { // of an interrupted write
+			continue
+		}
+		e, err := readExport(dir, name)
+		if err == nil && len(list) == limits.ConfigExports {
+			problems = append(problems, fmt.Errorf("%q has more than %d exports", dir, limits.ConfigExports))
+			break
+		}
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		list = append(list, e)
+	}
+	return list, errors.Join(problems...)
+}
+
+// readExport reads one file of dir, which must be that of its export.
+func readExport(dir, name string) (Export, error) {
+	path := filepath.Join(dir, name)
+	b, err := readFile(path, limits.StateFile+1, syscall.O_NOFOLLOW)
+	if err != nil {
+		return Export{}, err
+	}
+	var e Export
+	if err := decodeJSON(b, &e, limits.StateFile+1); err != nil {
+		return Export{}, fmt.Errorf("%q: %w", path, err)
+	}
+	if stateFile(e.Name) != name {
+		return Export{}, fmt.Errorf("%q: it is export %q, which belongs in %q", path, cut(e.Name), stateFile(e.Name))
+	}
+	return e, nil
+}

@@ -1,0 +1,194 @@
+package config_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// keep writes an export that is expected to be kept.
+func keep(t *testing.T, dir string, e config.Export) {
+	t.Helper()
+	if err := config.WriteExport(dir, e); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func files(t *testing.T, dir string) []string {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, f := range list {
+		names = append(names, f.Name())
+	}
+	return names
+}
+
+func TestAnyNameIsKeptInTheFolder(t *testing.T) {
+	dir := t.TempDir()
+	names := []string{
+		"a", "A", ".", "..", "../../etc/passwd", "/", "-rf", "a b", "a\nb", `q"'`, "%2E", "~", ".json", ".a.json.new", "ü",
+		strings.Repeat("/", 66), strings.Repeat("/", 67), strings.Repeat("a", 200), strings.Repeat("a", 201), strings.Repeat("a", limits.MaxString),
+		strings.Repeat("a", limits.MaxString-1) + "b",
+	}
+	for _, name := range names {
+		keep(t, dir, config.Export{Name: name, Image: "/" + name})
+	}
+	if got := files(t, dir); len(got) != len(names) {
+		t.Errorf("%d names have %d files: %q", len(names), len(got), got)
+	}
+	list, err := config.ReadExports(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]bool{}
+	for _, e := range list {
+		got[e.Name] = e.Image == "/"+e.Name
+	}
+	for _, name := range names {
+		if !got[name] {
+			t.Errorf("%.50q did not come back", name)
+		}
+		if err := config.RemoveExport(dir, name); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := files(t, dir); got != nil {
+		t.Errorf("left: %q", got)
+	}
+	if err := config.RemoveExport(dir, "a"); err != nil {
+		t.Errorf("removed twice: %v", err)
+	}
+}
+
+func TestKeptExportsComeBackWhole(t *testing.T) {
+	dir := t.TempDir()
+	c := parsed(t, whole)
+	for _, e := range c.Exports {
+		keep(t, dir, e)
+	}
+	changed := c.Exports[1]
+	changed.Description = "changed"
+	keep(t, dir, changed)
+	list, err := config.ReadExports(dir)
+	if err != nil || len(list) != 2 || !sameJSON(t, list[0], c.Exports[0]) || !sameJSON(t, list[1], changed) {
+		t.Errorf("got %+v, %v", list, err)
+	}
+	i, err := os.Stat(filepath.Join(dir, "a.json"))
+	if err != nil || i.Mode() != 0o600 {
+		t.Errorf("mode %v, %v", i.Mode(), err)
+	}
+	large := config.Export{Name: "large", Image: "/l", Protect: many(limits.ExportRanges, config.Range{Offset: 1 << 50, Length: 1 << 50})}
+	keep(t, dir, large)
+	if list, err = config.ReadExports(dir); err != nil || len(list) != 3 || len(list[2].Protect) != limits.ExportRanges {
+		t.Errorf("a large export: %v", err)
+	}
+}
+
+func TestWhatCannotComeBackIsNotKept(t *testing.T) {
+	dir := t.TempDir()
+	keep(t, dir, config.Export{Name: "a", Image: "/a"})
+	for name, e := range map[string]config.Export{
+		"descriptor":         {Name: "a", Image: "fd:0"},
+		"backing descriptor": {Name: "a", Image: "/a", BackingFiles: []string{"fd:1:qcow2"}},
+		"no name":            {Image: "/a"},
+		"name":               {Name: "a\xff", Image: "/a"},
+		"text":               {Name: "a", Image: "/a\xff"},
+		"size":               {Name: "a", Image: "/a", Description: strings.Repeat("a", limits.StateFile)},
+		"negative":           {Name: "a", Image: "/a", Overlay: &config.Overlay{Quota: -1}},
+	} {
+		if err := config.WriteExport(dir, e); err == nil {
+			t.Errorf("%s: kept", name)
+		}
+	}
+	list, err := config.ReadExports(dir)
+	if err != nil || len(list) != 1 || list[0].Image != "/a" || len(files(t, dir)) != 1 {
+		t.Errorf("got %+v, %v, files %q", list, err, files(t, dir))
+	}
+}
+
+func TestBadFilesDoNotHideTheOthers(t *testing.T) {
+	dir := t.TempDir()
+	keep(t, dir, config.Export{Name: "a", Image: "/a"})
+	keep(t, dir, config.Export{Name: "z", Image: "/z"})
+	for name, text := range map[string]string{
+		"empty.json": "", "cut.json": `{"name":"cut"`, "other.json": `{"name":"a","image":"/b"}`,
+		"stray": "x", "twice.json": `{"name":"twice","name":"twice"}`, ".b.json.new": `{"name":"b"`,
+		"size.json": strings.Repeat(" ", limits.StateFile+2),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	outside := filepath.Join(t.TempDir(), "link.json")
+	if err := os.WriteFile(outside, []byte(`{"name":"link"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(outside, filepath.Join(dir, "link.json")); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(filepath.Join(dir, "fifo.json"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	list, err := config.ReadExports(dir)
+	if len(list) != 2 || list[0].Name != "a" || list[1].Name != "z" {
+		t.Errorf("got %+v", list)
+	}
+	for _, name := range []string{"empty", "cut", "other", "stray", "twice", "size", "link", "fifo"} {
+		if err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s is not named in: %v", name, err)
+		}
+	}
+}
+
+// What stood under the name is there until the new file is complete, and a
+// link in the place of the new file is not followed.
+func TestWriteIsAtomic(t *testing.T) {
+	dir := t.TempDir()
+	keep(t, dir, config.Export{Name: "a", Image: "/old"})
+	outside := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(outside, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	temp := filepath.Join(dir, ".a.json.new")
+	if err := os.Symlink(outside, temp); err != nil {
+		t.Fatal(err)
+	}
+	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/new"}); !errors.Is(err, syscall.ELOOP) {
+		t.Errorf("wrote through a link: %v", err)
+	}
+	if b, err := os.ReadFile(outside); err != nil || string(b) != "mine" {
+		t.Errorf("the file behind the link: %q, %v", b, err)
+	}
+	if list, err := config.ReadExports(dir); err != nil || list[0].Image != "/old" {
+		t.Errorf("got %+v, %v", list, err)
+	}
+	// An interrupted write is no obstacle.
+	if err := os.WriteFile(temp, []byte(strings.Repeat("x", 10000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keep(t, dir, config.Export{Name: "a", Image: "/new"})
+	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 || list[0].Image != "/new" || len(files(t, dir)) != 1 {
+		t.Errorf("got %+v, %v, files %q", list, err, files(t, dir))
+	}
+	gone := filepath.Join(dir, "gone")
+	if err := config.WriteExport(gone, config.Export{Name: "a"}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no folder: %v", err)
+	}
+	if _, err := config.ReadExports(gone); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no folder: %v", err)
+	}
+	if err := config.RemoveExport(gone, "a"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no folder: %v", err)
+	}
+}
