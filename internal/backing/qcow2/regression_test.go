@@ -406,6 +406,26 @@ func TestRegressionCopiedFlagsAreWhatQEMUWants(t *testing.T) {
 	}
 }
 
+// TestRegressionSharedTablesAreCopiedWhole: a snapshot shares an L2 table of
+// which only a part is in memory when the disk gets a copy of its own.
+func TestRegressionSharedTablesAreCopiedWhole(t *testing.T) {
+	const cluster, size = 16 << 10, 32 << 20 // one table
+	commands := []string{}
+	for off := int64(0); off < size; off += 4 << 20 {
+		commands = append(commands, fmt.Sprintf("write -P %d %d 20k", off>>20+1, off))
+	}
+	s := fromQEMUIO(t, "shared", "", cluster, fmt.Sprint(size), append(commands, "snapshot a")...)
+	for _, at := range []int64{0, 12 << 20, size - cluster} {
+		h, r := s.start(t)
+		for _, op := range []disktest.Op{write(at, 700, 1), flush} { // reading the disk would load the table
+			if err := r.Carry(t.Context(), disktest.Batch{op}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		finish(t, h, r)
+	}
+}
+
 // TestRegressionHeaderFieldsSurvive: the compression type, feature names and
 // extensions that nobody knows are in the header after writing and growing the
 // refcount table.

@@ -32,7 +32,7 @@ type Run struct {
 func (r *Run) Do(ctx context.Context, s Script) error {
 	for i, batch := range s {
 		r.Batch = i
-		if err := r.batch(ctx, batch); err != nil {
+		if err := r.Carry(ctx, batch); err != nil {
 			return fmt.Errorf("batch %d: %w", i, err)
 		}
 		r.Oracle.Prune()
@@ -43,7 +43,8 @@ func (r *Run) Do(ctx context.Context, s Script) error {
 	return nil
 }
 
-func (r *Run) batch(ctx context.Context, batch Batch) error {
+// Carry carries out one batch and reads nothing that it does not ask for.
+func (r *Run) Carry(ctx context.Context, batch Batch) error {
 	if batch[0].Kind == Reopen {
 		return r.reopen(ctx)
 	}
