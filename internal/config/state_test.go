@@ -88,9 +88,9 @@ func TestKeptExportsComeBackWhole(t *testing.T) {
 	if err != nil || i.Mode() != 0o600 {
 		t.Errorf("mode %v, %v", i.Mode(), err)
 	}
-	large := config.Export{Name: "large", Image: "/l", Protect: many(limits.ExportRanges, config.Range{Offset: 1 << 50, Length: 1 << 50})}
+	large := config.Export{Name: "large", Image: "/l", Protect: many(limits.ProtectRanges, config.Range{Offset: 1 << 50, Length: 1 << 50})}
 	keep(t, dir, large)
-	if list, err = config.ReadExports(dir); err != nil || len(list) != 3 || len(list[2].Protect) != limits.ExportRanges {
+	if list, err = config.ReadExports(dir); err != nil || len(list) != 3 || len(list[2].Protect) != limits.ProtectRanges {
 		t.Errorf("a large export: %v", err)
 	}
 }

@@ -232,9 +232,9 @@ func TestEveryListIsBounded(t *testing.T) {
 		"backing-files": func(_ *config.Config, e *config.Export) { e.BackingFiles = many(limits.ChainDepth+1, "/a") },
 		"data-files":    func(_ *config.Config, e *config.Export) { e.DataFiles = many(limits.ChainDepth+1, "/a") },
 		"protect": func(_ *config.Config, e *config.Export) {
-			e.Protect = many(limits.ExportRanges+1, config.Range{Length: 1})
+			e.Protect = many(limits.ProtectRanges+1, config.Range{Length: 1})
 		},
-		"fault":       func(_ *config.Config, e *config.Export) { e.Faults = many(limits.Faults+1, config.Fault{}) },
+		"fault":       func(_ *config.Config, e *config.Export) { e.Faults = many(limits.ExportFaults+1, config.Fault{}) },
 		"name":        func(_ *config.Config, e *config.Export) { e.Name = strings.Repeat("a", limits.MaxString+1) },
 		"description": func(_ *config.Config, e *config.Export) { e.Description = strings.Repeat("a", limits.MaxString+1) },
 	} {

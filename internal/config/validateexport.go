@@ -130,7 +130,7 @@ func (e *Export) checkLayers(k checker, s Scope) {
 	if o := e.Overlay; o != nil && o.Quota <= 0 {
 		k.in("overlay").fail("quota: it must be larger than 0")
 	}
-	if k.most("protect", len(e.Protect), limits.ExportRanges) {
+	if k.most("protect", len(e.Protect), limits.ProtectRanges) {
 		for i, r := range e.Protect {
 			k.in("protect %d", i+1).span(r.Offset, r.Length, false)
 		}
@@ -144,7 +144,7 @@ func (e *Export) checkLayers(k checker, s Scope) {
 	if _, ok := s.Groups[e.RateGroup]; e.RateGroup != "" && !ok {
 		k.fail("rate-group: there is none that is called %q", cut(e.RateGroup))
 	}
-	if k.most("fault", len(e.Faults), limits.Faults) {
+	if k.most("fault", len(e.Faults), limits.ExportFaults) {
 		for i := range e.Faults {
 			e.Faults[i].check(k.in("fault %d", i+1))
 		}
@@ -166,7 +166,7 @@ func (b *BlockSize) check(k checker) {
 		key     string
 		n, most Size
 	}{
-		{"minimum", b.Minimum, limits.ExportBlock}, {"preferred", b.Preferred, limits.MaxIO}, {"maximum", b.Maximum, limits.MaxIO},
+		{"minimum", b.Minimum, limits.LargestBlock}, {"preferred", b.Preferred, limits.MaxIO}, {"maximum", b.Maximum, limits.MaxIO},
 	} {
 		if n.n < 0 || n.n&(n.n-1) != 0 || n.n > n.most {
 			k.fail("%s: want a power of two up to %d", n.key, n.most)
@@ -188,8 +188,8 @@ func (f *Fault) check(k checker) {
 	k.notNegative("count", int64(f.Count))
 	k.word("error", f.Error, "", "EIO", "ENOSPC")
 	switch {
-	case f.Delay < 0 || time.Duration(f.Delay) > limits.FaultDelay:
-		k.fail("delay: want 0s to %v", limits.FaultDelay)
+	case f.Delay < 0 || time.Duration(f.Delay) > limits.ExportDelay:
+		k.fail("delay: want 0s to %v", limits.ExportDelay)
 	case f.Delay == 0 && f.Error == "":
 		k.fail("it has neither an error nor a delay")
 	}

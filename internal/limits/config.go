@@ -31,27 +31,16 @@ const (
 	Grants     = 256
 	GrantFacts = 1024
 
-	// Faults bounds the rules of an export by which requests fail. Each
-	// request is compared with all.
-	Faults = 64
-
-	// FaultDelay is the longest delay of a request: guests give a disk up
-	// before that.
-	FaultDelay = 10 * time.Minute
+	// ExportFaults bounds the rules of an export by which requests fail, and
+	// ExportDelay the delay of one: guests give a disk up before that.
+	ExportFaults = 64
+	ExportDelay  = 10 * time.Minute
 
 	// RateBurst is the longest burst of a rate.
 	RateBurst = time.Hour
 
 	// Partitions is the largest number of a partition: as many as a GPT has.
 	Partitions = 128
-
-	// ExportRanges bounds the ranges of an export that refuse writes. Each
-	// write searches them.
-	ExportRanges = 4096
-
-	// ExportBlock bounds the blocks of an export: the most that the NBD
-	// specification allows for a minimum.
-	ExportBlock = 64 << 10
 
 	// UserName bounds the name of a user or a group: Linux allows 256 bytes
 	// with the closing zero.

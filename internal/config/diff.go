@@ -1,0 +1,317 @@
+package config
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// What says what becomes of a thing in a reload.
+type What uint8
+
+// Values of What, in the order in which they are done: what goes makes room
+// for what comes.
+const (
+	Remove What = iota
+	Alter
+	Add
+)
+
+var whats = [...]string{"remove", "change", "add"}
+
+// String is the verb.
+func (w What) String() string { return whats[w] }
+
+// Change is what a reload does: the difference of two configurations. Each list
+// is sorted: by What, then by name.
+type Change struct {
+	Settings  []SettingChange
+	Groups    []GroupChange
+	Listeners []ListenerChange
+	Exports   []ExportChange
+}
+
+// SettingChange is another value of a key outside of the lists.
+type SettingChange struct {
+	Key      string // such as "log.level"
+	Old, New string // JSON
+	Restart  bool   // a reload does not do it: the daemon must be started again
+}
+
+// GroupChange is a rate that exports share. It changes while they are in use.
+type GroupChange struct {
+	What     What
+	Name     string
+	Old, New Rate // zero where there is none
+}
+
+// ListenerChange is an address. A listener whose address, or whose export, is
+// another one is removed and added.
+type ListenerChange struct {
+	What     What
+	Export   string    // that it belongs to; "" for those of all
+	Old, New *Listener // nil where there is none
+	Fields   []string  // the keys that change, for Alter
+	Live     bool      // no client notices: else it is closed and opened again
+}
+
+// ExportChange is a disk.
+type ExportChange struct {
+	What     What
+	Name     string
+	Old, New *Export  // nil where there is none
+	Fields   []string // the keys that change, for Alter, without listeners
+	Live     bool     // clients stay: else it is closed and opened again
+}
+
+// liveFields are the keys of an export that change while it is in use.
+// Connections that are open keep the access that they have.
+var liveFields = []string{
+	"description", "default", "grant", "max-connections", "rate", "rate-group", "log-requests", "fault",
+}
+
+// setting is a key outside of the lists.
+type setting struct {
+	key     string
+	restart bool
+	of      func(*Config) any
+}
+
+// settings are all of them. Those with restart are needed before the daemon
+// gives up its rights, or hold what has no second of its kind.
+var settings = []setting{
+	{"engine", true, func(c *Config) any { return c.Engine }},
+	{"drain-timeout", false, func(c *Config) any { return c.Drain }},
+	{"log.level", false, func(c *Config) any { return c.Log.Level }},
+	{"log.format", true, func(c *Config) any { return c.Log.Format }},
+	{"log.slow-request", false, func(c *Config) any { return c.Log.Slow }},
+	{"tls.certificates", true, func(c *Config) any { return c.TLS.Certificates }},
+	{"tls.verify-peer", true, func(c *Config) any { return c.TLS.VerifyPeer }},
+	{"control.socket", true, func(c *Config) any { return c.Control.Socket }},
+	{"control.mode", true, func(c *Config) any { return c.Control.Mode }},
+	{"control.owner", true, func(c *Config) any { return c.Control.Owner }},
+	{"control.read-users", false, func(c *Config) any { return c.Control.ReadUsers }},
+	{"control.read-groups", false, func(c *Config) any { return c.Control.ReadGroups }},
+	{"control.change-users", false, func(c *Config) any { return c.Control.ChangeUsers }},
+	{"control.change-groups", false, func(c *Config) any { return c.Control.ChangeGroups }},
+	{"control.state", true, func(c *Config) any { return c.Control.State }},
+	{"metrics.listen", true, func(c *Config) any { return c.Metrics.Listen }},
+	{"images.roots", true, func(c *Config) any { return c.Images.Roots }},
+}
+
+// Diff says what leads from old to new, both valid and with their defaults. It
+// keeps pointers into both.
+func Diff(old, new *Config) *Change {
+	return &Change{
+		Settings:  diffSettings(old, new),
+		Groups:    diffGroups(old.Groups, new.Groups),
+		Listeners: diffListeners(old, new),
+		Exports:   diffExports(old, new),
+	}
+}
+
+func diffSettings(old, new *Config) (list []SettingChange) {
+	for _, s := range settings {
+		if a, b := s.of(old), s.of(new); !equal(a, b) {
+			list = append(list, SettingChange{s.key, text(a), text(b), s.restart})
+		}
+	}
+	return list
+}
+
+// text is a value of a setting as JSON.
+func text(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+func diffGroups(old, new map[string]Rate) (list []GroupChange) {
+	for name, w := range match(old, new) {
+		if w != Alter || old[name] != new[name] {
+			list = append(list, GroupChange{w, name, old[name], new[name]})
+		}
+	}
+	slices.SortFunc(list, func(a, b GroupChange) int {
+		return cmp.Or(cmp.Compare(a.What, b.What), cmp.Compare(a.Name, b.Name))
+	})
+	return list
+}
+
+// match says of each key whether only old has it, both, or only new.
+func match[K comparable, V any](old, new map[K]V) map[K]What {
+	m := make(map[K]What, len(new))
+	for k := range new {
+		m[k] = Add
+	}
+	for k := range old {
+		if _, both := new[k]; both {
+			m[k] = Alter
+		} else {
+			m[k] = Remove
+		}
+	}
+	return m
+}
+
+// place is what makes a listener the same in two configurations.
+type place struct {
+	export string
+	at     address
+	nth    int // of those with a port that the kernel chooses
+}
+
+// listeners are all of a configuration.
+func (c *Config) listeners() map[place]*Listener {
+	m := map[place]*Listener{}
+	add := func(export string, l *Listener) {
+		a, err := parseAddress(l.URI)
+		if err != nil {
+			a = address{kind: l.URI} // not valid, but not lost
+		}
+		p := place{export: export, at: a}
+		for m[p] != nil {
+			p.nth++
+		}
+		m[p] = l
+	}
+	for i := range c.Listeners {
+		add("", &c.Listeners[i])
+	}
+	for i := range c.Exports {
+		for j := range c.Exports[i].Listeners {
+			add(c.Exports[i].Name, &c.Exports[i].Listeners[j])
+		}
+	}
+	return m
+}
+
+func diffListeners(oldConfig, newConfig *Config) (list []ListenerChange) {
+	old, new := oldConfig.listeners(), newConfig.listeners()
+	m := match(old, new)
+	order := slices.SortedFunc(maps.Keys(m), func(a, b place) int {
+		return cmp.Or(cmp.Compare(m[a], m[b]), cmp.Compare(a.export, b.export),
+			cmp.Compare(a.at.String(), b.at.String()), cmp.Compare(a.nth, b.nth))
+	})
+	for _, p := range order {
+		c := ListenerChange{What: m[p], Export: p.export, Old: old[p], New: new[p], Live: true}
+		if c.What == Alter {
+			if c.Fields = fields(*c.Old, *c.New); len(c.Fields) == 0 {
+				continue
+			}
+			c.Live = len(c.Fields) == 1 && c.Fields[0] == "exports"
+		}
+		list = append(list, c)
+	}
+	return list
+}
+
+func diffExports(oldConfig, newConfig *Config) (list []ExportChange) {
+	old, new := oldConfig.byName(), newConfig.byName()
+	m := match(old, new)
+	order := slices.SortedFunc(maps.Keys(m), func(a, b string) int {
+		return cmp.Or(cmp.Compare(m[a], m[b]), cmp.Compare(a, b))
+	})
+	for _, name := range order {
+		c := ExportChange{What: m[name], Name: name, Old: old[name], New: new[name], Live: true}
+		if c.What == Alter {
+			c.Fields = slices.DeleteFunc(fields(*c.Old, *c.New), func(f string) bool { return f == "listener" })
+			if len(c.Fields) == 0 {
+				continue
+			}
+			for _, f := range c.Fields {
+				c.Live = c.Live && slices.Contains(liveFields, f)
+			}
+		}
+		list = append(list, c)
+	}
+	return list
+}
+
+func (c *Config) byName() map[string]*Export {
+	m := make(map[string]*Export, len(c.Exports))
+	for i := range c.Exports {
+		m[c.Exports[i].Name] = &c.Exports[i]
+	}
+	return m
+}
+
+// fields are the keys in which two structs of one type differ, but for the uri
+// of a listener, which can be written in several ways.
+func fields[T any](a, b T) (list []string) {
+	x, y := reflect.ValueOf(a), reflect.ValueOf(b)
+	for i := range x.NumField() {
+		key := x.Type().Field(i).Tag.Get("toml")
+		if key != "uri" && !same(x.Field(i), y.Field(i)) {
+			list = append(list, key)
+		}
+	}
+	return list
+}
+
+// Empty tells that there is nothing to do.
+func (c *Change) Empty() bool {
+	return len(c.Settings)+len(c.Groups)+len(c.Listeners)+len(c.Exports) == 0
+}
+
+// Restart tells that not all can be done by a reload.
+func (c *Change) Restart() bool {
+	return slices.ContainsFunc(c.Settings, func(s SettingChange) bool { return s.Restart })
+}
+
+// Lines has a line for each change, in the order of the lists. Names are
+// quoted, so that a name is never more than a name.
+func (c *Change) Lines() []string {
+	lines := []string{}
+	for _, s := range c.Settings {
+		line := fmt.Sprintf("change %s from %s to %s", s.Key, s.Old, s.New)
+		if s.Restart {
+			line += ": needs a restart"
+		}
+		lines = append(lines, line)
+	}
+	for _, g := range c.Groups {
+		lines = append(lines, fmt.Sprintf("%v rate-group %q", g.What, g.Name))
+	}
+	for _, l := range c.Listeners {
+		which := l.New
+		if which == nil {
+			which = l.Old
+		}
+		line := fmt.Sprintf("%v listener %q", l.What, which.URI)
+		if l.Export != "" {
+			line += fmt.Sprintf(" of export %q", l.Export)
+		}
+		lines = append(lines, line+how(l.Fields, l.Live))
+	}
+	for _, e := range c.Exports {
+		lines = append(lines, fmt.Sprintf("%v export %q", e.What, e.Name)+how(e.Fields, e.Live))
+	}
+	return lines
+}
+
+// how says which keys of a thing change, and what that costs.
+func how(fields []string, live bool) string {
+	if len(fields) == 0 {
+		return ""
+	}
+	s := ": " + strings.Join(fields, ", ")
+	if !live {
+		s += " (is closed and opened again)"
+	}
+	return s
+}
+
+// String is Lines, each ended; "no changes" if there are none.
+func (c *Change) String() string {
+	if c.Empty() {
+		return "no changes\n"
+	}
+	return strings.Join(c.Lines(), "\n") + "\n"
+}
