@@ -8,6 +8,11 @@ const (
 	// searches them.
 	ProtectRanges = 4096
 
+	// LargestBlock bounds the blocks of a disk, whose parts are modified in a
+	// buffer of one block: more than any storage has, and the most that the NBD
+	// specification allows for a minimum.
+	LargestBlock = 64 << 10
+
 	// CloseFlush is how long the flush of a disk that is closed may wait for
 	// its turn. It does not bound the storage.
 	CloseFlush = 30 * time.Second
@@ -17,17 +22,25 @@ const (
 	// seconds, that of most daemons on top of it a few minutes).
 	PauseLongest = 5 * time.Minute
 
-	// LargestBlock bounds the blocks of a disk, whose parts are modified in a
-	// buffer of one block: more than any storage has, and the most that the NBD
-	// specification allows for a minimum.
-	LargestBlock = 64 << 10
-
 	// RateSlack is the least that a rate may run ahead of the clock: it makes
 	// up for timers that fire late, and stays below what a guest can notice.
 	RateSlack = 10 * time.Millisecond
 
+	// RatePiece is the most of a request without payload that is paid for at
+	// once: such a request may be of 4 GiB, and the other disks of its group
+	// have to wait for their turn.
+	RatePiece = 1 << 20
+
 	// RateGroups bounds the groups that one disk shares its rates with.
 	RateGroups = 8
+
+	// FaultRules bounds the rules that inject faults into one disk: every
+	// request is held against each.
+	FaultRules = 64
+
+	// InjectDelay bounds an injected delay: longer than any time-out that a
+	// guest is likely to be tested with.
+	InjectDelay = 10 * time.Minute
 
 	// RequestLogLines bounds the lines of a request log in a second. A guest
 	// makes a hundred times more requests, and must not fill the journal.

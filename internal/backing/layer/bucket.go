@@ -1,0 +1,137 @@
+package layer
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// bucket holds tokens that come in at a steady rate. Who takes more than a
+// burst waits for a burst and leaves a debt, so that the rate holds for
+// requests of any size.
+//
+// Those that wait do so in order of arrival: the one that has the turn sleeps,
+// the others wait for the turn.
+type bucket struct {
+	turn chan struct{} // has a token while nobody waits
+
+	mu      sync.Mutex
+	rate    float64       // guarded by mu; tokens in a second, 0 is no bound
+	burst   float64       // guarded by mu; most that is taken without a debt
+	slack   float64       // guarded by mu; held on top of burst for those who wake late
+	tokens  float64       // guarded by mu; below 0 it is a debt
+	last    time.Time     // guarded by mu; when tokens was right
+	changed chan struct{} // guarded by mu; closed when the rate changes
+}
+
+// init makes a bucket without a bound.
+func (b *bucket) init() {
+	b.turn = make(chan struct{}, 1)
+	b.turn <- struct{}{}
+	b.changed = make(chan struct{})
+	b.last = time.Now()
+}
+
+// set changes the rate for those that wait, too. burst is raised to
+// limits.RateSlack.
+func (b *bucket) set(rate int64, burst time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.fillLocked(time.Now())
+	old := b.burst
+	b.rate = float64(rate)
+	b.slack = b.rate * limits.RateSlack.Seconds()
+	b.burst = b.rate * max(burst, limits.RateSlack).Seconds()
+	if old == 0 {
+		b.tokens = b.burst
+	}
+	b.tokens = max(min(b.tokens, b.burst), -b.burst)
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+// fillLocked adds what came in since the last call.
+func (b *bucket) fillLocked(now time.Time) {
+	if d := now.Sub(b.last); d > 0 {
+		b.tokens = min(b.burst+b.slack, b.tokens+b.rate*d.Seconds())
+		b.last = now
+	}
+}
+
+// takeLocked takes n tokens, or tells how long it will be until they are there.
+func (b *bucket) takeLocked(n float64) (wait time.Duration) {
+	if b.rate == 0 || n == 0 {
+		return 0
+	}
+	b.fillLocked(time.Now())
+	if missing := min(n, b.burst) - b.tokens; missing > 0 {
+		return waitFor(missing / b.rate)
+	}
+	b.tokens -= n
+	return 0
+}
+
+// waitFor is at least a nanosecond and at most an hour: then the taker looks
+// again.
+func waitFor(seconds float64) time.Duration {
+	return max(time.Duration(min(seconds, time.Hour.Seconds())*float64(time.Second)), 1)
+}
+
+// try takes n tokens if they are there and nobody waits for any.
+func (b *bucket) try(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.rate == 0 {
+		return true
+	}
+	return len(b.turn) == 1 && b.takeLocked(float64(n)) == 0
+}
+
+// take waits for n tokens until ctx ends.
+func (b *bucket) take(ctx context.Context, n int64) error {
+	if b.try(n) {
+		return nil
+	}
+	select {
+	case <-b.turn:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { b.turn <- struct{}{} }()
+	for {
+		b.mu.Lock()
+		d, changed := b.takeLocked(float64(n)), b.changed
+		b.mu.Unlock()
+		if d == 0 {
+			return nil
+		}
+		if err := sleep(ctx, d, changed); err != nil {
+			return err
+		}
+	}
+}
+
+// sleep waits for d, or until wake is closed. It ends with an error when ctx
+// does.
+func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-wake:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return nil
+}
+
+// putBack returns n tokens that were not used.
+func (b *bucket) putBack(n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.rate != 0 {
+		b.tokens = min(b.tokens+float64(n), b.burst+b.slack)
+	}
+}

@@ -1,0 +1,245 @@
+package layer
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Rate bounds one kind of request. 0 is no bound.
+type Rate struct {
+	Bytes int64 // in a second
+	Ops   int64 // requests in a second
+
+	// Burst is how much time's worth may come at once after a rest. It is
+	// raised to limits.RateSlack.
+	Burst time.Duration
+}
+
+// Rates are the bounds of a Limiter. A read counts for Read and for Total,
+// anything that changes or flushes for Write and for Total.
+type Rates struct{ Read, Write, Total Rate }
+
+func (r Rate) valid() bool {
+	return r.Bytes >= 0 && r.Ops >= 0 && r.Burst >= 0 && r.Burst <= limits.RateBurst
+}
+
+// Limiter enforces Rates on one disk, or on all that share it.
+type Limiter struct {
+	mu    sync.Mutex
+	rates Rates // guarded by mu
+
+	// The buckets have locks of their own.
+	read, write, total pairOfBuckets
+}
+
+type pairOfBuckets struct{ bytes, ops bucket }
+
+// NewLimiter makes a limiter; bad rates are ErrInvalid.
+func NewLimiter(r Rates) (*Limiter, error) {
+	l := &Limiter{}
+	for _, p := range []*pairOfBuckets{&l.read, &l.write, &l.total} {
+		p.bytes.init()
+		p.ops.init()
+	}
+	return l, l.Set(r)
+}
+
+// Set changes the rates from now on, for requests that wait, too. A negative
+// rate, or a burst beyond limits.RateBurst, is ErrInvalid and changes nothing.
+func (l *Limiter) Set(r Rates) error {
+	if !r.Read.valid() || !r.Write.valid() || !r.Total.valid() {
+		return invalid("set rate", "a rate is negative, or a burst not between 0 and %v", limits.RateBurst)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.rates = r
+	l.read.set(r.Read)
+	l.write.set(r.Write)
+	l.total.set(r.Total)
+	return nil
+}
+
+// Rates are those of the last Set.
+func (l *Limiter) Rates() Rates {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.rates
+}
+
+func (p *pairOfBuckets) set(r Rate) {
+	p.bytes.set(r.Bytes, r.Burst)
+	p.ops.set(r.Ops, r.Burst)
+}
+
+// buckets are those that a request of n bytes takes from, and how much.
+func (l *Limiter) buckets(write bool, n int64) [4]share {
+	own := &l.read
+	if write {
+		own = &l.write
+	}
+	return [4]share{{&own.ops, 1}, {&l.total.ops, 1}, {&own.bytes, n}, {&l.total.bytes, n}}
+}
+
+type share struct {
+	b *bucket
+	n int64
+}
+
+// RateOptions name the limiters of a disk.
+type RateOptions struct {
+	// Limiters all apply: that of the disk itself, and those of the groups
+	// that it belongs to.
+	Limiters []*Limiter
+}
+
+// RateLimit makes requests wait until all limiters have tokens for them. A
+// read or a write counts with its bytes; so does zeroing where the disk has to
+// write the zeroes. All others count as requests only.
+//
+// A read or a write that is larger than a burst goes as a whole, and what
+// follows waits the longer.
+type RateLimit struct {
+	backing.Passthrough
+	limiters []*Limiter
+	fastZero bool
+}
+
+// NewRateLimit stands on dev. No more than limits.RateGroups limiters, else
+// ErrInvalid.
+func NewRateLimit(dev backing.Device, o RateOptions) (*RateLimit, error) {
+	if len(o.Limiters) > 1+limits.RateGroups {
+		return nil, invalid("limit rate", "more than %d groups", limits.RateGroups)
+	}
+	l := &RateLimit{Passthrough: backing.Passthrough{Next: dev}, fastZero: dev.Info().Caps.Has(backing.CanFastZero)}
+	l.limiters = append(l.limiters, o.Limiters...)
+	return l, nil
+}
+
+// try takes all tokens of a request, or none.
+func (l *RateLimit) try(write bool, n int64) bool {
+	for i, lim := range l.limiters {
+		shares := lim.buckets(write, n)
+		for j, s := range shares {
+			if !s.b.try(s.n) {
+				putBack(shares[:j])
+				l.putBack(write, n, i)
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// take waits for the tokens of a request.
+func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
+	for i, lim := range l.limiters {
+		shares := lim.buckets(write, n)
+		for j, s := range shares {
+			if err := s.b.take(ctx, s.n); err != nil {
+				putBack(shares[:j])
+				l.putBack(write, n, i)
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// putBack returns what a request took from the first limiters.
+func (l *RateLimit) putBack(write bool, n int64, count int) {
+	for _, lim := range l.limiters[:count] {
+		shares := lim.buckets(write, n)
+		putBack(shares[:])
+	}
+}
+
+func putBack(shares []share) {
+	for _, s := range shares {
+		s.b.putBack(s.n)
+	}
+}
+
+func (l *RateLimit) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := l.take(ctx, false, int64(len(p))); err != nil {
+		return err
+	}
+	return l.Next.ReadAt(ctx, p, off)
+}
+
+func (l *RateLimit) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	if err := l.take(ctx, true, int64(len(p))); err != nil {
+		return err
+	}
+	return l.Next.WriteAt(ctx, p, off, f)
+}
+
+// Zero goes in pieces where its bytes count.
+func (l *RateLimit) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	if l.fastZero {
+		if err := l.take(ctx, true, 0); err != nil {
+			return err
+		}
+		return l.Next.Zero(ctx, off, n, f)
+	}
+	return l.pieces(ctx, true, off, n, func(off, n int64) error { return l.Next.Zero(ctx, off, n, f) })
+}
+
+// pieces does a request that has no payload, and may so be of any length, in
+// pieces of limits.RatePiece.
+func (l *RateLimit) pieces(ctx context.Context, write bool, off, n int64, do func(off, n int64) error) error {
+	for n > 0 {
+		step := min(n, limits.RatePiece-off%limits.RatePiece)
+		if err := l.take(ctx, write, step); err != nil {
+			return err
+		}
+		if err := do(off, step); err != nil {
+			return err
+		}
+		off, n = off+step, n-step
+	}
+	return nil
+}
+
+func (l *RateLimit) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
+	if err := l.take(ctx, true, 0); err != nil {
+		return err
+	}
+	return l.Next.Trim(ctx, off, n, f)
+}
+
+func (l *RateLimit) Flush(ctx context.Context) error {
+	if err := l.take(ctx, true, 0); err != nil {
+		return err
+	}
+	return l.Next.Flush(ctx)
+}
+
+// Cache goes in pieces: it makes the storage read.
+func (l *RateLimit) Cache(ctx context.Context, off, n int64) error {
+	return l.pieces(ctx, false, off, n, func(off, n int64) error { return l.Next.Cache(ctx, off, n) })
+}
+
+func (l *RateLimit) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	if err := l.take(ctx, false, 0); err != nil {
+		return err
+	}
+	return l.Next.Extents(ctx, off, n, f, yield)
+}
+
+// Map forwards while there are tokens.
+func (l *RateLimit) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	write := op != engine.OpRead
+	if !l.try(write, n) {
+		return backing.ErrNotMappable
+	}
+	if err := l.Next.Map(op, off, n, m); err != nil {
+		l.putBack(write, n, len(l.limiters))
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,342 @@
+package layer_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+func limited(d backing.Device, list ...layer.Rates) *layer.RateLimit {
+	var o layer.RateOptions
+	for _, r := range list {
+		o.Limiters = append(o.Limiters, must(layer.NewLimiter(r)))
+	}
+	return must(layer.NewRateLimit(d, o))
+}
+
+func TestRateLimitConforms(t *testing.T) {
+	conform(t, 0, func(_ testing.TB, d backing.Device) backing.Device {
+		return limited(d, layer.Rates{Read: layer.Rate{Bytes: 4 << 30}, Write: layer.Rate{Ops: 1e6}}, layer.Rates{Total: layer.Rate{Bytes: 2 << 30}})
+	})
+}
+
+// trace notes how many bytes and requests go through in each 10 ms.
+type trace struct {
+	backing.Device
+	lag time.Duration // what each request takes
+
+	mu    sync.Mutex
+	begin time.Time
+	bytes map[int64]int64 // by window
+	ops   map[int64]int64
+}
+
+func newTrace(lag time.Duration) *trace {
+	return &trace{Device: mem.Null(1 << 40), lag: lag, begin: time.Now(), bytes: map[int64]int64{}, ops: map[int64]int64{}}
+}
+
+const window = 10 * time.Millisecond
+
+func (c *trace) note(n int) {
+	c.mu.Lock()
+	at := int64(time.Since(c.begin) / window)
+	c.bytes[at] += int64(n)
+	c.ops[at]++
+	c.mu.Unlock()
+	time.Sleep(c.lag)
+}
+
+func (c *trace) ReadAt(_ context.Context, p []byte, _ int64) error {
+	c.note(len(p))
+	return nil
+}
+
+func (c *trace) WriteAt(_ context.Context, p []byte, _ int64, _ backing.Flags) error {
+	c.note(len(p))
+	return nil
+}
+
+// load keeps clients busy for a time, with requests of n bytes that they map if
+// they can, and else write.
+func load(t *testing.T, d backing.Device, c *trace, clients, n int, whole time.Duration) {
+	ctx, cancel := context.WithTimeout(t.Context(), whole)
+	defer cancel()
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			var m backing.Mapping
+			p := make([]byte, n)
+			for ctx.Err() == nil {
+				if d.Map(engine.OpRead, 0, int64(n), &m) == nil {
+					m.Release()
+					c.note(n)
+				} else if err := d.ReadAt(ctx, p, 0); err != nil && ctx.Err() == nil {
+					t.Errorf("read: %v", err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func within(got, want, percent float64) bool { return math.Abs(got-want) <= want*percent/100 }
+
+func TestRateHoldsInEveryWindow(t *testing.T) {
+	for _, tt := range []struct {
+		clients, n int
+		lag        time.Duration
+	}{{1, 512, 0}, {1, 4096, 0}, {8, 4096, 0}, {200, 4096, 3 * time.Millisecond}, {4, 10000, 0}} {
+		t.Run(fmt.Sprintf("%dx%d+%v", tt.clients, tt.n, tt.lag), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const rate = 100e6
+				c := newTrace(tt.lag)
+				load(t, limited(c, layer.Rates{Read: layer.Rate{Bytes: rate}}), c, tt.clients, tt.n, 300*time.Millisecond)
+				for at := int64(5); at < 29; at++ {
+					want := rate * window.Seconds()
+					if got := float64(c.bytes[at]); !within(got, want, 3) {
+						t.Errorf("window %d: got %.0f bytes, want %.0f within 3 %%", at, got, want)
+					}
+				}
+			})
+		})
+	}
+}
+
+func total(m map[int64]int64) (sum int64) {
+	for _, n := range m {
+		sum += n
+	}
+	return sum
+}
+
+func TestRateHoldsForRequestsOfAnySize(t *testing.T) {
+	for _, n := range []int{512, 64 << 10, 1 << 20, 32 << 20} {
+		synctest.Test(t, func(t *testing.T) {
+			const rate = 50e6
+			lag, whole := 7*time.Millisecond, 20*time.Second
+			if n < 1<<20 {
+				lag, whole = 0, time.Second/2
+			}
+			c := newTrace(lag)
+			load(t, limited(c, layer.Rates{Total: layer.Rate{Bytes: rate}}), c, 16, n, whole)
+			if got := float64(total(c.bytes)) / whole.Seconds(); !within(got, rate, 5) {
+				t.Errorf("requests of %d bytes: got %.0f bytes in a second, want %.0f and the burst", n, got, rate)
+			}
+		})
+	}
+}
+
+func TestOpsAreCountedWhateverTheirSize(t *testing.T) {
+	for _, rate := range []int64{10, 1000} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newTrace(0)
+			load(t, limited(c, layer.Rates{Read: layer.Rate{Ops: rate}}), c, 4, 100000, 20*time.Second)
+			if got := float64(total(c.ops)) / 20; !within(got, float64(rate), 3) {
+				t.Errorf("got %v requests in a second, want %d within 3 %%", got, rate)
+			}
+		})
+	}
+}
+
+// elapsed is how long one call takes on the clock of the bubble.
+func elapsed(t *testing.T, do func() error) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	if err := do(); err != nil {
+		t.Fatal(err)
+	}
+	return time.Since(begin)
+}
+
+func TestBurstGoesAtOnceAfterARest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := limited(mem.Null(1<<30), layer.Rates{Write: layer.Rate{Bytes: 1e6, Burst: 5 * time.Second}})
+		for range 2 {
+			write := func(n int) func() error {
+				return func() error { return d.WriteAt(t.Context(), make([]byte, n), 0, 0) }
+			}
+			if got := elapsed(t, write(5e6)); got != 0 {
+				t.Errorf("burst: took %v, want nothing", got)
+			}
+			if got := elapsed(t, write(1e6)); got < 980*time.Millisecond || got > time.Second {
+				t.Errorf("after the burst: a second's bytes took %v", got)
+			}
+			time.Sleep(10 * time.Second)
+		}
+	})
+}
+
+func TestReadsAndWritesAreSeparate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := limited(mem.Null(1<<30), layer.Rates{Write: layer.Rate{Bytes: 1000}})
+		if err := d.WriteAt(t.Context(), make([]byte, 5000), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		if got := elapsed(t, func() error { return d.ReadAt(t.Context(), make([]byte, 1<<20), 0) }); got != 0 {
+			t.Errorf("a read without a bound took %v", got)
+		}
+		if got := elapsed(t, func() error { return d.WriteAt(t.Context(), make([]byte, 10), 0, 0) }); got < 4900*time.Millisecond {
+			t.Errorf("a write behind a debt of 5 s took %v", got)
+		}
+	})
+}
+
+func TestNewRateIsForThoseThatWaitToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lim := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Bytes: 1}}))
+		d := must(layer.NewRateLimit(mem.Null(1<<30), layer.RateOptions{Limiters: []*layer.Limiter{lim}}))
+		if err := d.WriteAt(t.Context(), make([]byte, 1<<20), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			time.Sleep(time.Second)
+			if err := lim.Set(layer.Rates{Total: layer.Rate{Bytes: 1e6}}); err != nil {
+				t.Error(err)
+			}
+		}()
+		if got := elapsed(t, func() error { return d.WriteAt(t.Context(), make([]byte, 1000), 0, 0) }); got > 1100*time.Millisecond {
+			t.Errorf("after a million times the rate: waited %v, want little more than 1s", got)
+		}
+		if r := lim.Rates(); r.Total.Bytes != 1e6 {
+			t.Errorf("rates: got %+v", r)
+		}
+		for _, r := range []layer.Rate{{Ops: -1}, {Bytes: -1}, {Burst: -1}, {Burst: limits.RateBurst + 1}} {
+			isKind(t, "bad rate", lim.Set(layer.Rates{Read: r}), backing.ErrInvalid)
+		}
+		if err := lim.Set(layer.Rates{}); err != nil {
+			t.Fatal(err)
+		}
+		if got := elapsed(t, func() error { return d.WriteAt(t.Context(), make([]byte, 1<<26), 0, 0) }); got != 0 {
+			t.Errorf("without a bound: waited %v", got)
+		}
+	})
+}
+
+func TestGroupSharesOneRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		group := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Bytes: 10e6}}))
+		c := newTrace(0)
+		var wg sync.WaitGroup
+		for range 3 {
+			own := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Bytes: 8e6}}))
+			d := must(layer.NewRateLimit(c, layer.RateOptions{Limiters: []*layer.Limiter{own, group}}))
+			wg.Go(func() { load(t, d, c, 2, 4096, 10*time.Second) })
+		}
+		wg.Wait()
+		if got := float64(total(c.bytes)) / 10; !within(got, 10e6, 3) {
+			t.Errorf("three disks: got %.0f bytes in a second, want 10 million within 3 %%", got)
+		}
+	})
+}
+
+func TestWaitEndsWithItsContextAndTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := limited(mem.Null(1<<30), layer.Rates{Write: layer.Rate{Ops: 1e6}}, layer.Rates{Write: layer.Rate{Bytes: 1000}})
+		if err := d.WriteAt(t.Context(), make([]byte, 10000), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		for range 10 {
+			wg.Go(func() {
+				if err := d.WriteAt(ctx, make([]byte, 10000), 0, 0); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("write: got %v, want %v", err, context.DeadlineExceeded)
+				}
+			})
+		}
+		wg.Wait()
+		if got := elapsed(t, func() error { return d.WriteAt(t.Context(), make([]byte, 10), 0, 0) }); got > 9*time.Second {
+			t.Errorf("those that gave up have cost %v", got-9*time.Second)
+		}
+	})
+}
+
+func TestMapYieldsToThoseThatWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := limited(mem.Null(1<<30), layer.Rates{Read: layer.Rate{Bytes: 1000, Burst: time.Second}})
+		var m backing.Mapping
+		if err := d.Map(engine.OpRead, 0, 1000, &m); err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = d.ReadAt(t.Context(), make([]byte, 1000), 0) }()
+		time.Sleep(900 * time.Millisecond)
+		isKind(t, "map of what is there while another waits", d.Map(engine.OpRead, 0, 10, &m), backing.ErrNotMappable)
+		time.Sleep(200 * time.Millisecond)
+		if err := d.Map(engine.OpRead, 0, 10, &m); err != nil {
+			t.Errorf("map when nobody waits: %v", err)
+		}
+	})
+}
+
+func TestWhatCannotBeMappedCostsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := limited(mem.New(1<<20, nil), layer.Rates{Total: layer.Rate{Ops: 1, Burst: 3 * time.Second}})
+		var m backing.Mapping
+		for range 10 {
+			isKind(t, "map", d.Map(engine.OpRead, 0, 10, &m), backing.ErrNotMappable)
+		}
+		got := elapsed(t, func() error {
+			for range 3 {
+				if err := d.ReadAt(t.Context(), make([]byte, 10), 0); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if got != 0 {
+			t.Errorf("a burst of 3 after 10 refused maps: waited %v", got)
+		}
+	})
+}
+
+// plodder zeroes by writing.
+type plodder struct{ backing.Device }
+
+func (p plodder) Info() backing.Info {
+	i := p.Device.Info()
+	i.Caps &^= backing.CanFastZero
+	return i
+}
+
+func TestZeroesThatAreWrittenCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := layer.Rates{Write: layer.Rate{Bytes: 1 << 20}}
+		for _, tt := range []struct {
+			dev  backing.Device
+			want time.Duration
+		}{{mem.Null(1 << 40), 0}, {plodder{mem.Null(1 << 40)}, 64 * time.Second}} {
+			d := limited(tt.dev, r)
+			got := elapsed(t, func() error { return d.Zero(t.Context(), 0, 64<<20, 0) })
+			if got > tt.want || got < tt.want*95/100 {
+				t.Errorf("zero 64 MiB at 1 MiB/s on a disk of caps %#x: took %v, want %v", tt.dev.Info().Caps, got, tt.want)
+			}
+			if got := elapsed(t, func() error { return d.Trim(t.Context(), 0, 1<<40, 0) }); got != 0 {
+				t.Errorf("trim: took %v", got)
+			}
+		}
+	})
+}
+
+func TestTooManyGroupsAreRefused(t *testing.T) {
+	_, err := layer.NewRateLimit(mem.New(1, nil), layer.RateOptions{Limiters: make([]*layer.Limiter, limits.RateGroups+2)})
+	isKind(t, "groups", err, backing.ErrInvalid)
+}
+
+func TestRateLimitMapsWithoutAllocating(t *testing.T) {
+	rates := layer.Rates{Total: layer.Rate{Bytes: 1 << 40, Ops: 1 << 30}}
+	if n := mapAllocates(t, closing(t, limited(newRaw(t, "pool", 1<<20, 0), rates, rates))); n != 0 {
+		t.Errorf("map: got %v allocations, want none", n)
+	}
+}
