@@ -5,6 +5,7 @@ set -eu
 
 packages="
 busybox-static
+curl
 e2fsprogs
 fio
 fuse3

@@ -136,7 +136,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	if flags&unix.MSG_CTRUNC != 0 {
 		return 0, errMisplaced
 	}
-	return n, err
+	return max(n, 0), err // an error comes with -1
 }
 
 func (c *conn) readFirst(p []byte) (int, error) {
@@ -155,7 +155,7 @@ func (c *conn) readFirst(p []byte) (int, error) {
 	default:
 		c.keep(files)
 	}
-	return n, err
+	return max(n, 0), err
 }
 
 func (c *conn) refuse(err error) {

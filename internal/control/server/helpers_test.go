@@ -61,16 +61,27 @@ func start(t *testing.T, service *controltest.Service, access server.Access) *wo
 
 func startWith(t *testing.T, service *controltest.Service, authorize server.Authorizer) *world {
 	t.Helper()
-	w := &world{path: filepath.Join(t.TempDir(), "control"), service: service, log: &logged{}}
-	l, err := net.Listen("unix", w.path)
+	path := filepath.Join(t.TempDir(), "control")
+	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serve(t, service, authorize, l, path)
+}
+
+// serveOn lets everybody do everything.
+func serveOn(t *testing.T, service *controltest.Service, l net.Listener, path string) *world {
+	t.Helper()
+	return serve(t, service, func(server.Peer) server.Access { return server.Change }, l, path)
+}
+
+func serve(t *testing.T, service *controltest.Service, authorize server.Authorizer, l net.Listener, path string) *world {
+	t.Helper()
+	w := &world{path: path, service: service, log: &logged{}, client: client.Dial(path)}
 	w.server = server.New(server.Config{
 		Service: service, Authorize: authorize,
 		Log: slog.New(slog.NewTextHandler(w.log, nil)),
 	})
-	w.client = client.Dial(w.path)
 	done := make(chan error, 1)
 	go func() { done <- w.server.Serve(l) }()
 	t.Cleanup(func() {
@@ -82,6 +93,9 @@ func startWith(t *testing.T, service *controltest.Service, authorize server.Auth
 		if err := <-done; err != nil {
 			t.Errorf("serve: %v", err)
 		}
+		if strings.Contains(w.log.String(), "panic") {
+			t.Errorf("the server's log has a panic: %s", w.log)
+		}
 		service.Close()
 		for _, f := range service.Files() {
 			_ = f.Close()
@@ -89,6 +103,8 @@ func startWith(t *testing.T, service *controltest.Service, authorize server.Auth
 	})
 	return w
 }
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 // dial opens a connection that does not hang for ever.
 func (w *world) dial(t *testing.T) *net.UnixConn {
@@ -109,6 +125,7 @@ func (w *world) dial(t *testing.T) *net.UnixConn {
 func (w *world) raw(t *testing.T, text string) string {
 	t.Helper()
 	c := w.dial(t)
+	defer c.Close()
 	if _, err := io.WriteString(c, text); err != nil {
 		return err.Error()
 	}

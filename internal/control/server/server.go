@@ -11,10 +11,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -109,7 +111,7 @@ func (s *Server) init() {
 		// net/http grants 4096 bytes more than it is told.
 		MaxHeaderBytes:               limits.ControlHeader - 4096,
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		ErrorLog:                     log.New(httpLog{s.log}, "", 0),
 		BaseContext:                  func(net.Listener) context.Context { return ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, c)
@@ -137,4 +139,17 @@ func (s *Server) Close(ctx context.Context) error {
 		err = errors.Join(err, s.http.Close())
 	}
 	return err
+}
+
+// httpLog takes the lines of net/http, which are about what peers do wrong but
+// for panics.
+type httpLog struct{ log *slog.Logger }
+
+func (h httpLog) Write(p []byte) (int, error) {
+	level := slog.LevelDebug
+	if strings.HasPrefix(string(p), "http: panic serving") {
+		level = slog.LevelError
+	}
+	h.log.Log(context.Background(), level, strings.TrimSpace(string(p)))
+	return len(p), nil
 }

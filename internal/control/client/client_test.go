@@ -1,0 +1,209 @@
+package client_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func testContext(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// evil answers every connection with what talk sends, and then closes it.
+func evil(t *testing.T, talk func(c net.Conn)) *client.Client {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "control")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			// The request is small: one read takes all of it.
+			_, _ = c.Read(make([]byte, 64<<10))
+			talk(c)
+			_ = c.Close()
+		}
+	}()
+	t.Cleanup(func() {
+		_ = l.Close()
+		<-done
+	})
+	return client.Dial(path)
+}
+
+func says(text string) func(net.Conn) {
+	return func(c net.Conn) { _, _ = io.WriteString(c, text) }
+}
+
+// endless repeats text until the client has had enough.
+func endless(begin, text string) func(net.Conn) {
+	return func(c net.Conn) {
+		_, err := io.WriteString(c, begin)
+		for b := []byte(strings.Repeat(text, 1+4096/len(text))); err == nil; {
+			_, err = c.Write(b)
+		}
+	}
+}
+
+const ok = "HTTP/1.1 200 OK\r\n\r\n"
+
+// TestHostileServersAreLeft holds that each reply ends in an error, and that
+// none is read for ever.
+func TestHostileServersAreLeft(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		talk func(net.Conn)
+	}{
+		{"nothing", says("")},
+		{"no HTTP", says("hello\n")},
+		{"header for ever", endless("HTTP/1.1 200 OK\r\n", "X: y\r\n")},
+		{"one header for ever", endless("HTTP/1.1 200 OK\r\nX: ", "y")},
+		{"status line for ever", endless("HTTP/1.1 200 ", "y")},
+		{"continue for ever", endless("", "HTTP/1.1 100 Continue\r\n\r\n")},
+		{"list for ever", endless(ok+"[", "{},")},
+		{"list of numbers", says(ok + "[1,1]")},
+		{"many numbers", says(ok + "[" + strings.Repeat("1,", 1<<20) + "1]")},
+		{"element for ever", endless(ok+`[{"name":"`, "x")},
+		{"many objects", says(ok + "[" + strings.Repeat("{},", limits.ControlObjects) + "{}]")},
+		{"large element", says(ok + `[{"description":"` + strings.Repeat("x", limits.ControlObject) + `"}]`)},
+		{"deep", says(ok + strings.Repeat("[", 1<<20))},
+		{"cut off", says(ok + `[{"name":"a"}`)},
+		{"behind the end of a chunk", says("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[{\r\n0\r\n\r\n")},
+		{"cut off in a chunk", says("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n[]")},
+		{"object", says(ok + `{}`)},
+		{"redirect", says("HTTP/1.1 302 Found\r\nLocation: /v1/status\r\n\r\n")},
+		{"error without words", says("HTTP/1.1 500 No\r\n\r\n")},
+		{"error for ever", endless("HTTP/1.1 500 No\r\n\r\n{\"code\":\"failed\",\"text\":\"", "x")},
+	} {
+		c := evil(t, tt.talk)
+		if e, err := c.Exports(testContext(t)); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: got %d exports, %v", tt.name, len(e), err)
+		}
+	}
+}
+
+func TestHostileObjectsAreLeft(t *testing.T) {
+	for name, talk := range map[string]func(net.Conn){
+		"for ever":     endless(ok+`{"name":"`, "x"),
+		"many objects": says(ok + `{"grants":[` + strings.Repeat("{},", limits.ControlObjects) + `{}]}`),
+		"cut off":      says(ok + `{"name":`),
+	} {
+		c := evil(t, talk)
+		if _, err := c.Export(testContext(t), "a"); err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+func TestMetricsEnd(t *testing.T) {
+	c := evil(t, endless(ok, "x 1\n"))
+	if err := c.Metrics(testContext(t), io.Discard); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestHostileEventsAreLeft(t *testing.T) {
+	for name, talk := range map[string]func(net.Conn){
+		"a line for ever": endless(ok, "x"),
+		"no JSON":         says(ok + "x\n"),
+		"cut off":         says(ok + `{"kind":"lost"`),
+		"cut in a chunk":  says("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{}\n"),
+	} {
+		seq, err := evil(t, talk).Events(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var last error
+		for _, last = range seq {
+		}
+		if last == nil || errors.Is(last, context.DeadlineExceeded) {
+			t.Errorf("%s: got %v", name, last)
+		}
+	}
+}
+
+// TestSilentServerEndsWithTheContext also holds for a server that is silent
+// within its reply.
+func TestSilentServerEndsWithTheContext(t *testing.T) {
+	for _, begin := range []string{"", ok + "[", "HTTP/1.1 200 OK\r\n"} {
+		begun, leave := make(chan struct{}, 1), make(chan struct{})
+		c := evil(t, func(c net.Conn) {
+			says(begin)(c)
+			begun <- struct{}{}
+			<-leave
+		})
+		ctx, cancel := context.WithCancel(testContext(t))
+		go func() {
+			<-begun
+			cancel()
+		}()
+		if _, err := c.Exports(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("after %q: got %v", begin, err)
+		}
+		close(leave)
+	}
+}
+
+func TestErrorsSayWhichSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "none")
+	_, err := client.Dial(path).Status(testContext(t))
+	if !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), path) {
+		t.Errorf("got %v", err)
+	}
+	_, err = client.Dial("/" + strings.Repeat("x", 200)).Status(testContext(t))
+	if err == nil {
+		t.Error("a path that is too long for a socket: no error")
+	}
+}
+
+func TestErrorTextIsBounded(t *testing.T) {
+	c := evil(t, says("HTTP/1.1 500 No\r\n\r\n{\"code\":\"failed\",\"text\":\""+strings.Repeat("x", 2*limits.ControlErrorText)+"\"}"))
+	_, err := c.Status(testContext(t))
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != api.CodeFailed || len(e.Text) != limits.ControlErrorText {
+		t.Errorf("got %.100v", err)
+	}
+}
+
+// TestWhatTheServerWouldRefuseIsNotSent uses a path at which nobody listens.
+func TestWhatTheServerWouldRefuseIsNotSent(t *testing.T) {
+	c := client.Dial(filepath.Join(t.TempDir(), "none"))
+	ctx := testContext(t)
+	var e *api.Error
+	_, err := c.Add(ctx, api.AddExport{Export: config.Export{Image: strings.Repeat("x", limits.ControlBody)}})
+	if !errors.As(err, &e) || e.Code != api.CodeInvalid {
+		t.Errorf("long body: got %v", err)
+	}
+	_, err = c.Add(ctx, api.AddExport{}, make([]*os.File, limits.ControlFiles+1)...)
+	if !errors.As(err, &e) || e.Code != api.CodeInvalid {
+		t.Errorf("many files: got %v", err)
+	}
+	if err = c.Resume(ctx, strings.Repeat("/", limits.ControlHeader)); !errors.As(err, &e) || e.Code != api.CodeInvalid {
+		t.Errorf("long name: got %v", err)
+	}
+}

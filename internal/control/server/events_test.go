@@ -1,0 +1,168 @@
+package server_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
+)
+
+func TestEventsArriveInOrderUntilTheServerEnds(t *testing.T) {
+	s := &controltest.Service{}
+	w := start(t, s, server.Read)
+	seq, err := w.client.Events(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 100
+	for i := range n {
+		s.Publish(api.Event{Kind: "client-connected", Client: uint64(i), Export: "a\nb"})
+	}
+	got := uint64(0)
+	for e, err := range seq {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Client != got || e.Export != "a\nb" || e.Time.IsZero() {
+			t.Fatalf("event %d: got %+v", got, e)
+		}
+		if got++; got == n {
+			go s.Close()
+		}
+	}
+	if got != n {
+		t.Errorf("got %d events, want %d", got, n)
+	}
+}
+
+func TestEventsAreLinesThatLeaveAtOnce(t *testing.T) {
+	s := &controltest.Service{}
+	w := start(t, s, server.Read)
+	c := w.dial(t)
+	if _, err := io.WriteString(c, request("GET", "/v1/events", "")); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(c)
+	for line := ""; line != "\r\n"; {
+		var err error
+		if line, err = r.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, kind := range []string{"io-error", "poisoned"} {
+		s.Publish(api.Event{Kind: kind})
+		size, err := r.ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		line, err := r.ReadString('\n')
+		if err != nil || !strings.HasPrefix(line, "{") || !strings.Contains(line, `"kind":"`+kind+`"`) || size != fmt.Sprintf("%x\r\n", len(line)) {
+			t.Fatalf("got %q in %q, %v", line, size, err)
+		}
+		if _, err := r.Discard(2); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestCloseEndsStreamsAndListenersLeave(t *testing.T) {
+	s := &controltest.Service{}
+	w := start(t, s, server.Read)
+	ctx, cancel := context.WithCancel(testContext(t))
+	first, err := w.client.Events(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := w.client.Events(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	for _, err := range first {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("a listener that left: got %v", err)
+		}
+	}
+	if err := w.server.Close(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	for e, err := range second {
+		t.Errorf("after the end: got %+v, %v", e, err)
+	}
+}
+
+// TestSlowListenersAreToldWhatTheyLost reads one event, lets more come than
+// there is room for, and counts.
+func TestSlowListenersAreToldWhatTheyLost(t *testing.T) {
+	var h server.Events
+	ch, cancel := h.Subscribe(4)
+	defer cancel()
+	const n = 100
+	for i := range n {
+		h.Publish(api.Event{Kind: "io-error", Client: uint64(i)})
+	}
+	seen, lost := uint64(0), uint64(0)
+	for seen+lost < n {
+		e := <-ch
+		switch {
+		case e.Kind == "lost":
+			lost += e.Lost
+		case e.Client != seen+lost:
+			t.Fatalf("got event %d behind %d seen and %d lost", e.Client, seen, lost)
+		default:
+			seen++
+		}
+	}
+	if seen+lost != n || lost == 0 || seen < 4 {
+		t.Errorf("seen %d, lost %d, want %d together", seen, lost, n)
+	}
+	h.Publish(api.Event{Kind: "poisoned"})
+	if e := <-ch; e.Kind != "poisoned" {
+		t.Errorf("after the gap: got %+v", e)
+	}
+}
+
+func TestListenersComeAndGoWhileEventsHappen(t *testing.T) {
+	var h server.Events
+	done := make(chan struct{})
+	stop := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				h.Publish(api.Event{Kind: "io-error"})
+			}
+		}
+	}()
+	for range 200 {
+		ch, cancel := h.Subscribe(2)
+		<-ch
+		cancel()
+		if _, ok := <-ch; ok {
+			t.Fatal("an event after cancel")
+		}
+	}
+	close(stop)
+	<-done
+	ch, cancel := h.Subscribe(1)
+	h.Close()
+	if _, ok := <-ch; ok {
+		t.Error("an event after the end")
+	}
+	cancel()
+	ch, cancel = h.Subscribe(1)
+	if _, ok := <-ch; ok {
+		t.Error("an event for a listener that came after the end")
+	}
+	cancel()
+}
