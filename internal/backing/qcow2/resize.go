@@ -12,15 +12,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// Resizer is a device whose disk can grow while it is in use. What is new reads
-// as zeroes, whatever a backing file has there. The new size is durable, and
-// in Info, when Resize returns; a failure changes nothing that a guest sees.
-// Disks do not shrink: ErrNotSupported.
-type Resizer interface {
-	Resize(ctx context.Context, size int64) error
-}
-
-var _ Resizer = (*disk)(nil)
+var _ backing.Resizer = (*disk)(nil)
 
 // Resize makes the disk larger, to a multiple of 512 bytes.
 func (d *disk) Resize(ctx context.Context, size int64) error {

@@ -79,7 +79,7 @@ func wantGrown(t *testing.T, d backing.Device, want []byte) error {
 func TestDiskGrows(t *testing.T) {
 	image, want := growing(t)
 	d := openOver(t, image)
-	if err := d.(qcow2.Resizer).Resize(t.Context(), grownTo); err != nil {
+	if err := d.(backing.Resizer).Resize(t.Context(), grownTo); err != nil {
 		t.Fatal(err)
 	}
 	if got := d.Info().Size; got != grownTo {
@@ -91,7 +91,7 @@ func TestDiskGrows(t *testing.T) {
 	if err := d.WriteAt(t.Context(), want[:512], grownTo-512, 0); err != nil {
 		t.Errorf("write at the new end: %v", err)
 	}
-	if err := d.(qcow2.Resizer).Resize(t.Context(), 1<<20); !errors.Is(err, backing.ErrNotSupported) {
+	if err := d.(backing.Resizer).Resize(t.Context(), 1<<20); !errors.Is(err, backing.ErrNotSupported) {
 		t.Errorf("shrink: got %v, want %v", err, backing.ErrNotSupported)
 	}
 	if err := d.Close(); err != nil {
@@ -114,7 +114,7 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 		d := openOver(t, image)
 		before := image.Calls()
 		image.FailCall(n, syscall.ENOSPC)
-		err := d.(qcow2.Resizer).Resize(t.Context(), grownTo)
+		err := d.(backing.Resizer).Resize(t.Context(), grownTo)
 		last := image.Calls()-before < n
 		image.FailCall(0, nil)
 		if err != nil && d.Info().Size != int64(len(want)) {
@@ -158,7 +158,7 @@ func TestPowerCutDuringGrowth(t *testing.T) {
 			_ = d.Close()
 		}
 	})
-	err := d.(qcow2.Resizer).Resize(t.Context(), grownTo)
+	err := d.(backing.Resizer).Resize(t.Context(), grownTo)
 	c.SetHook(nil)
 	if err := errors.Join(err, d.Close()); err != nil {
 		t.Fatal(err)

@@ -35,18 +35,23 @@ func newCommit(area Ref) commit {
 }
 
 // Write puts the refcounts of all that was reserved, dropped or released
-// before the call into the file. They are not durable but for the order that
-// new refcount blocks need: the caller syncs. After an error all is pending
-// and Write may be called again; ErrNoSpace is cured by Drop as well. Once it
-// has found the image to be corrupt it always answers ErrIO.
+// before the call into the file, and has the file reach all that was ever
+// reserved: also clusters that are only there to be zero must not lie beyond
+// its end. Nothing is durable but for the order that new refcount blocks need:
+// the caller syncs. After an error all is pending and Write may be called
+// again; ErrNoSpace is cured by Drop as well. Once it has found the image to be
+// corrupt it always answers ErrIO.
 func (s *Space) Write(ctx context.Context) error {
 	s.mu.Lock()
-	idle, bad := !s.pendingLocked(), s.bad
+	idle, bad, end := !s.pendingLocked(), s.bad, s.virgin<<s.g.ClusterBits
 	s.mu.Unlock()
 	if idle {
 		return bad
 	}
 	defer s.settle()
+	if err := s.Extend(ctx, end); err != nil {
+		return err
+	}
 	if err := s.begin(ctx); err != nil {
 		return err
 	}
