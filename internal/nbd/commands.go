@@ -55,6 +55,7 @@ func (s *session) dispatch(req *wire.Request) error {
 		s.opt.Log.Debug("request", "peer", s.conn.Peer(), "command", req.Cmd.String(),
 			"offset", req.Off, "length", req.Len, "flags", req.Flags)
 	}
+	s.begin()
 	row := findCommand(req.Cmd)
 	if err := s.check(row, req); err != nil {
 		return s.refuse(req, err, s.carries(row, req))
@@ -117,6 +118,7 @@ func (s *session) replyDone(req *wire.Request) error {
 		return err
 	}
 	s.out = s.appendDone(s.out, req)
+	s.tally.count(req, false)
 	return nil
 }
 
@@ -125,6 +127,7 @@ func (s *session) replyError(req *wire.Request, err error) error {
 		return rerr
 	}
 	s.out = s.appendFailure(s.out, req, err, -1)
+	s.tally.count(req, true)
 	return nil
 }
 
@@ -149,6 +152,7 @@ func (s *session) read(req *wire.Request) error {
 			return err
 		}
 		s.out = s.appendReadHole(s.out, req)
+		s.tally.count(req, false)
 		return nil
 	}
 	if n <= limits.InlineReply {
@@ -206,6 +210,7 @@ func (s *session) readInline(req *wire.Request, n int) (done bool, err error) {
 		b = b[:len(b)+len(p)]
 	}
 	s.out = b[:end]
+	s.tally.count(req, false)
 	s.m.Release()
 	return true, nil
 }
@@ -225,6 +230,7 @@ func (s *session) readZeroCopy(req *wire.Request, n int) error {
 		return err
 	}
 	s.out = s.appendReadHead(s.out, req)
+	s.tally.count(req, false)
 	run := s.m.Runs[0]
 	sent, left := 0, len(s.out)
 	owner := s.sender.claim()
@@ -233,6 +239,7 @@ func (s *session) readZeroCopy(req *wire.Request, n int) error {
 		if left -= k; err == nil && left == 0 {
 			sent, err = s.sender.link.tryFile(run.File, run.Off, n)
 		}
+		s.tally.out += uint64(k + sent)
 		if err != nil {
 			s.m.Release()
 			s.sender.yield()
@@ -310,6 +317,7 @@ func (s *session) write(req *wire.Request) error {
 	if err != nil {
 		return err
 	}
+	s.begin() // receiving may have ended the turn
 	cached, err := s.mapWrite(req, &s.m)
 	if cached {
 		err = s.writeCached(req, &s.m, p)
@@ -366,10 +374,12 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 		r.finish()
 		return err
 	}
+	r.begun.Store(0) // the peer's time is not ours
 	if err := s.in.payload(r.p); err != nil {
 		r.finish()
 		return err
 	}
+	r.begun.Store(int64(s.begin()))
 	if req.Flags&wire.FlagFUA != 0 {
 		r.start()
 		return nil

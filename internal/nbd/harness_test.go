@@ -18,6 +18,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -39,6 +40,7 @@ type oneExport struct {
 	deny     backing.Caps
 	needTLS  bool
 	contexts []string // beyond base:allocation
+	stats    *obs.ExportStats
 	opened   atomic.Int32
 	open     atomic.Int32
 }
@@ -76,7 +78,7 @@ func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Ex
 	}
 	x.opened.Add(1)
 	x.open.Add(1)
-	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Close: func() { x.open.Add(-1) }}, nil
+	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Close: func() { x.open.Add(-1) }}, nil
 }
 
 // memRig serves size bytes of memory.
@@ -114,7 +116,7 @@ func rawRig(t testing.TB, path, engine, cache string) *rig {
 }
 
 func newRig(t testing.TB, dev backing.Device, eng engine.Engine, bufs *bufpool.Pool) *rig {
-	r := &rig{t: t, dev: dev, exports: &oneExport{dev: dev}, errs: make(chan error, 64)}
+	r := &rig{t: t, dev: dev, exports: &oneExport{dev: dev, stats: new(obs.ExportStats)}, errs: make(chan error, 64)}
 	r.opt = Options{
 		Exports:       r.exports,
 		Engine:        eng,

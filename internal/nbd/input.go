@@ -105,6 +105,7 @@ func (i *input) fill(n int, inside bool) error {
 		return err
 	}
 	i.w += k
+	i.s.tally.in += uint64(k)
 	return nil
 }
 
@@ -127,6 +128,7 @@ func (i *input) payload(p []byte) error {
 			return err
 		}
 		i.p = i.p[k:]
+		i.s.tally.in += uint64(k)
 		if steady += k; steady >= progressBytes || len(i.p) == 0 {
 			steady = 0
 			i.s.moved()

@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"syscall"
-	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/sysio"
@@ -104,16 +103,20 @@ func (l *socketLink) doRecv(fd uintptr) bool {
 	e := l.tryRecv(fd)
 	if e == syscall.EAGAIN {
 		e = l.pollRecv(fd)
+	} else {
+		// What is there already came while the last turn lasted.
+		l.poll.came, l.poll.mark = l.poll.mark, 0
 	}
 	switch e {
 	case 0:
-		if !l.poll.since.IsZero() {
-			l.poll.wake(time.Now())
+		if l.poll.since != 0 {
+			l.poll.came = now()
+			l.poll.wake(l.poll.came)
 		}
 		return true
 	case syscall.EAGAIN:
 		l.rerr = l.idle()
-		l.poll.sleep(time.Now())
+		l.poll.sleep(l.poll.marked())
 		return l.rerr != nil
 	}
 	l.rerr = os.NewSyscallError("read", e)
@@ -133,13 +136,14 @@ func (l *socketLink) pollRecv(fd uintptr) syscall.Errno {
 	if !l.poll.pays() {
 		return syscall.EAGAIN
 	}
-	for l.poll.begin(time.Now()); ; {
+	for l.poll.begin(l.poll.marked()); ; {
 		if e := l.tryRecv(fd); e != syscall.EAGAIN {
+			l.poll.came = l.poll.last
 			l.poll.found()
 			return e
 		}
 		sysio.TryYield()
-		if !l.poll.again(time.Now()) {
+		if !l.poll.again(now()) {
 			return syscall.EAGAIN
 		}
 	}

@@ -28,10 +28,24 @@ type poller struct {
 	busy  *atomic.Int64
 	crowd *atomic.Uint32
 
-	until, last time.Time // of the polling in progress
-	seen        uint32    // crowd when it began
+	until, last instant // of the polling in progress
+	seen        uint32  // crowd when it began
 
-	since time.Time // when the sleep began; zero when awake
+	since instant // when the sleep began; 0 when awake
+
+	// Looks at the clock that serve twice. mark is when the last turn ended,
+	// until something else has happened; came is when the bytes came that
+	// were received last, if that was found out. Both may be 0.
+	mark, came instant
+}
+
+// marked is now, or a moment ago.
+func (p *poller) marked() instant {
+	t := p.mark
+	if p.mark = 0; t == 0 {
+		t = now()
+	}
+	return t
 }
 
 // maxSkip bounds the rounds without polling: it is tried now and then.
@@ -52,15 +66,15 @@ func (p *poller) pays() bool {
 }
 
 // begin begins polling.
-func (p *poller) begin(now time.Time) {
-	p.until, p.last, p.seen = now.Add(p.window), now, p.crowd.Load()
+func (p *poller) begin(now instant) {
+	p.until, p.last, p.seen = now+instant(p.window), now, p.crowd.Load()
 }
 
 // again tells whether to go on polling, after another look in vain. A look
 // that took long says that somebody else wanted this processor and got it.
-func (p *poller) again(now time.Time) bool {
-	crowded := now.Sub(p.last) > limits.PollCrowded || p.crowd.Load() != p.seen
-	if p.last = now; now.Before(p.until) && !crowded {
+func (p *poller) again(now instant) bool {
+	crowded := now.sub(p.last) > limits.PollCrowded || p.crowd.Load() != p.seen
+	if p.last = now; now < p.until && !crowded {
 		return true
 	}
 	p.vain()
@@ -81,19 +95,19 @@ func (p *poller) vain() {
 }
 
 // sleep begins a sleep.
-func (p *poller) sleep(now time.Time) { p.since = now }
+func (p *poller) sleep(now instant) { p.since = now }
 
 // wake ends one, if there was one. Several short ones in a row open the
 // window.
-func (p *poller) wake(now time.Time) {
-	if p.since.IsZero() {
+func (p *poller) wake(now instant) {
+	if p.since == 0 {
 		return
 	}
 	p.crowd.Add(1)
-	if now.Sub(p.since) >= limits.PollPays {
+	if now.sub(p.since) >= limits.PollPays {
 		p.short = 0
 	} else if p.short++; p.short >= limits.PollAfter {
 		p.window = p.max
 	}
-	p.since = time.Time{}
+	p.since = 0
 }

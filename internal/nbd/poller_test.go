@@ -12,19 +12,19 @@ import (
 // clock is a poller with a time of its own.
 type clock struct {
 	poller
-	now   time.Time
+	now   instant
 	busy  atomic.Int64
 	crowd atomic.Uint32
 }
 
 func newClock() *clock {
-	c := &clock{now: time.Unix(1000, 0)}
+	c := &clock{now: instant(time.Hour)}
 	c.poller = poller{max: limits.Poll, busy: &c.busy, crowd: &c.crowd}
 	return c
 }
 
-func (c *clock) pass(d time.Duration) time.Time {
-	c.now = c.now.Add(d)
+func (c *clock) pass(d time.Duration) instant {
+	c.now += instant(d)
 	return c.now
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
 // request is a request that outlives its turn: it waits for the engine or
@@ -34,6 +35,9 @@ type request struct {
 	charge   int           // bytes taken from the budgets
 	contexts []metaContext // of a BLOCK_STATUS
 	answered atomic.Bool   // a reply is queued
+	begun    atomic.Int64  // instant when it was looked at; 0 while its payload is received
+	op       obs.Op        // as what it is counted
+	reported bool          // guarded by session.mu; it was found stuck
 
 	prev, next *request // in session.flying, guarded by session.mu
 
@@ -61,10 +65,14 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	r.err, r.errAt, r.hole = nil, -1, false
 	r.left.Store(1) // the turn's own share, see transferred
 	r.answered.Store(answered)
+	r.begun.Store(int64(s.begin()))
+	if r.op = countedAs(req.Cmd); r.op != obs.NoOp {
+		s.stats.Fly(r.op, 1)
+	}
 	s.take(1, charge)
 	s.work.Add(1)
 	s.mu.Lock()
-	r.prev, r.next = nil, s.flying
+	r.prev, r.next, r.reported = nil, s.flying, false
 	if s.flying != nil {
 		s.flying.prev = r
 	}
@@ -87,6 +95,9 @@ func (r *request) finish() {
 	}
 	s.mu.Unlock()
 	r.m.Release()
+	if r.op != obs.NoOp {
+		s.stats.Fly(r.op, -1)
+	}
 	if r.buf != nil {
 		r.buf.Release()
 	}
@@ -164,9 +175,11 @@ func (r *request) guestOffset(t *engine.IO) int64 {
 // answer queues the reply to r, unless a forced stop has sent one already.
 func (r *request) answer(err error) {
 	if !r.answered.CompareAndSwap(false, true) {
+		r.landed(true) // with ESHUTDOWN
 		r.finish()
 		return
 	}
+	r.landed(err != nil)
 	g := segment{req: r}
 	switch {
 	case err != nil:

@@ -146,6 +146,7 @@ func (o *sender) tryAll(batch []segment) (int, error) {
 	o.bufs = o.bufs[:0]
 	if n > 0 {
 		o.s.moved()
+		o.s.bytesOut.Add(uint64(n))
 	}
 	return n, err
 }
@@ -231,6 +232,7 @@ func (o *sender) sendAll(batch []segment) error {
 	queued := 0
 	flush := func() error {
 		err := o.link.send(o.bufs)
+		o.s.bytesOut.Add(uint64(queued))
 		o.bufs, queued = o.bufs[:0], 0
 		o.s.moved()
 		return err
@@ -275,6 +277,7 @@ func (o *sender) sendFile(g *segment) error {
 			return err
 		}
 		off, n = off+int64(k), n-k
+		o.s.bytesOut.Add(uint64(k))
 		o.s.moved()
 	}
 	return nil

@@ -19,6 +19,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -45,6 +46,9 @@ type Export struct {
 	// Gone ends when the connection shall finish what is in flight and leave;
 	// nil is never.
 	Gone context.Context
+
+	// Stats counts its requests, over all of its connections; nil for none.
+	Stats *obs.ExportStats
 
 	// Close is called when the connection has answered its last request.
 	Close func()
@@ -100,6 +104,14 @@ type Options struct {
 	// they are not zero.
 	Handshake time.Duration
 	Stall     time.Duration
+
+	// Events is told who comes and leaves, and what goes wrong; nil for
+	// nobody.
+	Events *obs.Bus
+
+	// Slow is how long a request may take before it is reported; 0 turns that
+	// off. Server.SetSlow changes it.
+	Slow time.Duration
 }
 
 // Server speaks NBD on the connections that Serve is given.
@@ -107,6 +119,8 @@ type Server struct {
 	opt   Options
 	admt  *admission
 	wakes atomic.Uint32 // of all sessions
+	slow  atomic.Int64  // Options.Slow at present
+	ids   atomic.Uint64 // of sessions, the last one given
 
 	mu       sync.Mutex
 	conns    map[*connection]struct{} // guarded by mu
@@ -142,6 +156,7 @@ func NewServer(o Options) *Server {
 		quit:  make(chan struct{}),
 		stop:  make(chan struct{}),
 	}
+	s.SetSlow(o.Slow)
 	s.watching.Add(1)
 	go s.watchLoop()
 	return s
@@ -194,7 +209,7 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 	if err := n.conn.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
-	sess := newSession(&s.opt, n, &s.wakes)
+	sess := newSession(s, n)
 	if gone := n.export.Gone; gone != nil {
 		stop := context.AfterFunc(gone, sess.drain)
 		defer stop()
@@ -205,7 +220,10 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 		sess.drain()
 	}
 	s.mu.Unlock()
-	return sess.serve(ctx)
+	left := sess.announce()
+	err := sess.serve(ctx)
+	left(err)
+	return err
 }
 
 var errDraining = errors.New("server is shutting down")

@@ -18,6 +18,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -29,6 +30,11 @@ type session struct {
 	dev    *backing.Checked
 	ctx    context.Context
 	cancel context.CancelFunc
+	id     uint64
+	name   string    // of the export
+	since  time.Time // when the session was made
+	stats  *obs.ExportStats
+	slow   *atomic.Int64 // see Server
 	chatty bool          // the log wants every request
 	always wire.CmdFlags // flags that every command takes
 
@@ -45,15 +51,21 @@ type session struct {
 	m     backing.Mapping
 	pace  pace
 	poll  poller
+	tally tally // of this turn
 
 	sender sender         // see there
 	own    budget         // what this connection has in flight
 	peer   *budget        // what its peer has
 	work   sync.WaitGroup // requests, queued turns, writeLoop
 
-	mu     sync.Mutex
-	flying *request // guarded by mu; requests that outlive their turn
-	cause  error    // guarded by mu; why this side ended the connection
+	// For whoever wants to know; requests are those of former turns.
+	requests, bytesIn, bytesOut atomic.Uint64
+	stalled                     atomic.Bool
+
+	mu        sync.Mutex
+	flying    *request  // guarded by mu; requests that outlive their turn
+	cause     error     // guarded by mu; why this side ended the connection
+	throttles throttles // guarded by mu
 
 	dead    atomic.Bool // the connection was ended from this side
 	leaving atomic.Bool // no further requests are read
@@ -63,6 +75,8 @@ type session struct {
 	partial atomic.Bool // waiting for the rest of a message
 	seen    uint32      // owned by the watch
 	ticks   int         // owned by the watch
+
+	stuckTurn instant // owned by the watch; the turn that was reported
 }
 
 var (
@@ -71,10 +85,15 @@ var (
 	errBadMagic = errors.New("request has a wrong magic")
 )
 
-// newSession makes the session that was negotiated; crowd counts the wake-ups
-// of all of them.
-func newSession(o *Options, n *negotiation, crowd *atomic.Uint32) *session {
+// newSession makes the session that was negotiated.
+func newSession(srv *Server, n *negotiation) *session {
+	o := &srv.opt
 	s := &session{
+		id:         srv.ids.Add(1),
+		name:       n.export.Name,
+		since:      time.Now(),
+		stats:      n.export.Stats,
+		slow:       &srv.slow,
 		opt:        o,
 		conn:       n.conn,
 		dev:        n.export.Device,
@@ -90,7 +109,7 @@ func newSession(o *Options, n *negotiation, crowd *atomic.Uint32) *session {
 	}
 	s.payloads = s.extended && len(s.contexts) > 0
 	s.own.init(int64(o.Requests), limits.BytesPerConn)
-	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: crowd}
+	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: &srv.wakes}
 	s.sender.init(s, newLink(n.conn, &s.poll))
 	s.in.init(s, n.early())
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -107,6 +126,7 @@ func (s *session) serve(ctx context.Context) error {
 		err = e
 	}
 	s.work.Wait()
+	s.tell()
 	s.m.Release() // of a read whose reply was cut off
 	s.in.release()
 	s.releaseOut()
@@ -157,6 +177,7 @@ func (s *session) readLoop() error {
 		}
 		s.in.skip(size)
 		s.poll.requests++
+		s.tally.requests++
 		if s.req.Cmd == wire.CmdDisc {
 			return nil
 		}
@@ -182,7 +203,9 @@ func (s *session) endTurn() error {
 		clear(s.batch)
 		s.batch = s.batch[:0]
 	}
-	if err := s.flushOut(); err != nil {
+	err := s.flushOut()
+	s.settle()
+	if err != nil {
 		return err
 	}
 	s.sender.Flush()
@@ -196,6 +219,7 @@ func (s *session) park() error {
 		return err
 	}
 	s.releaseOut()
+	s.tell()
 	if s.in.empty() {
 		s.in.release()
 	}
@@ -212,7 +236,9 @@ func (s *session) waitForRoom() error {
 		if err := s.endTurn(); err != nil {
 			return err
 		}
+		s.tell()
 		b.wait(s.dead.Load)
+		s.poll.mark = 0
 	}
 	if s.dead.Load() {
 		return net.ErrClosed
@@ -271,6 +297,7 @@ func (s *session) flushOut() error {
 		s.sender.yield()
 		s.moved()
 	}
+	s.tally.out += uint64(n)
 	return nil
 }
 
@@ -295,9 +322,12 @@ func (s *session) moved() { s.moves.Add(1) }
 
 // watch is called once a tick by the server.
 func (s *session) watch() {
-	now := s.moves.Load()
-	if now != s.seen || !s.partial.Load() && !s.sender.waiting.Load() {
-		s.seen, s.ticks = now, 0
+	s.watchStuck()
+	moves := s.moves.Load()
+	still := moves == s.seen && (s.partial.Load() || s.sender.waiting.Load())
+	s.stalled.Store(still)
+	if !still {
+		s.seen, s.ticks = moves, 0
 		return
 	}
 	if s.ticks++; s.ticks >= watchTicks {

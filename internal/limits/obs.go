@@ -1,0 +1,28 @@
+package limits
+
+import "time"
+
+// What watching the program may cost.
+const (
+	// EventQueue bounds the events that wait for one subscriber: a burst of
+	// every connection coming back after a restart, at some 300 bytes each.
+	EventQueue = 1024
+
+	// EventSubscribers bounds who listens to events at a time: an event is
+	// copied to each.
+	EventSubscribers = 32
+
+	// EventBurst is the number of events of one kind that a connection may
+	// cause per EventInterval; those in excess are counted.
+	EventBurst    = 10
+	EventInterval = time.Second
+
+	// Slow is how long a request may take before it is called slow, unless
+	// the operator says otherwise: well above what a healthy disk needs under
+	// load, well below the 30 seconds after which guests reset a disk.
+	Slow = time.Second
+
+	// StuckFactor times the threshold of slow requests is the age at which a
+	// request counts as stuck.
+	StuckFactor = 10
+)

@@ -1,0 +1,135 @@
+package nbd
+
+import (
+	"crypto/tls"
+	"io"
+	"net"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
+)
+
+func TestClientsAreDescribed(t *testing.T) {
+	r := memRig(t, 1<<20)
+	before := time.Now()
+	c := r.simple()
+	r.ask(c, wire.CmdRead, 0, 4096)
+	r.ask(c, wire.CmdWrite, 0, 1<<17)
+	r.exports.deny = backing.CanWrite
+	r.structured().do(wire.Request{Cmd: wire.CmdRead, Len: 512})
+	r.ask(c, wire.CmdRead, 0, 512)
+
+	l := r.server.Clients()
+	if len(l) != 2 {
+		t.Fatalf("clients: got %d, want 2", len(l))
+	}
+	a, b := l[0], l[1]
+	if a.ID != 1 || b.ID != 2 || a.Export != "disk" || a.Peer.Kind != transport.Unix || a.Since.Before(before) {
+		t.Errorf("clients: got %+v and %+v, want IDs 1 and 2 of export disk", a, b)
+	}
+	if !a.Writable || b.Writable {
+		t.Errorf("writable: got %v and %v, want true and false", a.Writable, b.Writable)
+	}
+	if a.Agreed.Structured || a.Agreed.Contexts != nil {
+		t.Errorf("first client: got %+v, want nothing negotiated", a.Agreed)
+	}
+	if want := (Features{Structured: true, Contexts: []string{wire.ContextAllocation}}); !reflect.DeepEqual(b.Agreed, want) {
+		t.Errorf("second client: got %+v, want %+v", b.Agreed, want)
+	}
+	if a.TLSVersion != "" || a.TLSCipher != "" || a.CertName != "" {
+		t.Errorf("first client: got %+v, want no TLS", a)
+	}
+}
+
+func TestBytesOfAClientAreCounted(t *testing.T) {
+	for _, n := range []uint64{512, 1 << 20} {
+		for _, cached := range []string{"", "none"} {
+			r := fileRig(t, 4<<20, "pool", cached)
+			c := r.simple()
+			r.ask(c, wire.CmdRead, 0, n)
+			r.ask(c, wire.CmdWrite, 0, n)
+			x := r.server.sessions()[0]
+			r.leave(c)
+			i := x.info()
+			if want := 3*wire.RequestSize + n; i.BytesIn != want {
+				t.Errorf("requests of %d bytes: %d bytes in, want %d", n, i.BytesIn, want)
+			}
+			if want := 2*wire.SimpleReplySize + n; i.BytesOut != want {
+				t.Errorf("requests of %d bytes: %d bytes out, want %d", n, i.BytesOut, want)
+			}
+			if i.Requests != 3 || i.InFlight != 0 {
+				t.Errorf("requests of %d bytes: %d requests and %d in flight, want 3 and 0", n, i.Requests, i.InFlight)
+			}
+		}
+	}
+}
+
+func TestDisconnectAnswersWhatIsInFlight(t *testing.T) {
+	r, g := gateRig(t)
+	defer g.release()
+	next := r.events()
+	stays := r.simple()
+	next(obs.ClientConnected)
+	c := r.simple()
+	next(obs.ClientConnected)
+	r.send(c, message(wire.CmdFlush, 7, 0, 0))
+	<-g.entered
+	if r.server.Disconnect(99) {
+		t.Error("a client that does not exist was disconnected")
+	}
+	if !r.server.Disconnect(2) || !r.server.Clients()[1].Leaving {
+		t.Error("client 2 was not found, or does not count as leaving")
+	}
+	g.release()
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 7 {
+		t.Errorf("reply in flight: got %v for %d, want OK for 7", e, cookie)
+	}
+	if n, err := c.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("afterwards: got %d, %v, want EOF", n, err)
+	}
+	if e := next(obs.ClientLeft); e.Client != 2 || e.Reason != "told to leave" {
+		t.Errorf("event: got %+v, want that client 2 was told to leave", e)
+	}
+	if e := r.ask(stays, wire.CmdRead, 0, 512); e != wire.OK {
+		t.Errorf("the other client's read: got %v, want OK", e)
+	}
+}
+
+func TestClientInsideTLSIsDescribed(t *testing.T) {
+	dir := t.TempDir()
+	ca := transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
+	cert := ca.IssueClient("a guest")
+	pair, err := tls.X509KeyPair(cert.CertPEM(), cert.KeyPEM(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	creds, err := transport.LoadCredentials(dir, transport.TLSOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := memRig(t, 1<<20)
+	r.opt.TLS, r.opt.TLSConfig = TLSRequire, creds.ServerConfig
+
+	plain := r.dial(t)
+	plain.SetDeadline(time.Now().Add(hangLimit))
+	r.expect(plain, 18)
+	r.send(plain, wire.AppendOption([]byte{0, 0, 0, wire.FlagFixedNewstyle}, wire.OptStartTLS, nil))
+	r.expect(plain, wire.OptReplyHeaderSize)
+	var c net.Conn = tls.Client(plain, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}})
+	r.send(c, wire.AppendOption(nil, wire.OptExportName, nil))
+	r.expect(c, 10+wire.ExportNameZeroes)
+	r.ask(c, wire.CmdRead, 0, 512)
+
+	i := r.server.Clients()[0]
+	if i.TLSVersion != "TLS 1.3" || i.TLSCipher == "" || i.CertName != "a guest" {
+		t.Errorf("got %q, %q, %q, want TLS 1.3, a cipher and the name of the certificate", i.TLSVersion, i.TLSCipher, i.CertName)
+	}
+	r.leave(c)
+}
