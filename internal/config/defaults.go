@@ -48,6 +48,11 @@ func (e *Export) SetDefaults() {
 	for i := range e.Listeners {
 		e.Listeners[i].SetDefaults()
 	}
+	for i := range e.Faults {
+		if e.Faults[i].Probability == 0 {
+			e.Faults[i].Probability = 1
+		}
+	}
 }
 
 // SetDefaults is that of Config, for one listener. The schemes nbds,

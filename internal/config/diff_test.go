@@ -112,6 +112,21 @@ add export "b\nc\" \u2028"
 	}
 }
 
+// Listeners whose ports the kernel chooses are as many as they are.
+func TestListenersWithPort0AreCounted(t *testing.T) {
+	one := parsed(t, "[[listener]]\nuri = \"nbd://h:0\"\n")
+	two := parsed(t, "[[listener]]\nuri = \"nbd://h:0\"\n[[listener]]\nuri = \"nbd://h:0\"\n")
+	if err := two.Validate(); err != nil {
+		t.Fatal(err)
+	}
+	if got := config.Diff(one, two).String(); got != "add listener \"nbd://h:0\"\n" {
+		t.Errorf("got %s", got)
+	}
+	if got := config.Diff(two, one).String(); got != "remove listener \"nbd://h:0\"\n" {
+		t.Errorf("got %s", got)
+	}
+}
+
 // Every key outside of the lists is one of the settings, so that no difference
 // is lost.
 func TestEverySettingIsCompared(t *testing.T) {

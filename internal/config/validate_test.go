@@ -234,7 +234,7 @@ func TestEveryListIsBounded(t *testing.T) {
 		"protect": func(_ *config.Config, e *config.Export) {
 			e.Protect = many(limits.ProtectRanges+1, config.Range{Length: 1})
 		},
-		"fault":       func(_ *config.Config, e *config.Export) { e.Faults = many(limits.ExportFaults+1, config.Fault{}) },
+		"fault":       func(_ *config.Config, e *config.Export) { e.Faults = many(limits.FaultRules+1, config.Fault{}) },
 		"name":        func(_ *config.Config, e *config.Export) { e.Name = strings.Repeat("a", limits.MaxString+1) },
 		"description": func(_ *config.Config, e *config.Export) { e.Description = strings.Repeat("a", limits.MaxString+1) },
 	} {
@@ -311,6 +311,7 @@ func TestExportsOfTheAPI(t *testing.T) {
 		{config.Export{Image: "fd:0"}, none.APIScope(1), ""},
 		{config.Export{Image: "fd:1"}, none.APIScope(1), "image: 1 descriptors came"},
 		{config.Export{Image: "fd:-1"}, none.APIScope(1), "image: "},
+		{config.Export{Image: "fd:00"}, none.APIScope(1), "image: "},
 		{config.Export{Image: "fd:0", Format: "qcow2", BackingFiles: []string{"fd:1:qcow2"}, DataFiles: []string{"fd:2"}}, none.APIScope(3), ""},
 		{config.Export{Image: "fd:0", Format: "qcow2", BackingFiles: []string{"/etc/shadow:raw"}}, c.APIScope(1), "backing-files: "},
 		{config.Export{Image: "1G", Format: "null"}, none.APIScope(0), ""},
@@ -329,7 +330,7 @@ func TestExportsOfTheAPI(t *testing.T) {
 func TestDefaults(t *testing.T) {
 	c := parsed(t, "[control]\nsocket = \"/s\"\n[[listener]]\nuri = \"nbds://a\"\n[[listener]]\nuri = \"nbd+unix:///?socket=/t\"\n"+
 		"[[export]]\nname = \"a\"\nimage = \"/a\"\n[[export]]\nname = \"b\"\nimage = \"/b\"\nformat = \"qcow2\"\n[[export.listener]]\nuri = \"nbd://b\"\n"+
-		"[[export]]\nname = \"c\"\nimage = \"/c\"\nformat = \"qcow2\"\ndata-files = [\"/d\"]")
+		"[[export]]\nname = \"c\"\nimage = \"/c\"\nformat = \"qcow2\"\ndata-files = [\"/d\"]\nfault = [{ error = \"EIO\" }, { error = \"EIO\", probability = 0.5 }]")
 	for _, tt := range []struct{ name, got, want string }{
 		{"engine", c.Engine, "auto"}, {"drain", c.Drain.String(), "25s"}, {"level", c.Log.Level, "info"}, {"format", c.Log.Format, "text"},
 		{"certificates", c.TLS.Certificates, "/etc/pki/vmdiskd"}, {"control mode", c.Control.Mode, "0600"},
@@ -339,6 +340,7 @@ func TestDefaults(t *testing.T) {
 		{"discard of raw", c.Exports[0].Discard, ""}, {"backing of raw", c.Exports[0].Backing, ""},
 		{"discard of qcow2", c.Exports[1].Discard, "unmap"}, {"backing of qcow2", c.Exports[1].Backing, "deny"},
 		{"own listener", c.Exports[1].Listeners[0].TLS, "off"}, {"backing with files", c.Exports[2].Backing, "explicit"},
+		{"probabilities", fmt.Sprint(c.Exports[2].Faults[0].Probability, c.Exports[2].Faults[1].Probability), "1 0.5"},
 	} {
 		if tt.got != tt.want {
 			t.Errorf("%s: got %q, want %q", tt.name, tt.got, tt.want)

@@ -59,11 +59,11 @@ func (c checker) file(key, s string, sc Scope) {
 	}
 }
 
-// descriptor reads "fd:N".
+// descriptor reads "fd:N", where N has one form only.
 func descriptor(s string) (n int, ok bool) {
 	digits, ok := strings.CutPrefix(s, "fd:")
 	u, err := strconv.ParseUint(digits, 10, 16)
-	return int(u), ok && err == nil
+	return int(u), ok && err == nil && strconv.FormatUint(u, 10) == digits
 }
 
 // checkChain looks at what is for qcow2 images only.
@@ -144,7 +144,7 @@ func (e *Export) checkLayers(k checker, s Scope) {
 	if _, ok := s.Groups[e.RateGroup]; e.RateGroup != "" && !ok {
 		k.fail("rate-group: there is none that is called %q", cut(e.RateGroup))
 	}
-	if k.most("fault", len(e.Faults), limits.ExportFaults) {
+	if k.most("fault", len(e.Faults), limits.FaultRules) {
 		for i := range e.Faults {
 			e.Faults[i].check(k.in("fault %d", i+1))
 		}
@@ -188,8 +188,8 @@ func (f *Fault) check(k checker) {
 	k.notNegative("count", int64(f.Count))
 	k.word("error", f.Error, "", "EIO", "ENOSPC")
 	switch {
-	case f.Delay < 0 || time.Duration(f.Delay) > limits.ExportDelay:
-		k.fail("delay: want 0s to %v", limits.ExportDelay)
+	case f.Delay < 0 || time.Duration(f.Delay) > limits.InjectDelay:
+		k.fail("delay: want 0s to %v", limits.InjectDelay)
 	case f.Delay == 0 && f.Error == "":
 		k.fail("it has neither an error nor a delay")
 	}

@@ -31,11 +31,6 @@ const (
 	Grants     = 256
 	GrantFacts = 1024
 
-	// ExportFaults bounds the rules of an export by which requests fail, and
-	// ExportDelay the delay of one: guests give a disk up before that.
-	ExportFaults = 64
-	ExportDelay  = 10 * time.Minute
-
 	// RateBurst is the longest burst of a rate.
 	RateBurst = time.Hour
 

@@ -1,0 +1,80 @@
+package config_test
+
+import (
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+)
+
+func TestExampleIsValid(t *testing.T) {
+	c, err := config.Load(filepath.Join("..", "..", "packaging", "examples", "vmdiskd.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Exports) != 2 || len(c.Listeners) != 1 {
+		t.Errorf("read %+v", c)
+	}
+}
+
+func manual(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("..", "..", "docs", "man", "vmdiskd.toml.5"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.ReplaceAll(string(b), `\-`, "-")
+}
+
+func TestManualHasEveryKey(t *testing.T) {
+	var bold []string // the lines that print something in bold
+	for line := range strings.Lines(manual(t)) {
+		if strings.HasPrefix(line, ".B") || strings.HasPrefix(line, ".SS [") {
+			bold = append(bold, line)
+		}
+	}
+	words := strings.FieldsFunc(strings.Join(bold, ""), func(r rune) bool { return strings.ContainsRune("\n ,.[]\"", r) })
+	has := map[string]bool{}
+	for _, w := range words {
+		has[w] = true
+	}
+	for key := range allKeys(reflect.TypeFor[config.Config]()) {
+		if !has[key] {
+			t.Errorf("key %q is not in vmdiskd.toml(5)", key)
+		}
+	}
+}
+
+func TestManualsExampleIsValid(t *testing.T) {
+	_, text, _ := strings.Cut(manual(t), ".SH EXAMPLE\n.nf\n")
+	text, _, ok := strings.Cut(text, "\n.fi")
+	if !ok {
+		t.Fatal("there is no example")
+	}
+	c := parsed(t, text)
+	if err := c.Validate(); err != nil || len(c.Exports) != 1 {
+		t.Errorf("%v", err)
+	}
+}
+
+// allKeys are the keys of a struct and of all structs in it.
+func allKeys(rt reflect.Type) map[string]bool {
+	list := map[string]bool{}
+	for i := range rt.NumField() {
+		f := rt.Field(i)
+		list[f.Tag.Get("toml")] = true
+		ft := f.Type
+		for ft.Kind() == reflect.Pointer || ft.Kind() == reflect.Slice || ft.Kind() == reflect.Map {
+			ft = ft.Elem()
+		}
+		if ft.Kind() == reflect.Struct {
+			for key := range allKeys(ft) {
+				list[key] = true
+			}
+		}
+	}
+	return list
+}
