@@ -13,6 +13,9 @@ gcc
 kmod
 libc6-dev
 libnbd-bin
+libvirt-clients
+libvirt-daemon
+libvirt-daemon-driver-qemu
 mmdebstrap
 nbd-client
 nbdkit

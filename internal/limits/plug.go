@@ -25,6 +25,10 @@ const (
 	// (VIRTIO_SCSI_MAX_TARGET with QEMU).
 	SCSITargets = 256
 
+	// DiskTargets bounds the disks of one domain on one kind of bus: names of
+	// up to two letters.
+	DiskTargets = 26 + 26*26
+
 	// PCISlots is the number of slots of a conventional PCI bus.
 	PCISlots = 32
 

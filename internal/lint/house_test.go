@@ -25,8 +25,9 @@ var mayImport = map[string][]string{
 	"internal/confine": {"internal/limits"},
 	"internal/lint":    {},
 
-	"internal/qmp":         {"internal/limits"},
-	"internal/qmp/qmptest": {},
+	"internal/qmp":          {"internal/limits"},
+	"internal/qmp/libvirtd": {"internal/limits", "internal/qmp"},
+	"internal/qmp/qmptest":  {},
 
 	"internal/transport":               {"internal/confine/selinux", "internal/limits"},
 	"internal/transport/transporttest": {"internal/transport"},

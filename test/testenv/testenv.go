@@ -40,6 +40,7 @@ var packages = map[string]string{
 	"fio":                     "fio",
 	"fusermount3":             "fuse3",
 	"ldd":                     "libc-bin",
+	"libvirtd":                "libvirt-daemon",
 	"mke2fs":                  "e2fsprogs",
 	"mmdebstrap":              "mmdebstrap",
 	"nbd-client":              "nbd-client",
@@ -53,6 +54,7 @@ var packages = map[string]string{
 	"qemu-system-x86_64":      "qemu-system-x86",
 	"systemd-socket-activate": "systemd",
 	"taskset":                 "util-linux",
+	"virsh":                   "libvirt-clients",
 }
 
 // sbin is searched after PATH: e2fsprogs and nbd-client live there, and an
