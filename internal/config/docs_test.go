@@ -1,6 +1,7 @@
 package config_test
 
 import (
+	"encoding/xml"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -17,6 +18,38 @@ func TestExampleIsValid(t *testing.T) {
 	}
 	if len(c.Exports) != 2 || len(c.Listeners) != 1 {
 		t.Errorf("read %+v", c)
+	}
+}
+
+// The disk of the libvirt example is one that the example of a service serves,
+// where it serves it.
+func TestLibvirtExampleFitsTheService(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join("..", "..", "packaging", "examples", "libvirt-disk.xml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var disk struct {
+		Driver struct {
+			Type string `xml:"type,attr"`
+		} `xml:"driver"`
+		Source struct {
+			Protocol string `xml:"protocol,attr"`
+			Name     string `xml:"name,attr"`
+			Host     struct {
+				Socket string `xml:"socket,attr"`
+			} `xml:"host"`
+		} `xml:"source"`
+	}
+	if err := xml.Unmarshal(b, &disk); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(filepath.Join("..", "..", "packaging", "examples", "vmdiskd.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	uri := "nbd+unix:///?socket=" + disk.Source.Host.Socket
+	if disk.Driver.Type != "raw" || disk.Source.Protocol != "nbd" || disk.Source.Name != c.Exports[0].Name || uri != c.Listeners[0].URI {
+		t.Errorf("the example of libvirt has %+v; the service has %q at %q", disk, c.Exports[0].Name, c.Listeners[0].URI)
 	}
 }
 
