@@ -22,6 +22,14 @@ const (
 	// seconds, that of most daemons on top of it a few minutes).
 	PauseLongest = 5 * time.Minute
 
+	// OverlayQuota bounds the quota of a temporary overlay, whose clusters have
+	// numbers of 31 bits.
+	OverlayQuota = 16 << 40
+
+	// OverlayDisk bounds the disk under a temporary overlay: the first level
+	// of its table takes 8 bytes for 256 MiB, or 8 MiB.
+	OverlayDisk = 256 << 40
+
 	// RateSlack is the least that a rate may run ahead of the clock: it makes
 	// up for timers that fire late, and stays below what a guest can notice.
 	RateSlack = 10 * time.Millisecond

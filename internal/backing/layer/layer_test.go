@@ -149,3 +149,10 @@ func mapAllocates(t *testing.T, d backing.Device) float64 {
 		}
 	})
 }
+
+// allocated is what a file takes on its storage, in bytes.
+func allocated(f *os.File) (int64, error) {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	return st.Blocks * 512, err
+}
