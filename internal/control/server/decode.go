@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"strings"
 	"unicode/utf8"
 
@@ -14,8 +15,8 @@ import (
 
 // decode reads one JSON object of at most limits.ControlBody bytes into v, a
 // pointer to a struct. It is stricter than encoding/json: text is UTF-8, each
-// name is known, lower case and there once, there is no null and nothing
-// behind the end.
+// name is known, lower case and there once, none is missing that is not
+// omitempty, there is no null and nothing behind the end.
 func decode(b []byte, v any) error {
 	if len(b) > limits.ControlBody {
 		return fmt.Errorf("longer than %d bytes", limits.ControlBody)
@@ -24,6 +25,9 @@ func decode(b []byte, v any) error {
 		return errors.New("not UTF-8")
 	}
 	if err := checkJSON(b); err != nil {
+		return err
+	}
+	if err := checkRequired(reflect.TypeOf(v), b); err != nil {
 		return err
 	}
 	d := json.NewDecoder(bytes.NewReader(b))

@@ -131,3 +131,36 @@ func TestReadersAreNotToldCausesAndChangeNothing(t *testing.T) {
 		t.Errorf("export, by an owner: got %v", err)
 	}
 }
+
+func TestSuccessHasTheStatusThatIsDescribed(t *testing.T) {
+	s := &controltest.Service{}
+	s.Put(export("a"))
+	s.PutClient(api.Client{ID: 1})
+	w := start(t, s, server.Change)
+	for _, tt := range []struct{ send, want string }{
+		{request("GET", "/v1/status", ""), "200"},
+		{request("GET", "/v1/exports", ""), "200"},
+		{post("/v1/exports", `{"name":"b","image":"/x"}`), "201"},
+		{request("GET", "/v1/exports/a", ""), "200"},
+		{request("PATCH", "/v1/exports/a", `{}`), "200"},
+		{request("DELETE", "/v1/exports/b", ""), "204"},
+		{post("/v1/exports/a/pause", ""), "204"},
+		{post("/v1/exports/a/resume", ""), "204"},
+		{post("/v1/exports/a/resize", `{"size":1}`), "200"},
+		{post("/v1/exports/a/snapshot", `{"overlay":"/o"}`), "200"},
+		{request("GET", "/v1/clients", ""), "200"},
+		{request("DELETE", "/v1/clients/1", ""), "204"},
+		{request("GET", "/v1/stats", ""), "200"},
+		{post("/v1/reload", ""), "200"},
+		{request("GET", "/metrics", ""), "200"},
+		{request("GET", "http://host/v1/status", ""), "200"},
+	} {
+		got := w.raw(t, tt.send)
+		if status(got) != tt.want || !strings.Contains(got, "Connection: close\r\n") {
+			t.Errorf("%.40q: got %q, want %s", tt.send, got, tt.want)
+		}
+		if _, body, _ := strings.Cut(got, "\r\n\r\n"); (body == "") != (tt.want == "204") || strings.Contains(body, "null") {
+			t.Errorf("%.40q: body %q", tt.send, body)
+		}
+	}
+}
