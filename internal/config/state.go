@@ -42,14 +42,44 @@ func stateFile(name string) string {
 	return b.String() + stateSuffix
 }
 
-// WriteExport keeps e in the folder dir, which exists. When it returns without
-// an error, e is on stable storage; with one, what was kept under its name
-// before is still there. Calls for one folder exclude each other.
+// openState opens the folder of kept exports. Whoever can write there decides
+// what is served to whom: so it must belong to root or to this user, and nobody
+// else may write to it.
+func openState(dir string) (*os.File, error) {
+	d, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	i, err := d.Stat()
+	if err == nil {
+		owner := i.Sys().(*syscall.Stat_t).Uid
+		switch {
+		case owner != 0 && owner != uint32(os.Geteuid()):
+			err = fmt.Errorf("%q belongs to user %d", dir, owner)
+		case i.Mode().Perm()&0o022 != 0:
+			err = fmt.Errorf("%q can be written to by others than its owner", dir)
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// WriteExport keeps e in the folder dir, which exists, and which nobody but root
+// and this user can write to. When it returns without an error, e is on stable
+// storage; with one, it may be what was kept under its name before. Calls for
+// one folder exclude each other.
 func WriteExport(dir string, e Export) error {
 	b, err := encodeState(e)
 	if err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
+	d, err := openState(dir)
+	if err != nil {
+		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
+	}
+	defer d.Close()
 	name := stateFile(e.Name)
 	temp := filepath.Join(dir, "."+name+".new")
 	if err := writeFile(temp, b); err != nil {
@@ -58,7 +88,7 @@ func WriteExport(dir string, e Export) error {
 	if err := os.Rename(temp, filepath.Join(dir, name)); err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), errors.Join(err, removeFile(temp)))
 	}
-	return syncDir(dir)
+	return d.Sync()
 }
 
 // encodeState writes e so that it is read as the same again, or not at all.
@@ -106,27 +136,24 @@ func removeFile(name string) error {
 	return nil
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
 // RemoveExport forgets the export called name. That none is kept is no error.
 func RemoveExport(dir, name string) error {
-	if err := removeFile(filepath.Join(dir, stateFile(name))); err != nil {
+	d, err := openState(dir)
+	if err == nil {
+		defer d.Close()
+		err = removeFile(filepath.Join(dir, stateFile(name)))
+	}
+	if err != nil {
 		return fmt.Errorf("forget export %q: %w", cut(name), err)
 	}
-	return syncDir(dir)
+	return d.Sync()
 }
 
 // ReadExports returns what WriteExport kept in dir, in the order of the files'
 // names, at most limits.ConfigExports. Files that cannot be read do not hide
 // the others: the error, beside the exports, names them all.
 func ReadExports(dir string) ([]Export, error) {
-	d, err := os.Open(dir)
+	d, err := openState(dir)
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,16 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
+// stateDir is a folder for exports, whatever the umask is.
+func stateDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // keep writes an export that is expected to be kept.
 func keep(t *testing.T, dir string, e config.Export) {
 	t.Helper()
@@ -35,7 +45,7 @@ func files(t *testing.T, dir string) []string {
 }
 
 func TestAnyNameIsKeptInTheFolder(t *testing.T) {
-	dir := t.TempDir()
+	dir := stateDir(t)
 	names := []string{
 		"a", "A", ".", "..", "../../etc/passwd", "/", "-rf", "a b", "a\nb", `q"'`, "%2E", "~", ".json", ".a.json.new", "ü",
 		strings.Repeat("/", 66), strings.Repeat("/", 67), strings.Repeat("a", 200), strings.Repeat("a", 201), strings.Repeat("a", limits.MaxString),
@@ -72,7 +82,7 @@ func TestAnyNameIsKeptInTheFolder(t *testing.T) {
 }
 
 func TestKeptExportsComeBackWhole(t *testing.T) {
-	dir := t.TempDir()
+	dir := stateDir(t)
 	c := parsed(t, whole)
 	for _, e := range c.Exports {
 		keep(t, dir, e)
@@ -96,7 +106,7 @@ func TestKeptExportsComeBackWhole(t *testing.T) {
 }
 
 func TestWhatCannotComeBackIsNotKept(t *testing.T) {
-	dir := t.TempDir()
+	dir := stateDir(t)
 	keep(t, dir, config.Export{Name: "a", Image: "/a"})
 	for name, e := range map[string]config.Export{
 		"descriptor":         {Name: "a", Image: "fd:0"},
@@ -118,7 +128,7 @@ func TestWhatCannotComeBackIsNotKept(t *testing.T) {
 }
 
 func TestBadFilesDoNotHideTheOthers(t *testing.T) {
-	dir := t.TempDir()
+	dir := stateDir(t)
 	keep(t, dir, config.Export{Name: "a", Image: "/a"})
 	keep(t, dir, config.Export{Name: "z", Image: "/z"})
 	for name, text := range map[string]string{
@@ -151,10 +161,49 @@ func TestBadFilesDoNotHideTheOthers(t *testing.T) {
 	}
 }
 
+func TestFolderOfOthersIsRefused(t *testing.T) {
+	dir := stateDir(t)
+	keep(t, dir, config.Export{Name: "a", Image: "/a"})
+	refused := func(what, dir string) {
+		t.Helper()
+		if err := config.WriteExport(dir, config.Export{Name: "b", Image: "/b"}); err == nil {
+			t.Errorf("%s: kept", what)
+		}
+		if list, err := config.ReadExports(dir); err == nil || list != nil {
+			t.Errorf("%s: read %+v", what, list)
+		}
+		if err := config.RemoveExport(dir, "a"); err == nil {
+			t.Errorf("%s: removed", what)
+		}
+	}
+	for _, mode := range []os.FileMode{0o777, 0o770, 0o702} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		refused(mode.String(), dir)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	refused("a file", filepath.Join(dir, "a.json"))
+	if os.Geteuid() == 0 { // only root gives folders away
+		if err := os.Chown(dir, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		refused("of nobody", dir)
+		if err := os.Chown(dir, 0, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 {
+		t.Errorf("got %+v, %v", list, err)
+	}
+}
+
 // What stood under the name is there until the new file is complete, and a
 // link in the place of the new file is not followed.
 func TestWriteIsAtomic(t *testing.T) {
-	dir := t.TempDir()
+	dir := stateDir(t)
 	keep(t, dir, config.Export{Name: "a", Image: "/old"})
 	outside := filepath.Join(t.TempDir(), "f")
 	if err := os.WriteFile(outside, []byte("mine"), 0o600); err != nil {
