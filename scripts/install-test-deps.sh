@@ -20,6 +20,7 @@ mmdebstrap
 nbd-client
 nbdkit
 python3-libnbd
+qemu-guest-agent
 qemu-system-x86
 qemu-utils
 systemd

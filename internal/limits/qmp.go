@@ -44,10 +44,6 @@ const (
 	// that one reply is believed to list.
 	QMPItems = 16 << 10
 
-	// QMPDepth bounds the buses and bridges below each other that are looked
-	// through for a free place. PCI ends at 256 buses; machines have three.
-	QMPDepth = 8
-
 	// QMPLookups bounds the questions that one search for a free place asks.
 	QMPLookups = 4096
 

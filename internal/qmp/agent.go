@@ -39,7 +39,7 @@ type Agent struct {
 func DialAgent(ctx context.Context, path string) (*Agent, error) {
 	ctx, cancel := context.WithTimeout(ctx, limits.QMPDial)
 	defer cancel()
-	conn, err := dial(ctx, path)
+	conn, err := DialSocket(ctx, path)
 	if err != nil {
 		return nil, fmt.Errorf("guest agent %q: %w", path, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -20,8 +21,8 @@ type Address interface {
 type UnixAddress string
 
 func (a UnixAddress) options() (map[string]any, error) {
-	if a == "" || len(a) > limits.QEMUSocketPath {
-		return nil, fmt.Errorf("%w socket path %q: 1 to %d bytes", ErrInvalid, string(a), limits.QEMUSocketPath)
+	if a == "" || len(a) > limits.QEMUSocketPath || strings.ContainsRune(string(a), 0) {
+		return nil, fmt.Errorf("%w socket path %.200q: 1 to %d bytes, none of them zero", ErrInvalid, string(a), limits.QEMUSocketPath)
 	}
 	return map[string]any{"type": "unix", "path": string(a)}, nil
 }
@@ -88,8 +89,8 @@ func (n *NBD) options() (map[string]any, error) {
 	if err := checkNode(n.Node); err != nil {
 		return nil, err
 	}
-	if n.Server == nil || len(n.Export) > limits.MaxString || len(n.TLSCreds) > limits.QMPName || len(n.TLSHostname) > limits.QMPName {
-		return nil, fmt.Errorf("%w NBD node %q: no server, or a name too long", ErrInvalid, n.Node)
+	if n.Server == nil || strings.ContainsRune(n.Export, 0) || len(n.Export) > limits.MaxString || len(n.TLSCreds) > limits.QMPName || len(n.TLSHostname) > limits.QMPName {
+		return nil, fmt.Errorf("%w NBD node %q: no server, or a name too long or with a zero byte", ErrInvalid, n.Node)
 	}
 	if n.ReconnectDelay < 0 || n.ReconnectDelay > limits.NBDReconnect || n.OpenTimeout < 0 || n.OpenTimeout > limits.NBDOpen {
 		return nil, fmt.Errorf("%w NBD node %q: reconnect delay %v, at most %v; open timeout %v, at most %v", ErrInvalid, n.Node, n.ReconnectDelay, limits.NBDReconnect, n.OpenTimeout, limits.NBDOpen)

@@ -118,6 +118,8 @@ func TestWhatCannotBeRightIsNotSent(t *testing.T) {
 		"no server":         nbd(qmp.NBD{Node: "a"}),
 		"no path":           nbd(qmp.NBD{Node: "a", Server: qmp.UnixAddress("")}),
 		"long path":         nbd(qmp.NBD{Node: "a", Server: qmp.UnixAddress("/" + strings.Repeat("p", 107))}),
+		"zero in a path":    nbd(qmp.NBD{Node: "a", Server: qmp.UnixAddress("/a\x00b")}),
+		"zero in an export": nbd(qmp.NBD{Node: "a", Server: unix, Export: "a\x00b"}),
 		"no host":           nbd(qmp.NBD{Node: "a", Server: qmp.InetAddress{Port: 1}}),
 		"no port":           nbd(qmp.NBD{Node: "a", Server: qmp.InetAddress{Host: "h"}}),
 		"no fd name":        nbd(qmp.NBD{Node: "a", Server: qmp.FDAddress("")}),

@@ -80,7 +80,7 @@ func (m *Monitor) ConnectContext(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limits.QMPDial)
 	defer cancel()
-	conn, err := dial(ctx, m.path)
+	conn, err := DialSocket(ctx, m.path)
 	if err == nil {
 		err = m.start(ctx, conn)
 	}
@@ -89,16 +89,6 @@ func (m *Monitor) ConnectContext(ctx context.Context) error {
 		return fmt.Errorf("monitor %q: %w", m.path, err)
 	}
 	return nil
-}
-
-// dial connects to a Unix socket.
-func dial(ctx context.Context, path string) (*net.UnixConn, error) {
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	return conn.(*net.UnixConn), nil
 }
 
 // start owns conn from the call on.

@@ -139,7 +139,7 @@ func TestBusyMonitorIsAClearError(t *testing.T) {
 }
 
 func TestDialOfNothing(t *testing.T) {
-	for _, path := range []string{filepath.Join(t.TempDir(), "none"), strings.Repeat("p", 300), ""} {
+	for _, path := range []string{filepath.Join(t.TempDir(), "none"), strings.Repeat("p", 300), "", "/a\x00b", "@none"} {
 		if m, err := qmp.Dial(testContext(t), path); err == nil {
 			m.Close()
 			t.Errorf("dial of %q worked", path)
@@ -512,4 +512,74 @@ func TestMonitorLeavesTheSocketAfterAFailedGreeting(t *testing.T) {
 	if err := <-gone; err != nil && !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the peer saw %v", err)
 	}
+}
+
+// TestPathIsNoAbstractName has a monitor in each place.
+func TestPathIsNoAbstractName(t *testing.T) {
+	t.Chdir(t.TempDir())
+	name := fmt.Sprintf("@vmdiskd-test-%d", os.Getpid())
+	abstract, err := net.Listen("unix", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer abstract.Close()
+	if err := os.Symlink(qmptest.Listen(t, func(c *qmptest.Conn) { c.Handshake(); c.Hold() }), name); err != nil {
+		t.Fatal(err)
+	}
+	m, err := qmp.Dial(testContext(t), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+}
+
+// TestMonitorIsUsedByManyUntilItIsClosed ends in the middle of commands,
+// events and subscriptions.
+func TestMonitorIsUsedByManyUntilItIsClosed(t *testing.T) {
+	m := dial(t, func(c *qmptest.Conn) {
+		c.Handshake()
+		c.Table(map[string]string{"x": "1"}, map[string]func(){"x": func() { c.Say(`{"event":"E","data":{}}`) }})
+	})
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for {
+				out, err := m.Execute(testContext(t), "x", nil)
+				if err != nil {
+					if !errors.Is(err, qmp.ErrClosed) {
+						t.Error(err)
+					}
+					return
+				}
+				if string(out) != "1" {
+					t.Errorf("reply %s", out)
+				}
+			}
+		})
+		all.Go(func() {
+			s, err := m.Subscribe()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer s.Close()
+			for n := 0; ; n++ {
+				if _, err := s.Next(testContext(t)); err != nil {
+					return
+				}
+				if n == 50 {
+					m.Close()
+				}
+			}
+		})
+		all.Go(func() {
+			events, err := m.Events(testContext(t))
+			if err != nil {
+				return
+			}
+			for range events {
+			}
+		})
+	}
+	all.Wait()
 }

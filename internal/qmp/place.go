@@ -250,8 +250,8 @@ func named(all []bus, b bus) bool {
 	return same == 1
 }
 
-// ownBuses adds the buses among the entries of a device, and of the virtio
-// device within it.
+// ownBuses adds the buses among the entries of a device, and for SCSI those of
+// the virtio device within it.
 func (w *walk) ownBuses(ctx context.Context, path, device string, entries []item, kinds []string, found *[]bus) error {
 	for _, e := range entries {
 		kind, ok := e.child()
@@ -266,7 +266,7 @@ func (w *walk) ownBuses(ctx context.Context, path, device string, entries []item
 			}
 			b.plug = err == nil && handler != ""
 			*found = append(*found, b)
-		case ok && e.Name == "virtio-backend":
+		case ok && e.Name == "virtio-backend" && strings.HasSuffix(device, "-pci") && slices.Contains(kinds, "SCSI"):
 			inner, err := w.list(ctx, at)
 			if err == nil {
 				err = w.ownBuses(ctx, at, kind, inner, kinds, found)

@@ -150,16 +150,34 @@ func wantDisk(t *testing.T, m *qmp.Monitor, id, node string) {
 	}
 }
 
-// unplug waits for a device in vain where it takes a guest, then resets the
-// machine, which releases it.
+// unplug takes d0 out of a machine whose guest does not run: a reset releases
+// a PCI device.
 func unplug(t *testing.T, m *qmp.Monitor, model qmp.Model) {
 	t.Helper()
-	if model == qmp.SCSIDisk {
-		if err := m.Unplug(testContext(t), "d0"); err != nil {
-			t.Error(err)
-		}
+	if model == qmp.NVMe {
+		unplugInVain(t, m)
 		return
 	}
+	gone := make(chan error, 1)
+	go func() { gone <- m.Unplug(testContext(t), "d0") }()
+	for {
+		select {
+		case err := <-gone:
+			if err != nil {
+				t.Error(err)
+			}
+			return
+		default:
+		}
+		if _, err := m.Execute(testContext(t), "system_reset", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// unplugInVain gives up waiting before the reset.
+func unplugInVain(t *testing.T, m *qmp.Monitor) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(testContext(t), 200*time.Millisecond)
 	defer cancel()
 	if err := m.Unplug(ctx, "d0"); !errors.Is(err, qmp.ErrNotReleased) {
@@ -371,5 +389,44 @@ func TestNamesInPathsAreData(t *testing.T) {
 	}
 	if err := qmp.BlockdevAddNBD(testContext(t), m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(odd), Export: `-x,"y'<` + "\n"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestRealGuestAgentAnswers runs a guest agent on this machine. It is not
+// asked to freeze anything, and would refuse.
+func TestRealGuestAgentAnswers(t *testing.T) {
+	program := testenv.Path(t, "qemu-ga")
+	dir := t.TempDir()
+	path := filepath.Join(dir, "ga.sock")
+	cmd := exec.Command(program, "-m", "unix-listen", "-p", path, "-t", dir, "-f", filepath.Join(dir, "pid"), "-b", "guest-fsfreeze-freeze,guest-shutdown")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	ctx := testContext(t)
+	var a *qmp.Agent
+	var err error
+	if testenv.Await(ctx, func() bool {
+		a, err = qmp.DialAgent(ctx, path)
+		return err == nil
+	}) != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	info, err := qmp.GuestInfo(ctx, a)
+	if err != nil || info.Version == "" || !info.Has("guest-get-fsinfo") || info.Has("guest-fsfreeze-freeze") {
+		t.Errorf("info %+v, %v", info, err)
+	}
+	if _, err := qmp.FreezeGuest(ctx, a); err == nil {
+		t.Error("the agent obeys a command that it may not")
+	}
+	if frozen, err := qmp.GuestFrozen(ctx, a); err != nil || frozen {
+		t.Errorf("frozen %v, %v", frozen, err)
+	}
+	if _, err := qmp.GuestFilesystems(ctx, a); err != nil {
+		t.Errorf("file systems: %v", err)
 	}
 }

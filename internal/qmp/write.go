@@ -9,12 +9,30 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
+
+// DialSocket connects to the Unix socket at path, which is a path whatever it
+// begins with: no abstract name. One that no socket can have is ErrInvalid.
+func DialSocket(ctx context.Context, path string) (*net.UnixConn, error) {
+	if strings.HasPrefix(path, "@") {
+		path = "./" + path
+	}
+	if path == "" || len(path) > limits.QEMUSocketPath || strings.ContainsRune(path, 0) {
+		return nil, fmt.Errorf("%w socket path %.200q: 1 to %d bytes, none of them zero", ErrInvalid, path, limits.QEMUSocketPath)
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*net.UnixConn), nil
+}
 
 // write sends b, with files along its first byte, before ctx's deadline. sent
 // is true once the peer may have got a part of b.

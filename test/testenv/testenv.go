@@ -48,6 +48,7 @@ var packages = map[string]string{
 	"nbdfuse":                 "libnbd-bin",
 	"nbdinfo":                 "libnbd-bin",
 	"nbdkit":                  "nbdkit",
+	"qemu-ga":                 "qemu-guest-agent",
 	"qemu-img":                "qemu-utils",
 	"qemu-io":                 "qemu-utils",
 	"qemu-nbd":                "qemu-utils",

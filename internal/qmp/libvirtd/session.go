@@ -12,7 +12,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"time"
@@ -72,8 +71,7 @@ type Session struct {
 func Dial(ctx context.Context, path, uri string) (*Session, error) {
 	ctx, cancel := context.WithTimeout(ctx, limits.LibvirtDial)
 	defer cancel()
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", path)
+	c, err := qmp.DialSocket(ctx, path)
 	if err != nil {
 		return nil, fmt.Errorf("libvirt: %w", err)
 	}
