@@ -7,6 +7,7 @@ packages="
 busybox-static
 curl
 e2fsprogs
+fdisk
 fio
 fuse3
 gcc
