@@ -10,13 +10,8 @@ const (
 	// need more, and curl's own headers are below 200 bytes.
 	ControlHeader = 8 << 10
 
-	// ControlBody bounds the JSON of a request: an export with some hundred
-	// grants and backing files.
-	ControlBody = 64 << 10
-
-	// ControlDepth bounds the nesting of the JSON of a request. The words of
-	// the API are four deep.
-	ControlDepth = 16
+	// ControlBody bounds the JSON of a request: the largest is an export.
+	ControlBody = ExportJSON
 
 	// ControlName bounds the name of an export in a path: what is left of
 	// ControlHeader when each byte takes three.
@@ -45,10 +40,6 @@ const (
 	// ControlPeerGroups bounds the supplementary groups of a peer: the
 	// kernel's NGROUPS_MAX.
 	ControlPeerGroups = 64 << 10
-
-	// ControlEventQueue bounds the events that wait for one listener. Later
-	// ones are lost, which the listener is told.
-	ControlEventQueue = 1024
 
 	// ControlRemove is how long a removal waits for the clients of an export
 	// to leave if the request does not say, and ControlRemoveMost at most.

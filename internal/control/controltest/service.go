@@ -18,8 +18,6 @@ import (
 // Service is a server.Service whose exports are only said to exist. Its zero
 // value has none.
 type Service struct {
-	server.Events
-
 	// Fail is returned by everything that can fail, before it does anything.
 	// Set before use.
 	Fail error
@@ -33,6 +31,9 @@ type Service struct {
 	clients []api.Client // guarded by mu
 	calls   []string     // guarded by mu; what has changed something, in words
 	files   []*os.File   // guarded by mu; that have come
+
+	listeners map[chan api.Event]struct{} // guarded by mu
+	closed    bool                        // guarded by mu
 }
 
 // Put adds an export as it is.
@@ -63,6 +64,53 @@ func (s *Service) Files() []*os.File {
 	f := s.files
 	s.files = nil
 	return f
+}
+
+// Publish tells every listener that has room.
+func (s *Service) Publish(e api.Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e.Time = time.Now()
+	for l := range s.listeners {
+		select {
+		case l <- e:
+		default:
+		}
+	}
+}
+
+// Close ends all listeners, and those to come.
+func (s *Service) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for l := range s.listeners {
+		close(l)
+	}
+	s.listeners = nil
+}
+
+// Subscribe is as in server.Service, but that nobody is told of lost events.
+func (s *Service) Subscribe(n int) (<-chan api.Event, func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := make(chan api.Event, n)
+	if s.closed {
+		close(l)
+		return l, func() {}
+	}
+	if s.listeners == nil {
+		s.listeners = map[chan api.Event]struct{}{}
+	}
+	s.listeners[l] = struct{}{}
+	return l, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if _, ok := s.listeners[l]; ok {
+			delete(s.listeners, l)
+			close(l)
+		}
+	}
 }
 
 func (s *Service) note(format string, a ...any) error {

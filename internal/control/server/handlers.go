@@ -66,6 +66,7 @@ func (c *call) add() (any, error) {
 	if err := c.into(&a); err != nil {
 		return nil, err
 	}
+	c.added = a.Name
 	if len(a.Name) > limits.ControlName {
 		return nil, invalid("the name is longer than %d bytes", limits.ControlName)
 	}

@@ -439,8 +439,8 @@ func TestAuditSaysWhoDidWhat(t *testing.T) {
 	w := start(t, &controltest.Service{}, server.Change)
 	_ = w.client.Remove(testContext(t), "a\nlevel=ERROR \"x\"", true, 0)
 	want := []string{
-		"msg=control", fmt.Sprintf("peer.uid=%d", os.Getuid()), fmt.Sprintf("peer.pid=%d", os.Getpid()),
-		"method=DELETE", `path="/v1/exports/a%0Alevel=ERROR%20%22x%22"`, "query=\"force=true\"", "status=404", "err=",
+		`msg="DELETE /v1/exports/a%0Alevel=ERROR%20%22x%22"`, fmt.Sprintf("peer.uid=%d", os.Getuid()),
+		fmt.Sprintf("peer.pid=%d", os.Getpid()), `query="force=true"`, "status=404", "err=",
 	}
 	eventually(t, "a line in the log", func() bool { return strings.Contains(w.log.String(), "err=") })
 	for _, x := range want {
@@ -470,6 +470,44 @@ func TestRemovalEndsWithItsTimeAndWithItsPeer(t *testing.T) {
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("the peer leaves: got %v", err)
+	}
+}
+
+// TestCloseWaitsForRequestsInProgress holds that what was begun has the time
+// that it was given.
+func TestCloseWaitsForRequestsInProgress(t *testing.T) {
+	s := &controltest.Service{Started: make(chan string, 1)}
+	s.Put(export("a"))
+	w := start(t, s, server.Change)
+	removed := make(chan error, 1)
+	go func() { removed <- w.client.Remove(testContext(t), "a", false, 300*time.Millisecond) }()
+	<-s.Started
+	if err := w.server.Close(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	if err := <-removed; err == nil || err.Error() != "it was not done in time" {
+		t.Errorf("a removal while the server ends: got %v", err)
+	}
+	if _, err := w.client.Status(testContext(t)); err == nil {
+		t.Error("a request after the end was served")
+	}
+}
+
+// TestCloseCutsWhatTakesTooLong ends with a request that would go on.
+func TestCloseCutsWhatTakesTooLong(t *testing.T) {
+	s := &controltest.Service{Started: make(chan string, 1)}
+	s.Put(export("a"))
+	w := start(t, s, server.Change)
+	removed := make(chan error, 1)
+	go func() { removed <- w.client.Remove(testContext(t), "a", false, limits.ControlRemoveMost) }()
+	<-s.Started
+	ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
+	defer cancel()
+	if err := w.server.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("close: got %v", err)
+	}
+	if err := <-removed; err == nil {
+		t.Error("the removal was a success")
 	}
 }
 

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"fmt"
 	"maps"
 	"net/http"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -289,6 +291,28 @@ func TestOpenAPIHasTheCodes(t *testing.T) {
 	for code, status := range statusOf {
 		if i := strings.Index(text, code); i < 0 || !strings.Contains(text[i:], strconv.Itoa(status)) {
 			t.Errorf("%s is not said to be %d", code, status)
+		}
+	}
+}
+
+func TestOpenAPISaysTheBounds(t *testing.T) {
+	b, err := os.ReadFile("../openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.Join(strings.Fields(string(b)), " ")
+	for _, want := range []string{
+		fmt.Sprintf("at most %d connections", limits.ControlConnsPerUID),
+		fmt.Sprintf("headers %d KiB in %.0f seconds, body %d KiB in %.0f seconds", limits.ControlHeader>>10,
+			limits.ControlHeaderTime.Seconds(), limits.ControlBody>>10, limits.ControlBodyTime.Seconds()),
+		fmt.Sprintf("at most %d levels", limits.ExportDepth),
+		fmt.Sprintf("at most %d bytes of UTF-8", limits.ControlName),
+		fmt.Sprintf("and so on, at most %d.", limits.ControlFiles),
+		fmt.Sprintf("at most %.0fm. Without, %s.", limits.ControlRemoveMost.Minutes(), limits.ControlRemove),
+		fmt.Sprintf("at most %d KiB", limits.ControlErrorText>>10),
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("openapi.yaml does not say %q", want)
 		}
 	}
 }

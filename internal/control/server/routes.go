@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -74,6 +75,7 @@ type call struct {
 	query url.Values
 	body  []byte
 	files []*os.File // whose they are is said at Service
+	added string     // the name of the export that is made
 
 	sentStatus int // 0 before the reply
 }
@@ -149,7 +151,7 @@ func (c *call) find() error {
 		return &api.Error{Code: api.CodeNotFound, Text: "no such path"}
 	}
 	c.w.Header().Set("Allow", strings.Join(methods, ", "))
-	return &statusError{http.StatusMethodNotAllowed, invalid("%s is not for this path", short(c.r.Method))}
+	return &statusError{http.StatusMethodNotAllowed, invalid("%s is not for this path", short(c.r.Method, 32))}
 }
 
 func match(pattern string, segs []string) (name string, ok bool, err error) {
@@ -166,7 +168,7 @@ func match(pattern string, segs []string) (name string, ok bool, err error) {
 	}
 	name, err = url.PathUnescape(name)
 	if err == nil {
-		err = checkText(strings.ToValidUTF8(name, "\uFFFD"))
+		err = checkText(name)
 	}
 	if err == nil && len(name) > limits.ControlName {
 		err = errors.New("too long")
@@ -186,13 +188,13 @@ func (c *call) parameters() (url.Values, error) {
 	for k, v := range q {
 		switch {
 		case !slices.Contains(c.route.query, k):
-			return nil, invalid("unknown parameter %q", short(k))
+			return nil, invalid("unknown parameter %q", short(k, 64))
 		case len(v) > 1:
 			return nil, invalid("parameter %q is there twice", k)
 		case len(v[0]) > limits.ControlName:
 			return nil, invalid("parameter %q is too long", k)
 		}
-		if err := checkText(strings.ToValidUTF8(v[0], "\uFFFD")); err != nil {
+		if err := checkText(v[0]); err != nil {
 			return nil, invalid("parameter %q: %s", k, err)
 		}
 	}
@@ -247,6 +249,25 @@ func tooLong() error {
 	return &statusError{http.StatusRequestEntityTooLarge, invalid("the body is longer than %d bytes", limits.ControlBody)}
 }
 
+// checkText refuses what no name has.
+func checkText(s string) error {
+	switch {
+	case !utf8.ValidString(s):
+		return errors.New("not UTF-8")
+	case strings.ContainsRune(s, 0):
+		return errors.New("it has a zero byte")
+	}
+	return nil
+}
+
+// short bounds what an error or the log repeats.
+func short(s string, most int) string {
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return s
+}
+
 // into decodes the body.
 func (c *call) into(v any) error {
 	if err := decode(c.body, v); err != nil {
@@ -284,8 +305,10 @@ func (c *call) public(err error) (*api.Error, int) {
 	var e *api.Error
 	switch {
 	case errors.As(err, &e) && statusOf[e.Code] != 0:
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+	case errors.Is(err, context.DeadlineExceeded):
 		e = &api.Error{Code: api.CodeTimeout, Text: "it was not done in time"}
+	case errors.Is(err, context.Canceled):
+		e = &api.Error{Code: api.CodeTimeout, Text: "it was given up"}
 	case c.conn.access == Change:
 		e = &api.Error{Code: api.CodeFailed, Text: err.Error()}
 	default:
@@ -349,27 +372,28 @@ func (c *call) writeDeadline() error {
 	return http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(limits.ControlReplyTime))
 }
 
-// audit writes the line about a change, done or refused. Of other requests
-// there is one at level debug.
+// audit writes the line about a change by somebody who may change things. Its
+// message has the subject, because a flood of one message is cut, and a
+// hundred exports made in a second are none. Of other requests there is a line
+// at level debug.
 func (c *call) audit(start time.Time, err error) {
 	level := slog.LevelDebug
-	if c.route != nil && c.route.access == Change {
+	if c.route != nil && c.route.access == Change && c.conn.access == Change {
 		level = slog.LevelInfo
 	}
-	path := c.r.URL.EscapedPath()
-	attrs := []slog.Attr{
-		c.conn.auditAttrs(),
-		slog.String("method", short(c.r.Method)),
-		slog.String("path", path[:min(len(path), limits.ControlAuditPath)]),
-		slog.Int("status", c.sentStatus),
-		slog.Duration("took", time.Since(start)),
+	msg := short(c.r.Method, 32) + " " + short(c.r.URL.EscapedPath(), limits.ControlAuditPath)
+	if c.added != "" {
+		msg += " " + strconv.Quote(short(c.added, limits.ControlAuditPath))
 	}
-	if c.r.URL.RawQuery != "" {
-		attrs = append(attrs, slog.String("query", c.r.URL.RawQuery[:min(len(c.r.URL.RawQuery), limits.ControlAuditPath)]))
+	attrs := []slog.Attr{c.conn.auditAttrs(), slog.Int("status", c.sentStatus), slog.Duration("took", time.Since(start))}
+	if q := c.r.URL.RawQuery; q != "" {
+		attrs = append(attrs, slog.String("query", short(q, limits.ControlAuditPath)))
+	}
+	if len(c.files) > 0 {
+		attrs = append(attrs, slog.Int("descriptors", len(c.files)))
 	}
 	if err != nil {
-		text := err.Error()
-		attrs = append(attrs, slog.String("err", text[:min(len(text), limits.ControlErrorText)]))
+		attrs = append(attrs, slog.String("err", short(err.Error(), limits.ControlErrorText)))
 	}
-	c.s.log.LogAttrs(context.WithoutCancel(c.ctx), level, "control", attrs...)
+	c.s.log.LogAttrs(context.WithoutCancel(c.ctx), level, msg, attrs...)
 }

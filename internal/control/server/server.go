@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -84,7 +85,9 @@ type Server struct {
 	http      http.Server
 	conns     connTable
 
-	ending context.CancelFunc // ends the streams of events
+	ending sync.Once
+	ended  chan struct{}      // closed by Close: streams of events end
+	cancel context.CancelFunc // ends the contexts of all requests
 }
 
 // New makes a server of the whole API.
@@ -104,7 +107,8 @@ func NewMetrics(m MetricsSource, log *slog.Logger) *Server {
 
 func (s *Server) init() {
 	ctx, cancel := context.WithCancel(context.Background())
-	s.ending = cancel
+	s.cancel = cancel
+	s.ended = make(chan struct{})
 	s.http = http.Server{
 		Handler:           http.HandlerFunc(s.serve),
 		ReadHeaderTimeout: limits.ControlHeaderTime,
@@ -133,7 +137,8 @@ func (s *Server) Serve(l net.Listener) error {
 // Close ends the streams of events, waits for the requests in progress until
 // ctx ends, and then cuts the connections. The listener is closed.
 func (s *Server) Close(ctx context.Context) error {
-	s.ending()
+	s.ending.Do(func() { close(s.ended) })
+	defer s.cancel()
 	err := s.http.Shutdown(ctx)
 	if err != nil {
 		err = errors.Join(err, s.http.Close())
