@@ -271,7 +271,7 @@ func TestRegressionFileStaysSmall(t *testing.T) {
 			off := int64(i*7%15) * 64 << 10
 			ops := serial(write(off, 64<<10, i+1), flush, trim(off, 64<<10), flush)
 			for _, b := range ops {
-				if err := r.Do(t.Context(), disktest.Script{b}); err != nil && i%50 == 0 {
+				if err := r.Carry(t.Context(), b); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -329,7 +329,7 @@ func TestRegressionHeaderIsNeverOverwritten(t *testing.T) {
 		for round := range uint32(3) {
 			for off := int64(0); off < o.Size; off += 64 << 10 {
 				c := write(off, 64<<10, round*1000+uint32(off>>16)+1)
-				if err := r.Do(t.Context(), disktest.Script{{c}}); err != nil {
+				if err := r.Carry(t.Context(), disktest.Batch{c}); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -498,9 +498,9 @@ func TestPowerCutsWhileTheRefcountTableGrows(t *testing.T) {
 	for i := range int64(12) {
 		ops = append(ops, write(i*256<<10, 256<<10, uint32(i+1)), flush)
 	}
-	s.perSync = 12
-	n, err := s.episode(1, serial(ops...), 600)
-	if err != nil || n < 300 {
+	s.perSync = 4
+	n, err := s.episode(1, serial(ops...), 200)
+	if err != nil || n < 100 {
 		t.Errorf("%d power cuts: %v", n, err)
 	}
 	h, r := s.start(t)
