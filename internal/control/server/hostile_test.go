@@ -17,6 +17,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -546,6 +547,35 @@ func TestMetricsServerHasNothingElse(t *testing.T) {
 			if r.StatusCode != want || want == 200 && string(b) != "vmdiskd_exports 0\n" {
 				t.Errorf("%s %s: got %d %q, want %d", method, path, r.StatusCode, b, want)
 			}
+		}
+	}
+}
+
+// brokenMetrics fails behind n bytes.
+type brokenMetrics struct{ n int }
+
+func (b brokenMetrics) Metrics(w io.Writer) error {
+	_, err := w.Write(make([]byte, b.n))
+	return errors.Join(err, errors.New("broken"))
+}
+
+// TestMetricsAreNeverTakenForWhole holds that a failure in the middle is seen.
+func TestMetricsAreNeverTakenForWhole(t *testing.T) {
+	for _, n := range []int{0, 1, 1 << 20} {
+		path := filepath.Join(t.TempDir(), "metrics")
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := server.NewMetrics(brokenMetrics{n}, discard())
+		done := make(chan error, 1)
+		go func() { done <- m.Serve(l) }()
+		var got strings.Builder
+		if err := client.Dial(path).Metrics(testContext(t), &got); err == nil || n < 64<<10 && got.Len() != 0 {
+			t.Errorf("%d bytes: got %d and %v", n, got.Len(), err)
+		}
+		if err := errors.Join(m.Close(testContext(t)), <-done); err != nil {
+			t.Error(err)
 		}
 	}
 }
