@@ -25,4 +25,17 @@ const (
 	// StuckFactor times the threshold of slow requests is the age at which a
 	// request counts as stuck.
 	StuckFactor = 10
+
+	// Notify is how long the service manager may leave its socket full before
+	// a message to it is given up.
+	Notify = time.Second
+
+	// NotifyStatus bounds the status text that the service manager is told:
+	// it shows one line.
+	NotifyStatus = 512
+
+	// JournalField bounds a field of a log entry for the journal, whose own
+	// bound is far higher; JournalFields bounds how many an entry has.
+	JournalField  = 32 << 10
+	JournalFields = 64
 )

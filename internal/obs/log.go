@@ -21,6 +21,9 @@ import (
 type Options struct {
 	// Sink is "stderr", "syslog", "null" or a path that starts with "/".
 	Sink string
+	// Format is "text", which "" stands for, "json", or "journal": then the
+	// lines go to systemd's journal as fields, and Sink must be "" or "stderr".
+	Format string
 	// Level is the least severe level that is written.
 	Level slog.Level
 	// Components gives single components a level of their own.
@@ -36,11 +39,34 @@ type Log struct {
 
 // Open opens the sink.
 func Open(o Options) (*Log, error) {
-	w, err := sink(o.Sink)
+	w, err := writer(&o)
 	if err != nil {
 		return nil, err
 	}
-	return &Log{opt: o, out: newQueue(w), cut: &limiter{now: time.Now}}, nil
+	return &Log{opt: o, out: newQueue(w, lostIn[o.Format]), cut: &limiter{now: time.Now}}, nil
+}
+
+// lostIn has, by format, what tells that lines were lost before one: a line of
+// its own, or a field.
+var lostIn = map[string]string{
+	"":        "level=WARN msg=\"log lines were lost\" count=%d\n",
+	"text":    "level=WARN msg=\"log lines were lost\" count=%d\n",
+	"json":    "{\"level\":\"WARN\",\"msg\":\"log lines were lost\",\"count\":%d}\n",
+	"journal": "VMDISKD_LINES_LOST=%d\n",
+}
+
+// writer opens where the lines go.
+func writer(o *Options) (io.Writer, error) {
+	if _, ok := lostIn[o.Format]; !ok {
+		return nil, fmt.Errorf("log format %q: want text, json or journal", o.Format)
+	}
+	if o.Format != "journal" {
+		return sink(o.Sink)
+	}
+	if o.Sink != "" && o.Sink != "stderr" {
+		return nil, fmt.Errorf("log %q: the journal format has no other sink", o.Sink)
+	}
+	return dialJournal(journalSocket)
 }
 
 // sink opens what Options.Sink names.
@@ -64,8 +90,19 @@ func (l *Log) For(component string) *slog.Logger {
 	if !ok {
 		level = l.opt.Level
 	}
-	h := slog.NewTextHandler(l.out, &slog.HandlerOptions{Level: level, ReplaceAttr: l.dropTime})
+	h := l.handler(&slog.HandlerOptions{Level: level, ReplaceAttr: l.dropTime})
 	return slog.New(&cutHandler{Handler: h.WithAttrs([]slog.Attr{slog.String("in", component)}), cut: l.cut})
+}
+
+// handler writes lines in the format of the log.
+func (l *Log) handler(o *slog.HandlerOptions) slog.Handler {
+	switch l.opt.Format {
+	case "json":
+		return slog.NewJSONHandler(l.out, o)
+	case "journal":
+		return &journalHandler{out: l.out, level: o.Level}
+	}
+	return slog.NewTextHandler(l.out, o)
 }
 
 // dropTime leaves the time to syslog, which adds its own.
@@ -84,6 +121,7 @@ func (l *Log) Close() { l.out.close() }
 type queue struct {
 	lines chan []byte
 	done  chan struct{}
+	loss  string // format that tells how many were lost
 
 	mu     sync.Mutex
 	lost   int  // guarded by mu
@@ -93,8 +131,8 @@ type queue struct {
 // queueLines bounds what waits for a slow sink.
 const queueLines = 1024
 
-func newQueue(w io.Writer) *queue {
-	q := &queue{lines: make(chan []byte, queueLines), done: make(chan struct{})}
+func newQueue(w io.Writer, loss string) *queue {
+	q := &queue{lines: make(chan []byte, queueLines), done: make(chan struct{}), loss: loss}
 	go q.writeLoop(w)
 	return q
 }
@@ -107,7 +145,7 @@ func (q *queue) Write(p []byte) (int, error) {
 	}
 	line := append([]byte(nil), p...)
 	if q.lost > 0 {
-		line = fmt.Appendf(line, "level=WARN msg=\"log lines were lost\" count=%d\n", q.lost)
+		line = fmt.Appendf(line, q.loss, q.lost)
 	}
 	select {
 	case q.lines <- line:

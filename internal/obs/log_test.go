@@ -73,7 +73,7 @@ func (b blocked) Write(p []byte) (int, error) { <-b; return len(p), nil }
 
 func TestFullSinkLosesLinesInsteadOfWaiting(t *testing.T) {
 	b := make(blocked)
-	q := newQueue(b)
+	q := newQueue(b, lostIn[""])
 	for range queueLines + 10 {
 		if _, err := q.Write([]byte("x\n")); err != nil {
 			t.Fatal(err)
