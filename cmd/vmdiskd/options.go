@@ -54,7 +54,8 @@ type raw struct {
 	format, cache, lock, engine  string
 	backing, snapshot            string
 	lenient                      bool
-	discard                      string
+	discard, config              string
+	check, faults                bool
 	backingFiles, dataFiles      []string
 	timeout, drain, poll         time.Duration
 	later                        map[string]*string
@@ -91,6 +92,9 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringArrayVar(&r.dataFiles, "data-file", nil, "`PATH` of the external data file, instead of what the image says")
 	f.StringVar(&r.snapshot, "snapshot", "", "`ID|NAME` of the internal snapshot to serve")
 	f.BoolVar(&r.lenient, "lenient", false, "with --readonly: read damaged places of a qcow2 image as QEMU does")
+	f.StringVar(&r.config, "config", "", "serve what the configuration `FILE` says instead of one IMAGE")
+	f.BoolVar(&r.faults, "enable-fault-injection", false, "with --config: let exports have faults, for tests of what depends on them")
+	f.BoolVar(&r.check, "check", false, "with --config: say what is wrong with the file, or what it would serve, and end")
 	f.StringVar(&r.discard, "discard", "unmap", "what trims do in a qcow2 image: unmap frees clusters, keep keeps them as holes, ignore")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
@@ -150,6 +154,9 @@ func parse(args []string) (options, error) {
 	case r.dump:
 		return options{text: daemon.DumpConfig()}, nil
 	}
+	if r.config != "" {
+		return r.service(f)
+	}
 	if f.NArg() != 1 {
 		return options{}, usagef("want one IMAGE, got %d arguments", f.NArg())
 	}
@@ -161,8 +168,50 @@ func parse(args []string) (options, error) {
 	return options{config: c}, nil
 }
 
+// serviceOptions are those that go with --config.
+var serviceOptions = []string{
+	"config", "check", "log", "verbose", "debug", "user", "group", "pidfile", "foreground", "no-fork",
+	"exit-with-parent", "timeout", "enable-fault-injection", "poll-max", "threads",
+}
+
+// service is what --config says.
+func (r *raw) service(f *pflag.FlagSet) (options, error) {
+	var wrong string
+	f.Visit(func(x *pflag.Flag) {
+		if !contains(serviceOptions, x.Name) {
+			wrong = x.Name
+		}
+	})
+	switch {
+	case wrong != "":
+		return options{}, usagef("--%s does not go with --config: the file says it", wrong)
+	case f.NArg() > 0:
+		return options{}, usagef("--config serves the images of the file, not %q", f.Arg(0))
+	}
+	c, err := config.Load(r.config)
+	if err != nil {
+		return options{}, err
+	}
+	if r.check {
+		nothing := *c
+		nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
+		return options{text: config.Diff(&nothing, c).String()}, nil
+	}
+	d, err := r.configure(f)
+	if err != nil {
+		return options{}, err
+	}
+	d.Service, d.File, d.Endpoints, d.FaultInjection = c, r.config, nil, r.faults
+	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
+	d.TLSCertificates, d.TLSVerifyPeer = c.TLS.Certificates, c.TLS.VerifyPeer
+	if !r.verbose {
+		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
+	}
+	return options{config: d}, err
+}
+
 func help(f *pflag.FlagSet) string {
-	return "Usage: vmdiskd [options] IMAGE\n\n" +
+	return "Usage: vmdiskd [options] IMAGE\n       vmdiskd [options] --config FILE\n\n" +
 		"Serves IMAGE, a file or block device, to NBD clients.\n\n" +
 		"Options:\n" + f.FlagUsagesWrapped(78)
 }

@@ -153,6 +153,9 @@ type Passthrough struct{ Next Device }
 
 func (p Passthrough) Info() Info { return p.Next.Info() }
 
+// Unwrap is the next device.
+func (p Passthrough) Unwrap() Device { return p.Next }
+
 func (p Passthrough) ReadAt(ctx context.Context, b []byte, off int64) error {
 	return p.Next.ReadAt(ctx, b, off)
 }

@@ -16,8 +16,15 @@ import (
 // Config is everything that a run of the daemon depends on. Values are valid:
 // whoever makes a Config has checked what a user wrote.
 type Config struct {
-	// Disk is the one disk of a run without a configuration file.
-	Disk config.Export
+	// Disk is the one disk of a run without a configuration file. With one,
+	// Service is what it says and File its path, for reloads.
+	Disk    config.Export
+	Service *config.Config
+
+	// FaultInjection allows exports to have faults.
+	FaultInjection bool
+
+	File string
 
 	// Where it listens: Endpoints, or the sockets that systemd passed, or
 	// standard input and output.

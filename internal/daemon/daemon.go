@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
-	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -25,16 +27,22 @@ import (
 // daemon is a running server. Its parts are built in this order and taken
 // down in the reverse.
 type daemon struct {
-	cfg     Config
-	logs    *obs.Log
-	log     *slog.Logger
-	creds   *transport.Credentials // nil without TLS
-	buffers *bufpool.Pool
-	engine  engine.Engine
-	exports *export.Registry
-	doors   doors
-	server  *nbd.Server
-	pidfile string // written by us, or ""
+	cfg       Config
+	logs      *obs.Log
+	log       *slog.Logger
+	creds     *transport.Credentials // nil without TLS
+	buffers   *bufpool.Pool
+	engine    engine.Engine
+	exports   *export.Registry
+	disks     disks
+	groups    map[string]*layer.Limiter // rate limits that exports share
+	started   time.Time
+	bus       obs.Bus
+	controls  []control
+	reloading sync.Mutex
+	doors     doors
+	server    *nbd.Server
+	pidfile   string // written by us, or ""
 
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
@@ -45,7 +53,7 @@ type daemon struct {
 // Run serves until it is told to stop and returns the exit status of the
 // process. It owns the process's signals.
 func Run(cfg Config) (status int, err error) {
-	d := &daemon{cfg: cfg, finished: make(chan error, 1)}
+	d := &daemon{cfg: cfg, started: time.Now(), finished: make(chan error, 1)}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	defer d.cancel()
 	signals := catchSignals()
@@ -53,7 +61,7 @@ func Run(cfg Config) (status int, err error) {
 
 	err = d.start()
 	if err == nil {
-		d.log.Info("serving", "image", cfg.Disk.Image, "format", cfg.Disk.Format, "engine", d.engine.Name(), "at", d.addresses())
+		d.log.Info("serving", append(d.subject(), "engine", d.engine.Name(), "at", d.addresses())...)
 		status, err = d.wait(signals)
 	}
 	if cerr := d.close(); err == nil && cerr != nil {
@@ -63,6 +71,14 @@ func Run(cfg Config) (status int, err error) {
 		status = 1
 	}
 	return status, err
+}
+
+// subject is what is served, for the log.
+func (d *daemon) subject() []any {
+	if d.cfg.Service != nil {
+		return []any{"config", d.cfg.File, "exports", len(d.exports.Status()), "failed", len(d.disks.failed())}
+	}
+	return []any{"image", d.cfg.Disk.Image, "format", d.cfg.Disk.Format}
 }
 
 // start builds everything and begins to accept. On an error close undoes what
@@ -75,8 +91,10 @@ func (d *daemon) start() error {
 		d.listen,
 		d.openExports,
 		d.writePIDFile,
+		d.bindControl,
 		d.dropPrivileges,
 		d.serve,
+		d.startControl,
 		d.printURI,
 		d.startCommand,
 	} {
@@ -103,7 +121,7 @@ func (d *daemon) watchParent() error {
 }
 
 func (d *daemon) loadTLS() (err error) {
-	if d.cfg.TLS == nbd.TLSOff {
+	if d.cfg.TLS == nbd.TLSOff && !d.wantsCertificates() {
 		return nil
 	}
 	demand := d.cfg.TLSVerifyPeer
@@ -117,6 +135,18 @@ func (d *daemon) loadTLS() (err error) {
 	return err
 }
 
+// wantsCertificates tells whether a listener of the configuration encrypts.
+func (d *daemon) wantsCertificates() bool {
+	if d.cfg.Service == nil {
+		return false
+	}
+	encrypts := func(l config.Listener) bool { return tlsModes[l.TLS] != nbd.TLSOff }
+	return slices.ContainsFunc(d.cfg.Service.Listeners, encrypts) ||
+		slices.ContainsFunc(d.cfg.Service.Exports, func(x config.Export) bool {
+			return slices.ContainsFunc(x.Listeners, encrypts)
+		})
+}
+
 // listen opens the sockets, but accepts nothing yet: a client that is early
 // waits in the queue instead of being refused.
 func (d *daemon) listen() error {
@@ -126,6 +156,15 @@ func (d *daemon) listen() error {
 			return err
 		}
 		d.addDoors(ls)
+	}
+	if d.cfg.Service != nil {
+		for _, l := range d.cfg.Service.Listeners {
+			list, err := d.openDoor(d.ctx, l)
+			if err != nil {
+				return err
+			}
+			d.doors.add(list...)
+		}
 	}
 	for _, e := range d.cfg.Endpoints {
 		ls, err := transport.Listen(d.ctx, e)
@@ -154,10 +193,14 @@ func (d *daemon) openExports() error {
 		runtime.GOMAXPROCS(minProcs)
 	}
 	d.exports = export.NewRegistry()
-	return d.exports.AddOpening(d.specOf(&d.cfg.Disk), func() (backing.Device, error) {
-		return d.openDisk(d.ctx, &d.cfg.Disk)
-	})
+	if d.cfg.Service == nil {
+		return d.addExport(d.ctx, d.cfg.Disk, fromCommandLine, nil)
+	}
+	return d.addConfigured()
 }
+
+// served tells whether this is a service, whose exports can be worked on.
+func (d *daemon) served() bool { return d.cfg.Service != nil }
 
 // minProcs lets a connection run on a single CPU while a ring's thread sits in
 // the kernel: with one processor Go would wait some 20 µs, often much longer,
@@ -187,6 +230,7 @@ func (d *daemon) serve() error {
 		NoStructured:  d.cfg.NoStructured,
 		NoMeta:        d.cfg.NoMeta,
 		Handshake:     d.cfg.Handshake,
+		Events:        &d.bus,
 	}
 	if d.creds != nil {
 		o.TLSConfig = d.creds.ServerConfig
@@ -238,6 +282,10 @@ func (d *daemon) wait(signals *signals) (int, error) {
 // reload is SIGHUP. Each handshake looks whether certificates have changed;
 // the signal does it at once and shows mistakes in the log.
 func (d *daemon) reload() {
+	if d.cfg.Service != nil {
+		r, err := service{d}.Reload(d.ctx, false)
+		d.log.Info("reloaded", "changes", r.Changes, "error", err)
+	}
 	if d.creds != nil {
 		d.creds.ServerConfig()
 	}
@@ -247,6 +295,7 @@ func (d *daemon) reload() {
 // finished within the drain limit, the disk flushed and closed.
 func (d *daemon) close() error {
 	clean := true
+	d.closeControl()
 	d.doors.remove(d.doors.all())
 	if d.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), d.drain())

@@ -2,37 +2,63 @@ package daemon
 
 import (
 	"context"
+	"fmt"
+	"os"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 )
 
 // specOf is what the registry has to know of an export.
-func (d *daemon) specOf(x *config.Export) export.Spec {
-	return export.Spec{
-		Name:    x.Name,
-		NeedTLS: x.RequireTLS,
-		Settings: export.Settings{
-			Description: x.Description,
-			ReadOnly:    x.ReadOnly,
-			Default:     x.Default,
-			Connections: x.Connections,
-		},
+func (d *daemon) specOf(x *config.Export) (export.Spec, error) {
+	settings, err := settingsOf(x)
+	s := export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, Settings: settings}
+	for _, l := range x.Listeners {
+		s.Via = append(s.Via, l.URI)
 	}
+	return s, err
 }
 
-// openDisk opens the image of an export.
-func (d *daemon) openDisk(ctx context.Context, x *config.Export) (backing.Device, error) {
+// settingsOf is what may change while an export is in use.
+func settingsOf(x *config.Export) (export.Settings, error) {
+	grants, err := grantsOf(x.Grants)
+	return export.Settings{
+		Description: x.Description,
+		ReadOnly:    x.ReadOnly,
+		Default:     x.Default,
+		Connections: x.Connections,
+		Grants:      grants,
+	}, err
+}
+
+// roots are the folders that images may come from, nil for everywhere.
+func (d *daemon) roots() []string {
+	if d.cfg.Service == nil || len(d.cfg.Service.Images.Roots) == 0 {
+		return nil
+	}
+	return d.cfg.Service.Images.Roots
+}
+
+// openImage opens the image of an export. files are what the words "fd:N" in x
+// stand for.
+func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.File) (backing.Device, error) {
 	policy, err := open.ParsePolicy(x.Backing, x.BackingFiles, x.DataFiles)
 	if err != nil {
 		return nil, err
 	}
+	given := map[string]*os.File{}
+	for i, f := range files {
+		given[fmt.Sprint(api.FilePrefix, i)] = f
+	}
 	return open.Open(ctx, open.Spec{
 		Path:     x.Image,
-		Format:   x.Format,
+		Format:   formatOf(x),
+		Files:    given,
+		Roots:    d.roots(),
 		ReadOnly: x.ReadOnly,
 		Cache:    x.Cache,
 		Lock:     raw.LockMode(x.Lock),

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +20,7 @@ type door struct {
 	name string // what transport.Peer calls it
 	tls  nbd.TLSMode
 	spec config.Listener // zero for one of the command line
+	own  bool            // of a single export
 
 	once   sync.Once
 	closed error
@@ -49,6 +51,26 @@ func (s *doors) all() []*door {
 	return append([]*door(nil), s.list...)
 }
 
+// named are the doors of a name.
+func (s *doors) named(name string) (list []*door) {
+	for _, o := range s.all() {
+		if o.name == name {
+			list = append(list, o)
+		}
+	}
+	return list
+}
+
+// shared are the doors at which an export without its own can be found.
+func (s *doors) shared(name string) (list []*door) {
+	for _, o := range s.all() {
+		if !o.own && (len(o.spec.Exports) == 0 || slices.Contains(o.spec.Exports, name)) {
+			list = append(list, o)
+		}
+	}
+	return list
+}
+
 // remove closes those doors and forgets them.
 func (s *doors) remove(list []*door) {
 	s.mu.Lock()
@@ -68,7 +90,7 @@ func (s *doors) remove(list []*door) {
 var tlsModes = map[string]nbd.TLSMode{"": nbd.TLSOff, "off": nbd.TLSOff, "on": nbd.TLSOn, "require": nbd.TLSRequire}
 
 // openDoor listens where l says. Nothing is accepted yet.
-func openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
+func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
 	e, err := endpointOf(l)
 	if err != nil {
 		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
@@ -76,6 +98,9 @@ func openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
 	mode, ok := tlsModes[l.TLS]
 	if !ok {
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
+	}
+	if mode != nbd.TLSOff && d.creds == nil {
+		return nil, fmt.Errorf("listener %q: certificates are loaded at the start only: restart", l.URI)
 	}
 	ls, err := transport.Listen(ctx, e)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -33,6 +34,9 @@ type Spec struct {
 	Name    string
 	Device  backing.Device // owned by the registry from Add on
 	NeedTLS bool           // only for connections that are encrypted
+
+	// Stats counts the requests; Add makes one if it is nil.
+	Stats *obs.ExportStats
 
 	// Via are the listeners at which it can be seen and nowhere else, as
 	// transport.Peer calls them; none is all that Restrict allows.
@@ -108,6 +112,9 @@ func (r *Registry) Add(s Spec) error {
 func (r *Registry) AddOpening(s Spec, open func() (backing.Device, error)) error {
 	if err := s.check(); err != nil {
 		return err
+	}
+	if s.Stats == nil {
+		s.Stats = new(obs.ExportStats)
 	}
 	e := &entry{spec: s, state: Opening}
 	e.gone, e.leave = context.WithCancel(context.Background())
@@ -311,6 +318,7 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		ExportInfo: e.info(),
 		Device:     backing.NewChecked(e.spec.Device, deny),
 		Gone:       e.gone,
+		Stats:      e.spec.Stats,
 		Close:      sync.OnceFunc(func() { r.left(e) }),
 	}, nil
 }

@@ -59,7 +59,7 @@ var mayImport = map[string][]string{
 	"internal/nbd":                     {"internal/backing", "internal/engine", "internal/engine/bufpool", "internal/limits", "internal/nbd/wire", "internal/obs", "internal/sysio", "internal/transport"},
 	"internal/nbd/client":              {"internal/limits", "internal/nbd/wire", "internal/transport"},
 	"internal/nbd/nbdtest":             {"internal/limits", "internal/nbd/wire"},
-	"internal/export":                  {"internal/backing", "internal/limits", "internal/nbd", "internal/transport"},
+	"internal/export":                  {"internal/backing", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"internal/progress":                {},
 	"internal/config":                  {"internal/limits", "internal/units"},
 	"internal/units":                   {},
@@ -68,11 +68,11 @@ var mayImport = map[string][]string{
 	"internal/control/client":          {"internal/config", "internal/control/api", "internal/limits"},
 	"internal/control/controltest":     {"internal/control/api", "internal/control/server"},
 	"internal/attach":                  {"internal/limits"},
-	"internal/daemon": {"internal/backing", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/engine",
-		"internal/config", "internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
+	"internal/daemon": {"internal/backing", "internal/backing/layer", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/engine",
+		"internal/config", "internal/control/api", "internal/control/server", "internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"cmd/vmdiskd":                   {"internal/config", "internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
-	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
+	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/config", "internal/control/api", "internal/control/client", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 	"cmd/vmdiskctl/internal/copier": {"internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }
 

@@ -280,3 +280,19 @@ func (c careless) Trim(ctx context.Context, off, n int64, f backing.Flags) error
 }
 
 func (c careless) Flush(context.Context) error { return nil }
+
+// MapStats says how the mapping of the image is cached that an Open has opened;
+// false for formats that have none.
+func MapStats(d backing.Device) (qcow2.MapStats, bool) {
+	for d != nil {
+		if m, ok := d.(interface{ Stats() qcow2.MapStats }); ok {
+			return m.Stats(), true
+		}
+		w, ok := d.(interface{ Unwrap() backing.Device })
+		if !ok {
+			break
+		}
+		d = w.Unwrap()
+	}
+	return qcow2.MapStats{}, false
+}

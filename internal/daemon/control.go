@@ -1,0 +1,149 @@
+package daemon
+
+import (
+	"context"
+	"net"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// control is a server of the control API, or of the metrics alone.
+type control struct {
+	*server.Server
+	at net.Listener
+}
+
+// bindControl listens for the control API, and for Prometheus where it is to
+// find the metrics alone.
+func (d *daemon) bindControl() error {
+	if d.cfg.Service == nil {
+		return nil
+	}
+	log := d.logs.For("control")
+	if c := &d.cfg.Service.Control; c.Socket != "" {
+		rules, err := rulesOf(c)
+		if err != nil {
+			return err
+		}
+		l, err := listenControl(d.ctx, c)
+		if err != nil {
+			return err
+		}
+		s := server.New(server.Config{Service: service{d}, Authorize: rules.Access, Log: log})
+		d.controls = append(d.controls, control{s, l})
+	}
+	if at := d.cfg.Service.Metrics.Listen; at != "" {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			return err
+		}
+		d.controls = append(d.controls, control{server.NewMetrics(service{d}, log), l})
+	}
+	return nil
+}
+
+// startControl begins to answer.
+func (d *daemon) startControl() error {
+	for _, c := range d.controls {
+		d.accepted.Add(1)
+		go func() {
+			defer d.accepted.Done()
+			if err := c.Serve(c.at); err != nil {
+				d.log.Error("control socket failed", "at", c.at.Addr(), "error", err)
+			}
+		}()
+	}
+	return nil
+}
+
+// closeControl ends the control API: what it has begun is finished.
+func (d *daemon) closeControl() {
+	ctx, cancel := context.WithTimeout(context.Background(), controlDrain)
+	defer cancel()
+	for _, c := range d.controls {
+		if err := c.Close(ctx); err != nil {
+			d.log.Warn("control requests were given up", "error", err)
+		}
+		_ = c.at.Close() // if it was never served
+	}
+}
+
+// listenControl makes the control socket as sockets of exports are made: in
+// place of one that nobody listens to, with its mode from the first moment.
+func listenControl(ctx context.Context, c *config.Control) (net.Listener, error) {
+	e := transport.Endpoint{Kind: transport.Unix, Path: c.Socket}
+	var err error
+	if c.Mode != "" {
+		if e.Mode, err = transport.ParseMode(c.Mode); err != nil {
+			return nil, err
+		}
+	}
+	if c.Owner != "" {
+		if e.Owner, err = transport.ParseOwner(c.Owner); err != nil {
+			return nil, err
+		}
+	}
+	return transport.ListenUnix(ctx, e)
+}
+
+// rulesOf are the users and groups of the configuration. Root and the user of
+// the daemon may do everything.
+func rulesOf(c *config.Control) (*server.Rules, error) {
+	r := &server.Rules{ChangeUsers: []uint32{0, uint32(os.Geteuid())}}
+	for _, x := range [...]struct {
+		to    *[]uint32
+		names []string
+		id    func(string) (string, error)
+	}{
+		{&r.ReadUsers, c.ReadUsers, userID}, {&r.ReadGroups, c.ReadGroups, groupID},
+		{&r.ChangeUsers, c.ChangeUsers, userID}, {&r.ChangeGroups, c.ChangeGroups, groupID},
+	} {
+		for _, name := range x.names {
+			id, err := x.id(name)
+			if err != nil {
+				return nil, err
+			}
+			n, err := strconv.ParseUint(id, 10, 32)
+			if err != nil {
+				return nil, err
+			}
+			*x.to = append(*x.to, uint32(n))
+		}
+		slices.Sort(*x.to)
+	}
+	return r, nil
+}
+
+// userID is the number of a user that is named, or is a number.
+func userID(s string) (string, error) {
+	if _, err := strconv.ParseUint(s, 10, 32); err == nil {
+		return s, nil
+	}
+	u, err := user.Lookup(s)
+	if err != nil {
+		return "", err
+	}
+	return u.Uid, nil
+}
+
+// groupID is the same of a group.
+func groupID(s string) (string, error) {
+	if _, err := strconv.ParseUint(s, 10, 32); err == nil {
+		return s, nil
+	}
+	g, err := user.LookupGroup(s)
+	if err != nil {
+		return "", err
+	}
+	return g.Gid, nil
+}
+
+// controlDrain is what control requests have to end.
+const controlDrain = 5 * time.Second

@@ -1,0 +1,261 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+)
+
+// Origins of exports.
+const (
+	fromCommandLine = "command line"
+	fromConfig      = "config"
+	fromState       = "state"
+	fromAPI         = "api"
+)
+
+// disk is an export with what the registry does not know of it.
+type disk struct {
+	cfg    config.Export
+	origin string
+	doors  []*door     // its own
+	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
+	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
+	failed error       // guarded by disks.mu; why it could not be opened
+
+	// busy is held by whoever changes the export.
+	busy sync.Mutex
+}
+
+// disks are the exports of the daemon, those included that are being opened.
+type disks struct {
+	mu     sync.Mutex
+	byName map[string]*disk // guarded by mu
+}
+
+// claim takes a name.
+func (s *disks) claim(k *disk) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byName == nil {
+		s.byName = map[string]*disk{}
+	}
+	if s.byName[k.cfg.Name] != nil {
+		return fmt.Errorf("%w: %q", export.ErrExists, k.cfg.Name)
+	}
+	s.byName[k.cfg.Name] = k
+	return nil
+}
+
+func (s *disks) forget(k *disk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.byName, k.cfg.Name)
+}
+
+// find is an export that is open, or nil.
+func (s *disks) find(name string) *disk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k := s.byName[name]; k != nil && k.stack != nil {
+		return k
+	}
+	return nil
+}
+
+// get is an export in any state, or nil.
+func (s *disks) get(name string) *disk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.byName[name]
+}
+
+// names of all exports with an origin, sorted.
+func (s *disks) names(origin string) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var list []string
+	for name, k := range s.byName {
+		if k.origin == origin {
+			list = append(list, name)
+		}
+	}
+	slices.Sort(list)
+	return list
+}
+
+// addExport opens an export and publishes it; what fails leaves nothing
+// behind. files are what the words "fd:N" in x stand for; they are closed.
+func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, files []*os.File) (err error) {
+	k := &disk{cfg: x, origin: origin}
+	defer closeFiles(files)
+	if err := d.disks.claim(k); err != nil {
+		return err
+	}
+	undo := []func(){func() { d.disks.forget(k) }}
+	defer func() {
+		for i := len(undo) - 1; err != nil && i >= 0; i-- {
+			undo[i]()
+		}
+	}()
+	spec, err := d.specOf(&x)
+	if err == nil {
+		k.doors, err = d.openDoors(ctx, &x)
+	}
+	if err != nil {
+		return err
+	}
+	undo = append(undo, func() { d.closeDoors(k.doors) })
+	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
+		s, err := d.build(ctx, &x, files)
+		if err != nil {
+			return nil, err
+		}
+		d.disks.mu.Lock()
+		k.stack = s
+		d.disks.mu.Unlock()
+		return s.top, nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, o := range k.doors {
+		d.accept(o)
+	}
+	return nil
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close() // nothing was written by it
+	}
+}
+
+// openDoors listens where an export has addresses of its own.
+func (d *daemon) openDoors(ctx context.Context, x *config.Export) (list []*door, err error) {
+	for _, l := range x.Listeners {
+		more, err := d.openDoor(ctx, l)
+		if err != nil {
+			d.closeDoors(list)
+			return nil, err
+		}
+		for _, o := range more {
+			o.own = true
+		}
+		d.exports.Restrict(l.URI, []string{x.Name})
+		d.doors.add(more...)
+		list = append(list, more...)
+	}
+	return list, nil
+}
+
+func (d *daemon) closeDoors(list []*door) {
+	d.doors.remove(list)
+	for _, o := range list {
+		d.exports.Restrict(o.name, nil)
+	}
+}
+
+// removeExport takes an export away: its listeners at once, its clients when
+// what they have in flight is finished.
+func (d *daemon) removeExport(ctx context.Context, name string, force bool) error {
+	k := d.disks.find(name)
+	if k == nil {
+		return nbd.ErrUnknownExport
+	}
+	err := d.exports.Remove(ctx, name, force)
+	if errors.Is(err, export.ErrInUse) {
+		return err
+	}
+	d.closeDoors(k.doors)
+	d.disks.forget(k)
+	return err
+}
+
+// openTimeout bounds the opening of an image that a reload or the API wants.
+const openTimeout = time.Minute
+
+// addConfigured opens the exports of the configuration, and those that were
+// kept. One that cannot be opened is known and does not work: the disks of
+// other guests do not depend on it.
+func (d *daemon) addConfigured() error {
+	c := d.cfg.Service
+	if err := d.makeGroups(c.Groups); err != nil {
+		return err
+	}
+	for _, l := range c.Listeners {
+		d.exports.Restrict(l.URI, l.Exports)
+	}
+	for i := range c.Exports {
+		d.tryExport(c.Exports[i], fromConfig)
+	}
+	if c.Control.State == "" {
+		return nil
+	}
+	kept, err := config.ReadExports(c.Control.State)
+	if err != nil {
+		return err
+	}
+	for i := range kept {
+		d.tryExport(kept[i], fromState)
+	}
+	return nil
+}
+
+// makeGroups makes the rate limits that exports share.
+func (d *daemon) makeGroups(groups map[string]config.Rate) error {
+	d.groups = map[string]*layer.Limiter{}
+	for name, r := range groups {
+		l, err := layer.NewLimiter(ratesOf(&r))
+		if err != nil {
+			return fmt.Errorf("rate group %q: %w", name, err)
+		}
+		d.groups[name] = l
+	}
+	return nil
+}
+
+// tryExport opens an export, or notes why it does not work.
+func (d *daemon) tryExport(x config.Export, origin string) {
+	ctx, cancel := context.WithTimeout(d.ctx, openTimeout)
+	defer cancel()
+	if err := d.addExport(ctx, x, origin, nil); err != nil {
+		d.log.Error("export cannot be opened", "export", x.Name, "error", err)
+		// A name that is taken has its own export.
+		_ = d.disks.claim(&disk{cfg: x, origin: origin, failed: err})
+	}
+}
+
+// dropFailed makes room for another attempt with an export that does not work.
+func (s *disks) dropFailed(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k := s.byName[name]; k != nil && k.failed != nil {
+		delete(s.byName, name)
+	}
+}
+
+// failed are the exports that do not work.
+func (s *disks) failed() []*disk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var list []*disk
+	for _, k := range s.byName {
+		if k.failed != nil {
+			list = append(list, k)
+		}
+	}
+	slices.SortFunc(list, func(a, b *disk) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
+	return list
+}

@@ -1,0 +1,40 @@
+package daemon
+
+import (
+	"io"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
+)
+
+// Metrics writes what there is to count.
+func (s service) Metrics(w io.Writer) error {
+	d := s.d
+	lent, used := d.buffers.Outstanding()
+	m := obs.Metrics{
+		Version: Version, Engine: d.engine.Name(), Started: d.started,
+		BuffersLent: lent, BufferBytes: used, BufferLimit: limits.BufferBudget,
+	}
+	for _, x := range d.exports.Status() {
+		e := obs.ExportMetrics{
+			Name: x.Spec.Name, State: string(x.State), Size: x.Info.Size, Clients: x.Clients,
+			Writable: x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly, Stats: x.Spec.Stats.Snapshot(),
+		}
+		if k := d.disks.find(x.Spec.Name); k != nil {
+			if t, ok := open.MapStats(k.stack.swap.Below()); ok {
+				e.Map = (*obs.MapMetrics)(&t)
+			}
+		}
+		m.Exports = append(m.Exports, e)
+	}
+	for _, c := range d.server.Clients() {
+		m.Clients = append(m.Clients, obs.ClientMetrics{
+			ID: c.ID, Export: c.Export, Peer: c.Peer.String(), Via: c.Peer.Via, TLS: c.TLSVersion,
+			Structured: c.Agreed.Structured, Extended: c.Agreed.Extended, Contexts: len(c.Agreed.Contexts),
+			InFlight: c.InFlight, Requests: c.Requests, BytesIn: c.BytesIn, BytesOut: c.BytesOut, Stalled: c.Stalled,
+		})
+	}
+	return obs.WriteMetrics(w, &m)
+}

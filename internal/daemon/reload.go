@@ -1,0 +1,177 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+)
+
+// Reload applies what has changed in the configuration file. What comes is
+// opened before anything is taken away, and goes again if the rest fails. An
+// export that must be closed to be changed is opened as it was if it cannot be
+// opened as it shall be.
+func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
+	d := s.d
+	d.reloading.Lock()
+	defer d.reloading.Unlock()
+	c, err := config.Load(d.cfg.File)
+	if err != nil {
+		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
+	}
+	change := config.Diff(d.cfg.Service, c)
+	r := api.Reload{DryRun: dryRun, Changes: change.Lines()}
+	switch {
+	case dryRun || change.Empty():
+		return r, nil
+	case change.Restart():
+		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + change.String()}
+	}
+	ctx, cancel := context.WithTimeout(ctx, reloadTimeout)
+	defer cancel()
+	if err := d.apply(ctx, c, change); err != nil {
+		return api.Reload{}, told(err)
+	}
+	return r, nil
+}
+
+// reloadTimeout bounds a reload: each of the exports that it closes waits for
+// its clients.
+const reloadTimeout = 5 * time.Minute
+
+// apply does a reload: what comes, what changes, what goes.
+func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) (err error) {
+	var undo []func()
+	defer func() {
+		for i := len(undo) - 1; err != nil && i >= 0; i-- {
+			undo[i]()
+		}
+	}()
+	if err := d.makeGroups(c.Groups); err != nil {
+		return err
+	}
+	undo = append(undo, func() { _ = d.makeGroups(d.cfg.Service.Groups) }) // they were valid
+	for _, x := range change.Exports {
+		if x.What != config.Add {
+			continue
+		}
+		if err := d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
+			return fmt.Errorf("export %q: %w", x.Name, err)
+		}
+		undo = append(undo, func() { _ = d.removeExport(context.Background(), x.Name, true) })
+	}
+	reopen := reopened(change)
+	for _, x := range change.Exports {
+		if k := d.disks.find(x.Name); x.What == config.Alter && k != nil && !slices.Contains(reopen, x.Name) {
+			old := k.cfg
+			if err := d.change(k, *x.New); err != nil {
+				return fmt.Errorf("export %q: %w", x.Name, err)
+			}
+			undo = append(undo, func() { _ = d.change(k, old) })
+		}
+	}
+	for _, name := range reopen {
+		if err := d.reopen(ctx, exportOf(c, name), &undo); err != nil {
+			return fmt.Errorf("export %q: %w", name, err)
+		}
+	}
+	return d.applyListeners(ctx, c, change)
+}
+
+// reopened are the exports that must be closed to be changed: also those that
+// get other listeners.
+func reopened(change *config.Change) (list []string) {
+	moved := map[string]bool{} // those that come or go have their listeners with them
+	for _, x := range change.Exports {
+		moved[x.Name] = x.What != config.Alter
+		if x.What == config.Alter && !x.Live {
+			list = append(list, x.Name)
+		}
+	}
+	for _, l := range change.Listeners {
+		if l.Export != "" && !moved[l.Export] && !slices.Contains(list, l.Export) {
+			list = append(list, l.Export)
+		}
+	}
+	return list
+}
+
+func exportOf(c *config.Config, name string) config.Export {
+	i := slices.IndexFunc(c.Exports, func(x config.Export) bool { return x.Name == name })
+	return c.Exports[i]
+}
+
+// reopen closes an export and opens it as x says; if that fails, as it was.
+func (d *daemon) reopen(ctx context.Context, x config.Export, undo *[]func()) error {
+	k := d.disks.get(x.Name)
+	if k == nil || k.failed != nil {
+		d.disks.dropFailed(x.Name)
+		return d.addExport(ctx, x, fromConfig, nil)
+	}
+	old, origin := k.cfg, k.origin
+	if err := d.removeExport(ctx, x.Name, true); err != nil {
+		return err
+	}
+	back := func() { d.tryExport(old, origin) }
+	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
+		back()
+		return err
+	}
+	*undo = append(*undo, func() {
+		if d.removeExport(context.Background(), x.Name, true) == nil {
+			back()
+		}
+	})
+	return nil
+}
+
+// applyListeners makes the shared listeners what c says, and takes away the
+// exports that go. From here on nothing is undone but a listener that cannot be
+// opened again.
+func (d *daemon) applyListeners(ctx context.Context, c *config.Config, change *config.Change) error {
+	var errs []error
+	for _, l := range change.Listeners {
+		if l.Export != "" {
+			continue
+		}
+		if l.What != config.Add {
+			d.closeDoors(d.doors.named(l.Old.URI))
+		}
+		if l.What != config.Remove {
+			errs = append(errs, d.share(ctx, *l.New))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	d.server.SetSlow(time.Duration(c.Log.Slow))
+	d.cfg.Service = c
+	for _, x := range change.Exports {
+		if x.What != config.Remove {
+			continue
+		}
+		d.disks.dropFailed(x.Name)
+		if err := d.removeExport(ctx, x.Name, true); err != nil {
+			d.log.Warn("export was not removed in good order", "export", x.Name, "error", err)
+		}
+	}
+	return nil
+}
+
+// share opens a listener that exports share.
+func (d *daemon) share(ctx context.Context, l config.Listener) error {
+	list, err := d.openDoor(ctx, l)
+	if err != nil {
+		return err
+	}
+	d.exports.Restrict(l.URI, l.Exports)
+	d.doors.add(list...)
+	for _, o := range list {
+		d.accept(o)
+	}
+	return nil
+}

@@ -1,0 +1,411 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
+)
+
+// service is the daemon as the control API sees it. Its errors are *api.Error.
+type service struct{ d *daemon }
+
+// codes are those of errors, the first that fits.
+var codes = []struct {
+	is   error
+	code string
+}{
+	{nbd.ErrUnknownExport, api.CodeNotFound},
+	{export.ErrExists, api.CodeExists},
+	{export.ErrInUse, api.CodeInUse},
+	{open.ErrDenied, api.CodeForbidden},
+	{os.ErrPermission, api.CodeForbidden},
+	{os.ErrNotExist, api.CodeInvalid},
+	{context.DeadlineExceeded, api.CodeTimeout},
+	{backing.ErrNotSupported, api.CodeUnsupported},
+	{backing.ErrInvalid, api.CodeInvalid},
+	{layer.ErrResumed, api.CodeTimeout},
+}
+
+// told makes an *api.Error of any error.
+func told(err error) error {
+	var e *api.Error
+	if err == nil || errors.As(err, &e) {
+		return err
+	}
+	for _, c := range codes {
+		if errors.Is(err, c.is) {
+			return &api.Error{Code: c.code, Text: err.Error()}
+		}
+	}
+	return &api.Error{Code: api.CodeFailed, Text: err.Error()}
+}
+
+func unknownExport(name string) error {
+	return &api.Error{Code: api.CodeNotFound, Text: fmt.Sprintf("there is no export %q", name)}
+}
+
+func (s service) Status() api.Status {
+	d := s.d
+	t := api.Status{
+		Version: Version, PID: os.Getpid(), Started: d.started, Engine: d.engine.Name(),
+		Exports: len(d.exports.Status()), Clients: len(d.server.Clients()), Config: d.cfg.File,
+		Memory: map[string]int64{}, Notes: map[string]string{},
+	}
+	_, t.Memory["buffers"] = d.buffers.Outstanding()
+	for _, x := range d.doors.all() {
+		t.Listeners = append(t.Listeners, x.URI("", x.tls == nbd.TLSRequire))
+	}
+	for _, k := range d.disks.failed() {
+		t.Notes["export "+k.cfg.Name] = k.failed.Error()
+	}
+	return t
+}
+
+func (s service) Exports() []api.Export {
+	list := []api.Export{}
+	for _, x := range s.d.exports.Status() {
+		list = append(list, s.d.describe(x))
+	}
+	for _, k := range s.d.disks.failed() {
+		list = append(list, api.Export{Export: k.cfg, Origin: k.origin, State: stateFailed, Error: k.failed.Error()})
+	}
+	return list
+}
+
+// States of an export beside those of the registry.
+const (
+	stateFailed = "failed" // its image cannot be opened
+	statePaused = "paused"
+)
+
+func (s service) Export(name string) (api.Export, error) {
+	for _, x := range s.Exports() {
+		if x.Name == name {
+			return x, nil
+		}
+	}
+	return api.Export{}, unknownExport(name)
+}
+
+// describe is an export as the API shows it.
+func (d *daemon) describe(x export.Status) api.Export {
+	out := api.Export{State: string(x.State), Size: x.Info.Size, Clients: x.Clients,
+		Writable: x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly}
+	k := d.disks.get(x.Spec.Name)
+	if k == nil {
+		out.Name = x.Spec.Name
+		return out
+	}
+	out.Export, out.Origin = k.cfg, k.origin
+	if k.stack != nil && k.stack.pause != nil && k.stack.pause.Paused() && x.State == export.Ready {
+		out.State = statePaused
+	}
+	doors := k.doors
+	if len(doors) == 0 {
+		doors = d.doors.shared(x.Spec.Name)
+	}
+	for _, o := range doors {
+		out.URIs = append(out.URIs, o.URI(x.Spec.Name, o.tls == nbd.TLSRequire))
+	}
+	return out
+}
+
+func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (api.Export, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	x := a.Export
+	x.SetDefaults()
+	origin, err := fromAPI, s.d.mayAdd(&x, a.Persist, len(files))
+	if a.Persist {
+		origin = fromState
+	}
+	if err == nil {
+		s.d.disks.dropFailed(x.Name)
+		err = s.d.addExport(ctx, x, origin, files)
+	}
+	if err == nil && a.Persist {
+		if err = config.WriteExport(s.d.cfg.Service.Control.State, x); err != nil {
+			err = errors.Join(err, s.d.removeExport(ctx, x.Name, true))
+		}
+	}
+	if err != nil {
+		return api.Export{}, told(err)
+	}
+	return s.Export(x.Name)
+}
+
+// mayAdd refuses exports that the API cannot make.
+func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
+	why, c := "", d.cfg.Service
+	switch err := x.Validate(c.APIScope(files)); {
+	case err != nil:
+		why = err.Error()
+	case persist && c.Control.State == "":
+		why = "the configuration has no folder for exports that are kept"
+	case persist && files > 0:
+		why = "an image that came as a descriptor cannot be kept"
+	}
+	if why != "" {
+		return &api.Error{Code: api.CodeInvalid, Text: why}
+	}
+	return nil
+}
+
+func (s service) Patch(_ context.Context, name string, p api.Patch) (api.Export, error) {
+	k := s.d.disks.find(name)
+	if k == nil {
+		return api.Export{}, unknownExport(name)
+	}
+	k.busy.Lock()
+	err := s.d.patch(k, p)
+	k.busy.Unlock()
+	if err != nil {
+		return api.Export{}, told(err)
+	}
+	return s.Export(name)
+}
+
+// patch changes an export in use, as a whole or not at all.
+func (d *daemon) patch(k *disk, p api.Patch) error {
+	x := k.cfg
+	set(&x.Description, p.Description)
+	set(&x.ReadOnly, p.ReadOnly)
+	set(&x.Default, p.Default)
+	set(&x.Grants, p.Grants)
+	set(&x.Connections, p.Connections)
+	set(&x.LogRequests, p.LogRequests)
+	set(&x.Faults, p.Faults)
+	if p.Rate != nil {
+		x.Rate = p.Rate
+	}
+	scope := d.cfg.Service.APIScope(0)
+	scope.Anywhere = true // the image is open
+	if err := x.Validate(scope); err != nil {
+		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}
+	}
+	if err := d.change(k, x); err != nil {
+		return err
+	}
+	if k.origin == fromState {
+		return config.WriteExport(d.cfg.Service.Control.State, x)
+	}
+	return nil
+}
+
+func set[T any](to *T, from *T) {
+	if from != nil {
+		*to = *from
+	}
+}
+
+// change makes an export in use what x says of all that can change.
+func (d *daemon) change(k *disk, x config.Export) error {
+	settings, err := settingsOf(&x)
+	if err != nil {
+		return err
+	}
+	faults, err := faultsOf(x.Faults)
+	switch {
+	case err != nil:
+		return err
+	case k.stack.fault != nil:
+		if err := k.stack.fault.Set(0, faults); err != nil {
+			return err
+		}
+	case len(faults) > 0:
+		return &api.Error{Code: api.CodeForbidden, Text: "the daemon was started without --enable-fault-injection"}
+	}
+	if err := k.stack.rate.Set(ratesOf(x.Rate)); err != nil {
+		return err
+	}
+	k.stack.log.Set(x.LogRequests)
+	if err := d.exports.Update(x.Name, func(s *export.Settings) { *s = settings }); err != nil {
+		return err
+	}
+	d.disks.mu.Lock()
+	defer d.disks.mu.Unlock()
+	k.cfg = x
+	return nil
+}
+
+func (s service) Remove(ctx context.Context, name string, force bool) error {
+	k := s.d.disks.get(name)
+	if k == nil {
+		return unknownExport(name)
+	}
+	if k.failed != nil {
+		s.d.disks.dropFailed(name)
+	} else if err := s.d.removeExport(ctx, name, force); err != nil {
+		return told(err)
+	}
+	if k.origin == fromState {
+		return told(config.RemoveExport(s.d.cfg.Service.Control.State, name))
+	}
+	return nil
+}
+
+func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {
+	k := s.d.disks.find(name)
+	if k == nil {
+		return unknownExport(name)
+	}
+	if limit == 0 {
+		limit = limits.PauseLongest
+	}
+	hold, err := k.stack.pause.Pause(ctx, limit)
+	if err != nil {
+		return told(err)
+	}
+	s.d.disks.mu.Lock()
+	defer s.d.disks.mu.Unlock()
+	k.hold = hold
+	return nil
+}
+
+func (s service) Resume(name string) error {
+	k := s.d.disks.find(name)
+	if k == nil {
+		return unknownExport(name)
+	}
+	s.d.disks.mu.Lock()
+	hold := k.hold
+	k.hold = nil
+	s.d.disks.mu.Unlock()
+	if hold == nil {
+		return &api.Error{Code: api.CodeInvalid, Text: "the export is not paused"}
+	}
+	return told(hold.Resume())
+}
+
+func (s service) Resize(ctx context.Context, name string, size int64) (api.Export, error) {
+	k := s.d.disks.find(name)
+	if k == nil {
+		return api.Export{}, unknownExport(name)
+	}
+	r, ok := k.stack.top.(backing.Resizer)
+	if !ok {
+		return api.Export{}, told(backing.ErrNotSupported)
+	}
+	if err := r.Resize(ctx, size); err != nil {
+		return api.Export{}, told(err)
+	}
+	return s.Export(name)
+}
+
+func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, files []*os.File) (api.Export, error) {
+	k := s.d.disks.find(name)
+	switch {
+	case k == nil:
+		return api.Export{}, unknownExport(name)
+	case len(files) > 0:
+		return api.Export{}, &api.Error{Code: api.CodeUnsupported, Text: "an overlay cannot come as a descriptor: its image would have no name for it"}
+	}
+	if err := s.d.snapshot(ctx, k, a.Overlay); err != nil {
+		return api.Export{}, told(err)
+	}
+	return s.Export(name)
+}
+
+func (s service) Clients(name *string) []api.Client {
+	list := []api.Client{}
+	for _, c := range s.d.server.Clients() {
+		if name != nil && c.Export != *name {
+			continue
+		}
+		x := api.Client{
+			ID: c.ID, Peer: c.Peer.String(), Via: c.Peer.Via, Export: c.Export, Since: c.Since, Cert: c.CertName,
+			Writable: c.Writable, InFlight: int(c.InFlight), Requests: c.Requests,
+			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Stalled: c.Stalled,
+		}
+		if c.TLSVersion != "" {
+			x.TLS = c.TLSVersion + " " + c.TLSCipher
+		}
+		if c.Agreed.Structured {
+			x.Features = append(x.Features, "structured")
+		}
+		if c.Agreed.Extended {
+			x.Features = append(x.Features, "extended")
+		}
+		x.Features = append(x.Features, c.Agreed.Contexts...)
+		list = append(list, x)
+	}
+	return list
+}
+
+func (s service) Disconnect(id uint64) error {
+	if !s.d.server.Disconnect(id) {
+		return &api.Error{Code: api.CodeNotFound, Text: fmt.Sprintf("there is no client %d", id)}
+	}
+	return nil
+}
+
+func (s service) Stats() []api.Stats {
+	list := []api.Stats{}
+	for _, x := range s.d.exports.Status() {
+		t := api.Stats{Export: x.Spec.Name, Time: time.Now(), Commands: map[string]api.Command{}}
+		for op, c := range x.Spec.Stats.Snapshot() {
+			t.InFlight += int(c.InFlight)
+			t.Commands[obs.Op(op).String()] = api.Command{
+				Requests: c.Requests, Errors: c.Errors, Bytes: c.Bytes, Latency: c.Histogram[:],
+			}
+		}
+		list = append(list, t)
+	}
+	return list
+}
+
+// Subscribe gives the events of the bus, which has its own bound.
+func (s service) Subscribe(int) (<-chan api.Event, func()) {
+	out := make(chan api.Event)
+	sub, err := s.d.bus.Subscribe()
+	if err != nil {
+		close(out)
+		return out, func() {}
+	}
+	ctx, cancel := context.WithCancel(s.d.ctx)
+	go func() {
+		defer close(out)
+		defer sub.Close()
+		for {
+			events, lost, err := sub.Next(ctx)
+			if err != nil {
+				return
+			}
+			for _, e := range eventsOf(events, lost) {
+				select {
+				case out <- e:
+				case <-ctx.Done():
+					return
+				}
+			}
+		}
+	}()
+	return out, cancel
+}
+
+// eventsOf are events as the API has them.
+func eventsOf(events []obs.Event, lost int) (out []api.Event) {
+	if lost > 0 {
+		out = append(out, api.Event{Time: time.Now(), Kind: "lost", Lost: uint64(lost)})
+	}
+	for _, e := range events {
+		x := api.Event{Time: e.Time, Kind: string(e.Kind), Export: e.Export, Client: e.Client, Text: e.Reason}
+		if e.Kind == obs.ExportState {
+			x.State, x.Text = e.Reason, ""
+		}
+		out = append(out, x)
+	}
+	return out
+}

@@ -1,0 +1,220 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+)
+
+// stack is an image with its layers. Those that can be worked on while it is
+// served have a name; nil is one that is not there.
+type stack struct {
+	top   backing.Device
+	swap  *layer.Swap // the image is below it
+	rate  *layer.Limiter
+	log   *layer.RequestLog
+	fault *layer.Faults // only with --enable-fault-injection
+	pause *layer.Pause
+	x     config.Export // how the image was opened last
+}
+
+// build opens the image of an export and puts its layers on it. What fails
+// leaves nothing open.
+func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File) (*stack, error) {
+	dev, err := d.openImage(ctx, x, files)
+	if err != nil {
+		return nil, err
+	}
+	s := &stack{swap: layer.NewSwap(dev), x: *x}
+	s.top = s.swap
+	for _, put := range [...]func(*stack, *config.Export) error{
+		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
+		d.putFaults, d.putRate, d.putLog,
+	} {
+		if err := put(s, x); err != nil {
+			return nil, errors.Join(err, s.top.Close())
+		}
+	}
+	if d.served() {
+		s.pause = layer.NewPause(s.top)
+		s.top = s.pause
+	}
+	return s, nil
+}
+
+func (s *stack) putWindow(x *config.Export) error {
+	if x.Window == nil {
+		return nil
+	}
+	o := layer.WindowOptions{Off: int64(x.Window.Offset), Size: int64(x.Window.Length)}
+	if n := x.Window.Partition; n > 0 {
+		r, err := layer.FindPartition(context.Background(), s.top, n)
+		if err != nil {
+			return fmt.Errorf("window: %w", err)
+		}
+		o.Off, o.Size = r.Off, r.Len
+	}
+	w, err := layer.NewWindow(s.top, o)
+	if err != nil {
+		return fmt.Errorf("window: %w", err)
+	}
+	s.top = w
+	return nil
+}
+
+func (s *stack) putOverlay(x *config.Export) error {
+	if x.Overlay == nil {
+		return nil
+	}
+	f, err := layer.OpenTemporary("")
+	if err != nil {
+		return fmt.Errorf("overlay: %w", err)
+	}
+	o, err := layer.NewOverlay(s.top, layer.OverlayOptions{Quota: int64(x.Overlay.Quota), File: f})
+	if err != nil {
+		return fmt.Errorf("overlay: %w", errors.Join(err, f.Close()))
+	}
+	s.top = o
+	return nil
+}
+
+func (s *stack) putProtect(x *config.Export) error {
+	if len(x.Protect) == 0 {
+		return nil
+	}
+	var o layer.ProtectOptions
+	for _, r := range x.Protect {
+		o.Ranges = append(o.Ranges, layer.Range{Off: int64(r.Offset), Len: int64(r.Length)})
+	}
+	p, err := layer.NewProtect(s.top, o)
+	if err != nil {
+		return fmt.Errorf("protect: %w", err)
+	}
+	s.top = p
+	return nil
+}
+
+func (s *stack) putBlockSize(x *config.Export) error {
+	if x.BlockSize == nil {
+		return nil
+	}
+	b, err := layer.NewBlockSize(s.top, layer.BlockSizeOptions{
+		Min: int64(x.BlockSize.Minimum), Preferred: int64(x.BlockSize.Preferred), Max: int64(x.BlockSize.Maximum),
+	})
+	if err != nil {
+		return fmt.Errorf("block size: %w", err)
+	}
+	s.top = b
+	return nil
+}
+
+func (s *stack) putFlush(x *config.Export) error {
+	if x.FlushOnClose {
+		s.top = layer.NewFlushOnClose(s.top)
+	}
+	return nil
+}
+
+// putFaults puts the faults of a served disk on it, where the operator allowed
+// that to be done at all.
+func (d *daemon) putFaults(s *stack, x *config.Export) error {
+	rules, err := faultsOf(x.Faults)
+	if err != nil || len(rules) == 0 && !d.cfg.FaultInjection {
+		return err
+	}
+	f, err := layer.NewFaults(s.top, layer.FaultOptions{Enabled: d.cfg.FaultInjection, Faults: rules})
+	if err != nil {
+		return fmt.Errorf("fault: %w", err)
+	}
+	s.fault, s.top = f, f
+	return nil
+}
+
+// The words of the configuration.
+var (
+	faultOps = map[string]layer.FaultOps{
+		"read": layer.FaultRead, "write": layer.FaultWrite, "zero": layer.FaultZero,
+		"trim": layer.FaultTrim, "flush": layer.FaultFlush,
+	}
+	faultErrors = map[string]backing.Kind{"": "", "EIO": backing.ErrIO, "ENOSPC": backing.ErrNoSpace}
+)
+
+// faultsOf are the faults of the configuration as the layer wants them.
+func faultsOf(list []config.Fault) (out []layer.Fault, err error) {
+	for i, f := range list {
+		kind, known := faultErrors[f.Error]
+		x := layer.Fault{
+			Range: layer.Range{Off: int64(f.Offset), Len: int64(f.Length)}, Probability: f.Probability,
+			Count: int64(f.Count), Delay: time.Duration(f.Delay), Error: kind,
+		}
+		if x.Probability == 0 {
+			x.Probability = 1
+		}
+		for _, op := range f.Ops {
+			known = known && faultOps[op] != 0
+			x.Ops |= faultOps[op]
+		}
+		if len(f.Ops) == 0 {
+			x.Ops = layer.FaultRead | layer.FaultWrite | layer.FaultZero | layer.FaultTrim | layer.FaultFlush
+		}
+		if !known {
+			return nil, fmt.Errorf("fault %d: unknown operation or error", i+1)
+		}
+		out = append(out, x)
+	}
+	return out, nil
+}
+
+// putLog puts the request log of a served disk on it, on or off.
+func (d *daemon) putLog(s *stack, x *config.Export) error {
+	if d.served() {
+		s.log = layer.NewRequestLog(s.top, layer.RequestLogOptions{
+			Log: d.logs.For("requests").With("export", x.Name), On: x.LogRequests,
+		})
+		s.top = s.log
+	}
+	return nil
+}
+
+// putRate puts the limits of a served disk on it, which can be changed later,
+// and those of its group.
+func (d *daemon) putRate(s *stack, x *config.Export) (err error) {
+	if !d.served() {
+		return nil
+	}
+	if s.rate, err = layer.NewLimiter(ratesOf(x.Rate)); err != nil {
+		return fmt.Errorf("rate: %w", err)
+	}
+	o := layer.RateOptions{Limiters: []*layer.Limiter{s.rate}}
+	if x.RateGroup != "" {
+		g := d.groups[x.RateGroup]
+		if g == nil {
+			return fmt.Errorf("there is no rate group %q", x.RateGroup)
+		}
+		o.Limiters = append(o.Limiters, g)
+	}
+	l, err := layer.NewRateLimit(s.top, o)
+	if err != nil {
+		return fmt.Errorf("rate: %w", err)
+	}
+	s.top = l
+	return nil
+}
+
+// ratesOf are the limits of the configuration as the layer wants them; nil is
+// none.
+func ratesOf(r *config.Rate) layer.Rates {
+	if r == nil {
+		return layer.Rates{}
+	}
+	one := func(bytes config.Size, ops int64) layer.Rate {
+		return layer.Rate{Bytes: int64(bytes), Ops: ops, Burst: time.Duration(r.Burst)}
+	}
+	return layer.Rates{Total: one(r.Bytes, r.Ops), Read: one(r.ReadBytes, r.ReadOps), Write: one(r.WriteBytes, r.WriteOps)}
+}
