@@ -152,6 +152,9 @@ func TestWhatCannotBeRightIsNotSent(t *testing.T) {
 	if err := m.Unplug(ctx, "a b"); !errors.Is(err, qmp.ErrInvalid) {
 		t.Errorf("unplug: %v", err)
 	}
+	if err := m.AwaitUnplug(ctx, ""); !errors.Is(err, qmp.ErrInvalid) {
+		t.Errorf("await unplug: %v", err)
+	}
 	if err := m.GetFD(ctx, "a b", os.Stdin); !errors.Is(err, qmp.ErrInvalid) {
 		t.Errorf("getfd: %v", err)
 	}

@@ -127,53 +127,79 @@ var (
 // Unplug asks the guest to release a device and waits until it is gone, until
 // ctx or, without an earlier deadline, limits.QMPUnplug: ErrNotReleased,
 // ErrUnplugRefused, or QEMU's refusal, class DeviceNotFound for a device that
-// it does not have.
+// it does not have. While an earlier request is still with the guest QEMU
+// refuses another with ClassGeneric: AwaitUnplug waits for that one.
 func (m *Monitor) Unplug(ctx context.Context, id string) error {
+	return m.unplug(ctx, id, func(ctx context.Context) error {
+		return do(ctx, m, "device_del", map[string]any{"id": id})
+	})
+}
+
+// AwaitUnplug waits like Unplug for a device that the guest was asked to
+// release before. One that is gone already is no error and costs two
+// limits.UnplugPoll.
+func (m *Monitor) AwaitUnplug(ctx context.Context, id string) error {
+	return m.unplug(ctx, id, func(context.Context) error { return nil })
+}
+
+// errGone is for a device that is not there any more.
+var errGone = errors.New("device gone")
+
+// unplug waits for the device to go after request, which says errGone if it
+// has.
+func (m *Monitor) unplug(ctx context.Context, id string, request func(context.Context) error) error {
 	if err := checkID("device", id); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, limits.QMPUnplug)
 	defer cancel()
-	events, err := m.Subscribe() // before the command: no event is missed
+	events, err := m.Subscribe() // before the request: no event is missed
 	if err != nil {
 		return err
 	}
 	defer events.Close()
-	if err := do(ctx, m, "device_del", map[string]any{"id": id}); err != nil {
-		return err
-	}
-	for {
-		gone, err := m.awaitUnplug(ctx, events, id)
-		if gone {
-			return nil
-		}
+	err = request(ctx)
+	for absences := 0; err == nil; {
+		err = m.awaitUnplug(ctx, events, id)
 		if err == nil {
-			// The event may have been lost among others.
-			var present bool
-			if present, err = DevicePresent(ctx, m, id); err == nil && !present {
-				return nil
+			// The event may have been lost among others. The device leaves
+			// the tree a moment before it releases its block node, which the
+			// event comes after: once absent, it has another poll's time.
+			if err = absent(ctx, m, id); errors.Is(err, errGone) && absences == 0 {
+				absences, err = 1, nil
 			}
 		}
-		if ctx.Err() != nil && m.Err() == nil {
+		if ctx.Err() != nil && m.Err() == nil && !errors.Is(err, errGone) {
 			return fmt.Errorf("device %q: %w: %w", id, ErrNotReleased, ctx.Err())
 		}
-		if err != nil {
-			return fmt.Errorf("device %q: %w", id, err)
-		}
 	}
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	return fmt.Errorf("device %q: %w", id, err)
 }
 
-// awaitUnplug waits for an event about the device for limits.UnplugPoll.
-func (m *Monitor) awaitUnplug(ctx context.Context, events *Subscription, id string) (gone bool, err error) {
+// absent is errGone for a device that is not there, nil for one that is.
+func absent(ctx context.Context, x Executor, id string) error {
+	present, err := DevicePresent(ctx, x, id)
+	if err == nil && !present {
+		return errGone
+	}
+	return err
+}
+
+// awaitUnplug waits for an event about the device for limits.UnplugPoll: it is
+// errGone, ErrUnplugRefused or, if there is none, nil.
+func (m *Monitor) awaitUnplug(ctx context.Context, events *Subscription, id string) error {
 	wait, cancel := context.WithTimeout(ctx, limits.UnplugPoll)
 	defer cancel()
 	for {
 		e, err := events.Next(wait)
 		if err != nil {
 			if wait.Err() != nil && m.Err() == nil {
-				return false, ctx.Err()
+				return ctx.Err()
 			}
-			return false, err
+			return err
 		}
 		var data struct {
 			Device string `json:"device"`
@@ -183,9 +209,9 @@ func (m *Monitor) awaitUnplug(ctx context.Context, events *Subscription, id stri
 		}
 		switch e.Name {
 		case "DEVICE_DELETED":
-			return true, nil
+			return errGone
 		case "DEVICE_UNPLUG_GUEST_ERROR":
-			return false, ErrUnplugRefused
+			return ErrUnplugRefused
 		}
 	}
 }
