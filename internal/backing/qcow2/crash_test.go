@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/qcowtest"
 )
 
 // TestPowerCutsLoseNothingThatWasFlushed cuts the power during random scripts.
@@ -16,6 +17,8 @@ func TestPowerCutsLoseNothingThatWasFlushed(t *testing.T) {
 	list = append(list, compressedImage(t, "", 64<<10, 2<<20), compressedImage(t, ",compression_type=zstd", 4096, 1<<20),
 		fromQEMUIO(t, "512,snapshots", "", 512, "1M", "write -P 1 0 700k", "snapshot a", "write -P 2 300k 200k", "snapshot b"),
 		fromQEMUIO(t, "16k,subclusters,snapshot", ",extended_l2=on", 16<<10, "2M", "write -P 1 0 1M", "write -z 600k 20k", "snapshot a"))
+	list = append(list, fromOptions(t, qcowtest.Options{Compat: "1.1", ClusterSize: 4096, RefcountBits: 16, Bitmaps: 2,
+		Backing: qcowtest.NoBacking, Preallocation: "off", Shape: qcowtest.AboveL2})...)
 	share := (*crashStates + len(list) - 1) / len(list)
 	for _, s := range list {
 		t.Run(s.name, func(t *testing.T) {
@@ -24,6 +27,7 @@ func TestPowerCutsLoseNothingThatWasFlushed(t *testing.T) {
 				if seed == last {
 					t.Fatalf("1000 scripts have led to %d states only, want %d", states, share)
 				}
+				s.discard = discards[seed%4]
 				shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 30, Reopen: true, Largest: 40 * s.cluster}
 				script := shape.Random(rand.New(rand.NewPCG(seed, 0)))
 				n, err := s.episode(seed, script, share-states)

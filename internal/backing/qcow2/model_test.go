@@ -229,6 +229,9 @@ func seedOf(t *testing.T) uint64 {
 	return seed
 }
 
+// discards are what an image may do with trims, the usual more often.
+var discards = [4]qcow2.Discard{qcow2.Unmap, qcow2.Unmap, qcow2.KeepCluster, qcow2.IgnoreTrim}
+
 // TestRandomOperationsMatchTheModel runs scripts on images of all kinds. After
 // each the contents are those of the model, the image is without leaks and the
 // header is untouched.
@@ -239,7 +242,7 @@ func TestRandomOperationsMatchTheModel(t *testing.T) {
 			first := seedOf(t)
 			for i := range *diskEpisodes {
 				seed := first + uint64(i)
-				s.discard = []qcow2.Discard{qcow2.Unmap, qcow2.Unmap, qcow2.KeepCluster, qcow2.IgnoreTrim}[seed%4]
+				s.discard = discards[seed%4]
 				shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Reopen: true, Ops: 60}
 				script := shape.Random(rand.New(rand.NewPCG(seed, 0)))
 				if _, err := s.episode(seed, script, 0); err != nil {
@@ -326,6 +329,12 @@ func fromQEMU(t *testing.T) (list []*specimen) {
 			options = append(options, o)
 		}
 	}
+	return fromOptions(t, options...)
+}
+
+// fromOptions are images that QEMU has made and written.
+func fromOptions(t *testing.T, options ...qcowtest.Options) (list []*specimen) {
+	t.Helper()
 	for _, image := range qcowtest.Make(t, qcowtest.Seed, options) {
 		s := &specimen{name: image.Name, cluster: image.Options.ClusterSize, dir: filepath.Dir(image.Path),
 			bitmaps: image.Options.Bitmaps > 0, image: storetest.New(fileBytes(t, image.Path)), first: fileBytes(t, image.Raw())}

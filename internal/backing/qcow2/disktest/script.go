@@ -96,13 +96,15 @@ func (s Shape) withDefaults() Shape {
 	return s
 }
 
-// Random makes a script. Operations gather at some spots of the disk.
+// Random makes a script. Operations gather at some spots of the disk, and each
+// script has its own mixture of them.
 func (s Shape) Random(rnd *rand.Rand) Script {
 	s = s.withDefaults()
 	spots := make([]int64, 1+rnd.IntN(6))
 	for i := range spots {
 		spots[i] = rnd.Int64N(s.Size)
 	}
+	kinds := kinds(rnd)
 	var script Script
 	for n := 0; n < s.Ops; {
 		size := 1
@@ -114,7 +116,7 @@ func (s Shape) Random(rnd *rand.Rand) Script {
 		}
 		batch := make(Batch, size)
 		for i := range batch {
-			batch[i] = s.op(rnd, spots)
+			batch[i] = s.op(rnd, kinds, spots)
 			batch[i].Version = s.Version + uint32(n)
 			n++
 		}
@@ -123,20 +125,27 @@ func (s Shape) Random(rnd *rand.Rand) Script {
 	return script
 }
 
+// kinds says how often a script has each kind of operation. Some do without
+// one, so that what it would have set right comes to light.
+func kinds(rnd *rand.Rand) (list []Kind) {
+	for _, k := range []struct {
+		kind   Kind
+		weight int
+	}{{Write, 10}, {Zero, 3}, {Trim, 2}, {Read, 2}, {Flush, 3}} {
+		n := k.weight * []int{0, 1, 1, 1, 4}[rnd.IntN(5)]
+		list = append(list, slices.Repeat([]Kind{k.kind}, n)...)
+	}
+	return append(list, Write)
+}
+
 // op picks one operation.
-func (s *Shape) op(rnd *rand.Rand, spots []int64) Op {
-	var op Op
-	switch k := rnd.IntN(20); {
-	case k < 10:
-		op.Kind = Write
-	case k < 13:
-		op.Kind, op.Flags = Zero, []backing.Flags{0, backing.NoHole, backing.FastZero, 0}[rnd.IntN(4)]
-	case k < 15:
-		op.Kind = Trim
-	case k < 17:
-		op.Kind = Read
-	default:
-		return Op{Kind: Flush}
+func (s *Shape) op(rnd *rand.Rand, kinds []Kind, spots []int64) Op {
+	op := Op{Kind: kinds[rnd.IntN(len(kinds))]}
+	switch op.Kind {
+	case Flush:
+		return op
+	case Zero:
+		op.Flags = []backing.Flags{0, backing.NoHole, backing.FastZero, 0}[rnd.IntN(4)]
 	}
 	if op.Kind != Read && rnd.IntN(6) == 0 {
 		op.Flags |= backing.FUA
