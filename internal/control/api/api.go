@@ -169,7 +169,7 @@ type Command struct {
 // Event is something that happened.
 type Event struct {
 	Time   time.Time `json:"time"`
-	Kind   string    `json:"kind"` // "client-connected", "client-left", "export-state", "io-error", "poisoned", "slow-request", "reloaded", "lost"
+	Kind   string    `json:"kind"` // those of package obs, "reloaded", or "lost"
 	Export string    `json:"export,omitempty"`
 	Client uint64    `json:"client,omitempty"`
 	State  string    `json:"state,omitempty"`

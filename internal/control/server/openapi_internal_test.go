@@ -15,6 +15,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"go.yaml.in/yaml/v3"
 )
 
@@ -313,6 +314,19 @@ func TestOpenAPISaysTheBounds(t *testing.T) {
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("openapi.yaml does not say %q", want)
+		}
+	}
+}
+
+func TestOpenAPINamesTheKindsOfEvents(t *testing.T) {
+	kind := at(t, openAPI(t), "components", "schemas", "Event", "properties", "kind")
+	said := strings.Split(kind["description"].(string), ", ")
+	for _, k := range []obs.Kind{
+		obs.ClientConnected, obs.ClientLeft, obs.IOError, obs.SlowRequest, obs.StuckRequest,
+		obs.ExportState, obs.ExportPoisoned, obs.SpaceThreshold, "reloaded", "lost",
+	} {
+		if !slices.Contains(said, string(k)) {
+			t.Errorf("%q is not among %q", k, said)
 		}
 	}
 }
