@@ -56,7 +56,7 @@ func exitCode(err error, begun bool) int {
 		return found.code()
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
-	case errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
+	case forbidden(err), errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
 		return exitRefused
 	}
 	return exitFailed
@@ -66,8 +66,11 @@ func exitCode(err error, begun bool) int {
 func newRoot(terminal *os.File) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "vmdiskctl",
-		Short: "Look at and copy network block devices",
-		Long: `Look at and copy network block devices.
+		Short: "Run the disks of a daemon, and look at and copy network block devices",
+		Long: `Run the disks of a daemon, and look at and copy network block devices.
+
+The commands status, export, clients, top, events and reload speak to a daemon
+on this machine, by its control socket.
 
 Disks are named by NBD URIs: nbd://host[:port]/export,
 nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
@@ -85,6 +88,12 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.`,
 		newInfo(),
 		newCopy(terminal),
 		newImage(terminal),
+		newStatus(),
+		newExport(),
+		newClients(),
+		newTop(),
+		newEvents(),
+		newReload(),
 		newVersion(),
 	)
 	return root

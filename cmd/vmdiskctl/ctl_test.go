@@ -1,0 +1,392 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
+	ctlserver "github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// controlled answers the control API with a service that has no disks, on the
+// socket that all commands of the test use.
+func controlled(t *testing.T, access ctlserver.Access) *controltest.Service {
+	t.Helper()
+	return controlledBy(t, &controltest.Service{}, access)
+}
+
+func controlledBy(t *testing.T, service *controltest.Service, access ctlserver.Access) *controltest.Service {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "control")
+	l, err := net.Listen("unix", path)
+	must(t, err)
+	s := ctlserver.New(ctlserver.Config{
+		Service: service, Log: slog.New(slog.DiscardHandler),
+		Authorize: func(ctlserver.Peer) ctlserver.Access { return access },
+	})
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		must(t, s.Close(ctx))
+		must(t, <-done)
+		service.Close()
+		for _, f := range service.Files() {
+			f.Close()
+		}
+	})
+	t.Setenv(socketVariable, path)
+	return service
+}
+
+// nasty is a name that must not reach a terminal as it is.
+const nasty = "a b\"\n\x1b[31m\u202e,<'"
+
+func exportOf(name string) api.Export {
+	return api.Export{
+		Export: config.Export{Name: name, Image: "/images/a.raw", Format: "raw"},
+		State:  "ready", Size: 1 << 30, Writable: true, Clients: 2, Origin: "config", URIs: []string{"nbd://h/" + name},
+	}
+}
+
+// calls compares what has changed something.
+func calls(t *testing.T, s *controltest.Service, want ...string) {
+	t.Helper()
+	if got := s.Calls(); strings.Join(got, "\n") != strings.Join(want, "\n") {
+		t.Errorf("calls: got %q, want %q", got, want)
+	}
+}
+
+// sameJSON decodes out and compares it.
+func sameJSON[T any](t *testing.T, out string, want T) {
+	t.Helper()
+	var got T
+	if err := json.Unmarshal([]byte(out), &got); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+}
+
+func TestExportListIsATableAndJSON(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	s.Put(exportOf("web"))
+	s.Put(exportOf("db"))
+	s.Put(exportOf(""))
+	got := want(t, exitDone, "export", "list")
+	expect := `NAME  STATE  SIZE  ACCESS  CLIENTS  FORMAT  ORIGIN  IMAGE
+""    ready    1G  rw            2  raw     config  /images/a.raw
+db    ready    1G  rw            2  raw     config  /images/a.raw
+web   ready    1G  rw            2  raw     config  /images/a.raw
+`
+	if got != expect {
+		t.Errorf("got\n%s\nwant\n%s", got, expect)
+	}
+	sameJSON(t, want(t, exitDone, "export", "list", "--json"), []api.Export{exportOf(""), exportOf("db"), exportOf("web")})
+}
+
+func TestExportShow(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	e := exportOf("web")
+	e.Description = "two\nlines"
+	e.Cache = "none"
+	e.Rate = &config.Rate{Bytes: 10 << 20}
+	s.Put(e)
+	got := want(t, exitDone, "export", "show", "web")
+	expect := `name: web
+state: ready
+description: two\nlines
+image: /images/a.raw
+format: raw
+size: 1073741824 (1G)
+access: rw
+clients: 2
+origin: config
+cache: none
+rate: {"bytes":10485760}
+uris:
+  nbd://h/web
+`
+	if got != expect {
+		t.Errorf("got\n%s\nwant\n%s", got, expect)
+	}
+	sameJSON(t, want(t, exitDone, "export", "show", "--json", "web"), e)
+	want(t, exitFailed, "export", "show", "none")
+}
+
+// TestNamesAreNoTerminalCodes also looks at errors, which repeat names.
+func TestNamesAreNoTerminalCodes(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	e := exportOf(nasty)
+	e.Image, e.Description, e.Error, e.State, e.Origin = nasty, nasty, nasty, nasty, nasty
+	s.Put(e)
+	s.PutClient(api.Client{ID: 1, Export: nasty, Peer: nasty, Via: nasty, TLS: nasty, Cert: nasty, Features: []string{nasty}})
+	for _, args := range [][]string{
+		{"export", "list"},
+		{"export", "show", nasty},
+		{"export", "show", nasty + "x"},
+		{"export", "set", nasty, "description=" + nasty},
+		{"export", "set", nasty, "--dry-run", "description=" + nasty},
+		{"export", "pause", nasty},
+		{"export", "resume", nasty},
+		{"export", "resize", nasty, "+1G"},
+		{"export", "resize", "--dry-run", nasty, "+1G"},
+		{"export", "snapshot", "--dry-run", nasty, nasty},
+		{"export", "snapshot", nasty, nasty},
+		{"export", "add", nasty, nasty},
+		{"export", "add", "--dry-run", nasty + "x", nasty},
+		{"clients"},
+		{"clients", nasty},
+		{"clients", "kick", "--dry-run", "1"},
+		{"top", "--once", "--interval=100ms"},
+		{"__complete", "export", "show", ""},
+		{"export", "remove", "--dry-run", nasty},
+		{"export", "remove", nasty},
+	} {
+		_, stdout, stderr := ctl(t, args...)
+		if strings.ContainsAny(stdout+stderr, "\x1b\u202e") {
+			t.Errorf("vmdiskctl %q: got %q, %q", args, stdout, stderr)
+		}
+	}
+	if got := s.Calls()[len(s.Calls())-1]; got != fmt.Sprintf("remove %q force false", nasty) {
+		t.Errorf("the last call is %s", got)
+	}
+}
+
+func TestChangesReachTheDaemon(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	s.Put(exportOf("web"))
+	s.PutClient(api.Client{ID: 7, Export: "web", Peer: "uid 1000"})
+	for _, tt := range []struct {
+		args       []string
+		said, call string
+	}{
+		{[]string{"export", "pause", "--limit=5s", "web"}, "export web is paused\n", `pause "web" for 5s`},
+		{[]string{"export", "resume", "web"}, "export web is ready\n", `resume "web"`},
+		{[]string{"export", "resize", "web", "+1G"}, "export web has 2147483648 bytes (2G)\n", `resize "web" to 2147483648`},
+		{[]string{"export", "resize", "web", "3G"}, "export web has 3221225472 bytes (3G)\n", `resize "web" to 3221225472`},
+		{[]string{"export", "snapshot", "web", "/images/top"}, "export web writes to /images/top\n", `snapshot "web" overlay "/images/top" files 0`},
+		{[]string{"export", "set", "web", "readonly=true"}, "export web is changed\n", `patch "web"`},
+		{[]string{"clients", "kick", "7"}, "client 7 is cut off\n", "disconnect 7"},
+		{[]string{"reload"}, "no changes\n", "reload dry false"},
+		{[]string{"reload", "--dry-run"}, "no changes\n", "reload dry true"},
+		{[]string{"export", "remove", "--force", "web"}, "export web is removed\n", `remove "web" force true`},
+	} {
+		if got := want(t, exitDone, tt.args...); got != tt.said {
+			t.Errorf("%q: said %q, want %q", tt.args, got, tt.said)
+		}
+		if all := s.Calls(); all[len(all)-1] != tt.call {
+			t.Errorf("%q: called %s, want %s", tt.args, all[len(all)-1], tt.call)
+		}
+	}
+	want(t, exitFailed, "export", "show", "web")
+}
+
+func TestDryRunChangesNothing(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	s.Put(exportOf("web"))
+	s.PutClient(api.Client{ID: 7, Export: "web", Peer: "uid:1000"})
+	for _, tt := range []struct {
+		args []string
+		said string
+	}{
+		{[]string{"export", "remove", "web"}, "export web, with 2 clients, would be removed\n"},
+		{[]string{"export", "resize", "web", "2G"}, "export web would grow from 1073741824 to 2147483648 bytes\n"},
+		{[]string{"export", "snapshot", "web", "/o"}, "/o would be made above /images/a.raw, the image of export web\n"},
+		{[]string{"export", "set", "web", "rate.ops=5"}, `export web would be changed: {"rate":{"ops":5}}` + "\n"},
+		{[]string{"export", "add", "new", "/i"}, `export new would be made: {"name":"new","image":"/i","format":"raw"}` + "\n"},
+		{[]string{"clients", "kick", "7"}, "client 7, uid:1000 at export web, would be cut off\n"},
+	} {
+		if got := want(t, exitDone, append(tt.args, "--dry-run")...); got != tt.said {
+			t.Errorf("%q: said %q, want %q", tt.args, got, tt.said)
+		}
+	}
+	want(t, exitFailed, "export", "add", "--dry-run", "web", "/i")
+	want(t, exitFailed, "export", "remove", "--dry-run", "none")
+	want(t, exitFailed, "clients", "kick", "--dry-run", "8")
+	calls(t, s)
+}
+
+func TestExitCodesTellRefusalFromFailure(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	s.Put(exportOf("web"))
+	for _, args := range [][]string{
+		{"export", "remove", "web"}, {"export", "pause", "web"}, {"export", "set", "web", "readonly=true"},
+		{"export", "add", "x", "/i"}, {"clients", "kick", "1"}, {"reload"},
+		{"export", "resize", "web", "1M"}, // it would shrink
+	} {
+		want(t, exitRefused, args...)
+	}
+	calls(t, s)
+	for _, args := range [][]string{
+		{"export"}, {"export", "show"}, {"export", "show", "a", "b"}, {"export", "remove", "--timeout=-1s", "web"},
+		{"export", "pause", "--limit=1h", "web"}, {"export", "resize", "web", "-1G"}, {"export", "resize", "web", "big"},
+		{"export", "set", "web"}, {"export", "set", "web", "readonly"}, {"export", "set", "web", "image=/x"},
+		{"export", "snapshot", "web", ""}, {"export", "add", "x", ""}, {"clients", "kick", "-1"}, {"clients", "kick", "x"},
+		{"export", "add", "--fd", "--persist", "x", "/i"}, {"export", "add", "--fd", "-f", "mem", "x", "1G"},
+		{"export", "add", "--grant=all", "x", "/i"}, {"export", "add", "--rate=fast", "x", "/i"},
+		{"export", "add", "--protect=5", "x", "/i"}, {"export", "add", "--protect=5+x", "x", "/i"},
+		{"top", "--interval=1ms"}, {"top", "--sort=size"}, {"events", "--count=-1"}, {"status", "x"},
+		{"status", "--socket="}, {"status", "--socket=" + strings.Repeat("x", limits.SocketPath+1)}, {"status", "--socket=a\x00b"},
+		{"export", "show", "\xff"}, {"export", "add", "x", "/\xff"}, {"export", "add", "x", "/i", "--data-file=/\xff"},
+	} {
+		want(t, exitUsage, args...)
+	}
+	want(t, exitFailed, "export", "show", "none")
+	want(t, exitFailed, "status", "--socket="+filepath.Join(t.TempDir(), "none"))
+	broken := controlledBy(t, &controltest.Service{Fail: &api.Error{Code: api.CodeFailed, Text: "the \"disk\" is\x1b broken"}}, ctlserver.Read)
+	broken.Put(exportOf("web"))
+	if code, _, stderr := ctl(t, "export", "show", "web"); code != exitFailed || stderr != `vmdiskctl: the "disk" is\x1b broken`+"\n" {
+		t.Errorf("got %d, %q", code, stderr)
+	}
+}
+
+func TestSocketThatTheUserMayNotUseIsARefusal(t *testing.T) {
+	denied := controlError{fmt.Errorf("control socket: %w", &net.OpError{Op: "dial", Err: os.ErrPermission})}
+	if code := exitCode(denied, true); code != exitRefused {
+		t.Errorf("exit code %d", code)
+	}
+	if code := exitCode(os.ErrPermission, true); code != exitFailed {
+		t.Errorf("a file that cannot be read: exit code %d", code)
+	}
+}
+
+func TestExportAddSaysWhatItIsTold(t *testing.T) {
+	controlled(t, ctlserver.Change)
+	t.Chdir(t.TempDir())
+	dir, err := os.Getwd()
+	must(t, err)
+	out := want(t, exitDone, "export", "add", "--json", "--dry-run", "-f", "qcow2", "-r", "--cache=none", "--image-lock=off",
+		"--backing-file=base:raw", "--data-file=data", "--snapshot=1", "--discard=keep", "--lenient", "--partition=2",
+		"--overlay=1G", "--protect=0+4K", "--protect=1M+512", "--description="+nasty, "--default", "--require-tls",
+		"--listen=nbd://[::1]:1", "--grant=rw,uid=1000,uid=1,gid=5", "--grant=ro,label=a:b:c:s0:c1,c2",
+		`--grant={"access":"none","cert-name":["x, y"]}`, "--max-connections=4", "--rate=10M,ops=500,burst=2s",
+		"--rate-group=all", "--log-requests", "--flush-on-close", "--persist", "--", "-name", "image")
+	sameJSON(t, out, api.AddExport{Persist: true, Export: config.Export{
+		Name: "-name", Image: filepath.Join(dir, "image"), Format: "qcow2", ReadOnly: true, Cache: "none", Lock: "off",
+		Backing: "explicit", BackingFiles: []string{filepath.Join(dir, "base:raw")}, DataFiles: []string{filepath.Join(dir, "data")},
+		Snapshot: "1", Discard: "keep", Lenient: true, Window: &config.Window{Partition: 2}, Overlay: &config.Overlay{Quota: 1 << 30},
+		Protect:     []config.Range{{Length: 4096}, {Offset: 1 << 20, Length: 512}},
+		Description: nasty, Default: true, RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://[::1]:1"}},
+		Grants: []config.Grant{
+			{Access: "rw", UIDs: []uint32{1000, 1}, GIDs: []uint32{5}}, {Access: "ro", Label: "a:b:c:s0:c1,c2"},
+			{Access: "none", CertNames: []string{"x, y"}},
+		},
+		Connections: 4, Rate: &config.Rate{Bytes: 10 << 20, Ops: 500, Burst: config.Duration(2 * time.Second)},
+		RateGroup: "all", LogRequests: true, FlushOnClose: true,
+	}})
+}
+
+func TestExportAddSendsDescriptors(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	t.Chdir(t.TempDir())
+	must(t, os.WriteFile("top", []byte("top"), 0o600))
+	must(t, os.WriteFile("base", []byte("base"), 0o400))
+	out := want(t, exitDone, "export", "add", "--json", "--fd", "-f", "qcow2", "--backing-file=base", "x", "top")
+	var e api.Export
+	must(t, json.Unmarshal([]byte(out), &e))
+	if e.Image != "fd:0" || len(e.BackingFiles) != 1 || e.BackingFiles[0] != "fd:1" {
+		t.Errorf("got %+v", e)
+	}
+	calls(t, s, `add "x" image "fd:0" files 2 persist false`)
+	files := s.Files()
+	if len(files) != 2 {
+		t.Fatalf("%d files have come", len(files))
+	}
+	for i, wanted := range []string{"top", "base"} {
+		got, err := io.ReadAll(files[i])
+		if err != nil || string(got) != wanted {
+			t.Errorf("descriptor %d: read %q, %v, want %q", i, got, err, wanted)
+		}
+		_, err = files[i].WriteAt([]byte("x"), 0)
+		if (err == nil) != (i == 0) {
+			t.Errorf("descriptor %d: write: %v", i, err)
+		}
+		files[i].Close()
+	}
+	want(t, exitFailed, "export", "add", "--fd", "y", "none")
+	want(t, exitFailed, "export", "add", "--fd", "y", "/dev/null")
+	want(t, exitFailed, "export", "add", "--fd", "x", "top") // the name is taken
+	many := []string{"export", "add", "--fd", "y", "top"}
+	for range limits.ControlFiles {
+		many = append(many, "--backing-file=base")
+	}
+	want(t, exitUsage, many...)
+}
+
+func TestClientsAreATableAndJSON(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	since := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	web := api.Client{ID: 12, Export: "web", Peer: "uid:1000", Via: "unix:/s", Since: since, Writable: true, InFlight: 3,
+		Requests: 1000, BytesIn: 2 << 20, BytesOut: 100, Features: []string{"structured", "base:allocation"}}
+	kick := api.Client{ID: 2, Export: "kick", Peer: "cid:3", Via: "v", Since: since, TLS: "TLS 1.3 X", Cert: "n", Stalled: true, Features: []string{}}
+	s.PutClient(web)
+	s.PutClient(kick)
+	got := want(t, exitDone, "clients")
+	expect := `ID  EXPORT  PEER      VIA      SINCE                 ACCESS  IN FLIGHT  REQUESTS  RECEIVED  SENT  NEGOTIATED
+ 2  kick    cid:3     v        2026-11-21T12:00:00Z  ro              0         0         0     0  "TLS 1.3 X",cert=n,STALLED
+12  web     uid:1000  unix:/s  2026-11-21T12:00:00Z  rw              3      1000        2M   100  structured,base:allocation
+`
+	if got != expect {
+		t.Errorf("got\n%s\nwant\n%s", got, expect)
+	}
+	sameJSON(t, want(t, exitDone, "clients", "--json", "web"), []api.Client{web})
+	sameJSON(t, want(t, exitDone, "clients", "--json", "--", "kick"), []api.Client{kick})
+	sameJSON(t, want(t, exitDone, "clients", "--json", ""), []api.Client{})
+}
+
+func TestStatus(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	s.Put(exportOf("web"))
+	got := want(t, exitDone, "status")
+	expect := fmt.Sprintf("version: test\npid: %d\nstarted: 0001-01-01T00:00:00Z\nengine: none\nexports: 1\nclients: 0\n", os.Getpid())
+	if got != expect {
+		t.Errorf("got\n%s\nwant\n%s", got, expect)
+	}
+	var b bytes.Buffer
+	must(t, printStatus(&b, api.Status{Config: "/c", Listeners: []string{"nbd://h"}, Memory: map[string]int64{"buffers": 1536, "a": 3},
+		Notes: map[string]string{"export \x1b": "no such\nfile"}}))
+	expect = "config: /c\nexports: 0\nclients: 0\nlisteners:\n  nbd://h\nmemory:\n  a: 3\n  buffers: 1.5K\nnotes:\n  export \\x1b: no such\\nfile\n"
+	if !strings.HasSuffix(b.String(), expect) {
+		t.Errorf("got\n%s\nwant the end\n%s", b.String(), expect)
+	}
+	var j api.Status
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "status", "--json")), &j))
+	if j.Version != "test" || j.Exports != 1 {
+		t.Errorf("got %+v", j)
+	}
+}
+
+func TestCompletionNamesExports(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	s.Put(exportOf("web"))
+	s.Put(exportOf("-x"))
+	s.Put(exportOf(nasty))
+	for _, command := range []string{"show", "remove", "set", "pause", "resume", "resize", "snapshot"} {
+		if got := want(t, exitDone, "__complete", "export", command, ""); got != "web\tready, 1G\n-x\tready, 1G\n:4\n" {
+			t.Errorf("%s: got %q", command, got)
+		}
+	}
+	if got := want(t, exitDone, "__complete", "export", "show", "web", ""); got != ":4\n" {
+		t.Errorf("a second name: got %q", got)
+	}
+	if got := want(t, exitDone, "__complete", "export", "set", "web", "des"); !strings.Contains(got, "description=") {
+		t.Errorf("keys: got %q", got)
+	}
+	if got := want(t, exitDone, "__complete", "export", "show", "--socket=/none", ""); got != ":4\n" {
+		t.Errorf("without a daemon: got %q", got)
+	}
+}

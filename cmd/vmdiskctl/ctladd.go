@@ -1,0 +1,273 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// addFlags are the flags of export add.
+type addFlags struct {
+	ctlFlags
+	x       api.AddExport
+	grants  []string
+	rate    string
+	listen  []string
+	protect []string
+	part    int
+	quota   byteSize
+	send    bool
+}
+
+func newExportAdd() *cobra.Command {
+	f := &addFlags{}
+	c := f.changing(&cobra.Command{
+		Use:   "add NAME IMAGE",
+		Short: "Make an export",
+		Long: `Make an export called NAME of an image: a file or block device that the daemon
+may open, or one that is opened here and handed over with --fd. For the formats
+mem and null IMAGE is a size. The export is gone when the daemon ends, unless it
+is told to --persist.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.run(c, args[0], args[1])
+		},
+		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			if len(args) == 1 {
+				return nil, cobra.ShellCompDirectiveDefault
+			}
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		},
+	})
+	f.addImage(c)
+	f.addUse(c)
+	return c
+}
+
+// addImage adds the flags that say what is opened, and how.
+func (f *addFlags) addImage(c *cobra.Command) {
+	n, x := c.Flags(), &f.x
+	n.StringVarP(&x.Format, "format", "f", formatRaw, "format of the image, never guessed: raw, qcow2, mem or null")
+	n.BoolVarP(&x.ReadOnly, "readonly", "r", false, "nobody can write")
+	n.StringVar(&x.Cache, "cache", "", "writeback (the default), none, writethrough, directsync or unsafe")
+	n.StringVar(&x.Lock, "image-lock", "", "auto (the default), on or off")
+	n.StringVar(&x.Backing, "backing", "", "files that the image may name: deny (the default), same-dir, beneath=DIR or explicit")
+	n.StringArrayVar(&x.BackingFiles, "backing-file", nil, "PATH[:FORMAT] of the backing file, instead of what the image says; again for the next below")
+	n.StringArrayVar(&x.DataFiles, "data-file", nil, "PATH of the external data file, instead of what the image says")
+	n.StringVar(&x.Snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
+	n.StringVar(&x.Discard, "discard", "", "for qcow2: unmap (the default), keep or ignore")
+	n.BoolVar(&x.Lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
+	n.BoolVar(&f.send, "fd", false, "open the files here and hand them over: the daemon needs no right to them")
+	n.IntVar(&f.part, "partition", 0, "only this partition of the disk, from `1`")
+	n.Var(&f.quota, "overlay", "keep what is written in a temporary overlay of at most this `SIZE`, which is thrown away at the end")
+	n.StringArrayVar(&f.protect, "protect", nil, "`OFFSET+LENGTH` that nobody can write; again for more")
+}
+
+// addUse adds the flags that say who may use it, and how.
+func (f *addFlags) addUse(c *cobra.Command) {
+	n, x := c.Flags(), &f.x
+	n.StringVar(&x.Description, "description", "", "what clients that list exports are told")
+	n.BoolVar(&x.Default, "default", false, "the empty name opens it too")
+	n.BoolVar(&x.RequireTLS, "require-tls", false, "hide it from connections that are not encrypted")
+	n.StringArrayVar(&f.listen, "listen", nil, "`URI` of an address at which only this export is; again for more")
+	n.StringArrayVar(&f.grants, "grant", nil, "who may open it, and how, as rw,uid=1000: see export set; again for more, the first that fits decides")
+	n.IntVar(&x.Connections, "max-connections", 0, "clients at a time; 0 for no bound")
+	n.StringVar(&f.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
+	n.StringVar(&x.RateGroup, "rate-group", "", "group of the configuration that it shares a bound with")
+	n.BoolVar(&x.LogRequests, "log-requests", false, "log every request")
+	n.BoolVar(&x.FlushOnClose, "flush-on-close", false, "flush when a client leaves")
+	n.BoolVar(&x.Persist, "persist", false, "keep it when the daemon ends")
+}
+
+func (f *addFlags) run(c *cobra.Command, name, image string) error {
+	a, err := f.request(c, name, image)
+	if err != nil {
+		return err
+	}
+	var files []*os.File
+	defer func() {
+		for _, x := range files {
+			_ = x.Close() // the daemon has its own
+		}
+	}()
+	if f.send {
+		if files, err = openAll(&a.Export); err != nil {
+			return err
+		}
+	}
+	return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+		if f.dryRun {
+			return f.rehearse(ctx, c, cl, a)
+		}
+		e, err := cl.Add(ctx, a, files...)
+		if err != nil {
+			return err
+		}
+		return f.printExport(c.OutOrStdout(), &e)
+	})
+}
+
+// rehearse says what would be asked for, if the name is free.
+func (f *addFlags) rehearse(ctx context.Context, c *cobra.Command, cl *control.Client, a api.AddExport) error {
+	var e *api.Error
+	switch _, err := cl.Export(ctx, a.Name); {
+	case err == nil:
+		return &api.Error{Code: api.CodeExists, Text: fmt.Sprintf("there is an export %q", a.Name)}
+	case !errors.As(err, &e) || e.Code != api.CodeNotFound:
+		return err
+	}
+	b, err := oneLine(a)
+	if err != nil {
+		return err
+	}
+	return f.did(c, a, "export %s would be made: %s", shown(a.Name), b)
+}
+
+// request is what the flags ask for, with absolute paths.
+func (f *addFlags) request(c *cobra.Command, name, image string) (a api.AddExport, err error) {
+	a = f.x
+	a.Name, a.Image = name, image
+	if f.send && a.Persist {
+		return a, usage("--persist needs a path that the daemon may open, and excludes --fd")
+	}
+	virtual := a.Format == "mem" || a.Format == "null"
+	if virtual && f.send {
+		return a, usage("--fd needs a file, and format %s has none", a.Format)
+	}
+	if err := f.layers(c, &a.Export); err != nil {
+		return a, err
+	}
+	if a.Backing == "" && len(a.BackingFiles)+len(a.DataFiles) > 0 {
+		a.Backing = string(open.Explicit)
+	}
+	if virtual {
+		return a, nil
+	}
+	return a, absoluteAll(&a.Export)
+}
+
+// absoluteAll makes the paths of an export absolute.
+func absoluteAll(x *config.Export) error {
+	paths := []*string{&x.Image}
+	for i := range x.BackingFiles {
+		paths = append(paths, &x.BackingFiles[i])
+	}
+	for i := range x.DataFiles {
+		paths = append(paths, &x.DataFiles[i])
+	}
+	for _, p := range paths {
+		var err error
+		if *p, err = absolute(*p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// layers reads the flags that have a syntax of their own.
+func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
+	for _, s := range f.grants {
+		g, err := parseGrant(s)
+		if err != nil {
+			return usage("--grant: %v", err)
+		}
+		x.Grants = append(x.Grants, g)
+	}
+	if c.Flags().Changed("rate") {
+		if x.Rate, err = parseRate(f.rate); err != nil {
+			return usage("--rate: %v", err)
+		}
+	}
+	for _, uri := range f.listen {
+		x.Listeners = append(x.Listeners, config.Listener{URI: uri})
+	}
+	for _, s := range f.protect {
+		off, length, ok := strings.Cut(s, "+")
+		var r config.Range
+		if err := errors.Join(r.Offset.UnmarshalText([]byte(off)), r.Length.UnmarshalText([]byte(length))); !ok || err != nil {
+			return usage("--protect: %q is not OFFSET+LENGTH", s)
+		}
+		x.Protect = append(x.Protect, r)
+	}
+	if c.Flags().Changed("partition") {
+		x.Window = &config.Window{Partition: f.part}
+	}
+	if c.Flags().Changed("overlay") {
+		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
+	}
+	return nil
+}
+
+// openAll opens the files of an export and puts what stands for their
+// descriptors in the place of the paths. On an error, files are those to close.
+func openAll(x *config.Export) (files []*os.File, err error) {
+	one := func(path string, readOnly bool) (string, error) {
+		if len(files) >= limits.ControlFiles {
+			return "", usage("--fd: more than %d files", limits.ControlFiles)
+		}
+		f, err := openToSend(path, readOnly)
+		if err != nil {
+			return "", err
+		}
+		files = append(files, f)
+		return fmt.Sprint(api.FilePrefix, len(files)-1), nil
+	}
+	if x.Image, err = one(x.Image, x.ReadOnly); err != nil {
+		return files, err
+	}
+	for i, s := range x.BackingFiles {
+		path, suffix := splitFormat(s)
+		if path, err = one(path, true); err != nil {
+			return files, err
+		}
+		x.BackingFiles[i] = path + suffix
+	}
+	for i, s := range x.DataFiles {
+		// That of the image is written to, those of images below are not.
+		if x.DataFiles[i], err = one(s, x.ReadOnly || i > 0); err != nil {
+			return files, err
+		}
+	}
+	return files, nil
+}
+
+// splitFormat takes ":raw" or ":qcow2" off the name of a backing file.
+func splitFormat(s string) (path, suffix string) {
+	for _, format := range [...]string{formatRaw, formatQcow2} {
+		if path, ok := strings.CutSuffix(s, ":"+format); ok {
+			return path, ":" + format
+		}
+	}
+	return s, ""
+}
+
+// openToSend opens a regular file or block device.
+func openToSend(path string, readOnly bool) (*os.File, error) {
+	if err := checkImageFile(os.Stat(path)); err != nil {
+		return nil, err
+	}
+	flags := os.O_RDWR
+	if readOnly {
+		flags = os.O_RDONLY
+	}
+	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkImageFile(f.Stat()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}

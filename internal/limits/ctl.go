@@ -1,0 +1,16 @@
+package limits
+
+import "time"
+
+// What vmdiskctl waits for and shows.
+const (
+	// ControlCall is how long the daemon has for a request that vmdiskctl
+	// makes, beyond what was asked for: an image on slow storage takes a
+	// minute to open, a snapshot half of PauseLongest.
+	ControlCall = 4 * time.Minute
+
+	// TopIntervalLeast and TopIntervalMost bound the time between two looks
+	// at the counters: many exports' cost the daemon some milliseconds.
+	TopIntervalLeast = 100 * time.Millisecond
+	TopIntervalMost  = time.Hour
+)
