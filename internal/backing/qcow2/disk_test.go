@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -159,4 +160,40 @@ func writableFile(t testing.TB, path string) store.Store {
 		t.Fatal(err)
 	}
 	return store.NewFile(d)
+}
+
+// TestPreallocatedClustersAreZeroes: as QEMU has it, for readers and writers.
+func TestPreallocatedClustersAreZeroes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(path, made(t, "preallocation=metadata", "8M", "write -q -P 17 1M 64k"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// A file without holes has none to show.
+	punch(t, path)
+	for _, readOnly := range []bool{true, false} {
+		d, err := qcow2.Open(t.Context(), writableFile(t, path), qcow2.Options{ReadOnly: readOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []backing.Extent
+		err = d.Extents(t.Context(), 0, 8<<20, 0, func(e backing.Extent) bool {
+			got = append(got, e)
+			return true
+		})
+		want := []backing.Extent{{Len: 1 << 20, Zero: true}, {Len: 64 << 10}, {Len: 7<<20 - 64<<10, Zero: true}}
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("read-only %v: got %v, %v, want %v", readOnly, got, err, want)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// punch makes holes of what reads as zeroes in a file.
+func punch(t *testing.T, path string) {
+	t.Helper()
+	if out, err := exec.Command("fallocate", "--dig-holes", path).CombinedOutput(); err != nil {
+		t.Fatalf("fallocate: %v: %s", err, out)
+	}
 }

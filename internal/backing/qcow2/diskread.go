@@ -244,8 +244,30 @@ func (d *disk) Describe(ctx context.Context, name string, off, n int64, f backin
 // allocated.
 func (d *disk) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
 	r := extentRuns(f, yield)
-	err := d.eachPiece(ctx, off, n, func(_ bool, x *piece) bool { return r.add(x.n, stateOf(x)) })
+	err := d.eachSpan(ctx, off, n, func(at int64, s *Span) error {
+		var more bool
+		switch s.Kind {
+		case Absent:
+			return d.eachBelow(ctx, at, s.Len, func(x *piece) bool { return addExtent(ctx, r, x) })
+		case Data:
+			more = addData(ctx, r, s.Store, s.Off, s.Len)
+		default:
+			more = r.add(s.Len, stateOf(s.piece()))
+		}
+		if !more {
+			return errEnough
+		}
+		return nil
+	})
+	if err == errEnough {
+		err = nil
+	}
 	return d.wrap("extents", off, n, r.end(err))
+}
+
+// piece is what s has in common with a piece of a chain.
+func (s *Span) piece() *piece {
+	return &piece{extent: extent{kind: s.Kind, allocated: s.Store != nil}, n: s.Len}
 }
 
 // eachPiece calls f for each piece of a range, of the image's own or of the
@@ -255,7 +277,7 @@ func (d *disk) eachPiece(ctx context.Context, off, n int64, f func(own bool, x *
 		if s.Kind == Absent {
 			return d.eachBelow(ctx, at, s.Len, func(x *piece) bool { return f(false, x) })
 		}
-		if !f(true, &piece{extent: extent{kind: s.Kind, allocated: s.Store != nil}, n: s.Len}) {
+		if !f(true, s.piece()) {
 			return errEnough
 		}
 		return nil

@@ -6,6 +6,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/bitmaps"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -47,12 +48,36 @@ func depthOf(x *piece) uint32 {
 	return uint32(x.depth) + 1
 }
 
-// Extents reports as holes what no layer has allocated. What is damaged counts
+// Extents reports as holes what no layer has allocated, and as zeroes also what
+// is a hole of the file: clusters that were preallocated. What is damaged counts
 // as data: who reads it finds out.
 func (d *chainDevice) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
 	r := extentRuns(f, yield)
-	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, stateOf(x)) })
+	err := d.pieces(ctx, off, n, func(x *piece) bool { return addExtent(ctx, r, x) })
 	return d.wrap("extents", off, n, r.end(err))
+}
+
+// addExtent adds a piece to the runs.
+func addExtent(ctx context.Context, r *runs[backing.Extent], x *piece) bool {
+	if x.kind != Data {
+		return r.add(x.n, stateOf(x))
+	}
+	return addData(ctx, r, x.store(), x.off, x.n)
+}
+
+// addData adds n bytes of data at off of a file, of which holes are zeroes. A
+// file that does not tell has none.
+func addData(ctx context.Context, r *runs[backing.Extent], st store.Store, off, n int64) (more bool) {
+	more = true
+	err := st.Extents(ctx, off, n, func(e backing.Extent) bool {
+		k := min(e.Len, n)
+		more, n = r.add(k, backing.Extent{Zero: e.Zero}), n-k
+		return more && n > 0
+	})
+	if !more || err == nil && n == 0 {
+		return more
+	}
+	return r.add(n, backing.Extent{})
 }
 
 // pieces calls f for each piece of a range until it wants no more.
