@@ -31,6 +31,19 @@ func controlled(t *testing.T, access ctlserver.Access) *controltest.Service {
 
 func controlledBy(t *testing.T, service *controltest.Service, access ctlserver.Access) *controltest.Service {
 	t.Helper()
+	t.Cleanup(func() {
+		service.Close()
+		for _, f := range service.Files() {
+			f.Close()
+		}
+	})
+	answer(t, service, access)
+	return service
+}
+
+// answer serves the control API of any service.
+func answer(t *testing.T, service ctlserver.Service, access ctlserver.Access) {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "control")
 	l, err := net.Listen("unix", path)
 	must(t, err)
@@ -45,13 +58,8 @@ func controlledBy(t *testing.T, service *controltest.Service, access ctlserver.A
 		defer cancel()
 		must(t, s.Close(ctx))
 		must(t, <-done)
-		service.Close()
-		for _, f := range service.Files() {
-			f.Close()
-		}
 	})
 	t.Setenv(socketVariable, path)
-	return service
 }
 
 // nasty is a name that must not reach a terminal as it is.

@@ -58,11 +58,14 @@ func (f *eventFlags) follow(c *cobra.Command) error {
 	ctx, cancel := context.WithCancel(c.Context())
 	defer cancel()
 	seq, err := cl.Events(ctx)
+	if c.Context().Err() != nil {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	only := c.Flags().Changed("export")
-	shown := 0
+	printed := 0
 	for e, err := range seq {
 		if errors.Is(err, context.Canceled) {
 			return nil
@@ -77,7 +80,7 @@ func (f *eventFlags) follow(c *cobra.Command) error {
 		if err := f.printEvent(c.OutOrStdout(), e); err != nil {
 			return err
 		}
-		if shown++; shown == f.count {
+		if printed++; printed == f.count {
 			return nil
 		}
 	}

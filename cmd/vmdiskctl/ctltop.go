@@ -87,6 +87,9 @@ func (f *topFlags) watch(c *cobra.Command) error {
 	}
 	ctx, out := c.Context(), c.OutOrStdout()
 	before, err := f.look(ctx, cl)
+	if ctx.Err() != nil {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
