@@ -203,6 +203,7 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	}
 	d.Service, d.File, d.Endpoints, d.FaultInjection = c, r.config, nil, r.faults
 	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
+	d.Log.Format = c.Log.Format
 	d.TLSCertificates, d.TLSVerifyPeer = c.TLS.Certificates, c.TLS.VerifyPeer
 	if !r.verbose {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))

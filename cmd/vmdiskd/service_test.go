@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -321,5 +323,86 @@ func TestExportOfItsOwnListenerIsNowhereElse(t *testing.T) {
 	if _, err := os.Lstat(own); !os.IsNotExist(err) {
 		t.Errorf("socket of what was removed: got %v, want none", err)
 	}
+	s.stop()
+}
+
+// TestServiceManagerIsTold: that the service is ready, alive, reloading and
+// stopping; the watchdog only hears of round trips through the engine.
+func TestServiceManagerIsTold(t *testing.T) {
+	dir := t.TempDir()
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "notify"))
+	t.Setenv("WATCHDOG_USEC", "100000")
+	var told []string
+	hear := func(want string) {
+		t.Helper()
+		if err := c.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+		for b := make([]byte, 4096); ; {
+			n, err := c.Read(b)
+			if err != nil {
+				t.Fatalf("never heard %s, but %q", want, told)
+			}
+			told = append(told, string(b[:n]))
+			if strings.Contains(string(b[:n]), want) {
+				return
+			}
+		}
+	}
+	s := newService(t, exportA)
+	hear("READY=1")
+	hear("WATCHDOG=1")
+	hear("WATCHDOG=1")
+	if err := s.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	hear("RELOADING=1")
+	hear("READY=1")
+	s.stop()
+	hear("STOPPING=1")
+}
+
+// TestEventsTellWhatHappens: to who listens on the control socket.
+func TestEventsTellWhatHappens(t *testing.T) {
+	s := newService(t, exportA)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	heard := make(chan string, 100)
+	go func() {
+		defer close(heard)
+		events, err := s.ctl.Events(ctx)
+		if err != nil {
+			return
+		}
+		for e, err := range events {
+			if err != nil {
+				return
+			}
+			heard <- strings.Join([]string{e.Kind, e.Export, e.State}, " ")
+		}
+	}()
+	// Until the listener is there nothing is heard of clients.
+	s.await("a client is heard of", func() bool { return s.size(s.uri("a")) != "" && len(heard) > 0 })
+	if err := s.ctl.Remove(ctx, "a", true, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"client-connected a ", "client-left a ", "export-state a draining", "export-state a closed"}
+	for e := range heard {
+		if e == want[0] {
+			want = want[1:]
+		}
+		if len(want) == 0 {
+			break
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("never heard: %q", want)
+	}
+	cancel()
 	s.stop()
 }

@@ -38,6 +38,7 @@ type daemon struct {
 	groups    map[string]*layer.Limiter // rate limits that exports share
 	started   time.Time
 	bus       obs.Bus
+	boss      *obs.Supervisor // nil without a service manager
 	controls  []control
 	reloading sync.Mutex
 	doors     doors
@@ -86,6 +87,7 @@ func (d *daemon) subject() []any {
 func (d *daemon) start() error {
 	for _, step := range [...]func() error{
 		d.openLog,
+		d.findSupervisor,
 		d.watchParent,
 		d.loadTLS,
 		d.listen,
@@ -95,6 +97,7 @@ func (d *daemon) start() error {
 		d.dropPrivileges,
 		d.serve,
 		d.startControl,
+		d.ready,
 		d.printURI,
 		d.startCommand,
 	} {
@@ -193,6 +196,7 @@ func (d *daemon) openExports() error {
 		runtime.GOMAXPROCS(minProcs)
 	}
 	d.exports = export.NewRegistry()
+	d.tellStates()
 	if d.cfg.Service == nil {
 		return d.addExport(d.ctx, d.cfg.Disk, fromCommandLine, nil)
 	}
@@ -214,6 +218,14 @@ func (d *daemon) dropPrivileges() error {
 	return confine.Drop(d.cfg.User, d.cfg.Group)
 }
 
+// slow is how long a request may take before it is reported.
+func (d *daemon) slow() time.Duration {
+	if d.cfg.Service == nil {
+		return 0
+	}
+	return time.Duration(d.cfg.Service.Log.Slow)
+}
+
 // serve begins to accept on every listener, or speaks to the one client on
 // standard input and output.
 func (d *daemon) serve() error {
@@ -231,6 +243,7 @@ func (d *daemon) serve() error {
 		NoMeta:        d.cfg.NoMeta,
 		Handshake:     d.cfg.Handshake,
 		Events:        &d.bus,
+		Slow:          d.slow(),
 	}
 	if d.creds != nil {
 		o.TLSConfig = d.creds.ServerConfig
@@ -265,6 +278,7 @@ func (d *daemon) wait(signals *signals) (int, error) {
 		select {
 		case sig := <-signals.stopping:
 			d.log.Info("stopping", "signal", sig.String())
+			_ = d.boss.Stopping("finishing what is in flight") // it has sent the signal
 			signals.exitOnNext(d.lastResort)
 			return 0, nil
 		case <-signals.reload:
@@ -282,10 +296,12 @@ func (d *daemon) wait(signals *signals) (int, error) {
 // reload is SIGHUP. Each handshake looks whether certificates have changed;
 // the signal does it at once and shows mistakes in the log.
 func (d *daemon) reload() {
+	_ = d.boss.Reloading() // its own error is in the log of the service manager
 	if d.cfg.Service != nil {
 		r, err := service{d}.Reload(d.ctx, false)
 		d.log.Info("reloaded", "changes", r.Changes, "error", err)
 	}
+	_ = d.boss.Ready(d.summary())
 	if d.creds != nil {
 		d.creds.ServerConfig()
 	}

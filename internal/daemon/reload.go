@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
 // Reload applies what has changed in the configuration file. What comes is
@@ -36,6 +38,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.apply(ctx, c, change); err != nil {
 		return api.Reload{}, told(err)
 	}
+	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: strings.Join(r.Changes, "; ")})
 	return r, nil
 }
 

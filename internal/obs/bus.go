@@ -22,6 +22,7 @@ const (
 	StuckRequest    Kind = "stuck-request"    // a request is still not answered
 	ExportState     Kind = "export-state"     // Reason is the new state
 	ExportPoisoned  Kind = "export-poisoned"  // a failed flush: writes are refused from now on
+	Reloaded        Kind = "reloaded"         // the configuration; Reason says what has changed
 	SpaceThreshold  Kind = "space-threshold"  // the storage fills up
 )
 
