@@ -65,7 +65,9 @@ func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
 		return err
 	}
 	for n > 0 {
-		p := zeroes[:min(n, int64(len(zeroes)))]
+		// Pieces end on boundaries, whatever the beginning: a device writes
+		// whole blocks at once.
+		p := zeroes[:min(n, int64(len(zeroes))-off%int64(len(zeroes)))]
 		if err := e.Next.WriteAt(ctx, p, off, 0); err != nil {
 			return err
 		}
