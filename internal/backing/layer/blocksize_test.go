@@ -15,9 +15,10 @@ import (
 )
 
 // conformInBlocks runs the suite on a disk of whole blocks.
-func conformInBlocks(t *testing.T, block int64, wrap func(d backing.Device) backing.Device) {
+func conformInBlocks(t *testing.T, bases []base, block int64, wrap func(d backing.Device) backing.Device) {
 	for _, b := range bases {
 		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
 			backingtest.Run(t, backingtest.Maker{Granule: block, New: func(t testing.TB, size int64) backing.Device {
 				return closing(t, wrap(b.make(t, size)))
 			}})
@@ -26,7 +27,7 @@ func conformInBlocks(t *testing.T, block int64, wrap func(d backing.Device) back
 }
 
 func TestLargerBlocksConform(t *testing.T) {
-	conformInBlocks(t, 4096, func(d backing.Device) backing.Device {
+	conformInBlocks(t, bases, 4096, func(d backing.Device) backing.Device {
 		return must(layer.NewBlockSize(d, layer.BlockSizeOptions{Min: 4096, Preferred: 65536, Max: 32768}))
 	})
 }
@@ -46,9 +47,9 @@ type owned struct {
 func (o owned) Close() error { return o.disk.Close() }
 
 func TestSmallerBlocksConform(t *testing.T) {
-	for _, o := range []layer.BlockSizeOptions{{Min: 1}, {Min: 512, Max: 8192}} {
+	for i, o := range []layer.BlockSizeOptions{{Min: 1}, {Min: 512, Max: 8192}} {
 		t.Run(fmt.Sprintf("min=%d", o.Min), func(t *testing.T) {
-			conformInBlocks(t, 4096, func(d backing.Device) backing.Device {
+			conformInBlocks(t, bases[i:2+i], 4096, func(d backing.Device) backing.Device {
 				return must(layer.NewBlockSize(checkedBlocks(d, 4096), o))
 			})
 		})

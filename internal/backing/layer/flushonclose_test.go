@@ -29,7 +29,7 @@ func (r *recorder) Close() error {
 }
 
 func TestFlushOnCloseConforms(t *testing.T) {
-	conform(t, 0, func(_ testing.TB, d backing.Device) backing.Device { return layer.NewFlushOnClose(d) })
+	conformOn(t, bases[:1], 0, func(_ testing.TB, d backing.Device) backing.Device { return layer.NewFlushOnClose(d) })
 }
 
 func TestCloseFlushesFirstAndReportsIt(t *testing.T) {

@@ -91,6 +91,7 @@ func conform(t *testing.T, extra int64, wrap func(t testing.TB, d backing.Device
 func conformOn(t *testing.T, bases []base, extra int64, wrap func(t testing.TB, d backing.Device) backing.Device) {
 	for _, b := range bases {
 		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
 			backingtest.Run(t, backingtest.Maker{New: func(t testing.TB, size int64) backing.Device {
 				return closing(t, wrap(t, b.make(t, size+extra)))
 			}})

@@ -30,7 +30,7 @@ func sfdisk(t *testing.T, script string) ([]byte, map[int]layer.Range) {
 		}
 	}
 	path := filepath.Join(t.TempDir(), "disk.img")
-	if err := os.WriteFile(path, make([]byte, 32<<20), 0o600); err != nil {
+	if err := os.WriteFile(path, make([]byte, 16<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(tool, "--quiet", path)
@@ -71,8 +71,9 @@ func diskOf(p []byte) backing.Device { return mem.New(int64(len(p)), p) }
 // findsAll compares all numbers up to 40.
 func findsAll(t *testing.T, disk []byte, want map[int]layer.Range) {
 	t.Helper()
+	d := diskOf(disk)
 	for n := 1; n <= 40; n++ {
-		r, err := layer.FindPartition(t.Context(), diskOf(disk), n)
+		r, err := layer.FindPartition(t.Context(), d, n)
 		if w, ok := want[n]; ok && (err != nil || r != w) {
 			t.Errorf("partition %d: got %+v, %v, want %+v", n, r, err, w)
 		} else if !ok {
@@ -82,7 +83,7 @@ func findsAll(t *testing.T, disk []byte, want map[int]layer.Range) {
 }
 
 const (
-	dosScript = "label: dos\nstart=2048,size=2048,type=83\nstart=8192,size=32768,type=5\nstart=4096,size=100,type=82\n" +
+	dosScript = "label: dos\nstart=2048,size=2048,type=83\nstart=8192,size=20480,type=5\nstart=4096,size=100,type=82\n" +
 		"start=10240,size=1000,type=83\nstart=14336,size=2048,type=83\nstart=20480,size=4096,type=83\n"
 	gptScript = "label: gpt\n2: start=2048,size=2048\n5: start=8192,size=1\n30: start=10240\n"
 )
@@ -106,10 +107,8 @@ func TestGPTIsReadFromTheEnd(t *testing.T) {
 		spoilt[at] ^= 1
 		findsAll(t, spoilt, want)
 		spoilt[len(disk)-512+56] ^= 1
-		for _, n := range []int{1, 2} {
-			_, err := layer.FindPartition(t.Context(), diskOf(spoilt), n)
-			isKind(t, "both copies damaged", err, backing.ErrInvalid)
-		}
+		_, err := layer.FindPartition(t.Context(), diskOf(spoilt), 2)
+		isKind(t, "both copies damaged", err, backing.ErrInvalid)
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 
 // The suite works in a window beside what is protected.
 func TestProtectConforms(t *testing.T) {
-	conform(t, 128<<10, func(_ testing.TB, d backing.Device) backing.Device {
+	conformOn(t, bases[1:], 128<<10, func(_ testing.TB, d backing.Device) backing.Device {
 		size := d.Info().Size
 		p := must(layer.NewProtect(d, layer.ProtectOptions{Ranges: []layer.Range{{Off: 0, Len: 64 << 10}, {Off: size - 64<<10, Len: 64 << 10}}}))
 		return must(layer.NewWindow(p, layer.WindowOptions{Off: 64 << 10, Size: size - 128<<10}))

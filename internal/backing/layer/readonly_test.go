@@ -10,7 +10,7 @@ import (
 )
 
 func TestSwitchedReadOnlyConformsWhileOff(t *testing.T) {
-	conform(t, 0, func(t testing.TB, d backing.Device) backing.Device {
+	conformOn(t, bases[:2], 0, func(t testing.TB, d backing.Device) backing.Device {
 		l := layer.NewReadOnly(d, layer.ReadOnlyOptions{Switched: true})
 		if err := l.Set(false); err != nil {
 			t.Fatal(err)

@@ -17,8 +17,8 @@ import (
 )
 
 func TestRequestLogConforms(t *testing.T) {
-	for _, on := range []bool{false, true} {
-		conformOn(t, bases[:2], 0, func(_ testing.TB, d backing.Device) backing.Device {
+	for i, on := range []bool{false, true} {
+		conformOn(t, bases[i:2], 0, func(_ testing.TB, d backing.Device) backing.Device {
 			return layer.NewRequestLog(d, layer.RequestLogOptions{Log: quiet, On: on})
 		})
 	}
