@@ -13,8 +13,12 @@ const (
 	// Linux takes below a tenth of a second.
 	AttachSeen = 10 * time.Second
 
-	// AttachPoll is how often the agent is asked for it.
-	AttachPoll = 200 * time.Millisecond
+	// AttachInUse is how long QEMU may call a node in use after its device is
+	// gone: a few milliseconds, or as long as a request in flight takes.
+	AttachInUse = 5 * time.Second
+
+	// AttachPoll is how often either is asked for.
+	AttachPoll = 100 * time.Millisecond
 
 	// AttachReconnect is how long a guest's requests wait for a server that
 	// is lost, unless the user has another idea: a restart takes a second,
@@ -28,4 +32,13 @@ const (
 	// AttachPlaces bounds the places that are tried for a device when others
 	// take them at the same time.
 	AttachPlaces = 8
+
+	// AttachClients bounds the number in the name of a node's NBD client,
+	// which counts the times that the disk has grown: what fits NodeName.
+	AttachClients = 99_999
+
+	// AttachCall is how long one request to a server or a machine may take
+	// that is not interrupted, so that its outcome is known: an image on slow
+	// storage takes a minute to open.
+	AttachCall = 90 * time.Second
 )

@@ -1,0 +1,97 @@
+package attach
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+)
+
+// Detach plans to unplug a disk by the name that Resolve found, and to remove
+// its export if Attach has made it. A guest that has the disk mounted is
+// ErrMounted, unless force is set. From the moment that the guest releases the
+// disk nothing is taken back: what fails then is done by a second Detach.
+func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, error) {
+	list, err := nodes(ctx, m.Monitor, id)
+	if err != nil {
+		return nil, err
+	}
+	own := slices.ContainsFunc(list, func(n qmp.Node) bool { return isOwn(n.Name) })
+	if own && m.Server == nil {
+		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
+	}
+	plan := &Plan{Aim: fmt.Sprintf("detach %s from %q", id, m.Name)}
+	if !force {
+		plan.Steps = append(plan.Steps, Step{
+			Name: "see that the guest does not use the disk, if an agent answers",
+			Do:   func(ctx context.Context) (bool, error) { return false, m.unused(ctx, id) },
+		})
+	}
+	plan.Steps = append(plan.Steps, m.unplugStep(id), m.nodesStep(id))
+	if own {
+		plan.Steps = append(plan.Steps, m.removeStep(ExportName(m.Name, id), force))
+	}
+	return plan, nil
+}
+
+func (m *Machine) unplugStep(id string) Step {
+	return Step{
+		Name:  fmt.Sprintf("have the guest release device %s", id),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			d, err := find(ctx, m.Monitor, id)
+			if err != nil || d == nil {
+				return false, err
+			}
+			if d.Inserted == nil || !isNodeOf(d.Inserted.Name, id) {
+				return false, fmt.Errorf("%w: device %q has a disk that was not attached by this program", ErrDiffers, id)
+			}
+			err = unplug(ctx, m.Monitor, id)
+			return err == nil, err
+		},
+	}
+}
+
+// nodesStep deletes what a disk has in a machine beside its device.
+func (m *Machine) nodesStep(id string) Step {
+	return Step{
+		Name:  fmt.Sprintf("delete the nodes of %s", id),
+		Final: true,
+		Do: func(ctx context.Context) (changed bool, err error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			list, err := nodes(ctx, m.Monitor, id)
+			if err != nil {
+				return false, err
+			}
+			// A raw node holds the client whose name begins with its own.
+			slices.SortFunc(list, func(a, b qmp.Node) int { return len(a.Name) - len(b.Name) })
+			for _, n := range list {
+				if err := deleteNode(ctx, m.Monitor, id, n.Name); err != nil {
+					return changed, err
+				}
+				changed = true
+			}
+			return changed, nil
+		},
+	}
+}
+
+func (m *Machine) removeStep(name string, force bool) Step {
+	return Step{
+		Name:  fmt.Sprintf("remove export %q", name),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			_, err := m.Server.Export(ctx, name)
+			if hasCode(err, api.CodeNotFound) {
+				return false, nil
+			}
+			if err == nil {
+				err = removeExport(ctx, m.Server, name, force)
+			}
+			return err == nil, err
+		},
+	}
+}

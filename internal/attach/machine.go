@@ -1,0 +1,347 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+)
+
+// Machine is a QEMU with its monitor.
+type Machine struct {
+	Name    string // by which its exports are told from others'
+	Monitor *qmp.Monitor
+	Agent   *qmp.Agent     // nil: there is none
+	Server  *client.Client // nil: only disks of other servers
+
+	// Note hears what people should know beside errors. It may be nil.
+	Note func(text string)
+}
+
+func (m *Machine) note(format string, args ...any) {
+	if m.Note != nil {
+		m.Note(fmt.Sprintf(format, args...))
+	}
+}
+
+// Options are how a disk is plugged.
+type Options struct {
+	ID        string // the disk's name in the machine; empty: DiskID
+	Model     qmp.Model
+	Serial    string        // empty: one that follows from the names
+	Reconnect time.Duration // 0: limits.AttachReconnect
+}
+
+// plug is a disk that is being plugged.
+type plug struct {
+	*Machine
+	served
+	id, raw string
+	model   qmp.Model
+	serial  string
+	client  qmp.NBD
+}
+
+// Attach plans to serve a disk and to plug it. A disk that is plugged as
+// wanted leaves nothing to do.
+func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error) {
+	if o.ID == "" {
+		o.ID = DiskID(s.name())
+	}
+	if err := checkID(o.ID); err != nil {
+		return nil, err
+	}
+	v, err := s.serve(ctx, m.Server, m.Name, o.ID)
+	if err != nil {
+		return nil, err
+	}
+	server, err := address(v.uri.Target)
+	if err != nil {
+		return nil, err
+	}
+	p := &plug{Machine: m, served: *v, id: o.ID, model: o.Model, serial: o.Serial}
+	if p.serial == "" {
+		p.serial = serial(m.Name, o.ID)
+	}
+	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
+	p.client = nbd(clientNode(p.raw, 1), server, v.uri.Export, v.readOnly, o.Reconnect)
+	place, err := p.preflight(ctx)
+	if err != nil {
+		return nil, err
+	}
+	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID)}
+	plan.Steps = append(v.steps, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())
+	return plan, nil
+}
+
+// nbd is a client that guests do not notice the absence of its server by.
+func nbd(node string, server qmp.Address, export string, readOnly bool, reconnect time.Duration) qmp.NBD {
+	if reconnect == 0 {
+		reconnect = limits.AttachReconnect
+	}
+	return qmp.NBD{Node: node, Server: server, Export: export, ReadOnly: readOnly, Discard: !readOnly,
+		ReconnectDelay: reconnect, OpenTimeout: limits.AttachOpen}
+}
+
+// preflight finds out what can be known without a change: a machine without a
+// place, a name that is taken. It says where the device would go.
+func (p *plug) preflight(ctx context.Context) (string, error) {
+	there, err := p.plugged(ctx)
+	if err != nil || there {
+		return "where it is", err
+	}
+	ok, err := p.opens(ctx)
+	if err != nil {
+		return "", err
+	}
+	if !ok {
+		p.client.OpenTimeout = 0
+	}
+	places, err := p.places(ctx)
+	if err != nil {
+		return "", err
+	}
+	return describe(places[0]), nil
+}
+
+// opens reports whether QEMU knows open-timeout.
+func (p *plug) opens(ctx context.Context) (bool, error) {
+	schema, err := p.Monitor.Schema(ctx)
+	if err != nil {
+		return false, err
+	}
+	return schema.HasOption("blockdev-add", "nbd", "open-timeout"), nil
+}
+
+// plugged reports whether the device is there with the disk.
+func (p *plug) plugged(ctx context.Context) (bool, error) {
+	d, err := find(ctx, p.Monitor, p.id)
+	if err != nil {
+		return false, err
+	}
+	if d != nil {
+		if d.Inserted == nil || d.Inserted.Name != p.raw {
+			return false, fmt.Errorf("%w: the machine has a device %q with another disk", ErrDiffers, p.id)
+		}
+		return true, nil
+	}
+	present, err := qmp.DevicePresent(ctx, p.Monitor, p.id)
+	if err == nil && present {
+		err = fmt.Errorf("%w: the machine has a device %q that is no disk", ErrDiffers, p.id)
+	}
+	return false, err
+}
+
+// find is the disk of the device, or nil.
+func find(ctx context.Context, x qmp.Executor, id string) (*qmp.BlockDevice, error) {
+	disks, err := qmp.QueryBlock(ctx, x)
+	if err != nil {
+		return nil, err
+	}
+	for i := range disks {
+		if disks[i].Is(id) {
+			return &disks[i], nil
+		}
+	}
+	return nil, nil
+}
+
+// nodes are the names of the machine's nodes for the disk.
+func nodes(ctx context.Context, x qmp.Executor, id string) ([]qmp.Node, error) {
+	all, err := qmp.QueryNamedBlockNodes(ctx, x)
+	return slices.DeleteFunc(all, func(n qmp.Node) bool { return !isNodeOf(n.Name, id) }), err
+}
+
+func has(list []qmp.Node, name string) bool {
+	return slices.ContainsFunc(list, func(n qmp.Node) bool { return n.Name == name })
+}
+
+// maybe reports whether a command with the error may have been carried out.
+func maybe(err error) bool { return err == nil || errors.Is(err, qmp.ErrUnanswered) }
+
+func (p *plug) clientStep() Step {
+	return Step{
+		Name: fmt.Sprintf("have the machine connect to %s, as node %s", p.uri, p.client.Node),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			list, err := nodes(ctx, p.Monitor, p.id)
+			if err != nil || has(list, p.raw) || has(list, p.client.Node) {
+				return false, err
+			}
+			err = qmp.BlockdevAddNBDClient(ctx, p.Monitor, p.client)
+			return maybe(err), err
+		},
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.client.Node) },
+	}
+}
+
+func (p *plug) rawStep() Step {
+	return Step{
+		Name: fmt.Sprintf("add node %s above it", p.raw),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			list, err := nodes(ctx, p.Monitor, p.id)
+			if err != nil || has(list, p.raw) {
+				return false, err
+			}
+			discard := "unmap"
+			if p.readOnly {
+				discard = "ignore"
+			}
+			_, err = p.Monitor.Execute(ctx, "blockdev-add", map[string]any{
+				"driver": "raw", "node-name": p.raw, "read-only": p.readOnly, "discard": discard, "file": p.client.Node,
+			})
+			return maybe(err), err
+		},
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.raw) },
+	}
+}
+
+// deleteNode deletes a node of the disk that may be gone already. QEMU lets a
+// device out of its tree before it lets go of the device's node.
+func deleteNode(ctx context.Context, x qmp.Executor, id, name string) error {
+	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
+	defer cancel()
+	for {
+		list, err := nodes(ctx, x, id)
+		if err != nil || !has(list, name) {
+			return err
+		}
+		err = qmp.BlockdevDel(ctx, x, name)
+		if !qmp.HasClass(err, qmp.ClassGeneric) || wait.Err() != nil {
+			return err
+		}
+		pause(wait, limits.AttachPoll)
+	}
+}
+
+func (p *plug) deviceStep(place string) Step {
+	return Step{
+		Name: fmt.Sprintf("plug device %s, %s with serial number %q, at %s", p.id, p.model, p.serial, place),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			there, err := p.plugged(ctx)
+			if err != nil || there {
+				return false, err
+			}
+			return p.add(ctx)
+		},
+		Undo: func(ctx context.Context) error { return unplug(ctx, p.Monitor, p.id) },
+	}
+}
+
+// add tries the places that are free: others may take them meanwhile.
+func (p *plug) add(ctx context.Context) (bool, error) {
+	places, err := p.places(ctx)
+	if err != nil {
+		return false, err
+	}
+	for _, d := range places[:min(len(places), limits.AttachPlaces)] {
+		err = qmp.DeviceAdd(ctx, p.Monitor, d)
+		if maybe(err) || errors.Is(err, qmp.ErrInvalid) || !errors.As(err, new(*qmp.Error)) {
+			return maybe(err), err
+		}
+	}
+	return false, err
+}
+
+// places are the devices that the disk could be, at least one, best first.
+func (p *plug) places(ctx context.Context) ([]qmp.Device, error) {
+	d := qmp.Device{Model: p.model, ID: p.id, Node: p.raw, Serial: p.serial}
+	var all []qmp.Device
+	if p.model == qmp.SCSIDisk {
+		targets, err := qmp.FreeSCSI(ctx, p.Monitor)
+		for _, t := range targets {
+			d.Bus, d.Target = t.Bus, t.Target
+			all = append(all, d)
+		}
+		return all, err
+	}
+	free, err := qmp.FreePCI(ctx, p.Monitor)
+	for _, f := range free {
+		d.Bus, d.Slot = f.Bus, f.Slot
+		all = append(all, d)
+	}
+	return all, err
+}
+
+func describe(d qmp.Device) string {
+	bus := qmp.Printable(d.Bus, limits.QMPName)
+	switch {
+	case d.Model == qmp.SCSIDisk:
+		return fmt.Sprintf("target %d of %s", d.Target, bus)
+	case d.Slot > 0:
+		return fmt.Sprintf("slot %d of %s", d.Slot, bus)
+	}
+	return bus
+}
+
+// unplug takes a device out that may be gone already.
+func unplug(ctx context.Context, m *qmp.Monitor, id string) error {
+	err := m.Unplug(ctx, id)
+	if qmp.HasClass(err, qmp.ClassDeviceNotFound) {
+		return nil
+	}
+	return err
+}
+
+func (p *plug) verifyStep() Step {
+	return Step{
+		Name: "see the disk in the machine, and in the guest if an agent answers",
+		Do: func(ctx context.Context) (bool, error) {
+			if err := p.verify(ctx); err != nil {
+				return false, err
+			}
+			return false, p.seen(ctx)
+		},
+	}
+}
+
+// verify holds what the machine reports against what is served.
+func (p *plug) verify(ctx context.Context) error {
+	d, err := find(ctx, p.Monitor, p.id)
+	switch {
+	case err != nil:
+		return err
+	case d == nil || d.Inserted == nil || d.Inserted.Name != p.raw:
+		return fmt.Errorf("%w: query-block does not show device %q with node %s", ErrDiffers, p.id, p.raw)
+	case d.Inserted.ReadOnly != p.readOnly:
+		return fmt.Errorf("%w: device %q is read-only: %v", ErrDiffers, p.id, d.Inserted.ReadOnly)
+	case p.size() != 0 && d.Inserted.Image.VirtualSize != p.size():
+		return fmt.Errorf("%w: device %q has %d bytes, the export %d", ErrDiffers, p.id, d.Inserted.Image.VirtualSize, p.size())
+	}
+	return nil
+}
+
+// Resolve finds the name of a disk of the machine that its user names so, or
+// by its image, export or URI as Attach got it. A disk that is not plugged may
+// have nodes left.
+func (m *Machine) Resolve(ctx context.Context, word string) (string, error) {
+	path, err := filepath.Abs(word)
+	if err != nil {
+		return "", err
+	}
+	for _, id := range []string{word, DiskID(word), DiskID(path), DiskID((&Source{Export: word}).name())} {
+		d, err := find(ctx, m.Monitor, id)
+		if err != nil || d != nil {
+			return id, err
+		}
+		if list, err := nodes(ctx, m.Monitor, id); err != nil || len(list) > 0 {
+			return id, err
+		}
+	}
+	return "", fmt.Errorf("%w: the machine has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+}
+
+// ErrNoDisk is for a disk that a machine does not have.
+var ErrNoDisk = errors.New("no such disk")

@@ -1,0 +1,556 @@
+package attach_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+const diskSize = 1 << 20
+
+// lab is a service and a machine.
+type lab struct {
+	dir     string
+	service *client.Client
+	monitor string // path of the machine's
+}
+
+// start starts both. The machine's processor never runs.
+func start(t *testing.T, machine ...string) *lab {
+	t.Helper()
+	l := &lab{dir: testenv.TempDir(t)}
+	l.startService(t)
+	l.startMachine(t, machine...)
+	return l
+}
+
+func (l *lab) startService(t *testing.T) {
+	t.Helper()
+	socket := filepath.Join(l.dir, "control")
+	file := filepath.Join(l.dir, "conf")
+	text := fmt.Sprintf("[control]\nsocket = %q\n[images]\nroots = [%q]\n", socket, l.dir)
+	must(t, os.WriteFile(file, []byte(text), 0o600))
+	l.service = client.Dial(socket)
+	run(t, testenv.Binary(t, "vmdiskd"), "--config", file)
+	await(t, func() bool {
+		_, err := l.service.Status(t.Context())
+		return err == nil
+	})
+}
+
+func (l *lab) startMachine(t *testing.T, args ...string) {
+	t.Helper()
+	l.monitor = filepath.Join(l.dir, "qmp")
+	run(t, testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults", "-display", "none",
+		"-qmp", "unix:" + l.monitor + ",server=on,wait=off"}, args...)...)
+	await(t, func() bool {
+		_, err := os.Stat(l.monitor)
+		return err == nil
+	})
+}
+
+// run starts a program that lives as long as the test.
+func run(t *testing.T, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s: %s", name, said.String())
+		}
+	})
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func await(t *testing.T, ready func() bool) {
+	t.Helper()
+	must(t, testenv.Await(testenv.Context(t), ready))
+}
+
+var q35 = []string{"-machine", "q35", "-device", "virtio-scsi-pci,id=scsi0",
+	"-device", "pcie-root-port,id=rp1,chassis=1,slot=1", "-device", "pcie-root-port,id=rp2,chassis=2,slot=2"}
+
+// image makes a disk image in the lab.
+func (l *lab) image(t *testing.T, name string, size int64) string {
+	t.Helper()
+	path := filepath.Join(l.dir, name)
+	must(t, testenv.CreatePattern(path, size))
+	return path
+}
+
+// machine connects to the machine at a path, until the test ends.
+func (l *lab) machine(t *testing.T, path string, notes *[]string) *attach.Machine {
+	t.Helper()
+	var m *qmp.Monitor
+	await(t, func() (ok bool) {
+		var err error
+		m, err = qmp.Dial(t.Context(), path)
+		return err == nil
+	})
+	t.Cleanup(func() { m.Close() })
+	return &attach.Machine{Name: l.monitor, Monitor: m, Server: l.service, Note: func(s string) {
+		if notes != nil {
+			*notes = append(*notes, s)
+		}
+	}}
+}
+
+func (l *lab) source(image string) attach.Source {
+	return attach.Source{Image: image, Socket: l.dir}
+}
+
+// state is all that plans change, as text.
+func (l *lab) state(t *testing.T, m *qmp.Monitor) string {
+	t.Helper()
+	ctx := testenv.Context(t)
+	var b strings.Builder
+	nodes, err := qmp.QueryNamedBlockNodes(ctx, m)
+	must(t, err)
+	for _, n := range nodes {
+		fmt.Fprintf(&b, "node %s %d %v\n", n.Name, n.Image.VirtualSize, n.ReadOnly)
+	}
+	disks, err := qmp.QueryBlock(ctx, m)
+	must(t, err)
+	for _, d := range disks {
+		fmt.Fprintf(&b, "disk %s %s\n", d.QDev, d.Inserted.Name)
+	}
+	exports, err := l.service.Exports(ctx)
+	must(t, err)
+	for _, x := range exports {
+		fmt.Fprintf(&b, "export %s %s %d\n", x.Name, x.Image, x.Size)
+	}
+	sockets, err := filepath.Glob(l.dir + "/*.sock")
+	must(t, err)
+	for _, s := range sockets {
+		fmt.Fprintf(&b, "socket %s\n", s)
+	}
+	return b.String()
+}
+
+// do runs a plan that must succeed and reports whether it changed anything.
+func do(t *testing.T, p *attach.Plan, err error) bool {
+	t.Helper()
+	must(t, err)
+	changed, err := p.Run(testenv.Context(t))
+	must(t, err)
+	return changed
+}
+
+// oddName is syntax in QMP, in XML, in URIs and on command lines.
+const oddName = `-a,"b'<&>%41?#\.img`
+
+// TestDiskIsAttachedGrownAndDetached takes a disk of each model through its
+// life in a real machine, twice at each step: the second time nothing is left
+// to do.
+func TestDiskIsAttachedGrownAndDetached(t *testing.T) {
+	l := start(t, q35...)
+	var notes []string
+	m := l.machine(t, l.monitor, &notes)
+	empty := l.state(t, m.Monitor)
+	for i, model := range []qmp.Model{qmp.SCSIDisk, qmp.VirtIOBlk, qmp.NVMe} {
+		t.Run(string(model), func(t *testing.T) {
+			ctx := testenv.Context(t)
+			image := l.image(t, fmt.Sprint(i)+oddName, diskSize)
+			attached := func() bool {
+				p, err := m.Attach(ctx, l.source(image), attach.Options{Model: model})
+				return do(t, p, err)
+			}
+			if !attached() || attached() {
+				t.Error("the first attach must change something, the second nothing")
+			}
+			id, err := m.Resolve(ctx, image)
+			must(t, err)
+			if id != attach.DiskID(image) {
+				t.Errorf("resolved as %q", id)
+			}
+			l.wantSize(t, m, id, diskSize)
+			for _, want := range []int64{2 * diskSize, 3 * diskSize} {
+				p, err := m.Resize(ctx, id, "", attach.Size{Bytes: diskSize, More: true})
+				if !do(t, p, err) {
+					t.Error("nothing was grown")
+				}
+				l.wantSize(t, m, id, want)
+				p, err = m.Resize(ctx, id, "", attach.Size{Bytes: want})
+				if do(t, p, err) {
+					t.Error("the second resize changed something")
+				}
+			}
+			if attached() {
+				t.Error("attach of a disk that has grown changed something")
+			}
+			p, err := m.Detach(ctx, id, false)
+			must(t, err)
+			if model != qmp.SCSIDisk {
+				reset(t, m.Monitor, id, p)
+			}
+			do(t, p, nil)
+			if got := l.state(t, m.Monitor); got != empty {
+				t.Errorf("left: %s", got)
+			}
+			if _, err := m.Resolve(ctx, image); !errors.Is(err, attach.ErrNoDisk) {
+				t.Errorf("then: %v", err)
+			}
+			p, err = m.Detach(ctx, id, false)
+			if do(t, p, err) {
+				t.Error("the second detach changed something")
+			}
+		})
+	}
+	if !strings.Contains(strings.Join(notes, "\n"), "could not be checked") {
+		t.Errorf("detach without an agent does not say so: %q", notes)
+	}
+}
+
+// reset releases a PCI device in a machine whose guest does not run: it is
+// asked for once in vain, and goes with a reset of the machine.
+func reset(t *testing.T, m *qmp.Monitor, id string, p *attach.Plan) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(testenv.Context(t), 300*time.Millisecond)
+	defer cancel()
+	changed, err := p.Run(ctx)
+	if changed || !errors.Is(err, qmp.ErrNotReleased) || errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("detach without a guest: changed %v, %v", changed, err)
+	}
+	_, err = m.Execute(testenv.Context(t), "system_reset", nil)
+	must(t, err)
+	await(t, func() bool {
+		there, err := qmp.DevicePresent(testenv.Context(t), m, id)
+		return err == nil && !there
+	})
+}
+
+// wantSize checks the size in the machine and that one client is left.
+func (l *lab) wantSize(t *testing.T, m *attach.Machine, id string, want int64) {
+	t.Helper()
+	ctx := testenv.Context(t)
+	nodes, err := qmp.QueryNamedBlockNodes(ctx, m.Monitor)
+	must(t, err)
+	if len(nodes) != 2 {
+		t.Errorf("%d nodes: %+v", len(nodes), nodes)
+	}
+	for _, n := range nodes {
+		if n.Image.VirtualSize != want {
+			t.Errorf("node %+v, want %d bytes", n, want)
+		}
+	}
+	x, err := l.service.Export(ctx, attach.ExportName(m.Name, id))
+	must(t, err)
+	if x.Size != want || x.Clients != 1 {
+		t.Errorf("export of %d bytes with %d clients, want %d and 1", x.Size, x.Clients, want)
+	}
+}
+
+// proxy passes commands on to the machine but for one, which it refuses.
+type proxy struct {
+	path string
+
+	mu      sync.Mutex
+	refuse  int      // guarded by mu; number of the command, from 1
+	seen    []string // guarded by mu
+	refused string   // guarded by mu
+	hit     func()   // guarded by mu; called in place of a refusal, the command goes through
+}
+
+func newProxy(t *testing.T, to string) *proxy {
+	t.Helper()
+	p := &proxy{path: filepath.Join(testenv.TempDir(t), "proxy")}
+	l, err := net.Listen("unix", p.path)
+	must(t, err)
+	var all sync.WaitGroup
+	t.Cleanup(func() { l.Close(); all.Wait() })
+	all.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			all.Go(func() { p.serve(c, to) })
+		}
+	})
+	return p
+}
+
+func (p *proxy) serve(c net.Conn, to string) {
+	defer c.Close()
+	q, err := net.Dial("unix", to)
+	if err != nil {
+		return
+	}
+	defer q.Close()
+	var writing sync.Mutex
+	say := func(to net.Conn, line []byte) {
+		writing.Lock()
+		defer writing.Unlock()
+		to.Write(append(line, '\n'))
+	}
+	lines := func(from net.Conn, f func([]byte)) {
+		s := bufio.NewScanner(from)
+		s.Buffer(nil, 16<<20)
+		for s.Scan() {
+			f(bytes.Clone(s.Bytes()))
+		}
+	}
+	var back sync.WaitGroup
+	back.Go(func() {
+		lines(q, func(line []byte) { say(c, line) })
+		c.Close()
+	})
+	lines(c, func(line []byte) {
+		var cmd struct {
+			Execute string
+			ID      json.RawMessage
+		}
+		json.Unmarshal(line, &cmd)
+		if p.refuses(cmd.Execute) {
+			say(c, fmt.Appendf(nil, `{"error": {"class": "GenericError", "desc": "no"}, "id": %s}`, cmd.ID))
+			return
+		}
+		say(q, line)
+	})
+	q.Close()
+	back.Wait()
+}
+
+func (p *proxy) refuses(command string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if command == "qmp_capabilities" {
+		return false
+	}
+	p.seen = append(p.seen, command)
+	if len(p.seen) != p.refuse {
+		return false
+	}
+	p.refused = command
+	if p.hit != nil {
+		p.hit()
+		return false
+	}
+	return true
+}
+
+// set makes the n-th command from now the one.
+func (p *proxy) set(n int, hit func()) (before []string, refused string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	before, refused = p.seen, p.refused
+	p.seen, p.refused, p.refuse, p.hit = nil, "", n, hit
+	return before, refused
+}
+
+// TestAttachThatFailsAtAnyCommandLeavesNothing has QEMU refuse each command of
+// an attach in turn, then has the user interrupt at each.
+func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {
+	l := start(t, q35...)
+	p := newProxy(t, l.monitor)
+	m := l.machine(t, p.path, nil)
+	image := l.image(t, "disk", diskSize)
+	empty := l.state(t, m.Monitor)
+	attempt := func(ctx context.Context) error {
+		plan, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		if err == nil {
+			_, err = plan.Run(ctx)
+		}
+		return err
+	}
+	p.set(0, nil)
+	must(t, attempt(testenv.Context(t)))
+	commands, _ := p.set(0, nil)
+	plan, err := m.Detach(testenv.Context(t), "d0", true)
+	do(t, plan, err)
+	if len(commands) < 8 {
+		t.Fatalf("an attach took %q only", commands)
+	}
+	for n := range len(commands) {
+		for _, interrupt := range []bool{false, true} {
+			ctx, cancel := context.WithCancel(testenv.Context(t))
+			var hit func()
+			if interrupt {
+				hit = cancel
+			}
+			p.set(n+1, hit)
+			err := attempt(ctx)
+			cancel()
+			_, refused := p.set(0, nil)
+			mustFail := strings.HasPrefix(refused, "blockdev-") || refused == "device_add"
+			switch {
+			case err == nil && !mustFail:
+				// A question that can do without an answer, or the last one.
+				plan, err := m.Detach(testenv.Context(t), "d0", true)
+				do(t, plan, err)
+			case err == nil || errors.Is(err, attach.ErrIncomplete) || refused == "":
+				t.Errorf("command %d, %s, interrupted %v: %v", n+1, commands[n], interrupt, err)
+			}
+			if got := l.state(t, m.Monitor); got != empty {
+				t.Fatalf("command %d, %s, interrupted %v: left\n%s", n+1, commands[n], interrupt, got)
+			}
+		}
+	}
+}
+
+// TestResizeThatFailsKeepsTheDiskAsItWas refuses each command of a resize in
+// turn. Before the guest is told, the machine goes back to the client that it
+// had; a later attempt ends what the first has begun.
+func TestResizeThatFailsKeepsTheDiskAsItWas(t *testing.T) {
+	l := start(t, q35...)
+	p := newProxy(t, l.monitor)
+	m := l.machine(t, p.path, nil)
+	image := l.image(t, "disk", diskSize)
+	ctx := testenv.Context(t)
+	plan, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, plan, err)
+	size := int64(diskSize)
+	for n := 1; ; n++ {
+		before, err := qmp.QueryNamedBlockNodes(ctx, m.Monitor)
+		must(t, err)
+		size += diskSize
+		p.set(n, nil)
+		plan, err := m.Resize(ctx, "d0", "", attach.Size{Bytes: size})
+		if err == nil {
+			_, err = plan.Run(ctx)
+		}
+		_, refused := p.set(0, nil)
+		if refused == "" {
+			must(t, err)
+			break
+		}
+		if err == nil && refused != "blockdev-del" { // it is asked for again
+			t.Errorf("%s was refused and nobody noticed", refused)
+		}
+		told := false
+		after, qerr := qmp.QueryNamedBlockNodes(ctx, m.Monitor)
+		must(t, qerr)
+		for _, x := range after {
+			told = told || x.Image.VirtualSize == size
+		}
+		if err != nil && len(after) != len(before) && !told {
+			t.Errorf("%s refused: nodes %+v, before %+v; %v", refused, after, before, err)
+		}
+		plan, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: size})
+		do(t, plan, err)
+		l.wantSize(t, m, "d0", size)
+	}
+}
+
+func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	one, two := l.image(t, "one", diskSize), l.image(t, "two", diskSize)
+	o := attach.Options{Model: qmp.SCSIDisk, ID: "d0"}
+	p, err := m.Attach(ctx, l.source(one), o)
+	do(t, p, err)
+	before := l.state(t, m.Monitor)
+	p, err = m.Attach(ctx, l.source(two), o)
+	if err == nil {
+		_, err = p.Run(ctx)
+	}
+	if !errors.Is(err, attach.ErrDiffers) || l.state(t, m.Monitor) != before {
+		t.Errorf("another image: %v", err)
+	}
+	ro := l.source(one)
+	ro.ReadOnly = true
+	if _, err := m.Attach(ctx, ro, o); !errors.Is(err, attach.ErrDiffers) {
+		t.Errorf("the same image read-only: %v", err)
+	}
+	if _, err := m.Attach(ctx, l.source(two), attach.Options{Model: qmp.SCSIDisk, ID: "scsi0"}); !errors.Is(err, attach.ErrDiffers) {
+		t.Errorf("the id of a controller: %v", err)
+	}
+	if _, err := m.Resize(ctx, "d0", "", attach.Size{Bytes: 1}); !errors.Is(err, attach.ErrSmaller) {
+		t.Errorf("shrink: %v", err)
+	}
+	if _, err := m.Attach(ctx, l.source(two), attach.Options{Model: qmp.SCSIDisk, ID: `d,0"`}); err == nil {
+		t.Error("an id that QEMU does not take was planned")
+	}
+}
+
+func TestMachineWithoutAPlaceIsToldBeforeAnythingIsDone(t *testing.T) {
+	l := start(t, "-machine", "q35")
+	m := l.machine(t, l.monitor, nil)
+	image := l.image(t, "disk", diskSize)
+	for model, want := range map[qmp.Model]error{qmp.VirtIOBlk: qmp.ErrNoPCIPlace, qmp.NVMe: qmp.ErrNoPCIPlace, qmp.SCSIDisk: qmp.ErrNoSCSIPlace} {
+		if _, err := m.Attach(testenv.Context(t), l.source(image), attach.Options{Model: model}); !errors.Is(err, want) {
+			t.Errorf("%s: %v", model, err)
+		}
+	}
+}
+
+// TestImageIsPassedAsADescriptor serves an image that lies outside of the
+// service's folders.
+func TestImageIsPassedAsADescriptor(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	// The configuration takes no name with such characters; with a descriptor
+	// none is needed.
+	s := l.source(filepath.Join(testenv.TempDir(t), oddName+"\n\x1b[2J"))
+	must(t, testenv.CreatePattern(s.Image, diskSize))
+	p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	must(t, err)
+	if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("by its path: %v", err)
+	}
+	s.File, err = os.OpenFile(s.Image, os.O_RDWR, 0)
+	must(t, err)
+	defer s.File.Close()
+	for _, want := range []bool{true, false} {
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+		if do(t, p, err) != want {
+			t.Errorf("changed is not %v", want)
+		}
+	}
+}
+
+// TestDiskOfAnotherServerIsPluggedByItsURI needs no control socket.
+func TestDiskOfAnotherServerIsPluggedByItsURI(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	m.Server = nil
+	ctx := testenv.Context(t)
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize), ReadOnly: true})
+	source := attach.Source{URI: "nbd+unix:///?socket=" + s.Socket, ReadOnly: true}
+	p, err := m.Attach(ctx, source, attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	id, err := m.Resolve(ctx, source.URI)
+	must(t, err)
+	if _, err := m.Resize(ctx, id, "", attach.Size{Bytes: 1, More: true}); !errors.Is(err, attach.ErrNoServer) {
+		t.Errorf("resize: %v", err)
+	}
+	p, err = m.Detach(ctx, id, false)
+	if !do(t, p, err) || l.state(t, m.Monitor) != "" {
+		t.Errorf("left %s", l.state(t, m.Monitor))
+	}
+	for _, uri := range []string{"nbds://localhost/", "nbd+unix:///?socket=/x&tls-hostname=a", "http://x/", "nbd+unix:///"} {
+		if _, err := m.Attach(ctx, attach.Source{URI: uri}, attach.Options{Model: qmp.SCSIDisk}); !errors.Is(err, qmp.ErrInvalid) {
+			t.Errorf("%s: %v", uri, err)
+		}
+	}
+}

@@ -1,0 +1,252 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+)
+
+// ErrSmaller is for disks that would lose what a guest has at their end.
+var ErrSmaller = errors.New("a disk does not shrink")
+
+// Size is what a disk shall have, in bytes, or what it shall have more.
+type Size struct {
+	Bytes int64
+	More  bool
+}
+
+// of is the size for a disk that has old bytes.
+func (s Size) of(old int64) (int64, error) {
+	switch {
+	case s.Bytes < 0 || s.More && s.Bytes > math.MaxInt64-old:
+		return 0, fmt.Errorf("%w size %d for a disk of %d bytes", qmp.ErrInvalid, s.Bytes, old)
+	case s.More:
+		return old + s.Bytes, nil
+	case s.Bytes < old:
+		return 0, fmt.Errorf("%w: it has %d bytes, more than %d", ErrSmaller, old, s.Bytes)
+	}
+	return s.Bytes, nil
+}
+
+// growth is a disk that is being grown.
+type growth struct {
+	*Machine
+	id, raw string
+	size    int64
+	old     string // node of the client that has the old size
+	next    qmp.NBD
+}
+
+// Resize plans to grow a disk so that its guest sees it: the export first,
+// then, as QEMU's NBD clients never learn of another size, a second client in
+// place of the first. export is as with Snapshot. A size to be added counts
+// from what the export has; an export that has grown stays so.
+func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Plan, error) {
+	x, err := m.exportOf(ctx, id, export)
+	if err != nil {
+		return nil, err
+	}
+	size, err := want.of(x.Size)
+	if err != nil {
+		return nil, err
+	}
+	g := &growth{Machine: m, id: id, size: size}
+	if err := g.prepare(ctx, x); err != nil {
+		return nil, err
+	}
+	return &Plan{
+		Aim:   fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size),
+		Steps: []Step{g.exportStep(x.Name), g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep()},
+	}, nil
+}
+
+// prepare finds the nodes of the disk.
+func (g *growth) prepare(ctx context.Context, x api.Export) error {
+	d, err := find(ctx, g.Monitor, g.id)
+	if err != nil {
+		return err
+	}
+	if d == nil || d.Inserted == nil || !isNodeOf(d.Inserted.Name, g.id) {
+		return fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, g.id)
+	}
+	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
+		return errors.Join(err, errors.New("this QEMU cannot exchange a server: it takes 6.1"))
+	}
+	uri, err := reachable(x)
+	if err != nil {
+		return err
+	}
+	server, err := address(uri.Target)
+	if err != nil {
+		return err
+	}
+	g.raw = d.Inserted.Name
+	list, err := nodes(ctx, g.Monitor, g.id)
+	if err != nil {
+		return err
+	}
+	number, old := lastClient(list, g.raw)
+	g.old = old
+	g.next = nbd(clientNode(g.raw, number+1), server, uri.Export, d.Inserted.ReadOnly, 0)
+	return free(number)
+}
+
+// grown reports whether the machine has the size already.
+func (g *growth) grown(ctx context.Context) (bool, error) {
+	list, err := nodes(ctx, g.Monitor, g.id)
+	return bytesOf(list, g.raw) == g.size, err
+}
+
+func (g *growth) exportStep(name string) Step {
+	return Step{
+		Name:  fmt.Sprintf("grow export %q to %d bytes", name, g.size),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			x, err := g.Server.Export(ctx, name)
+			if err != nil || x.Size == g.size {
+				return false, err
+			}
+			if x, err = g.Server.Resize(ctx, name, g.size); err != nil {
+				return false, err
+			}
+			if x.Size < g.size {
+				return true, fmt.Errorf("the export has %d bytes", x.Size)
+			}
+			g.size = x.Size // a disk may end with a whole sector
+			return true, nil
+		},
+	}
+}
+
+// unlessGrown makes a step of do that is not needed once the machine has the
+// size.
+func (g *growth) unlessGrown(name string, do, undo func(context.Context) error) Step {
+	return Step{
+		Name: name,
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			done, err := g.grown(ctx)
+			if err != nil || done {
+				return false, err
+			}
+			err = do(ctx)
+			return maybe(err), err
+		},
+		Undo: undo,
+	}
+}
+
+func (g *growth) clientStep() Step {
+	return g.unlessGrown("have the machine connect a second time, as node "+g.next.Node,
+		func(ctx context.Context) error { return qmp.BlockdevAddNBDClient(ctx, g.Monitor, g.next) },
+		func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.id, g.next.Node) })
+}
+
+func (g *growth) reopenStep() Step {
+	return g.unlessGrown("put it below node "+g.raw,
+		func(ctx context.Context) error { return g.below(ctx, g.next.Node) },
+		func(ctx context.Context) error {
+			if g.old == "" {
+				return errors.New("the first client had no name")
+			}
+			return g.below(ctx, g.old)
+		})
+}
+
+func (g *growth) below(ctx context.Context, client string) error {
+	return qmp.BlockdevReopenRaw(ctx, g.Monitor, g.raw, client, g.next.ReadOnly, g.next.Discard)
+}
+
+func (g *growth) resizeStep() Step {
+	s := g.unlessGrown("tell the guest", func(ctx context.Context) error {
+		if err := qmp.BlockResize(ctx, g.Monitor, g.raw, g.size); err != nil {
+			return err
+		}
+		done, err := g.grown(ctx)
+		if err == nil && !done {
+			err = fmt.Errorf("%w: the machine says that the disk has another size", ErrDiffers)
+		}
+		return err
+	}, nil)
+	s.Final = true
+	return s
+}
+
+// deleteStep ends the clients that the disk does not use any more.
+func (g *growth) deleteStep() Step {
+	return Step{
+		Name: "end the first connection",
+		Do: func(ctx context.Context) (changed bool, err error) {
+			ctx, cancel := context.WithTimeout(ctx, limits.AttachCall)
+			defer cancel()
+			list, err := nodes(ctx, g.Monitor, g.id)
+			if err != nil {
+				return false, err
+			}
+			last, _ := lastClient(list, g.raw)
+			for _, n := range list {
+				if c := clientNumber(g.raw, n.Name); c == 0 || c == last {
+					continue
+				}
+				if err := deleteNode(ctx, g.Monitor, g.id, n.Name); err != nil {
+					return changed, err
+				}
+				changed = true
+			}
+			return changed, nil
+		},
+	}
+}
+
+// exportOf is the export that a disk of the machine is, or the one that the
+// user names.
+func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export, err error) {
+	if m.Server == nil {
+		return x, ErrNoServer
+	}
+	name := named
+	if named == "" {
+		name = ExportName(m.Name, id)
+	}
+	x, err = m.Server.Export(ctx, name)
+	if named == "" && hasCode(err, api.CodeNotFound) {
+		return x, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", id, ErrNoServer)
+	}
+	return x, err
+}
+
+// bytesOf is the size that a machine says a node has.
+func bytesOf(list []qmp.Node, name string) int64 {
+	for _, n := range list {
+		if n.Name == name {
+			return n.Image.VirtualSize
+		}
+	}
+	return 0
+}
+
+// lastClient is the largest number of a client of the raw node, and its name.
+func lastClient(list []qmp.Node, raw string) (number int, name string) {
+	for _, n := range list {
+		if c := clientNumber(raw, n.Name); c > number {
+			number, name = c, n.Name
+		}
+	}
+	return number, name
+}
+
+// free reports whether another client of the node can have a name.
+func free(number int) error {
+	if number >= limits.AttachClients {
+		return fmt.Errorf("%w: the disk has grown %d times: detach and attach it once", qmp.ErrTooMany, number)
+	}
+	return nil
+}

@@ -1,0 +1,218 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+var (
+	// ErrDiffers is for a name that something else has already.
+	ErrDiffers = errors.New("something else is there")
+
+	// ErrNoServer is for disks that the control API does not have.
+	ErrNoServer = errors.New("not an export of this daemon")
+)
+
+// Source is where a disk is served: exactly one of Image, Export and URI.
+type Source struct {
+	// Image is an absolute path that the daemon gets an export for, with a
+	// socket of its own. File is the image if the daemon cannot open it.
+	Image string
+	File  *os.File
+
+	Export string // an export that the daemon has
+	URI    string // of any NBD server
+
+	// The rest is for Image.
+	Format  string       // empty is raw
+	Rate    *config.Rate // nil: no bound
+	Persist bool         // kept when the daemon starts again
+	Socket  string       // folder of the socket
+	Owner   string       // USER[:GROUP] of the socket; empty: the daemon's own
+	Mode    string       // of the socket, in octal; empty: the daemon's default
+
+	ReadOnly bool
+}
+
+// name is what people call the disk.
+func (s *Source) name() string {
+	switch {
+	case s.Image != "":
+		return s.Image
+	case s.Export != "":
+		return "export " + s.Export
+	}
+	return s.URI
+}
+
+// served is a disk that will be served when the steps are done.
+type served struct {
+	steps    []Step
+	uri      transport.URI
+	own      bool
+	readOnly bool
+	size     func() int64 // bytes; 0 where it is not known
+}
+
+// serve plans the export of a disk of a machine.
+func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string) (*served, error) {
+	given := 0
+	for _, word := range []string{s.Image, s.Export, s.URI} {
+		if word != "" {
+			given++
+		}
+	}
+	if given != 1 {
+		return nil, fmt.Errorf("%w source: one of image, export and URI", qmp.ErrInvalid)
+	}
+	switch {
+	case s.Image != "":
+		return s.serveImage(c, machine, id)
+	case s.Export != "":
+		return s.serveExport(ctx, c)
+	}
+	uri, err := plain(s.URI)
+	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }}, err
+}
+
+// plain reads the URI of a server that a machine can reach as it is.
+func plain(text string) (transport.URI, error) {
+	uri, err := transport.ParseURI(text)
+	switch {
+	case err != nil:
+		return uri, fmt.Errorf("%w: %w", qmp.ErrInvalid, err)
+	case uri.TLS:
+		return uri, fmt.Errorf("%w URI %q: a machine needs certificates of its own for TLS, which cannot be given to it while it runs", qmp.ErrInvalid, text)
+	case len(uri.Params) > 0:
+		return uri, fmt.Errorf("%w URI %q: no parameter but socket has a meaning", qmp.ErrInvalid, text)
+	}
+	return uri, nil
+}
+
+// address is where QEMU connects to.
+func address(t transport.Target) (qmp.Address, error) {
+	switch t.Kind {
+	case transport.Unix:
+		return qmp.UnixAddress(t.Path), nil
+	case transport.TCP:
+		if t.Port > 0 && t.Port <= 65535 {
+			return qmp.InetAddress{Host: t.Address, Port: uint16(t.Port)}, nil
+		}
+	case transport.VSock:
+		return qmp.VSockAddress{CID: t.CID, Port: t.Port}, nil
+	}
+	return nil, fmt.Errorf("%w address %s", qmp.ErrInvalid, t)
+}
+
+// serveExport finds where an export can be reached.
+func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, error) {
+	x, err := c.Export(ctx, s.Export)
+	if err != nil {
+		return nil, err
+	}
+	uri, err := reachable(x)
+	return &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}, err
+}
+
+// reachable is the URI of an export that a machine on this host connects to
+// best.
+func reachable(x api.Export) (transport.URI, error) {
+	for _, kind := range []transport.Kind{transport.Unix, transport.TCP, transport.VSock} {
+		for _, text := range x.URIs {
+			if uri, err := plain(text); err == nil && uri.Kind == kind {
+				uri.Export = x.Name
+				return uri, nil
+			}
+		}
+	}
+	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
+}
+
+// serveImage plans an export with a socket for one machine.
+func (s *Source) serveImage(c *client.Client, machine, id string) (*served, error) {
+	name := ExportName(machine, id)
+	path := s.Socket + "/" + key(16, name) + ".sock"
+	if len(path) > limits.QEMUSocketPath || !strings.HasPrefix(path, "/") {
+		return nil, fmt.Errorf("%w socket %q: an absolute path of at most %d bytes", qmp.ErrInvalid, path, limits.QEMUSocketPath)
+	}
+	uri := transport.URI{Target: transport.Target{Kind: transport.Unix, Path: path}}
+	a := api.AddExport{Persist: s.Persist}
+	a.Name, a.Image, a.Format, a.ReadOnly, a.Rate = name, s.Image, s.Format, s.ReadOnly, s.Rate
+	// The image is meant, but not named: clients can read this.
+	a.Description = "disk " + id + ", image " + key(16, s.Image)
+	a.Listeners = []config.Listener{{URI: uri.String(), Mode: s.Mode, Owner: s.Owner}}
+	var files []*os.File
+	if s.File != nil {
+		a.Image, files = api.FilePrefix+"0", []*os.File{s.File}
+	}
+	var size int64
+	step := exportStep(c, a, files, &size)
+	uri.Export = name
+	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: s.ReadOnly, size: func() int64 { return size }}, nil
+}
+
+// exportStep adds an export and learns its size.
+func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64) Step {
+	return Step{
+		Name: fmt.Sprintf("serve %q as export %q at %s", a.Image, a.Name, a.Listeners[0].URI),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			x, err := c.Export(ctx, a.Name)
+			if err == nil {
+				*size = x.Size
+				return false, same(x, a)
+			}
+			if !hasCode(err, api.CodeNotFound) {
+				return false, err
+			}
+			x, err = c.Add(ctx, a, files...)
+			*size = x.Size
+			return err == nil || !errors.As(err, new(*api.Error)), err
+		},
+		Undo: func(ctx context.Context) error { return removeExport(ctx, c, a.Name, true) },
+	}
+}
+
+// same refuses an export of the name that is not the one that is wanted.
+func same(x api.Export, a api.AddExport) error {
+	at := func(l config.Listener) bool { return l.URI == a.Listeners[0].URI }
+	switch {
+	case x.Description != a.Description || x.ReadOnly != a.ReadOnly || !slices.ContainsFunc(x.Listeners, at):
+		return fmt.Errorf("%w: export %q of %q", ErrDiffers, x.Name, x.Image)
+	case x.Error != "":
+		return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
+	}
+	return nil
+}
+
+// removeExport removes an export that may be gone already.
+func removeExport(ctx context.Context, c *client.Client, name string, force bool) error {
+	err := c.Remove(ctx, name, force, 0)
+	if hasCode(err, api.CodeNotFound) {
+		return nil
+	}
+	return err
+}
+
+func hasCode(err error, code string) bool {
+	var e *api.Error
+	return errors.As(err, &e) && e.Code == code
+}
+
+// steady is a context that an interruption does not end: the outcome of a
+// request that was sent is waited for.
+func steady(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), limits.AttachCall)
+}

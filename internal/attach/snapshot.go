@@ -1,0 +1,68 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+)
+
+// Snapshot plans to put an overlay at the path above the image of a disk. The
+// guest's file systems are frozen meanwhile if an agent answers; must makes it
+// an error that none does. export names the export of a disk that Attach has
+// not made.
+func (m *Machine) Snapshot(ctx context.Context, id, export, overlay string, must bool) (*Plan, error) {
+	x, err := m.exportOf(ctx, id, export)
+	if err != nil {
+		return nil, err
+	}
+	if must && m.Agent == nil {
+		return nil, fmt.Errorf("%w: none was named", qmp.ErrNoAgent)
+	}
+	plan := &Plan{Aim: fmt.Sprintf("keep %q as it is and have %s write to %q", x.Image, id, overlay)}
+	if m.Agent != nil {
+		plan.Steps = append(plan.Steps, m.freezeStep(must))
+	} else {
+		m.note("no guest agent was named: the image is what a crash would leave")
+	}
+	plan.Steps = append(plan.Steps, Step{
+		Name:  fmt.Sprintf("put overlay %q above the image of export %q", overlay, x.Name),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			_, err := m.Server.Snapshot(ctx, x.Name, api.Snapshot{Overlay: overlay})
+			return err == nil, err
+		},
+	})
+	return plan, nil
+}
+
+// freezeStep lasts until the plan ends.
+func (m *Machine) freezeStep(must bool) Step {
+	return Step{
+		Name: "freeze the guest's file systems until the overlay is there",
+		Do: func(ctx context.Context) (bool, error) {
+			n, err := qmp.FreezeGuest(ctx, m.Agent)
+			if err == nil {
+				m.note("%d file systems were frozen", n)
+				return true, nil
+			}
+			if !must && !errors.Is(err, qmp.ErrUnanswered) && ctx.Err() == nil {
+				m.note("the image is what a crash would leave: %v", err)
+				// A guest that refuses may have frozen a part.
+				return !errors.Is(err, qmp.ErrNoAgent), nil
+			}
+			return !errors.Is(err, qmp.ErrNoAgent), err
+		},
+		Release: func(ctx context.Context) error {
+			_, err := qmp.ThawGuest(ctx, m.Agent)
+			if qmp.HasClass(err, qmp.ClassCommandNotFound) {
+				return nil // nor can it have frozen anything
+			}
+			return err
+		},
+	}
+}
