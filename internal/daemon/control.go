@@ -23,11 +23,11 @@ type control struct {
 // bindControl listens for the control API, and for Prometheus where it is to
 // find the metrics alone.
 func (d *daemon) bindControl() error {
-	if d.cfg.Service == nil {
+	if d.conf.Load() == nil {
 		return nil
 	}
 	log := d.logs.For("control")
-	if c := &d.cfg.Service.Control; c.Socket != "" {
+	if c := &d.conf.Load().Control; c.Socket != "" {
 		rules, err := rulesOf(c)
 		if err != nil {
 			return err
@@ -36,10 +36,12 @@ func (d *daemon) bindControl() error {
 		if err != nil {
 			return err
 		}
-		s := server.New(server.Config{Service: service{d}, Authorize: rules.Access, Log: log})
+		d.rules.Store(rules)
+		allow := func(p server.Peer) server.Access { return d.rules.Load().Access(p) }
+		s := server.New(server.Config{Service: service{d}, Authorize: allow, Log: log})
 		d.controls = append(d.controls, control{s, l})
 	}
-	if at := d.cfg.Service.Metrics.Listen; at != "" {
+	if at := d.conf.Load().Metrics.Listen; at != "" {
 		l, err := net.Listen("tcp", at)
 		if err != nil {
 			return err

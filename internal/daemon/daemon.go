@@ -9,11 +9,12 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
-	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
@@ -35,12 +36,14 @@ type daemon struct {
 	engine    engine.Engine
 	exports   *export.Registry
 	disks     disks
-	groups    map[string]*layer.Limiter // rate limits that exports share
+	groups    groups
 	started   time.Time
 	bus       obs.Bus
 	boss      *obs.Supervisor // nil without a service manager
 	controls  []control
 	reloading sync.Mutex
+	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
+	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors
 	server    *nbd.Server
 	pidfile   string // written by us, or ""
@@ -55,6 +58,7 @@ type daemon struct {
 // process. It owns the process's signals.
 func Run(cfg Config) (status int, err error) {
 	d := &daemon{cfg: cfg, started: time.Now(), finished: make(chan error, 1)}
+	d.conf.Store(cfg.Service)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	defer d.cancel()
 	signals := catchSignals()
@@ -76,7 +80,7 @@ func Run(cfg Config) (status int, err error) {
 
 // subject is what is served, for the log.
 func (d *daemon) subject() []any {
-	if d.cfg.Service != nil {
+	if d.conf.Load() != nil {
 		return []any{"config", d.cfg.File, "exports", len(d.exports.Status()), "failed", len(d.disks.failed())}
 	}
 	return []any{"image", d.cfg.Disk.Image, "format", d.cfg.Disk.Format}
@@ -140,12 +144,12 @@ func (d *daemon) loadTLS() (err error) {
 
 // wantsCertificates tells whether a listener of the configuration encrypts.
 func (d *daemon) wantsCertificates() bool {
-	if d.cfg.Service == nil {
+	if d.conf.Load() == nil {
 		return false
 	}
 	encrypts := func(l config.Listener) bool { return tlsModes[l.TLS] != nbd.TLSOff }
-	return slices.ContainsFunc(d.cfg.Service.Listeners, encrypts) ||
-		slices.ContainsFunc(d.cfg.Service.Exports, func(x config.Export) bool {
+	return slices.ContainsFunc(d.conf.Load().Listeners, encrypts) ||
+		slices.ContainsFunc(d.conf.Load().Exports, func(x config.Export) bool {
 			return slices.ContainsFunc(x.Listeners, encrypts)
 		})
 }
@@ -160,8 +164,8 @@ func (d *daemon) listen() error {
 		}
 		d.addDoors(ls)
 	}
-	if d.cfg.Service != nil {
-		for _, l := range d.cfg.Service.Listeners {
+	if d.conf.Load() != nil {
+		for _, l := range d.conf.Load().Listeners {
 			list, err := d.openDoor(d.ctx, l)
 			if err != nil {
 				return err
@@ -197,14 +201,14 @@ func (d *daemon) openExports() error {
 	}
 	d.exports = export.NewRegistry()
 	d.tellStates()
-	if d.cfg.Service == nil {
+	if d.conf.Load() == nil {
 		return d.addExport(d.ctx, d.cfg.Disk, fromCommandLine, nil)
 	}
 	return d.addConfigured()
 }
 
 // served tells whether this is a service, whose exports can be worked on.
-func (d *daemon) served() bool { return d.cfg.Service != nil }
+func (d *daemon) served() bool { return d.conf.Load() != nil }
 
 // minProcs lets a connection run on a single CPU while a ring's thread sits in
 // the kernel: with one processor Go would wait some 20 µs, often much longer,
@@ -220,10 +224,10 @@ func (d *daemon) dropPrivileges() error {
 
 // slow is how long a request may take before it is reported.
 func (d *daemon) slow() time.Duration {
-	if d.cfg.Service == nil {
+	if d.conf.Load() == nil {
 		return 0
 	}
-	return time.Duration(d.cfg.Service.Log.Slow)
+	return time.Duration(d.conf.Load().Log.Slow)
 }
 
 // serve begins to accept on every listener, or speaks to the one client on
@@ -297,7 +301,7 @@ func (d *daemon) wait(signals *signals) (int, error) {
 // the signal does it at once and shows mistakes in the log.
 func (d *daemon) reload() {
 	_ = d.boss.Reloading() // its own error is in the log of the service manager
-	if d.cfg.Service != nil {
+	if d.conf.Load() != nil {
 		r, err := service{d}.Reload(d.ctx, false)
 		d.log.Info("reloaded", "changes", r.Changes, "error", err)
 	}
@@ -337,6 +341,9 @@ func (d *daemon) close() error {
 var errGaveUp = errors.New("requests were given up")
 
 func (d *daemon) drain() time.Duration {
+	if c := d.conf.Load(); c != nil {
+		return time.Duration(c.Drain)
+	}
 	if d.cfg.Drain > 0 {
 		return d.cfg.Drain
 	}

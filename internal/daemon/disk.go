@@ -37,10 +37,10 @@ func settingsOf(x *config.Export) (export.Settings, error) {
 
 // roots are the folders that images may come from, nil for everywhere.
 func (d *daemon) roots() []string {
-	if d.cfg.Service == nil || len(d.cfg.Service.Images.Roots) == 0 {
+	if d.conf.Load() == nil || len(d.conf.Load().Images.Roots) == 0 {
 		return nil
 	}
-	return d.cfg.Service.Images.Roots
+	return d.conf.Load().Images.Roots
 }
 
 // openImage opens the image of an export. files are what the words "fd:N" in x

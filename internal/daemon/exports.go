@@ -27,7 +27,7 @@ const (
 
 // disk is an export with what the registry does not know of it.
 type disk struct {
-	cfg    config.Export
+	cfg    config.Export // guarded by disks.mu; written with busy held too
 	origin string
 	doors  []*door     // its own
 	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
@@ -72,6 +72,13 @@ func (s *disks) find(name string) *disk {
 		return k
 	}
 	return nil
+}
+
+// look is what an export is like now.
+func (s *disks) look(k *disk) (cfg config.Export, now *stack, failed error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.cfg, k.stack, k.failed
 }
 
 // get is an export in any state, or nil.
@@ -190,8 +197,8 @@ const openTimeout = time.Minute
 // kept. One that cannot be opened is known and does not work: the disks of
 // other guests do not depend on it.
 func (d *daemon) addConfigured() error {
-	c := d.cfg.Service
-	if err := d.makeGroups(c.Groups); err != nil {
+	c := d.conf.Load()
+	if err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
 	for _, l := range c.Listeners {
@@ -209,19 +216,6 @@ func (d *daemon) addConfigured() error {
 	}
 	for i := range kept {
 		d.tryExport(kept[i], fromState)
-	}
-	return nil
-}
-
-// makeGroups makes the rate limits that exports share.
-func (d *daemon) makeGroups(groups map[string]config.Rate) error {
-	d.groups = map[string]*layer.Limiter{}
-	for name, r := range groups {
-		l, err := layer.NewLimiter(ratesOf(&r))
-		if err != nil {
-			return fmt.Errorf("rate group %q: %w", name, err)
-		}
-		d.groups[name] = l
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -25,7 +26,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
-	change := config.Diff(d.cfg.Service, c)
+	change := config.Diff(d.conf.Load(), c)
 	r := api.Reload{DryRun: dryRun, Changes: change.Lines()}
 	switch {
 	case dryRun || change.Empty():
@@ -42,6 +43,11 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	return r, nil
 }
 
+// levels are the words of the configuration.
+var levels = map[string]slog.Level{
+	"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
+}
+
 // reloadTimeout bounds a reload: each of the exports that it closes waits for
 // its clients.
 const reloadTimeout = 5 * time.Minute
@@ -54,10 +60,16 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 			undo[i]()
 		}
 	}()
-	if err := d.makeGroups(c.Groups); err != nil {
+	if err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
-	undo = append(undo, func() { _ = d.makeGroups(d.cfg.Service.Groups) }) // they were valid
+	undo = append(undo, func() { _ = d.groups.set(d.conf.Load().Groups) }) // they were valid
+	rules, err := rulesOf(&c.Control)
+	if err != nil {
+		return err
+	}
+	old := d.rules.Swap(rules)
+	undo = append(undo, func() { d.rules.Store(old) })
 	for _, x := range change.Exports {
 		if x.What != config.Add {
 			continue
@@ -70,11 +82,11 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	reopen := reopened(change)
 	for _, x := range change.Exports {
 		if k := d.disks.find(x.Name); x.What == config.Alter && k != nil && !slices.Contains(reopen, x.Name) {
-			old := k.cfg
-			if err := d.change(k, *x.New); err != nil {
+			old, err := d.exchange(k, *x.New)
+			if err != nil {
 				return fmt.Errorf("export %q: %w", x.Name, err)
 			}
-			undo = append(undo, func() { _ = d.change(k, old) })
+			undo = append(undo, func() { _, _ = d.exchange(k, old) }) // it was valid
 		}
 	}
 	for _, name := range reopen {
@@ -83,6 +95,14 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 		}
 	}
 	return d.applyListeners(ctx, c, change)
+}
+
+// exchange is change for who does not hold k.busy. It returns what was before.
+func (d *daemon) exchange(k *disk, x config.Export) (old config.Export, err error) {
+	k.busy.Lock()
+	defer k.busy.Unlock()
+	old = k.cfg
+	return old, d.change(k, x)
 }
 
 // reopened are the exports that must be closed to be changed: also those that
@@ -110,12 +130,13 @@ func exportOf(c *config.Config, name string) config.Export {
 
 // reopen closes an export and opens it as x says; if that fails, as it was.
 func (d *daemon) reopen(ctx context.Context, x config.Export, undo *[]func()) error {
-	k := d.disks.get(x.Name)
-	if k == nil || k.failed != nil {
+	k := d.disks.find(x.Name)
+	if k == nil {
 		d.disks.dropFailed(x.Name)
 		return d.addExport(ctx, x, fromConfig, nil)
 	}
-	old, origin := k.cfg, k.origin
+	old, _, _ := d.disks.look(k)
+	origin := k.origin
 	if err := d.removeExport(ctx, x.Name, true); err != nil {
 		return err
 	}
@@ -151,8 +172,9 @@ func (d *daemon) applyListeners(ctx context.Context, c *config.Config, change *c
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	d.server.SetSlow(time.Duration(c.Log.Slow))
-	d.cfg.Service = c
+	d.conf.Store(c)
+	d.server.SetSlow(d.slow())
+	d.logs.SetLevel(levels[c.Log.Level])
 	for _, x := range change.Exports {
 		if x.What != config.Remove {
 			continue

@@ -68,7 +68,8 @@ func (s service) Status() api.Status {
 		t.Listeners = append(t.Listeners, x.URI("", x.tls == nbd.TLSRequire))
 	}
 	for _, k := range d.disks.failed() {
-		t.Notes["export "+k.cfg.Name] = k.failed.Error()
+		cfg, _, err := d.disks.look(k)
+		t.Notes["export "+cfg.Name] = err.Error()
 	}
 	return t
 }
@@ -79,7 +80,8 @@ func (s service) Exports() []api.Export {
 		list = append(list, s.d.describe(x))
 	}
 	for _, k := range s.d.disks.failed() {
-		list = append(list, api.Export{Export: k.cfg, Origin: k.origin, State: stateFailed, Error: k.failed.Error()})
+		cfg, _, err := s.d.disks.look(k)
+		list = append(list, api.Export{Export: cfg, Origin: k.origin, State: stateFailed, Error: err.Error()})
 	}
 	return list
 }
@@ -108,8 +110,10 @@ func (d *daemon) describe(x export.Status) api.Export {
 		out.Name = x.Spec.Name
 		return out
 	}
-	out.Export, out.Origin = k.cfg, k.origin
-	if k.stack != nil && k.stack.pause != nil && k.stack.pause.Paused() && x.State == export.Ready {
+	var now *stack
+	out.Export, now, _ = d.disks.look(k)
+	out.Origin = k.origin
+	if now != nil && now.pause != nil && now.pause.Paused() && x.State == export.Ready {
 		out.State = statePaused
 	}
 	doors := k.doors
@@ -136,7 +140,7 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 		err = s.d.addExport(ctx, x, origin, files)
 	}
 	if err == nil && a.Persist {
-		if err = config.WriteExport(s.d.cfg.Service.Control.State, x); err != nil {
+		if err = config.WriteExport(s.d.conf.Load().Control.State, x); err != nil {
 			err = errors.Join(err, s.d.removeExport(ctx, x.Name, true))
 		}
 	}
@@ -148,7 +152,7 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 
 // mayAdd refuses exports that the API cannot make.
 func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
-	why, c := "", d.cfg.Service
+	why, c := "", d.conf.Load()
 	switch err := x.Validate(c.APIScope(files)); {
 	case err != nil:
 		why = err.Error()
@@ -169,15 +173,14 @@ func (s service) Patch(_ context.Context, name string, p api.Patch) (api.Export,
 		return api.Export{}, unknownExport(name)
 	}
 	k.busy.Lock()
-	err := s.d.patch(k, p)
-	k.busy.Unlock()
-	if err != nil {
+	defer k.busy.Unlock()
+	if err := s.d.patch(k, p); err != nil {
 		return api.Export{}, told(err)
 	}
 	return s.Export(name)
 }
 
-// patch changes an export in use, as a whole or not at all.
+// patch changes an export in use, as a whole or not at all. With k.busy.
 func (d *daemon) patch(k *disk, p api.Patch) error {
 	x := k.cfg
 	set(&x.Description, p.Description)
@@ -190,7 +193,7 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if p.Rate != nil {
 		x.Rate = p.Rate
 	}
-	scope := d.cfg.Service.APIScope(0)
+	scope := d.conf.Load().APIScope(0)
 	scope.Anywhere = true // the image is open
 	if err := x.Validate(scope); err != nil {
 		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}
@@ -199,7 +202,7 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 		return err
 	}
 	if k.origin == fromState {
-		return config.WriteExport(d.cfg.Service.Control.State, x)
+		return config.WriteExport(d.conf.Load().Control.State, x)
 	}
 	return nil
 }
@@ -210,7 +213,7 @@ func set[T any](to *T, from *T) {
 	}
 }
 
-// change makes an export in use what x says of all that can change.
+// change makes an export in use what x says of all that can change. With k.busy.
 func (d *daemon) change(k *disk, x config.Export) error {
 	settings, err := settingsOf(&x)
 	if err != nil {
@@ -245,13 +248,13 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	if k == nil {
 		return unknownExport(name)
 	}
-	if k.failed != nil {
+	if _, _, failed := s.d.disks.look(k); failed != nil {
 		s.d.disks.dropFailed(name)
 	} else if err := s.d.removeExport(ctx, name, force); err != nil {
 		return told(err)
 	}
 	if k.origin == fromState {
-		return told(config.RemoveExport(s.d.cfg.Service.Control.State, name))
+		return told(config.RemoveExport(s.d.conf.Load().Control.State, name))
 	}
 	return nil
 }
@@ -298,6 +301,8 @@ func (s service) Resize(ctx context.Context, name string, size int64) (api.Expor
 	if !ok {
 		return api.Export{}, told(backing.ErrNotSupported)
 	}
+	k.busy.Lock()
+	defer k.busy.Unlock()
 	if err := r.Resize(ctx, size); err != nil {
 		return api.Export{}, told(err)
 	}
@@ -312,6 +317,8 @@ func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, file
 	case len(files) > 0:
 		return api.Export{}, &api.Error{Code: api.CodeUnsupported, Text: "an overlay cannot come as a descriptor: its image would have no name for it"}
 	}
+	k.busy.Lock()
+	defer k.busy.Unlock()
 	if err := s.d.snapshot(ctx, k, a.Overlay); err != nil {
 		return api.Export{}, told(err)
 	}

@@ -193,7 +193,7 @@ func (d *daemon) putRate(s *stack, x *config.Export) (err error) {
 	}
 	o := layer.RateOptions{Limiters: []*layer.Limiter{s.rate}}
 	if x.RateGroup != "" {
-		g := d.groups[x.RateGroup]
+		g := d.groups.find(x.RateGroup)
 		if g == nil {
 			return fmt.Errorf("there is no rate group %q", x.RateGroup)
 		}

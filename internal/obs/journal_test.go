@@ -192,7 +192,7 @@ func TestJournalFieldsAreBoundedAndWellNamed(t *testing.T) {
 
 func TestLevelsOfTheJournal(t *testing.T) {
 	l, j := journald(t)
-	l.opt.Level = slog.LevelInfo
+	l.SetLevel(slog.LevelInfo)
 	log := l.For("nbd")
 	log.Debug("unseen")
 	for level, want := range map[slog.Level]string{slog.LevelInfo: "6", slog.LevelWarn: "4", slog.LevelError: "3"} {

@@ -32,9 +32,10 @@ type Options struct {
 
 // Log makes the loggers of the components.
 type Log struct {
-	opt Options
-	out *queue
-	cut *limiter
+	opt   Options
+	level slog.LevelVar
+	out   *queue
+	cut   *limiter
 }
 
 // Open opens the sink.
@@ -43,7 +44,9 @@ func Open(o Options) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{opt: o, out: newQueue(w, lostIn[o.Format]), cut: &limiter{now: time.Now}}, nil
+	l := &Log{opt: o, out: newQueue(w, lostIn[o.Format]), cut: &limiter{now: time.Now}}
+	l.level.Set(o.Level)
+	return l, nil
 }
 
 // lostIn has, by format, what tells that lines were lost before one: a line of
@@ -86,13 +89,17 @@ func sink(name string) (io.Writer, error) {
 
 // For returns the logger of a component.
 func (l *Log) For(component string) *slog.Logger {
-	level, ok := l.opt.Components[component]
-	if !ok {
-		level = l.opt.Level
+	var level slog.Leveler = &l.level
+	if own, ok := l.opt.Components[component]; ok {
+		level = own
 	}
 	h := l.handler(&slog.HandlerOptions{Level: level, ReplaceAttr: l.dropTime})
 	return slog.New(&cutHandler{Handler: h.WithAttrs([]slog.Attr{slog.String("in", component)}), cut: l.cut})
 }
+
+// SetLevel changes the least severe level that is written, but of components
+// that have their own.
+func (l *Log) SetLevel(to slog.Level) { l.level.Set(to) }
 
 // handler writes lines in the format of the log.
 func (l *Log) handler(o *slog.HandlerOptions) slog.Handler {
