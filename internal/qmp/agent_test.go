@@ -163,12 +163,13 @@ func TestHostileAgentEndsInAnError(t *testing.T) {
 		want   error
 	}{
 		{"closes", func(c *qmptest.Conn) {}, qmp.ErrNoAgent},
-		{"noise for ever", func(c *qmptest.Conn) { c.Next(); flood(c, kilo, 2*limits.AgentNoise) }, qmp.ErrNoAgent},
+		{"noise for ever", func(c *qmptest.Conn) { c.Next(); flood(c, kilo, 2*limits.AgentNoise); c.Hold() }, qmp.ErrProtocol},
 		{"delimiters for ever", func(c *qmptest.Conn) {
 			c.Next()
 			flood(c, strings.Repeat("\xff{\"return\":0}\n", 1<<10), 2*limits.AgentNoise)
-		}, qmp.ErrNoAgent},
-		{"delimited line without end", func(c *qmptest.Conn) { c.Next(); c.Write([]byte{0xff}); flood(c, kilo, 2*limits.AgentLine) }, qmp.ErrNoAgent},
+			c.Hold()
+		}, qmp.ErrProtocol},
+		{"delimited line without end", func(c *qmptest.Conn) { c.Next(); c.Write([]byte{0xff}); flood(c, kilo, 2*limits.AgentLine); c.Hold() }, qmp.ErrProtocol},
 		{"garbage as reply", func(c *qmptest.Conn) { synced(c); c.Next(); c.Say("\xff\x00garbage") }, qmp.ErrProtocol},
 		{"an event", func(c *qmptest.Conn) { synced(c); c.Next(); c.Say(`{"event":"STOP"}`) }, qmp.ErrProtocol},
 		{"huge reply", func(c *qmptest.Conn) {

@@ -8,12 +8,14 @@ import (
 	"os"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/qmptest"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // recorder answers every command with an empty object and keeps what was sent.
@@ -247,7 +249,7 @@ func TestUnplugEndsByTheEventsOfItsDevice(t *testing.T) {
 	}{
 		{"deleted", []string{`{"event":"DEVICE_DELETED","data":{"path":"/machine/peripheral/d0/virtio-backend"}}`, `{"event":"DEVICE_DELETED","data":{"device":"other"}}`,
 			`{"event":"DEVICE_DELETED","data":[]}`, `{"event":"DEVICE_DELETED","data":{"device":{}}}`, `{"event":"DEVICE_DELETED","data":{"device":"d0"}}`}, nil},
-		{"refused", []string{`{"event":"DEVICE_UNPLUG_GUEST_ERROR","data":{"device":"other"}}`, `{"event":"DEVICE_UNPLUG_GUEST_ERROR","data":{"device":"d0"}}`}, qmp.ErrUnplugRefused},
+		{"refused", []string{`{"event":"DEVICE_DELETED","data":{"device":"other"}}`, `{"event":"DEVICE_UNPLUG_GUEST_ERROR","data":{"device":"other"}}`, `{"event":"DEVICE_UNPLUG_GUEST_ERROR","data":{"device":"d0"}}`}, qmp.ErrUnplugRefused},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m := dial(t, func(c *qmptest.Conn) {
@@ -266,14 +268,24 @@ func TestUnplugEndsByTheEventsOfItsDevice(t *testing.T) {
 	}
 }
 
-// TestUnplugSeesADeviceGoWithoutItsEvent: the event is lost in a flood.
+// TestUnplugSeesADeviceGoWithoutItsEvent: the event is lost in a flood. The
+// device is looked for twice, because its node is free only a moment after it
+// has left the tree.
 func TestUnplugSeesADeviceGoWithoutItsEvent(t *testing.T) {
+	var looked atomic.Int32
 	m := dial(t, func(c *qmptest.Conn) {
 		c.Handshake()
-		c.Table(map[string]string{"device_del": "{}", "qom-list": `[{"name":"type","type":"string"}]`}, nil)
+		c.Table(map[string]string{"device_del": "{}", "qom-list": `[{"name":"type","type":"string"}]`}, map[string]func(){"qom-list": func() { looked.Add(1) }})
 	})
 	if err := m.Unplug(testContext(t), "d0"); err != nil {
 		t.Errorf("unplug: %v", err)
+	}
+	m.Close()
+	if err := testenv.Await(testContext(t), func() bool { return looked.Load() >= 2 }); err != nil {
+		t.Error(err)
+	}
+	if n := looked.Load(); n != 2 {
+		t.Errorf("looked for the device %d times, want 2", n)
 	}
 }
 

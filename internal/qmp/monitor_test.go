@@ -323,6 +323,27 @@ func TestEventFloodCostsTheOldest(t *testing.T) {
 	}
 }
 
+func TestEventThatIsTooLongIsLostAlone(t *testing.T) {
+	m := dial(t, func(c *qmptest.Conn) {
+		c.Handshake()
+		c.Table(map[string]string{"x": "1"}, map[string]func(){"x": func() {
+			c.Say(`{"event":"LONG","data":{"x":"` + strings.Repeat("x", limits.QMPEvent) + `"}}`)
+			c.Say(`{"event":"SHORT","data":{}}`)
+		}})
+	})
+	s, err := m.Subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := m.Execute(testContext(t), "x", nil); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := s.Next(testContext(t)); err != nil || e.Name != "SHORT" || s.Dropped() != 1 {
+		t.Errorf("event %.40q, %v, %d dropped", e.Name, err, s.Dropped())
+	}
+}
+
 func TestSubscribersAreBounded(t *testing.T) {
 	m := qmp.New("/nowhere")
 	for range limits.QMPSubscribers {

@@ -259,12 +259,10 @@ func (w *walk) ownBuses(ctx context.Context, path, device string, entries []item
 		switch {
 		case ok && slices.Contains(kinds, kind):
 			b := bus{path: at, name: e.Name, kind: kind, virtio: strings.HasPrefix(device, "virtio-scsi")}
-			var handler string
-			err := w.get(ctx, at, "hotplug-handler", &handler)
-			if err != nil && !gone(err) {
+			var err error
+			if b.plug, err = w.pluggable(ctx, path, at); err != nil {
 				return err
 			}
-			b.plug = err == nil && handler != ""
 			*found = append(*found, b)
 		case ok && e.Name == "virtio-backend" && strings.HasSuffix(device, "-pci") && slices.Contains(kinds, "SCSI"):
 			inner, err := w.list(ctx, at)
@@ -277,6 +275,25 @@ func (w *walk) ownBuses(ctx context.Context, path, device string, entries []item
 		}
 	}
 	return nil
+}
+
+// pluggable reports whether devices can be plugged into the bus at a path of
+// the device at another: the bus has a handler for it, and a port was not told
+// to be without (hotplug=off).
+func (w *walk) pluggable(ctx context.Context, device, bus string) (bool, error) {
+	var handler string
+	err := w.get(ctx, bus, "hotplug-handler", &handler)
+	if gone(err) || err == nil && handler == "" {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	on := true
+	if err := w.get(ctx, device, "hotplug", &on); err != nil && !HasClass(err, ClassGeneric) && !gone(err) {
+		return false, err // any other device than a port has no such property
+	}
+	return on, nil
 }
 
 // gone is an object that was removed since it was listed.

@@ -213,9 +213,18 @@ func TestMachinesWithoutAPlaceSaySo(t *testing.T) {
 // TestPlacesAreTheFreeOnes uses each place that is found, on a machine with
 // bridges and on one with slots, until there is none.
 func TestPlacesAreTheFreeOnes(t *testing.T) {
+	bridges := append(q35(11),
+		"-device", "pcie-root-port,chassis=20,slot=20", // its bus is pcie.0, like the root
+		"-device", "pcie-root-port,chassis=21,slot=21", // pcie.1
+		"-device", "pcie-root-port,chassis=22,slot=22", // pcie.2, like the next one's
+		"-device", "pcie-root-port,id=pcie.2,chassis=23,slot=23",
+		"-device", "pcie-root-port,id=off,hotplug=off,chassis=24,slot=24",
+		"-device", "pcie-pci-bridge,id=pb", "-device", "pci-bridge,id=pb2,bus=pb,addr=1,chassis_nr=4",
+		"-device", "pci-bridge,id=pb3,bus=pb,addr=2,chassis_nr=5,shpc=off") // for ACPI alone
 	for name, args := range map[string][]string{
-		"q35": append(q35(11), "-device", "pcie-root-port,chassis=20,slot=20", "-device", "pcie-root-port,chassis=21,slot=21", "-device", "pcie-pci-bridge,id=pb", "-device", "pci-bridge,id=pb2,bus=pb,addr=1,chassis_nr=4"),
-		"pc":  {"-machine", "pc", "-device", "virtio-scsi-pci,id=scsi0,addr=7"},
+		"q35":        bridges,
+		"q35 native": append(bridges[:len(bridges):len(bridges)], "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
+		"pc":         {"-machine", "pc", "-device", "virtio-scsi-pci,id=scsi0,addr=7"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx := testContext(t)
@@ -224,7 +233,7 @@ func TestPlacesAreTheFreeOnes(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if name == "q35" && (!slices.Contains(places, qmp.Place{Bus: "pcie.1"}) || places[1] != qmp.Place{Bus: "rp2"} || places[10] != qmp.Place{Bus: "rp11"}) {
+			if name != "pc" && (!slices.Contains(places, qmp.Place{Bus: "pcie.1"}) || places[1] != qmp.Place{Bus: "rp2"} || places[10] != qmp.Place{Bus: "rp11"}) {
 				t.Errorf("places %v", places)
 			}
 			if slices.Contains(places, qmp.Place{Bus: "pci.0", Slot: 7}) {

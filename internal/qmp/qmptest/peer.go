@@ -84,7 +84,7 @@ func run(t testing.TB, conn *net.UnixConn, script func(c *Conn)) {
 func (c *Conn) Read(p []byte) (int, error) {
 	oob := make([]byte, 4096)
 	n, on, _, _, err := c.ReadMsgUnix(p, oob)
-	if n == 0 && (err == nil || errors.Is(err, io.EOF)) {
+	if n <= 0 && (err == nil || errors.Is(err, io.EOF)) {
 		err = io.EOF
 	}
 	messages, _ := unix.ParseSocketControlMessage(oob[:max(on, 0)])
@@ -94,7 +94,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 			c.files = append(c.files, os.NewFile(uintptr(fd), "received"))
 		}
 	}
-	return n, err
+	return max(n, 0), err
 }
 
 // Files are the descriptors that came so far; they are closed with the
