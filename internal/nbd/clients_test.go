@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"reflect"
+	"runtime"
 	"testing"
 	"time"
 
@@ -70,6 +71,24 @@ func TestBytesOfAClientAreCounted(t *testing.T) {
 	}
 }
 
+func TestBytesThatThePeerTakesLateAreCounted(t *testing.T) {
+	const n = 8 << 20 // more than any socket buffer
+	r := fileRig(t, n, "pool", "")
+	c := r.simple()
+	r.send(c, message(wire.CmdRead, 1, 0, n))
+	var x *session
+	for x == nil || !x.sender.waiting.Load() {
+		if runtime.Gosched(); len(r.server.sessions()) == 1 {
+			x = r.server.sessions()[0]
+		}
+	}
+	r.expect(c, wire.SimpleReplySize+n)
+	r.leave(c)
+	if got := x.info().BytesOut; got != wire.SimpleReplySize+n {
+		t.Errorf("bytes out: got %d, want %d", got, wire.SimpleReplySize+n)
+	}
+}
+
 func TestDisconnectAnswersWhatIsInFlight(t *testing.T) {
 	r, g := gateRig(t)
 	defer g.release()
@@ -127,9 +146,13 @@ func TestClientInsideTLSIsDescribed(t *testing.T) {
 	r.expect(c, 10+wire.ExportNameZeroes)
 	r.ask(c, wire.CmdRead, 0, 512)
 
-	i := r.server.Clients()[0]
+	x := r.server.sessions()[0]
+	i := x.info()
 	if i.TLSVersion != "TLS 1.3" || i.TLSCipher == "" || i.CertName != "a guest" {
 		t.Errorf("got %q, %q, %q, want TLS 1.3, a cipher and the name of the certificate", i.TLSVersion, i.TLSCipher, i.CertName)
 	}
 	r.leave(c)
+	if i = x.info(); i.BytesIn != 2*wire.RequestSize || i.BytesOut != wire.SimpleReplySize+512 {
+		t.Errorf("bytes inside TLS: %d in and %d out, want %d and %d", i.BytesIn, i.BytesOut, 2*wire.RequestSize, wire.SimpleReplySize+512)
+	}
 }

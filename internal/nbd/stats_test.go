@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -193,6 +194,10 @@ func TestStorageErrorsAreEventsAndBounded(t *testing.T) {
 	r.ask(c, wire.CmdWrite, 1<<20, 512) // the client's own mistake
 	r.leave(c)
 	next(obs.ClientLeft)
+	all := r.exports.stats.Snapshot()
+	if s := all[obs.Read]; s.Requests != limits.EventBurst || s.Errors != s.Requests || s.Bytes != 0 {
+		t.Errorf("counted %+v, want %d errors and no bytes", s, limits.EventBurst)
+	}
 }
 
 func TestSlowRequestsAreReportedAboveTheThreshold(t *testing.T) {
@@ -252,19 +257,64 @@ func TestStuckRequestIsReportedOnce(t *testing.T) {
 	next(obs.ClientLeft)
 }
 
-func TestStalledPeerIsSeen(t *testing.T) {
+// partial waits until the only session waits for the rest of a message.
+func (r *rig) partial() *session {
+	for {
+		if l := r.server.sessions(); len(l) == 1 && l[0].partial.Load() {
+			return l[0]
+		}
+		runtime.Gosched()
+	}
+}
+
+func TestStuckTurnIsReportedOnce(t *testing.T) {
 	r := memRig(t, 1<<20)
+	r.opt.Slow = time.Nanosecond
+	r.opt.Stall = time.Hour
+	next := r.events()
+	c := r.simple()
+	next(obs.ClientConnected)
+	r.send(c, message(wire.CmdRead, 1, 0, 512)[:8])
+	x := r.partial()
+	x.tally.begun.Store(1) // as if the turn had lasted since the program began
+	x.watchStuck()
+	x.watchStuck()
+	if e := next(obs.StuckRequest); e.Took <= 0 || e.Count != 1 {
+		t.Errorf("event: got %+v, want one stuck turn", e)
+	}
+	x.tally.begun.Store(0)
+	r.send(c, message(wire.CmdRead, 1, 0, 512)[8:])
+	r.expect(c, wire.SimpleReplySize+512)
+	next(obs.SlowRequest)
+	r.leave(c)
+	next(obs.ClientLeft)
+}
+
+func TestTimeOfThePeerIsNotTheRequests(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Slow = time.Nanosecond
+	r.opt.Stall = time.Hour
+	next := r.events()
+	c := r.simple()
+	next(obs.ClientConnected)
+	const n = 2 * limits.InlineReply
+	r.send(c, append(message(wire.CmdWrite, 1, 0, n), make([]byte, n/2)...))
+	r.partial().watchStuck()
+	r.send(c, make([]byte, n/2))
+	r.reply(c)
+	if e := next(obs.SlowRequest); e.Command != "write" {
+		t.Errorf("event: got %+v, want the write", e)
+	}
+	r.leave(c)
+	next(obs.ClientLeft)
+}
+
+func TestStalledPeerIsSeen(t *testing.T) {
+	r := fileRig(t, 1<<20, "pool", "")
 	r.opt.Stall = time.Hour
 	c := r.simple()
 	r.send(c, message(wire.CmdWrite, 1, 0, 4096))
-	var x *session
-	for x == nil || !x.partial.Load() {
-		if runtime.Gosched(); x == nil {
-			if l := r.server.sessions(); len(l) == 1 {
-				x = l[0]
-			}
-		}
-	}
+	x := r.partial()
 	if x.watch(); r.server.Clients()[0].Stalled {
 		t.Error("the client counts as stalled at the first look")
 	}
@@ -275,5 +325,32 @@ func TestStalledPeerIsSeen(t *testing.T) {
 	r.reply(c)
 	if x.watch(); r.server.Clients()[0].Stalled {
 		t.Error("the client counts as stalled although it has gone on")
+	}
+	r.leave(c)
+	all := r.exports.stats.Snapshot()
+	if s := all[obs.Write]; s.Requests != 1 || s.Bytes != 4096 || s.Total <= 0 {
+		t.Errorf("a write in two parts was counted as %+v, want one of 4096 bytes", s)
+	}
+}
+
+func TestTurnBeginsWhenItsBytesCame(t *testing.T) {
+	x := &session{opt: &Options{}}
+	x.poll.came, x.poll.mark = 5, 4
+	if got := x.begin(); got != 5 {
+		t.Errorf("turn with bytes that came at 5: begins at %d", got)
+	}
+	if got := x.begin(); got != 5 {
+		t.Errorf("second request of the turn: begins at %d, want 5", got)
+	}
+	x.slow = new(atomic.Int64)
+	x.settle() // nothing was counted
+	before := now()
+	if got := x.begin(); got < before {
+		t.Errorf("next turn: begins at %d, want the present, %d", got, before)
+	}
+	x.tally.count(&wire.Request{Cmd: wire.CmdRead, Len: 1}, false)
+	x.settle()
+	if got := x.poll.marked(); got < before || x.poll.mark != 0 {
+		t.Errorf("end of the turn: marked as %d, want at least %d, and once", got, before)
 	}
 }
