@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // asMain makes the test binary vmdiskctl itself.
@@ -21,7 +23,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asMain) != "" {
 		main()
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		testenv.Cleanup()
+		os.Exit(code)
+	}))
 }
 
 // ctl runs one command line and returns its exit code, standard output and

@@ -1,0 +1,284 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// realDaemon is a vmdiskd whose control socket all commands of the test use.
+type realDaemon struct {
+	dir  string // the root of its images
+	conf string
+	cmd  *exec.Cmd
+}
+
+// daemonText is its configuration; DIR is its folder.
+const daemonText = `
+[control]
+socket = "DIR/control"
+state = "DIR/state"
+[images]
+roots = ["DIR"]
+[[listener]]
+uri = "nbd+unix:///?socket=DIR/nbd"
+`
+
+func startDaemon(t *testing.T) *realDaemon {
+	t.Helper()
+	d := &realDaemon{dir: t.TempDir()}
+	d.conf = filepath.Join(d.dir, "conf")
+	must(t, os.Mkdir(filepath.Join(d.dir, "state"), 0o700))
+	d.configure(t, "")
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(d.dir, "notify"), Net: "unixgram"})
+	must(t, err)
+	defer notify.Close()
+	d.cmd = exec.Command(testenv.Binary(t, "vmdiskd"), "--config", d.conf)
+	d.cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(d.dir, "notify"))
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var log bytes.Buffer
+	d.cmd.Stderr = &log
+	must(t, d.cmd.Start())
+	t.Cleanup(func() {
+		d.cmd.Process.Signal(syscall.SIGTERM)
+		if err := d.cmd.Wait(); err != nil {
+			t.Errorf("vmdiskd: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("vmdiskd: %s", log.String())
+		}
+	})
+	must(t, notify.SetReadDeadline(time.Now().Add(time.Minute)))
+	for b, said := make([]byte, 4096), ""; !strings.Contains(said, "READY=1"); {
+		n, err := notify.Read(b)
+		must(t, err)
+		said = string(b[:n])
+	}
+	t.Setenv(socketVariable, filepath.Join(d.dir, "control"))
+	return d
+}
+
+// configure writes the configuration, with more.
+func (d *realDaemon) configure(t *testing.T, more string) {
+	t.Helper()
+	must(t, os.WriteFile(d.conf, []byte(strings.ReplaceAll(daemonText+more, "DIR", d.dir)), 0o600))
+}
+
+// image makes a raw image of 1 MiB.
+func (d *realDaemon) image(t *testing.T, name string) string {
+	t.Helper()
+	path := filepath.Join(d.dir, name)
+	must(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
+	return path
+}
+
+// shownAs is what export show says of an export.
+func shownAs(t *testing.T, name string) (e api.Export) {
+	t.Helper()
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "export", "show", "--json", "--", name)), &e))
+	return e
+}
+
+// io runs commands of qemu-io on an export.
+func (d *realDaemon) io(t *testing.T, name string, commands ...string) {
+	t.Helper()
+	args := []string{"-f", "raw"}
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	out, err := exec.Command("qemu-io", append(args, shownAs(t, name).URIs[0])...).CombinedOutput()
+	if err != nil || bytes.Contains(out, []byte("failed")) {
+		t.Fatalf("qemu-io %q: %v: %s", commands, err, out)
+	}
+}
+
+// connect opens an export and leaves it open until the end of the test, or
+// until the client is cut off.
+func (d *realDaemon) connect(t *testing.T, name string) {
+	t.Helper()
+	cmd := exec.Command("qemu-io", "-f", "raw", "-r", shownAs(t, name).URIs[0])
+	in, out := backingtest.Converse(t, cmd)
+	t.Cleanup(func() {
+		in.Close()
+		_ = cmd.Wait() // it may have been cut off
+	})
+	_, err := io.WriteString(in, "length\n")
+	must(t, err)
+	if line, err := out.ReadString('\n'); err != nil || !strings.Contains(line, "iB") {
+		t.Fatalf("qemu-io: %q, %v", line, err)
+	}
+}
+
+// clientsOf are the clients of an export.
+func clientsOf(t *testing.T, name string) (list []api.Client) {
+	t.Helper()
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "clients", "--json", "--", name)), &list))
+	return list
+}
+
+func TestDaemonDoesWhatItIsTold(t *testing.T) {
+	d := startDaemon(t)
+	path := d.image(t, "a.img")
+	if got := want(t, exitDone, "export", "list"); got != "NAME  STATE  SIZE  ACCESS  CLIENTS  FORMAT  ORIGIN  IMAGE\n" {
+		t.Errorf("at the start: got %q", got)
+	}
+	want(t, exitDone, "export", "add", "--persist", "--rate=1G,burst=1s", "--grant=rw,uid="+fmt.Sprint(os.Getuid()), "web", path)
+	want(t, exitFailed, "export", "add", "web", path)
+	want(t, exitFailed, "export", "add", "--dry-run", "web", path)
+	d.io(t, "web", "write -P 7 0 64k", "flush")
+	if b, err := os.ReadFile(path); err != nil || b[65535] != 7 || b[65536] != 0 {
+		t.Errorf("the image is not what was written: %v", err)
+	}
+	want(t, exitDone, "export", "resize", "web", "+1M")
+	want(t, exitRefused, "export", "resize", "web", "1M")
+	if e := shownAs(t, "web"); e.Size != 2<<20 || e.Origin != "state" || e.State != "ready" {
+		t.Errorf("resized: got %+v", e)
+	}
+	want(t, exitDone, "export", "set", "web", "readonly=true", "description=a disk", "rate.ops=1000")
+	if e := shownAs(t, "web"); e.Writable || e.Description != "a disk" || e.Rate == nil || e.Rate.Ops != 1000 || e.Rate.Bytes != 1<<30 {
+		t.Errorf("set: got %+v", e)
+	}
+	want(t, exitDone, "export", "set", "web", "grant=none")
+	if code, _, _ := ctl(t, "info", shownAs(t, "web").URIs[0]); code == exitDone {
+		t.Error("whom the grants refuse, the export is there for")
+	}
+	want(t, exitDone, "export", "set", "web", "grants=[]", "readonly=false")
+	want(t, exitDone, "export", "snapshot", "web", filepath.Join(d.dir, "top.qcow2"))
+	d.io(t, "web", "read -P 7 0 64k", "write -P 8 64k 64k", "flush")
+	if b, err := os.ReadFile(path); err != nil || b[65535] != 7 || b[65536] != 0 {
+		t.Errorf("the image below the overlay has changed: %v", err)
+	}
+	want(t, exitDone, "export", "remove", "web")
+	want(t, exitFailed, "export", "show", "web")
+}
+
+func TestDaemonTakesDescriptors(t *testing.T) {
+	d := startDaemon(t)
+	away := t.TempDir()
+	base, top := filepath.Join(away, "base"), filepath.Join(away, "top")
+	must(t, os.WriteFile(base, bytes.Repeat([]byte{9}, 1<<20), 0o400))
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+	want(t, exitFailed, "export", "add", "-f", "qcow2", "--backing-file="+base, "x", top) // not in the roots
+	want(t, exitDone, "export", "add", "--fd", "-f", "qcow2", "--backing-file="+base, "x", top)
+	d.io(t, "x", "write -P 1 0 64k", "read -P 1 0 64k", "read -P 9 64k 64k", "flush")
+	want(t, exitDone, "export", "remove", "x")
+	judge(t, top)
+}
+
+func TestDaemonTellsOfClients(t *testing.T) {
+	d := startDaemon(t)
+	want(t, exitDone, "export", "add", "web", d.image(t, "a.img"))
+	d.connect(t, "web")
+	list := clientsOf(t, "web")
+	if len(list) != 1 || list[0].Export != "web" || len(list[0].Features) == 0 {
+		t.Fatalf("got %+v", list)
+	}
+	if got := want(t, exitDone, "clients"); !strings.Contains(got, "  web ") {
+		t.Errorf("got %q", got)
+	}
+	want(t, exitFailed, "export", "remove", "--timeout=1ms", "web")
+	id := fmt.Sprint(list[0].ID)
+	want(t, exitDone, "clients", "kick", "--dry-run", id)
+	want(t, exitDone, "clients", "kick", id)
+	want(t, exitFailed, "clients", "kick", "12345")
+}
+
+func TestDaemonRemovesByForce(t *testing.T) {
+	d := startDaemon(t)
+	want(t, exitDone, "export", "add", "web", d.image(t, "a.img"))
+	d.connect(t, "web")
+	want(t, exitDone, "export", "remove", "--force", "web")
+	if list := clientsOf(t, "web"); len(list) != 0 {
+		t.Errorf("got %+v", list)
+	}
+}
+
+func TestDaemonPausesAndResumes(t *testing.T) {
+	d := startDaemon(t)
+	want(t, exitDone, "export", "add", "web", d.image(t, "a.img"))
+	if got := want(t, exitDone, "export", "pause", "web"); got != "export web is paused\n" {
+		t.Errorf("got %q", got)
+	}
+	cmd := exec.Command("qemu-io", "-f", "raw", "-c", "read 0 64k", shownAs(t, "web").URIs[0])
+	must(t, cmd.Start())
+	if got := want(t, exitDone, "export", "resume", "web"); got != "export web is ready\n" {
+		t.Errorf("got %q", got)
+	}
+	must(t, cmd.Wait())
+	want(t, exitFailed, "export", "resume", "web")
+}
+
+func TestDaemonReloads(t *testing.T) {
+	d := startDaemon(t)
+	d.image(t, "a.img")
+	if got := want(t, exitDone, "reload"); got != "no changes\n" {
+		t.Errorf("got %q", got)
+	}
+	d.configure(t, "[[export]]\nname = \"conf\"\nimage = \"DIR/a.img\"\n")
+	if got := want(t, exitDone, "reload", "--dry-run"); !strings.Contains(got, "conf") {
+		t.Errorf("got %q", got)
+	}
+	want(t, exitFailed, "export", "show", "conf")
+	want(t, exitDone, "reload")
+	if e := shownAs(t, "conf"); e.Origin != "config" {
+		t.Errorf("got %+v", e)
+	}
+	d.configure(t, "nonsense")
+	want(t, exitFailed, "reload")
+}
+
+// TestDaemonIsWatched follows events in a process of its own, which it
+// interrupts.
+func TestDaemonIsWatched(t *testing.T) {
+	d := startDaemon(t)
+	want(t, exitDone, "export", "add", "web", d.image(t, "a.img"))
+	cmd := exec.Command(os.Args[0], "events", "--export=web")
+	cmd.Env = append(os.Environ(), asMain+"=1")
+	in, out := backingtest.Converse(t, cmd)
+	defer in.Close()
+	lines := make(chan string, 1000)
+	go func() {
+		defer close(lines)
+		for s := bufio.NewScanner(out); s.Scan(); {
+			lines <- s.Text()
+		}
+	}()
+	for heard := ""; !strings.Contains(heard, " client-connected export=web client="); {
+		d.io(t, "web", "read 0 64k") // until somebody listens
+		select {
+		case heard = <-lines:
+		default:
+		}
+	}
+	must(t, cmd.Process.Signal(os.Interrupt))
+	for range lines {
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("events: %v", err)
+	}
+	if got := want(t, exitDone, "top", "--once", "--interval=100ms"); !strings.Contains(got, "\nweb ") {
+		t.Errorf("got %q", got)
+	}
+	var s api.Status
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "status", "--json")), &s))
+	if s.PID != d.cmd.Process.Pid || s.Exports != 1 || s.Config != d.conf {
+		t.Errorf("got %+v", s)
+	}
+	if got := want(t, exitDone, "status"); !strings.Contains(got, "config: "+d.conf+"\n") {
+		t.Errorf("got %q", got)
+	}
+}
