@@ -227,11 +227,12 @@ func openAll(x *config.Export) (files []*os.File, err error) {
 		return files, err
 	}
 	for i, s := range x.BackingFiles {
-		path, suffix := splitFormat(s)
-		if path, err = one(path, true); err != nil {
+		if strings.HasSuffix(s, ":"+formatRaw) || strings.HasSuffix(s, ":"+formatQcow2) {
+			return files, usage("--backing-file: with --fd the image above says the format, not %q", s)
+		}
+		if x.BackingFiles[i], err = one(s, true); err != nil {
 			return files, err
 		}
-		x.BackingFiles[i] = path + suffix
 	}
 	for i, s := range x.DataFiles {
 		// That of the image is written to, those of images below are not.
@@ -240,16 +241,6 @@ func openAll(x *config.Export) (files []*os.File, err error) {
 		}
 	}
 	return files, nil
-}
-
-// splitFormat takes ":raw" or ":qcow2" off the name of a backing file.
-func splitFormat(s string) (path, suffix string) {
-	for _, format := range [...]string{formatRaw, formatQcow2} {
-		if path, ok := strings.CutSuffix(s, ":"+format); ok {
-			return path, ":" + format
-		}
-	}
-	return s, ""
 }
 
 // openToSend opens a regular file or block device.
