@@ -233,11 +233,22 @@ func (p *Pause) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 		p.leave()
 		return err
 	}
+	if m.Lease == nil {
+		m.Lease = (*single)(p)
+		return nil
+	}
 	l := counts.Get().(*counted)
 	l.p, l.inner = p, m.Lease
 	m.Lease = l
 	return nil
 }
+
+// single is the lease of a request in flight that has no lease of the device
+// below: the disk itself, so that none has to be found.
+type single Pause
+
+// Release ends the request.
+func (p *single) Release() { (*Pause)(p).leave() }
 
 // Close ends a pause.
 func (p *Pause) Close() error {
@@ -250,7 +261,7 @@ func (p *Pause) Close() error {
 	return p.Next.Close()
 }
 
-// counted is the lease of a request in flight.
+// counted is the lease of a request in flight with that of the device below.
 type counted struct {
 	p     *Pause
 	inner backing.Lease
@@ -260,9 +271,7 @@ var counts = sync.Pool{New: func() any { return new(counted) }}
 
 // Release ends the inner lease first: the request is over only then.
 func (l *counted) Release() {
-	if l.inner != nil {
-		l.inner.Release()
-	}
+	l.inner.Release()
 	p := l.p
 	*l = counted{}
 	counts.Put(l)

@@ -3,6 +3,7 @@ package layer
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -28,10 +29,16 @@ func (r Rate) valid() bool {
 	return r.Bytes >= 0 && r.Ops >= 0 && r.Burst >= 0 && r.Burst <= limits.RateBurst
 }
 
+func (r Rate) any() bool { return r.Bytes > 0 || r.Ops > 0 }
+
 // Limiter enforces Rates on one disk, or on all that share it.
 type Limiter struct {
 	mu    sync.Mutex
 	rates Rates // guarded by mu
+
+	// bounds is set while there is any, changed under mu. Without it nobody
+	// looks at the buckets: that is what a disk without limits pays.
+	bounds atomic.Bool
 
 	// The buckets have locks of their own.
 	read, write, total pairOfBuckets
@@ -61,6 +68,7 @@ func (l *Limiter) Set(r Rates) error {
 	l.read.set(r.Read)
 	l.write.set(r.Write)
 	l.total.set(r.Total)
+	l.bounds.Store(r.Read.any() || r.Write.any() || r.Total.any())
 	return nil
 }
 
@@ -123,6 +131,9 @@ func NewRateLimit(dev backing.Device, o RateOptions) (*RateLimit, error) {
 // try takes all tokens of a request, or none.
 func (l *RateLimit) try(write bool, n int64) bool {
 	for i, lim := range l.limiters {
+		if !lim.bounds.Load() {
+			continue
+		}
 		shares := lim.buckets(write, n)
 		for j, s := range shares {
 			if !s.b.try(s.n) {
@@ -138,6 +149,9 @@ func (l *RateLimit) try(write bool, n int64) bool {
 // take waits for the tokens of a request.
 func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
 	for i, lim := range l.limiters {
+		if !lim.bounds.Load() {
+			continue
+		}
 		shares := lim.buckets(write, n)
 		for j, s := range shares {
 			if err := s.b.take(ctx, s.n); err != nil {
@@ -153,6 +167,9 @@ func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
 // putBack returns what a request took from the first limiters.
 func (l *RateLimit) putBack(write bool, n int64, count int) {
 	for _, lim := range l.limiters[:count] {
+		if !lim.bounds.Load() {
+			continue
+		}
 		shares := lim.buckets(write, n)
 		putBack(shares[:])
 	}
