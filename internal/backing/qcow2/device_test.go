@@ -268,7 +268,7 @@ func extents(t testing.TB, d backing.Device, off, n int64) []backing.Extent {
 }
 
 func TestExtentsSayWhatIsAllocatedAndZero(t *testing.T) {
-	st := memory(make([]byte, 64<<10))
+	st := memory(bytes.Repeat([]byte{1}, 64<<10))
 	base := layertest.New(nil, qcow2.Span{Kind: qcow2.Data, Len: 1000, Store: st}, qcow2.Span{Kind: qcow2.Absent, Len: 3096})
 	d := newDevice(t, layertest.New(base,
 		qcow2.Span{Kind: qcow2.Absent, Len: 8192},
