@@ -71,6 +71,8 @@ func TestTableLinesHaveEqualWidth(t *testing.T) {
 		{Case: "rr4k-q1", Peer: "a peer with a long name", PerIO: 1234.5, Ratio: 12.34, IOPS: 1e6},
 		{Case: "rr4k-q32", Peer: "b"},
 		{Case: "memory", Peer: "b", RSS: 2048, RSSPerCon: 16},
+		{Case: "s-memory", Peer: "b", RSS: 2048, RSSPerCon: 16, RSSPerExport: 12.3},
+		{Case: "s-rate", Peer: "b", MBps: 50, Limit: 50, WindowMin: 0.9, WindowMax: 1.1},
 	}
 	var out bytes.Buffer
 	writeTable(&out, rows)

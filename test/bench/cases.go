@@ -29,10 +29,13 @@ type testCase struct {
 	// request if it is nil.
 	versus string
 	by     func(sample) float64
+	// peers replaces those of the command line.
+	peers string
 }
 
 func byIOPS(s sample) float64 { return s.IOPS }
 func byMBps(s sample) float64 { return s.MBps }
+func byP99(s sample) float64  { return s.P99 }
 
 // idleConnections is what the memory case compares with a single connection.
 const idleConnections = 256
@@ -63,6 +66,11 @@ var cases = []testCase{
 	{name: "q-rw4k", about: "the same: 4 KiB random write, in place", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: plainImage, writes: true, small: true, versus: qemuPeer},
 	{name: "q-alloc", about: "empty qcow2 overlay on a sparse raw disk of 64 GiB: 4 KiB random write, QD32, each to a new cluster", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: overlayImage, fresh: true, writes: true, versus: qemuPeer},
 	{name: "q-cow", about: "empty qcow2 overlay on the raw image: 4 KiB random write, QD32, to new clusters as long as there are", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: copyImage, fresh: true, writes: true, versus: qemuPeer},
+	{name: "s-layers", about: "service with one export, whose layers are all there and do nothing: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "vmdiskd,service 1", versus: "vmdiskd"},
+	{name: "s-exports", about: "service, one export of many is busy: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "service 1,service 10,service 100,service 1000", versus: "service 1"},
+	{name: "s-add", about: "the same at QD1, while an export is added and removed all the time; compared by p99", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "service 10,service 10 adding", versus: "service 10", by: byP99},
+	{name: "s-rate", about: fmt.Sprintf("4 KiB random read, QD32, limited to %d MiB/s: what comes as part of the limit, and in the quietest and the busiest 10 ms as parts of their mean", rateMiB), load: []string{"-o", "randread", "-b", "4096", "-q", "32", "-j", "10"}, peers: fmt.Sprintf("service 1 rate=%dM", rateMiB), by: byMBps},
+	{name: "s-memory", about: "resident memory of a service with few and many exports", peers: "service 1,service 1000"},
 	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
 }
 
@@ -104,6 +112,7 @@ type peer struct {
 	name  string
 	kind  testenv.Kind
 	extra []string
+	service
 }
 
 // fioPeer is the name under which fio's own reading of the image is listed.
@@ -128,6 +137,14 @@ func parsePeers(list string) ([]peer, error) {
 		if len(words) == 0 {
 			return nil, fmt.Errorf("empty name in the list of peers %q", list)
 		}
+		if words[0] == serviceName {
+			s, err := parseService(words[1:])
+			if err != nil {
+				return nil, err
+			}
+			peers = append(peers, peer{name: strings.Join(words, " "), kind: serviceKind, service: s})
+			continue
+		}
 		kind, err := testenv.KindByName(words[0])
 		if err != nil {
 			return nil, err
@@ -141,6 +158,9 @@ func parsePeers(list string) ([]peer, error) {
 // it cannot.
 func (p peer) options(c testCase, image string) (o testenv.Options, ok bool) {
 	o = testenv.Options{Image: image, Extra: p.extra}
+	if p.exports > 0 {
+		return o, c.image == rawImage && !c.direct
+	}
 	if c.image != rawImage {
 		args, ok := imageArgs[p.kind.Program]
 		args.Image, args.ReadOnly, args.Extra = image, !c.writes, append(append([]string(nil), args.Extra...), p.extra...)

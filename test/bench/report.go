@@ -24,6 +24,9 @@ type row struct {
 	PerIO, Ratio         float64 // Ratio 0: there is nothing to compare with
 	IOPS, MBps, P50, P99 float64
 	RSS, RSSPerCon       float64
+	RSSPerExport         float64 // 0: there is nothing to compare with
+	WindowMin, WindowMax float64 // 0 and 0: not looked at
+	Limit                float64 // of a service in MB/s; 0 is none
 }
 
 // summarize returns a row for each case and peer, in the order of appearance.
@@ -50,7 +53,7 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 		}
 		return median(values)
 	}
-	return row{
+	r := row{
 		Case: name, Peer: peerName, Ratio: ratio(samples, name, peerName, baseline),
 		PerIO:     of(func(s sample) float64 { return s.PerIO }),
 		IOPS:      of(func(s sample) float64 { return s.IOPS }),
@@ -59,7 +62,29 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 		P99:       of(func(s sample) float64 { return s.P99 }),
 		RSS:       of(func(s sample) float64 { return s.RSS }),
 		RSSPerCon: of(func(s sample) float64 { return s.RSSPerCon }),
+		WindowMin: of(func(s sample) float64 { return s.WindowMin }),
+		WindowMax: of(func(s sample) float64 { return s.WindowMax }),
 	}
+	if p, err := parsePeers(peerName); err == nil && p[0].exports > 0 {
+		r.Limit = float64(p[0].rate) / 1e6
+		r.RSSPerExport = perExport(samples, name, r.RSS, p[0].exports)
+	}
+	return r
+}
+
+// perExport compares the memory of a service with that of one with a single
+// export.
+func perExport(samples []sample, name string, rss float64, exports int) float64 {
+	var single []float64
+	for _, s := range samples {
+		if s.Case == name && s.Peer == serviceName+" 1" {
+			single = append(single, s.RSS)
+		}
+	}
+	if len(single) == 0 || exports < 2 {
+		return 0
+	}
+	return (rss - median(single)) / float64(exports-1)
 }
 
 // ratio compares round by round what the case is about.
@@ -117,6 +142,22 @@ func writeTable(w io.Writer, rows []row) {
 			r.Case, width, r.Peer, r.PerIO, ratioText(r.Ratio), r.IOPS, r.MBps, r.P50, r.P99)
 	}
 	writeMemory(w, rows, width)
+	writeRates(w, rows, width)
+}
+
+func writeRates(w io.Writer, rows []row, width int) {
+	first := true
+	for _, r := range rows {
+		if r.Limit == 0 {
+			continue
+		}
+		if first {
+			first = false
+			fmt.Fprintf(w, "\n| %-10s | %-*s | %17s | %14s | %13s |\n", "case", width, "peer", "part of the limit", "quietest 10 ms", "busiest 10 ms")
+			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(18)+":", dashes(15)+":", dashes(14)+":")
+		}
+		fmt.Fprintf(w, "| %-10s | %-*s | %17.3f | %14.2f | %13.2f |\n", r.Case, width, r.Peer, r.MBps/r.Limit, r.WindowMin, r.WindowMax)
+	}
 }
 
 func writeMemory(w io.Writer, rows []row, width int) {
@@ -127,10 +168,15 @@ func writeMemory(w io.Writer, rows []row, width int) {
 		}
 		if first {
 			first = false
-			fmt.Fprintf(w, "\n| %-10s | %-*s | %22s | %26s |\n", "case", width, "peer", "MiB with 1 connection", "KiB per further connection")
-			fmt.Fprintf(w, "|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(23)+":", dashes(27)+":")
+			fmt.Fprintf(w, "\n| %-10s | %-*s | %22s | %26s | %22s |\n", "case", width, "peer",
+				"MiB with 1 connection", "KiB per further connection", "KiB per further export")
+			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(23)+":", dashes(27)+":", dashes(23)+":")
 		}
-		fmt.Fprintf(w, "| %-10s | %-*s | %22.1f | %26.1f |\n", r.Case, width, r.Peer, r.RSS/1024, r.RSSPerCon)
+		further := "-"
+		if r.RSSPerExport != 0 {
+			further = fmt.Sprintf("%.1f", r.RSSPerExport)
+		}
+		fmt.Fprintf(w, "| %-10s | %-*s | %22.1f | %26.1f | %22s |\n", r.Case, width, r.Peer, r.RSS/1024, r.RSSPerCon, further)
 	}
 }
 
@@ -214,7 +260,7 @@ func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
 	}
 	fmt.Fprintf(w, "\n## Results\n\n`CPU us/io` is the server's own processor time (user and system) per request. "+
 		"`ratio` is that time divided by the first peer's in the same round; in the direct case it is IOPS divided by those of "+
-		"fio on the same file; the q- cases are compared with qemu-nbd-uring, those of 1 MiB from compressed images by MB/s. All figures are medians over the rounds.\n\n")
+		"fio on the same file; the q- cases are compared with qemu-nbd-uring, those of 1 MiB from compressed images by MB/s; the s- cases name what they are compared with. All figures are medians over the rounds.\n\n")
 	writeTable(w, rows)
 	fmt.Fprintf(w, "\n## How to repeat\n\n```\nmake bench\n"+
 		"go run ./test/bench --cases rr4k-q32 --peers 'nbdkit,vmdiskd,vmdiskd --engine=pool' --rounds 5\n```\n")

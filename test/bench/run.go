@@ -40,6 +40,9 @@ type sample struct {
 	PerIO     float64 `json:"server_us_per_io,omitempty"`
 	RSS       float64 `json:"rss_kib,omitempty"`      // with 1 idle connection
 	RSSPerCon float64 `json:"rss_conn_kib,omitempty"` // for each further one
+	Added     int     `json:"added,omitempty"`        // exports, while it was measured
+	WindowMin float64 `json:"window_min,omitempty"`   // quietest and busiest window of -j,
+	WindowMax float64 `json:"window_max,omitempty"`   // as part of their mean
 }
 
 // bench holds what all measurements share.
@@ -143,6 +146,11 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	if err := b.warm(c.small); err != nil {
 		return sample{}, true, err
 	}
+	if p.exports > 0 {
+		if err := b.configure(dir, b.image, p.service); err != nil {
+			return sample{}, true, err
+		}
+	}
 	server, err := p.kind.Launch(ctx, dir, o, "taskset", "-c", serverCPU)
 	if err != nil {
 		return sample{}, true, err
@@ -150,9 +158,15 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	// An orderly end gives up the image's locks before the next peer wants
 	// them. Some peers end badly, and what was measured holds all the same.
 	defer server.Stop()
-	if c.load == nil {
+	switch {
+	case c.load == nil:
 		s, err = b.memory(ctx, server)
-	} else {
+	case p.adding:
+		stop := b.disturb(ctx, dir)
+		s, err = b.runLoad(ctx, server, c.load)
+		n, failed := stop()
+		s.Added, err = n, errors.Join(err, failed)
+	default:
 		s, err = b.runLoad(ctx, server, c.load)
 	}
 	if err == nil && c.writes {
@@ -286,6 +300,13 @@ func (b *bench) runAll(ctx context.Context, chosen []testCase, peers []peer, rou
 	for _, c := range chosen {
 		if err := b.use(ctx, c.image); err != nil {
 			return all, err
+		}
+		peers := peers
+		if c.peers != "" {
+			var err error
+			if peers, err = parsePeers(c.peers); err != nil {
+				return all, err
+			}
 		}
 		for round := range rounds {
 			for i := range peers {

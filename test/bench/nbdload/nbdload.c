@@ -7,13 +7,15 @@
 //   nbdload -u SOCKET | -T ADDRESS:PORT | -K CID:PORT
 //           [-e EXPORT] [-o read|write|randread|randwrite|mix|idle]
 //           [-b BLOCK] [-q DEPTH] [-c CONNECTIONS] [-t SECONDS] [-w WARMUP]
-//           [-l BYTES] [-p SERVERPID] [-s] [-V]
+//           [-l BYTES] [-p SERVERPID] [-j MILLISECONDS] [-s] [-V]
 //
 // -s asks for structured replies, -l uses the first BYTES of the export only,
 // -V compares what is read with the benchmark's pattern: each aligned 8 bytes
 // hold offset * 0x9e3779b97f4a7c15 + 1 in little endian. "mix" is 70 % random
 // reads and 30 % random writes. "idle" opens the connections, prints "ready"
-// and keeps them open until standard input ends.
+// and keeps them open until standard input ends. -j looks at what comes in
+// within windows of so many milliseconds, and prints the least and the most as
+// parts of their mean.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -99,6 +101,7 @@ static struct {
 	uint32_t block, depth, connections;
 	double seconds, warmup;
 	uint64_t limit;
+	uint32_t window_ms;
 	int pid;
 	bool structured, verify;
 } opt = {
@@ -110,6 +113,11 @@ static struct {
 	uint64_t requests, errors, mismatches;
 	uint64_t latency[BUCKETS];
 } stats;
+
+// What comes in the present window of -j, and in those before it.
+static struct {
+	uint64_t number, bytes, count, sum, min, max;
+} window;
 
 static bool random_offsets;
 static int write_percent;
@@ -414,8 +422,35 @@ static struct slot *slot_of(struct conn *c, uint64_t cookie)
 	return &c->slots[cookie];
 }
 
+// next_window ends windows: one that is skipped had nothing, and the first one
+// had begun before it was looked at, so that the next is the first to count.
+static void next_window(uint64_t number)
+{
+	if (!window.number) {
+		window.number = number + 1;
+		return;
+	}
+	for (uint64_t n = window.number; n < number; n++) {
+		uint64_t bytes = n == window.number ? window.bytes : 0;
+		if (!window.count++ || bytes < window.min)
+			window.min = bytes;
+		if (bytes > window.max)
+			window.max = bytes;
+		window.sum += bytes;
+	}
+	window.number = number;
+	window.bytes = 0;
+}
+
 static void complete(struct conn *c, uint32_t id)
 {
+	if (opt.window_ms) {
+		uint64_t number = now_ns / (opt.window_ms * 1000000ull);
+		if (number > window.number)
+			next_window(number);
+		if (number == window.number)
+			window.bytes += opt.block;
+	}
 	stats.requests++;
 	stats.latency[bucket_of(now_ns - c->slots[id].sent_ns)]++;
 	if (c->nfree == opt.depth)
@@ -616,18 +651,24 @@ static double server_cpu(void)
 	return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
 }
 
+// window_part is a window's bytes as part of the mean.
+static double window_part(uint64_t bytes)
+{
+	return window.sum ? (double)bytes * (double)window.count / (double)window.sum : 0;
+}
+
 static void report(double seconds, double cpu)
 {
 	double n = (double)stats.requests;
 	printf("{\"op\":\"%s\",\"block\":%u,\"depth\":%u,\"connections\":%u,\"seconds\":%.3f,"
 		"\"requests\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"mismatches\":%" PRIu64 ","
 		"\"iops\":%.0f,\"mb_per_s\":%.1f,\"p50_us\":%.1f,\"p99_us\":%.1f,"
-		"\"server_cpu_s\":%.2f,\"server_us_per_io\":%.3f}\n",
+		"\"server_cpu_s\":%.2f,\"server_us_per_io\":%.3f,\"window_min\":%.3f,\"window_max\":%.3f}\n",
 		opt.op, opt.block, opt.depth, opt.connections, seconds,
 		stats.requests, stats.errors, stats.mismatches,
 		n / seconds, n * opt.block / seconds / 1e6,
 		percentile_us(0.5), percentile_us(0.99),
-		cpu, stats.requests ? cpu / n * 1e6 : 0);
+		cpu, stats.requests ? cpu / n * 1e6 : 0, window_part(window.min), window_part(window.max));
 }
 
 static void load(struct conn *conns)
@@ -646,6 +687,7 @@ static void load(struct conn *conns)
 	// What went wrong while warming up counts too.
 	uint64_t errors = stats.errors, mismatches = stats.mismatches;
 	memset(&stats, 0, sizeof stats);
+	memset(&window, 0, sizeof window);
 	stats.errors = errors;
 	stats.mismatches = mismatches;
 	double cpu = server_cpu();
@@ -697,7 +739,7 @@ static void choose_op(void)
 
 static void parse_options(int argc, char **argv)
 {
-	for (int o; (o = getopt(argc, argv, "u:T:K:e:o:b:q:c:t:w:l:p:sV")) != -1;) {
+	for (int o; (o = getopt(argc, argv, "u:T:K:e:o:b:q:c:t:w:l:p:j:sV")) != -1;) {
 		switch (o) {
 		case 'u': opt.unix_path = optarg; break;
 		case 'T': opt.tcp = optarg; break;
@@ -711,6 +753,7 @@ static void parse_options(int argc, char **argv)
 		case 'w': opt.warmup = strtod(optarg, NULL); break;
 		case 'l': opt.limit = strtoull(optarg, NULL, 0); break;
 		case 'p': opt.pid = atoi(optarg); break;
+		case 'j': opt.window_ms = (uint32_t)strtoul(optarg, NULL, 0); break;
 		case 's': opt.structured = true; break;
 		case 'V': opt.verify = true; break;
 		default: exit(2);
