@@ -1,11 +1,11 @@
 package layer_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"slices"
 	"testing"
+	"testing/synctest"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
@@ -141,24 +141,32 @@ func TestFastZeroOfPartsIsRefusedUntouched(t *testing.T) {
 
 // A lease of a whole block keeps writers of its parts out until it ends.
 func TestPartIsNotModifiedUnderAMappedWrite(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		disk := &slow{Device: mem.New(1<<20, nil), gate: make(chan struct{})}
+		close(disk.gate)
+		b := must(layer.NewBlockSize(checkedBlocks(disk, 4096), layer.BlockSizeOptions{Min: 1}))
+		var m, beside backing.Mapping
+		if err := b.Map(engine.OpWrite, 4096, 4096, &m); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- b.WriteAt(t.Context(), []byte{1, 2}, 4100, 0) }()
+		synctest.Wait()
+		if len(done) != 0 {
+			t.Fatal("a part of the block was written under the lease")
+		}
+		isKind(t, "map behind the writer", b.Map(engine.OpWrite, 0, 8192, &beside), backing.ErrNotMappable)
+		m.Release()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		holds(t, b, 4100, []byte{1, 2})
+	})
+}
+
+func TestBlockSizeMapsWithoutAllocating(t *testing.T) {
 	raw := newRaw(t, "pool", 1<<20, 0)
 	b := closing(t, must(layer.NewBlockSize(checkedBlocks(raw, 4096), layer.BlockSizeOptions{Min: 1})))
-	var m backing.Mapping
-	if err := b.Map(engine.OpWrite, 4096, 4096, &m); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error, 1)
-	go func() { done <- b.WriteAt(t.Context(), []byte{1, 2}, 4100, 0) }()
-	if _, err := m.Runs[0].File.OS.WriteAt(bytes.Repeat([]byte{9}, 4096), m.Runs[0].Off); err != nil {
-		t.Fatal(err)
-	}
-	m.Release()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	want := bytes.Repeat([]byte{9}, 4096)
-	want[4], want[5] = 1, 2
-	holds(t, b, 4096, want)
 	if n := mapAllocates(t, b); n != 0 {
 		t.Errorf("map: got %v allocations, want none", n)
 	}

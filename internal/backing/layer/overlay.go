@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -24,8 +25,13 @@ type OverlayOptions struct {
 	File *os.File
 }
 
-// OpenTemporary makes a file for OverlayOptions in the folder dir.
+// OpenTemporary makes a file for OverlayOptions in the folder dir, whose file
+// system must know O_TMPFILE. "" is $TMPDIR, or else /var/tmp: /tmp is memory on
+// many hosts.
 func OpenTemporary(dir string) (*os.File, error) {
+	if dir == "" {
+		dir = cmp.Or(os.Getenv("TMPDIR"), "/var/tmp")
+	}
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, &os.PathError{Op: "make temporary file in", Path: dir, Err: err}

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -171,6 +172,12 @@ func TestOverlayLeavesNoFile(t *testing.T) {
 	if _, err := f.Stat(); err == nil {
 		t.Error("the file is still open")
 	}
+	t.Setenv("TMPDIR", dir)
+	f = must(layer.OpenTemporary(""))
+	if name := f.Name(); !strings.HasPrefix(name, dir) {
+		t.Errorf("file of no folder in particular: got %s, want one in %s", name, dir)
+	}
+	_ = f.Close()
 	if _, err := layer.OpenTemporary(dir + "/none"); err == nil {
 		t.Error("a file in no folder: got none, want an error")
 	}
@@ -218,6 +225,7 @@ func TestOverlayMapsWhatWasNotWritten(t *testing.T) {
 	}
 	var m backing.Mapping
 	isKind(t, "map of what was written", o.Map(engine.OpRead, 90<<10, 10<<10, &m), backing.ErrNotMappable)
+	isKind(t, "map of what was written in part", o.Map(engine.OpRead, 60<<10, 10<<10, &m), backing.ErrNotMappable)
 	isKind(t, "map for a write", o.Map(engine.OpWrite, 0, 4096, &m), backing.ErrNotMappable)
 	if err := o.Map(engine.OpRead, 128<<10, 64<<10, &m); err != nil || m.N != 1 || m.Runs[0].File != nil {
 		t.Errorf("map of zeroes: got %+v, %v", m, err)

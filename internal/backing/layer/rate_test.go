@@ -137,6 +137,27 @@ func TestRateHoldsForRequestsOfAnySize(t *testing.T) {
 	}
 }
 
+// Who is late by less than limits.RateSlack makes up for it: timers are.
+func TestLateRequestsCostNoRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const rate = 100e6
+		d := limited(mem.Null(1<<30), layer.Rates{Read: layer.Rate{Bytes: rate}})
+		p := make([]byte, 1e6) // 10 ms
+		begin := time.Now()
+		for range 100 {
+			for _, late := range []time.Duration{18 * time.Millisecond, 0} {
+				time.Sleep(late)
+				if err := d.ReadAt(t.Context(), p, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got := 200e6 / time.Since(begin).Seconds(); !within(got, rate, 3) {
+			t.Errorf("got %.0f bytes in a second, want %.0f within 3 %%", got, rate)
+		}
+	})
+}
+
 func TestOpsAreCountedWhateverTheirSize(t *testing.T) {
 	for _, rate := range []int64{10, 1000} {
 		synctest.Test(t, func(t *testing.T) {
