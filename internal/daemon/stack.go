@@ -35,17 +35,23 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File) 
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
-		d.putFaults, d.putRate, d.putLog,
+		d.putPause, d.putFaults, d.putRate, d.putLog,
 	} {
 		if err := put(s, x); err != nil {
 			return nil, errors.Join(err, s.top.Close())
 		}
 	}
+	return s, nil
+}
+
+// putPause lets a served disk be paused. What waits above for its turn, by a
+// rate or a fault, is not in flight.
+func (d *daemon) putPause(s *stack, _ *config.Export) error {
 	if d.served() {
 		s.pause = layer.NewPause(s.top)
 		s.top = s.pause
 	}
-	return s, nil
+	return nil
 }
 
 func (s *stack) putWindow(x *config.Export) error {
