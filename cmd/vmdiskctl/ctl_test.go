@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -41,25 +42,35 @@ func controlledBy(t *testing.T, service *controltest.Service, access ctlserver.A
 	return service
 }
 
-// answer serves the control API of any service.
+// answer serves the control API of any service, for all commands of the test.
 func answer(t *testing.T, service ctlserver.Service, access ctlserver.Access) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "control")
-	l, err := net.Listen("unix", path)
+	stop, err := answerAt(path, service, access)
 	must(t, err)
+	t.Cleanup(stop)
+	t.Setenv(socketVariable, path)
+}
+
+// answerAt does so at a path, until stop.
+func answerAt(path string, service ctlserver.Service, access ctlserver.Access) (stop func(), err error) {
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
 	s := ctlserver.New(ctlserver.Config{
 		Service: service, Log: slog.New(slog.DiscardHandler),
 		Authorize: func(ctlserver.Peer) ctlserver.Access { return access },
 	})
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
-	t.Cleanup(func() {
+	return func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		must(t, s.Close(ctx))
-		must(t, <-done)
-	})
-	t.Setenv(socketVariable, path)
+		if err := errors.Join(s.Close(ctx), <-done); err != nil {
+			panic(err)
+		}
+	}, nil
 }
 
 // nasty is a name that must not reach a terminal as it is.
