@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 )
@@ -20,6 +21,7 @@ const (
 	exitFailed  = 1
 	exitUsage   = 2
 	exitRefused = 3
+	exitHalf    = 4 // rolled back incompletely
 )
 
 // usageError is a mistake on the command line.
@@ -54,9 +56,11 @@ func exitCode(err error, begun bool) int {
 	switch {
 	case errors.As(err, &found):
 		return found.code()
+	case errors.Is(err, attach.ErrIncomplete):
+		return exitHalf
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
-	case forbidden(err), errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
+	case forbidden(err), refusedByMachine(err), errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
 		return exitRefused
 	}
 	return exitFailed
@@ -70,13 +74,15 @@ func newRoot(terminal *os.File) *cobra.Command {
 		Long: `Run the disks of a daemon, and look at and copy network block devices.
 
 The commands status, export, clients, top, events and reload speak to a daemon
-on this machine, by its control socket.
+on this machine, by its control socket; attach, detach, resize, snapshot, vm and
+domain-xml to running machines too, by QEMU's monitor or libvirt.
 
 Disks are named by NBD URIs: nbd://host[:port]/export,
 nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
 TLS.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.`,
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 rolled back
+incompletely.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
@@ -94,6 +100,12 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused.`,
 		newTop(),
 		newEvents(),
 		newReload(),
+		newAttach(),
+		newDetach(),
+		newResize(),
+		newSnapshot(),
+		newVM(),
+		newDomainXML(),
 		newVersion(),
 	)
 	return root

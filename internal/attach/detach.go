@@ -22,7 +22,7 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 	if own && m.Server == nil {
 		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
 	}
-	plan := &Plan{Aim: fmt.Sprintf("detach %s from %q", id, m.Name)}
+	plan := &Plan{Aim: fmt.Sprintf("detach %s from %q", id, m.Name), Disk: id}
 	if !force {
 		plan.Steps = append(plan.Steps, Step{
 			Name: "see that the guest does not use the disk, if an agent answers",

@@ -33,10 +33,13 @@ func (m *Machine) note(format string, args ...any) {
 
 // Options are how a disk is plugged.
 type Options struct {
-	ID        string // the disk's name in the machine; empty: DiskID
+	// ID is the disk's name in the machine. Empty is DiskID, or libvirt's
+	// first free target.
+	ID        string
 	Model     qmp.Model
 	Serial    string        // empty: one that follows from the names
 	Reconnect time.Duration // 0: limits.AttachReconnect
+	Persist   bool          // in the configuration of a libvirt domain too
 }
 
 // plug is a disk that is being plugged.
@@ -76,7 +79,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
-	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID)}
+	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID), Disk: o.ID}
 	plan.Steps = append(v.steps, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())
 	return plan, nil
 }

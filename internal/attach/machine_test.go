@@ -124,7 +124,9 @@ func (l *lab) machine(t *testing.T, path string, notes *[]string) *attach.Machin
 }
 
 func (l *lab) source(image string) attach.Source {
-	return attach.Source{Image: image, Socket: l.dir}
+	s := attach.Source{Image: image, Socket: l.dir}
+	s.Add.Image = image
+	return s
 }
 
 // state is all that plans change, as text.
@@ -477,7 +479,7 @@ func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 		t.Errorf("another image: %v", err)
 	}
 	ro := l.source(one)
-	ro.ReadOnly = true
+	ro.Add.ReadOnly = true
 	if _, err := m.Attach(ctx, ro, o); !errors.Is(err, attach.ErrDiffers) {
 		t.Errorf("the same image read-only: %v", err)
 	}
@@ -518,9 +520,10 @@ func TestImageIsPassedAsADescriptor(t *testing.T) {
 	if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
 		t.Errorf("by its path: %v", err)
 	}
-	s.File, err = os.OpenFile(s.Image, os.O_RDWR, 0)
+	f, err := os.OpenFile(s.Image, os.O_RDWR, 0)
 	must(t, err)
-	defer s.File.Close()
+	defer f.Close()
+	s.Add.Image, s.Files = "fd:0", []*os.File{f}
 	for _, want := range []bool{true, false} {
 		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
 		if do(t, p, err) != want {

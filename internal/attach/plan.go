@@ -39,7 +39,9 @@ type Step struct {
 // Plan is a list of steps with one aim.
 type Plan struct {
 	// Aim says in one line what the plan is for.
-	Aim   string
+	Aim string
+	// Disk is the name by which the disk is found again.
+	Disk  string
 	Steps []Step
 }
 

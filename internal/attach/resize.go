@@ -61,6 +61,7 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 	}
 	return &Plan{
 		Aim:   fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size),
+		Disk:  id,
 		Steps: []Step{g.exportStep(x.Name), g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep()},
 	}, nil
 }

@@ -26,23 +26,21 @@ var (
 
 // Source is where a disk is served: exactly one of Image, Export and URI.
 type Source struct {
-	// Image is an absolute path that the daemon gets an export for, with a
-	// socket of its own. File is the image if the daemon cannot open it.
+	// Image is an absolute path that the daemon gets an export for, as Add
+	// says, with a socket of its own. Add has the path too, or stands for
+	// Files. Its name, description and listeners are the plan's.
 	Image string
-	File  *os.File
+	Add   api.AddExport
+	Files []*os.File // as for client.Add; they stay the caller's
+
+	Socket string // folder of the socket of Image
+	Owner  string // USER[:GROUP] of the socket; empty: the daemon's own
+	Mode   string // of the socket, in octal; empty: the daemon's default
 
 	Export string // an export that the daemon has
 	URI    string // of any NBD server
 
-	// The rest is for Image.
-	Format  string       // empty is raw
-	Rate    *config.Rate // nil: no bound
-	Persist bool         // kept when the daemon starts again
-	Socket  string       // folder of the socket
-	Owner   string       // USER[:GROUP] of the socket; empty: the daemon's own
-	Mode    string       // of the socket, in octal; empty: the daemon's default
-
-	ReadOnly bool
+	ReadOnly bool // of Export and URI; Add has its own
 }
 
 // name is what people call the disk.
@@ -75,6 +73,9 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 	}
 	if given != 1 {
 		return nil, fmt.Errorf("%w source: one of image, export and URI", qmp.ErrInvalid)
+	}
+	if c == nil && s.URI == "" {
+		return nil, fmt.Errorf("%w: %s", ErrNoServer, s.name())
 	}
 	switch {
 	case s.Image != "":
@@ -147,25 +148,21 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 		return nil, fmt.Errorf("%w socket %q: an absolute path of at most %d bytes", qmp.ErrInvalid, path, limits.QEMUSocketPath)
 	}
 	uri := transport.URI{Target: transport.Target{Kind: transport.Unix, Path: path}}
-	a := api.AddExport{Persist: s.Persist}
-	a.Name, a.Image, a.Format, a.ReadOnly, a.Rate = name, s.Image, s.Format, s.ReadOnly, s.Rate
+	a := s.Add
+	a.Name = name
 	// The image is meant, but not named: clients can read this.
 	a.Description = "disk " + id + ", image " + key(16, s.Image)
 	a.Listeners = []config.Listener{{URI: uri.String(), Mode: s.Mode, Owner: s.Owner}}
-	var files []*os.File
-	if s.File != nil {
-		a.Image, files = api.FilePrefix+"0", []*os.File{s.File}
-	}
 	var size int64
-	step := exportStep(c, a, files, &size)
+	step := exportStep(c, a, s.Files, &size)
+	step.Name = fmt.Sprintf("serve %q as export %q at %s", s.Image, name, uri)
 	uri.Export = name
-	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: s.ReadOnly, size: func() int64 { return size }}, nil
+	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }}, nil
 }
 
 // exportStep adds an export and learns its size.
 func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64) Step {
 	return Step{
-		Name: fmt.Sprintf("serve %q as export %q at %s", a.Image, a.Name, a.Listeners[0].URI),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()

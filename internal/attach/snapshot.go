@@ -21,7 +21,7 @@ func (m *Machine) Snapshot(ctx context.Context, id, export, overlay string, must
 	if must && m.Agent == nil {
 		return nil, fmt.Errorf("%w: none was named", qmp.ErrNoAgent)
 	}
-	plan := &Plan{Aim: fmt.Sprintf("keep %q as it is and have %s write to %q", x.Image, id, overlay)}
+	plan := &Plan{Aim: fmt.Sprintf("keep %q as it is and have %s write to %q", x.Image, id, overlay), Disk: id}
 	if m.Agent != nil {
 		plan.Steps = append(plan.Steps, m.freezeStep(must))
 	} else {

@@ -1,0 +1,441 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+)
+
+// machine is what disks are plugged into: attach.Machine or attach.Domain.
+type machine interface {
+	Attach(context.Context, attach.Source, attach.Options) (*attach.Plan, error)
+	Resolve(ctx context.Context, word string) (string, error)
+	Detach(ctx context.Context, disk string, force bool) (*attach.Plan, error)
+	Resize(ctx context.Context, disk, export string, want attach.Size) (*attach.Plan, error)
+	Snapshot(ctx context.Context, disk, export, overlay string, freeze bool) (*attach.Plan, error)
+}
+
+// Ways to a machine.
+const (
+	viaQMP     = "qmp"
+	viaLibvirt = "libvirt"
+)
+
+// vmFlags are the flags of all commands on a machine.
+type vmFlags struct {
+	ctlFlags
+	via, agent string
+	libvirt    libvirtFlags
+	notes      []string
+}
+
+func (f *vmFlags) addVM(c *cobra.Command) {
+	n := c.Flags()
+	n.StringVar(&f.via, "via", "", "qmp or libvirt: what VM is, if its look does not say")
+	n.StringVar(&f.agent, "agent", "", "`SOCKET` of the guest agent, for a VM that is a QMP socket")
+	f.libvirt.add(c)
+}
+
+// machine connects to a VM; the path of a QMP socket has a slash, and the name
+// of a domain has none. close ends the connections.
+func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close func(), err error) {
+	via := f.via
+	if via == "" {
+		if via = viaLibvirt; strings.Contains(name, "/") {
+			via = viaQMP
+		}
+	}
+	switch via {
+	case viaQMP:
+		q, err := f.overQMP(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		return q, func() { closeMachine(q) }, nil
+	case viaLibvirt:
+		if f.agent != "" {
+			return nil, nil, usage("--agent is for a VM that is a QMP socket")
+		}
+		d, done, err := f.overLibvirt(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		return d, done, nil
+	}
+	return nil, nil, usage("--via: %q is neither qmp nor libvirt", via)
+}
+
+// overQMP connects to a monitor, and to an agent if one was named.
+func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	server, err := f.dial()
+	if err != nil {
+		return nil, err
+	}
+	m := &attach.Machine{Name: path, Server: server, Note: f.note}
+	if m.Monitor, err = qmp.Dial(ctx, path); err != nil {
+		return nil, err
+	}
+	if f.agent != "" {
+		if m.Agent, err = qmp.DialAgent(ctx, f.agent); err != nil {
+			return nil, errors.Join(err, m.Monitor.Close())
+		}
+	}
+	return m, nil
+}
+
+func closeMachine(m *attach.Machine) {
+	_ = m.Monitor.Close() // nothing waits for a reply
+	if m.Agent != nil {
+		_ = m.Agent.Close()
+	}
+}
+
+func (f *vmFlags) note(text string) { f.notes = append(f.notes, visible(text)) }
+
+// planned is what a command on a machine has done, or would do.
+type planned struct {
+	VM      string   `json:"vm"`
+	Disk    string   `json:"disk"`
+	Changed bool     `json:"changed"`
+	DryRun  bool     `json:"dry-run,omitempty"`
+	Plan    []string `json:"plan,omitempty"`
+	Notes   []string `json:"notes,omitempty"`
+}
+
+// run makes a plan for the machine and runs it, or says what it is. done says
+// what has been done.
+func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Context, machine) (*attach.Plan, error)) error {
+	m, close, err := f.machine(c.Context(), vm)
+	if err != nil {
+		return plugError(err)
+	}
+	defer close()
+	p, err := plan(c.Context(), m)
+	if err != nil {
+		return plugError(err)
+	}
+	out := planned{VM: vm, Disk: p.Disk, DryRun: f.dryRun}
+	if f.dryRun {
+		for _, s := range p.Steps {
+			out.Plan = append(out.Plan, s.Name)
+		}
+	} else {
+		out.Changed, err = p.Run(c.Context())
+	}
+	out.Notes = f.notes
+	if err != nil {
+		f.printNotes(c)
+		return plugError(err)
+	}
+	return f.report(c, p, &out, done)
+}
+
+// report prints what has been done, or would be.
+func (f *vmFlags) report(c *cobra.Command, p *attach.Plan, out *planned, done string) error {
+	if f.json {
+		return writeJSON(c.OutOrStdout(), out)
+	}
+	f.printNotes(c)
+	if f.dryRun {
+		var b strings.Builder
+		if err := p.Print(&b); err != nil {
+			return err
+		}
+		for line := range strings.Lines(b.String()) {
+			if _, err := fmt.Fprintln(c.OutOrStdout(), visible(strings.TrimSuffix(line, "\n"))); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if !out.Changed {
+		done = "nothing had to be done"
+	}
+	_, err := fmt.Fprintf(c.OutOrStdout(), "disk %s of %s: %s\n", shown(out.Disk), shown(out.VM), done)
+	return err
+}
+
+func (f *vmFlags) printNotes(c *cobra.Command) {
+	for _, n := range f.notes {
+		fmt.Fprintf(c.ErrOrStderr(), "vmdiskctl: note: %s\n", n)
+	}
+}
+
+// machineError is an error of a plan for a terminal, in one line.
+type machineError struct{ err error }
+
+func (e machineError) Error() string {
+	return visible(strings.ReplaceAll(e.err.Error(), "\n", "; "))
+}
+func (e machineError) Unwrap() error { return e.err }
+
+// plugError makes an error one that can be shown. A mistake on the command
+// line stays one.
+func plugError(err error) error {
+	switch {
+	case err == nil || errors.As(err, new(usageError)):
+		return err
+	case errors.Is(err, qmp.ErrInvalid) && !errors.Is(err, attach.ErrIncomplete):
+		return usageError{machineError{err}}
+	}
+	return machineError{err}
+}
+
+// refusedByMachine tells whether a machine, or what it has, keeps the user from
+// what was asked for.
+func refusedByMachine(err error) bool {
+	for _, e := range [...]error{attach.ErrMounted, attach.ErrDiffers, attach.ErrSmaller, qmp.ErrUnplugRefused} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// attachFlags are the flags of attach.
+type attachFlags struct {
+	vmFlags
+	image     addFlags
+	named     bool // IMAGE is an export
+	target    string
+	bus       string
+	serial    string
+	reconnect time.Duration
+	place     placeFlags
+}
+
+// placeFlags say where the socket of a disk is.
+type placeFlags struct{ dir, owner, mode string }
+
+func (f *placeFlags) add(c *cobra.Command) {
+	n := c.Flags()
+	n.StringVar(&f.dir, "socket-dir", "", "`FOLDER` of the socket that the daemon makes for the disk (default that of the control socket)")
+	n.StringVar(&f.owner, "socket-owner", "", "`USER[:GROUP]` of that socket (default those of the VM, if they can be seen)")
+	n.StringVar(&f.mode, "socket-mode", "", "its octal `MODE`")
+}
+
+func newAttach() *cobra.Command {
+	f := &attachFlags{}
+	c := f.changing(&cobra.Command{
+		Use:   "attach VM IMAGE",
+		Short: "Serve an image and plug it into a running machine",
+		Long: `Serve an image and plug it into a running machine, as a whole or not at all.
+
+VM is the path of a QMP socket, or the name or UUID of a libvirt domain. IMAGE
+is a file or block device that the daemon serves from then on at a socket for
+this machine alone, an NBD URI, or with --export the name of an export that the
+daemon has. A disk that is attached as wanted stays as it is.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error { return f.attach(c, args[0], args[1]) },
+	})
+	f.addVM(c)
+	f.addSource(c)
+	f.addDevice(c)
+	c.Flags().StringVar(&f.image.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
+	c.Flags().BoolVar(&f.image.x.Persist, "persist", false, "keep it when the daemon ends, and in the configuration of a libvirt domain")
+	return c
+}
+
+// addSource adds the flags that say where the disk is.
+func (f *attachFlags) addSource(c *cobra.Command) {
+	f.image.addImage(c)
+	f.place.add(c)
+	c.Flags().BoolVar(&f.named, "export", false, "IMAGE is the name of an export that the daemon has")
+}
+
+// addDevice adds the flags that say what the guest sees.
+func (f *attachFlags) addDevice(c *cobra.Command) {
+	n := c.Flags()
+	n.StringVar(&f.target, "target", "", "name of the disk in the machine (default one that follows from IMAGE)")
+	n.StringVar(&f.bus, "bus", "virtio", "virtio, scsi or nvme")
+	n.StringVar(&f.serial, "serial", "", "serial number that the guest sees")
+	n.DurationVar(&f.reconnect, "reconnect", limits.AttachReconnect, "how long the guest waits for a server that is lost")
+}
+
+// models are the buses of the command line.
+var models = map[string]qmp.Model{"virtio": qmp.VirtIOBlk, "scsi": qmp.SCSIDisk, "nvme": qmp.NVMe}
+
+// options is what the guest sees.
+func (f *attachFlags) options() (o attach.Options, err error) {
+	model, ok := models[f.bus]
+	switch {
+	case !ok:
+		return o, usage("--bus: %q is none of virtio, scsi and nvme", f.bus)
+	case f.reconnect < time.Second || f.reconnect > limits.NBDReconnect:
+		return o, usage("--reconnect: want %v to %v", time.Second, limits.NBDReconnect)
+	}
+	return attach.Options{ID: f.target, Model: model, Serial: f.serial, Reconnect: f.reconnect, Persist: f.image.x.Persist}, nil
+}
+
+func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
+	o, err := f.options()
+	if err != nil {
+		return err
+	}
+	s, err := f.source(c, vm, image)
+	defer closeFiles(s.Files)
+	if err != nil {
+		return err
+	}
+	return f.run(c, vm, "attached", func(ctx context.Context, m machine) (*attach.Plan, error) {
+		return m.Attach(ctx, s, o)
+	})
+}
+
+// closeFiles closes what was sent to the daemon, which has its own.
+func closeFiles(files []*os.File) {
+	for _, x := range files {
+		_ = x.Close() // nothing was written by it
+	}
+}
+
+// source is what IMAGE means.
+func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Source, err error) {
+	if f.named || isURI(image) {
+		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "protect", "socket-dir", "socket-owner", "socket-mode"} {
+			if c.Flags().Changed(flag) {
+				return s, usage("--%s is for an image that the daemon is to serve", flag)
+			}
+		}
+		s.ReadOnly = f.image.x.ReadOnly
+		if f.named {
+			s.Export = image
+		} else {
+			s.URI = image
+		}
+		return s, nil
+	}
+	if s.Add, err = f.image.request(c, "", image); err != nil {
+		return s, err
+	}
+	s.Image, s.Socket, s.Owner, s.Mode = s.Add.Image, f.place.dir, f.place.owner, f.place.mode
+	if s.Socket == "" {
+		s.Socket = filepath.Dir(f.socket)
+	}
+	if s.Socket, err = filepath.Abs(s.Socket); err != nil {
+		return s, err
+	}
+	if s.Owner == "" {
+		s.Owner = ownerOf(vm)
+	}
+	if f.image.send {
+		s.Files, err = openAll(&s.Add.Export)
+	}
+	return s, err
+}
+
+// ownerOf is who runs the QEMU of a monitor's socket, unless that is root or
+// cannot be seen.
+func ownerOf(path string) string {
+	info, err := os.Stat(path)
+	if err != nil {
+		return ""
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || st.Uid == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d", st.Uid, st.Gid)
+}
+
+func newDetach() *cobra.Command {
+	f := &vmFlags{}
+	force := false
+	c := f.changing(&cobra.Command{
+		Use:   "detach VM DISK",
+		Short: "Unplug a disk from a running machine",
+		Long: `Unplug a disk from a running machine and stop serving it. DISK is the name of the
+disk in the machine, or what it was attached as: an image, a URI or an export.
+
+QEMU unplugs a disk that the guest has mounted. A guest agent is asked first if
+there is one. Once the guest has released the disk there is no way back: after
+an error run detach again.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.run(c, args[0], "detached", func(ctx context.Context, m machine) (*attach.Plan, error) {
+				id, err := m.Resolve(ctx, args[1])
+				if err != nil {
+					return nil, err
+				}
+				return m.Detach(ctx, id, force)
+			})
+		},
+	})
+	f.addVM(c)
+	c.Flags().BoolVar(&force, "force", false, "do not ask the guest agent, and cut off other clients of the export")
+	return c
+}
+
+func newResize() *cobra.Command {
+	f := &vmFlags{}
+	export := ""
+	c := f.changing(&cobra.Command{
+		Use:   "resize VM DISK [+]SIZE",
+		Short: "Grow a disk of a running machine",
+		Long: `Grow a disk of a running machine, to SIZE or by SIZE after a plus sign, so that
+the guest sees it. SIZE is in bytes, or with a suffix K, M, G, T. Disks do not
+shrink. If the machine cannot be told, the image stays larger.`,
+		Args: cobra.ExactArgs(3),
+		RunE: func(c *cobra.Command, args []string) error {
+			size, err := parseResize(args[2])
+			if err != nil {
+				return err
+			}
+			return f.run(c, args[0], "grown", func(ctx context.Context, m machine) (*attach.Plan, error) {
+				id, err := m.Resolve(ctx, args[1])
+				if err != nil {
+					return nil, err
+				}
+				return m.Resize(ctx, id, export, attach.Size{Bytes: size.n, More: size.more})
+			})
+		},
+	})
+	f.addVM(c)
+	c.Flags().StringVar(&export, "export", "", "the export that the disk is, if attach has not made it")
+	return c
+}
+
+func newSnapshot() *cobra.Command {
+	f := &vmFlags{}
+	export, freeze := "", false
+	c := f.changing(&cobra.Command{
+		Use:   "snapshot VM DISK OVERLAY",
+		Short: "Keep the image of a disk of a running machine as it is",
+		Long: `Keep the image of a disk of a running machine as it is, and have the guest go on
+in a new qcow2 file OVERLAY above it. The guest's file systems are frozen
+meanwhile if a guest agent answers.`,
+		Args: cobra.ExactArgs(3),
+		RunE: func(c *cobra.Command, args []string) error {
+			overlay, err := absolute(args[2])
+			if err != nil {
+				return err
+			}
+			return f.run(c, args[0], "goes on in "+shown(overlay), func(ctx context.Context, m machine) (*attach.Plan, error) {
+				id, err := m.Resolve(ctx, args[1])
+				if err != nil {
+					return nil, err
+				}
+				return m.Snapshot(ctx, id, export, overlay, freeze)
+			})
+		},
+	})
+	f.addVM(c)
+	c.Flags().StringVar(&export, "export", "", "the export that the disk is, if attach has not made it")
+	c.Flags().BoolVar(&freeze, "freeze", false, "fail if the guest's file systems cannot be frozen")
+	return c
+}

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// startQEMU runs a machine whose guest never runs and returns the path of its
+// monitor. It has room for one SCSI controller's disks.
+func startQEMU(t *testing.T, more ...string) string {
+	t.Helper()
+	path := filepath.Join(testenv.TempDir(t), "qmp")
+	cmd := exec.Command(testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults",
+		"-display", "none", "-machine", "q35", "-qmp", "unix:" + path + ",server=on,wait=off"}, more...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("QEMU: %s", said.String())
+		}
+	})
+	must(t, testenv.Await(testenv.Context(t), func() bool {
+		m, err := qmp.Dial(t.Context(), path)
+		if err == nil {
+			m.Close()
+		}
+		return err == nil
+	}))
+	return path
+}
+
+// plannedBy runs a command on a machine with --json.
+func plannedBy(t *testing.T, args ...string) (p planned) {
+	t.Helper()
+	out := want(t, exitDone, append(args, "--json")...)
+	if err := json.Unmarshal([]byte(out), &p); err != nil {
+		t.Fatalf("%q: %v", out, err)
+	}
+	return p
+}
+
+func showVM(t *testing.T, vm string) (v vmShown) {
+	t.Helper()
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "vm", "show", "--json", vm)), &v))
+	return v
+}
+
+// TestDiskOfARunningMachine goes through the commands on a real machine.
+func TestDiskOfARunningMachine(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	image := d.image(t, `-odd,name"'<&>.img`)
+	if v := showVM(t, vm); v.State != "prelaunch" || len(v.Disks) != 0 || v.PCI != 0 || v.SCSI != 1 {
+		t.Fatalf("at the start: %+v", v)
+	}
+	dry := plannedBy(t, "attach", "--bus=scsi", "--dry-run", vm, image)
+	if dry.Changed || len(dry.Plan) != 5 || len(showVM(t, vm).Disks) != 0 {
+		t.Errorf("dry run: %+v", dry)
+	}
+	first := plannedBy(t, "attach", "--bus=scsi", "--rate=100M", vm, image)
+	if !first.Changed || first.Disk != attach.DiskID(image) || first.Disk != dry.Disk {
+		t.Errorf("attach: %+v", first)
+	}
+	if again := plannedBy(t, "attach", "--bus=scsi", vm, image); again.Changed {
+		t.Errorf("second attach: %+v", again)
+	}
+	export := attach.ExportName(vm, first.Disk)
+	if x := shownAs(t, export); x.Image != image || x.Clients != 1 || x.Rate == nil || x.Rate.Bytes != 100<<20 {
+		t.Errorf("export %+v", x)
+	}
+	if out := want(t, exitDone, "resize", vm, image, "+1M"); !strings.Contains(out, "grown") {
+		t.Errorf("resize: %q", out)
+	}
+	if v := showVM(t, vm); len(v.Disks) != 1 || v.Disks[0].Size != 2<<20 {
+		t.Errorf("after resize: %+v", v)
+	}
+	want(t, exitRefused, "resize", vm, first.Disk, "1M")
+	overlay := filepath.Join(d.dir, "overlay.qcow2")
+	snap := plannedBy(t, "snapshot", vm, first.Disk, overlay)
+	if x := shownAs(t, export); !snap.Changed || x.Image != overlay || x.Clients != 1 {
+		t.Errorf("snapshot: %+v, export %+v", snap, x)
+	}
+	if gone := plannedBy(t, "detach", vm, image); !gone.Changed || len(gone.Notes) != 1 {
+		t.Errorf("detach: %+v", gone)
+	}
+	want(t, exitFailed, "export", "show", "--", export)
+	if v := showVM(t, vm); len(v.Disks) != 0 {
+		t.Errorf("after detach: %+v", v)
+	}
+	want(t, exitFailed, "detach", vm, image)
+}
+
+func TestExportsAndURIsAreAttached(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	want(t, exitDone, "export", "add", "web", d.image(t, "web.img"))
+	plannedBy(t, "attach", "--bus=scsi", "--export", vm, "web")
+	uri := "nbd+unix:///web?socket=" + filepath.Join(d.dir, "nbd")
+	plannedBy(t, "attach", "--bus=scsi", "--readonly", "--target=d1", vm, uri)
+	want(t, exitUsage, "attach", "--export", "--format=qcow2", vm, "web")
+	want(t, exitFailed, "resize", vm, "web", "+1M")
+	plannedBy(t, "resize", "--export=web", vm, "web", "+1M")
+	if v := showVM(t, vm); len(v.Disks) != 2 || !slices.ContainsFunc(v.Disks, func(d vmDisk) bool { return d.ReadOnly }) {
+		t.Errorf("machine %+v", v)
+	}
+	plannedBy(t, "detach", vm, "web")
+	plannedBy(t, "detach", vm, "d1")
+	if x := shownAs(t, "web"); x.Clients != 0 || x.Size != 2<<20 {
+		t.Errorf("export %+v", x)
+	}
+}
+
+// TestAttachThatFailsSaysHow looks at exit codes, and that nothing is left.
+func TestAttachThatFailsSaysHow(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t)
+	image := d.image(t, "a.img")
+	code, _, stderr := ctl(t, "attach", vm, image)
+	if code != exitFailed || !strings.Contains(stderr, "pcie-root-port") {
+		t.Errorf("no place: %d, %s", code, stderr)
+	}
+	for _, args := range [][]string{
+		{"attach", "--bus=ide", vm, image},
+		{"attach", "--via=telepathy", vm, image},
+		{"attach", "--target=1,x", vm, image},
+		{"attach", "--reconnect=0s", vm, image},
+		{"attach", "--socket-dir=/" + strings.Repeat("a", 200), vm, image},
+		{"attach", vm, "nbds://localhost/x"},
+		{"attach", "--agent=/x", "domain", image},
+		{"resize", vm, image, "much"},
+		{"attach", vm},
+	} {
+		want(t, exitUsage, args...)
+	}
+	code, _, stderr = ctl(t, "attach", "--libvirt-socket="+d.dir+"/none", "a domain\n", image)
+	if code != exitFailed || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("no libvirt: %d, %q", code, stderr)
+	}
+	if out := want(t, exitDone, "export", "list", "--json"); strings.TrimSpace(out) != "[]" {
+		t.Errorf("exports left: %s", out)
+	}
+}
+
+func TestMachinesAreListed(t *testing.T) {
+	vm := startQEMU(t)
+	dir := filepath.Dir(vm)
+	dead := filepath.Join(dir, "dead\n")
+	must(t, syscall.Mknod(dead, syscall.S_IFSOCK|0o600, 0))
+	var rows []vmRow
+	must(t, json.Unmarshal([]byte(want(t, exitDone, "vm", "list", "--json", dir)), &rows))
+	if len(rows) != 2 || rows[0].VM != dead || rows[0].Error == "" || rows[1].VM != vm || rows[1].State != "prelaunch" || rows[1].QEMU == "" {
+		t.Errorf("machines %+v", rows)
+	}
+	if out := want(t, exitDone, "vm", "list", dir); strings.Count(out, "\n") != 3 {
+		t.Errorf("lines of a list of two: %q", out)
+	}
+	want(t, exitFailed, "vm", "list", dir+"/none")
+}
+
+// TestElementHoldsNamesAsData reads back what domain-xml prints.
+func TestElementHoldsNamesAsData(t *testing.T) {
+	name := `a"b'<&>,-- x`
+	uri := fmt.Sprintf("nbd+unix:///%s?socket=/run/%s", "a%22b%27%3C%26%3E%2C--%20x", "s%3C.sock")
+	out := want(t, exitDone, "domain-xml", "--target=vdb", "--serial=1<2", "--readonly", "vm1", uri)
+	var disk struct {
+		Source struct {
+			Protocol string `xml:"protocol,attr"`
+			Name     string `xml:"name,attr"`
+			Host     struct {
+				Socket string `xml:"socket,attr"`
+			} `xml:"host"`
+			Reconnect struct {
+				Delay int `xml:"delay,attr"`
+			} `xml:"reconnect"`
+		} `xml:"source"`
+		Target struct {
+			Dev string `xml:"dev,attr"`
+			Bus string `xml:"bus,attr"`
+		} `xml:"target"`
+		Serial   string    `xml:"serial"`
+		ReadOnly *struct{} `xml:"readonly"`
+	}
+	must(t, xml.Unmarshal([]byte(out), &disk))
+	s := disk.Source
+	if s.Protocol != "nbd" || s.Name != name || s.Host.Socket != "/run/s<.sock" || s.Reconnect.Delay != 60 ||
+		disk.Target.Dev != "vdb" || disk.Target.Bus != "virtio" || disk.Serial != "1<2" || disk.ReadOnly == nil {
+		t.Errorf("element %+v of\n%s", disk, out)
+	}
+	want(t, exitUsage, "domain-xml", "--target=vdb", "vm1", "nbds://localhost/")
+	want(t, exitFailed, "domain-xml", "--target=vdb", "--bus=nvme", "vm1", uri)
+}

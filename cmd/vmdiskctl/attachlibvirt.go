@@ -1,0 +1,56 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
+)
+
+// libvirtFlags say which libvirt.
+type libvirtFlags struct{ socket, uri string }
+
+func (f *libvirtFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&f.socket, "libvirt-socket", "", "`SOCKET` of libvirt (default the first of those that are usual)")
+	c.Flags().StringVar(&f.uri, "libvirt-uri", libvirtd.System, "libvirt's driver: "+libvirtd.System+" or "+libvirtd.Private)
+}
+
+// dial connects to libvirt.
+func (f *libvirtFlags) dial(ctx context.Context) (*libvirtd.Session, error) {
+	path := f.socket
+	for _, usual := range libvirtd.Sockets {
+		if path != "" {
+			break
+		}
+		if _, err := os.Stat(usual); err == nil {
+			path = usual
+		}
+	}
+	if path == "" {
+		return nil, fmt.Errorf("no libvirt: there is none of %q, see --libvirt-socket; a QMP socket has a slash in its path", libvirtd.Sockets)
+	}
+	return libvirtd.Dial(ctx, path, f.uri)
+}
+
+// overLibvirt connects to libvirt and finds the domain.
+func (f *vmFlags) overLibvirt(ctx context.Context, name string) (*attach.Domain, func(), error) {
+	server, err := f.ctlFlags.dial()
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := f.libvirt.dial(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := s.Lookup(ctx, name)
+	if err != nil {
+		return nil, nil, errors.Join(err, s.Close())
+	}
+	m := &attach.Domain{Session: s, Domain: d, Server: server, Note: f.note}
+	return m, func() { _ = s.Close() }, nil // nothing waits for a reply
+}

@@ -1,0 +1,412 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// ErrLibvirt is for what has no way through libvirt.
+var ErrLibvirt = errors.New("libvirt has no way to it")
+
+// Domain is a machine that libvirt runs.
+type Domain struct {
+	Session *libvirtd.Session
+	Domain  libvirtd.Domain
+	Server  *client.Client // nil: only disks of other servers
+
+	// Note is as Machine's.
+	Note func(text string)
+}
+
+func (d *Domain) note(format string, args ...any) {
+	if d.Note != nil {
+		d.Note(fmt.Sprintf(format, args...))
+	}
+}
+
+// states are the descriptions of a domain.
+type states map[libvirtd.Scope]*libvirtxml.Domain
+
+// describe reads the description of the running machine, if it runs, and of
+// its next start.
+func (d *Domain) describe(ctx context.Context) (states, error) {
+	all := states{}
+	var err error
+	if d.Domain.Active {
+		if all[libvirtd.Live], err = d.Session.Describe(ctx, d.Domain, false); err != nil {
+			return nil, err
+		}
+	}
+	all[libvirtd.Config], err = d.Session.Describe(ctx, d.Domain, true)
+	return all, err
+}
+
+// list are the descriptions.
+func (s states) list() (all []*libvirtxml.Domain) {
+	for _, x := range s {
+		all = append(all, x)
+	}
+	return all
+}
+
+// scope is where a disk that fits is.
+func (s states) scope(fits func(*libvirtxml.DomainDisk) bool) (in libvirtd.Scope, disk *libvirtxml.DomainDisk) {
+	for _, scope := range []libvirtd.Scope{libvirtd.Config, libvirtd.Live} {
+		x := s[scope]
+		if x == nil || x.Devices == nil {
+			continue
+		}
+		for i := range x.Devices.Disks {
+			if fits(&x.Devices.Disks[i]) {
+				in, disk = in|scope, &x.Devices.Disks[i]
+			}
+		}
+	}
+	return in, disk
+}
+
+// source is where libvirt has a disk from; the zero value is not NBD, or TLS.
+func source(disk *libvirtxml.DomainDisk) (u transport.URI) {
+	if disk.Source == nil || disk.Source.Network == nil {
+		return u
+	}
+	n := disk.Source.Network
+	if n.Protocol != "nbd" || len(n.Hosts) != 1 || n.TLS == "yes" {
+		return u
+	}
+	u.Export = n.Name
+	h := n.Hosts[0]
+	if h.Transport == "unix" {
+		u.Kind, u.Path = transport.Unix, h.Socket
+		return u
+	}
+	port, err := strconv.ParseUint(h.Port, 10, 16)
+	if err != nil {
+		port = transport.DefaultPort
+	}
+	u.Kind, u.Address, u.Port = transport.TCP, h.Name, uint32(port)
+	return u
+}
+
+// from tells disks with the source.
+func from(uri transport.URI) func(*libvirtxml.DomainDisk) bool {
+	return func(disk *libvirtxml.DomainDisk) bool { return source(disk).String() == uri.String() }
+}
+
+// isTarget tells the disk with the target.
+func isTarget(target string) func(*libvirtxml.DomainDisk) bool {
+	return func(disk *libvirtxml.DomainDisk) bool { return disk.Target != nil && disk.Target.Dev == target }
+}
+
+// element is the NBD disk for libvirt.
+func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, error) {
+	n := libvirtd.NBDDisk{Export: v.uri.Export, Target: target, Bus: bus, Serial: o.Serial, Reconnect: o.Reconnect,
+		ReadOnly: v.readOnly, Discard: !v.readOnly}
+	if n.Reconnect == 0 {
+		n.Reconnect = limits.AttachReconnect
+	}
+	switch {
+	case v.uri.Kind == transport.Unix:
+		n.Socket = v.uri.Path
+	case v.uri.Kind == transport.TCP && v.uri.Port <= 65535:
+		n.Host, n.Port = v.uri.Address, uint16(v.uri.Port)
+	default:
+		return nil, fmt.Errorf("%w: address %s", ErrLibvirt, v.uri)
+	}
+	return n.Element()
+}
+
+// busOf is libvirt's name for the bus of a model.
+func busOf(m qmp.Model) (string, error) {
+	switch m {
+	case qmp.VirtIOBlk:
+		return "virtio", nil
+	case qmp.SCSIDisk:
+		return "scsi", nil
+	}
+	return "", fmt.Errorf("%w: %s disks over NBD", ErrLibvirt, m)
+}
+
+// Attach is as Machine's.
+func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error) {
+	bus, err := busOf(o.Model)
+	if err != nil {
+		return nil, err
+	}
+	all, err := d.describe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if s.Owner == "" {
+		s.Owner = ownerOf(all[libvirtd.Live])
+	}
+	v, err := s.serve(ctx, d.Server, d.Domain.UUID, DiskID(s.name()))
+	if err != nil {
+		return nil, err
+	}
+	scope := libvirtd.Scope(0)
+	if d.Domain.Active {
+		scope |= libvirtd.Live
+	}
+	if o.Persist {
+		scope |= libvirtd.Config
+	}
+	if scope == 0 {
+		return nil, errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
+	}
+	target, err := d.target(all, v, bus, o.ID)
+	if err != nil {
+		return nil, err
+	}
+	disk, err := element(v, target, bus, o)
+	if err != nil {
+		return nil, err
+	}
+	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
+	plan.Steps = append(v.steps, d.attachStep(disk, v, scope), d.verifyStep(disk, v, scope))
+	return plan, nil
+}
+
+// target is where the disk is already, the one that is wanted, or a free one.
+func (d *Domain) target(all states, v *served, bus, wanted string) (string, error) {
+	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
+		if wanted != "" && there.Target.Dev != wanted {
+			return "", fmt.Errorf("%w: the domain has the disk as %q", ErrDiffers, there.Target.Dev)
+		}
+		return there.Target.Dev, nil
+	}
+	if wanted == "" {
+		return libvirtd.FreeTarget(bus, all.list()...)
+	}
+	if _, other := all.scope(isTarget(wanted)); other != nil {
+		return "", fmt.Errorf("%w: the domain has another disk %q", ErrDiffers, wanted)
+	}
+	return wanted, nil
+}
+
+// ownerOf is whom libvirt runs the domain's QEMU as.
+func ownerOf(x *libvirtxml.Domain) string {
+	if x == nil {
+		return ""
+	}
+	for _, l := range x.SecLabel {
+		user, group, ok := strings.Cut(l.Label, ":")
+		if l.Model == "dac" && ok {
+			return strings.TrimPrefix(user, "+") + ":" + strings.TrimPrefix(group, "+")
+		}
+	}
+	return ""
+}
+
+func (d *Domain) attachStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope) Step {
+	missing := scope
+	return Step{
+		Name: fmt.Sprintf("give the domain disk %s, on bus %s, from %s", disk.Target.Dev, disk.Target.Bus, v.uri),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			all, err := d.describe(ctx)
+			if err != nil {
+				return false, err
+			}
+			in, _ := all.scope(from(v.uri))
+			if missing = scope &^ in; missing == 0 {
+				return false, nil
+			}
+			err = d.Session.AttachDisk(ctx, d.Domain, disk, missing)
+			return err == nil || !errors.As(err, new(*libvirtd.Error)), err
+		},
+		Undo: func(ctx context.Context) error { return d.detach(ctx, disk, v.uri, missing) },
+	}
+}
+
+// detach takes the disk out of the states that have it.
+func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) error {
+	all, err := d.describe(ctx)
+	if err != nil {
+		return err
+	}
+	in, _ := all.scope(from(uri))
+	if scope &= in; scope == 0 {
+		return nil
+	}
+	return d.Session.DetachDisk(ctx, d.Domain, disk, scope)
+}
+
+func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope) Step {
+	return Step{
+		Name: "see the disk in libvirt's description",
+		Do: func(ctx context.Context) (bool, error) {
+			all, err := d.describe(ctx)
+			if err != nil {
+				return false, err
+			}
+			in, there := all.scope(from(v.uri))
+			if in&scope != scope {
+				return false, fmt.Errorf("%w: libvirt does not describe disk %s", ErrDiffers, disk.Target.Dev)
+			}
+			if libvirtd.ReconnectDelay(there) == 0 {
+				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again. A monitor socket of the domain's own and the way over QMP keep it")
+			}
+			return false, nil
+		},
+	}
+}
+
+// Resolve finds the target of a disk that its user names so, or by its image,
+// export or URI as Attach got it.
+func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
+	all, err := d.describe(ctx)
+	if err != nil {
+		return "", err
+	}
+	if _, disk := all.scope(isTarget(word)); disk != nil {
+		return word, nil
+	}
+	path, err := filepath.Abs(word)
+	if err != nil {
+		return "", err
+	}
+	uri, uriErr := transport.ParseURI(word)
+	_, disk := all.scope(func(x *libvirtxml.DomainDisk) bool {
+		u := source(x)
+		return u.Kind != "" && x.Target != nil && (u.Export == ExportName(d.Domain.UUID, DiskID(path)) || u.Export == word ||
+			uriErr == nil && u.String() == uri.String())
+	})
+	if disk == nil {
+		return "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+	}
+	return disk.Target.Dev, nil
+}
+
+// find is the NBD disk with the target, and where it is.
+func (d *Domain) find(ctx context.Context, target string) (libvirtd.Scope, *libvirtxml.DomainDisk, error) {
+	all, err := d.describe(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	in, disk := all.scope(isTarget(target))
+	if disk != nil && source(disk).Kind == "" {
+		return 0, nil, fmt.Errorf("%w: disk %q of the domain is not from an NBD server", ErrDiffers, target)
+	}
+	return in, disk, nil
+}
+
+// isOwnExport tells the exports that Attach has made for the domain.
+func (d *Domain) isOwnExport(name string) bool {
+	return strings.HasPrefix(name, ExportName(d.Domain.UUID, ""))
+}
+
+// Detach is as Machine's, of the running machine and of its configuration.
+func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, error) {
+	in, disk, err := d.find(ctx, target)
+	if err != nil {
+		return nil, err
+	}
+	plan := &Plan{Aim: fmt.Sprintf("detach %s from domain %q", target, d.Domain.Name), Disk: target}
+	if disk == nil {
+		return plan, nil
+	}
+	uri := source(disk)
+	own := d.isOwnExport(uri.Export)
+	if own && d.Server == nil {
+		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
+	}
+	if !force {
+		d.note("QEMU unplugs a mounted disk all the same, and whether this one is mounted was not checked")
+	}
+	plan.Steps = append(plan.Steps, Step{
+		Name:  fmt.Sprintf("have the guest release disk %s, from %s", target, uri),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			err := d.detach(ctx, disk, uri, in)
+			return err == nil, err
+		},
+	})
+	if own {
+		m := &Machine{Name: d.Domain.UUID, Server: d.Server}
+		plan.Steps = append(plan.Steps, m.removeStep(uri.Export, force))
+	}
+	return plan, nil
+}
+
+// Resize is ErrLibvirt: libvirt does not exchange the server of a running
+// machine, and forgets names of nodes that it did not give.
+func (d *Domain) Resize(context.Context, string, string, Size) (*Plan, error) {
+	return nil, fmt.Errorf("%w: a disk over NBD does not grow there while the machine runs; over a monitor socket of the domain's own it does", ErrLibvirt)
+}
+
+// Snapshot is as Machine's, without a guest agent.
+func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, must bool) (*Plan, error) {
+	_, disk, err := d.find(ctx, target)
+	if err != nil {
+		return nil, err
+	}
+	if disk == nil {
+		return nil, fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
+	}
+	if uri := source(disk); export == "" && d.isOwnExport(uri.Export) {
+		export = uri.Export
+	}
+	if export == "" {
+		return nil, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", target, ErrNoServer)
+	}
+	m := &Machine{Name: d.Domain.UUID, Server: d.Server, Note: d.Note}
+	return m.Snapshot(ctx, target, export, overlay, must)
+}
+
+// Element is the XML of the disk that Attach would give the domain, for people
+// who edit descriptions themselves. Nothing is changed.
+func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, error) {
+	all, err := d.describe(ctx)
+	if err != nil {
+		return "", err
+	}
+	v, err := s.serve(ctx, d.Server, d.Domain.UUID, DiskID(s.name()))
+	if err != nil {
+		return "", err
+	}
+	bus, err := busOf(o.Model)
+	if err != nil {
+		return "", err
+	}
+	if o.ID, err = d.target(all, v, bus, o.ID); err != nil {
+		return "", err
+	}
+	return text(v, o)
+}
+
+// Element is the XML of a disk at a URI that has the target Options.ID in some
+// domain. Nobody is asked.
+func Element(s Source, o Options) (string, error) {
+	uri, err := plain(s.URI)
+	if err != nil {
+		return "", err
+	}
+	return text(&served{uri: uri, readOnly: s.ReadOnly}, o)
+}
+
+// text is the element with the target Options.ID.
+func text(v *served, o Options) (string, error) {
+	bus, err := busOf(o.Model)
+	if err != nil {
+		return "", err
+	}
+	disk, err := element(v, o.ID, bus, o)
+	if err != nil {
+		return "", err
+	}
+	return disk.Marshal()
+}
