@@ -196,6 +196,11 @@ func (f *ctlFlags) exportNames(c *cobra.Command, args []string, _ string) ([]str
 	return names, directive
 }
 
+// flagWords completes a flag that takes one of a few words.
+func flagWords(c *cobra.Command, flag string, words ...string) {
+	_ = c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)) // the flag is there
+}
+
 // table prints rows with columns as wide as their widest text. Columns whose
 // head ends with a blank are of numbers, and stand at the right.
 type table struct {

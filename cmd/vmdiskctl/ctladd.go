@@ -52,6 +52,11 @@ is told to --persist.`,
 	})
 	f.addImage(c)
 	f.addUse(c)
+	flagWords(c, "format", formatRaw, formatQcow2, "mem", "null")
+	flagWords(c, "cache", "writeback", "none", "writethrough", "directsync", "unsafe")
+	flagWords(c, "image-lock", "auto", "on", "off")
+	flagWords(c, "backing", string(open.Deny), string(open.SameDir), string(open.Beneath)+"=", string(open.Explicit))
+	flagWords(c, "discard", "unmap", "keep", "ignore")
 	return c
 }
 

@@ -76,6 +76,7 @@ export. With --json it is a list on a line of its own.`,
 	n.DurationVar(&f.interval, "interval", time.Second, "`TIME` between two looks")
 	n.BoolVar(&f.once, "once", false, "end after the first interval")
 	n.StringVar(&f.sort, "sort", "iops", "bytes, iops, latency or name")
+	flagWords(c, "sort", "bytes", "iops", "latency", "name")
 	return c
 }
 
