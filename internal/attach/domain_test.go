@@ -1,0 +1,222 @@
+package attach_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+const nobody = 65534
+
+// host is a libvirt of the test's own with a domain whose processor never
+// runs, and a service.
+type host struct {
+	lab
+	uri   string // for virsh, the witness that is not ours
+	notes []string
+	*attach.Domain
+}
+
+// domainName is syntax for shells, XML and libvirt's own tools.
+const domainName = `-v,"m'<&1`
+
+// startHost runs a libvirtd of an ordinary user: one of root would be the
+// system's.
+func startHost(t *testing.T) *host {
+	t.Helper()
+	testenv.Require(t, "qemu-system-x86_64", "virsh")
+	dir, err := os.MkdirTemp("", "lv") // short: QEMU's sockets are in it
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cmd := exec.Command(testenv.Path(t, "libvirtd"))
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir + "/run", "XDG_CONFIG_HOME=" + dir + "/c", "XDG_CACHE_HOME=" + dir + "/k"}
+	must(t, os.Mkdir(dir+"/run", 0o700))
+	if os.Getuid() == 0 {
+		must(t, errors.Join(os.Chown(dir, nobody, nobody), os.Chown(dir+"/run", nobody, nobody)))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("libvirtd: %s", said.String())
+		}
+	})
+	h := &host{lab: lab{dir: testenv.TempDir(t)}}
+	socket := dir + "/run/libvirt/libvirt-sock"
+	h.uri = "qemu+unix:///session?socket=" + socket
+	await(t, func() bool { _, err := os.Stat(socket); return err == nil })
+	must(t, os.Chmod(h.dir, 0o755)) // QEMU's user comes through it
+	h.startService(t)
+	h.boot(t)
+	s, err := libvirtd.Dial(testenv.Context(t), socket, libvirtd.Private)
+	must(t, err)
+	t.Cleanup(func() { s.Close() })
+	d, err := s.Lookup(testenv.Context(t), domainName)
+	must(t, err)
+	h.Domain = &attach.Domain{Session: s, Domain: d, Server: h.service, Note: func(s string) { h.notes = append(h.notes, s) }}
+	return h
+}
+
+func (h *host) virsh(t *testing.T, args ...string) string {
+	t.Helper()
+	return testenv.Run(t, append([]string{"virsh", "-c", h.uri}, args...)...)
+}
+
+func (h *host) boot(t *testing.T) {
+	t.Helper()
+	x := libvirtxml.Domain{
+		Type: "qemu", Name: domainName, Memory: &libvirtxml.DomainMemory{Value: 64, Unit: "MiB"},
+		OS: &libvirtxml.DomainOS{Type: &libvirtxml.DomainOSType{Arch: "x86_64", Machine: "q35", Type: "hvm"}},
+		Devices: &libvirtxml.DomainDeviceList{Emulator: "/usr/bin/qemu-system-x86_64", MemBalloon: &libvirtxml.DomainMemBalloon{Model: "none"},
+			Controllers: []libvirtxml.DomainController{
+				{Type: "pci", Model: "pcie-root"}, {Type: "scsi", Model: "virtio-scsi"}, {Type: "usb", Model: "none"},
+			}},
+	}
+	text, err := x.Marshal()
+	must(t, err)
+	file := filepath.Join(t.TempDir(), "d.xml")
+	must(t, os.WriteFile(file, []byte(text), 0o600))
+	h.virsh(t, "define", file)
+	h.virsh(t, "start", "--paused", "--domain="+domainName)
+	t.Cleanup(func() { h.virsh(t, "destroy", "--domain="+domainName) })
+}
+
+// source is an image with a socket that the domain's QEMU may connect to.
+func (h *host) source(image string) attach.Source {
+	s := h.lab.source(image)
+	if s.Mode = "0600"; os.Getuid() == 0 {
+		s.Owner = fmt.Sprintf("%d:%d", nobody, nobody)
+	}
+	return s
+}
+
+// TestDiskOfADomain takes a disk through its life in a real libvirt, in the
+// running machine and in its configuration.
+func TestDiskOfADomain(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	image := h.image(t, oddName, diskSize)
+	o := attach.Options{Model: qmp.SCSIDisk, Serial: "S1"}
+	attached := func() *attach.Plan {
+		p, err := h.Attach(ctx, h.source(image), o)
+		must(t, err)
+		return p
+	}
+	if p := attached(); !do(t, p, nil) || p.Disk != "sda" {
+		t.Errorf("attach as %q", p.Disk)
+	}
+	if do(t, attached(), nil) {
+		t.Error("the second attach changed something")
+	}
+	if text := h.virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(diskSize)) {
+		t.Errorf("domblkinfo: %s", text)
+	}
+	if text := h.virsh(t, "dumpxml", "--inactive", "--domain="+domainName); strings.Contains(text, "protocol='nbd'") {
+		t.Errorf("the configuration has the disk:\n%s", text)
+	}
+	kept := strings.Contains(h.virsh(t, "dumpxml", "--domain="+domainName), "<reconnect")
+	if told := strings.Contains(strings.Join(h.notes, "\n"), "forgotten the reconnect delay"); told == kept {
+		t.Errorf("reconnect delay kept: %v, told that it is not: %v", kept, told)
+	}
+	o.Persist = true
+	if !do(t, attached(), nil) || do(t, attached(), nil) {
+		t.Error("attach to the configuration must change it once")
+	}
+	target, err := h.Resolve(ctx, image)
+	if err != nil || target != "sda" {
+		t.Errorf("resolved as %q, %v", target, err)
+	}
+	overlay := filepath.Join(h.dir, "overlay")
+	p, err := h.Snapshot(ctx, target, "", overlay, false)
+	do(t, p, err)
+	if _, err := os.Stat(overlay); err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Resize(ctx, target, "", attach.Size{Bytes: 1, More: true}); !errors.Is(err, attach.ErrLibvirt) {
+		t.Errorf("resize: %v", err)
+	}
+	p, err = h.Detach(ctx, target, false)
+	do(t, p, err)
+	h.wantNothing(t)
+	p, err = h.Detach(ctx, target, false)
+	if do(t, p, err) {
+		t.Error("the second detach changed something")
+	}
+}
+
+// wantNothing checks that no disk and no export is there.
+func (h *host) wantNothing(t *testing.T) {
+	t.Helper()
+	for _, more := range [][]string{nil, {"--inactive"}} {
+		if text := h.virsh(t, append([]string{"dumpxml", "--domain=" + domainName}, more...)...); strings.Contains(text, "<disk") {
+			t.Errorf("a disk is left:\n%s", text)
+		}
+	}
+	list, err := h.service.Exports(testenv.Context(t))
+	if err != nil || len(list) != 0 {
+		t.Errorf("exports left: %+v, %v", list, err)
+	}
+}
+
+// TestAttachToADomainThatFailsLeavesNothing has libvirt refuse the disk, and
+// the user interrupt after each step.
+func TestAttachToADomainThatFailsLeavesNothing(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	image := h.image(t, "disk", diskSize)
+	p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "no,such<name"})
+	must(t, err)
+	if _, err := p.Run(ctx); !errors.As(err, new(*libvirtd.Error)) || errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("a target that libvirt does not know: %v", err)
+	}
+	h.wantNothing(t)
+	if _, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.NVMe}); !errors.Is(err, attach.ErrLibvirt) {
+		t.Errorf("nvme: %v", err)
+	}
+	for at := range 2 {
+		p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+		must(t, err)
+		ctx, cancel := context.WithCancel(ctx)
+		step := p.Steps[at].Do
+		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+			defer cancel()
+			return step(ctx)
+		}
+		if _, err := p.Run(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("interrupted at %d: %v", at, err)
+		}
+		h.wantNothing(t)
+	}
+}
+
+// TestElementOfADomain names what Attach would make, and makes nothing.
+func TestElementOfADomain(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	text, err := h.Element(ctx, h.source(h.image(t, oddName, diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	must(t, err)
+	var disk libvirtxml.DomainDisk
+	must(t, disk.Unmarshal(text))
+	if disk.Target.Dev != "sda" || !strings.HasPrefix(disk.Source.Network.Name, "vm-") || !strings.HasPrefix(disk.Source.Network.Hosts[0].Socket, h.dir) {
+		t.Errorf("element %s", text)
+	}
+	h.wantNothing(t)
+}
