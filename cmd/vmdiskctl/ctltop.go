@@ -170,12 +170,20 @@ func topTable(list []load) *table {
 	return t
 }
 
-// latency is a bound in microseconds for people.
+// latency is a bound in microseconds for people, with two digits or a few
+// more.
 func latency(us int64) string {
 	if us == 0 {
 		return "-"
 	}
-	return (time.Duration(us) * time.Microsecond).String()
+	d := time.Duration(us) * time.Microsecond
+	for _, unit := range [...]time.Duration{time.Second, time.Millisecond} {
+		if d >= unit {
+			d = d.Round(unit / 10)
+			break
+		}
+	}
+	return d.String()
 }
 
 // loads are what happened between two looks, in an order of topOrders, and by

@@ -85,6 +85,14 @@ func TestPercentileIsTheEndOfABucket(t *testing.T) {
 	}
 }
 
+func TestLatencyHasFewDigits(t *testing.T) {
+	for us, want := range map[int64]string{0: "-", 1: "1µs", 512: "512µs", 1024: "1ms", 4096: "4.1ms", 131072: "131.1ms", 1 << 20: "1s", 1 << 23: "8.4s", 1 << 26: "1m7.1s"} {
+		if got := latency(us); got != want {
+			t.Errorf("latency(%d) = %q, want %q", us, got, want)
+		}
+	}
+}
+
 func TestTopSorts(t *testing.T) {
 	at := func(name string, requests, size uint64, bucket int) (before, now api.Stats) {
 		took := make([]uint64, bucket+1)
@@ -116,9 +124,9 @@ func TestTopPrintsATable(t *testing.T) {
 		{Export: "web", InFlight: 3, IOPS: 1250, ReadIOPS: 1000, WriteIOPS: 250, ReadBytes: 4.096e6, WriteBytes: 1.5e6, P50: 128, P99: 2048},
 		{Export: "a b"},
 	}).lines(), "\n")
-	want := `EXPORT  READ/S  WRITE/S  ALL/S  READ MB/S  WRITE MB/S    P50      P99  IN FLIGHT  ERRORS/S
-web       1000      250   1250        4.1         1.5  128µs  2.048ms          3         0
-"a b"        0        0      0        0.0         0.0      -        -          0         0`
+	want := `EXPORT  READ/S  WRITE/S  ALL/S  READ MB/S  WRITE MB/S    P50  P99  IN FLIGHT  ERRORS/S
+web       1000      250   1250        4.1         1.5  128µs  2ms          3         0
+"a b"        0        0      0        0.0         0.0      -    -          0         0`
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
