@@ -3,10 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -184,7 +184,10 @@ func TestImagesLieInTheirRoots(t *testing.T) {
 	}
 	for _, path := range bad {
 		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "x", Image: path}})
-		wantCode(t, "image "+strconv.Quote(path), err, api.CodeInvalid)
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != api.CodeInvalid && e.Code != api.CodeForbidden {
+			t.Errorf("image %q: got %v, want it invalid or forbidden", path, err)
+		}
 	}
 	if got := s.states(); len(got) != 0 {
 		t.Errorf("exports: got %q, want none", got)
