@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run test deps check fmt vet lint unit race fuzz interop guest bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest bench clean
 
 GO        ?= go
 FUZZTIME  ?= 3
@@ -19,6 +19,9 @@ build: ## build the static binaries into bin/
 
 run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 	@scripts/run.sh bin/vmdiskd $(IMAGE)
+
+demo: build ## attach a disk to a guest, restart the service, detach it
+	@GO=$(GO) scripts/demo.sh bin
 
 test: deps fmt vet unit race fuzz interop guest ## install what the tests need and run all of them
 

@@ -1,7 +1,13 @@
 #!/bin/sh
-# install-test-deps.sh [--check]: installs the Debian packages that the tests
-# use, if any is missing. With --check it only names them.
+# install-test-deps.sh [--check] [PACKAGE...]: installs the Debian packages that
+# the tests use, or those that are named, if any is missing. With --check it
+# only names them.
 set -eu
+check=
+if [ "${1:-}" = --check ]; then
+	check=yes
+	shift
+fi
 
 packages="
 busybox-static
@@ -28,6 +34,7 @@ systemd
 util-linux
 xz-utils
 "
+[ $# = 0 ] || packages=$*
 
 missing=
 for p in $packages; do
@@ -40,7 +47,7 @@ apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || lists=
 if [ -z "$missing" ] && [ -n "$lists" ]; then
 	exit 0
 fi
-if [ "${1:-}" = --check ]; then
+if [ -n "$check" ]; then
 	echo "missing packages:${missing:- none}; package lists: ${lists:-missing}" >&2
 	exit 1
 fi

@@ -126,17 +126,22 @@ type Kernel struct {
 func CloudKernel(t testing.TB, meta string) Kernel {
 	t.Helper()
 	Require(t, "apt-get", "dpkg", "depmod")
+	k, err := FetchKernel(meta)
+	if err != nil {
+		t.Skipf("needs the package that %s depends on: %v", meta, err)
+	}
+	return k
+}
+
+// FetchKernel is CloudKernel for those that are no test.
+func FetchKernel(meta string) (Kernel, error) {
 	dir, err := Cached(meta, func(ctx context.Context, dir string) error {
 		return unpackKernel(ctx, dir, meta)
 	})
 	if err != nil {
-		t.Skipf("needs the package that %s depends on: %v", meta, err)
+		return Kernel{}, err
 	}
-	k, err := findKernel(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
+	return findKernel(dir)
 }
 
 func unpackKernel(ctx context.Context, dir, meta string) error {

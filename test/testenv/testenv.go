@@ -55,6 +55,7 @@ var packages = map[string]string{
 	"qemu-system-x86_64":      "qemu-system-x86",
 	"systemd-socket-activate": "systemd",
 	"taskset":                 "util-linux",
+	"unshare":                 "util-linux",
 	"virsh":                   "libvirt-clients",
 }
 
