@@ -208,9 +208,16 @@ func TestImageComesAsDescriptor(t *testing.T) {
 }
 
 // TestSnapshotUnderAClient: what is written before it is in the image, what is
-// written after it in the overlay, and the client sees no error.
+// written after it in the overlay, and the client sees no error. The export
+// comes back with the overlay, and can still be changed.
 func TestSnapshotUnderAClient(t *testing.T) {
-	s := newService(t, exportA)
+	s := newService(t, "[[export]]\nname = \"fixed\"\nimage = \"DIR/b.img\"\n")
+	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.ctl.Snapshot(t.Context(), "fixed", api.Snapshot{Overlay: filepath.Join(s.dir, "no")})
+	wantCode(t, "an image that the configuration names", err, api.CodeUnsupported)
 	overlay := filepath.Join(s.dir, "top.qcow2")
 	script := fmt.Sprintf(`
 import nbd, subprocess
@@ -225,6 +232,15 @@ assert h.pread(131072, 0) == b"1" * 65536 + b"2" * 65536
 `, s.uri("a"), filepath.Join(s.dir, "control"), overlay)
 	if out, err := exec.Command("/usr/bin/python3", "-c", script).CombinedOutput(); err != nil {
 		t.Fatalf("python3: %v\n%s", err, out)
+	}
+	text := "changed"
+	if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{Description: &text}); err != nil {
+		t.Error(err)
+	}
+	s.stop()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != overlay || x.Description != text {
+		t.Errorf("after a restart: got %+v, %v, want the overlay", x, err)
 	}
 	s.stop()
 	base, err := os.ReadFile(filepath.Join(s.dir, "a.img"))

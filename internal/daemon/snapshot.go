@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -19,8 +20,11 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	defer cancel()
 	s := k.stack
 	next, err := overlayOf(&s.x, overlay)
+	if err == nil && k.origin == fromConfig {
+		err = errors.New("the configuration file names the image of this export, and would serve it without the overlay after a restart")
+	}
 	if err != nil {
-		return err
+		return &api.Error{Code: api.CodeUnsupported, Text: err.Error()}
 	}
 	if err := d.createOverlay(ctx, &s.x, &next, s.swap.Info().Size); err != nil {
 		return err
@@ -43,10 +47,15 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	s.swap.To(dev)
 	s.x = next
 	d.disks.mu.Lock()
-	defer d.disks.mu.Unlock()
-	k.cfg.Image, k.cfg.Format = next.Image, next.Format
+	k.cfg.Image, k.cfg.Format, k.cfg.Snapshot, k.cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
 	k.cfg.Backing, k.cfg.BackingFiles = next.Backing, next.BackingFiles
-	return nil
+	kept := k.cfg
+	d.disks.mu.Unlock()
+	if k.origin != fromState {
+		return nil
+	}
+	// Until this is durable a restart would serve the image below.
+	return config.WriteExport(d.conf.Load().Control.State, kept)
 }
 
 // goOn opens an image again that was closed.
@@ -77,6 +86,7 @@ func (d *daemon) createOverlay(ctx context.Context, x, next *config.Export, size
 func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 	next := *x
 	next.Image, next.Format, next.Snapshot = overlay, "qcow2", ""
+	next.SetDefaults()
 	p, err := open.ParsePolicy(x.Backing, x.BackingFiles, x.DataFiles)
 	switch {
 	case err != nil:

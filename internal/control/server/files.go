@@ -23,12 +23,22 @@ func addUses(a *api.AddExport) []fdUse {
 	write := !a.ReadOnly && a.Overlay == nil
 	uses := []fdUse{{a.Image, "image", write}}
 	for _, f := range a.BackingFiles {
-		uses = append(uses, fdUse{f, "backing-files", false})
+		uses = append(uses, fdUse{withoutFormat(f), "backing-files", false})
 	}
 	for _, f := range a.DataFiles {
 		uses = append(uses, fdUse{f, "data-files", write})
 	}
 	return uses
+}
+
+// withoutFormat takes a format off the end of a file's name.
+func withoutFormat(s string) string {
+	for _, format := range [...]string{":raw", ":qcow2"} {
+		if file, ok := strings.CutSuffix(s, format); ok {
+			return file
+		}
+	}
+	return s
 }
 
 // checkFiles refuses descriptors that are not what uses say: each is named
