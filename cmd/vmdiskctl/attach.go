@@ -43,6 +43,7 @@ type vmFlags struct {
 func (f *vmFlags) addVM(c *cobra.Command) {
 	n := c.Flags()
 	n.StringVar(&f.via, "via", "", "qmp or libvirt: what VM is, if its look does not say")
+	flagWords(c, "via", viaQMP, viaLibvirt)
 	n.StringVar(&f.agent, "agent", "", "`SOCKET` of the guest agent, for a VM that is a QMP socket")
 	f.libvirt.add(c)
 }
@@ -263,6 +264,7 @@ func (f *attachFlags) addDevice(c *cobra.Command) {
 	n := c.Flags()
 	n.StringVar(&f.target, "target", "", "name of the disk in the machine (default one that follows from IMAGE)")
 	n.StringVar(&f.bus, "bus", "virtio", "virtio, scsi or nvme")
+	flagWords(c, "bus", "virtio", "scsi", "nvme")
 	n.StringVar(&f.serial, "serial", "", "serial number that the guest sees")
 	n.DurationVar(&f.reconnect, "reconnect", limits.AttachReconnect, "how long the guest waits for a server that is lost")
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -17,13 +18,20 @@ import (
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-// startQEMU runs a machine whose guest never runs and returns the path of its
-// monitor. It has room for one SCSI controller's disks.
+// startQEMU runs a machine whose guest never runs, with a monitor, and returns
+// the monitor's path.
 func startQEMU(t *testing.T, more ...string) string {
 	t.Helper()
 	path := filepath.Join(testenv.TempDir(t), "qmp")
+	runQEMU(t, path, append(more, "-qmp", "unix:"+path+",server=on,wait=off")...)
+	return path
+}
+
+// runQEMU runs a machine that has a monitor at the path.
+func runQEMU(t *testing.T, path string, args ...string) {
+	t.Helper()
 	cmd := exec.Command(testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults",
-		"-display", "none", "-machine", "q35", "-qmp", "unix:" + path + ",server=on,wait=off"}, more...)...)
+		"-display", "none", "-machine", "q35"}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var said bytes.Buffer
 	cmd.Stderr = &said
@@ -42,7 +50,26 @@ func startQEMU(t *testing.T, more ...string) string {
 		}
 		return err == nil
 	}))
-	return path
+}
+
+// TestExampleOfAMachineHasRoom runs a machine as the example says.
+func TestExampleOfAMachineHasRoom(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "packaging", "examples", "qemu-hotplug.cfg"))
+	must(t, err)
+	dir := testenv.TempDir(t)
+	file, vm, agent := filepath.Join(dir, "cfg"), filepath.Join(dir, "qmp"), filepath.Join(dir, "agent")
+	must(t, os.WriteFile(file, bytes.ReplaceAll(text, []byte("/run/vm1"), []byte(dir)), 0o600))
+	d := startDaemon(t)
+	runQEMU(t, vm, "-readconfig", file)
+	if v := showVM(t, vm); v.PCI != 4 || v.SCSI != 1 {
+		t.Errorf("machine %+v", v)
+	}
+	for i, bus := range []string{"virtio", "scsi", "nvme"} {
+		plannedBy(t, "attach", "--bus="+bus, "--agent="+agent, vm, d.image(t, fmt.Sprint(i)))
+	}
+	if v := showVM(t, vm); v.PCI != 2 || len(v.Disks) != 3 {
+		t.Errorf("then: %+v", v)
+	}
 }
 
 // plannedBy runs a command on a machine with --json.
