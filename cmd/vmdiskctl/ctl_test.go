@@ -214,24 +214,6 @@ func TestChangesReachTheDaemon(t *testing.T) {
 	want(t, exitFailed, "export", "show", "web")
 }
 
-// TestSnapshotWarnsOfAConfigurationThatNamesTheImage also holds that the
-// warning is not in the way of what reads standard output.
-func TestSnapshotWarnsOfAConfigurationThatNamesTheImage(t *testing.T) {
-	s := controlled(t, ctlserver.Change)
-	s.Put(exportOf("web"))
-	made := exportOf("made")
-	made.Origin = "api"
-	s.Put(made)
-	for name, warned := range map[string]bool{"web": true, "made": false} {
-		code, stdout, stderr := ctl(t, "export", "snapshot", "--json", name, "/o")
-		if code != exitDone || strings.Contains(stderr, "configuration") != warned {
-			t.Errorf("%s: exit code %d, standard error %q", name, code, stderr)
-		}
-		var e api.Export
-		must(t, json.Unmarshal([]byte(stdout), &e))
-	}
-}
-
 func TestDryRunChangesNothing(t *testing.T) {
 	s := controlled(t, ctlserver.Change)
 	s.Put(exportOf("web"))

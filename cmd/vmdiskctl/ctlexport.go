@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
@@ -226,9 +225,6 @@ zeroes. Disks do not shrink. Clients see the new size when they connect again.`,
 	})
 }
 
-// originConfig is the origin of exports that the configuration file makes.
-const originConfig = "config"
-
 func newExportSnapshot() *cobra.Command {
 	f := &ctlFlags{}
 	return f.changing(&cobra.Command{
@@ -256,9 +252,6 @@ the image, unless the guest is frozen meanwhile.`,
 				e, err := cl.Snapshot(ctx, args[0], s)
 				if err != nil {
 					return err
-				}
-				if e.Origin == originConfig {
-					fmt.Fprintf(c.ErrOrStderr(), "vmdiskctl: the configuration of the daemon must name the overlay before it starts again: what is below an overlay must not be written to\n")
 				}
 				return f.did(c, e, "export %s writes to %s", shown(e.Name), shown(e.Image))
 			})
