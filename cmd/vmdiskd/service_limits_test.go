@@ -1,0 +1,377 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+)
+
+// TestHalfOpenConnectionsKeepNobodyOut is LM-01: few of a thousand connections
+// that never negotiate are even greeted, and another peer is served meanwhile.
+func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
+	addr, listener := tcpListener(t)
+	s := newService(t, listener+exportA)
+	begin := time.Now()
+	var flood []net.Conn
+	for range 1000 {
+		flood = append(flood, dialFrom(t, "127.0.0.2", addr))
+	}
+	k, _ := mustGo(t, dialFrom(t, "127.0.0.3", addr), "a")
+	k.reads(10)
+	greeted := 0
+	for _, c := range flood {
+		// A greeting that comes has come before that of the other peer.
+		c.SetReadDeadline(time.Now().Add(time.Millisecond))
+		if n, _ := c.Read(make([]byte, 18)); n > 0 {
+			greeted++
+		}
+	}
+	rounds := int(time.Since(begin)/limits.Handshake) + 1
+	if most := rounds * limits.HandshakingPerPeer; greeted > most || greeted == 0 {
+		t.Errorf("greeted: got %d of 1000, want at most %d, and some", greeted, most)
+	}
+	if n := s.use().files; n > limits.ConnectionsPerPeer+100 {
+		t.Errorf("descriptors: got %d, want no more than %d of the flood", n, limits.ConnectionsPerPeer)
+	}
+	k.reads(10)
+	s.stop()
+}
+
+// TestConnectionsOfAPeerAreBounded is LM-02, and the bound of an export.
+func TestConnectionsOfAPeerAreBounded(t *testing.T) {
+	addr, listener := tcpListener(t)
+	s := newService(t, listener+exportA+exportB+"max-connections = 2\n")
+	var all []*client
+	for range limits.ConnectionsPerPeer {
+		k, _ := mustGo(t, dialFrom(t, "127.0.0.2", addr), "a")
+		all = append(all, k)
+	}
+	if n, err := dialFrom(t, "127.0.0.2", addr).Read(make([]byte, 18)); n != 0 {
+		t.Errorf("one connection too many: got %d bytes, %v", n, err)
+	}
+	for _, from := range []string{"127.0.0.3", "127.0.0.4"} {
+		k, _ := mustGo(t, dialFrom(t, from, addr), "b")
+		k.reads(2)
+	}
+	c := greet(t, dialFrom(t, "127.0.0.5", addr))
+	rep, raw := c.option(wire.OptGo, wire.AppendInfoRequest(nil, wire.InfoRequest{Name: "b"}))
+	if rep>>31 == 0 {
+		t.Errorf("third client of b: got %v %q, want an error", rep, raw)
+	}
+	all[0].disconnect()
+	s.await("the place is free again", func() bool {
+		n, _ := dialFrom(t, "127.0.0.2", addr).Read(make([]byte, 18))
+		return n == 18
+	})
+	all[1].reads(2)
+	s.stop()
+}
+
+// TestAcceptPausesWithoutDescriptors is LM-03.
+func TestAcceptPausesWithoutDescriptors(t *testing.T) {
+	s := newService(t, exportA)
+	k := s.open("a")
+	var was unix.Rlimit
+	pid := s.cmd.Process.Pid
+	few := unix.Rlimit{Cur: uint64(s.use().files) + 4}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &was); err != nil {
+		t.Fatal(err)
+	}
+	few.Max = was.Max
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &few, nil); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	var waiting []net.Conn
+	for range 50 {
+		waiting = append(waiting, s.dialNBD())
+	}
+	s.await("accepting fails", func() bool { return strings.Contains(s.log(), "accept failed") })
+	for range 100 {
+		k.reads(10)
+	}
+	for _, c := range waiting {
+		c.Close()
+	}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &was, nil); err != nil {
+		t.Fatal(err)
+	}
+	s.open("a").reads(2)
+	// Two listeners that each rest for 50 ms.
+	if n, most := strings.Count(s.log(), "accept failed"), 2*(int(time.Since(begin)/(50*time.Millisecond))+1); n > most {
+		t.Errorf("accept failed %d times, want at most %d: it does not rest", n, most)
+	}
+	s.stop()
+}
+
+// flood sends what make returns until the connection fails, and takes all
+// replies.
+func flood(k *client, next func(i uint64) []byte) {
+	go func() { _, _ = io.Copy(io.Discard, k) }()
+	go func() {
+		for i := uint64(0); ; i++ {
+			if _, err := k.Write(next(i)); err != nil {
+				return
+			}
+		}
+	}()
+}
+
+// TestNobodyIsStarved is LM-04 and LM-05 without their clocks: whatever eight
+// connections of one peer ask for, another peer's requests are answered.
+func TestNobodyIsStarved(t *testing.T) {
+	write := wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdWrite, Off: 8192, Len: 4096})
+	write = append(write, make([]byte, 4096)...)
+	for name, next := range map[string]func(i uint64) []byte{
+		"writes and flushes": func(i uint64) []byte {
+			return wire.AppendRequest(write[:len(write):len(write)], wire.Request{Cmd: wire.CmdFlush, Cookie: i})
+		},
+		"invalid requests": func(i uint64) []byte {
+			return wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdRead, Cookie: i, Off: 1 << 60, Len: 1 << 30})
+		},
+		"commands that are none": func(i uint64) []byte {
+			return wire.AppendRequest(nil, wire.Request{Cmd: 77, Cookie: i})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			addr, listener := tcpListener(t)
+			s := newService(t, listener+exportA+exportB)
+			for range 8 {
+				k, _ := mustGo(t, dialFrom(t, "127.0.0.2", addr), "a")
+				flood(k, next)
+			}
+			k, _ := mustGo(t, dialFrom(t, "127.0.0.3", addr), "b")
+			k.reads(10)
+			k.works()
+			if n := len(s.log()); n > 1<<20 {
+				t.Errorf("the flood has written %d bytes of log", n)
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestHangingImageHangsNobodyElse is LM-06, with requests of one export that
+// take for ever: another's are answered, and the service ends in its time.
+func TestHangingImageHangsNobodyElse(t *testing.T) {
+	s := newService(t, exportA+"[[export.fault]]\ndelay = \"10m\"\n"+exportB)
+	a := s.open("a")
+	a.request(wire.CmdRead, 1, 0, 4096, nil)
+	a.request(wire.CmdWrite, 2, 0, 512, make([]byte, 512))
+	a.request(wire.CmdFlush, 3, 0, 0, nil)
+	s.await("all hang", func() bool {
+		all, err := s.ctl.Clients(t.Context(), nil)
+		return err == nil && len(all) == 1 && all[0].InFlight == 3
+	})
+	b := s.open("b")
+	b.reads(100)
+	b.works()
+	s.open("a") // the handshake is no request
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "c", Image: "1M", Format: "mem"}}); err != nil {
+		t.Errorf("add an export: %v", err)
+	}
+	if err := s.ctl.Remove(t.Context(), "a", true, time.Second); err == nil {
+		t.Error("the export that hangs was removed")
+	}
+	b.works()
+	for range 2 {
+		if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		s.await("the end begins", func() bool { return !exists(filepath.Join(s.dir, "nbd")) })
+	}
+	select {
+	case err := <-s.done:
+		if s.cmd.ProcessState.ExitCode() != 1 {
+			t.Errorf("service: %v, want exit status 1", err)
+		}
+	case <-time.After(hangLimit):
+		t.Error("the service does not end")
+	}
+}
+
+// TestRateChangesWhileServed is LM-07: a limit is never exceeded by more than
+// its burst, and one that is taken away is gone for those who wait, too.
+func TestRateChangesWhileServed(t *testing.T) {
+	s := newService(t, exportA)
+	k := s.open("a")
+	set := func(r config.Rate) {
+		t.Helper()
+		if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{Rate: &r}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const n = 256 // 1 MiB
+	for _, rate := range []int64{4 << 20, 10 << 20} {
+		set(config.Rate{Bytes: config.Size(rate)})
+		k.reads(64) // what a burst allows is gone
+		begin := time.Now()
+		k.reads(n)
+		// Two bursts of 10 ms, and nothing else.
+		got := time.Since(begin)
+		if least := time.Duration(float64(n*4096)/float64(rate)*float64(time.Second)) - 3*limits.RateSlack; got < least {
+			t.Errorf("1 MiB at %d MiB/s: got %v, want at least %v", rate>>20, got, least)
+		}
+	}
+	set(config.Rate{Ops: 1})
+	k.reads(1)
+	for i := range uint64(10) {
+		k.request(wire.CmdFlush, i, 0, 0, nil)
+	}
+	set(config.Rate{})
+	for range 10 {
+		if e, _ := k.reply(); e != wire.OK {
+			t.Errorf("flush: got %v", e)
+		}
+	}
+	k.reads(n)
+	s.stop()
+}
+
+// TestSlowListenerIsToldOfLostEvents: and nobody waits for it.
+func TestSlowListenerIsToldOfLostEvents(t *testing.T) {
+	s := newService(t, exportA)
+	c, err := net.Dial("unix", filepath.Join(s.dir, "control"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(2 * hangLimit))
+	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", api.PathEvents); err != nil {
+		t.Fatal(err)
+	}
+	in := bufio.NewReader(c)
+	if line, err := in.ReadString('\n'); err != nil || !strings.Contains(line, "200") {
+		t.Fatalf("events: got %q, %v", line, err)
+	}
+	const clients = 5000
+	for range clients {
+		s.open("a").disconnect()
+	}
+	s.await("all have left", func() bool {
+		all, err := s.ctl.Clients(t.Context(), nil)
+		return err == nil && len(all) == 0
+	})
+	heard, lost := 0, uint64(0)
+	for heard+int(lost) < 2*clients {
+		line, err := in.ReadString('\n')
+		if err != nil {
+			t.Fatalf("after %d events, and %d that were lost: %v", heard, lost, err)
+		}
+		var e api.Event
+		if !strings.HasPrefix(line, "{") {
+			continue // of HTTP
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if e.Kind == "lost" {
+			lost += e.Lost
+		} else {
+			heard++
+		}
+	}
+	if lost == 0 || heard+int(lost) != 2*clients {
+		t.Errorf("heard %d, lost %d; want %d in all, and some lost", heard, lost, 2*clients)
+	}
+	s.stop()
+}
+
+// settled waits until the service holds no more than before, and returns what
+// it holds.
+func (s *testService) settled(before use) (u use) {
+	s.Helper()
+	for end := time.Now().Add(hangLimit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if u = s.use(); u.files <= before.files && u.goroutines <= before.goroutines {
+			break
+		}
+	}
+	if u.files > before.files || u.goroutines > before.goroutines || u.threads > before.threads+8 {
+		s.Errorf("left behind: %+v, before it was %+v", u, before)
+	}
+	return u
+}
+
+// TestSessionsLeaveNothingBehind is LM-09.
+func TestSessionsLeaveNothingBehind(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	cycle := func(n int) {
+		for i := range n {
+			k := s.open([]string{"a", "b"}[i%2])
+			k.reads(1)
+			k.disconnect()
+		}
+	}
+	cycle(1000)
+	before := s.settled(s.use())
+	cycle(10000)
+	after := s.settled(before)
+	if grown := after.rssKiB - before.rssKiB; grown > leakKiB {
+		t.Errorf("resident memory: grown by %d KiB in 10000 sessions", grown)
+	}
+	s.stop()
+}
+
+// TestExportsLeaveNothingBehind: with all that an export can have.
+func TestExportsLeaveNothingBehind(t *testing.T) {
+	s := newService(t, exportA)
+	ctx := context.WithoutCancel(t.Context())
+	cycle := func(n int) {
+		for i := range n {
+			x := config.Export{
+				Name: fmt.Sprintf("x%d", i), Image: filepath.Join(s.dir, "b.img"),
+				Rate: &config.Rate{Ops: 1000}, Overlay: &config.Overlay{Quota: 1 << 20}, LogRequests: true, FlushOnClose: true,
+				Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + filepath.Join(s.dir, "own")}},
+				Faults:    []config.Fault{{Ops: []string{"read"}, Error: "EIO"}},
+			}
+			if _, err := s.ctl.Add(ctx, api.AddExport{Export: x, Persist: i%2 == 0}); err != nil {
+				t.Fatal(err)
+			}
+			conn, err := net.Dial("unix", filepath.Join(s.dir, "own"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			k, _ := mustGo(t, conn, x.Name)
+			k.request(wire.CmdWrite, 1, 0, 512, make([]byte, 512))
+			if e, _ := k.reply(); e != wire.OK {
+				t.Fatalf("write: got %v", e)
+			}
+			// Some are removed under their client.
+			if i%3 != 0 {
+				k.disconnect()
+			}
+			if err := s.ctl.Remove(ctx, x.Name, true, hangLimit); err != nil {
+				t.Fatal(err)
+			}
+			k.Close()
+		}
+	}
+	cycle(50)
+	before := s.settled(s.use())
+	cycle(300)
+	after := s.settled(before)
+	if grown := after.rssKiB - before.rssKiB; grown > leakKiB {
+		t.Errorf("resident memory: grown by %d KiB in 300 exports", grown)
+	}
+	left, err := os.ReadDir(filepath.Join(s.dir, "state"))
+	if err != nil || len(left) != 0 {
+		t.Errorf("state folder: got %v, %v, want nothing", left, err)
+	}
+	s.stop()
+}
