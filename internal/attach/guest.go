@@ -87,7 +87,7 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 		m.note(unchecked + "no guest agent was named")
 		return nil
 	}
-	serial, err := m.serialOf(ctx, id)
+	serial, err := m.property(ctx, id, "serial")
 	if err != nil {
 		return err
 	}
@@ -111,15 +111,15 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 	return nil
 }
 
-// serialOf asks the machine for the serial number of a device.
-func (m *Machine) serialOf(ctx context.Context, id string) (string, error) {
-	out, err := m.Monitor.Execute(ctx, "qom-get", map[string]any{"path": "/machine/peripheral/" + id, "property": "serial"})
+// property asks the machine for a text of a device; empty if there is none.
+func (m *Machine) property(ctx context.Context, id, name string) (string, error) {
+	out, err := m.Monitor.Execute(ctx, "qom-get", map[string]any{"path": "/machine/peripheral/" + id, "property": name})
 	if errors.As(err, new(*qmp.Error)) {
 		return "", nil
 	}
 	var s string
 	if err == nil && (json.Unmarshal(out, &s) != nil || len(s) > limits.QMPName) {
-		err = fmt.Errorf("qom-get: %w: a serial number", qmp.ErrProtocol)
+		err = fmt.Errorf("qom-get: %w: property %s", qmp.ErrProtocol, name)
 	}
 	return s, err
 }

@@ -14,6 +14,9 @@ import (
 // ErrSmaller is for disks that would lose what a guest has at their end.
 var ErrSmaller = errors.New("a disk does not shrink")
 
+// ErrRigid is for disks whose size QEMU does not let change.
+var ErrRigid = errors.New("QEMU does not let a plugged nvme disk grow: detach and attach it")
+
 // Size is what a disk shall have, in bytes, or what it shall have more.
 type Size struct {
 	Bytes int64
@@ -40,6 +43,8 @@ type growth struct {
 	size    int64
 	old     string // node of the client that has the old size
 	next    qmp.NBD
+
+	exchange bool // the machine had another size, next takes the place of old
 }
 
 // Resize plans to grow a disk so that its guest sees it: the export first,
@@ -77,6 +82,13 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	}
 	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
 		return errors.Join(err, errors.New("this QEMU cannot exchange a server: it takes 6.1"))
+	}
+	model, err := g.property(ctx, g.id, "type")
+	if err != nil {
+		return err
+	}
+	if model == string(qmp.NVMe) {
+		return ErrRigid
 	}
 	uri, err := reachable(x)
 	if err != nil {
@@ -126,11 +138,9 @@ func (g *growth) exportStep(name string) Step {
 	}
 }
 
-// unlessGrown makes a step of do that is not needed once the machine has the
-// size.
-func (g *growth) unlessGrown(name string, do, undo func(context.Context) error) Step {
+func (g *growth) clientStep() Step {
 	return Step{
-		Name: name,
+		Name: "have the machine connect a second time, as node " + g.next.Node,
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
@@ -138,47 +148,58 @@ func (g *growth) unlessGrown(name string, do, undo func(context.Context) error) 
 			if err != nil || done {
 				return false, err
 			}
-			err = do(ctx)
+			g.exchange = true
+			err = qmp.BlockdevAddNBDClient(ctx, g.Monitor, g.next)
 			return maybe(err), err
 		},
-		Undo: undo,
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.id, g.next.Node) },
 	}
 }
 
-func (g *growth) clientStep() Step {
-	return g.unlessGrown("have the machine connect a second time, as node "+g.next.Node,
-		func(ctx context.Context) error { return qmp.BlockdevAddNBDClient(ctx, g.Monitor, g.next) },
-		func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.id, g.next.Node) })
-}
-
 func (g *growth) reopenStep() Step {
-	return g.unlessGrown("put it below node "+g.raw,
-		func(ctx context.Context) error { return g.below(ctx, g.next.Node) },
-		func(ctx context.Context) error {
+	return Step{
+		Name: "put it below node " + g.raw,
+		Do: func(ctx context.Context) (bool, error) {
+			if !g.exchange {
+				return false, nil
+			}
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			err := g.below(ctx, g.next.Node)
+			return maybe(err), err
+		},
+		Undo: func(ctx context.Context) error {
 			if g.old == "" {
 				return errors.New("the first client had no name")
 			}
 			return g.below(ctx, g.old)
-		})
+		},
+	}
 }
 
 func (g *growth) below(ctx context.Context, client string) error {
 	return qmp.BlockdevReopenRaw(ctx, g.Monitor, g.raw, client, g.next.ReadOnly, g.next.Discard)
 }
 
+// resizeStep has QEMU tell the guest. That the node has the size already says
+// nothing of the guest: it has it since it was opened again.
 func (g *growth) resizeStep() Step {
-	s := g.unlessGrown("tell the guest", func(ctx context.Context) error {
-		if err := qmp.BlockResize(ctx, g.Monitor, g.raw, g.size); err != nil {
-			return err
-		}
-		done, err := g.grown(ctx)
-		if err == nil && !done {
-			err = fmt.Errorf("%w: the machine says that the disk has another size", ErrDiffers)
-		}
-		return err
-	}, nil)
-	s.Final = true
-	return s
+	return Step{
+		Name:  fmt.Sprintf("tell the guest of %d bytes", g.size),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			if err := qmp.BlockResize(ctx, g.Monitor, g.raw, g.size); err != nil {
+				return errors.Is(err, qmp.ErrUnanswered), err
+			}
+			done, err := g.grown(ctx)
+			if err == nil && !done {
+				err = fmt.Errorf("%w: the machine says that the disk has another size", ErrDiffers)
+			}
+			return g.exchange, err
+		},
+	}
 }
 
 // deleteStep ends the clients that the disk does not use any more.
