@@ -20,7 +20,7 @@ build: ## build the static binaries into bin/
 run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 	@scripts/run.sh bin/vmdiskd $(IMAGE)
 
-demo: build ## attach a disk to a guest, restart the service, detach it
+demo: build ## attach a disk to a guest, grow it, restart the service, detach it
 	@GO=$(GO) scripts/demo.sh bin
 
 test: deps fmt vet unit race fuzz interop guest ## install what the tests need and run all of them

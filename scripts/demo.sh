@@ -1,8 +1,8 @@
 #!/bin/bash
 # demo.sh BINDIR: shows what the service does to a running guest. Boots a small
 # one under QEMU's emulation, starts vmdiskd, attaches a disk, has the guest
-# write to it and read back all the while, stops and starts the service, detaches
-# the disk. Ends with an error if anything is not as told.
+# write to it and read back all the while, grows the disk, stops and starts the
+# service, detaches the disk. Ends with an error if anything is not as told.
 set -euo pipefail
 PATH=$(cd "${1:?usage: demo.sh BINDIR}" && pwd):$PATH:/usr/sbin:/sbin
 export PATH
@@ -146,6 +146,11 @@ expect 30 "a disk appears"
 expect 30 "the disk has 64 MiB"
 load 5
 show vmdiskctl export list
+
+step "The disk grows while the guest writes to it"
+show vmdiskctl resize "$work/qmp" "$work/disk.img" +32M
+expect 30 "the disk has 96 MiB"
+load 5
 
 step "The service stops and starts while the guest writes to the disk"
 stop_service

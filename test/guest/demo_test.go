@@ -27,7 +27,7 @@ func TestDemo(t *testing.T) {
 	}
 	said := string(out)
 	for _, want := range []string{
-		"guest: the disk has 64 MiB", "vmdiskd has ended",
+		"guest: the disk has 64 MiB", "guest: the disk has 96 MiB", "vmdiskd has ended",
 		"guest: the disk is gone", "This line was written by the guest.", "without an error",
 	} {
 		_, rest, ok := strings.Cut(said, want)
