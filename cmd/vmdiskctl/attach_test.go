@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,7 +16,9 @@ import (
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/qmptest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -111,6 +115,12 @@ func TestDiskOfARunningMachine(t *testing.T) {
 	if x := shownAs(t, export); x.Image != image || x.Clients != 1 || x.Rate == nil || x.Rate.Bytes != 100<<20 {
 		t.Errorf("export %+v", x)
 	}
+	for _, changed := range []bool{true, false} {
+		p := plannedBy(t, "attach", "--bus=scsi", "--rate=50M,ops=100", vm, image)
+		if x := shownAs(t, export); p.Changed != changed || x.Rate == nil || x.Rate.Bytes != 50<<20 || x.Rate.Ops != 100 {
+			t.Errorf("another rate: %+v, export %+v", p, x)
+		}
+	}
 	if out := want(t, exitDone, "resize", vm, image, "+1M"); !strings.Contains(out, "grown") {
 		t.Errorf("resize: %q", out)
 	}
@@ -148,9 +158,10 @@ func TestExportsAndURIsAreAttached(t *testing.T) {
 	}
 	plannedBy(t, "detach", vm, "web")
 	plannedBy(t, "detach", vm, "d1")
-	if x := shownAs(t, "web"); x.Clients != 0 || x.Size != 2<<20 {
+	if x := shownAs(t, "web"); x.Size != 2<<20 {
 		t.Errorf("export %+v", x)
 	}
+	must(t, testenv.Await(testenv.Context(t), func() bool { return shownAs(t, "web").Clients == 0 }))
 }
 
 // TestAttachThatFailsSaysHow looks at exit codes, and that nothing is left.
@@ -231,4 +242,78 @@ func TestElementHoldsNamesAsData(t *testing.T) {
 	}
 	want(t, exitUsage, "domain-xml", "--target=vdb", "vm1", "nbds://localhost/")
 	want(t, exitFailed, "domain-xml", "--target=vdb", "--bus=nvme", "vm1", uri)
+}
+
+func TestExitCodesOfPlans(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want int
+	}{
+		{errors.Join(qmp.ErrNotReleased, attach.ErrIncomplete), exitHalf},
+		{errors.Join(attach.ErrDiffers, attach.ErrIncomplete), exitHalf},
+		{fmt.Errorf("step: %w", attach.ErrMounted), exitRefused},
+		{attach.ErrDiffers, exitRefused},
+		{attach.ErrSmaller, exitRefused},
+		{qmp.ErrUnplugRefused, exitRefused},
+		{&api.Error{Code: api.CodeForbidden}, exitRefused},
+		{qmp.ErrInvalid, exitUsage},
+		{qmp.ErrNoPCIPlace, exitFailed},
+		{attach.ErrNoDisk, exitFailed},
+		{context.Canceled, exitFailed},
+	} {
+		if got := exitCode(plugError(tt.err), true); got != tt.want {
+			t.Errorf("%v: exit code %d, want %d", tt.err, got, tt.want)
+		}
+	}
+	if got := plugError(errors.Join(errors.New("a\x1b[2J"), attach.ErrIncomplete)).Error(); strings.ContainsAny(got, "\n\x1b") {
+		t.Errorf("a terminal would obey %q", got)
+	}
+}
+
+// TestInterruptedAttachIsTakenBack ends the program by SIGINT while the guest
+// is asked for the disk that it has been given.
+func TestInterruptedAttachIsTakenBack(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	m, err := qmp.Dial(t.Context(), vm)
+	must(t, err)
+	_, err = m.Execute(t.Context(), "cont", nil)
+	must(t, errors.Join(err, m.Close()))
+	asked := make(chan struct{}, 1)
+	agent := qmptest.Listen(t, func(c *qmptest.Conn) {
+		for {
+			cmd, ok := c.Next()
+			if !ok {
+				return
+			}
+			if cmd.Execute == "guest-sync-delimited" {
+				var a struct{ ID int64 }
+				must(t, json.Unmarshal(cmd.Arguments, &a))
+				c.Say(fmt.Sprintf("\xff{\"return\": %d}", a.ID))
+				continue
+			}
+			c.Say(`{"return": []}`)
+			select {
+			case asked <- struct{}{}:
+			default:
+			}
+		}
+	})
+	cmd := exec.Command(os.Args[0], "attach", "--bus=scsi", "--agent="+agent, vm, d.image(t, "a.img"))
+	cmd.Env = append(os.Environ(), asMain+"=1")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	must(t, cmd.Start())
+	<-asked
+	must(t, cmd.Process.Signal(os.Interrupt))
+	err = cmd.Wait()
+	if cmd.ProcessState.ExitCode() != exitFailed || !strings.Contains(said.String(), "canceled") {
+		t.Errorf("%v: %s", err, said.String())
+	}
+	if out := want(t, exitDone, "export", "list", "--json"); strings.TrimSpace(out) != "[]" {
+		t.Errorf("exports left: %s", out)
+	}
+	if v := showVM(t, vm); len(v.Disks) != 0 || v.SCSI != 1 {
+		t.Errorf("machine %+v", v)
+	}
 }

@@ -160,8 +160,10 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }}, nil
 }
 
-// exportStep adds an export and learns its size.
+// exportStep adds an export, or gives the one that is there the rate that is
+// wanted, and learns its size.
 func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64) Step {
+	undo := func(ctx context.Context) error { return removeExport(ctx, c, a.Name, true) }
 	return Step{
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
@@ -169,17 +171,50 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 			x, err := c.Export(ctx, a.Name)
 			if err == nil {
 				*size = x.Size
-				return false, same(x, a)
+				if err := same(x, a); err != nil || sameRate(x.Rate, a.Rate) {
+					return false, err
+				}
+				undo = func(ctx context.Context) error { return setRate(ctx, c, a.Name, x.Rate) }
+				err = setRate(ctx, c, a.Name, a.Rate)
+				return made(err), err
 			}
 			if !hasCode(err, api.CodeNotFound) {
 				return false, err
 			}
 			x, err = c.Add(ctx, a, files...)
 			*size = x.Size
-			return err == nil || !errors.As(err, new(*api.Error)), err
+			return made(err), err
 		},
-		Undo: func(ctx context.Context) error { return removeExport(ctx, c, a.Name, true) },
+		Undo: func(ctx context.Context) error { return undo(ctx) },
 	}
+}
+
+// made reports whether a change with the error may have been made: only what
+// the daemon refuses was not.
+func made(err error) bool { return err == nil || !errors.As(err, new(*api.Error)) }
+
+// sameRate tells whether a rate is as wanted; the burst may be the daemon's.
+func sameRate(is, want *config.Rate) bool {
+	if want == nil {
+		return true
+	}
+	if is == nil {
+		is = &config.Rate{}
+	}
+	r := *is
+	if want.Burst == 0 {
+		r.Burst = 0
+	}
+	return r == *want
+}
+
+// setRate sets the rate of an export; nil is no bound.
+func setRate(ctx context.Context, c *client.Client, name string, r *config.Rate) error {
+	if r == nil {
+		r = &config.Rate{}
+	}
+	_, err := c.Patch(ctx, name, api.Patch{Rate: r})
+	return err
 }
 
 // same refuses an export of the name that is not the one that is wanted.
