@@ -328,7 +328,7 @@ func (p *plug) verify(ctx context.Context) error {
 
 // Resolve finds the name of a disk of the machine that its user names so, or
 // by its image, export or URI as Attach got it. A disk that is not plugged may
-// have nodes left.
+// have nodes or an export left.
 func (m *Machine) Resolve(ctx context.Context, word string) (string, error) {
 	path, err := filepath.Abs(word)
 	if err != nil {
@@ -339,11 +339,20 @@ func (m *Machine) Resolve(ctx context.Context, word string) (string, error) {
 		if err != nil || d != nil {
 			return id, err
 		}
-		if list, err := nodes(ctx, m.Monitor, id); err != nil || len(list) > 0 {
+		if list, err := nodes(ctx, m.Monitor, id); err != nil || len(list) > 0 || m.serves(ctx, id) {
 			return id, err
 		}
 	}
 	return "", fmt.Errorf("%w: the machine has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+}
+
+// serves reports whether there is an export that was made for the disk.
+func (m *Machine) serves(ctx context.Context, id string) bool {
+	if m.Server == nil {
+		return false
+	}
+	_, err := m.Server.Export(ctx, ExportName(m.Name, id))
+	return err == nil
 }
 
 // ErrNoDisk is for a disk that a machine does not have.

@@ -505,6 +505,29 @@ func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 	}
 }
 
+// TestDetachEndsWhatAnEarlierOneHasBegun stops after each of its steps.
+func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk", diskSize)
+	empty := l.state(t, m.Monitor)
+	for stop := range 4 {
+		p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+		p, err = m.Detach(ctx, p.Disk, false)
+		must(t, err)
+		p.Steps = p.Steps[:stop]
+		do(t, p, nil)
+		id, err := m.Resolve(ctx, image)
+		must(t, err)
+		p, err = m.Detach(ctx, id, false)
+		if do(t, p, err); l.state(t, m.Monitor) != empty {
+			t.Errorf("stopped after %d steps: left %s", stop, l.state(t, m.Monitor))
+		}
+	}
+}
+
 func TestMachineWithoutAPlaceIsToldBeforeAnythingIsDone(t *testing.T) {
 	l := start(t, "-machine", "q35")
 	m := l.machine(t, l.monitor, nil)
