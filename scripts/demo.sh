@@ -97,7 +97,7 @@ start_service() {
 	told vmdiskd --config "$work/vmdiskd.toml"
 	vmdiskd --config "$work/vmdiskd.toml" 2>>"$work/vmdiskd.log" &
 	daemon=$!
-	await 20 "the service answers" answers
+	await 20 "the service answers" answers || { vmdiskctl status || exit 1; }
 }
 
 stop_service() {
