@@ -229,13 +229,21 @@ func same(x api.Export, a api.AddExport) error {
 	return nil
 }
 
-// removeExport removes an export that may be gone already.
+// removeExport removes an export that may be gone already. The server may
+// notice some time after a machine that its client has left.
 func removeExport(ctx context.Context, c *client.Client, name string, force bool) error {
-	err := c.Remove(ctx, name, force, 0)
-	if hasCode(err, api.CodeNotFound) {
-		return nil
+	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
+	defer cancel()
+	for {
+		err := c.Remove(ctx, name, force, 0)
+		if hasCode(err, api.CodeNotFound) {
+			return nil
+		}
+		if !hasCode(err, api.CodeInUse) || wait.Err() != nil {
+			return err
+		}
+		pause(wait, limits.AttachPoll)
 	}
-	return err
 }
 
 func hasCode(err error, code string) bool {
