@@ -128,6 +128,13 @@ const (
 	RequestsPerConn = 128
 	BytesPerConn    = 32 << 20
 
+	// After each Refused replies with an error that cost no waiting a
+	// connection rests for RefusedRest: a guest that asks for nothing right
+	// takes no processor from others, and one that does so now and then never
+	// notices.
+	Refused     = RequestsPerConn
+	RefusedRest = 2 * time.Millisecond
+
 	// RequestsPerPeer and BytesPerPeer bound the sum over a peer's
 	// connections.
 	RequestsPerPeer = 1024

@@ -123,6 +123,7 @@ func (s *session) replyDone(req *wire.Request) error {
 }
 
 func (s *session) replyError(req *wire.Request, err error) error {
+	s.refused++
 	if rerr := s.reserve(maxHead + limits.MaxErrorText); rerr != nil {
 		return rerr
 	}

@@ -53,6 +53,8 @@ type session struct {
 	poll  poller
 	tally tally // of this turn
 
+	refused int // replies with an error since it rested
+
 	sender sender         // see there
 	own    budget         // what this connection has in flight
 	peer   *budget        // what its peer has
@@ -184,7 +186,31 @@ func (s *session) readLoop() error {
 		if err := s.dispatch(&s.req); err != nil {
 			return err
 		}
+		if err := s.rest(); err != nil {
+			return err
+		}
 	}
+}
+
+// rest slows down a peer that gets nothing but errors. They are answered at
+// once, so that its goroutine would never wait for anything, and the scheduler
+// would look for what other peers send, one request at a time, every 10 ms
+// only.
+func (s *session) rest() error {
+	if s.refused < limits.Refused {
+		return nil
+	}
+	s.refused = 0
+	if err := s.endTurn(); err != nil {
+		return err
+	}
+	t := time.NewTimer(limits.RefusedRest)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-s.ctx.Done():
+	}
+	return nil
 }
 
 func (s *session) decode(b []byte) (wire.Request, error) {
