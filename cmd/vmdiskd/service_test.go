@@ -320,7 +320,8 @@ func TestKeptExportsComeBack(t *testing.T) {
 // TestExportOfItsOwnListenerIsNowhereElse also takes the listener away with
 // the export.
 func TestExportOfItsOwnListenerIsNowhereElse(t *testing.T) {
-	s := newService(t, exportA)
+	s := newService(t, exportA+"[[export]]\nname = \"c\"\nimage = \"8M\"\nformat = \"mem\"\n"+
+		"[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/first\"\n")
 	own := filepath.Join(s.dir, "own")
 	x := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img"), Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + own}}}
 	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
@@ -328,6 +329,7 @@ func TestExportOfItsOwnListenerIsNowhereElse(t *testing.T) {
 	}
 	for uri, want := range map[string]string{
 		s.uri("b"): "", "nbd+unix:///?socket=" + own: "1048576", "nbd+unix:///a?socket=" + own: "",
+		s.uri("c"): "", "nbd+unix:///?socket=" + filepath.Join(s.dir, "first"): "8388608",
 	} {
 		if got := s.size(uri); got != want {
 			t.Errorf("size at %s: got %q, want %q", uri, got, want)
