@@ -195,7 +195,7 @@ const (
 
 	// BufferCache is how much free buffer memory stays resident between
 	// bursts.
-	BufferCache = 8 << 20
+	BufferCache = 16 << 20
 
 	// RingArena is the part of the buffer memory that a ring may register,
 	// which pins it. Half of the usual RLIMIT_MEMLOCK of 8 MiB, because older
