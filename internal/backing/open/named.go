@@ -55,11 +55,14 @@ func openInRoots(s Spec, c cacheMode) (*os.File, error) {
 		return nil, invalid(s, errors.New("the path of an image must be absolute"))
 	}
 	w := wish{by: s.Path, what: "image", name: s.Path, readOnly: s.ReadOnly, devices: true}
+	return inRoots(s, w, c.direct, func(g *gate, rel string) (*os.File, error) { return g.openBeneath(w, rel) })
+}
+
+// inRoots has open open s.Path by the gate of the first of s.Roots that it lies
+// beneath, relative to that folder.
+func inRoots(s Spec, w wish, direct bool, open func(g *gate, rel string) (*os.File, error)) (*os.File, error) {
 	for _, root := range s.Roots {
-		if _, err := filepath.Rel(root, s.Path); err != nil {
-			continue
-		}
-		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, c.direct)
+		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, direct)
 		if err != nil {
 			return nil, err
 		}
@@ -68,7 +71,7 @@ func openInRoots(s Spec, c cacheMode) (*os.File, error) {
 			g.close()
 			continue
 		}
-		f, err := g.openBeneath(w, rel)
+		f, err := open(g, rel)
 		g.close()
 		return f, err
 	}

@@ -45,24 +45,13 @@ func createFile(s Spec) (*os.File, error) {
 		return os.OpenFile(s.Path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	}
 	w := wish{by: s.Path, what: "image", name: s.Path}
-	for _, root := range s.Roots {
-		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, false)
-		if err != nil {
-			return nil, err
-		}
-		rel, err := g.inside(w, s.Path)
-		if err != nil {
-			g.close()
-			continue
-		}
+	return inRoots(s, w, false, func(g *gate, rel string) (*os.File, error) {
 		fd, err := g.openat(w, rel, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
-		g.close()
 		if err != nil {
 			return nil, err
 		}
 		return os.NewFile(uintptr(fd), s.Path), nil
-	}
-	return nil, w.denied("it lies beneath none of the folders that images may come from")
+	})
 }
 
 // syncDir makes the entries of a directory durable.
