@@ -22,13 +22,10 @@ const mapPieces = 4 * backing.MaxRuns
 // chainDevice serves a chain of layers for reading.
 type chainDevice struct {
 	backing.Unsupported
+	described
 	chain    *chain
 	clusters *clusterCache
-	path     string
 	info     backing.Info
-
-	descriptions []string
-	bitmaps      *bitmaps.Set // nil for none
 }
 
 // Open opens the image in st and serves it with what lies below. It takes over
@@ -79,7 +76,10 @@ func (d *chainDevice) loadBitmaps(ctx context.Context, top *Image, o Options) {
 }
 
 func newChainDevice(top Layer, o Options) *chainDevice {
-	d := &chainDevice{descriptions: []string{depthContext}, chain: newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes), path: o.Path}
+	d := &chainDevice{
+		described: described{path: o.Path, descriptions: []string{depthContext}},
+		chain:     newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes),
+	}
 	d.info = backing.Info{
 		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred,
 		Caps: backing.CanFlush | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
@@ -272,8 +272,3 @@ func (j *join) abandon() {
 
 // Close closes the layers.
 func (d *chainDevice) Close() error { return d.chain.top.Close() }
-
-// wrap gives err its place, unless it has one or the caller gave up waiting.
-func (d *chainDevice) wrap(op string, off, n int64, err error) error {
-	return backing.WrapIn(op, d.path, off, n, err)
-}

@@ -27,7 +27,7 @@ import (
 // it is cut off. What was unlinked waits in quarantine (epoch.go).
 type disk struct {
 	backing.Unsupported
-	path   string
+	described
 	log    *slog.Logger
 	header *format.Header
 	g      format.Geometry
@@ -40,8 +40,6 @@ type disk struct {
 	clusters *clusterCache
 	discard  Discard
 
-	descriptions []string
-
 	resizing sync.Mutex
 	size     atomic.Int64 // of the disk in bytes
 	reach    atomic.Int64 // up to where the mapping goes: size, or what it will be
@@ -51,7 +49,6 @@ type disk struct {
 	epoch    *epoch           // guarded by m.mu
 	unlinked []space.Ref      // guarded by m.mu; since the last commit began
 
-	bitmaps    *bitmaps.Set
 	commits    commits
 	quarantine []quarantined // the commit's own; oldest first
 }
@@ -86,7 +83,7 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 		log.Warn("image has leaked clusters", "path", o.Path, "clusters", r.Leaks)
 	}
 	d := &disk{
-		path: o.Path, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
+		described: described{path: o.Path}, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
 		clusters: newClusterCache(o.ClusterBytes), discard: o.Discard,
 		claims: map[int64]*claim{}, epoch: new(epoch),
 	}
@@ -185,11 +182,6 @@ func (d *disk) Info() backing.Info {
 	i := d.info
 	i.Size = d.size.Load()
 	return i
-}
-
-// wrap gives err its place, unless it has one or the caller gave up waiting.
-func (d *disk) wrap(op string, off, n int64, err error) error {
-	return backing.WrapIn(op, d.path, off, n, err)
 }
 
 // Close commits what is left and closes all files. No request is in flight and

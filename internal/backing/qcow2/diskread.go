@@ -3,7 +3,6 @@ package qcow2
 import (
 	"context"
 	"errors"
-	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
@@ -217,27 +216,17 @@ func (d *disk) joinSpans(op engine.Op, off int64, spans []Span, j *join) bool {
 	return true
 }
 
-// Descriptions has the allocation depth, and the bitmaps that writes do not
-// change.
-func (d *disk) Descriptions() []string { return d.descriptions }
-
 // Describe tells the depth of a range, or what a bitmap has of it.
 func (d *disk) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
-	switch {
-	case !slices.Contains(d.descriptions, name):
-		return backing.ErrInvalid
-	case name != depthContext:
-		return d.wrap("describe", off, n, describeBitmap(d.bitmaps, name, off, n, f, yield))
-	}
-	r := depthRuns(f, yield)
-	err := d.eachPiece(ctx, off, n, func(own bool, x *piece) bool {
-		depth := depthOf(x)
-		if !own && depth > 0 {
-			depth++
-		}
-		return r.add(x.n, depth)
+	return d.describe(name, off, n, f, yield, func(r *runs[uint32]) error {
+		return d.eachPiece(ctx, off, n, func(own bool, x *piece) bool {
+			depth := depthOf(x)
+			if !own && depth > 0 {
+				depth++
+			}
+			return r.add(x.n, depth)
+		})
 	})
-	return d.wrap("describe", off, n, r.end(err))
 }
 
 // Extents reports as holes what neither the image nor the chain below has

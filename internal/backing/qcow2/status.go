@@ -19,26 +19,41 @@ const longestRun = 2048 * limits.MapPage
 // docs/interop/nbd.rst, "qemu:allocation-depth").
 const depthContext = "qemu:allocation-depth"
 
-// Descriptions has the allocation depth, and the bitmaps of the top image.
-func (d *chainDevice) Descriptions() []string { return d.descriptions }
+// described is a device with a name for errors, and what it can say of its
+// bytes beside Extents.
+type described struct {
+	path         string
+	descriptions []string
+	bitmaps      *bitmaps.Set // nil for none
+}
 
-// Describe tells the depth of a range, or what a bitmap has of it. What is
-// damaged counts where that was found.
-func (d *chainDevice) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+// Descriptions has the allocation depth, and the bitmaps that can be shown.
+func (d *described) Descriptions() []string { return d.descriptions }
+
+// wrap gives err its place, unless it has one or the caller gave up waiting.
+func (d *described) wrap(op string, off, n int64, err error) error {
+	return backing.WrapIn(op, d.path, off, n, err)
+}
+
+// describe does what Describe does; depths walks the range for its depths.
+func (d *described) describe(name string, off, n int64, f backing.Flags, yield func(backing.Status) bool, depths func(*runs[uint32]) error) error {
 	switch {
 	case !slices.Contains(d.descriptions, name):
 		return backing.ErrInvalid
 	case name != depthContext:
-		return d.wrap("describe", off, n, describeBitmap(d.bitmaps, name, off, n, f, yield))
+		more := func(s backing.Status) bool { return yield(s) && f&backing.ReqOne == 0 }
+		return d.wrap("describe", off, n, d.bitmaps.Describe(name, off, n, more))
 	}
 	r := depthRuns(f, yield)
-	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, depthOf(x)) })
-	return d.wrap("describe", off, n, r.end(err))
+	return d.wrap("describe", off, n, r.end(depths(r)))
 }
 
-// describeBitmap yields what a bitmap has of a range.
-func describeBitmap(set *bitmaps.Set, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
-	return set.Describe(name, off, n, func(s backing.Status) bool { return yield(s) && f&backing.ReqOne == 0 })
+// Describe tells the depth of a range, or what a bitmap has of it. What is
+// damaged counts where that was found.
+func (d *chainDevice) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	return d.describe(name, off, n, f, yield, func(r *runs[uint32]) error {
+		return d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, depthOf(x)) })
+	})
 }
 
 func depthOf(x *piece) uint32 {

@@ -102,9 +102,6 @@ func NewOracle(first []byte) *Oracle {
 	return &Oracle{size: int64(len(first)), first: first, clock: 1, history: map[int64][]*Change{}}
 }
 
-// Size of the disk in bytes.
-func (o *Oracle) Size() int64 { return o.size }
-
 func (o *Oracle) tickLocked() int64 {
 	o.clock++
 	return o.clock
