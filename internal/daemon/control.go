@@ -4,9 +4,7 @@ import (
 	"context"
 	"net"
 	"os"
-	"os/user"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -81,16 +79,8 @@ func (d *daemon) closeControl() {
 // place of one that nobody listens to, with its mode from the first moment.
 func listenControl(ctx context.Context, c *config.Control) (net.Listener, error) {
 	e := transport.Endpoint{Kind: transport.Unix, Path: c.Socket}
-	var err error
-	if c.Mode != "" {
-		if e.Mode, err = transport.ParseMode(c.Mode); err != nil {
-			return nil, err
-		}
-	}
-	if c.Owner != "" {
-		if e.Owner, err = transport.ParseOwner(c.Owner); err != nil {
-			return nil, err
-		}
+	if err := setAccess(&e, c.Mode, c.Owner); err != nil {
+		return nil, err
 	}
 	return transport.ListenUnix(ctx, e)
 }
@@ -102,49 +92,21 @@ func rulesOf(c *config.Control) (*server.Rules, error) {
 	for _, x := range [...]struct {
 		to    *[]uint32
 		names []string
-		id    func(string) (string, error)
+		id    func(string) (int, error)
 	}{
-		{&r.ReadUsers, c.ReadUsers, userID}, {&r.ReadGroups, c.ReadGroups, groupID},
-		{&r.ChangeUsers, c.ChangeUsers, userID}, {&r.ChangeGroups, c.ChangeGroups, groupID},
+		{&r.ReadUsers, c.ReadUsers, transport.LookupUser}, {&r.ReadGroups, c.ReadGroups, transport.LookupGroup},
+		{&r.ChangeUsers, c.ChangeUsers, transport.LookupUser}, {&r.ChangeGroups, c.ChangeGroups, transport.LookupGroup},
 	} {
 		for _, name := range x.names {
 			id, err := x.id(name)
 			if err != nil {
 				return nil, err
 			}
-			n, err := strconv.ParseUint(id, 10, 32)
-			if err != nil {
-				return nil, err
-			}
-			*x.to = append(*x.to, uint32(n))
+			*x.to = append(*x.to, uint32(id))
 		}
 		slices.Sort(*x.to)
 	}
 	return r, nil
-}
-
-// userID is the number of a user that is named, or is a number.
-func userID(s string) (string, error) {
-	if _, err := strconv.ParseUint(s, 10, 32); err == nil {
-		return s, nil
-	}
-	u, err := user.Lookup(s)
-	if err != nil {
-		return "", err
-	}
-	return u.Uid, nil
-}
-
-// groupID is the same of a group.
-func groupID(s string) (string, error) {
-	if _, err := strconv.ParseUint(s, 10, 32); err == nil {
-		return s, nil
-	}
-	g, err := user.LookupGroup(s)
-	if err != nil {
-		return "", err
-	}
-	return g.Gid, nil
 }
 
 // controlDrain is what control requests have to end.

@@ -123,15 +123,21 @@ func endpointOf(l config.Listener) (transport.Endpoint, error) {
 		return transport.Endpoint{}, errors.New("the URI of a listener has no export, user or parameters")
 	}
 	e := transport.Endpoint{Kind: u.Kind, Name: l.URI, Path: u.Path, Address: u.Address, Port: u.Port, CID: u.CID}
-	if l.Mode != "" {
-		if e.Mode, err = transport.ParseMode(l.Mode); err != nil {
-			return e, err
+	err = setAccess(&e, l.Mode, l.Owner)
+	return e, err
+}
+
+// setAccess gives the socket of e a mode and an owner, where they are said.
+func setAccess(e *transport.Endpoint, mode, owner string) (err error) {
+	if mode != "" {
+		if e.Mode, err = transport.ParseMode(mode); err != nil {
+			return err
 		}
 	}
-	if l.Owner != "" {
-		e.Owner, err = transport.ParseOwner(l.Owner)
+	if owner != "" {
+		e.Owner, err = transport.ParseOwner(owner)
 	}
-	return e, err
+	return err
 }
 
 // acceptPause is how long accepting rests when the system is out of

@@ -37,27 +37,44 @@ type Owner struct {
 func ParseOwner(s string) (*Owner, error) {
 	name, group, _ := strings.Cut(s, ":")
 	o := &Owner{UID: -1, GID: -1}
+	var err error
 	if name != "" {
-		if u, err := user.Lookup(name); err == nil {
-			name = u.Uid
+		if o.UID, err = LookupUser(name); err != nil {
+			return nil, err
 		}
-		n, err := parseID(name)
-		if err != nil {
-			return nil, fmt.Errorf("no user %q", name)
-		}
-		o.UID = n
 	}
 	if group != "" {
-		if g, err := user.LookupGroup(group); err == nil {
-			group = g.Gid
+		if o.GID, err = LookupGroup(group); err != nil {
+			return nil, err
 		}
-		n, err := parseID(group)
-		if err != nil {
-			return nil, fmt.Errorf("no group %q", group)
-		}
-		o.GID = n
 	}
 	return o, nil
+}
+
+// LookupUser is the number of a user, by name or number as ParseOwner has it.
+func LookupUser(name string) (int, error) {
+	id := name
+	if u, err := user.Lookup(name); err == nil {
+		id = u.Uid
+	}
+	n, err := parseID(id)
+	if err != nil {
+		return 0, fmt.Errorf("no user %q", name)
+	}
+	return n, nil
+}
+
+// LookupGroup is the same of a group.
+func LookupGroup(name string) (int, error) {
+	id := name
+	if g, err := user.LookupGroup(name); err == nil {
+		id = g.Gid
+	}
+	n, err := parseID(id)
+	if err != nil {
+		return 0, fmt.Errorf("no group %q", name)
+	}
+	return n, nil
 }
 
 // parseID refuses the largest number, which the kernel takes for "leave".
