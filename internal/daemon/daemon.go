@@ -81,7 +81,7 @@ func Run(cfg Config) (status int, err error) {
 // subject is what is served, for the log.
 func (d *daemon) subject() []any {
 	if d.conf.Load() != nil {
-		return []any{"config", d.cfg.File, "exports", len(d.exports.Status()), "failed", len(d.disks.failed())}
+		return []any{"config", d.cfg.File, "exports", d.exports.Len(), "failed", len(d.disks.failed())}
 	}
 	return []any{"image", d.cfg.Disk.Image, "format", d.cfg.Disk.Format}
 }

@@ -88,20 +88,6 @@ func (s *disks) get(name string) *disk {
 	return s.byName[name]
 }
 
-// names of all exports with an origin, sorted.
-func (s *disks) names(origin string) []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var list []string
-	for name, k := range s.byName {
-		if k.origin == origin {
-			list = append(list, name)
-		}
-	}
-	slices.Sort(list)
-	return list
-}
-
 // addExport opens an export and publishes it; what fails leaves nothing
 // behind. files are what the words "fd:N" in x stand for; they are closed.
 func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, files []*os.File) (err error) {

@@ -60,7 +60,7 @@ func (s service) Status() api.Status {
 	d := s.d
 	t := api.Status{
 		Version: Version, PID: os.Getpid(), Started: d.started, Engine: d.engine.Name(),
-		Exports: len(d.exports.Status()), Clients: len(d.server.Clients()), Config: d.cfg.File,
+		Exports: d.exports.Len(), Clients: len(d.server.Clients()), Config: d.cfg.File,
 		Memory: map[string]int64{}, Notes: map[string]string{},
 	}
 	_, t.Memory["buffers"] = d.buffers.Outstanding()
@@ -80,10 +80,15 @@ func (s service) Exports() []api.Export {
 		list = append(list, s.d.describe(x))
 	}
 	for _, k := range s.d.disks.failed() {
-		cfg, _, err := s.d.disks.look(k)
-		list = append(list, api.Export{Export: cfg, Origin: k.origin, State: stateFailed, Error: err.Error()})
+		list = append(list, s.d.describeFailed(k))
 	}
 	return list
+}
+
+// describeFailed is an export that could not be opened.
+func (d *daemon) describeFailed(k *disk) api.Export {
+	cfg, _, err := d.disks.look(k)
+	return api.Export{Export: cfg, Origin: k.origin, State: stateFailed, Error: err.Error()}
 }
 
 // States of an export beside those of the registry.
@@ -93,9 +98,12 @@ const (
 )
 
 func (s service) Export(name string) (api.Export, error) {
-	for _, x := range s.Exports() {
-		if x.Name == name {
-			return x, nil
+	if x, ok := s.d.exports.StatusOf(name); ok {
+		return s.d.describe(x), nil
+	}
+	if k := s.d.disks.get(name); k != nil {
+		if _, _, err := s.d.disks.look(k); err != nil {
+			return s.d.describeFailed(k), nil
 		}
 	}
 	return api.Export{}, unknownExport(name)

@@ -42,7 +42,7 @@ func (d *daemon) ready() error {
 }
 
 func (d *daemon) summary() string {
-	return fmt.Sprintf("serving %d exports", len(d.exports.Status()))
+	return fmt.Sprintf("serving %d exports", d.exports.Len())
 }
 
 // pulse tells the service manager that the daemon is alive after each round

@@ -399,14 +399,36 @@ func (r *Registry) Status() []Status {
 	defer r.mu.Unlock()
 	out := make([]Status, 0, len(r.byName))
 	for _, e := range r.byName {
-		s := Status{Spec: e.spec, State: e.state, Clients: e.users}
-		if e.spec.Device != nil {
-			s.Info = e.spec.Device.Info()
-		}
-		out = append(out, s)
+		out = append(out, e.status())
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Spec.Name < out[j].Spec.Name })
 	return out
+}
+
+// StatusOf describes one export, if it is there.
+func (r *Registry) StatusOf(name string) (s Status, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.byName[name]
+	if e == nil {
+		return Status{}, false
+	}
+	return e.status(), true
+}
+
+// Len is the number of exports.
+func (r *Registry) Len() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.byName)
+}
+
+func (e *entry) status() Status {
+	s := Status{Spec: e.spec, State: e.state, Clients: e.users}
+	if e.spec.Device != nil {
+		s.Info = e.spec.Device.Info()
+	}
+	return s
 }
 
 // Close waits until no connection uses an export any more, flushes the
