@@ -267,23 +267,36 @@ func (r *rig) partial() *session {
 	}
 }
 
+// stuckCache is an engine whose page cache answers when it is opened.
+type stuckCache struct {
+	engine.Engine
+	entered, open chan struct{}
+}
+
+func (c stuckCache) ReadNow(f *engine.File, p []byte, off int64) int {
+	c.entered <- struct{}{}
+	<-c.open
+	return c.Engine.ReadNow(f, p, off)
+}
+
 func TestStuckTurnIsReportedOnce(t *testing.T) {
-	r := memRig(t, 1<<20)
+	r := fileRig(t, 1<<20, "pool", "")
+	stuck := stuckCache{r.opt.Engine, make(chan struct{}), make(chan struct{})}
+	r.opt.Engine = stuck
 	r.opt.Slow = time.Nanosecond
 	r.opt.Stall = time.Hour
 	next := r.events()
 	c := r.simple()
 	next(obs.ClientConnected)
-	r.send(c, message(wire.CmdRead, 1, 0, 512)[:8])
-	x := r.partial()
-	x.tally.begun.Store(1) // as if the turn had lasted since the program began
+	r.send(c, message(wire.CmdRead, 1, 0, 512))
+	<-stuck.entered
+	x := r.server.sessions()[0]
 	x.watchStuck()
 	x.watchStuck()
 	if e := next(obs.StuckRequest); e.Took <= 0 || e.Count != 1 {
 		t.Errorf("event: got %+v, want one stuck turn", e)
 	}
-	x.tally.begun.Store(0)
-	r.send(c, message(wire.CmdRead, 1, 0, 512)[8:])
+	close(stuck.open)
 	r.expect(c, wire.SimpleReplySize+512)
 	next(obs.SlowRequest)
 	r.leave(c)
