@@ -1,0 +1,110 @@
+// Package systemd_test holds the units to what systemd and the security of the
+// service demand.
+package systemd_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// installed copies the units into a folder, with a program that exists where
+// they name the daemon and with names for the templates, as systemd-analyze
+// wants them.
+func installed(t *testing.T) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	units, err := filepath.Glob("*.*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for _, name := range units {
+		if !isUnit(name) {
+			continue
+		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		said := strings.ReplaceAll(string(text), "/usr/sbin/vmdiskd", self)
+		to := filepath.Join(dir, strings.Replace(name, "@.", "@vm1.", 1))
+		if err := os.WriteFile(to, []byte(said), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func isUnit(name string) bool {
+	switch filepath.Ext(name) {
+	case ".service", ".socket", ".slice":
+		return true
+	}
+	return false
+}
+
+func TestUnitsAreRight(t *testing.T) {
+	dir := installed(t)
+	list, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(list) < 5 {
+		t.Fatalf("units %q, error %v", list, err)
+	}
+	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no", "--recursive-errors=no"}, list...)...)
+	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")
+	out, err := cmd.CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+}
+
+// exposure is the most that systemd-analyze may count for a unit, in tenths.
+var exposure = map[string]string{
+	"vmdiskd@.service": "5",
+	"vmdiskd.service":  "12",
+}
+
+func TestUnitsAreConfined(t *testing.T) {
+	services, err := filepath.Glob("*.service")
+	if err != nil || len(services) != len(exposure) {
+		t.Fatalf("services %q (%v), want those of the table: %v", services, err, exposure)
+	}
+	dir := installed(t)
+	for _, name := range services {
+		t.Run(name, func(t *testing.T) {
+			unit := filepath.Join(dir, strings.Replace(name, "@.", "@vm1.", 1))
+			out, err := exec.Command("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold="+exposure[name], unit).CombinedOutput()
+			if err != nil {
+				t.Errorf("exposure above %s tenths: %v\n%s", exposure[name], err, out)
+			}
+		})
+	}
+}
+
+// TestThresholdIsObeyed shows that the tool of the test above can say no.
+func TestThresholdIsObeyed(t *testing.T) {
+	unit := filepath.Join(t.TempDir(), "open.service")
+	if err := os.WriteFile(unit, []byte("[Service]\nExecStart=/bin/true\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := exec.Command("systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=12", unit).Run(); err == nil {
+		t.Error("a unit without any confinement passes")
+	}
+}
+
+func TestConfigurationOfThePackageIsValid(t *testing.T) {
+	file := filepath.Join("..", "packaging", "etc", "vmdiskd.toml")
+	out, err := exec.Command(testenv.Binary(t, "vmdiskd"), "--config", file, "--check").CombinedOutput()
+	if err != nil {
+		t.Errorf("vmdiskd --check: %v\n%s", err, out)
+	}
+}
