@@ -25,6 +25,8 @@ var mayImport = map[string][]string{
 	"internal/confine": {"internal/limits"},
 	"internal/lint":    {},
 
+	"internal/confine/selinux": {"internal/limits"},
+
 	"internal/qmp":          {"internal/limits"},
 	"internal/qmp/libvirtd": {"internal/limits", "internal/qmp"},
 	"internal/qmp/qmptest":  {},
