@@ -20,7 +20,7 @@ const defaultPort = "10809"
 const hostCID = "2"
 
 // address is where a listener listens, in the one form that can be compared:
-// "tcp HOST PORT", "vsock CID PORT" or "unix PATH".
+// "tcp HOST PORT", "vsock CID PORT", "unix PATH" or "systemd NAME".
 type address struct{ kind, host, port string }
 
 func (a address) String() string { return strings.TrimSpace(a.kind + " " + a.host + " " + a.port) }
@@ -31,6 +31,9 @@ func parseAddress(s string) (a address, err error) {
 	if len(s) > 2*limits.MaxString {
 		return a, errors.New("it is too long")
 	}
+	if name, ok := strings.CutPrefix(s, SystemdScheme); ok {
+		return address{kind: "systemd", host: name}, checkPassedName(name)
+	}
 	u, err := url.Parse(s)
 	if err != nil {
 		return a, errors.New("it is not a URI")
@@ -40,7 +43,7 @@ func parseAddress(s string) (a address, err error) {
 	}[u.Scheme]
 	switch {
 	case a.kind == "":
-		return a, fmt.Errorf("scheme %q is none of nbd, nbds, nbd+unix, nbds+unix, nbd+vsock, nbds+vsock", u.Scheme)
+		return a, fmt.Errorf("scheme %q is none of nbd, nbds, nbd+unix, nbds+unix, nbd+vsock, nbds+vsock, systemd", u.Scheme)
 	case u.Opaque != "" || !strings.Contains(s, "://"):
 		return a, errors.New("the scheme is not followed by //")
 	case u.User != nil:
@@ -58,6 +61,31 @@ func parseAddress(s string) (a address, err error) {
 		return a, errors.New("parameters have no meaning here")
 	}
 	return a, a.parseHost(u)
+}
+
+// SystemdScheme begins the URI of a listener that systemd opens; what follows
+// is its name, FileDescriptorName= of systemd.socket(5).
+const SystemdScheme = "systemd:"
+
+// KeptPrefix begins the names under which listeners of the daemon's own wait in
+// the service manager while the daemon starts again.
+const KeptPrefix = "listener-"
+
+// checkPassedName demands what may be the name of a passed socket
+// (sd_listen_fds_with_names(3)) that is none of the daemon's own.
+func checkPassedName(s string) error {
+	odd := func(r rune) bool { return r <= ' ' || r > '~' || r == ':' }
+	switch {
+	case s == "":
+		return errors.New("it needs the name of a socket of systemd")
+	case len(s) > limits.PassedName:
+		return fmt.Errorf("the name of the socket has %d bytes, which is more than %d", len(s), limits.PassedName)
+	case strings.ContainsFunc(s, odd):
+		return fmt.Errorf("%q is no name of a socket of systemd", cut(s))
+	case strings.HasPrefix(s, KeptPrefix):
+		return fmt.Errorf("names that begin with %s are the daemon's own", KeptPrefix)
+	}
+	return nil
 }
 
 // parseHost reads HOST:PORT or CID:PORT.

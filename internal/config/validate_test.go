@@ -46,6 +46,7 @@ var (
 		"nbd://127.0.0.1:10809", "nbd://[::1]", "nbd://[fe80::1%25eth0]:1", "nbds://host.example:0", "NBD://a", "nbd://a/",
 		"nbd+unix:///?socket=/run/a", "nbd+unix:///?socket=/run/a+b%20c", "nbds+unix://?socket=/s",
 		"nbd+vsock://3:70000", "nbd+vsock://:1", "nbd+vsock://4294967295",
+		"systemd:nbd", "systemd:vmdiskd@vm1.socket", "systemd:a,b", "systemd:" + strings.Repeat("a", 255),
 	}
 	badListeners = map[string]string{
 		"": "scheme", "http://a": "scheme", "nbd:a": "the scheme is not", "nbd://": "it needs a host", "nbd://a/disk": "it names an export",
@@ -56,6 +57,8 @@ var (
 		"nbd+unix:///?socket=/a/../b": "write the path", "nbd+unix:///?socket=/%zz": "the path",
 		"nbd+unix:///?socket=/%00": "the path of the socket has a zero", "nbd+unix:///?socket=/" + strings.Repeat("a", 107): "the path of the socket has 108",
 		"nbd+vsock://a": "vsock context id", "nbd+vsock://4294967296": "vsock context id", "nbd+vsock://2:4294967295": "port",
+		"systemd:": "it needs the name", "systemd:a b": "\"a b\" is no name", "systemd:a:b": "\"a:b\" is no name", "systemd:é": "\"é\" is no name",
+		"systemd:" + strings.Repeat("a", 256): "the name of the socket has 256", "systemd:listener-1": "names that begin", "systemd:a\n": "\"a\\n\" is no name",
 		"nbd://" + strings.Repeat("a", 10000): "it is too long",
 	}
 )

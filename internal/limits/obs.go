@@ -34,6 +34,14 @@ const (
 	// it shows one line.
 	NotifyStatus = 512
 
+	// PassedName bounds the name of a socket that the service manager hands
+	// over, as systemd does (FDNAME= of sd_notify(3)).
+	PassedName = 255
+
+	// KeptSockets bounds how many listeners wait in the service manager while
+	// the daemon starts again; FileDescriptorStoreMax= of the units is no more.
+	KeptSockets = 256
+
 	// JournalField bounds a field of a log entry for the journal, whose own
 	// bound is far higher; JournalFields bounds how many an entry has.
 	JournalField  = 32 << 10

@@ -1,13 +1,16 @@
 package obs
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -20,6 +23,7 @@ import (
 type Supervisor struct {
 	conn  *net.UnixConn
 	watch time.Duration
+	room  int
 }
 
 // NewSupervisor finds the supervisor that NOTIFY_SOCKET names, or returns nil
@@ -38,7 +42,11 @@ func NewSupervisor() (*Supervisor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("notify socket: %w", err)
 	}
-	return &Supervisor{conn: c, watch: watch}, nil
+	room, err := strconv.Atoi(os.Getenv("FDSTORE"))
+	if err != nil || room < 0 {
+		room = 0 // not said, or nonsense: what it keeps is not relied on
+	}
+	return &Supervisor{conn: c, watch: watch, room: min(room, limits.KeptSockets)}, nil
 }
 
 // tell sends lines of assignments. A supervisor that does not read is given up
@@ -99,6 +107,55 @@ func (s *Supervisor) Interval() time.Duration {
 		return 0
 	}
 	return s.watch / 2
+}
+
+// Keep gives the service manager a duplicate of a socket, which it hands back
+// under name when the program starts again (FDSTORE=1 of sd_notify(3)). Sockets
+// may share a name. One that it has no room for it closes without a word: see
+// Room. The name is of the caller's own making.
+func (s *Supervisor) Keep(name string, f *os.File) error {
+	if s == nil {
+		return nil
+	}
+	to, err := s.conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	what, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	// It is not to be watched: a listener that nobody accepts at is no broken one.
+	text := fmt.Appendf(nil, "FDSTORE=1\nFDNAME=%s\nFDPOLL=0", name)
+	if err := s.conn.SetWriteDeadline(time.Now().Add(limits.Notify)); err != nil {
+		return err
+	}
+	var sent, lost error
+	err = what.Control(func(fd uintptr) {
+		sent = to.Write(func(boss uintptr) bool {
+			err := unix.Sendmsg(int(boss), text, unix.UnixRights(int(fd)), nil, unix.MSG_NOSIGNAL)
+			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+				return false
+			}
+			lost = err
+			return true
+		})
+	})
+	return errors.Join(err, sent, lost)
+}
+
+// Forget makes the service manager close all that it keeps under name.
+func (s *Supervisor) Forget(name string) error {
+	return s.tell("FDSTOREREMOVE=1", "FDNAME="+name)
+}
+
+// Room is how many sockets the service manager keeps for the program: what it
+// says in FDSTORE (systemd 254 and later), or the unit in its place.
+func (s *Supervisor) Room() int {
+	if s == nil {
+		return 0
+	}
+	return s.room
 }
 
 // Close lets go of the socket.

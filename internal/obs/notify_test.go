@@ -2,6 +2,7 @@ package obs
 
 import (
 	"net"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -104,10 +105,76 @@ func TestStatusIsBounded(t *testing.T) {
 	}
 }
 
+func TestSupervisorKeepsSockets(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	t.Setenv("NOTIFY_SOCKET", name)
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	s := supervisor(t)
+	if err := s.Keep("listener-1", w); err != nil {
+		t.Fatal(err)
+	}
+	text, rights := make([]byte, 512), make([]byte, 512)
+	n, oobn, _, _, err := l.ReadMsgUnix(text, rights)
+	if err != nil || string(text[:n]) != "FDSTORE=1\nFDNAME=listener-1\nFDPOLL=0" {
+		t.Fatalf("supervisor was told %q, %v", text[:n], err)
+	}
+	got := passedFile(t, rights[:oobn])
+	if _, err := got.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 1)
+	if _, err := r.Read(b); err != nil || b[0] != 'x' {
+		t.Errorf("what was kept is not the pipe: read %q, %v", b, err)
+	}
+	if err := s.Forget("listener-1"); err != nil {
+		t.Fatal(err)
+	}
+	n, _, _, _, err = l.ReadMsgUnix(text, rights)
+	if err != nil || string(text[:n]) != "FDSTOREREMOVE=1\nFDNAME=listener-1" {
+		t.Errorf("supervisor was told %q, %v", text[:n], err)
+	}
+}
+
+// passedFile is the one descriptor of a control message.
+func passedFile(t *testing.T, rights []byte) *os.File {
+	t.Helper()
+	ms, err := unix.ParseSocketControlMessage(rights)
+	if err != nil || len(ms) != 1 {
+		t.Fatalf("control messages %v, %v", ms, err)
+	}
+	fds, err := unix.ParseUnixRights(&ms[0])
+	if err != nil || len(fds) != 1 {
+		t.Fatalf("descriptors %v, %v", fds, err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "passed")
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+func TestRoomIsWhatTheSupervisorSays(t *testing.T) {
+	supervise(t, filepath.Join(t.TempDir(), "notify"))
+	for said, want := range map[string]int{"": 0, "12": 12, "-1": 0, "many": 0, "1000000": limits.KeptSockets} {
+		t.Setenv("FDSTORE", said)
+		if got := supervisor(t).Room(); got != want {
+			t.Errorf("FDSTORE=%q: room for %d, want %d", said, got, want)
+		}
+	}
+}
+
 func TestNoSupervisorIsToldNothing(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "")
 	s := supervisor(t)
-	if s != nil || s.Ready("") != nil || s.Reloading() != nil || s.Stopping("") != nil || s.Alive() != nil || s.Interval() != 0 {
+	if s != nil || s.Ready("") != nil || s.Reloading() != nil || s.Stopping("") != nil || s.Alive() != nil || s.Interval() != 0 || s.Keep("", nil) != nil || s.Forget("") != nil || s.Room() != 0 {
 		t.Error("there is a supervisor although nothing names one")
 	}
 }

@@ -23,6 +23,7 @@ const childEnv = "TRANSPORT_TEST_CHILD"
 // children are the programs that tests run in a process of their own.
 var children = map[string]func() error{
 	"activated": childActivated,
+	"passed":    childPassed,
 	"dial":      childDial,
 	"stdio":     childStdio,
 }

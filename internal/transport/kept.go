@@ -1,0 +1,181 @@
+package transport
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// Leave closes l in this process alone: a Unix socket's file stays, and
+// whoever has a duplicate of the socket goes on listening. Resume takes it up.
+func Leave(l Listener) error {
+	if own, ok := l.(*listener); ok && own.path != nil {
+		own.path.disown()
+	}
+	return l.Close()
+}
+
+// disown makes the file of the socket nobody's, so that it is not removed.
+func (p *socketPath) disown() {
+	if p.inode != nil {
+		p.inode.Close()
+		p.inode = nil
+	}
+	p.private = ""
+}
+
+// Resume takes up a socket that Listen opened for e in a process before this
+// one: with the Unix socket's file, whose mode and owner stay, and which Close
+// removes. It fails if f is no listening socket of that kind and address, or if
+// nobody can reach it because its file is gone. f stays the caller's.
+func Resume(e Endpoint, f *os.File) (Listener, error) {
+	l, err := activated(f)
+	if err != nil {
+		return nil, fmt.Errorf("resume %q: %w", e.Name, err)
+	}
+	l.opt = optionsOf(e)
+	if err := l.fits(e); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("resume %q: %w", e.Name, err)
+	}
+	return l, nil
+}
+
+// fits compares a resumed listener with what is wanted, and takes over the file
+// of a Unix socket.
+func (l *listener) fits(e Endpoint) error {
+	if l.kind != e.Kind {
+		return fmt.Errorf("it is a socket of kind %s, not %s", l.kind, e.Kind)
+	}
+	switch at := l.at.(type) {
+	case *unix.SockaddrUnix:
+		if at.Name != e.Path {
+			return fmt.Errorf("it listens at %q, not %q", at.Name, e.Path)
+		}
+		return l.adopt()
+	case *unix.SockaddrVM:
+		cid := e.CID
+		if cid == 0 {
+			cid = CIDAny
+		}
+		if at.CID != cid || at.Port != e.Port {
+			return fmt.Errorf("it listens at %s, not %s", l.Addr(), vsockAddr(cid, e.Port))
+		}
+	default:
+		if port := uint32(addrPort(l.at).Port()); port != e.Port {
+			return fmt.Errorf("it listens at port %d, not %d", port, e.Port)
+		}
+	}
+	return nil
+}
+
+// adopt makes the file of a resumed Unix socket this listener's.
+func (l *listener) adopt() error {
+	p, err := newSocketPath(l.Addr())
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Openat(int(p.dir.Fd()), p.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		p.release()
+		return fmt.Errorf("open the file of the socket: %w", err)
+	}
+	file := os.NewFile(uintptr(fd), p.path)
+	if fi, err := file.Stat(); err != nil || !isSocket(fi) {
+		file.Close()
+		p.release()
+		return errors.Join(err, errors.New("its path is no socket any more"))
+	}
+	p.inode, l.path = file, p
+	return nil
+}
+
+// Passed are listening sockets that systemd handed over, by name. Each stays
+// open, so that a listener can be closed and opened again; methods are for one
+// goroutine at a time.
+type Passed struct{ list []Listener }
+
+// TakePassed is Activated for a server that takes its sockets by name.
+func TakePassed() (*Passed, error) {
+	ls, err := Activated()
+	return &Passed{list: ls}, err
+}
+
+// Names are those of the sockets, sorted, each once.
+func (p *Passed) Names() []string {
+	var names []string
+	for _, l := range p.list {
+		names = append(names, NameOf(l))
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// Files are duplicates of the sockets of a name, in systemd's order; the caller
+// closes them.
+func (p *Passed) Files(name string) (files []*os.File, err error) {
+	for _, l := range p.list {
+		if NameOf(l) != name {
+			continue
+		}
+		f, err := FileOf(l)
+		if err != nil {
+			for _, f := range files {
+				f.Close()
+			}
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// Listen makes listeners of the sockets of a name. It fails if there is none.
+func (p *Passed) Listen(name string, e Endpoint) (ls []Listener, err error) {
+	files, err := p.Files(name)
+	if err != nil {
+		return nil, err
+	}
+	if len(files) == 0 {
+		return nil, fmt.Errorf("systemd passed no socket that is called %q, but %q", name, p.Names())
+	}
+	for _, f := range files {
+		l, bad := activated(f)
+		f.Close()
+		if bad != nil {
+			err = errors.Join(err, bad)
+			continue
+		}
+		l.opt = optionsOf(e)
+		ls = append(ls, l)
+	}
+	if err == nil {
+		return ls, nil
+	}
+	for _, l := range ls {
+		l.Close()
+	}
+	return nil, err
+}
+
+// Drop closes the sockets of a name.
+func (p *Passed) Drop(name string) {
+	p.list = slices.DeleteFunc(p.list, func(l Listener) bool {
+		if NameOf(l) != name {
+			return false
+		}
+		l.Close()
+		return true
+	})
+}
+
+// Close closes them all; listeners made of them go on.
+func (p *Passed) Close() {
+	for _, l := range p.list {
+		l.Close()
+	}
+	p.list = nil
+}
