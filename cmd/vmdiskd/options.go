@@ -38,6 +38,7 @@ type raw struct {
 	unix, port, address          string
 	only4, only6, vsock          bool
 	unixMode, unixOwner          string
+	label, pathLabel             string
 	readonly, oldstyle, newstyle bool
 	export, description          string
 	single, foreground           bool
@@ -47,7 +48,7 @@ type raw struct {
 	debug                        []string
 	log, run                     string
 	exitWithParent, printURI     bool
-	tls, certificates            string
+	tls, certificates, psk       string
 	verifyPeer                   bool
 	mask                         string
 	noSR, noMC                   bool
@@ -63,9 +64,7 @@ type raw struct {
 
 // laterOptions are known and not there yet. They are refused, never ignored.
 var laterOptions = map[string]string{
-	"tls-psk":       "TLS with pre-shared keys",
-	"selinux-label": "labelling the socket",
-	"swap":          "serving a local swap device",
+	"swap":    "serving a local swap device",
 }
 
 func (r *raw) flags() *pflag.FlagSet {
@@ -80,6 +79,8 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVar(&r.vsock, "vsock", false, "listen on AF_VSOCK instead of TCP")
 	f.StringVar(&r.unixMode, "unix-mode", "0600", "`MODE` of the Unix socket")
 	f.StringVar(&r.unixOwner, "unix-owner", "", "`USER[:GROUP]` that owns the Unix socket")
+	f.StringVar(&r.label, "selinux-label", "", "SELinux `CONTEXT` of the Unix socket, with the categories of the machine that connects")
+	f.StringVar(&r.pathLabel, "selinux-path-label", "", "SELinux `CONTEXT` of the Unix socket's file")
 	f.BoolVarP(&r.single, "single", "s", false, "serve one client on standard input and output")
 	f.BoolVar(&r.single, "stdin", false, "same as --single")
 	f.BoolVarP(&r.readonly, "readonly", "r", false, "refuse writes; the image is opened read-only")
@@ -103,6 +104,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.DurationVar(&r.poll, "poll-max", limits.Poll, "longest `TIME` that an idle connection polls its socket; 0 never")
 	f.StringVar(&r.tls, "tls", "off", "off, on (clients may encrypt) or require")
 	f.StringVar(&r.certificates, "tls-certificates", "/etc/pki/vmdiskd", "`DIRECTORY` with ca-cert.pem, server-cert.pem, server-key.pem, ca-crl.pem")
+	f.StringVar(&r.psk, "tls-psk", "", "`FILE` of pre-shared keys, as psktool writes it; without --tls-certificates there are no certificates then")
 	f.BoolVar(&r.verifyPeer, "tls-verify-peer", false, "demand a client certificate (the default when there is a ca-cert.pem)")
 	f.BoolVarP(&r.newstyle, "newstyle", "n", false, "speak the newstyle protocol (the default)")
 	f.BoolVarP(&r.oldstyle, "oldstyle", "o", false, "speak the oldstyle protocol")
@@ -204,7 +206,7 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	d.Service, d.File, d.Endpoints, d.FaultInjection = c, r.config, nil, r.faults
 	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
 	d.Log.Format = c.Log.Format
-	d.TLSCertificates, d.TLSVerifyPeer = c.TLS.Certificates, c.TLS.VerifyPeer
+	d.TLSCertificates, d.TLSVerifyPeer, d.TLSKeys = c.TLS.Certificates, c.TLS.VerifyPeer, c.TLS.PSK
 	if !r.verbose {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
 	}
@@ -234,7 +236,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
 	}
 	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
-		r.checkWords, r.chain, r.endpoints, r.tlsMode, r.handshake, r.logging,
+		r.checkWords, r.chain, r.endpoints, r.labels, r.tlsMode, r.handshake, r.logging,
 	} {
 		if err := step(f, &c); err != nil {
 			return c, err
@@ -374,6 +376,24 @@ func (r *raw) unixEndpoint(c *daemon.Config) error {
 	return nil
 }
 
+// labels gives the Unix socket its labels. A request for one is never ignored.
+func (r *raw) labels(f *pflag.FlagSet, c *daemon.Config) error {
+	for name, label := range map[string]string{"selinux-label": r.label, "selinux-path-label": r.pathLabel} {
+		switch {
+		case !f.Changed(name):
+			continue
+		case label == "":
+			return usagef("--%s: want a context", name)
+		case len(c.Endpoints) != 1 || c.Endpoints[0].Kind != transport.Unix:
+			return usagef("--%s needs --unix: other sockets, and those that systemd passes, are labelled by who makes them", name)
+		}
+	}
+	if len(c.Endpoints) == 1 {
+		c.Endpoints[0].Label, c.Endpoints[0].PathLabel = r.label, r.pathLabel
+	}
+	return nil
+}
+
 func (r *raw) tlsMode(f *pflag.FlagSet, c *daemon.Config) error {
 	switch r.tls {
 	case "on":
@@ -387,8 +407,30 @@ func (r *raw) tlsMode(f *pflag.FlagSet, c *daemon.Config) error {
 	if c.TLS == nbd.TLSOff && (f.Changed("tls-certificates") || f.Changed("tls-verify-peer")) {
 		return usagef("--tls-certificates and --tls-verify-peer need --tls=on or --tls=require")
 	}
+	if err := r.keys(f, c); err != nil {
+		return err
+	}
 	if r.oldstyle && c.TLS == nbd.TLSRequire {
 		return usagef("--oldstyle cannot be encrypted")
+	}
+	return nil
+}
+
+// keys is --tls-psk, which alone does without certificates.
+func (r *raw) keys(f *pflag.FlagSet, c *daemon.Config) error {
+	switch {
+	case !f.Changed("tls-psk"):
+		return nil
+	case r.psk == "":
+		return usagef("--tls-psk: want a file")
+	case c.TLS == nbd.TLSOff:
+		return usagef("--tls-psk needs --tls=on or --tls=require")
+	case !f.Changed("tls-certificates") && f.Changed("tls-verify-peer"):
+		return usagef("--tls-verify-peer: there are no certificates with --tls-psk alone")
+	}
+	c.TLSKeys = r.psk
+	if !f.Changed("tls-certificates") {
+		c.TLSCertificates = ""
 	}
 	return nil
 }

@@ -86,6 +86,9 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		{"-r --format=qcow2 --backing-file=a:qcow2 --backing-file b,c:raw --data-file=d disk.img", func(c daemon.Config) bool {
 			return slices.Equal(c.Disk.BackingFiles, []string{"a:qcow2", "b,c:raw"}) && slices.Equal(c.Disk.DataFiles, []string{"d"})
 		}},
+		{"--selinux-label u:r:t:s0:c1,c2 --selinux-path-label u:r:p:s0 -U s disk.img", func(c daemon.Config) bool {
+			return first(c).Label == "u:r:t:s0:c1,c2" && first(c).PathLabel == "u:r:p:s0"
+		}},
 		{"--unix-owner :0 -U s disk.img", func(c daemon.Config) bool {
 			return first(c).Owner.UID == -1 && first(c).Owner.GID == 0
 		}},
@@ -113,7 +116,8 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--backing=same-dir disk", "--snapshot=1 disk", "--backing-file=b disk", "--format=qcow2 --backing=allow disk",
 		"--format=qcow2 --backing=beneath disk", "--format=qcow2 --backing=explicit disk", "--format=qcow2 --snapshot= disk",
 		"--format=qcow2 --backing=deny --backing-file=b disk", "--format=qcow2 --data-file= disk",
-		"--format=qcow2 --lenient disk", "-r --lenient disk",
+		"--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock disk",
+		"--selinux-label=u:r:t:s0 -s disk", "--selinux-label= -U x disk", "--format=qcow2 --lenient disk", "-r --lenient disk",
 	} {
 		_, err := parse(strings.Fields(line))
 		var usage usageError
@@ -124,7 +128,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 }
 
 func TestWhatComesLaterIsRefusedNotIgnored(t *testing.T) {
-	for _, line := range []string{"--swap disk", "--tls-psk=/x disk", "--selinux-label=x disk", "--selinux-label x disk"} {
+	for _, line := range []string{"--swap disk", "--tls-psk=/x disk"} {
 		if got := run(strings.Fields(line)); got != exitUsage {
 			t.Errorf("%q: exit status %d, want %d", line, got, exitUsage)
 		}
@@ -137,8 +141,10 @@ func TestPassedSocketsExcludeOthers(t *testing.T) {
 	if err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
 		t.Errorf("got %+v, %v; want the passed sockets alone", o.config, err)
 	}
-	if _, err := parse([]string{"-U", "x", "disk"}); err == nil {
-		t.Error("-U beside passed sockets was accepted")
+	for _, args := range [][]string{{"-U", "x", "disk"}, {"--selinux-label=u:r:t:s0", "disk"}} {
+		if _, err := parse(args); err == nil {
+			t.Errorf("%q beside passed sockets was accepted", args)
+		}
 	}
 }
 

@@ -110,6 +110,11 @@ type Endpoint struct {
 	Mode  os.FileMode
 	Owner *Owner
 
+	// Label and PathLabel are the SELinux contexts of a Unix socket and of
+	// its file; "" leaves them to the policy. Where SELinux is off or does
+	// not know them Listen returns an error.
+	Label, PathLabel string
+
 	// Address is an IP address or a host name, of which all addresses are
 	// bound; "" is every address of the machine. Family is "4" or "6" to
 	// use one IP family only, or "".

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/mdlayher/socket"
+	"github.com/vmdiskd/vmdiskd/internal/confine/selinux"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"golang.org/x/sys/unix"
 )
@@ -114,20 +115,25 @@ func (p *socketPath) listen(ctx context.Context, e Endpoint) (*listener, error) 
 
 // bind makes the socket's file with its final owner and mode. Nobody can
 // connect before listen, and the file never has a wider mode than the one
-// asked for: Linux gives it the mode of the socket itself, less the umask.
+// asked for: Linux gives it the mode of the socket itself, less the umask. Both
+// are born with their labels.
 func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 	if err := p.clear(); err != nil {
 		return nil, err
 	}
-	sock, err := socket.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0, string(Unix), nil)
-	if err != nil {
-		return nil, err
-	}
+	var sock *socket.Conn
 	defer func() {
-		if err != nil {
+		if err != nil && sock != nil {
 			sock.Close()
 		}
 	}()
+	err = selinux.WithSocketLabel(e.Label, func() (err error) {
+		sock, err = socket.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0, string(Unix), nil)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
 	mode := e.Mode.Perm()
 	if mode == 0 {
 		mode = defaultMode
@@ -139,10 +145,54 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 	if err := opt.buffers(sock, Unix); err != nil {
 		return nil, err
 	}
-	if err := sock.Bind(&unix.SockaddrUnix{Name: p.path}); err != nil {
+	err = selinux.WithFileLabel(e.PathLabel, func() error {
+		return sock.Bind(&unix.SockaddrUnix{Name: p.path})
+	})
+	if err != nil {
 		return nil, err
 	}
-	return sock, p.adopt(mode, e.Owner)
+	if err := p.adopt(mode, e.Owner); err != nil {
+		return nil, err
+	}
+	return sock, p.verifyLabels(sock, e)
+}
+
+// verifyLabels compares the labels with those that were asked for.
+func (p *socketPath) verifyLabels(sock *socket.Conn, e Endpoint) error {
+	if e.Label != "" {
+		raw, err := sock.SyscallConn()
+		if err != nil {
+			return err
+		}
+		var label string
+		var labelErr error
+		err = raw.Control(func(fd uintptr) { label, labelErr = selinux.SocketLabel(int(fd)) })
+		if err := errors.Join(err, labelErr); err != nil {
+			return err
+		}
+		if err := sameLabel("the socket", label, e.Label); err != nil {
+			return err
+		}
+	}
+	if e.PathLabel == "" {
+		return nil
+	}
+	label, err := selinux.FileLabel(p.path)
+	if err != nil {
+		return err
+	}
+	return sameLabel("its file", label, e.PathLabel)
+}
+
+func sameLabel(what, got, want string) error {
+	is, err := selinux.Parse(got)
+	if err != nil {
+		return fmt.Errorf("label %q of %s: %w", got, what, err)
+	}
+	if wanted, err := selinux.Parse(want); err != nil || is != wanted {
+		return fmt.Errorf("%s has label %q, want %q", what, got, want)
+	}
+	return nil
 }
 
 func chmodSocket(sock *socket.Conn, mode fs.FileMode) error {
