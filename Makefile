@@ -9,6 +9,11 @@ FUZZTIME  ?= 3
 BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
 # Everything but the end-to-end tests, which have targets of their own.
 UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest)
+# crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
+OVERLAY   := $(CURDIR)/.cache/tls
+export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
+OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || echo failed)
+$(if $(OVERLAID),$(error there is no overlay of crypto/tls))
 GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
 
 help: ## list the targets

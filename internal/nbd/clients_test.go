@@ -134,7 +134,7 @@ func TestClientInsideTLSIsDescribed(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := memRig(t, 1<<20)
-	r.opt.TLS, r.opt.TLSConfig = TLSRequire, creds.ServerConfig
+	r.opt.TLS, r.opt.Encrypt = TLSRequire, (&transport.ServerSecurity{Certificates: creds}).Encrypt
 
 	plain := r.dial(t)
 	plain.SetDeadline(time.Now().Add(hangLimit))

@@ -170,7 +170,7 @@ func TestConformanceInsideTLS(t *testing.T) {
 				t.Fatal(err)
 			}
 			r := engineRig(t, "uring", "raw", "")
-			r.opt.TLS, r.opt.TLSConfig = mode, creds.ServerConfig
+			r.opt.TLS, r.opt.Encrypt = mode, (&transport.ServerSecurity{Certificates: creds}).Encrypt
 			s := r.expected()
 			s.Dial = dialer(r.listen(t, tcpEndpoint()))
 			s.TLS = nbdtest.TLS{Mode: name, Config: &tls.Config{

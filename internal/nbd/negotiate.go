@@ -199,7 +199,7 @@ func (n *negotiation) startTLS() error {
 	if n.in.Buffered() > 0 {
 		return errInjected
 	}
-	secure, err := transport.ServerTLS(n.conn, n.opt.TLSConfig())
+	secure, err := n.opt.Encrypt(n.conn)
 	if err != nil {
 		return err
 	}
