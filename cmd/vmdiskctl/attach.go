@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -92,17 +93,19 @@ func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, er
 		return nil, err
 	}
 	if f.agent != "" {
-		if m.Agent, err = qmp.DialAgent(ctx, f.agent); err != nil {
+		a, err := qmp.DialAgent(ctx, f.agent)
+		if err != nil {
 			return nil, errors.Join(err, m.Monitor.Close())
 		}
+		m.Agent = a
 	}
 	return m, nil
 }
 
 func closeMachine(m *attach.Machine) {
 	_ = m.Monitor.Close() // nothing waits for a reply
-	if m.Agent != nil {
-		_ = m.Agent.Close()
+	if a, ok := m.Agent.(io.Closer); ok {
+		_ = a.Close()
 	}
 }
 
@@ -217,6 +220,7 @@ type attachFlags struct {
 	bus       string
 	serial    string
 	reconnect time.Duration
+	renew     bool
 	place     placeFlags
 }
 
@@ -249,6 +253,7 @@ daemon has. A disk that is attached as wanted stays as it is.`,
 	f.addDevice(c)
 	c.Flags().StringVar(&f.image.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
 	c.Flags().BoolVar(&f.image.x.Persist, "persist", false, "keep it when the daemon ends, and in the configuration of a libvirt domain")
+	c.Flags().BoolVar(&f.renew, "keep-reconnect", false, "where libvirt forgets --reconnect, set it through libvirt's monitor, which marks the domain as tainted")
 	return c
 }
 
@@ -281,7 +286,7 @@ func (f *attachFlags) options() (o attach.Options, err error) {
 	case f.reconnect < time.Second || f.reconnect > limits.NBDReconnect:
 		return o, usage("--reconnect: want %v to %v", time.Second, limits.NBDReconnect)
 	}
-	return attach.Options{ID: f.target, Model: model, Serial: f.serial, Reconnect: f.reconnect, Persist: f.image.x.Persist}, nil
+	return attach.Options{ID: f.target, Model: model, Serial: f.serial, Reconnect: f.reconnect, Persist: f.image.x.Persist, Renew: f.renew}, nil
 }
 
 func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {

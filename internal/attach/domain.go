@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -170,13 +171,27 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
+	d.number(&o, s)
 	disk, err := element(v, target, bus, o)
 	if err != nil {
 		return nil, err
 	}
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
-	plan.Steps = append(v.steps, d.attachStep(disk, v, scope), d.verifyStep(disk, v, scope))
+	give := d.attachStep(disk, v, scope)
+	var renew []Step
+	if o.Renew && scope&libvirtd.Live != 0 {
+		renew = d.renewSteps(&give, target, o.Reconnect)
+	}
+	plan.Steps = append(append(v.steps, give), renew...)
+	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, o.Renew))
 	return plan, nil
+}
+
+// number gives a disk a serial number, by which its guest is asked for it.
+func (d *Domain) number(o *Options, s Source) {
+	if o.Serial == "" {
+		o.Serial = serial(d.Domain.UUID, DiskID(s.name()))
+	}
 }
 
 // target is where the disk is already, the one that is wanted, or a free one.
@@ -245,7 +260,29 @@ func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri tr
 	return d.Session.DetachDisk(ctx, d.Domain, disk, scope)
 }
 
-func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope) Step {
+// renewSteps give a disk that the step has plugged the delay that libvirt has
+// forgotten.
+func (d *Domain) renewSteps(give *Step, target string, delay time.Duration) []Step {
+	r := &renewal{Domain: d, target: target, reconnect: delay, size: func() int64 { return 0 }}
+	attach := give.Do
+	give.Do = func(ctx context.Context) (bool, error) {
+		changed, err := attach(ctx)
+		r.always = changed
+		return changed, err
+	}
+	open := r.openStep()
+	renew := open.Do
+	open.Do = func(ctx context.Context) (bool, error) {
+		_, disk, err := d.find(ctx, target)
+		if err != nil || disk == nil || libvirtd.ReconnectDelay(disk) > 0 {
+			return false, err
+		}
+		return renew(ctx)
+	}
+	return []Step{open, r.swapStep(), r.returnStep(), r.restoreStep(), r.endStep()}
+}
+
+func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope, renewed bool) Step {
 	return Step{
 		Name: "see the disk in libvirt's description",
 		Do: func(ctx context.Context) (bool, error) {
@@ -257,8 +294,12 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 			if in&scope != scope {
 				return false, fmt.Errorf("%w: libvirt does not describe disk %s", ErrDiffers, disk.Target.Dev)
 			}
-			if libvirtd.ReconnectDelay(there) == 0 {
-				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again. A monitor socket of the domain's own and the way over QMP keep it")
+			switch {
+			case libvirtd.ReconnectDelay(there) > 0:
+			case renewed && in&libvirtd.Live != 0:
+				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do; QEMU has it until the machine's next start")
+			default:
+				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again. --keep-reconnect sets it in QEMU, through libvirt's monitor")
 			}
 			return false, nil
 		},
@@ -324,8 +365,15 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	if own && d.Server == nil {
 		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
 	}
-	if !force {
-		d.note("QEMU unplugs a mounted disk all the same, and whether this one is mounted was not checked")
+	m, err := d.running(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !force && in&libvirtd.Live != 0 {
+		plan.Steps = append(plan.Steps, Step{
+			Name: "see that the guest does not use the disk, if an agent answers",
+			Do:   func(ctx context.Context) (bool, error) { return false, m.unmounted(ctx, disk.Serial) },
+		})
 	}
 	plan.Steps = append(plan.Steps, Step{
 		Name:  fmt.Sprintf("have the guest release disk %s, from %s", target, uri),
@@ -336,19 +384,78 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 		},
 	})
 	if own {
-		m := &Machine{Name: d.Domain.UUID, Server: d.Server}
 		plan.Steps = append(plan.Steps, m.removeStep(uri.Export, force))
 	}
 	return plan, nil
 }
 
-// Resize is ErrLibvirt: libvirt does not exchange the server of a running
-// machine, and forgets names of nodes that it did not give.
-func (d *Domain) Resize(context.Context, string, string, Size) (*Plan, error) {
-	return nil, fmt.Errorf("%w: a disk over NBD does not grow there while the machine runs; over a monitor socket of the domain's own it does", ErrLibvirt)
+// Resize is as Machine's. While the domain runs this goes through libvirt's
+// monitor, which marks the domain as tainted.
+func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (*Plan, error) {
+	in, disk, err := d.find(ctx, target)
+	if err != nil {
+		return nil, err
+	}
+	if disk == nil {
+		return nil, fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
+	}
+	if uri := source(disk); export == "" && d.isOwnExport(uri.Export) {
+		export = uri.Export
+	}
+	m := d.machine(nil)
+	x, err := m.exportOf(ctx, target, export)
+	if err != nil {
+		return nil, err
+	}
+	size, err := want.of(x.Size)
+	if err != nil {
+		return nil, err
+	}
+	g := &growth{Machine: m, id: target, size: size}
+	plan := &Plan{
+		Aim:   fmt.Sprintf("grow %s of domain %q from %d to %d bytes", target, d.Domain.Name, x.Size, size),
+		Disk:  target,
+		Steps: []Step{g.exportStep(x.Name)},
+	}
+	if in&libvirtd.Live == 0 {
+		return plan, nil
+	}
+	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), size: func() int64 { return g.size }}
+	if err := r.prepare(ctx); err != nil {
+		return nil, err
+	}
+	plan.Steps = append(plan.Steps, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())
+	return plan, nil
 }
 
-// Snapshot is as Machine's, without a guest agent.
+// machine is the domain for plans that it has in common with machines, with
+// the guest agent if the running domain, live, has a channel for one.
+func (d *Domain) machine(live *libvirtxml.Domain) *Machine {
+	m := &Machine{Name: d.Domain.UUID, Server: d.Server, Note: d.Note}
+	if live == nil || live.Devices == nil {
+		return m
+	}
+	for _, c := range live.Devices.Channels {
+		if c.Target != nil && c.Target.VirtIO != nil && c.Target.VirtIO.Name == agentChannel {
+			m.Agent = d.Session.Agent(d.Domain)
+		}
+	}
+	return m
+}
+
+// running is machine of the domain as it runs.
+func (d *Domain) running(ctx context.Context) (*Machine, error) {
+	if !d.Domain.Active {
+		return d.machine(nil), nil
+	}
+	live, err := d.Session.Describe(ctx, d.Domain, false)
+	return d.machine(live), err
+}
+
+// agentChannel is what libvirt and guests call the channel of an agent.
+const agentChannel = "org.qemu.guest_agent.0"
+
+// Snapshot is as Machine's.
 func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, must bool) (*Plan, error) {
 	_, disk, err := d.find(ctx, target)
 	if err != nil {
@@ -363,7 +470,10 @@ func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, m
 	if export == "" {
 		return nil, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", target, ErrNoServer)
 	}
-	m := &Machine{Name: d.Domain.UUID, Server: d.Server, Note: d.Note}
+	m, err := d.running(ctx)
+	if err != nil {
+		return nil, err
+	}
 	return m.Snapshot(ctx, target, export, overlay, must)
 }
 
@@ -385,6 +495,7 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 	if o.ID, err = d.target(all, v, bus, o.ID); err != nil {
 		return "", err
 	}
+	d.number(&o, s)
 	return text(v, o)
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -150,8 +151,18 @@ func TestDiskOfADomain(t *testing.T) {
 	if _, err := os.Stat(overlay); err != nil {
 		t.Error(err)
 	}
-	if _, err := h.Resize(ctx, target, "", attach.Size{Bytes: 1, More: true}); !errors.Is(err, attach.ErrLibvirt) {
-		t.Errorf("resize: %v", err)
+	for i := range int64(2) {
+		size := (i + 2) * diskSize
+		p, err = h.Resize(ctx, target, "", attach.Size{Bytes: diskSize, More: true})
+		do(t, p, err)
+		if text := h.virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(size)) {
+			t.Errorf("domblkinfo after growing to %d: %s", size, text)
+		}
+		h.wantNodes(t, size)
+	}
+	p, err = h.Resize(ctx, target, "", attach.Size{Bytes: 3 * diskSize})
+	if do(t, p, err) {
+		t.Error("growing to the size that is there changed something")
 	}
 	p, err = h.Detach(ctx, target, false)
 	do(t, p, err)
@@ -159,6 +170,28 @@ func TestDiskOfADomain(t *testing.T) {
 	p, err = h.Detach(ctx, target, false)
 	if do(t, p, err) {
 		t.Error("the second detach changed something")
+	}
+}
+
+// nodes are the machine's by libvirt's monitor, with their sizes.
+func (h *host) nodes(t *testing.T) (text string) {
+	t.Helper()
+	list, err := qmp.QueryNamedBlockNodes(testenv.Context(t), h.Session.Monitor(h.Domain.Domain))
+	must(t, err)
+	slices.SortFunc(list, func(a, b qmp.Node) int { return strings.Compare(a.Name, b.Name) })
+	for _, n := range list {
+		text += fmt.Sprintf("%s %s %d\n", n.Name, n.Driver, n.Image.VirtualSize)
+	}
+	return text
+}
+
+// wantNodes checks that the machine has the nodes of one disk, those that
+// libvirt has made and knows.
+func (h *host) wantNodes(t *testing.T, size int64) {
+	t.Helper()
+	want := fmt.Sprintf("libvirt-1-format raw %d\nlibvirt-1-storage nbd %d\n", size, size)
+	if got := h.nodes(t); got != want {
+		t.Errorf("nodes\n%swant\n%s", got, want)
 	}
 }
 
@@ -191,20 +224,63 @@ func TestAttachToADomainThatFailsLeavesNothing(t *testing.T) {
 	if _, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.NVMe}); !errors.Is(err, attach.ErrLibvirt) {
 		t.Errorf("nvme: %v", err)
 	}
-	for at := range 2 {
-		p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+	for at := 0; ; at++ {
+		p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk, Renew: true})
 		must(t, err)
-		ctx, cancel := context.WithCancel(ctx)
-		step := p.Steps[at].Do
-		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
-			defer cancel()
-			return step(ctx)
+		if at == len(p.Steps)-1 {
+			break
 		}
-		if _, err := p.Run(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, attach.ErrIncomplete) {
-			t.Errorf("interrupted at %d: %v", at, err)
+		if err := interrupted(ctx, p, at); !errors.Is(err, context.Canceled) || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("interrupted at %q: %v", p.Steps[at].Name, err)
 		}
 		h.wantNothing(t)
+		if left := h.nodes(t); left != "" {
+			t.Errorf("interrupted at %q, nodes left:\n%s", p.Steps[at].Name, left)
+		}
 	}
+}
+
+// interrupted runs a plan whose user interrupts it in a step.
+func interrupted(ctx context.Context, p *attach.Plan, at int) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	step := p.Steps[at].Do
+	p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+		defer cancel()
+		return step(ctx)
+	}
+	_, err := p.Run(ctx)
+	return err
+}
+
+// TestResizeOfADomainThatFailsIsDoneByASecond interrupts it in each step: all
+// is as it was, or the guest has the size and the same command does the rest.
+func TestResizeOfADomainThatFailsIsDoneByASecond(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	size, last := int64(diskSize), 0
+	for at := 0; at <= last; at++ {
+		p, err := h.Resize(ctx, "sda", "", attach.Size{Bytes: size + diskSize})
+		must(t, err)
+		last = len(p.Steps) - 2
+		before := h.nodes(t)
+		if err := interrupted(ctx, p, at); !errors.Is(err, context.Canceled) {
+			t.Errorf("interrupted at %q: %v", p.Steps[at].Name, err)
+		}
+		final := slices.IndexFunc(p.Steps, func(s attach.Step) bool { return strings.HasPrefix(s.Name, "tell") })
+		if at < final && h.nodes(t) != before {
+			t.Errorf("interrupted at %q: nodes\n%swere\n%s", p.Steps[at].Name, h.nodes(t), before)
+		}
+		size += diskSize
+		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+		do(t, p, err)
+		h.wantNodes(t, size)
+	}
+	p, err = h.Detach(ctx, "sda", true)
+	do(t, p, err)
+	h.wantNothing(t)
 }
 
 // TestElementOfADomain names what Attach would make, and makes nothing.

@@ -57,7 +57,7 @@ func pause(ctx context.Context, d time.Duration) {
 }
 
 // guestHas asks the guest for a disk with the serial number.
-func guestHas(ctx context.Context, a *qmp.Agent, serial string) (bool, error) {
+func guestHas(ctx context.Context, a qmp.Executor, serial string) (bool, error) {
 	const command = "guest-get-disks"
 	out, err := a.Execute(ctx, command, nil)
 	if err != nil {
@@ -79,17 +79,27 @@ func guestHas(ctx context.Context, a *qmp.Agent, serial string) (bool, error) {
 	return false, nil
 }
 
+// unchecked begins what people are told of a disk that may be mounted.
+const unchecked = "QEMU unplugs a mounted disk all the same, and whether this one is mounted could not be checked: "
+
 // unused asks the guest whether it has a file system on the disk. What could
 // not be asked is noted.
 func (m *Machine) unused(ctx context.Context, id string) error {
-	const unchecked = "QEMU unplugs a mounted disk all the same, and whether this one is mounted could not be checked: "
 	if m.Agent == nil {
-		m.note(unchecked + "no guest agent was named")
-		return nil
+		return m.unmounted(ctx, "")
 	}
 	serial, err := m.property(ctx, id, "serial")
 	if err != nil {
 		return err
+	}
+	return m.unmounted(ctx, serial)
+}
+
+// unmounted is unused for a disk that has the serial number, or none.
+func (m *Machine) unmounted(ctx context.Context, serial string) error {
+	if m.Agent == nil {
+		m.note(unchecked + "no guest agent is known")
+		return nil
 	}
 	if serial == "" {
 		m.note(unchecked + "the device has no serial number")

@@ -18,7 +18,7 @@ import (
 type Machine struct {
 	Name    string // by which its exports are told from others'
 	Monitor *qmp.Monitor
-	Agent   *qmp.Agent     // nil: there is none
+	Agent   qmp.Executor   // of the guest; nil: there is none
 	Server  *client.Client // nil: only disks of other servers
 
 	// Note hears what people should know beside errors. It may be nil.
@@ -40,6 +40,10 @@ type Options struct {
 	Serial    string        // empty: one that follows from the names
 	Reconnect time.Duration // 0: limits.AttachReconnect
 	Persist   bool          // in the configuration of a libvirt domain too
+
+	// Renew sets the reconnect delay through libvirt's monitor where libvirt
+	// forgets it. It marks the domain as tainted.
+	Renew bool
 }
 
 // plug is a disk that is being plugged.

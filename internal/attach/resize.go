@@ -17,6 +17,9 @@ var ErrSmaller = errors.New("a disk does not shrink")
 // ErrRigid is for disks whose size QEMU does not let change.
 var ErrRigid = errors.New("QEMU does not let a plugged nvme disk grow: detach and attach it")
 
+// errOldQEMU is for a QEMU without blockdev-reopen.
+var errOldQEMU = errors.New("this QEMU cannot exchange a server: it takes 6.1")
+
 // Size is what a disk shall have, in bytes, or what it shall have more.
 type Size struct {
 	Bytes int64
@@ -81,7 +84,7 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 		return fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, g.id)
 	}
 	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
-		return errors.Join(err, errors.New("this QEMU cannot exchange a server: it takes 6.1"))
+		return errors.Join(err, errOldQEMU)
 	}
 	model, err := g.property(ctx, g.id, "type")
 	if err != nil {

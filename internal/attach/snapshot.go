@@ -19,13 +19,13 @@ func (m *Machine) Snapshot(ctx context.Context, id, export, overlay string, must
 		return nil, err
 	}
 	if must && m.Agent == nil {
-		return nil, fmt.Errorf("%w: none was named", qmp.ErrNoAgent)
+		return nil, fmt.Errorf("%w: none is known", qmp.ErrNoAgent)
 	}
 	plan := &Plan{Aim: fmt.Sprintf("keep %q as it is and have %s write to %q", x.Image, id, overlay), Disk: id}
 	if m.Agent != nil {
 		plan.Steps = append(plan.Steps, m.freezeStep(must))
 	} else {
-		m.note("no guest agent was named: the image is what a crash would leave")
+		m.note("no guest agent is known: the image is what a crash would leave")
 	}
 	plan.Steps = append(plan.Steps, Step{
 		Name:  fmt.Sprintf("put overlay %q above the image of export %q", overlay, x.Name),

@@ -105,4 +105,8 @@ const (
 	// LibvirtCall bounds a call. Detaching a disk waits for the guest, 5 s
 	// by libvirt's own limit; a busy domain's job lock costs 30 s.
 	LibvirtCall = 60 * time.Second
+
+	// LibvirtAgent is how long libvirt waits for a guest agent: it gives up
+	// and answers before the call does, which would end the session.
+	LibvirtAgent = LibvirtCall - 10*time.Second
 )

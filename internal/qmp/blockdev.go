@@ -81,7 +81,15 @@ type NBD struct {
 	OpenTimeout time.Duration
 
 	ReadOnly bool
-	Discard  bool // pass the guest's discards on
+	Discard  bool       // pass the guest's discards on
+	Cache    *NodeCache // nil: QEMU's default
+}
+
+// NodeCache is how a node uses the host's page cache, and whether it drops
+// flushes. An NBD client does neither, but shows it.
+type NodeCache struct {
+	Direct  bool `json:"direct"`
+	NoFlush bool `json:"no-flush"`
 }
 
 // options is QEMU's BlockdevOptions.
@@ -104,6 +112,9 @@ func (n *NBD) options() (map[string]any, error) {
 		if value != "" {
 			o[name] = value
 		}
+	}
+	if n.Cache != nil {
+		o["cache"] = n.Cache
 	}
 	for name, value := range map[string]time.Duration{"reconnect-delay": n.ReconnectDelay, "open-timeout": n.OpenTimeout} {
 		if value > 0 {
@@ -148,14 +159,33 @@ func BlockdevAddNBDClient(ctx context.Context, x Executor, n NBD) error {
 // BlockdevReopenRaw puts the node file below the raw node in place of the one
 // it has. It needs QEMU 6.1: Monitor.Supports("blockdev-reopen").
 func BlockdevReopenRaw(ctx context.Context, x Executor, raw, file string, readOnly, passDiscard bool) error {
-	for _, name := range []string{raw, file} {
+	return Raw{Node: raw, ReadOnly: readOnly, Discard: passDiscard}.Reopen(ctx, x, file)
+}
+
+// Raw is a raw node with the options that it has: those that are left out when
+// it is opened again become QEMU's defaults.
+type Raw struct {
+	Node              string
+	ReadOnly, Discard bool
+	Cache             *NodeCache // nil: QEMU's default
+	DetectZeroes      string     // "off", "on" or "unmap"; empty: off
+}
+
+// Reopen is BlockdevReopenRaw.
+func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
+	for _, name := range []string{r.Node, file} {
 		if err := checkNode(name); err != nil {
 			return err
 		}
 	}
-	return do(ctx, x, "blockdev-reopen", map[string]any{"options": []any{map[string]any{
-		"driver": "raw", "node-name": raw, "read-only": readOnly, "discard": discard(passDiscard), "file": file,
-	}}})
+	o := map[string]any{"driver": "raw", "node-name": r.Node, "read-only": r.ReadOnly, "discard": discard(r.Discard), "file": file}
+	if r.Cache != nil {
+		o["cache"] = r.Cache
+	}
+	if r.DetectZeroes != "" {
+		o["detect-zeroes"] = r.DetectZeroes
+	}
+	return do(ctx, x, "blockdev-reopen", map[string]any{"options": []any{o}})
 }
 
 // BlockdevDel removes a node that nothing uses.
@@ -190,14 +220,18 @@ type Node struct {
 	Driver   string `json:"drv"`
 	File     string `json:"file"` // QEMU's name of what it serves; for people
 	ReadOnly bool   `json:"ro"`
-	Image    struct {
+
+	Cache        NodeCache `json:"cache"`
+	DetectZeroes string    `json:"detect_zeroes"`
+
+	Image struct {
 		VirtualSize int64 `json:"virtual-size"` // bytes
 	} `json:"image"`
 }
 
 // check refuses what no QEMU reports.
 func (n *Node) check() error {
-	if len(n.Name) > limits.QMPName || len(n.Driver) > limits.QMPName || n.Image.VirtualSize < 0 {
+	if len(n.Name) > limits.QMPName || len(n.Driver) > limits.QMPName || len(n.DetectZeroes) > limits.QMPName || n.Image.VirtualSize < 0 {
 		return fmt.Errorf("%w: a node of %d bytes named %.40q", ErrProtocol, n.Image.VirtualSize, n.Name)
 	}
 	n.File = printable(n.File, limits.MaxString)

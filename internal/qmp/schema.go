@@ -14,18 +14,9 @@ func (m *Monitor) Supports(ctx context.Context, command string) (bool, error) {
 	known := m.known
 	m.mu.Unlock()
 	if known == nil {
-		list, err := ask[[]struct {
-			Name string `json:"name"`
-		}](ctx, m, "query-commands", nil)
-		if err != nil {
+		var err error
+		if known, err = Commands(ctx, m); err != nil {
 			return false, err
-		}
-		if len(list) > limits.QMPItems {
-			return false, fmt.Errorf("query-commands: %w: %d commands", ErrProtocol, len(list))
-		}
-		known = make(map[string]struct{}, len(list))
-		for _, c := range list {
-			known[c.Name] = struct{}{}
 		}
 		m.mu.Lock()
 		m.known = known
@@ -33,6 +24,25 @@ func (m *Monitor) Supports(ctx context.Context, command string) (bool, error) {
 	}
 	_, ok := known[command]
 	return ok, nil
+}
+
+// Commands are the names of those that a QEMU has, at most limits.QMPItems.
+func Commands(ctx context.Context, x Executor) (map[string]struct{}, error) {
+	const command = "query-commands"
+	list, err := ask[[]struct {
+		Name string `json:"name"`
+	}](ctx, x, command, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(list) > limits.QMPItems {
+		return nil, fmt.Errorf("%s: %w: %d commands", command, ErrProtocol, len(list))
+	}
+	known := make(map[string]struct{}, len(list))
+	for _, c := range list {
+		known[c.Name] = struct{}{}
+	}
+	return known, nil
 }
 
 // Schema is what query-qmp-schema says: which commands, events and options
