@@ -19,6 +19,13 @@ import (
 const childEnv = "CONFINE_TEST_CHILD"
 
 func TestMain(m *testing.M) {
+	if stage := os.Getenv(confine.SwapChildEnv); stage != "" {
+		if err := confine.SwapChild(stage); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if os.Getenv(childEnv) == "" {
 		os.Exit(m.Run())
 	}
