@@ -26,6 +26,9 @@ type testService struct {
 	cmd  *exec.Cmd
 	done chan error
 	ctl  *control.Client
+
+	// prepare, if not nil, changes the command before it is started.
+	prepare func(cmd *exec.Cmd)
 }
 
 // newService starts a service whose configuration is a control socket, a
@@ -70,6 +73,9 @@ func (s *testService) start() {
 	}
 	defer log.Close()
 	s.cmd.Stderr = log
+	if s.prepare != nil {
+		s.prepare(s.cmd)
+	}
 	if err := s.cmd.Start(); err != nil {
 		s.Fatal(err)
 	}

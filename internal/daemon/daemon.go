@@ -45,6 +45,8 @@ type daemon struct {
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors
+	passed    *transport.Passed // nil for one disk
+	kept      atomic.Int64      // sockets that the service manager keeps
 	server    *nbd.Server
 	pidfile   string // written by us, or ""
 
@@ -96,6 +98,7 @@ func (d *daemon) start() error {
 		d.loadTLS,
 		d.listen,
 		d.openExports,
+		d.settlePassed,
 		d.writePIDFile,
 		d.bindControl,
 		d.dropPrivileges,
@@ -157,10 +160,17 @@ func (d *daemon) wantsCertificates() bool {
 // listen opens the sockets, but accepts nothing yet: a client that is early
 // waits in the queue instead of being refused.
 func (d *daemon) listen() error {
-	if d.cfg.Activated {
+	if d.conf.Load() != nil {
+		if err := d.takePassed(); err != nil {
+			return err
+		}
+	} else if d.cfg.Activated {
 		ls, err := transport.Activated()
 		if err != nil {
 			return err
+		}
+		if len(ls) == 0 {
+			return errors.New("LISTEN_FDS is set, but systemd passed no socket to this process: LISTEN_PID is another's, or there are none")
 		}
 		d.addDoors(ls)
 	}
@@ -316,7 +326,10 @@ func (d *daemon) reload() {
 func (d *daemon) close() error {
 	clean := true
 	d.closeControl()
-	d.doors.remove(d.doors.all())
+	d.doors.leave()
+	if d.passed != nil {
+		d.passed.Close()
+	}
 	if d.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), d.drain())
 		clean = d.server.Shutdown(ctx)
@@ -367,9 +380,7 @@ func (d *daemon) closeDisk() error {
 // lastResort is a second signal: sockets and pid file go, nothing is waited
 // for.
 func (d *daemon) lastResort() {
-	for _, x := range d.doors.all() {
-		_ = x.Close()
-	}
+	d.doors.leave()
 	d.removePIDFile()
 	os.Exit(1)
 }

@@ -157,6 +157,7 @@ func (d *daemon) openDoors(ctx context.Context, x *config.Export) (list []*door,
 }
 
 func (d *daemon) closeDoors(list []*door) {
+	d.forget(list)
 	d.doors.remove(list)
 	for _, o := range list {
 		d.exports.Restrict(o.name, nil)

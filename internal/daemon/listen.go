@@ -21,6 +21,7 @@ type door struct {
 	tls  nbd.TLSMode
 	spec config.Listener // zero for one of the command line
 	own  bool            // of a single export
+	kept string          // the name under which it waits for the next start, or ""
 
 	once   sync.Once
 	closed error
@@ -29,6 +30,16 @@ type door struct {
 // Close stops accepting; it may be called again.
 func (o *door) Close() error {
 	o.once.Do(func() { o.closed = o.Listener.Close() })
+	return o.closed
+}
+
+// leave stops accepting as Close does, but what waits for the next start stays
+// for it.
+func (o *door) leave() error {
+	if o.kept == "" {
+		return o.Close()
+	}
+	o.once.Do(func() { o.closed = transport.Leave(o.Listener) })
 	return o.closed
 }
 
@@ -71,6 +82,13 @@ func (s *doors) shared(name string) (list []*door) {
 	return list
 }
 
+// leave ends accepting at all doors, at the end of the process.
+func (s *doors) leave() {
+	for _, x := range s.all() {
+		_ = x.leave() // a socket path that is not ours any more stays
+	}
+}
+
 // remove closes those doors and forgets them.
 func (s *doors) remove(list []*door) {
 	s.mu.Lock()
@@ -91,10 +109,6 @@ var tlsModes = map[string]nbd.TLSMode{"": nbd.TLSOff, "off": nbd.TLSOff, "on": n
 
 // openDoor listens where l says. Nothing is accepted yet.
 func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
-	e, err := endpointOf(l)
-	if err != nil {
-		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
-	}
 	mode, ok := tlsModes[l.TLS]
 	if !ok {
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
@@ -102,13 +116,13 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 	if mode != nbd.TLSOff && d.creds == nil {
 		return nil, fmt.Errorf("listener %q: certificates are loaded at the start only: restart", l.URI)
 	}
-	ls, err := transport.Listen(ctx, e)
+	ls, kept, err := d.bind(ctx, l)
 	if err != nil {
 		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
 	}
 	var list []*door
 	for _, x := range ls {
-		list = append(list, &door{Listener: x, name: l.URI, tls: mode, spec: l})
+		list = append(list, &door{Listener: x, name: l.URI, tls: mode, spec: l, kept: kept})
 	}
 	return list, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,6 +41,20 @@ func Resume(e Endpoint, f *os.File) (Listener, error) {
 	if err := l.fits(e); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("resume %q: %w", e.Name, err)
+	}
+	return l, nil
+}
+
+// ResumeAny is Resume wherever the socket listens.
+func ResumeAny(f *os.File) (Listener, error) {
+	l, err := activated(f)
+	if err == nil && l.kind == Unix {
+		if err = l.adopt(); err != nil {
+			l.Close()
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("resume: %w", err)
 	}
 	return l, nil
 }
@@ -94,9 +109,12 @@ func (l *listener) adopt() error {
 }
 
 // Passed are listening sockets that systemd handed over, by name. Each stays
-// open, so that a listener can be closed and opened again; methods are for one
-// goroutine at a time.
-type Passed struct{ list []Listener }
+// open, so that a listener can be closed and opened again. All methods may be
+// called by any goroutine, and by a nil Passed, which has none.
+type Passed struct {
+	mu   sync.Mutex
+	list []Listener // guarded by mu
+}
 
 // TakePassed is Activated for a server that takes its sockets by name.
 func TakePassed() (*Passed, error) {
@@ -106,6 +124,11 @@ func TakePassed() (*Passed, error) {
 
 // Names are those of the sockets, sorted, each once.
 func (p *Passed) Names() []string {
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	var names []string
 	for _, l := range p.list {
 		names = append(names, NameOf(l))
@@ -117,6 +140,11 @@ func (p *Passed) Names() []string {
 // Files are duplicates of the sockets of a name, in systemd's order; the caller
 // closes them.
 func (p *Passed) Files(name string) (files []*os.File, err error) {
+	if p == nil {
+		return nil, nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, l := range p.list {
 		if NameOf(l) != name {
 			continue
@@ -163,6 +191,11 @@ func (p *Passed) Listen(name string, e Endpoint) (ls []Listener, err error) {
 
 // Drop closes the sockets of a name.
 func (p *Passed) Drop(name string) {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.list = slices.DeleteFunc(p.list, func(l Listener) bool {
 		if NameOf(l) != name {
 			return false
@@ -174,6 +207,11 @@ func (p *Passed) Drop(name string) {
 
 // Close closes them all; listeners made of them go on.
 func (p *Passed) Close() {
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for _, l := range p.list {
 		l.Close()
 	}

@@ -1,0 +1,320 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// manager is the service manager of a test: it keeps what it is given, as
+// systemd does.
+type manager struct {
+	*testing.T
+	path string
+	conn *net.UnixConn
+
+	mu   sync.Mutex
+	kept map[string][]*os.File // guarded by mu
+}
+
+func newManager(t *testing.T) *manager {
+	t.Helper()
+	m := &manager{T: t, path: filepath.Join(t.TempDir(), "notify"), kept: map[string][]*os.File{}}
+	var err error
+	if m.conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: m.path, Net: "unixgram"}); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		m.listen()
+	}()
+	t.Cleanup(func() {
+		m.conn.Close()
+		<-done
+		for name := range m.kept {
+			m.drop(name)
+		}
+	})
+	return m
+}
+
+func (m *manager) listen() {
+	text, rights := make([]byte, 4096), make([]byte, 512)
+	for {
+		n, oobn, _, _, err := m.conn.ReadMsgUnix(text, rights)
+		if err != nil {
+			return
+		}
+		said := map[string]string{}
+		for line := range strings.Lines(string(text[:n])) {
+			key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			said[key] = value
+		}
+		m.mu.Lock()
+		switch {
+		case said["FDSTORE"] == "1":
+			ms, _ := unix.ParseSocketControlMessage(rights[:oobn])
+			for i := range ms {
+				fds, _ := unix.ParseUnixRights(&ms[i])
+				for _, fd := range fds {
+					m.kept[said["FDNAME"]] = append(m.kept[said["FDNAME"]], os.NewFile(uintptr(fd), said["FDNAME"]))
+				}
+			}
+		case said["FDSTOREREMOVE"] == "1":
+			m.drop(said["FDNAME"])
+		}
+		m.mu.Unlock()
+	}
+}
+
+// drop closes what is kept under a name.
+func (m *manager) drop(name string) {
+	for _, f := range m.kept[name] {
+		f.Close()
+	}
+	delete(m.kept, name)
+}
+
+// names are those under which something is kept, sorted.
+func (m *manager) names() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Sorted(maps.Keys(m.kept))
+}
+
+// pass makes cmd a service of the manager, with what is kept and the sockets of
+// socket units.
+func (m *manager) pass(cmd *exec.Cmd, units map[string]*os.File) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var names []string
+	for _, name := range slices.Sorted(maps.Keys(m.kept)) {
+		for _, f := range m.kept[name] {
+			// A duplicate: what the manager drops it may drop at any time.
+			fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+			if err != nil {
+				m.Fatal(err)
+			}
+			again := os.NewFile(uintptr(fd), name)
+			m.Cleanup(func() { again.Close() })
+			names, cmd.ExtraFiles = append(names, name), append(cmd.ExtraFiles, again)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(units)) {
+		names, cmd.ExtraFiles = append(names, name), append(cmd.ExtraFiles, units[name])
+	}
+	if cmd.Env == nil {
+		cmd.Env = os.Environ()
+	}
+	cmd.Env = append(cmd.Env, "NOTIFY_SOCKET="+m.path, "FDSTORE=16")
+	if len(names) > 0 {
+		cmd.Env = append(cmd.Env, fmt.Sprint("LISTEN_FDS=", len(names)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+		forItself(cmd)
+	}
+}
+
+// forItself sets LISTEN_PID to the process that cmd becomes.
+func forItself(cmd *exec.Cmd) {
+	cmd.Args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
+}
+
+// newManaged is a service of the manager; units are sockets of socket units.
+func newManaged(t *testing.T, more string, units map[string]*os.File) (*testService, *manager) {
+	t.Helper()
+	m := newManager(t)
+	s := &testService{T: t, dir: t.TempDir()}
+	if err := os.WriteFile(filepath.Join(s.dir, "a.img"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.prepare = func(cmd *exec.Cmd) { m.pass(cmd, units) }
+	s.configure(more)
+	return s, m
+}
+
+// TestListenersSurviveARestart: a client that comes while the service is down
+// is not refused, but waits and is served (LI-09).
+func TestListenersSurviveARestart(t *testing.T) {
+	s, m := newManaged(t, exportA+`
+[[export]]
+name = "own"
+format = "mem"
+image = "1M"
+[[export.listener]]
+uri = "nbd+unix:///?socket=DIR/own"
+`, nil)
+	s.start()
+	s.await("two listeners are kept", func() bool { return len(m.names()) == 2 })
+	names := m.names()
+	for range 3 {
+		s.stop()
+		c := s.dialNBD()
+		own, err := net.Dial("unix", filepath.Join(s.dir, "own"))
+		if err != nil {
+			t.Fatalf("connect while the service is down: %v", err)
+		}
+		defer own.Close()
+		s.start()
+		k, _ := mustGo(t, c, "a")
+		k.reads(1)
+		k, _ = mustGo(t, own, "own")
+		k.reads(1)
+		c.Close()
+		if got := m.names(); !slices.Equal(got, names) {
+			t.Fatalf("kept are %q, before the restart %q", got, names)
+		}
+	}
+}
+
+// TestListenersThatGoAreNotKept: those that a reload removes, and those of a
+// configuration that has changed while the service was down.
+func TestListenersThatGoAreNotKept(t *testing.T) {
+	const more = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/more\"\n"
+	s, m := newManaged(t, more, nil)
+	s.start()
+	s.await("two listeners are kept", func() bool { return len(m.names()) == 2 })
+	s.configure("")
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	s.await("one is not kept any more", func() bool { return len(m.names()) == 1 })
+	if exists(filepath.Join(s.dir, "more")) {
+		t.Error("the socket is still there")
+	}
+	s.configure(more)
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	s.await("both are kept again", func() bool { return len(m.names()) == 2 })
+	s.stop()
+	s.configure("")
+	s.start()
+	s.await("one is not kept any more", func() bool { return len(m.names()) == 1 })
+	if exists(filepath.Join(s.dir, "more")) {
+		t.Error("the socket is still there after the restart")
+	}
+}
+
+// TestKeptListenerWithoutItsPathIsOpenedAnew: nobody could reach it.
+func TestKeptListenerWithoutItsPathIsOpenedAnew(t *testing.T) {
+	s, m := newManaged(t, exportA, nil)
+	s.start()
+	s.await("the listener is kept", func() bool { return len(m.names()) == 1 })
+	s.stop()
+	if err := os.Remove(filepath.Join(s.dir, "nbd")); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	s.open("a").reads(1)
+	s.stop()
+	s.start()
+	s.open("a").reads(1)
+}
+
+// unixSocket is a listening socket as a socket unit makes it.
+func unixSocket(t *testing.T, path string) *os.File {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	defer l.Close()
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// TestSocketsOfSystemdAreNamedByTheConfiguration, also after a reload has taken
+// the listener away and brought it back.
+func TestSocketsOfSystemdAreNamedByTheConfiguration(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "unit")
+	units := map[string]*os.File{"nbd": unixSocket(t, path)}
+	const listener = "[[listener]]\nuri = \"systemd:nbd\"\n"
+	s, _ := newManaged(t, exportA+listener, units)
+	s.start()
+	uri := "nbd+unix:///a?socket=" + path
+	if got := s.size(uri); got != "1048576" {
+		t.Errorf("size by the passed socket is %q", got)
+	}
+	s.configure(exportA)
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	s.configure(exportA + listener)
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.size(uri); got != "1048576" {
+		t.Errorf("after a reload the size by the passed socket is %q", got)
+	}
+	s.stop()
+	if !exists(path) {
+		t.Error("the service has removed the socket of systemd")
+	}
+}
+
+// TestPassedSocketsThatDoNotFit: what systemd passes and what the configuration
+// or the command line says is one, or the start fails (CF-14).
+func TestPassedSocketsThatDoNotFit(t *testing.T) {
+	dir := t.TempDir()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	s, _ := newManaged(t, "[[listener]]\nuri = \"systemd:nbd\"\n", nil)
+	taken := filepath.Join(s.dir, "conf")
+	plain := filepath.Join(s.dir, "plain")
+	if err := os.WriteFile(plain, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	disk := filepath.Join(s.dir, "a.img")
+	for _, tt := range []struct {
+		name, want string
+		args       []string
+		env        []string
+		files      []*os.File
+	}{
+		{"none for the configuration", `no socket that is called "nbd", but []`, []string{"--config", taken}, nil, nil},
+		{"another name", `no socket that is called "nbd", but ["other"]`, []string{"--config", taken},
+			[]string{"LISTEN_FDS=1", "LISTEN_FDNAMES=other"}, []*os.File{unixSocket(t, filepath.Join(dir, "1"))}},
+		{"nobody takes it", `no listener of the configuration has the uri "systemd:nbd"`, []string{"--config", plain},
+			[]string{"LISTEN_FDS=1", "LISTEN_FDNAMES=nbd"}, []*os.File{unixSocket(t, filepath.Join(dir, "2"))}},
+		{"a file", "not a socket", []string{"--config", taken}, []string{"LISTEN_FDS=1", "LISTEN_FDNAMES=nbd"}, []*os.File{null}},
+		{"a file for one disk", "not a socket", []string{disk}, []string{"LISTEN_FDS=1"}, []*os.File{null}},
+		{"none for one disk", "passed no socket", []string{disk}, []string{"LISTEN_FDS=0"}, nil},
+		{"of another process", "passed no socket", []string{disk}, []string{"LISTEN_FDS=1", "LISTEN_PID=1"}, []*os.File{unixSocket(t, filepath.Join(dir, "3"))}},
+		{"no number", "passed no socket", []string{disk}, []string{"LISTEN_FDS=many"}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd := program(tt.args...)
+			cmd.Env = append(append(cmd.Environ(), tt.env...), "NOTIFY_SOCKET=")
+			cmd.ExtraFiles = tt.files
+			if !slices.Contains(tt.env, "LISTEN_PID=1") {
+				forItself(cmd)
+			}
+			kill := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+			defer kill.Stop()
+			out, err := cmd.CombinedOutput()
+			if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), tt.want) {
+				t.Errorf("%v, want exit status 1 and %q:\n%s", err, tt.want, out)
+			}
+		})
+	}
+}

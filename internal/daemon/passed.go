@@ -1,0 +1,172 @@
+package daemon
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// takePassed takes the sockets that the service manager hands over: those that
+// it opened, and those that it kept for us.
+func (d *daemon) takePassed() (err error) {
+	d.passed, err = transport.TakePassed()
+	return err
+}
+
+// keptName names the sockets of a listener while they wait: who changes the
+// listener gets another. A port that the kernel chooses has no name, and ""
+// means that it does not wait.
+func keptName(l config.Listener, e transport.Endpoint) string {
+	if e.Kind != transport.Unix && e.Port == 0 {
+		return ""
+	}
+	l.Exports, l.TLS = nil, ""
+	b, err := json.Marshal(l)
+	if err != nil {
+		return ""
+	}
+	sum := sha256.Sum256(b)
+	return config.KeptPrefix + hex.EncodeToString(sum[:16])
+}
+
+// bind opens the sockets of a listener, or takes up those that are there. kept
+// is the name under which they wait for the next start, or "".
+func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Listener, kept string, err error) {
+	if name, ok := strings.CutPrefix(l.URI, config.SystemdScheme); ok {
+		ls, err := d.passed.Listen(name, transport.Endpoint{Name: l.URI})
+		return ls, "", err
+	}
+	e, err := endpointOf(l)
+	if err != nil {
+		return nil, "", err
+	}
+	name := ""
+	if d.kept.Load() < int64(d.boss.Room()) {
+		name = keptName(l, e)
+	}
+	if ls := d.resume(name, e); len(ls) > 0 {
+		d.kept.Add(int64(len(ls)))
+		return ls, name, nil
+	}
+	if ls, err = transport.Listen(ctx, e); err != nil || name == "" {
+		return ls, "", err
+	}
+	if err := d.keep(name, ls); err != nil {
+		d.log.Warn("the service manager does not keep the listener: clients are refused while the daemon starts again", "listener", l.URI, "error", err)
+		return ls, "", nil
+	}
+	return ls, name, nil
+}
+
+// resume takes up the sockets that waited under name. If one of them is not
+// what it was, none is.
+func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Listener) {
+	if name == "" {
+		return nil
+	}
+	files, err := d.passed.Files(name)
+	for _, f := range files {
+		l, bad := transport.Resume(e, f)
+		f.Close()
+		if bad != nil {
+			err = errors.Join(err, bad)
+			continue
+		}
+		ls = append(ls, l)
+	}
+	d.passed.Drop(name)
+	if err == nil {
+		return ls
+	}
+	for _, l := range ls {
+		_ = l.Close() // another is opened in its place
+	}
+	err = errors.Join(err, d.boss.Forget(name))
+	d.log.Warn("a listener that was kept cannot be taken up", "listener", e.Name, "error", err)
+	return nil
+}
+
+// keep lets the service manager have duplicates of the sockets.
+func (d *daemon) keep(name string, ls []transport.Listener) error {
+	for _, l := range ls {
+		f, err := transport.FileOf(l)
+		if err == nil {
+			err = errors.Join(d.boss.Keep(name, f), f.Close())
+		}
+		if err != nil {
+			return errors.Join(err, d.boss.Forget(name))
+		}
+	}
+	d.kept.Add(int64(len(ls)))
+	return nil
+}
+
+// forget makes the service manager close what waits for doors that go.
+func (d *daemon) forget(list []*door) {
+	for _, o := range list {
+		if o.kept == "" {
+			continue
+		}
+		d.kept.Add(-1)
+		if err := d.boss.Forget(o.kept); err != nil {
+			d.log.Warn("the service manager goes on keeping a listener", "listener", o.name, "error", err)
+		}
+	}
+}
+
+// settlePassed ends the start: listeners that waited and that nobody took up
+// are closed, with their paths, and sockets that systemd opened for nobody are
+// a mistake.
+func (d *daemon) settlePassed() error {
+	if d.passed == nil {
+		return nil
+	}
+	var errs []error
+	taken := d.listenerURIs()
+	for _, name := range d.passed.Names() {
+		switch {
+		case strings.HasPrefix(name, config.KeptPrefix):
+			d.dropKept(name)
+		case !taken[config.SystemdScheme+name]:
+			errs = append(errs, fmt.Errorf("systemd passed a socket that is called %q, and no listener of the configuration has the uri %q",
+				name, config.SystemdScheme+name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// listenerURIs are those of all listeners, also of exports that failed.
+func (d *daemon) listenerURIs() map[string]bool {
+	m := map[string]bool{}
+	for _, o := range d.doors.all() {
+		m[o.name] = true
+	}
+	for _, k := range d.disks.failed() {
+		for _, l := range k.cfg.Listeners {
+			m[l.URI] = true
+		}
+	}
+	return m
+}
+
+// dropKept closes listeners that waited, with their paths.
+func (d *daemon) dropKept(name string) {
+	files, err := d.passed.Files(name)
+	d.passed.Drop(name)
+	for _, f := range files {
+		// It is removed only if its file is still there and a socket.
+		if l, bad := transport.ResumeAny(f); bad == nil {
+			err = errors.Join(err, l.Close())
+		}
+		f.Close()
+	}
+	err = errors.Join(err, d.boss.Forget(name))
+	d.log.Info("closed a listener that the configuration has no more", "name", name, "error", err)
+}
