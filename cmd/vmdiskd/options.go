@@ -64,7 +64,7 @@ type raw struct {
 
 // laterOptions are known and not there yet. They are refused, never ignored.
 var laterOptions = map[string]string{
-	"swap":    "serving a local swap device",
+	"swap": "serving a local swap device",
 }
 
 func (r *raw) flags() *pflag.FlagSet {

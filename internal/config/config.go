@@ -34,10 +34,12 @@ type Log struct {
 	Slow Duration `toml:"slow-request"`
 }
 
-// TLS is where certificates are.
+// TLS is where certificates and keys are.
 type TLS struct {
-	Certificates string `toml:"certificates"` // a folder
-	VerifyPeer   *bool  `toml:"verify-peer"`  // nil: when there is a CA
+	// Certificates is a folder; with PSK, "" is for none.
+	Certificates string `toml:"certificates"`
+	PSK          string `toml:"psk"`         // file of pre-shared keys; "" for none
+	VerifyPeer   *bool  `toml:"verify-peer"` // nil: when there is a CA
 }
 
 // Control is the control socket.

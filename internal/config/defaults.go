@@ -21,7 +21,9 @@ func (c *Config) SetDefaults() {
 	}
 	or(&c.Log.Level, "info")
 	or(&c.Log.Format, "text")
-	or(&c.TLS.Certificates, defaultCertificates)
+	if c.TLS.PSK == "" {
+		or(&c.TLS.Certificates, defaultCertificates)
+	}
 	if c.Control.Socket != "" {
 		or(&c.Control.Mode, defaultMode)
 	}

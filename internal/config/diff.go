@@ -90,6 +90,7 @@ var settings = []setting{
 	{"log.format", true, func(c *Config) any { return c.Log.Format }},
 	{"log.slow-request", false, func(c *Config) any { return c.Log.Slow }},
 	{"tls.certificates", true, func(c *Config) any { return c.TLS.Certificates }},
+	{"tls.psk", true, func(c *Config) any { return c.TLS.PSK }},
 	{"tls.verify-peer", true, func(c *Config) any { return c.TLS.VerifyPeer }},
 	{"control.socket", true, func(c *Config) any { return c.Control.Socket }},
 	{"control.mode", true, func(c *Config) any { return c.Control.Mode }},

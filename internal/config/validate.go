@@ -22,7 +22,7 @@ func (c *Config) Validate() error {
 		k.fail("drain-timeout: %v is not positive", c.Drain)
 	}
 	c.Log.check(k.in("log"))
-	k.in("tls").path("certificates", c.TLS.Certificates)
+	c.TLS.check(k.in("tls"))
 	c.Control.check(k.in("control"))
 	c.Metrics.check(k.in("metrics"))
 	if k.most("roots", len(c.Images.Roots), limits.ConfigRoots) {
@@ -38,6 +38,18 @@ func (c *Config) Validate() error {
 		c.checkListeners(k)
 	}
 	return k.err()
+}
+
+func (t *TLS) check(k checker) {
+	if t.PSK != "" {
+		k.path("psk", t.PSK)
+	}
+	switch {
+	case t.PSK == "" || t.Certificates != "":
+		k.path("certificates", t.Certificates)
+	case t.VerifyPeer != nil:
+		k.fail("verify-peer: there are no certificates")
+	}
 }
 
 func (l *Log) check(k checker) {

@@ -36,6 +36,10 @@ type Config struct {
 	TLSCertificates string
 	TLSVerifyPeer   *bool // nil: verified when a CA is there
 
+	// TLSKeys is the file of the pre-shared keys, or "". With it
+	// TLSCertificates may be "": then there are no certificates.
+	TLSKeys string
+
 	Engine        string        // "auto", "uring" or "pool"
 	Requests      int           // in flight per connection, 0 for the default
 	Poll          time.Duration // see nbd.Options

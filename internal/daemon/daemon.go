@@ -23,6 +23,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
 // daemon is a running server. Its parts are built in this order and taken
@@ -31,7 +32,8 @@ type daemon struct {
 	cfg       Config
 	logs      *obs.Log
 	log       *slog.Logger
-	creds     *transport.Credentials // nil without TLS
+	creds     *transport.Credentials // nil without TLS, or with keys alone
+	keys      *psk.Keys              // nil without pre-shared keys
 	buffers   *bufpool.Pool
 	engine    engine.Engine
 	exports   *export.Registry
@@ -131,8 +133,11 @@ func (d *daemon) watchParent() error {
 }
 
 func (d *daemon) loadTLS() (err error) {
-	if d.cfg.TLS == nbd.TLSOff && !d.wantsCertificates() {
+	if d.cfg.TLS == nbd.TLSOff && !d.encrypts() {
 		return nil
+	}
+	if err := d.loadKeys(); err != nil || d.cfg.TLSCertificates == "" {
+		return err
 	}
 	demand := d.cfg.TLSVerifyPeer
 	d.creds, err = transport.LoadCredentials(d.cfg.TLSCertificates, transport.TLSOptions{
@@ -145,8 +150,8 @@ func (d *daemon) loadTLS() (err error) {
 	return err
 }
 
-// wantsCertificates tells whether a listener of the configuration encrypts.
-func (d *daemon) wantsCertificates() bool {
+// encrypts tells whether a listener of the configuration does.
+func (d *daemon) encrypts() bool {
 	if d.conf.Load() == nil {
 		return false
 	}
@@ -259,9 +264,7 @@ func (d *daemon) serve() error {
 		Events:        &d.bus,
 		Slow:          d.slow(),
 	}
-	if d.creds != nil {
-		o.TLSConfig = d.creds.ServerConfig
-	}
+	o.Encrypt = (&transport.ServerSecurity{Certificates: d.creds, Keys: d.keys}).Encrypt
 	d.server = nbd.NewServer(o)
 	if d.cfg.Stdio {
 		return d.serveStdio()
@@ -319,6 +322,7 @@ func (d *daemon) reload() {
 	if d.creds != nil {
 		d.creds.ServerConfig()
 	}
+	d.reloadKeys()
 }
 
 // close takes down what start has built: no new clients, requests in flight

@@ -9,6 +9,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/engine/uring"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
 // Version is the version of the program.
@@ -39,7 +40,7 @@ func DumpConfig() string {
 		{"vsock", yes(err == nil)},
 		{"selinux", yes(serr == nil)},
 		{"tls", "yes"},
-		{"tls_psk", "no"},
+		{"tls_psk", yes(psk.Supported() == nil)},
 		{"max_request", limits.MaxIO},
 		{"requests_per_connection", limits.RequestsPerConn},
 		{"connections", limits.Connections},

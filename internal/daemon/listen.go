@@ -113,8 +113,8 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 	if !ok {
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
 	}
-	if mode != nbd.TLSOff && d.creds == nil {
-		return nil, fmt.Errorf("listener %q: certificates are loaded at the start only: restart", l.URI)
+	if mode != nbd.TLSOff && d.creds == nil && d.keys == nil {
+		return nil, fmt.Errorf("listener %q: certificates and keys are loaded at the start only: restart", l.URI)
 	}
 	ls, kept, err := d.bind(ctx, l)
 	if err != nil {

@@ -8,7 +8,6 @@ package nbd
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"log/slog"
 	"sync"
@@ -84,8 +83,11 @@ type Options struct {
 	Buffers *bufpool.Pool
 	Log     *slog.Logger
 
-	TLS       TLSMode
-	TLSConfig func() *tls.Config
+	TLS TLSMode
+
+	// Encrypt shakes hands with a client that has asked for TLS, as
+	// transport.ServerTLS does.
+	Encrypt func(transport.Conn) (transport.Conn, error)
 
 	Oldstyle      bool   // speak the oldstyle handshake
 	MaskHandshake uint16 // handshake flags that may be offered

@@ -32,12 +32,21 @@ func secured(c Conn, wrap func(*bounded) *tls.Conn) (Conn, error) {
 	under := &bounded{Conn: c}
 	t := &tlsConn{Conn: wrap(under), under: under, peer: *c.Peer()}
 	if err := t.Handshake(); err != nil {
-		return nil, fmt.Errorf("tls handshake with %s: %w", c.Peer(), err)
+		return nil, handshakeError(c, err)
 	}
+	t.learn()
+	return t, nil
+}
+
+func handshakeError(c Conn, err error) error {
+	return fmt.Errorf("tls handshake with %s: %w", c.Peer(), err)
+}
+
+// learn adds to the peer what the handshake has verified.
+func (t *tlsConn) learn() {
 	if chains := t.ConnectionState().VerifiedChains; len(chains) > 0 {
 		t.peer.Cert = chains[0][0]
 	}
-	return t, nil
 }
 
 // tlsConn is a Conn inside TLS.

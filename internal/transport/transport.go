@@ -46,6 +46,9 @@ type Peer struct {
 	// Cert is the verified client certificate, or nil. It is filled in when
 	// the TLS handshake has ended.
 	Cert *x509.Certificate
+
+	// PSK is the identity whose pre-shared key the client has proved, or "".
+	PSK string
 }
 
 // Key names the peer for budgets: connections with one key share them.
