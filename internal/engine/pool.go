@@ -37,6 +37,15 @@ func NewPool(workers int) *Pool {
 	return p
 }
 
+// StartAll starts all workers now instead of as they are needed.
+func (p *Pool) StartAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for ; p.started < p.max && !p.closing; p.started++ {
+		p.workers.Go(p.work)
+	}
+}
+
 // Name is "pool".
 func (p *Pool) Name() string { return "pool" }
 

@@ -98,6 +98,10 @@ type Options struct {
 	// limits.RequestsPerConn.
 	Requests int
 
+	// Bytes bounds the data of what one connection has in flight; 0 is
+	// limits.BytesPerConn. One request may exceed it.
+	Bytes int64
+
 	// Poll is how long a connection looks at its empty socket before it
 	// sleeps, where that pays; 0 turns polling off.
 	Poll time.Duration
@@ -147,6 +151,9 @@ func NewServer(o Options) *Server {
 	}
 	if o.Requests == 0 {
 		o.Requests = limits.RequestsPerConn
+	}
+	if o.Bytes == 0 {
+		o.Bytes = limits.BytesPerConn
 	}
 	if o.Stall == 0 {
 		o.Stall = limits.Stall

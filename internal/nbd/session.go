@@ -110,7 +110,7 @@ func newSession(srv *Server, n *negotiation) *session {
 		s.always |= wire.FlagFUA
 	}
 	s.payloads = s.extended && len(s.contexts) > 0
-	s.own.init(int64(o.Requests), limits.BytesPerConn)
+	s.own.init(int64(o.Requests), o.Bytes)
 	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: &srv.wakes}
 	s.sender.init(s, newLink(n.conn, &s.poll))
 	s.in.init(s, n.early())

@@ -54,6 +54,7 @@ type Pool struct {
 	queued atomic.Int32 // len(waiters)
 	poison atomic.Bool
 	locked atomic.Bool // memory of slabs cannot be given back
+	kept   atomic.Bool // no memory is given back, see Keep
 
 	classes [classes]class
 	arena   []byte
@@ -122,6 +123,29 @@ func (p *Pool) Outstanding() (bufs int, bytes int64) {
 		bytes = 0
 	}
 	return int(p.lent.Load()), bytes
+}
+
+// Keep makes sure that count buffers of n bytes are there at the same time, with
+// their memory, and that no memory is given back to the system from now on. It
+// is for those who cannot wait for the system's memory later. The buffers
+// count against the budget while Keep runs.
+func (p *Pool) Keep(n, count int) error {
+	p.kept.Store(true)
+	var bufs []*Buf
+	defer func() {
+		for _, b := range bufs {
+			b.Release()
+		}
+	}()
+	for range count {
+		b := p.TryGet(n)
+		if b == nil {
+			return fmt.Errorf("keep %d buffers of %d bytes: there is memory for %d", count, n, len(bufs))
+		}
+		bufs = append(bufs, b)
+		clear(b.mem) // each page is there once it was written to
+	}
+	return nil
 }
 
 // classOf is the index of the smallest class that holds n bytes.
@@ -325,7 +349,7 @@ func (b *Buf) Release() {
 	switch idle := p.idle.Add(c.size); {
 	case b.arena:
 		b.next, c.arena = c.arena, b
-	case idle <= limits.BufferCache:
+	case idle <= limits.BufferCache || p.kept.Load():
 		b.next, c.hot = c.hot, b
 	default:
 		full = true

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -500,4 +501,52 @@ func BenchmarkGetReleaseParallel(b *testing.B) {
 			p.TryGet(4096).Release()
 		}
 	})
+}
+
+// TestKeptBuffersStay: what Keep made is lent again and again, above what the
+// pool keeps otherwise, from the same memory.
+func TestKeptBuffersStay(t *testing.T) {
+	const n, count = 2 << 20, limits.BufferCache/(2<<20) + 4
+	p := New(2 * n * count)
+	if err := p.Keep(n, count); err != nil {
+		t.Fatal(err)
+	}
+	lend := func() (at []uintptr) {
+		var bufs []*Buf
+		for range count {
+			b := p.TryGet(n)
+			if b == nil {
+				t.Fatal("no buffer")
+			}
+			at = append(at, uintptr(unsafe.Pointer(&b.Bytes()[0])))
+			bufs = append(bufs, b)
+		}
+		for _, b := range bufs {
+			b.Release()
+		}
+		slices.Sort(at)
+		return at
+	}
+	first := lend()
+	for range 3 {
+		if again := lend(); !slices.Equal(again, first) {
+			t.Fatalf("lent from %x, then from %x", first, again)
+		}
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestKeepTellsThatTheBudgetIsTooSmall(t *testing.T) {
+	p := New(8 << 20)
+	if err := p.Keep(1<<20, 9); err == nil || !strings.Contains(err.Error(), "there is memory for 8") {
+		t.Errorf("got %v", err)
+	}
+	if bufs, bytes := p.Outstanding(); bufs != 0 || bytes != 0 {
+		t.Errorf("%d buffers of %d bytes are still lent", bufs, bytes)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
