@@ -13,6 +13,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
 )
 
 // Exit codes.
@@ -53,14 +54,17 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 func exitCode(err error, begun bool) int {
 	var refused *client.OptionError
 	var found unsound
+	var holder *holderError
 	switch {
+	case errors.As(err, &holder):
+		return holder.code
 	case errors.As(err, &found):
 		return found.code()
 	case errors.Is(err, attach.ErrIncomplete):
 		return exitHalf
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
-	case forbidden(err), refusedByMachine(err), errors.Is(err, copier.ErrRefused), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
+	case forbidden(err), refusedByMachine(err), errors.Is(err, copier.ErrRefused), errors.Is(err, kernel.ErrRefused), errors.Is(err, kernel.ErrPermission), errors.Is(err, open.ErrDenied), errors.Is(err, client.ErrNoTLS), errors.As(err, &refused) && refused.Refused():
 		return exitRefused
 	}
 	return exitFailed
@@ -75,7 +79,8 @@ func newRoot(terminal *os.File) *cobra.Command {
 
 The commands status, export, clients, top, events and reload speak to a daemon
 on this machine, by its control socket; attach, detach, resize, snapshot, vm and
-domain-xml to running machines too, by QEMU's monitor or libvirt.
+domain-xml to running machines too, by QEMU's monitor or libvirt. The commands of device
+give this kernel a disk as /dev/nbdN.
 
 Disks are named by NBD URIs: nbd://host[:port]/export,
 nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
@@ -106,6 +111,7 @@ incompletely.`,
 		newSnapshot(),
 		newVM(),
 		newDomainXML(),
+		newDevice(),
 		newVersion(),
 	)
 	return root

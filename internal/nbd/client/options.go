@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -99,6 +100,30 @@ func (s *Session) Go(ctx context.Context, name string, contexts []string) (*Clie
 		return nil, fmt.Errorf("export %q: %w", name, err)
 	}
 	return newClient(s, e, ids), nil
+}
+
+// Handover opens the export and gives the connection away at the first byte of
+// its transmission phase, as a kernel wants it that transmits by itself; under
+// TLS that is the encrypted connection. The form of replies is the one that
+// was agreed: Options.Replies decides. A server that has sent anything after
+// its last option reply breaks the protocol. The session has ended whether or
+// not it fails.
+func (s *Session) Handover(ctx context.Context, name string) (net.Conn, Export, error) {
+	var e Export
+	err := s.do(ctx, func(context.Context) (err error) {
+		if e, _, err = s.open(name, nil); err != nil {
+			return err
+		}
+		if n := s.br.Buffered(); n != 0 {
+			return violation("%d bytes before the first request", n)
+		}
+		return nil
+	})
+	if err != nil {
+		s.Close()
+		return nil, Export{}, fmt.Errorf("export %q: %w", name, err)
+	}
+	return s.conn, e, nil
 }
 
 // Abort says goodbye and closes.

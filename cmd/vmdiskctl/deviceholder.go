@@ -1,0 +1,161 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/syslog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
+)
+
+// holderError is how the process ended that should hold a device.
+type holderError struct {
+	code int
+	text string
+}
+
+func (e *holderError) Error() string { return e.text }
+
+// background runs the same command again as a process of its own that stays,
+// and returns when that has attached the device, or failed to.
+func (f *deviceFlags) background(c *cobra.Command) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	ready, readyW, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer ready.Close()
+	said, saidW, err := os.Pipe()
+	if err != nil {
+		readyW.Close()
+		return err
+	}
+	defer said.Close()
+	// Not bound to the context: it outlives this process.
+	cmd := exec.Command(self, f.arguments(c)...)
+	cmd.Stderr, cmd.ExtraFiles = saidW, []*os.File{readyW}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	err = cmd.Start()
+	readyW.Close()
+	saidW.Close()
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(c.Context(), func() { cmd.Process.Signal(unix.SIGTERM) })
+	defer stop()
+	line, err := io.ReadAll(io.LimitReader(ready, limits.MaxString))
+	if err == nil && len(line) > 0 {
+		_, err = c.OutOrStdout().Write(line)
+		return errors.Join(err, cmd.Process.Release())
+	}
+	text, _ := io.ReadAll(io.LimitReader(said, limits.MaxString))
+	return holderFailed(cmd.Wait(), text)
+}
+
+// arguments are those of the command line that holds the device.
+func (f *deviceFlags) arguments(c *cobra.Command) []string {
+	args := []string{"device", "attach", "--foreground", "--syslog", "--ready-fd=3"}
+	c.Flags().Visit(func(g *pflag.Flag) {
+		args = append(args, "--"+g.Name+"="+g.Value.String())
+	})
+	return append(append(args, "--"), c.Flags().Args()...)
+}
+
+func holderFailed(err error, text []byte) error {
+	e := &holderError{code: exitFailed, text: strings.TrimPrefix(string(bytes.TrimSpace(text)), "vmdiskctl: ")}
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() > 0 {
+		e.code = exit.ExitCode()
+	}
+	if e.text == "" {
+		e.text = fmt.Sprintf("the process that holds the device ended: %v", err)
+	}
+	return e
+}
+
+// hold keeps the device until it is detached. SIGTERM and SIGINT detach it if
+// nobody uses it.
+func (f *deviceFlags) hold(ctx context.Context, v *kernel.Device, uri string, w io.Writer) error {
+	leave := make(chan os.Signal, 1)
+	signal.Notify(leave, unix.SIGTERM, unix.SIGINT)
+	defer signal.Stop(leave)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	dead, err := kernel.Watch(ctx)
+	if err != nil {
+		return err
+	}
+	if f.swap {
+		// Its memory must not lie on the device that it keeps alive.
+		if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE); err != nil {
+			return fmt.Errorf("lock memory: %w", err)
+		}
+	}
+	say, err := f.ready(v, uri, w)
+	if err != nil {
+		return err
+	}
+	k := kernel.Keeper{Device: v, Dead: dead, Poll: f.poll, Say: say, Leave: leave}
+	return k.Keep(ctx)
+}
+
+// ready tells whoever waits that the device is attached, and returns where
+// messages go from now on.
+func (f *deviceFlags) ready(v *kernel.Device, uri string, w io.Writer) (say func(string, ...any), err error) {
+	// Without a service manager there is nobody to tell.
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+	if f.readyFD >= 0 {
+		file := os.NewFile(uintptr(f.readyFD), "ready")
+		if file == nil {
+			return nil, usage("--ready-fd: %d is not a descriptor", f.readyFD)
+		}
+		w = file
+		defer file.Close()
+	}
+	if err := f.report(w, v, uri); err != nil {
+		return nil, fmt.Errorf("report the device: %w", err)
+	}
+	if !f.log {
+		return func(format string, args ...any) {
+			fmt.Fprintf(os.Stderr, "vmdiskctl: %s\n", visible(fmt.Sprintf(format, args...)))
+		}, nil
+	}
+	return toSyslog()
+}
+
+// toSyslog replaces the standard descriptors by /dev/null. Messages are lost on
+// a machine without a system log.
+func toSyslog() (func(string, ...any), error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	for fd := range 3 {
+		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
+			return nil, os.NewSyscallError("dup3", err)
+		}
+	}
+	log, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_NOTICE, "vmdiskctl")
+	return func(format string, args ...any) {
+		if err == nil {
+			_ = log.Notice(visible(fmt.Sprintf(format, args...)))
+		}
+	}, nil
+}

@@ -1,0 +1,289 @@
+package kernel
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// Server is an export and the way to it.
+type Server struct {
+	Target transport.Target
+	Export string
+	TLS    *tls.Config // nil for none
+}
+
+// Direct tells whether the driver can speak to the server by itself; if not,
+// every connection has a relay in this process.
+func (s *Server) Direct() bool {
+	return s.TLS == nil && (s.Target.Kind == transport.Unix || s.Target.Kind == transport.TCP)
+}
+
+// Config says how to attach a device.
+type Config struct {
+	Server Server
+	// URI is what the device's users are told of the server: at most
+	// limits.Backend - 64 bytes, the rest is cut off.
+	URI string
+	// Index is that of the device, or Any.
+	Index int
+	// Connections is how many, from 1 to limits.DeviceSockets. More than one
+	// is refused unless the server says that they may share the export.
+	Connections int
+	// Timeout and DeadConn are those of Setup.
+	Timeout, DeadConn time.Duration
+	ReadOnly          bool
+	// Block is the logical block size in bytes, or 0 for the smallest.
+	Block uint32
+	// Swap makes a device that is safe to swap on: refused unless Server is a
+	// Unix socket and there is one connection that never times out.
+	Swap bool
+	// Sysfs is where the device's limits are set.
+	Sysfs Sysfs
+}
+
+// Device is one that this process has attached.
+type Device struct {
+	driver *Driver
+	config Config
+	setup  Setup
+	links  []*link
+}
+
+// Attach negotiates the connections and gives them to the driver. The device
+// stays attached when the process ends, if its connections are direct.
+func Attach(ctx context.Context, d *Driver, c Config) (*Device, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	v := &Device{driver: d, config: c}
+	err := v.attach(ctx)
+	if err != nil {
+		v.Close()
+		return nil, err
+	}
+	return v, nil
+}
+
+func (c *Config) check() error {
+	switch {
+	case c.Connections < 1 || c.Connections > limits.DeviceSockets:
+		return refused("%d connections: from 1 to %d are possible", c.Connections, limits.DeviceSockets)
+	case c.Timeout < 0 || c.Timeout > limits.DeviceTimeMost, c.DeadConn < 0 || c.DeadConn > limits.DeviceTimeMost:
+		return refused("a timeout is from 0 to %v", limits.DeviceTimeMost)
+	case !c.Swap:
+		return nil
+	case c.Server.TLS != nil || c.Server.Target.Kind != transport.Unix:
+		return refused("swap needs a Unix socket: any other way to the server needs memory that swapping has to give first")
+	case c.Connections != 1 || c.Timeout != 0:
+		return refused("swap needs one connection without a timeout: a slow disk is no reason to lose pages")
+	case c.ReadOnly:
+		return refused("swap on a device that is read-only")
+	}
+	return nil
+}
+
+func (v *Device) attach(ctx context.Context) error {
+	export, err := v.connectAll(ctx)
+	if err != nil {
+		return err
+	}
+	c := &v.config
+	if c.Connections > 1 && !export.Has(wire.CanMultiConn) {
+		return refused("the server does not allow %d connections to share this export", c.Connections)
+	}
+	v.setup = Setup{Index: c.Index, Flags: export.Flags, Timeout: c.Timeout, DeadConn: c.DeadConn, Backend: backend(c.URI)}
+	if c.ReadOnly {
+		v.setup.Flags |= wire.ReadOnly
+	}
+	block := c.Block
+	if c.Swap && block == 0 {
+		block = limits.DeviceBlock
+	}
+	if v.setup.Block, err = blockSize(block, export.Blocks.Min); err != nil {
+		return err
+	}
+	if v.setup.Size, err = usable(export.Size, v.setup.Block); err != nil {
+		return err
+	}
+	if c.Swap && v.setup.Flags&wire.ReadOnly != 0 {
+		return refused("swap on an export that is read-only")
+	}
+	for _, l := range v.links {
+		v.setup.Sockets = append(v.setup.Sockets, l.file)
+	}
+	if v.setup.Index, err = v.driver.Connect(v.setup); err != nil {
+		return err
+	}
+	if err = v.tune(export); err != nil {
+		err = errors.Join(fmt.Errorf("%s: %w", Name(v.setup.Index), err), v.driver.Disconnect(v.setup.Index))
+	}
+	return err
+}
+
+// connectAll makes the connections, which must all find the same export.
+func (v *Device) connectAll(ctx context.Context) (client.Export, error) {
+	var first client.Export
+	for n := range v.config.Connections {
+		l, e, err := connect(ctx, &v.config.Server)
+		if err != nil {
+			return first, err
+		}
+		v.links = append(v.links, l)
+		if n == 0 {
+			first = e
+		} else if e.Size != first.Size || e.Flags != first.Flags || e.Blocks != first.Blocks {
+			return first, senseless("the server describes the export in two ways")
+		}
+	}
+	return first, nil
+}
+
+// tune keeps requests below the largest that the server takes, which the
+// driver does not ask for, and a swap device below what is safe.
+func (v *Device) tune(e client.Export) error {
+	kib := int64(e.MaxPayload()) >> 10
+	if v.config.Swap {
+		kib = min(kib, limits.SwapRequestKiB)
+		if err := v.config.Sysfs.lower(v.setup.Index, "queue/nr_requests", limits.SwapRequests); err != nil {
+			return err
+		}
+	}
+	return v.config.Sysfs.lower(v.setup.Index, "queue/max_sectors_kb", kib)
+}
+
+// Index is the device's number.
+func (v *Device) Index() int { return v.setup.Index }
+
+// Path is that of the device's node.
+func (v *Device) Path() string { return "/dev/" + Name(v.setup.Index) }
+
+// Size is the device's in bytes, when it was attached.
+func (v *Device) Size() uint64 { return v.setup.Size }
+
+// Block is the device's logical block size in bytes.
+func (v *Device) Block() uint32 { return v.setup.Block }
+
+// Flags are what the driver was told about the export.
+func (v *Device) Flags() wire.ExportFlags { return v.setup.Flags }
+
+// Close lets go of the device, which stays attached as far as its connections
+// are direct: those of relays end.
+func (v *Device) Close() {
+	for _, l := range v.links {
+		l.close()
+	}
+	v.links = nil
+}
+
+// backendPrefix begins what the driver remembers of devices attached here; a
+// random number follows, so that one who reconnects a device knows it from one
+// that was attached since, a blank, and the URI.
+const backendPrefix = "vmdiskctl-"
+
+func backend(uri string) string {
+	var nonce [8]byte
+	rand.Read(nonce[:]) // never fails
+	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + uri[:min(len(uri), limits.Backend-64)]
+}
+
+// BackendURI is the URI in what the driver remembers, or all of it when others
+// have attached the device. It is data.
+func BackendURI(backend string) string {
+	if rest, ok := strings.CutPrefix(backend, backendPrefix); ok {
+		if _, uri, ok := strings.Cut(rest, " "); ok {
+			return uri
+		}
+	}
+	return backend
+}
+
+// link is one connection of a device.
+type link struct {
+	file  *os.File // the driver's socket
+	relay *Relay   // nil for a direct connection
+}
+
+// connect negotiates one connection up to its first request.
+func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
+	ctx, cancel := context.WithTimeout(ctx, limits.Handshake)
+	defer cancel()
+	session, conn, err := negotiate(ctx, s)
+	if err != nil {
+		return nil, client.Export{}, err
+	}
+	way, e, err := session.Handover(ctx, s.Export)
+	if err != nil {
+		return nil, e, err
+	}
+	if !s.Direct() {
+		r, file, err := NewRelay(way)
+		if err != nil {
+			return nil, e, err
+		}
+		return &link{file: file, relay: r}, e, nil
+	}
+	defer conn.Close()
+	file, err := duplicate(conn)
+	if err != nil {
+		return nil, e, err
+	}
+	return &link{file: file}, e, nil
+}
+
+// negotiate begins a session whose replies are those that the driver knows. The
+// session owns the connection.
+func negotiate(ctx context.Context, s *Server) (*client.Session, transport.Conn, error) {
+	conn, err := transport.Dial(ctx, s.Target)
+	if err != nil {
+		return nil, nil, err
+	}
+	session, err := client.Negotiate(ctx, conn, client.Options{TLS: s.TLS, Replies: client.Simple})
+	return session, conn, err
+}
+
+// duplicate gives the socket of a connection a descriptor of its own.
+func duplicate(conn transport.Conn) (*os.File, error) {
+	var fd int
+	var err error
+	if e := conn.Raw().Control(func(p uintptr) { fd, err = unix.FcntlInt(p, unix.F_DUPFD_CLOEXEC, 0) }); e != nil {
+		return nil, e
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return os.NewFile(uintptr(fd), "nbd connection"), nil
+}
+
+// dead tells whether the connection has ended: the driver shuts down both
+// directions of a socket when it gives it up.
+func (l *link) dead() bool {
+	p := []unix.PollFd{{Fd: int32(l.file.Fd())}}
+	for {
+		_, err := unix.Poll(p, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		return err != nil || p[0].Revents&(unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
+	}
+}
+
+func (l *link) close() {
+	l.file.Close()
+	if l.relay != nil {
+		l.relay.Close()
+	}
+}
