@@ -60,10 +60,11 @@ func newExportSet() *cobra.Command {
                            write-ops, per second, and burst
   rate.KEY=VALUE           one of these, the others stay
   grant=GRANT              rw, ro or none, and facts of the peer: rw,uid=1000;
-                           the facts are uid, gid, cid, address, label and
-                           cert-name, and the last two take the rest of the
-                           text. Or JSON. Several grants make the list, of which
-                           the first that fits decides
+                           the facts are uid, gid, cid, address, selinux-type,
+                           label, selinux-level and cert-name, and the last
+                           three take the rest of the text. Or JSON. Several
+                           grants make the list, of which the first that fits
+                           decides
   grants=JSON              the whole list; [] lets everybody in
   faults=JSON              the whole list`,
 		Args: cobra.MinimumNArgs(2),
@@ -288,18 +289,25 @@ func takeFact(g *config.Grant, s string) (rest string, more bool, err error) {
 	case "label":
 		g.Label = value
 		return "", false, nil
+	case "selinux-level":
+		g.SELinuxLevel = value
+		return "", false, nil
 	case "cert-name":
 		g.CertNames = append(g.CertNames, value)
 		return "", false, nil
 	}
 	value, rest, more = strings.Cut(value, ",")
-	if key == "address" {
+	switch key {
+	case "address":
 		g.Addresses = append(g.Addresses, value)
+		return rest, more, nil
+	case "selinux-type":
+		g.SELinuxTypes = append(g.SELinuxTypes, value)
 		return rest, more, nil
 	}
 	list := map[string]*[]uint32{"uid": &g.UIDs, "gid": &g.GIDs, "cid": &g.CIDs}[key]
 	if list == nil {
-		return "", false, usage("grant: %q is none of uid, gid, cid, address, label, cert-name", key)
+		return "", false, usage("grant: %q is none of uid, gid, cid, address, selinux-type, label, selinux-level, cert-name", key)
 	}
 	n, err := strconv.ParseUint(value, 10, 32)
 	if err != nil {

@@ -27,6 +27,8 @@ func TestSettingsBecomeAPatch(t *testing.T) {
 			`{"grants":[{"access":"rw","uid":[1,3],"gid":[2]},{"access":"ro","cid":[4]},{"access":"none","address":["10.0.0.0/8","::1"]}]}`},
 		{[]string{"grant=ro,cert-name=CN=x,O=y"}, `{"grants":[{"access":"ro","cert-name":["CN=x,O=y"]}]}`},
 		{[]string{"grant=ro,uid=5,label=u:r:t:s0:c1,c2"}, `{"grants":[{"access":"ro","uid":[5],"label":"u:r:t:s0:c1,c2"}]}`},
+		{[]string{"grant=rw,selinux-type=svirt_t,selinux-type=svirt_tcg_t,selinux-level=s0:c1,c2"},
+			`{"grants":[{"access":"rw","selinux-type":["svirt_t","svirt_tcg_t"],"selinux-level":"s0:c1,c2"}]}`},
 		{[]string{`grant={"access":"rw","uid":[7]}`}, `{"grants":[{"access":"rw","uid":[7]}]}`},
 		{[]string{"grants=[]"}, `{"grants":[]}`},
 		{[]string{`grants=[{"access":"ro"}]`}, `{"grants":[{"access":"ro"}]}`},

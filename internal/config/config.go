@@ -80,6 +80,11 @@ type Listener struct {
 	Mode  string `toml:"mode" json:"mode,omitempty"`   // octal, of a Unix socket
 	Owner string `toml:"owner" json:"owner,omitempty"` // USER[:GROUP] of a Unix socket
 
+	// SELinux contexts of a Unix socket and of its file; "" for what the
+	// policy gives them.
+	SELinuxLabel     string `toml:"selinux-label" json:"selinux-label,omitempty"`
+	SELinuxPathLabel string `toml:"selinux-path-label" json:"selinux-path-label,omitempty"`
+
 	// TLS is "off", "on" (clients may encrypt) or "require".
 	TLS string `toml:"tls" json:"tls,omitempty"`
 
@@ -145,8 +150,13 @@ type Grant struct {
 	GIDs      []uint32 `toml:"gid" json:"gid,omitempty"`
 	CIDs      []uint32 `toml:"cid" json:"cid,omitempty"`
 	Addresses []string `toml:"address" json:"address,omitempty"` // IP or prefix
-	Label     string   `toml:"label" json:"label,omitempty"`     // SELinux context
+	Label     string   `toml:"label" json:"label,omitempty"`     // SELinux context, whole
 	CertNames []string `toml:"cert-name" json:"cert-name,omitempty"`
+
+	// Parts of the context: its type, and its level with exactly the
+	// categories, as in "s0:c1,c2".
+	SELinuxTypes []string `toml:"selinux-type" json:"selinux-type,omitempty"`
+	SELinuxLevel string   `toml:"selinux-level" json:"selinux-level,omitempty"`
 }
 
 // Range is a range of the disk; sizes are as ParseSize reads them.

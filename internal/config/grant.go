@@ -56,7 +56,7 @@ func (e *Export) checkGrants(k checker) {
 
 // everybody tells whether g names no fact.
 func (g *Grant) everybody() bool {
-	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames) == 0 && g.Label == ""
+	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames) == 0 && !g.hasLabel()
 }
 
 // check also refuses facts that exclude each other: a peer has an IP address,
@@ -70,7 +70,7 @@ func (g *Grant) check(k checker) {
 	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}} {
 		k.most(n.key, n.n, limits.GrantFacts)
 	}
-	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.Label != "", len(g.CIDs) > 0, len(g.Addresses) > 0} {
+	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs) > 0, len(g.Addresses) > 0} {
 		if local {
 			kinds++
 		}
@@ -88,7 +88,7 @@ func (g *Grant) check(k checker) {
 			k.fail("address: %v", err)
 		}
 	}
-	k.text("label", g.Label, limits.SecurityLabel, "")
+	g.checkLabel(k)
 	for _, name := range g.CertNames {
 		if k.text("cert-name", name, limits.MaxString, "") && name == "" {
 			k.fail("cert-name: it is empty")

@@ -176,8 +176,10 @@ func (l *Listener) check(k checker) {
 	if a.kind == "unix" {
 		k.mode(l.Mode)
 		k.owner(l.Owner)
-	} else if l.Mode != "" || l.Owner != "" {
-		k.fail("mode and owner are for Unix sockets")
+		k.context("selinux-label", l.SELinuxLabel)
+		k.context("selinux-path-label", l.SELinuxPathLabel)
+	} else if l.Mode != "" || l.Owner != "" || l.SELinuxLabel != "" || l.SELinuxPathLabel != "" {
+		k.fail("mode, owner and labels are for Unix sockets")
 	}
 }
 

@@ -48,6 +48,8 @@ roots = ["/srv/images", "/dev"]
 uri = "nbd+unix:///?socket=/run/vmdiskd/nbd"
 mode = "0660"
 owner = ":kvm"
+selinux-label = "system_u:system_r:vmdiskd_t:s0:c1,c2"
+selinux-path-label = "system_u:object_r:svirt_image_t:s0:c1,c2"
 tls = "off"
 exports = ["a"]
 
@@ -95,6 +97,8 @@ access = "rw"
 uid = [107]
 gid = [107]
 label = "system_u:object_r:svirt_t:s0:c1,c2"
+selinux-type = ["svirt_t", "svirt_tcg_t"]
+selinux-level = "s0:c1,c2"
 [[export.grant]]
 access = "ro"
 cid = [3, 4]
@@ -145,7 +149,8 @@ func TestEveryKeyIsRead(t *testing.T) {
 	}
 	if c.Exports[0].Rate.Bytes != 1<<20 || c.Exports[0].Rate.Burst != config.Duration(100*time.Millisecond) ||
 		c.Exports[1].Window.Length != 2<<20 || c.Groups["Gold"].Bytes != 100<<20 || *c.TLS.VerifyPeer ||
-		c.Groups["with a space"].Ops != 5 || c.Exports[0].Grants[1].CIDs[1] != 4 {
+		c.Groups["with a space"].Ops != 5 || c.Exports[0].Grants[1].CIDs[1] != 4 ||
+		c.Exports[0].Grants[0].SELinuxTypes[1] != "svirt_tcg_t" || c.Exports[0].Grants[0].SELinuxLevel != "s0:c1,c2" {
 		t.Errorf("read %+v", c)
 	}
 	if err := c.Validate(); err == nil {

@@ -19,7 +19,8 @@ func grantsOf(list []config.Grant) ([]export.Grant, error) {
 			return nil, fmt.Errorf("grant %d: access %q is none of none, ro, rw", i+1, g.Access)
 		}
 		x := export.Grant{
-			Access: access, UIDs: g.UIDs, GIDs: g.GIDs, CIDs: g.CIDs, Label: g.Label, CertNames: g.CertNames,
+			Access: access, UIDs: g.UIDs, GIDs: g.GIDs, CIDs: g.CIDs,
+			Label: g.Label, Types: g.SELinuxTypes, Level: g.SELinuxLevel, CertNames: g.CertNames,
 		}
 		for _, a := range g.Addresses {
 			p, err := config.ParseAddress(a)

@@ -136,7 +136,8 @@ func endpointOf(l config.Listener) (transport.Endpoint, error) {
 	if u.Export != "" || u.User != "" || len(u.Params) > 0 {
 		return transport.Endpoint{}, errors.New("the URI of a listener has no export, user or parameters")
 	}
-	e := transport.Endpoint{Kind: u.Kind, Name: l.URI, Path: u.Path, Address: u.Address, Port: u.Port, CID: u.CID}
+	e := transport.Endpoint{Kind: u.Kind, Name: l.URI, Path: u.Path, Address: u.Address, Port: u.Port, CID: u.CID,
+		Label: l.SELinuxLabel, PathLabel: l.SELinuxPathLabel}
 	err = setAccess(&e, l.Mode, l.Owner)
 	return e, err
 }

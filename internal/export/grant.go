@@ -26,7 +26,9 @@ type Grant struct {
 	GIDs      []uint32
 	CIDs      []uint32
 	Addresses []netip.Prefix // an IPv4 address inside IPv6 counts as IPv4
-	Label     string         // SELinux context, whole
+	Label     string         // SELinux context, whole, in whatever words
+	Types     []string       // SELinux type
+	Level     string         // SELinux range, with exactly these categories
 	CertNames []string       // common name, or one of the DNS names
 }
 
@@ -38,7 +40,7 @@ func (g *Grant) matches(p *transport.Peer) bool {
 		len(g.GIDs) > 0 && !(unix && slices.Contains(g.GIDs, p.GID)),
 		len(g.CIDs) > 0 && !(p.Kind == transport.VSock && slices.Contains(g.CIDs, p.CID)),
 		len(g.Addresses) > 0 && !g.hasAddress(p),
-		g.Label != "" && g.Label != p.Label,
+		!g.hasLabel(p),
 		len(g.CertNames) > 0 && !g.hasCert(p):
 		return false
 	}
