@@ -2,13 +2,13 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest lab lab-shell bench clean
 
 GO        ?= go
 FUZZTIME  ?= 3
 BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
 # Everything but the end-to-end tests, which have targets of their own.
-UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest)
+UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest -e /test/lab)
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
@@ -17,7 +17,7 @@ $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
 GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the static binaries into bin/
 	$(BUILD) -o bin/ ./cmd/...
@@ -28,7 +28,7 @@ run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 demo: build ## attach a disk to a guest, grow it, restart the service, detach it
 	@GO=$(GO) scripts/demo.sh bin
 
-test: deps fmt vet unit race fuzz interop guest ## install what the tests need and run all of them
+test: deps fmt vet unit race fuzz interop guest lab ## install what the tests need and run all of them
 
 deps: ## install the packages that the tests need
 	scripts/install-test-deps.sh
@@ -59,6 +59,12 @@ interop: ## the server against libnbd, QEMU, fio, nbd-client, systemd
 
 guest: ## Debian's kernel in QEMU: root disk, /dev/nbd0, vsock
 	$(GOTEST) -count=1 -timeout 10m ./test/guest/...
+
+lab: ## systemd, SELinux and vsock in a guest of Debian; the image takes root and is cached
+	$(GOTEST) -count=1 -timeout 20m ./test/lab/...
+
+lab-shell: ## the guest of the lab with a root shell on the terminal
+	@$(GO) run ./test/lab/labshell
 
 bench: ## compare with nbdkit and qemu-nbd, write docs/benchmarks.md
 	$(GO) run ./test/bench --out docs/benchmarks.md

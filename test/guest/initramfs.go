@@ -131,26 +131,27 @@ func (in *initramfs) addPrograms(ctx context.Context, names ...string) error {
 // addModules puts the modules with all that they depend on into /mods, named
 // so that their alphabetical order is the order of loading.
 func (in *initramfs) addModules(ctx context.Context, names []string) error {
-	deps, err := os.ReadFile(filepath.Join(in.kernel.Modules, "modules.dep"))
+	files, err := ModuleFiles(in.kernel, names...)
 	if err != nil {
 		return err
 	}
-	builtin, err := os.ReadFile(filepath.Join(in.kernel.Modules, "modules.builtin"))
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		order, err := loadOrder(string(deps), string(builtin), name)
-		if err != nil {
+	for _, file := range files {
+		if err := in.addModule(ctx, file); err != nil {
 			return err
-		}
-		for _, file := range order {
-			if err := in.addModule(ctx, file); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
+}
+
+// moduleLists are the texts of what depends on what, and of what the kernel
+// contains.
+func moduleLists(kernel testenv.Kernel) (deps, builtin string, err error) {
+	d, err := os.ReadFile(filepath.Join(kernel.Modules, "modules.dep"))
+	if err != nil {
+		return "", "", err
+	}
+	b, err := os.ReadFile(filepath.Join(kernel.Modules, "modules.builtin"))
+	return string(d), string(b), err
 }
 
 func (in *initramfs) addModule(ctx context.Context, file string) error {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"testing"
@@ -34,28 +32,6 @@ func requireGuest(t testing.TB) {
 
 // status finds the line by which a scenario ends.
 var status = regexp.MustCompile(`(?m)^LAB-RC=(\d+)`)
-
-// command is QEMU with a guest whose console is standard output. It writes the
-// initramfs into dir. The guest has a single processor: QEMU's emulation of
-// code that one processor patches while another runs it makes 6.12 die of stray
-// breakpoints.
-func command(ctx context.Context, in *initramfs, dir string, memoryMiB int, devices ...string) (*exec.Cmd, error) {
-	qemu, err := testenv.Tool("qemu-system-x86_64")
-	if err != nil {
-		return nil, err
-	}
-	archive := filepath.Join(dir, "initramfs")
-	if err := in.writeFile(archive); err != nil {
-		return nil, err
-	}
-	args := []string{
-		"-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", strconv.Itoa(memoryMiB),
-		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
-		"-kernel", in.kernel.Image, "-initrd", archive,
-		"-append", "console=ttyS0 quiet panic=-1",
-	}
-	return exec.CommandContext(ctx, qemu, append(args, devices...)...), nil
-}
 
 // boot runs a guest to its end and returns its console and the scenario's
 // exit status, which is an error if there is none.

@@ -13,8 +13,9 @@ import (
 	"time"
 )
 
-// fetchPatience bounds a download with its unpacking.
-const fetchPatience = 5 * time.Minute
+// fetchPatience bounds a download with its unpacking, on a machine that has
+// much else to do.
+const fetchPatience = 15 * time.Minute
 
 // Cached returns .cache/name of the module, made by fill if it is not there.
 // fill gets a folder of its own, which takes the name only when fill has
@@ -63,6 +64,8 @@ func Command(ctx context.Context, dir, name string, args ...string) (string, err
 	return output(ctx, func(ctx context.Context, path string, args ...string) *exec.Cmd {
 		cmd := exec.CommandContext(ctx, path, args...)
 		cmd.Dir = dir
+		// Whoever has children or mounts gets the time to end them.
+		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 		return cmd
 	}, path, args)
 }

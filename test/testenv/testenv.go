@@ -54,6 +54,7 @@ var packages = map[string]string{
 	"qemu-nbd":                "qemu-utils",
 	"qemu-system-x86_64":      "qemu-system-x86",
 	"systemd-socket-activate": "systemd",
+	"tar":                     "tar",
 	"taskset":                 "util-linux",
 	"unshare":                 "util-linux",
 	"virsh":                   "libvirt-clients",
