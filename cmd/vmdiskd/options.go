@@ -58,13 +58,8 @@ type raw struct {
 	discard, config              string
 	check, faults                bool
 	backingFiles, dataFiles      []string
+	swap, headroom               string
 	timeout, drain, poll         time.Duration
-	later                        map[string]*string
-}
-
-// laterOptions are known and not there yet. They are refused, never ignored.
-var laterOptions = map[string]string{
-	"swap": "serving a local swap device",
 }
 
 func (r *raw) flags() *pflag.FlagSet {
@@ -119,6 +114,9 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVar(&r.run, "run", "", "run a shell `COMMAND` with $uri and $unixsocket set, and end with it")
 	f.BoolVar(&r.exitWithParent, "exit-with-parent", false, "end when the parent process ends")
 	f.BoolVar(&r.printURI, "print-uri", false, "print the NBD URI of each listener when the server is ready")
+	f.StringVar(&r.swap, "swap", "off", "serve a disk that this machine swaps to: on, off, or best-effort (go on without protections that cannot be had)")
+	f.Lookup("swap").NoOptDefVal = "on"
+	f.StringVar(&r.headroom, "swap-headroom", "check", "with --swap: check that the kernel keeps memory free, or skip that")
 	f.DurationVar(&r.timeout, "timeout", limits.Handshake, "`TIME` that a client has for its handshake")
 	f.DurationVar(&r.drain, "drain-timeout", limits.Drain, "`TIME` that requests in flight have after SIGTERM")
 	f.StringVar(&r.log, "log", "stderr", "write the log to stderr, syslog, null or a file's `PATH`")
@@ -127,12 +125,6 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVar(&r.dump, "dump-config", false, "print what this build and machine can do")
 	f.BoolVarP(&r.version, "version", "V", false, "print the version")
 	f.BoolVar(&r.help, "help", false, "print this help")
-	r.later = make(map[string]*string)
-	for name := range laterOptions {
-		r.later[name] = f.String(name, "", "")
-		f.Lookup(name).NoOptDefVal = " "
-		_ = f.MarkHidden(name) // it exists
-	}
 	return f
 }
 
@@ -142,11 +134,6 @@ func parse(args []string) (options, error) {
 	f := r.flags()
 	if err := f.Parse(args); err != nil {
 		return options{}, usageError{err.Error()}
-	}
-	for name, what := range laterOptions {
-		if f.Changed(name) {
-			return options{}, usagef("--%s: %s is not there yet", name, what)
-		}
 	}
 	switch {
 	case r.help:
@@ -236,7 +223,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
 	}
 	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
-		r.checkWords, r.chain, r.endpoints, r.labels, r.tlsMode, r.handshake, r.logging,
+		r.checkWords, r.chain, r.endpoints, r.labels, r.tlsMode, r.handshake, r.logging, r.swapMode,
 	} {
 		if err := step(f, &c); err != nil {
 			return c, err
@@ -257,6 +244,8 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 		{"image-lock", r.lock, []string{"auto", "on", "off"}},
 		{"engine", r.engine, []string{"auto", "uring", "pool"}},
 		{"tls", r.tls, []string{"off", "on", "require"}},
+		{"swap", r.swap, []string{"on", "off", "best-effort"}},
+		{"swap-headroom", r.headroom, []string{"check", "skip"}},
 	} {
 		if !contains(w.want, w.got) {
 			return usagef("--%s: %q is not one of %s", w.name, w.got, strings.Join(w.want, ", "))
@@ -275,6 +264,24 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 	}
 	if r.oldstyle && r.newstyle {
 		return usagef("--oldstyle and --newstyle exclude each other")
+	}
+	return nil
+}
+
+// swapMode sets what --swap changes of the defaults.
+func (r *raw) swapMode(f *pflag.FlagSet, c *daemon.Config) error {
+	if r.swap == "off" {
+		if f.Changed("swap-headroom") {
+			return usagef("--swap-headroom needs --swap")
+		}
+		return nil
+	}
+	c.Swap = daemon.Swap{On: true, BestEffort: r.swap == "best-effort", SkipHeadroom: r.headroom == "skip"}
+	if !f.Changed("cache") {
+		c.Disk.Cache = "none"
+	}
+	if c.Requests == 0 || c.Requests > limits.SwapServerRequests {
+		c.Requests = limits.SwapServerRequests
 	}
 	return nil
 }

@@ -127,14 +127,6 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 	}
 }
 
-func TestWhatComesLaterIsRefusedNotIgnored(t *testing.T) {
-	for _, line := range []string{"--swap disk", "--tls-psk=/x disk"} {
-		if got := run(strings.Fields(line)); got != exitUsage {
-			t.Errorf("%q: exit status %d, want %d", line, got, exitUsage)
-		}
-	}
-}
-
 func TestPassedSocketsExcludeOthers(t *testing.T) {
 	t.Setenv("LISTEN_FDS", "1")
 	o, err := parse([]string{"disk"})

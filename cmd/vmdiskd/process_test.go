@@ -28,7 +28,8 @@ import (
 const asProgram = "VMDISKD_TEST_IS_PROGRAM"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
+	// The program executes itself anew for --swap.
+	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" {
 		os.Unsetenv(asProgram)
 		os.Exit(run(os.Args[1:]))
 	}

@@ -115,7 +115,7 @@ func PrepareSwap() (missing []*Missing) {
 
 func (s *swapStep) missing(err error) *Missing {
 	m := &Missing{Protection: s.protection, Err: err}
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, errNotOnAll) {
 		m.Remedy = s.remedy
 	}
 	return m

@@ -50,6 +50,8 @@ type Config struct {
 	Handshake     time.Duration
 	Drain         time.Duration
 
+	Swap Swap
+
 	// Life of the process.
 	User, Group    string
 	PIDFile        string

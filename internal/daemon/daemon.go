@@ -17,7 +17,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
-	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
@@ -61,6 +60,9 @@ type daemon struct {
 // Run serves until it is told to stop and returns the exit status of the
 // process. It owns the process's signals.
 func Run(cfg Config) (status int, err error) {
+	if err := enterSwap(&cfg); err != nil {
+		return 1, err
+	}
 	d := &daemon{cfg: cfg, started: time.Now(), finished: make(chan error, 1)}
 	d.conf.Store(cfg.Service)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
@@ -104,6 +106,7 @@ func (d *daemon) start() error {
 		d.writePIDFile,
 		d.bindControl,
 		d.dropPrivileges,
+		d.settle,
 		d.serve,
 		d.startControl,
 		d.ready,
@@ -206,9 +209,11 @@ func (d *daemon) addDoors(ls []transport.Listener) {
 }
 
 func (d *daemon) openExports() error {
-	d.buffers = bufpool.New(limits.BufferBudget)
 	var err error
-	if d.engine, err = choose.New(d.cfg.Engine, d.buffers, d.logs.For("engine")); err != nil {
+	if d.buffers, err = d.newBuffers(); err != nil {
+		return err
+	}
+	if d.engine, err = d.newEngine(); err != nil {
 		return err
 	}
 	if runtime.GOMAXPROCS(0) < minProcs {
@@ -265,6 +270,9 @@ func (d *daemon) serve() error {
 		Slow:          d.slow(),
 	}
 	o.Encrypt = (&transport.ServerSecurity{Certificates: d.creds, Keys: d.keys}).Encrypt
+	if d.cfg.Swap.On {
+		o.Bytes = limits.SwapServerBytes
+	}
 	d.server = nbd.NewServer(o)
 	if d.cfg.Stdio {
 		return d.serveStdio()
@@ -294,6 +302,9 @@ func (d *daemon) wait(signals *signals) (int, error) {
 	for {
 		select {
 		case sig := <-signals.stopping:
+			if d.refuseStop(sig) {
+				continue
+			}
 			d.log.Info("stopping", "signal", sig.String())
 			_ = d.boss.Stopping("finishing what is in flight") // it has sent the signal
 			signals.exitOnNext(d.lastResort)

@@ -1,0 +1,312 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// Swap says how to serve a disk that this machine swaps to: the kernel, short
+// of memory, waits for the server, which therefore never may wait for memory.
+type Swap struct {
+	On           bool
+	BestEffort   bool // go on without a protection that cannot be had
+	SkipHeadroom bool // what takes memory is limited in another way
+}
+
+// swapStage marks the process that was executed by enterSwap.
+const swapStage = "VMDISKD_SWAP_STAGE"
+
+// enterSwap refuses what is not safe below swap, and executes the program
+// anew with what all its threads need. It returns in the process that has
+// that, and with an error.
+func enterSwap(c *Config) error {
+	if !c.Swap.On {
+		return nil
+	}
+	if err := c.checkSwap(); err != nil {
+		return fmt.Errorf("--swap: %w", err)
+	}
+	if os.Getenv(swapStage) != "" {
+		return os.Unsetenv(swapStage)
+	}
+	if err := c.Swap.tolerate(c.swapStorage()); err != nil {
+		return fmt.Errorf("--swap: %w", err)
+	}
+	runtime.LockOSThread()
+	if err := c.Swap.tolerate(confine.PrepareSwap()); err != nil {
+		return err
+	}
+	if err := os.Setenv(swapStage, "2"); err != nil {
+		return err
+	}
+	return confine.Reexec(os.Environ())
+}
+
+// tolerate turns what is missing into an error, unless the user goes without.
+func (s *Swap) tolerate(missing []*confine.Missing) error {
+	if s.BestEffort || len(missing) == 0 {
+		return nil
+	}
+	errs := []error{errors.New("--swap is not safe here (--swap=best-effort goes on all the same):")}
+	for _, m := range missing {
+		errs = append(errs, fmt.Errorf("  %w", m))
+	}
+	return errors.Join(errs...)
+}
+
+// checkSwap refuses settings that have a safe alternative.
+func (c *Config) checkSwap() error {
+	for _, e := range c.Endpoints {
+		if e.Kind != transport.Unix {
+			return fmt.Errorf("swap over %s is not safe: packets and relays take memory that is not there; listen on a Unix socket (-U)", e.Kind)
+		}
+	}
+	for _, wrong := range [...]struct {
+		is   bool
+		text string
+	}{
+		{c.Stdio, "standard input is no socket that the kernel can connect to; listen on a Unix socket (-U)"},
+		{c.TLS != nbd.TLSOff, "encryption takes memory for each reply; a Unix socket does not need it (--tls=off)"},
+		{c.Disk.Format != "raw", fmt.Sprintf("format %q takes memory to find its clusters; use --format=raw", c.Disk.Format)},
+		{!directCache(c.Disk.Cache) && !confine.Without(confine.SwapDirect),
+			fmt.Sprintf("cache mode %q takes memory of the page cache; use --cache=none", c.Disk.Cache)},
+		{c.Engine == choose.Uring, "the kernel's threads of a ring are made as they are needed, which takes memory; use --engine=pool"},
+		{c.Run != "", "the command of --run would have the priority of the server; start it apart"},
+		{c.Log.Level < 0 || len(c.Log.Components) > 0, "a log of each request takes memory; leave out --verbose and --debug"},
+	} {
+		if wrong.is {
+			return errors.New(wrong.text)
+		}
+	}
+	return nil
+}
+
+func directCache(mode string) bool { return mode == open.CacheNone || mode == open.CacheDirectSync }
+
+// Names of what swapStorage finds.
+const (
+	swapFile     = "storage"
+	swapHeadroom = "headroom"
+)
+
+// swapStorage says what is wrong with the place of the disk, and with the
+// memory that the kernel keeps back.
+func (c *Config) swapStorage() (missing []*confine.Missing) {
+	if err := checkSwapFile(c.Disk.Image); err != nil {
+		missing = append(missing, &confine.Missing{Protection: swapFile, Err: err, Remedy: "use a block device, or a file on ext4 or XFS"})
+	}
+	if c.Swap.SkipHeadroom {
+		return missing
+	}
+	if m := checkHeadroom("/proc/sys/vm/min_free_kbytes"); m != nil {
+		missing = append(missing, m)
+	}
+	return missing
+}
+
+// File systems that write a file in place without asking for memory that
+// IO_FLUSHER does not cover.
+var swapFileSystems = map[int64]bool{unix.EXT4_SUPER_MAGIC: true, unix.XFS_SUPER_MAGIC: true}
+
+// Names of others, for the message.
+var fileSystems = map[int64]string{
+	unix.FUSE_SUPER_MAGIC: "FUSE", unix.NFS_SUPER_MAGIC: "NFS", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs",
+	unix.TMPFS_MAGIC: "tmpfs", unix.RAMFS_MAGIC: "ramfs", unix.BTRFS_SUPER_MAGIC: "Btrfs", unix.SMB2_SUPER_MAGIC: "SMB",
+}
+
+// Major numbers of block devices that have another memory below them.
+var swapBadMajors = map[uint32]string{7: "loop device", 43: "NBD device"}
+
+// checkSwapFile says why a file or device is no safe place for swap.
+func checkSwapFile(path string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFBLK:
+		if kind := swapBadMajors[unix.Major(st.Rdev)]; kind != "" {
+			return fmt.Errorf("%q is a %s, which takes memory to write", path, kind)
+		}
+		return nil
+	case unix.S_IFREG:
+	default:
+		return fmt.Errorf("%q is neither a regular file nor a block device", path)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	if !swapFileSystems[int64(fs.Type)] {
+		name := fileSystems[int64(fs.Type)]
+		if name == "" {
+			name = fmt.Sprintf("a file system of type 0x%x", fs.Type)
+		}
+		return fmt.Errorf("%q is on %s, which takes memory to write", path, name)
+	}
+	return nil
+}
+
+// hasHoles tells whether writes to a file have to allocate space.
+func hasHoles(path string) bool {
+	var st unix.Stat_t
+	return unix.Stat(path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Blocks*512 < st.Size
+}
+
+// checkHeadroom compares the memory that the kernel keeps free with what
+// replies take.
+func checkHeadroom(file string) *confine.Missing {
+	m := &confine.Missing{Protection: swapHeadroom}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		m.Err = err
+		return m
+	}
+	have, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 50)
+	if err != nil {
+		m.Err = err
+		return m
+	}
+	want := max(limits.SwapHeadroom, limits.SwapHeadroomFactor*limits.SwapServerBytes) >> 10
+	if have >= int64(want) {
+		return nil
+	}
+	m.Err = fmt.Errorf("the kernel keeps %d KiB free, a server of swap needs %d", have, want)
+	m.Remedy = fmt.Sprintf("sysctl -w vm.min_free_kbytes=%d (or --swap-headroom=skip, where cgroups limit all that takes memory)", want)
+	return m
+}
+
+// newEngine makes the engine; below swap it is the pool, with all its workers.
+func (d *daemon) newEngine() (engine.Engine, error) {
+	if !d.cfg.Swap.On {
+		return choose.New(d.cfg.Engine, d.buffers, d.logs.For("engine"))
+	}
+	p := engine.NewPool(limits.PoolWorkers)
+	p.StartAll()
+	return p, nil
+}
+
+// newBuffers makes the pool of buffers; below swap all of them are there.
+func (d *daemon) newBuffers() (*bufpool.Pool, error) {
+	if !d.cfg.Swap.On {
+		return bufpool.New(limits.BufferBudget), nil
+	}
+	p := bufpool.New(limits.SwapBudget)
+	for _, b := range limits.SwapBuffers {
+		if err := p.Keep(b.Bytes, b.Count); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	return p, nil
+}
+
+// settle makes everything that a server of swap will need: threads, heap, and
+// memory that stays. It comes before the first connection.
+func (d *daemon) settle() error {
+	if !d.cfg.Swap.On {
+		return nil
+	}
+	for _, o := range d.doors.all() {
+		if o.Kind() != transport.Unix {
+			return fmt.Errorf("--swap: the socket that was passed is of %s: let the unit listen on a Unix socket", o.Kind())
+		}
+	}
+	if hasHoles(d.cfg.Disk.Image) {
+		d.log.Warn("the file has holes: to fill them its file system takes memory", "image", d.cfg.Disk.Image, "remedy", "fallocate")
+	}
+	if err := startThreads(limits.SwapThreads); err != nil {
+		return err
+	}
+	growHeap(limits.SwapHeap)
+	missing := append(d.cfg.swapStorage(), confine.VerifySwap()...)
+	locked, err := confine.LockMemory()
+	var m *confine.Missing
+	if errors.As(err, &m) {
+		missing = append(missing, m)
+	}
+	if err := d.cfg.Swap.tolerate(missing); err != nil {
+		return err
+	}
+	for _, m := range missing {
+		d.log.Warn("swap is not safe", "missing", m.Protection, "error", m.Err, "remedy", m.Remedy)
+	}
+	d.log.Info("memory is locked", "bytes", locked)
+	return nil
+}
+
+// growHeap leaves n bytes of the heap free and turns the collector off, which
+// would otherwise give memory back, and ask for it again.
+func growHeap(n int) {
+	const piece = 32 << 10
+	pieces := make([][]byte, n/piece)
+	for i := range pieces {
+		pieces[i] = make([]byte, piece)
+	}
+	runtime.KeepAlive(pieces)
+	pieces = nil
+	runtime.GC()
+	debug.SetGCPercent(-1)
+}
+
+var errFewThreads = errors.New("the threads of a server of swap do not start")
+
+// startThreads makes n threads wait in the kernel at the same time. They stay
+// when they need not wait any more.
+func startThreads(n int) error {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return err
+	}
+	var waiting sync.WaitGroup
+	for range n {
+		waiting.Go(func() {
+			var b [1]byte
+			for {
+				if _, err := unix.Read(p[0], b[:]); !errors.Is(err, unix.EINTR) {
+					return
+				}
+			}
+		})
+	}
+	err := awaitThreads(n + 1)
+	err = errors.Join(err, unix.Close(p[1])) // ends all reads
+	waiting.Wait()
+	return errors.Join(err, unix.Close(p[0]))
+}
+
+// awaitThreads returns when the process has n threads.
+func awaitThreads(n int) error {
+	over := time.NewTimer(limits.SwapThreadsWait)
+	defer over.Stop()
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
+	for {
+		dir, err := os.ReadDir("/proc/self/task")
+		if err != nil || len(dir) >= n {
+			return err
+		}
+		select {
+		case <-look.C:
+		case <-over.C:
+			return fmt.Errorf("%w: %d of %d", errFewThreads, len(dir), n)
+		}
+	}
+}

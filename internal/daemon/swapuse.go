@@ -1,0 +1,102 @@
+package daemon
+
+import (
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// swapInUse names a device of this machine that swaps to the disk, or returns
+// "". To stop then would end every program that has memory there.
+func (d *daemon) swapInUse() string {
+	if !d.cfg.Swap.On || d.server == nil || len(d.server.Clients()) == 0 {
+		return ""
+	}
+	k := d.disks.find(d.cfg.Disk.Name)
+	if k == nil {
+		return ""
+	}
+	_, now, _ := d.disks.look(k)
+	return swapOn(os.DirFS("/"), now.top.Info().Size)
+}
+
+// refuseStop tells that the disk is in use as swap, if it is.
+func (d *daemon) refuseStop(sig os.Signal) bool {
+	device := d.swapInUse()
+	if device == "" {
+		return false
+	}
+	d.log.Error("not stopping: the machine swaps to this disk", "signal", sig.String(), "device", device, "remedy", "swapoff "+device)
+	_ = d.boss.Status("not stopping: swapoff " + device + " first") // it is in the log
+	return true
+}
+
+// swapOn looks for a swap area on an NBD device of size bytes, in the file
+// system that has proc and sys, and names it as the kernel does. What cannot be
+// read is taken for such a device.
+func swapOn(root fs.FS, size int64) string {
+	f, err := root.Open("proc/swaps")
+	if err != nil {
+		return "" // a kernel without swap
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, limits.SwapsFile))
+	if err != nil {
+		return "/proc/swaps"
+	}
+	for i, line := range strings.Split(string(text), "\n") {
+		fields := strings.Fields(line)
+		if i == 0 || len(fields) < 5 {
+			continue
+		}
+		if standsOn(root, path.Base(fields[0]), size, limits.SwapDepth) {
+			return fields[0]
+		}
+	}
+	return ""
+}
+
+// nbdDevice matches a device of the kernel's client, or a partition of one.
+var nbdDevice = regexp.MustCompile(`^(nbd\d+)(p\d+)?$`)
+
+// standsOn tells whether a block device is an NBD device of size bytes or
+// stands on one, over at most depth others.
+func standsOn(root fs.FS, name string, size int64, depth int) bool {
+	if m := nbdDevice.FindStringSubmatch(name); m != nil {
+		sectors, err := readNumber(root, "sys/class/block/"+m[1]+"/size")
+		// The kernel has whole blocks of its own size only.
+		return err != nil || sectors*512 <= size && size-sectors*512 < 64<<10
+	}
+	if depth == 0 {
+		return true
+	}
+	below, err := fs.ReadDir(root, "sys/class/block/"+name+"/slaves")
+	if err != nil {
+		return false // a file, or a partition
+	}
+	for _, b := range below {
+		if standsOn(root, b.Name(), size, depth-1) {
+			return true
+		}
+	}
+	return false
+}
+
+func readNumber(root fs.FS, name string) (int64, error) {
+	b, err := fs.ReadFile(root, name)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 54)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return n, nil
+}
