@@ -130,15 +130,18 @@ func (f *libvirtFlags) list(ctx context.Context) ([]vmRow, error) {
 	}
 	defer s.Close()
 	all, err := s.Domains(ctx)
+	if err != nil {
+		return nil, err
+	}
 	rows := []vmRow{}
 	for _, d := range all {
-		r := vmRow{VM: d.Name, UUID: d.UUID, State: "off"}
-		if d.Active {
-			r.State = "running"
+		r := vmRow{VM: d.Name, UUID: d.UUID}
+		if r.State, err = s.State(ctx, d); err != nil {
+			r.Error = err.Error() // it may be gone
 		}
 		rows = append(rows, r)
 	}
-	return rows, err
+	return rows, ctx.Err()
 }
 
 // vmShown is a machine with its disks.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -372,7 +373,7 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	if !force && in&libvirtd.Live != 0 {
 		plan.Steps = append(plan.Steps, Step{
 			Name: "see that the guest does not use the disk, if an agent answers",
-			Do:   func(ctx context.Context) (bool, error) { return false, m.unmounted(ctx, disk.Serial) },
+			Do:   func(ctx context.Context) (bool, error) { return false, d.unused(ctx, m, target) },
 		})
 	}
 	plan.Steps = append(plan.Steps, Step{
@@ -441,6 +442,29 @@ func (d *Domain) machine(live *libvirtxml.Domain) *Machine {
 		}
 	}
 	return m
+}
+
+// unused asks the guest, by libvirt, whether it has a file system on the disk.
+// What could not be asked is noted.
+func (d *Domain) unused(ctx context.Context, m *Machine, target string) error {
+	if m.Agent == nil {
+		d.note(unchecked + "the domain has no channel for a guest agent")
+		return nil
+	}
+	list, err := d.Session.Filesystems(ctx, d.Domain)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		d.note(unchecked+"%v", err)
+		return nil
+	}
+	for _, f := range list {
+		if slices.Contains(f.Targets, target) {
+			return fmt.Errorf("%w at %q", ErrMounted, f.Mountpoint)
+		}
+	}
+	return nil
 }
 
 // running is machine of the domain as it runs.

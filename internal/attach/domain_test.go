@@ -1,16 +1,13 @@
 package attach_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"libvirt.org/go/libvirtxml"
@@ -21,13 +18,11 @@ import (
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-const nobody = 65534
-
 // host is a libvirt of the test's own with a domain whose processor never
 // runs, and a service.
 type host struct {
 	lab
-	uri   string // for virsh, the witness that is not ours
+	*testenv.Libvirt
 	notes []string
 	*attach.Domain
 }
@@ -35,50 +30,19 @@ type host struct {
 // domainName is syntax for shells, XML and libvirt's own tools.
 const domainName = `-v,"m'<&1`
 
-// startHost runs a libvirtd of an ordinary user: one of root would be the
-// system's.
 func startHost(t *testing.T) *host {
 	t.Helper()
-	testenv.Require(t, "qemu-system-x86_64", "virsh")
-	dir, err := os.MkdirTemp("", "lv") // short: QEMU's sockets are in it
-	must(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	cmd := exec.Command(testenv.Path(t, "libvirtd"))
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir + "/run", "XDG_CONFIG_HOME=" + dir + "/c", "XDG_CACHE_HOME=" + dir + "/k"}
-	must(t, os.Mkdir(dir+"/run", 0o700))
-	if os.Getuid() == 0 {
-		must(t, errors.Join(os.Chown(dir, nobody, nobody), os.Chown(dir+"/run", nobody, nobody)))
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-	}
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	must(t, cmd.Start())
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("libvirtd: %s", said.String())
-		}
-	})
-	h := &host{lab: lab{dir: testenv.TempDir(t)}}
-	socket := dir + "/run/libvirt/libvirt-sock"
-	h.uri = "qemu+unix:///session?socket=" + socket
-	await(t, func() bool { _, err := os.Stat(socket); return err == nil })
+	h := &host{lab: lab{dir: testenv.TempDir(t)}, Libvirt: testenv.StartLibvirt(t)}
 	must(t, os.Chmod(h.dir, 0o755)) // QEMU's user comes through it
 	h.startService(t)
 	h.boot(t)
-	s, err := libvirtd.Dial(testenv.Context(t), socket, libvirtd.Private)
+	s, err := libvirtd.Dial(testenv.Context(t), h.Socket, libvirtd.Private)
 	must(t, err)
 	t.Cleanup(func() { s.Close() })
 	d, err := s.Lookup(testenv.Context(t), domainName)
 	must(t, err)
 	h.Domain = &attach.Domain{Session: s, Domain: d, Server: h.service, Note: func(s string) { h.notes = append(h.notes, s) }}
 	return h
-}
-
-func (h *host) virsh(t *testing.T, args ...string) string {
-	t.Helper()
-	return testenv.Run(t, append([]string{"virsh", "-c", h.uri}, args...)...)
 }
 
 func (h *host) boot(t *testing.T) {
@@ -95,16 +59,16 @@ func (h *host) boot(t *testing.T) {
 	must(t, err)
 	file := filepath.Join(t.TempDir(), "d.xml")
 	must(t, os.WriteFile(file, []byte(text), 0o600))
-	h.virsh(t, "define", file)
-	h.virsh(t, "start", "--paused", "--domain="+domainName)
-	t.Cleanup(func() { h.virsh(t, "destroy", "--domain="+domainName) })
+	h.Virsh(t, "define", file)
+	h.Virsh(t, "start", "--paused", "--domain="+domainName)
+	t.Cleanup(func() { h.Virsh(t, "destroy", "--domain="+domainName) })
 }
 
 // source is an image with a socket that the domain's QEMU may connect to.
 func (h *host) source(image string) attach.Source {
 	s := h.lab.source(image)
 	if s.Mode = "0600"; os.Getuid() == 0 {
-		s.Owner = fmt.Sprintf("%d:%d", nobody, nobody)
+		s.Owner = fmt.Sprintf("%d:%d", testenv.Nobody, testenv.Nobody)
 	}
 	return s
 }
@@ -127,13 +91,13 @@ func TestDiskOfADomain(t *testing.T) {
 	if do(t, attached(), nil) {
 		t.Error("the second attach changed something")
 	}
-	if text := h.virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(diskSize)) {
+	if text := h.Virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(diskSize)) {
 		t.Errorf("domblkinfo: %s", text)
 	}
-	if text := h.virsh(t, "dumpxml", "--inactive", "--domain="+domainName); strings.Contains(text, "protocol='nbd'") {
+	if text := h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName); strings.Contains(text, "protocol='nbd'") {
 		t.Errorf("the configuration has the disk:\n%s", text)
 	}
-	kept := strings.Contains(h.virsh(t, "dumpxml", "--domain="+domainName), "<reconnect")
+	kept := strings.Contains(h.Virsh(t, "dumpxml", "--domain="+domainName), "<reconnect")
 	if told := strings.Contains(strings.Join(h.notes, "\n"), "forgotten the reconnect delay"); told == kept {
 		t.Errorf("reconnect delay kept: %v, told that it is not: %v", kept, told)
 	}
@@ -155,7 +119,7 @@ func TestDiskOfADomain(t *testing.T) {
 		size := (i + 2) * diskSize
 		p, err = h.Resize(ctx, target, "", attach.Size{Bytes: diskSize, More: true})
 		do(t, p, err)
-		if text := h.virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(size)) {
+		if text := h.Virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(size)) {
 			t.Errorf("domblkinfo after growing to %d: %s", size, text)
 		}
 		h.wantNodes(t, size)
@@ -199,7 +163,7 @@ func (h *host) wantNodes(t *testing.T, size int64) {
 func (h *host) wantNothing(t *testing.T) {
 	t.Helper()
 	for _, more := range [][]string{nil, {"--inactive"}} {
-		if text := h.virsh(t, append([]string{"dumpxml", "--domain=" + domainName}, more...)...); strings.Contains(text, "<disk") {
+		if text := h.Virsh(t, append([]string{"dumpxml", "--domain=" + domainName}, more...)...); strings.Contains(text, "<disk") {
 			t.Errorf("a disk is left:\n%s", text)
 		}
 	}

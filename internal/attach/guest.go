@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,20 +87,12 @@ const unchecked = "QEMU unplugs a mounted disk all the same, and whether this on
 // not be asked is noted.
 func (m *Machine) unused(ctx context.Context, id string) error {
 	if m.Agent == nil {
-		return m.unmounted(ctx, "")
+		m.note(unchecked + "no guest agent is known")
+		return nil
 	}
 	serial, err := m.property(ctx, id, "serial")
 	if err != nil {
 		return err
-	}
-	return m.unmounted(ctx, serial)
-}
-
-// unmounted is unused for a disk that has the serial number, or none.
-func (m *Machine) unmounted(ctx context.Context, serial string) error {
-	if m.Agent == nil {
-		m.note(unchecked + "no guest agent is known")
-		return nil
 	}
 	if serial == "" {
 		m.note(unchecked + "the device has no serial number")
@@ -113,10 +106,15 @@ func (m *Machine) unmounted(ctx context.Context, serial string) error {
 		m.note(unchecked+"%v", err)
 		return nil
 	}
+	unknown := false
 	for i := range list {
 		if list[i].UsesSerial(serial) {
 			return fmt.Errorf("%w at %q", ErrMounted, list[i].Mountpoint)
 		}
+		unknown = unknown || slices.ContainsFunc(list[i].Disks, func(d qmp.GuestDisk) bool { return d.Serial == "" })
+	}
+	if unknown {
+		m.note(unchecked + "the guest knows no serial number of a disk that it has mounted")
 	}
 	return nil
 }

@@ -84,3 +84,36 @@ func (a *Agent) command(ctx context.Context, command string, arguments any, wait
 	}
 	return qmp.DecodeReply(command, []byte(reply[0]))
 }
+
+// Filesystem is a mounted file system of a guest, as the guest claims, on
+// disks that libvirt has found by their places. The texts are printable.
+type Filesystem struct {
+	Mountpoint string
+	Targets    []string // such as vda
+}
+
+// Filesystems asks a domain's guest agent for what is mounted, at most
+// limits.QMPItems. Without an agent the error is *Error.
+func (s *Session) Filesystems(ctx context.Context, d Domain) ([]Filesystem, error) {
+	const name = "list file systems"
+	list, err := call(ctx, s, name, func() ([]libvirt.DomainFsinfo, error) {
+		all, _, err := s.l.DomainGetFsinfo(d.handle, 0)
+		return all, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	total := len(list)
+	var out []Filesystem
+	for _, l := range list {
+		if total += len(l.DevAliases); total > limits.QMPItems {
+			return nil, fmt.Errorf("%s: %w: more than %d file systems and disks", name, qmp.ErrProtocol, limits.QMPItems)
+		}
+		f := Filesystem{Mountpoint: qmp.Printable(l.Mountpoint, limits.MaxString)}
+		for _, target := range l.DevAliases {
+			f.Targets = append(f.Targets, qmp.Printable(target, limits.QMPName))
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}

@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -26,70 +24,14 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-const (
-	diskSize = 1 << 20
-	nobody   = 65534
-)
+const diskSize = 1 << 20
 
-// daemon is a libvirtd of the test's own, without privileges.
-type daemon struct {
-	dir, socket string
-	uri         string // for virsh
-}
-
-// start runs a libvirtd of an ordinary user, with its files in a folder of its
-// own. Root lends it to nobody: a libvirtd of root would be the system's.
-func start(t *testing.T) *daemon {
-	t.Helper()
-	testenv.Require(t, "qemu-system-x86_64", "virsh")
-	program := testenv.Path(t, "libvirtd")
-	dir, err := os.MkdirTemp("", "lv") // short: QEMU's sockets are in it
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &daemon{dir: dir, socket: filepath.Join(dir, "run/libvirt/libvirt-sock")}
-	d.uri = "qemu+unix:///session?socket=" + d.socket
-	cmd := exec.Command(program)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir + "/run", "XDG_CONFIG_HOME=" + dir + "/c", "XDG_CACHE_HOME=" + dir + "/k"}
-	if err := os.Mkdir(dir+"/run", 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if os.Getuid() == 0 {
-		for _, name := range []string{dir, dir + "/run"} {
-			if err := os.Chown(name, nobody, nobody); err != nil {
-				t.Fatal(err)
-			}
-		}
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-	}
-	var log strings.Builder
-	cmd.Stderr = &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("libvirtd: %s", log.String())
-		}
-	})
-	if err := testenv.Await(testenv.Context(t), func() bool { _, err := os.Stat(d.socket); return err == nil }); err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-// virsh is the witness that is not ours.
-func (d *daemon) virsh(t *testing.T, args ...string) string {
-	t.Helper()
-	return testenv.Run(t, append([]string{"virsh", "-c", d.uri}, args...)...)
-}
+// daemon is a libvirtd of the test's own.
+type daemon struct{ *testenv.Libvirt }
 
 func (d *daemon) dial(t *testing.T) *libvirtd.Session {
 	t.Helper()
-	s, err := libvirtd.Dial(testenv.Context(t), d.socket, libvirtd.Private)
+	s, err := libvirtd.Dial(testenv.Context(t), d.Socket, libvirtd.Private)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,9 +64,9 @@ func (d *daemon) boot(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	d.virsh(t, "define", file)
-	d.virsh(t, "start", "--paused", "--domain="+domainName)
-	t.Cleanup(func() { d.virsh(t, "destroy", "--domain="+domainName) })
+	d.Virsh(t, "define", file)
+	d.Virsh(t, "start", "--paused", "--domain="+domainName)
+	t.Cleanup(func() { d.Virsh(t, "destroy", "--domain="+domainName) })
 }
 
 // serve has a disk that the domain's QEMU, of another user, may connect to.
@@ -144,7 +86,7 @@ func serve(t *testing.T) string {
 
 // TestDiskComesAndGoesThroughLibvirt is the life of a disk in a real libvirt.
 func TestDiskComesAndGoesThroughLibvirt(t *testing.T) {
-	d := start(t)
+	d := &daemon{testenv.StartLibvirt(t)}
 	d.boot(t)
 	s := d.dial(t)
 	ctx := testenv.Context(t)
@@ -211,7 +153,7 @@ func diskLife(t *testing.T, d *daemon, s *libvirtd.Session, dom libvirtd.Domain)
 				t.Errorf("described %+v", got)
 			}
 		}
-		if text := d.virsh(t, "domblkinfo", "--domain="+domainName, "--device="+target); !strings.Contains(text, fmt.Sprint(diskSize)) {
+		if text := d.Virsh(t, "domblkinfo", "--domain="+domainName, "--device="+target); !strings.Contains(text, fmt.Sprint(diskSize)) {
 			t.Errorf("domblkinfo: %s", text)
 		}
 		if bus == "virtio" {

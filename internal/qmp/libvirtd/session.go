@@ -217,6 +217,26 @@ func (s *Session) Domains(ctx context.Context) ([]Domain, error) {
 	return out, nil
 }
 
+// stateNames are what people call the states of domains, as QEMU does.
+var stateNames = map[libvirt.DomainState]string{
+	libvirt.DomainRunning: "running", libvirt.DomainBlocked: "running", libvirt.DomainPaused: "paused",
+	libvirt.DomainShutdown: "shutdown", libvirt.DomainShutoff: "off", libvirt.DomainCrashed: "crashed",
+	libvirt.DomainPmsuspended: "suspended",
+}
+
+// State is what the domain does: "running", "paused", "shutdown", "off",
+// "crashed", "suspended" or "unknown".
+func (s *Session) State(ctx context.Context, d Domain) (string, error) {
+	state, err := call(ctx, s, "state of domain", func() (int32, error) {
+		state, _, err := s.l.DomainGetState(d.handle, 0)
+		return state, err
+	})
+	if name, ok := stateNames[libvirt.DomainState(state)]; ok || err != nil {
+		return name, err
+	}
+	return "unknown", nil
+}
+
 // Lookup finds a domain by its UUID or its name. None is *Error with code
 // libvirt.ErrNoDomain.
 func (s *Session) Lookup(ctx context.Context, nameOrUUID string) (Domain, error) {

@@ -1,0 +1,78 @@
+package guest
+
+// fleet is what a guest does that uses every disk it sees. For each it says on
+// the console, in lines that begin with "guest: " and the disk's serial number,
+// when the disk appears, which size it has, how many rounds of writes it has
+// read back, and how it ends: in "gone", or in "ERROR". A disk whose serial
+// number begins with "IDLE" is left alone. An agent answers at the first port
+// of a virtio console, if there is one.
+const fleet = `
+say() { printf 'guest: %s\n' "$*"; }
+
+serial() {
+	cat /sys/block/$1/serial 2>/dev/null && return
+	cat /sys/block/$1/device/serial 2>/dev/null && return
+	tail -c +5 /sys/block/$1/device/vpd_pg80
+}
+
+# lost ends a disk: a request that fails while it is taken out is not lost, its
+# guest has let go of it.
+lost() {
+	sleep 2
+	[ ! -e $sys ] || { say "$name ERROR: $1"; dmesg | tail -n 5; }
+	exit 1
+}
+
+# check SEEK: 64 KiB go to the disk and come back, past the page cache.
+check() {
+	dd if=$own/data of=$disk bs=64k seek=$1 oflag=direct conv=notrunc,fsync 2>/dev/null || lost "cannot write at $1"
+	dd if=$disk of=$own/back bs=64k skip=$1 count=1 iflag=direct 2>/dev/null || lost "cannot read at $1"
+	cmp $own/data $own/back >/dev/null || lost "what is at $1 is not what was written"
+}
+
+rounds() {
+	n=0
+	size=0
+	while :; do
+		now=$(($(cat $sys/size 2>/dev/null || echo 0) / 2048))
+		[ $now -gt 1 ] || lost "it has $now MiB"
+		if [ $now != $size ]; then
+			size=$now
+			say "$name has $size MiB"
+		fi
+		dd if=/dev/urandom of=$own/data bs=64k count=1 2>/dev/null
+		check $((size * 16 - 1))
+		check $((n % (size * 16 - 1)))
+		n=$((n + 1))
+		say "$name round $n"
+	done
+}
+
+use() {
+	sys=/sys/block/$1
+	disk=/dev/$1
+	own=/run/disk-$1
+	while [ ! -b $disk ]; do sleep 0.1; done
+	name=$(serial $1 | tr -d ' \n')
+	say "$name appears"
+	case $name in IDLE*) ;; *) (rounds) || : ;; esac
+	while [ -e $sys ]; do sleep 0.1; done
+	say "$name gone"
+	rmdir $own || rm -r $own
+}
+
+for port in /dev/vport*; do
+	[ -c $port ] || continue
+	mkdir -p /run/qga
+	qemu-ga -p $port -t /run/qga >/run/qga/log 2>&1 &
+done
+say "ready"
+while :; do
+	for sys in /sys/block/vd* /sys/block/sd* /sys/block/nvme*; do
+		[ -e $sys ] || continue
+		mkdir /run/disk-${sys##*/} 2>/dev/null || continue
+		(use ${sys##*/}) &
+	done
+	sleep 0.2
+done
+`
