@@ -8,7 +8,7 @@ GO        ?= go
 FUZZTIME  ?= 3
 BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
 # Everything but the end-to-end tests, which have targets of their own.
-UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest -e /test/lab)
+UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest -e /test/lab -e /test/packages)
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
@@ -61,7 +61,7 @@ guest: ## Debian's kernel in QEMU: root disk, /dev/nbd0, vsock
 	$(GOTEST) -count=1 -timeout 10m ./test/guest/...
 
 lab: ## systemd, SELinux and vsock in a guest of Debian; the image takes root and is cached
-	$(GOTEST) -count=1 -timeout 20m ./test/lab/...
+	$(GOTEST) -count=1 -timeout 20m ./test/packages/... ./test/lab/...
 
 lab-shell: ## the guest of the lab with a root shell on the terminal
 	@$(GO) run ./test/lab/labshell
@@ -69,5 +69,9 @@ lab-shell: ## the guest of the lab with a root shell on the terminal
 bench: ## compare with nbdkit and qemu-nbd, write docs/benchmarks.md
 	$(GO) run ./test/bench --out docs/benchmarks.md
 
+.PHONY: packages
+packages: ## build the Debian and the RPM package into dist/
+	@GO=$(GO) scripts/packages.sh dist
+
 clean: ## remove what was built and cached
-	rm -rf bin .cache
+	rm -rf bin dist .cache

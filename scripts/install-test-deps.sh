@@ -30,6 +30,7 @@ python3-libnbd
 qemu-guest-agent
 qemu-system-x86
 qemu-utils
+rpm
 systemd
 util-linux
 xz-utils

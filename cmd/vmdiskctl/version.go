@@ -20,8 +20,15 @@ func newVersion() *cobra.Command {
 	}
 }
 
-// version is that of the module, which the toolchain takes from the tag.
+// stamped is the version of a package, set by the linker.
+var stamped string
+
+// version is that of the package, or of the module, which the toolchain takes
+// from the tag.
 func version() string {
+	if stamped != "" {
+		return stamped
+	}
 	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
 		return b.Main.Version
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
-// Version is the version of the program.
-const Version = "0.1.0"
+// Version is the version of the program; the linker sets that of a package.
+var Version = "0.1.0"
 
 // DumpConfig says what this build and this machine can do, one key=value a
 // line.

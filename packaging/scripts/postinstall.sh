@@ -1,0 +1,15 @@
+#!/bin/sh
+# After the files are there. dpkg calls it with "configure" and the version
+# before, rpm with the number of versions installed.
+set -e
+
+systemd-sysusers vmdiskd.conf
+# Images that no other program looks for lie here; the service makes the rest.
+install -d -o vmdiskd -g vmdiskd -m 0750 /var/lib/vmdiskd /var/lib/vmdiskd/images
+systemd-tmpfiles --create vmdiskd.conf
+
+if [ -d /run/systemd/system ]; then
+	systemctl daemon-reload
+	# Listeners wait in systemd meanwhile: no client is refused.
+	systemctl try-restart vmdiskd.service 'vmdiskd@*.service' || true
+fi
