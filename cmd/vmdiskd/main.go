@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
 )
 
@@ -17,8 +18,22 @@ const (
 
 func main() { os.Exit(run(os.Args[1:])) }
 
+// inherit is what stage 0 hands over to this process if it is the worker.
+func inherit() (*daemon.Handed, error) {
+	h, err := confine.Inherit()
+	if err != nil {
+		return nil, err
+	}
+	return daemon.TakeOver(h)
+}
+
 func run(args []string) int {
-	opt, err := parse(args)
+	handed, err := inherit()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)
+		return exitFailed
+	}
+	opt, err := parseAs(args, handed)
 	var usage usageError
 	switch {
 	case errors.As(err, &usage):

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
@@ -60,6 +61,8 @@ type raw struct {
 	backingFiles, dataFiles      []string
 	swap, headroom               string
 	timeout, drain, poll         time.Duration
+	confine                      string
+	handed                       *daemon.Handed // what the worker gets
 }
 
 func (r *raw) flags() *pflag.FlagSet {
@@ -108,6 +111,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVar(&r.noMC, "no-mc", false, "refuse metadata contexts (for tests of clients)")
 	f.StringVarP(&r.user, "user", "u", "", "change to this `USER` when everything is open")
 	f.StringVarP(&r.group, "group", "g", "", "change to this `GROUP` when everything is open")
+	f.StringVar(&r.confine, "confine", "auto", "`MODE`: strict does not start unless everything confines it, auto says what is missing, off does without")
 	f.StringVarP(&r.pidfile, "pidfile", "P", "", "write the process ID to `FILE` when the server is ready")
 	f.BoolVarP(&r.foreground, "foreground", "f", false, "stay in the foreground (the only way; systemd does the rest)")
 	f.BoolVar(&r.foreground, "no-fork", false, "same as --foreground")
@@ -129,8 +133,11 @@ func (r *raw) flags() *pflag.FlagSet {
 }
 
 // parse turns arguments into options. A usageError is the user's mistake.
-func parse(args []string) (options, error) {
-	var r raw
+func parse(args []string) (options, error) { return parseAs(args, nil) }
+
+// parseAs is parse for a worker, which has what stage 0 has read.
+func parseAs(args []string, handed *daemon.Handed) (options, error) {
+	r := raw{handed: handed}
 	f := r.flags()
 	if err := f.Parse(args); err != nil {
 		return options{}, usageError{err.Error()}
@@ -160,7 +167,7 @@ func parse(args []string) (options, error) {
 // serviceOptions are those that go with --config.
 var serviceOptions = []string{
 	"config", "check", "log", "verbose", "debug", "user", "group", "pidfile", "foreground", "no-fork",
-	"exit-with-parent", "timeout", "enable-fault-injection", "poll-max", "threads",
+	"exit-with-parent", "confine", "timeout", "enable-fault-injection", "poll-max", "threads",
 }
 
 // service is what --config says.
@@ -177,7 +184,11 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	case f.NArg() > 0:
 		return options{}, usagef("--config serves the images of the file, not %q", f.Arg(0))
 	}
-	c, err := config.Load(r.config)
+	text, err := r.configText()
+	if err != nil {
+		return options{}, err
+	}
+	c, err := config.LoadText(r.config, text)
 	if err != nil {
 		return options{}, err
 	}
@@ -190,7 +201,7 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	if err != nil {
 		return options{}, err
 	}
-	d.Service, d.File, d.Endpoints, d.FaultInjection = c, r.config, nil, r.faults
+	d.Service, d.File, d.Text, d.Endpoints, d.FaultInjection = c, r.config, text, nil, r.faults
 	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
 	d.Log.Format = c.Log.Format
 	d.TLSCertificates, d.TLSVerifyPeer, d.TLSKeys = c.TLS.Certificates, c.TLS.VerifyPeer, c.TLS.PSK
@@ -198,6 +209,15 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
 	}
 	return options{config: d}, err
+}
+
+// configText is the configuration file, which the worker may not be able to
+// read.
+func (r *raw) configText() ([]byte, error) {
+	if r.handed != nil {
+		return r.handed.ConfigText(), nil
+	}
+	return config.ReadText(r.config)
 }
 
 func help(f *pflag.FlagSet) string {
@@ -220,6 +240,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		TLSCertificates: r.certificates,
 		Handshake:       r.timeout, Drain: r.drain,
 		User: r.user, Group: r.group, PIDFile: r.pidfile, Run: r.run,
+		Confine: confine.Mode(r.confine), Handed: r.handed,
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
 	}
 	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
@@ -246,6 +267,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 		{"tls", r.tls, []string{"off", "on", "require"}},
 		{"swap", r.swap, []string{"on", "off", "best-effort"}},
 		{"swap-headroom", r.headroom, []string{"check", "skip"}},
+		{"confine", r.confine, []string{"strict", "auto", "off"}},
 	} {
 		if !contains(w.want, w.got) {
 			return usagef("--%s: %q is not one of %s", w.name, w.got, strings.Join(w.want, ", "))

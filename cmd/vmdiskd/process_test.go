@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
@@ -28,8 +29,8 @@ import (
 const asProgram = "VMDISKD_TEST_IS_PROGRAM"
 
 func TestMain(m *testing.M) {
-	// The program executes itself anew for --swap.
-	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" {
+	// The program executes itself anew.
+	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" || confine.IsWorker() {
 		os.Unsetenv(asProgram)
 		os.Exit(run(os.Args[1:]))
 	}

@@ -45,10 +45,18 @@ func (e Errors) Error() string {
 // is valid. Anything but a regular file of at most limits.ConfigFile bytes is
 // an error.
 func Load(name string) (*Config, error) {
-	b, err := readFile(name, limits.ConfigFile)
+	b, err := ReadText(name)
 	if err != nil {
 		return nil, err
 	}
+	return LoadText(name, b)
+}
+
+// ReadText reads the configuration file name, for LoadText.
+func ReadText(name string) ([]byte, error) { return readFile(name, limits.ConfigFile) }
+
+// LoadText is Load of a file that was read already.
+func LoadText(name string, b []byte) (*Config, error) {
 	c, err := Parse(name, b)
 	if err != nil {
 		return nil, err

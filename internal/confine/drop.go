@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"os"
 	"os/user"
 	"strconv"
 	"syscall"
@@ -32,6 +33,27 @@ func Drop(userName, groupName string) error {
 		return fmt.Errorf("become user %q, group %q: %w", userName, groupName, err)
 	}
 	return nil
+}
+
+// CredentialOf is a user and a group, as Drop takes them, for a child process;
+// nil leaves the child as this process is. That is so too for a process that
+// is not root, which has no other user to give.
+func CredentialOf(userName, groupName string) (*syscall.Credential, error) {
+	if userName == "" && groupName == "" || os.Geteuid() != 0 {
+		return nil, nil
+	}
+	to, err := resolveIDs(userName, groupName)
+	if err != nil {
+		return nil, err
+	}
+	c := &syscall.Credential{Uid: uint32(os.Geteuid()), Gid: uint32(os.Getegid())}
+	if to.uid != keep {
+		c.Uid = uint32(to.uid)
+	}
+	if to.gid != keep {
+		c.Gid = uint32(to.gid)
+	}
+	return c, nil
 }
 
 // keep is the id that setresuid(2) leaves alone.
@@ -105,29 +127,46 @@ func parseID(s string) (int, error) {
 	return int(n), err
 }
 
-// become changes the groups first, because a user without rights may not.
-// The calls of package syscall, unlike those of x/sys/unix, change all threads.
-func (to identity) become() error {
-	if err := syscall.Setgroups([]int{}); err != nil {
+// setters are the system calls that change ids: those of package syscall
+// change all threads, those of x/sys/unix the calling one.
+type setters struct {
+	groups   func([]int) error
+	gid, uid func(real, effective, saved int) error
+}
+
+var (
+	allThreads = setters{syscall.Setgroups, syscall.Setresgid, syscall.Setresuid}
+	thisThread = setters{unix.Setgroups, unix.Setresgid, unix.Setresuid}
+)
+
+// become changes all threads.
+func (to identity) become() error { return to.set(allThreads) }
+
+// becomeThread changes the calling thread, which must be locked.
+func (to identity) becomeThread() error { return to.set(thisThread) }
+
+// set changes the groups first, because a user without rights may not.
+func (to identity) set(by setters) error {
+	if err := by.groups([]int{}); err != nil {
 		if errors.Is(err, syscall.EPERM) && to.verify() == nil {
 			return nil
 		}
 		return fmt.Errorf("leave supplementary groups: %w", err)
 	}
 	if to.gid != keep {
-		if err := syscall.Setresgid(to.gid, to.gid, to.gid); err != nil {
+		if err := by.gid(to.gid, to.gid, to.gid); err != nil {
 			return fmt.Errorf("set group id %d: %w", to.gid, err)
 		}
 	}
 	if to.uid != keep {
-		if err := syscall.Setresuid(to.uid, to.uid, to.uid); err != nil {
+		if err := by.uid(to.uid, to.uid, to.uid); err != nil {
 			return fmt.Errorf("set user id %d: %w", to.uid, err)
 		}
 	}
 	if err := to.verify(); err != nil {
 		return err
 	}
-	return to.verifyLost()
+	return to.verifyLost(by)
 }
 
 // verify compares all three ids of each kind.
@@ -145,17 +184,17 @@ func (to identity) verify() error {
 
 // verifyLost tries to get root back. That must fail even if the process had
 // the capabilities to change ids without being root.
-func (to identity) verifyLost() error {
+func (to identity) verifyLost(by setters) error {
 	if to.uid == keep || to.uid == 0 {
 		return nil
 	}
-	if err := syscall.Setresuid(keep, 0, keep); err == nil {
+	if err := by.uid(keep, 0, keep); err == nil {
 		return errors.New("root can be regained")
 	}
 	if to.gid == 0 {
 		return nil
 	}
-	if err := syscall.Setresgid(keep, 0, keep); err == nil {
+	if err := by.gid(keep, 0, keep); err == nil {
 		return errors.New("root's group can be regained")
 	}
 	return nil

@@ -22,32 +22,39 @@ func (d *daemon) startCommand() error {
 	if d.cfg.Run == "" {
 		return nil
 	}
-	if len(d.doors.all()) == 0 {
-		return errors.New("--run needs a socket")
+	if d.cfg.Handed != nil {
+		return d.releaseCommand()
 	}
-	cmd := exec.Command("/bin/sh", "-c", d.shellVariables()+d.cfg.Run)
+	if len(d.doors.all()) == 0 {
+		return errNoSocket
+	}
+	cmd := exec.Command("/bin/sh", "-c", d.cfg.shellVariables(d.doors.all()[0])+d.cfg.Run)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	go func() {
-		err := cmd.Wait()
-		var exit *exec.ExitError
-		switch {
-		case err == nil:
-			d.finished <- exitStatus(0)
-		case errors.As(err, &exit) && exit.ExitCode() >= 0:
-			d.finished <- exitStatus(exit.ExitCode())
-		default:
-			d.finished <- err
-		}
-	}()
+	go d.awaitCommand(cmd.Process)
 	return nil
 }
 
-func (d *daemon) shellVariables() string {
-	l := d.doors.all()[0]
-	name := d.cfg.Disk.Name
+var errNoSocket = errors.New("--run needs a socket")
+
+// awaitCommand ends the daemon as the command ends.
+func (d *daemon) awaitCommand(p *os.Process) {
+	state, err := p.Wait()
+	switch {
+	case err != nil:
+		d.finished <- err
+	case state.ExitCode() >= 0:
+		d.finished <- exitStatus(state.ExitCode())
+	default:
+		d.finished <- &exec.ExitError{ProcessState: state}
+	}
+}
+
+// shellVariables are for a command that finds the disk at l.
+func (c *Config) shellVariables(l transport.Listener) string {
+	name := c.Disk.Name
 	var path, port, old string
 	switch l.Kind() {
 	case transport.Unix:
@@ -64,7 +71,7 @@ func (d *daemon) shellVariables() string {
 	}
 	var b strings.Builder
 	for _, v := range [...]struct{ name, value string }{
-		{"uri", l.URI(name, d.cfg.wantsTLS())},
+		{"uri", l.URI(name, c.wantsTLS())},
 		{"unixsocket", path},
 		{"port", port},
 		{"exportname", name},

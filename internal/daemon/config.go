@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -17,14 +18,22 @@ import (
 // whoever makes a Config has checked what a user wrote.
 type Config struct {
 	// Disk is the one disk of a run without a configuration file. With one,
-	// Service is what it says and File its path, for reloads.
+	// Service is what it says.
 	Disk    config.Export
 	Service *config.Config
 
 	// FaultInjection allows exports to have faults.
 	FaultInjection bool
 
+	// File is the path of the configuration file, Text what was read there.
 	File string
+	Text []byte
+
+	// Confine is what becomes of a daemon that cannot be confined; "" is
+	// confine.None. Handed is what stage 0 hands over to the worker, nil in
+	// stage 0 and without stages.
+	Confine confine.Mode
+	Handed  *Handed
 
 	// Where it listens: Endpoints, or the sockets that systemd passed, or
 	// standard input and output.

@@ -30,7 +30,7 @@ func (d *daemon) bindControl() error {
 		if err != nil {
 			return err
 		}
-		l, err := listenControl(d.ctx, c)
+		l, err := d.listenControl(c)
 		if err != nil {
 			return err
 		}
@@ -40,7 +40,7 @@ func (d *daemon) bindControl() error {
 		d.controls = append(d.controls, control{s, l})
 	}
 	if at := d.conf.Load().Metrics.Listen; at != "" {
-		l, err := net.Listen("tcp", at)
+		l, err := d.listenMetrics(at)
 		if err != nil {
 			return err
 		}
@@ -73,6 +73,21 @@ func (d *daemon) closeControl() {
 		}
 		_ = c.at.Close() // if it was never served
 	}
+}
+
+// listenControl and listenMetrics take up what stage 0 has opened.
+func (d *daemon) listenControl(c *config.Control) (net.Listener, error) {
+	if l, err := d.cfg.Handed.control(); l != nil || err != nil {
+		return l, err
+	}
+	return listenControl(d.ctx, c)
+}
+
+func (d *daemon) listenMetrics(at string) (net.Listener, error) {
+	if l, err := d.cfg.Handed.metrics(); l != nil || err != nil {
+		return l, err
+	}
+	return net.Listen("tcp", at)
 }
 
 // listenControl makes the control socket as sockets of exports are made: in

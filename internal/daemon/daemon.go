@@ -40,7 +40,8 @@ type daemon struct {
 	groups    groups
 	started   time.Time
 	bus       obs.Bus
-	boss      *obs.Supervisor // nil without a service manager
+	boss      *obs.Supervisor   // nil without a service manager
+	cage      []confine.Control // what confines the process
 	controls  []control
 	reloading sync.Mutex
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
@@ -60,8 +61,10 @@ type daemon struct {
 // Run serves until it is told to stop and returns the exit status of the
 // process. It owns the process's signals.
 func Run(cfg Config) (status int, err error) {
-	if err := enterSwap(&cfg); err != nil {
-		return 1, err
+	if !cfg.Confine.Staged() { // stage 0 has its own exec
+		if err := enterSwap(&cfg); err != nil {
+			return 1, err
+		}
 	}
 	d := &daemon{cfg: cfg, started: time.Now(), finished: make(chan error, 1)}
 	d.conf.Store(cfg.Service)
@@ -70,7 +73,11 @@ func Run(cfg Config) (status int, err error) {
 	signals := catchSignals()
 	defer signals.stop()
 
-	err = d.start()
+	if cfg.Confine.Staged() && cfg.Handed == nil {
+		err = d.becomeWorker()
+	} else {
+		err = d.start()
+	}
 	if err == nil {
 		d.log.Info("serving", append(d.subject(), "engine", d.engine.Name(), "at", d.addresses())...)
 		status, err = d.wait(signals)
@@ -107,6 +114,7 @@ func (d *daemon) start() error {
 		d.bindControl,
 		d.dropPrivileges,
 		d.settle,
+		d.confine,
 		d.serve,
 		d.startControl,
 		d.ready,
@@ -121,6 +129,9 @@ func (d *daemon) start() error {
 }
 
 func (d *daemon) openLog() (err error) {
+	if d.cfg.Handed != nil {
+		d.cfg.Log.File = d.cfg.Handed.logFile()
+	}
 	if d.logs, err = obs.Open(d.cfg.Log); err != nil {
 		return err
 	}
@@ -142,9 +153,14 @@ func (d *daemon) loadTLS() (err error) {
 	if err := d.loadKeys(); err != nil || d.cfg.TLSCertificates == "" {
 		return err
 	}
+	given, err := d.cfg.Handed.certificates()
+	if err != nil {
+		return err
+	}
 	demand := d.cfg.TLSVerifyPeer
 	d.creds, err = transport.LoadCredentials(d.cfg.TLSCertificates, transport.TLSOptions{
 		NoVerifyPeer: demand != nil && !*demand,
+		Given:        given,
 		Log:          d.logs.For("tls"),
 	})
 	if err == nil && demand != nil && *demand && !d.creds.VerifiesPeers() {
@@ -191,14 +207,22 @@ func (d *daemon) listen() error {
 			d.doors.add(list...)
 		}
 	}
-	for _, e := range d.cfg.Endpoints {
-		ls, err := transport.Listen(d.ctx, e)
+	for i, e := range d.cfg.Endpoints {
+		ls, err := d.listenAt(d.ctx, endpointKey(i), e)
 		if err != nil {
 			return err
 		}
 		d.addDoors(ls)
 	}
 	return nil
+}
+
+// listenAt opens an endpoint, or takes up what stage 0 has opened for it.
+func (d *daemon) listenAt(ctx context.Context, key string, e transport.Endpoint) ([]transport.Listener, error) {
+	if ls, err := d.cfg.Handed.listeners(key); ls != nil || err != nil {
+		return ls, err
+	}
+	return transport.Listen(ctx, e)
 }
 
 // addDoors takes listeners of the command line.
@@ -236,7 +260,7 @@ func (d *daemon) served() bool { return d.conf.Load() != nil }
 const minProcs = 2
 
 func (d *daemon) dropPrivileges() error {
-	if d.cfg.User == "" && d.cfg.Group == "" {
+	if d.cfg.User == "" && d.cfg.Group == "" || d.cfg.Handed != nil {
 		return nil
 	}
 	return confine.Drop(d.cfg.User, d.cfg.Group)
@@ -410,6 +434,10 @@ func (d *daemon) addresses() []string {
 
 func (d *daemon) writePIDFile() error {
 	if d.cfg.PIDFile == "" {
+		return nil
+	}
+	if d.cfg.Handed != nil { // the process has kept its number
+		d.pidfile = d.cfg.PIDFile
 		return nil
 	}
 	if err := os.WriteFile(d.cfg.PIDFile, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644); err != nil {

@@ -46,15 +46,29 @@ func (d *daemon) roots() []string {
 // openImage opens the image of an export. files are what the words "fd:N" in x
 // stand for.
 func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.File) (backing.Device, error) {
-	policy, err := open.ParsePolicy(x.Backing, x.BackingFiles, x.DataFiles)
+	s, err := d.imageSpec(x, files)
 	if err != nil {
 		return nil, err
+	}
+	s.Log = d.logs.For("backing")
+	if s.Table, err = d.cfg.Handed.images(x); err != nil {
+		return nil, err
+	}
+	defer s.Table.Close()
+	return open.Open(ctx, s)
+}
+
+// imageSpec is how the image of an export is opened.
+func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error) {
+	policy, err := open.ParsePolicy(x.Backing, x.BackingFiles, x.DataFiles)
+	if err != nil {
+		return open.Spec{}, err
 	}
 	given := map[string]*os.File{}
 	for i, f := range files {
 		given[fmt.Sprint(api.FilePrefix, i)] = f
 	}
-	return open.Open(ctx, open.Spec{
+	return open.Spec{
 		Path:     x.Image,
 		Format:   formatOf(x),
 		Files:    given,
@@ -68,6 +82,5 @@ func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.Fi
 		Discard:  x.Discard,
 		Engine:   d.engine,
 		Buffers:  d.buffers,
-		Log:      d.logs.For("backing"),
-	})
+	}, nil
 }

@@ -55,7 +55,7 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 		d.kept.Add(int64(len(ls)))
 		return ls, name, nil
 	}
-	if ls, err = transport.Listen(ctx, e); err != nil || name == "" {
+	if ls, err = d.listenAt(ctx, listenerKey(l), e); err != nil || name == "" {
 		return ls, "", err
 	}
 	if err := d.keep(name, ls); err != nil {

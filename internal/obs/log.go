@@ -21,6 +21,8 @@ import (
 type Options struct {
 	// Sink is "stderr", "syslog", "null" or a path that starts with "/".
 	Sink string
+	// File, if not nil, is that path, opened already for appending.
+	File *os.File
 	// Format is "text", which "" stands for, "json", or "journal": then the
 	// lines go to systemd's journal as fields, and Sink must be "" or "stderr".
 	Format string
@@ -63,6 +65,9 @@ func writer(o *Options) (io.Writer, error) {
 	if _, ok := lostIn[o.Format]; !ok {
 		return nil, fmt.Errorf("log format %q: want text, json or journal", o.Format)
 	}
+	if o.File != nil {
+		return o.File, nil
+	}
 	if o.Format != "journal" {
 		return sink(o.Sink)
 	}
@@ -82,9 +87,14 @@ func sink(name string) (io.Writer, error) {
 	case name == "syslog":
 		return syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "vmdiskd")
 	case strings.HasPrefix(name, "/"):
-		return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+		return OpenFile(name)
 	}
 	return nil, fmt.Errorf("log %q: want stderr, syslog, null or an absolute path", name)
+}
+
+// OpenFile opens a file for a log.
+func OpenFile(name string) (*os.File, error) {
+	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
 }
 
 // For returns the logger of a component.

@@ -36,6 +36,11 @@ type TLSOptions struct {
 	// though there is a CA. A client always verifies.
 	NoVerifyPeer bool
 
+	// Given, if not nil, are all files that there are, opened by
+	// OpenCredentials: they are what is loaded first. LoadCredentials closes
+	// them.
+	Given map[string]*os.File
+
 	// Log gets the reloads; nil is slog.Default.
 	Log *slog.Logger
 }
@@ -63,6 +68,7 @@ type Credentials struct {
 
 // credentialSet is what the files of one moment say.
 type credentialSet struct {
+	given  map[string]*os.File // only while they are loaded
 	stamps map[string]stamp
 	own    *tls.Certificate // nil for a client without one
 	roots  *x509.CertPool   // nil without ca-cert.pem
@@ -79,9 +85,13 @@ type credentialSet struct {
 // would silently open what they close.
 func LoadCredentials(dir string, o TLSOptions) (*Credentials, error) {
 	set, err := loadSet(dir, o)
+	for _, f := range o.Given {
+		f.Close()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("tls credentials in %q: %w", dir, err)
 	}
+	o.Given, set.given = nil, nil
 	c := &Credentials{dir: dir, opt: o, log: o.Log, set: set}
 	if c.log == nil {
 		c.log = slog.Default()
@@ -179,7 +189,7 @@ func (o TLSOptions) ownFiles() (cert, key string) {
 }
 
 func loadSet(dir string, o TLSOptions) (*credentialSet, error) {
-	s := &credentialSet{stamps: map[string]stamp{}}
+	s := &credentialSet{given: o.Given, stamps: map[string]stamp{}}
 	if err := s.loadOwn(dir, o); err != nil {
 		return nil, err
 	}
@@ -273,10 +283,42 @@ func (s *credentialSet) loadCRL(dir string, authorities []*x509.Certificate) err
 	return nil
 }
 
+// open opens a file, or gives what was opened already.
+func (s *credentialSet) open(dir, name string) (*os.File, error) {
+	if s.given == nil {
+		return os.Open(filepath.Join(dir, name))
+	}
+	if f := s.given[name]; f != nil {
+		return f, nil
+	}
+	return nil, fs.ErrNotExist
+}
+
+// OpenCredentials opens the files that LoadCredentials would read, for a
+// process that may not.
+func OpenCredentials(dir string, o TLSOptions) (map[string]*os.File, error) {
+	cert, key := o.ownFiles()
+	all := map[string]*os.File{}
+	for _, name := range [...]string{cert, key, caFile, crlFile} {
+		// A FIFO does not hold us up; read refuses it.
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		switch {
+		case err == nil:
+			all[name] = f
+		case !errors.Is(err, fs.ErrNotExist):
+			for _, f := range all {
+				f.Close()
+			}
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
 // read returns the content of a file and remembers its stamp, and nil for an
 // absent file. A key that others may read is refused.
 func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
-	f, err := os.Open(filepath.Join(dir, name))
+	f, err := s.open(dir, name)
 	if errors.Is(err, fs.ErrNotExist) {
 		s.stamps[name] = stamp{}
 		return nil, nil

@@ -25,12 +25,16 @@ type OverlayOptions struct {
 	File *os.File
 }
 
+// TemporaryFolder is where OpenTemporary makes files that are to be nowhere
+// else.
+func TemporaryFolder() string { return cmp.Or(os.Getenv("TMPDIR"), "/var/tmp") }
+
 // OpenTemporary makes a file for OverlayOptions in the folder dir, whose file
 // system must know O_TMPFILE. "" is $TMPDIR, or else /var/tmp: /tmp is memory on
 // many hosts.
 func OpenTemporary(dir string) (*os.File, error) {
 	if dir == "" {
-		dir = cmp.Or(os.Getenv("TMPDIR"), "/var/tmp")
+		dir = TemporaryFolder()
 	}
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_EXCL|unix.O_CLOEXEC, 0o600)
 	if err != nil {

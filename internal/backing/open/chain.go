@@ -61,7 +61,7 @@ type fileID struct {
 // open opens all files and reads the headers that name them. Whatever it has
 // opened, close closes.
 func (ch *chain) open(ctx context.Context) error {
-	dir, err := filepath.EvalSymlinks(filepath.Dir(ch.spec.Path))
+	dir, err := ch.spec.Table.real(filepath.Dir(ch.spec.Path))
 	if err == nil {
 		dir, err = filepath.Abs(dir)
 	}

@@ -59,15 +59,26 @@ func newGate(p Policy, top Spec, direct bool) (*gate, error) {
 	if g.written, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
-	if g.real, err = filepath.EvalSymlinks(g.written); err != nil {
+	if g.real, err = top.Table.real(g.written); err != nil {
 		return nil, err
 	}
-	fd, err := openRetrying(g.real, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
-	if err != nil {
-		return nil, &fs.PathError{Op: "open", Path: g.real, Err: err}
+	if err := g.enter(); err != nil {
+		return nil, err
 	}
-	g.root = os.NewFile(uintptr(fd), g.real)
 	return g, nil
+}
+
+// enter opens the directory. That may be impossible where all that is in it was
+// opened before: then nothing else will be.
+func (g *gate) enter() error {
+	fd, err := openRetrying(g.real, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+	if err != nil && !g.top.Table.full() {
+		return &fs.PathError{Op: "open", Path: g.real, Err: err}
+	}
+	if err == nil {
+		g.root = os.NewFile(uintptr(fd), g.real)
+	}
+	return nil
 }
 
 // close lets go of the directory; files that were opened stay open.
@@ -95,7 +106,7 @@ func (g *gate) backing(w wish, said string) (*os.File, string, string, error) {
 		f, path, err := g.openNamed(next.Path, w)
 		return f, path, said, err
 	}
-	if g.root == nil {
+	if g.real == "" {
 		return nil, "", "", w.deniedByDefault()
 	}
 	name, fileFormat, err := w.fileName(said)
@@ -119,7 +130,7 @@ func (g *gate) data(w wish) (*os.File, string, error) {
 		g.dataFiles = g.dataFiles[1:]
 		return g.openNamed(next, w)
 	}
-	if g.root == nil {
+	if g.real == "" {
 		return nil, "", w.deniedByDefault()
 	}
 	if w.name == "" {
@@ -145,7 +156,7 @@ func (g *gate) unused() error {
 
 // openNamed opens a file that the operator named, wherever it is.
 func (g *gate) openNamed(path string, w wish) (*os.File, string, error) {
-	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Roots: g.top.Roots}
+	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Roots: g.top.Roots, Table: g.top.Table}
 	f, err := openFile(s, cacheMode{direct: g.direct})
 	return f, path, err
 }
@@ -186,9 +197,31 @@ func (g *gate) inside(w wish, name string) (string, error) {
 	return "", w.denied(fmt.Sprintf("--backing=beneath=%s opens files beneath that directory only; naming the file would", g.written))
 }
 
-// openBeneath looks at a file before it opens it, because opening some kinds
-// has effects, and again afterwards.
+// openBeneath opens a file beneath the root, or takes it from the table.
 func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
+	r := Request{Path: filepath.Join(g.real, rel), ReadOnly: w.readOnly, Direct: g.direct}
+	if f := g.top.Table.take(r); f != nil {
+		if err := g.recheck(w, f); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
+	}
+	f, err := g.openRel(w, rel)
+	return g.top.Table.keep(r, f, err)
+}
+
+// recheck looks at a file that was opened before.
+func (g *gate) recheck(w wish, f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return err
+	}
+	return g.checkKind(w, st.Mode)
+}
+
+// openRel looks at a file before it opens it, because opening some kinds has
+// effects, and again afterwards.
+func (g *gate) openRel(w wish, rel string) (*os.File, error) {
 	looked, err := g.openat(w, rel, unix.O_PATH)
 	if err != nil {
 		return nil, err
@@ -221,6 +254,9 @@ func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_SYMLINKS}
 	if flags&unix.O_CREAT != 0 {
 		how.Mode = 0o600
+	}
+	if g.root == nil {
+		return -1, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: unix.EACCES}
 	}
 	for {
 		fd, err := unix.Openat2(int(g.root.Fd()), rel, &how)

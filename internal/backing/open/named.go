@@ -20,7 +20,13 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 	if s.Roots != nil {
 		return openInRoots(s, c)
 	}
-	return openAnywhere(s, c)
+	r := Request{Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct}
+	if f := s.Table.take(r); f != nil {
+		defer f.Close() // adopt has its own
+		return adopt(f, s, c)
+	}
+	f, err := openAnywhere(s, c)
+	return s.Table.keep(r, f, err)
 }
 
 // adopt looks at a descriptor that somebody else has opened. The file that it
@@ -87,12 +93,12 @@ func checkPolicy(s Spec) error {
 	case s.Roots == nil || p.Mode != Beneath:
 		return nil
 	}
-	real, err := filepath.EvalSymlinks(p.Root)
+	real, err := s.Table.real(p.Root)
 	if err != nil {
 		return err
 	}
 	for _, root := range s.Roots {
-		if root, err = filepath.EvalSymlinks(root); err != nil {
+		if root, err = s.Table.real(root); err != nil {
 			continue
 		}
 		if rel, err := filepath.Rel(root, real); err == nil && filepath.IsLocal(rel) {

@@ -44,6 +44,10 @@ type Spec struct {
 	// the image, or of files that Backing names. They stay the caller's.
 	Files map[string]*os.File
 
+	// Table, if not nil, has files that are open already. What it has is taken
+	// from it; the caller closes it.
+	Table *Table
+
 	// Roots, if not nil, are the folders beneath which everything must lie
 	// that is named and is not among Files. Paths are absolute then, and
 	// symbolic links within the folders are not followed.

@@ -1,0 +1,124 @@
+package open
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+)
+
+// Table holds the files of one image that were opened where there were the
+// rights to do so, for an Open that has them no more. It knows each by what
+// the gate asked for. It is for one Open at a time.
+type Table struct {
+	files  map[Request]*os.File
+	dirs   map[string]string // folders, and where symbolic links lead
+	filled bool              // it is taken from, not kept in
+}
+
+// Request is what the gate wants to open. Path has no symbolic links in it
+// where the gate follows none.
+type Request struct {
+	Path     string
+	ReadOnly bool
+	Direct   bool
+}
+
+// Gather opens all files that Open would, by the same rules and with the same
+// errors, but takes no locks and builds nothing. It heeds of s what Open does
+// but Lock. On an error, nothing stays open.
+func Gather(ctx context.Context, s Spec) (*Table, error) {
+	c, ok := cacheModes[s.Cache]
+	if !ok {
+		return nil, invalid(s, fmt.Errorf("unknown cache mode %q", s.Cache))
+	}
+	if err := checkPolicy(s); err != nil {
+		return nil, err
+	}
+	t := &Table{files: map[Request]*os.File{}, dirs: map[string]string{}}
+	s.Table, s.Lock = t, raw.LockOff
+	var err error
+	switch s.Format {
+	case formatRaw:
+		var f *os.File
+		if f, err = openFile(s, c); err == nil {
+			err = f.Close()
+		}
+	case formatQcow2:
+		ch := &chain{spec: s, cache: c, seen: make(map[fileID]string)}
+		err = ch.open(ctx)
+		ch.close()
+	}
+	if err != nil {
+		t.Close()
+		return nil, err
+	}
+	t.filled = true
+	return t, nil
+}
+
+// NewTable makes a table of what another has Contents of.
+func NewTable(files map[Request]*os.File, dirs map[string]string) *Table {
+	return &Table{files: files, dirs: dirs, filled: true}
+}
+
+// Contents are the files, which stay the table's, and the folders.
+func (t *Table) Contents() (files map[Request]*os.File, dirs map[string]string) {
+	return t.files, t.dirs
+}
+
+// Close closes what nobody took.
+func (t *Table) Close() {
+	if t == nil {
+		return
+	}
+	for _, f := range t.files {
+		_ = f.Close() // nothing was written by it
+	}
+	t.files = nil
+}
+
+// full reports whether this is a table to take from.
+func (t *Table) full() bool { return t != nil && t.filled }
+
+// take returns the file that r wants, once, or nil.
+func (t *Table) take(r Request) *os.File {
+	if !t.full() {
+		return nil
+	}
+	f := t.files[r]
+	delete(t.files, r)
+	return f
+}
+
+// keep remembers what was opened for r. Both descriptors are of one open file.
+func (t *Table) keep(r Request, f *os.File, err error) (*os.File, error) {
+	if err != nil || t == nil || t.filled || t.files[r] != nil {
+		return f, err
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	t.files[r] = os.NewFile(uintptr(fd), f.Name())
+	return f, nil
+}
+
+// real is path without symbolic links, as it was when the table was filled.
+func (t *Table) real(path string) (string, error) {
+	if t.full() {
+		if r, ok := t.dirs[path]; ok {
+			return r, nil
+		}
+	}
+	r, err := filepath.EvalSymlinks(path)
+	if err == nil && t != nil && !t.filled {
+		t.dirs[path] = r
+	}
+	return r, err
+}

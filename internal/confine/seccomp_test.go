@@ -1,0 +1,152 @@
+package confine
+
+import (
+	"encoding/binary"
+	"os"
+	"slices"
+	"testing"
+
+	seccomp "github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
+	"golang.org/x/net/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// verdict is what the kernel makes of a call: the strictest answer of all
+// programs.
+func verdict(t *testing.T, f Filter, nr int, args ...uint64) uint32 {
+	t.Helper()
+	programs, err := f.programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := arch.GetInfo("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The VM of the library reads in network order, the kernel in its own.
+	data := make([]byte, 64)
+	words := []uint32{uint32(nr), uint32(info.ID), 0, 0}
+	for i := range 6 {
+		var v uint64
+		if i < len(args) {
+			v = args[i]
+		}
+		words = append(words, uint32(v), uint32(v>>32))
+	}
+	for i, w := range words {
+		binary.BigEndian.PutUint32(data[4*i:], w)
+	}
+	worst := uint32(seccomp.ActionAllow)
+	for _, p := range programs {
+		list, ok := bpf.Disassemble(p)
+		if !ok {
+			t.Fatal("a program cannot be read back")
+		}
+		vm, err := bpf.NewVM(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := vm.Run(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rank(uint32(got)) < rank(worst) {
+			worst = uint32(got)
+		}
+	}
+	return worst
+}
+
+// rank orders answers as seccomp(2) does.
+func rank(v uint32) int {
+	return slices.Index([]uint32{uint32(seccomp.ActionKillProcess), uint32(seccomp.ActionErrno), uint32(seccomp.ActionAllow)}, v&0xffff0000)
+}
+
+const (
+	allow = uint32(seccomp.ActionAllow)
+	kill  = uint32(seccomp.ActionKillProcess)
+	eperm = uint32(seccomp.ActionErrno) | uint32(unix.EPERM)
+	nosys = uint32(seccomp.ActionErrno) | uint32(unix.ENOSYS)
+)
+
+// TestFilterAnswersEveryCall compares all numbers with the lists, whatever
+// their first argument is: also one that is the number of another call.
+func TestFilterAnswersEveryCall(t *testing.T) {
+	info, err := arch.GetInfo("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := Filter{Service: true, Command: true}
+	free := slices.Concat(callsOfRuntime, callsOfDisks, callsOfPeers, callsOfService, callsOfCommand)
+	var looked []string
+	for _, d := range f.denials() {
+		looked = append(looked, d.call)
+	}
+	for nr := range 700 {
+		name := info.SyscallNumbers[nr]
+		want := nosys
+		switch {
+		case slices.Contains(looked, name):
+			continue
+		case slices.Contains(free, name):
+			want = allow
+		case slices.Contains(killed, name):
+			want = kill
+		}
+		for _, arg := range []uint64{0, uint64(info.SyscallNames["read"]), 1 << 40} {
+			if got := verdict(t, f, nr, arg); got != want {
+				t.Errorf("call %d (%s) with %#x: %#x, want %#x", nr, name, arg, got, want)
+			}
+		}
+	}
+}
+
+func TestFilterLooksAtArguments(t *testing.T) {
+	pid := uint64(os.Getpid())
+	const thread = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_SYSVSEM | unix.CLONE_THREAD
+	one, service := Filter{}, Filter{Service: true}
+	for _, tt := range []struct {
+		name string
+		f    Filter
+		nr   int
+		args []uint64
+		want uint32
+	}{
+		{"thread", one, unix.SYS_CLONE, []uint64{thread}, allow},
+		{"process", one, unix.SYS_CLONE, []uint64{uint64(unix.SIGCHLD)}, eperm},
+		{"process with a call's number as flags", one, unix.SYS_CLONE, []uint64{0}, eperm},
+		{"user namespace", one, unix.SYS_CLONE, []uint64{thread | unix.CLONE_NEWUSER}, eperm},
+		{"clone3, which hides its flags", one, unix.SYS_CLONE3, nil, nosys},
+		{"unix socket", one, unix.SYS_SOCKET, []uint64{unix.AF_UNIX}, allow},
+		{"tcp socket for one disk", one, unix.SYS_SOCKET, []uint64{unix.AF_INET}, eperm},
+		{"tcp socket of a service", service, unix.SYS_SOCKET, []uint64{unix.AF_INET}, allow},
+		{"vsock of a service", service, unix.SYS_SOCKET, []uint64{unix.AF_VSOCK}, allow},
+		{"netlink", service, unix.SYS_SOCKET, []uint64{unix.AF_NETLINK}, eperm},
+		{"packet", service, unix.SYS_SOCKET, []uint64{unix.AF_PACKET}, eperm},
+		{"unix socket with high bits", one, unix.SYS_SOCKET, []uint64{1<<32 | unix.AF_UNIX}, eperm},
+		{"bind of one disk", one, unix.SYS_BIND, nil, nosys},
+		{"bind of a service", service, unix.SYS_BIND, nil, allow},
+		{"rename of one disk", one, unix.SYS_RENAMEAT2, nil, nosys},
+		{"wait without a command", one, unix.SYS_WAIT4, nil, nosys},
+		{"name of a mapping", one, unix.SYS_PRCTL, []uint64{unix.PR_SET_VMA}, allow},
+		{"dumpable again", one, unix.SYS_PRCTL, []uint64{unix.PR_SET_DUMPABLE, 1}, eperm},
+		{"discard", one, unix.SYS_IOCTL, []uint64{3, unix.BLKDISCARD}, allow},
+		{"input to a terminal", one, unix.SYS_IOCTL, []uint64{0, unix.TIOCSTI}, eperm},
+		{"files of a ring", one, unix.SYS_IO_URING_REGISTER, []uint64{3, ringFilesUpdate2}, allow},
+		{"restrictions of a ring", one, unix.SYS_IO_URING_REGISTER, []uint64{3, 11}, eperm},
+		{"another ring", one, unix.SYS_IO_URING_SETUP, nil, kill},
+		{"signal to itself", one, unix.SYS_TGKILL, []uint64{pid, 1, 0}, allow},
+		{"signal to another", one, unix.SYS_TGKILL, []uint64{pid + 1, 1, 0}, eperm},
+		{"signal to all", one, unix.SYS_KILL, []uint64{^uint64(0), 9}, eperm},
+		{"own limits", one, unix.SYS_PRLIMIT64, []uint64{0}, allow},
+		{"limits of another", one, unix.SYS_PRLIMIT64, []uint64{pid + 1}, eperm},
+		{"exec", service, unix.SYS_EXECVE, nil, kill},
+		{"exec of a descriptor", service, unix.SYS_EXECVEAT, nil, kill},
+		{"other 32-bit calls", one, 0x40000000, nil, nosys},
+	} {
+		if got := verdict(t, tt.f, tt.nr, tt.args...); got != tt.want {
+			t.Errorf("%s: %#x, want %#x", tt.name, got, tt.want)
+		}
+	}
+}

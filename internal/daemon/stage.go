@@ -1,0 +1,453 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// handover is what stage 0 tells the worker. Numbers are those of descriptors,
+// which both know by the same; 0 is none.
+type handover struct {
+	Parent    int                           `json:"parent"`
+	Config    []byte                        `json:"config,omitempty"`
+	Listeners map[string][]transport.Handed `json:"listeners,omitempty"` // by their keys
+	Control   *transport.Handed             `json:"control,omitempty"`
+	Metrics   int                           `json:"metrics,omitempty"`
+	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
+	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
+	Log       int                           `json:"log,omitempty"`
+	Command   int                           `json:"command,omitempty"`   // process of --run
+	Gate      int                           `json:"gate,omitempty"`      // what it waits for
+	Forbidden []string                      `json:"forbidden,omitempty"` // folders that cannot be opened
+}
+
+// handedImage are the files of one image.
+type handedImage struct {
+	Image string            `json:"image"` // as the export names it
+	Dirs  map[string]string `json:"dirs,omitempty"`
+	Files []handedFile      `json:"files"`
+}
+
+type handedFile struct {
+	Path     string `json:"path"`
+	ReadOnly bool   `json:"read-only,omitempty"`
+	Direct   bool   `json:"direct,omitempty"`
+	FD       int    `json:"fd"`
+}
+
+// Keys of listeners.
+func endpointKey(i int) string             { return fmt.Sprintf("endpoint %d", i) }
+func listenerKey(l config.Listener) string { return "listener " + l.URI }
+
+// stage0 opens what the worker may not.
+type stage0 struct {
+	*daemon
+	out   handover
+	files []*os.File
+	paths []confine.Path
+	open  []interface{ Close() error } // what an error closes again
+	first transport.Listener           // where a command finds the disk
+	gate  *os.File
+
+	waiting map[string]bool // names of sockets that the service manager passes
+}
+
+// becomeWorker opens everything, gives up all rights and goes on as the
+// worker. It returns only if that fails.
+func (d *daemon) becomeWorker() error {
+	s := &stage0{daemon: d, waiting: map[string]bool{}, out: handover{
+		Parent: os.Getppid(), Config: d.cfg.Text,
+		Listeners: map[string][]transport.Handed{}, Images: map[string]handedImage{},
+	}}
+	for _, name := range strings.Split(os.Getenv("LISTEN_FDNAMES"), ":") {
+		s.waiting[name] = true
+	}
+	for _, step := range [...]func() error{
+		d.watchParent,
+		s.checkSwap,
+		s.openLog,
+		s.openTLS,
+		s.listenAll,
+		s.openControl,
+		s.openImages,
+		d.writePIDFile,
+		s.startCommand,
+		s.exec,
+	} {
+		if err := step(); err != nil {
+			s.undo()
+			return err
+		}
+	}
+	return nil
+}
+
+// undo closes what was opened, and removes what was made; close does the rest.
+func (s *stage0) undo() {
+	for _, c := range s.open {
+		_ = c.Close() // the error that led here matters more
+	}
+	if s.gate != nil {
+		_ = s.gate.Close() // the command ends
+	}
+}
+
+// hand keeps f open until the worker has it.
+func (s *stage0) hand(f *os.File) int {
+	s.files = append(s.files, f)
+	return int(f.Fd())
+}
+
+// may lets the worker go on using a path.
+func (s *stage0) may(path string, r confine.Right) {
+	if abs, err := filepath.Abs(path); err == nil {
+		s.paths = append(s.paths, confine.Path{Path: abs, May: r})
+	}
+}
+
+// checkSwap is enterSwap without the exec, of which this one has its own.
+func (s *stage0) checkSwap() error {
+	if !s.cfg.Swap.On {
+		return nil
+	}
+	err := s.cfg.checkSwap()
+	if err == nil {
+		err = s.cfg.Swap.tolerate(s.cfg.swapStorage())
+	}
+	if err != nil {
+		return fmt.Errorf("--swap: %w", err)
+	}
+	s.may(fmt.Sprintf("/proc/%d", os.Getpid()), confine.Read|confine.List) // what threads have
+	s.may("/proc/sys/vm", confine.Read)
+	return nil
+}
+
+func (s *stage0) openLog() error {
+	if !strings.HasPrefix(s.cfg.Log.Sink, "/") {
+		return nil
+	}
+	f, err := obs.OpenFile(s.cfg.Log.Sink)
+	if err != nil {
+		return err
+	}
+	s.out.Log = s.hand(f)
+	return nil
+}
+
+func (s *stage0) openTLS() error {
+	if s.cfg.TLS == nbd.TLSOff && !s.encrypts() {
+		return nil
+	}
+	if s.cfg.TLSKeys != "" {
+		s.may(filepath.Dir(s.cfg.TLSKeys), confine.Read)
+	}
+	if s.cfg.TLSCertificates == "" {
+		return nil
+	}
+	// Mistakes show before anything is made.
+	_, err := transport.LoadCredentials(s.cfg.TLSCertificates, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	all, err := transport.OpenCredentials(s.cfg.TLSCertificates, transport.TLSOptions{})
+	if err != nil {
+		return err
+	}
+	s.out.TLS = map[string]int{}
+	for name, f := range all {
+		s.out.TLS[name] = s.hand(f)
+	}
+	s.may(s.cfg.TLSCertificates, confine.Read)
+	return nil
+}
+
+// listenAll opens the listeners. One of an export alone that cannot be opened
+// is the worker's to complain of, because other exports do not depend on it.
+func (s *stage0) listenAll() error {
+	for i, e := range s.cfg.Endpoints {
+		if err := s.listen(endpointKey(i), e); err != nil {
+			return err
+		}
+	}
+	c := s.conf.Load()
+	if c == nil {
+		return nil
+	}
+	for _, l := range c.Listeners {
+		if err := s.listenTo(l); err != nil {
+			return fmt.Errorf("listener %q: %w", l.URI, err)
+		}
+	}
+	for _, x := range s.exports0() {
+		for _, l := range x.Listeners {
+			_ = s.listenTo(l)
+		}
+	}
+	return nil
+}
+
+func (s *stage0) listenTo(l config.Listener) error {
+	if strings.HasPrefix(l.URI, config.SystemdScheme) { // the worker takes it itself
+		return nil
+	}
+	e, err := endpointOf(l)
+	if err != nil {
+		return err
+	}
+	if e.Kind == transport.Unix {
+		s.may(filepath.Dir(e.Path), confine.List|confine.Remove|confine.Socket)
+	}
+	if name := keptName(l, e); name != "" && s.waiting[name] { // that one, too
+		return nil
+	}
+	return s.listen(listenerKey(l), e)
+}
+
+// listen opens one endpoint for the worker.
+func (s *stage0) listen(key string, e transport.Endpoint) error {
+	if s.out.Listeners[key] != nil {
+		return nil // the worker complains of the second
+	}
+	ls, err := transport.Listen(s.ctx, e)
+	if err != nil {
+		return err
+	}
+	for _, l := range ls {
+		s.open = append(s.open, l)
+		h, files, err := transport.HandOver(l)
+		if err != nil {
+			return err
+		}
+		for _, f := range files {
+			s.hand(f)
+		}
+		s.out.Listeners[key] = append(s.out.Listeners[key], h)
+		s.mayRemove(h)
+		if s.first == nil {
+			s.first = l
+		}
+	}
+	return nil
+}
+
+// mayRemove lets the worker remove the file of a socket, and make it anew at
+// the same place.
+func (s *stage0) mayRemove(h transport.Handed) {
+	if h.Path == "" {
+		return
+	}
+	s.may(filepath.Dir(h.Path), confine.List|confine.Remove|confine.Socket)
+	if h.Private != "" {
+		s.may(filepath.Dir(h.Private), confine.Rmdir)
+	}
+}
+
+// exports0 are the exports that the worker will open, kept ones included.
+func (s *stage0) exports0() []config.Export {
+	c := s.conf.Load()
+	if c == nil {
+		return []config.Export{s.cfg.Disk}
+	}
+	list := c.Exports
+	if c.Control.State != "" {
+		kept, _ := config.ReadExports(c.Control.State) // the worker complains
+		list = append(list[:len(list):len(list)], kept...)
+	}
+	return list
+}
+
+func (s *stage0) openControl() error {
+	c := s.conf.Load()
+	if c == nil {
+		return nil
+	}
+	s.may(filepath.Dir(s.cfg.File), confine.Read)
+	if c.Control.State != "" {
+		s.may(c.Control.State, confine.Images)
+	}
+	if c.Control.Socket != "" {
+		l, err := listenControl(s.ctx, &c.Control)
+		if err != nil {
+			return err
+		}
+		s.open = append(s.open, l)
+		h, files, err := transport.HandOver(l)
+		if err != nil {
+			return err
+		}
+		for _, f := range files {
+			s.hand(f)
+		}
+		s.out.Control = &h
+		s.mayRemove(h)
+	}
+	if at := c.Metrics.Listen; at != "" {
+		l, err := net.Listen("tcp", at)
+		if err != nil {
+			return err
+		}
+		f, err := l.(*net.TCPListener).File()
+		if err != nil {
+			return err
+		}
+		s.out.Metrics = s.hand(f)
+	}
+	return nil
+}
+
+// openImages opens the images. What cannot be opened for a service is the
+// worker's to complain of.
+func (s *stage0) openImages() error {
+	e := engine.NewPool(1)
+	defer e.Close()
+	s.engine, s.buffers = e, bufpool.New(limits.BufferBudget)
+	defer func() { s.engine, s.buffers = nil, nil }()
+	for _, x := range s.exports0() {
+		if err := s.openImage(&x); err != nil && !s.served() {
+			return err
+		}
+	}
+	for _, r := range s.roots() {
+		s.may(r, confine.Images)
+	}
+	return nil
+}
+
+func (s *stage0) openImage(x *config.Export) error {
+	if x.Format == "mem" || x.Format == "null" {
+		return nil
+	}
+	if _, again := s.out.Images[x.Name]; again {
+		return nil
+	}
+	spec, err := s.imageSpec(x, nil)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, openTimeout)
+	defer cancel()
+	spec.Log = slog.New(slog.DiscardHandler)
+	t, err := open.Gather(ctx, spec)
+	if err != nil {
+		return err
+	}
+	h := handedImage{Image: x.Image}
+	files, dirs := t.Contents()
+	h.Dirs = dirs
+	for r, f := range files {
+		h.Files = append(h.Files, handedFile{Path: r.Path, ReadOnly: r.ReadOnly, Direct: r.Direct, FD: s.hand(f)})
+	}
+	s.out.Images[x.Name] = h
+	return nil
+}
+
+// startCommand starts the command of --run outside the cage, because the worker
+// can start nothing. It waits for a line from the worker.
+func (s *stage0) startCommand() error {
+	if s.cfg.Run == "" {
+		return nil
+	}
+	if s.first == nil {
+		return errNoSocket
+	}
+	cred, err := confine.CredentialOf(s.cfg.User, s.cfg.Group)
+	if err != nil {
+		return err
+	}
+	wait, gate, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer wait.Close()
+	cmd := exec.Command("/bin/sh", "-c", "read -r _ <&3 || exit 1\nexec 3<&-\n"+s.cfg.shellVariables(s.first)+s.cfg.Run)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{wait}
+	if cred != nil {
+		cmd.SysProcAttr = &unix.SysProcAttr{Credential: cred}
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	s.gate = gate
+	s.out.Command, s.out.Gate = cmd.Process.Pid, s.hand(gate)
+	return nil
+}
+
+// Files that look-ups of users, hosts and times read, and what storage says of
+// itself.
+var alwaysRead = []string{
+	"/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/localtime",
+	"/usr/share/zoneinfo", "/sys/dev/block", "/sys/devices",
+}
+
+// forbidden are folders that the worker may not open, by which it tries its
+// cage.
+func (s *stage0) forbidden() (list []string) {
+	for _, dir := range [...]string{"/", "/proc", "/etc"} {
+		if !slices.ContainsFunc(s.paths, func(p confine.Path) bool {
+			rel, err := filepath.Rel(p.Path, dir)
+			return p.May&confine.List != 0 && err == nil && filepath.IsLocal(rel)
+		}) {
+			list = append(list, dir)
+		}
+	}
+	return list
+}
+
+// exec goes on as the worker.
+func (s *stage0) exec() error {
+	for _, path := range alwaysRead {
+		s.may(path, confine.Read)
+	}
+	if s.served() { // overlays of exports that come later
+		s.may(layer.TemporaryFolder(), confine.Read|confine.Write)
+	}
+	s.may(os.DevNull, confine.Read|confine.Write)
+	if s.cfg.PIDFile != "" {
+		s.may(filepath.Dir(s.cfg.PIDFile), confine.Remove)
+	}
+	p := &confine.Plan{
+		Mode: s.cfg.Confine, User: s.cfg.User, Group: s.cfg.Group,
+		Files: s.files, Paths: s.paths,
+		AbstractSockets: strings.HasPrefix(os.Getenv("NOTIFY_SOCKET"), "@"),
+	}
+	if s.served() {
+		p.BindTCP = true
+		p.RootKeeps = []uintptr{unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_FOWNER, unix.CAP_NET_BIND_SERVICE}
+		if s.roots() == nil {
+			p.OpenPaths = "the configuration names no images.roots: a reload may name images anywhere"
+		}
+	}
+	if s.cfg.Swap.On {
+		p.Lock = true
+		p.Thread = func() error { return s.cfg.Swap.tolerate(confine.PrepareSwap()) }
+	}
+	if p.OpenPaths == "" {
+		s.out.Forbidden = s.forbidden()
+	}
+	p.State = &s.out
+	err := p.Exec()
+	runtime.KeepAlive(s)
+	return fmt.Errorf("confine: %w", err)
+}

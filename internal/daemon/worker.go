@@ -1,0 +1,195 @@
+package daemon
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// Handed is what the worker got from stage 0. Its methods give each thing once,
+// and nothing for a nil Handed.
+type Handed struct {
+	in       handover
+	mode     confine.Mode
+	controls []confine.Control
+}
+
+// TakeOver reads what stage 0 hands over; nil for nil.
+func TakeOver(h *confine.Handover) (*Handed, error) {
+	if h == nil {
+		return nil, nil
+	}
+	t := &Handed{mode: h.Mode, controls: h.Controls}
+	d := json.NewDecoder(bytes.NewReader(h.State))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&t.in); err != nil {
+		return nil, fmt.Errorf("what stage 0 hands over: %w", err)
+	}
+	return t, nil
+}
+
+// ConfigText is the text of the configuration file as stage 0 has read it.
+func (t *Handed) ConfigText() []byte { return t.in.Config }
+
+// file takes up a descriptor, which the next program must not have.
+func file(fd int, name string) (*os.File, error) {
+	if fd < 3 {
+		return nil, fmt.Errorf("%s: descriptor %d is none that is handed over", name, fd)
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("%s: descriptor %d: %w", name, fd, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+func (t *Handed) logFile() *os.File {
+	if t == nil || t.in.Log == 0 {
+		return nil
+	}
+	f, _ := file(t.in.Log, "log") // without it the path is tried
+	return f
+}
+
+func (t *Handed) certificates() (map[string]*os.File, error) {
+	if t == nil || t.in.TLS == nil {
+		return nil, nil
+	}
+	all := map[string]*os.File{}
+	for name, fd := range t.in.TLS {
+		f, err := file(fd, name)
+		if err != nil {
+			return nil, err
+		}
+		all[name] = f
+	}
+	return all, nil
+}
+
+// listeners are those of a key; nil if stage 0 has not opened them.
+func (t *Handed) listeners(key string) ([]transport.Listener, error) {
+	if t == nil {
+		return nil, nil
+	}
+	var ls []transport.Listener
+	for _, h := range t.in.Listeners[key] {
+		l, err := transport.Adopt(h)
+		if err != nil {
+			return nil, err
+		}
+		ls = append(ls, l)
+	}
+	delete(t.in.Listeners, key)
+	return ls, nil
+}
+
+func (t *Handed) control() (net.Listener, error) {
+	if t == nil || t.in.Control == nil {
+		return nil, nil
+	}
+	return transport.AdoptUnix(*t.in.Control)
+}
+
+func (t *Handed) metrics() (net.Listener, error) {
+	if t == nil || t.in.Metrics == 0 {
+		return nil, nil
+	}
+	f, err := file(t.in.Metrics, "metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // FileListener has its own
+	return net.FileListener(f)
+}
+
+// images are the files of the image of an export, for the first time that it is
+// opened.
+func (t *Handed) images(x *config.Export) (*open.Table, error) {
+	if t == nil {
+		return nil, nil
+	}
+	h, ok := t.in.Images[x.Name]
+	if !ok || h.Image != x.Image {
+		return nil, nil
+	}
+	delete(t.in.Images, x.Name)
+	files := map[open.Request]*os.File{}
+	for _, x := range h.Files {
+		f, err := file(x.FD, x.Path)
+		if err != nil {
+			return nil, err
+		}
+		files[open.Request{Path: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct}] = f
+	}
+	return open.NewTable(files, h.Dirs), nil
+}
+
+// releaseCommand lets the command of --run go on, and waits for it.
+func (d *daemon) releaseCommand() error {
+	gate, err := file(d.cfg.Handed.in.Gate, "gate")
+	if err != nil {
+		return err
+	}
+	p, err := os.FindProcess(d.cfg.Handed.in.Command)
+	if err != nil {
+		return errors.Join(err, gate.Close())
+	}
+	if _, err := gate.WriteString("go\n"); err != nil {
+		return errors.Join(err, gate.Close())
+	}
+	go d.awaitCommand(p)
+	return gate.Close()
+}
+
+// confine closes the cage: from here on the process can do what serving needs,
+// and nothing else.
+func (d *daemon) confine() error {
+	t := d.cfg.Handed
+	if t == nil {
+		d.cage = []confine.Control{{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"}}
+		return nil
+	}
+	d.cage = t.controls
+	ring := confine.Control{Name: confine.ControlRing, State: confine.Enforced}
+	if d.engine.Name() != "uring" {
+		ring.Reason = "no ring is in use"
+	}
+	c := confine.Control{Name: confine.ControlSeccomp, State: confine.Enforced}
+	f := confine.Filter{Service: d.served(), Command: t.in.Command != 0}
+	if err := f.Load(); err != nil {
+		c.State, c.Reason = confine.Off, err.Error()
+	}
+	d.cage = append(d.cage, ring, c)
+	for _, c := range d.cage {
+		if c.State == confine.Enforced {
+			continue
+		}
+		if t.mode == confine.Strict {
+			return fmt.Errorf("confine: %s is %s: %s; --confine=strict refuses that", c.Name, c.State, c.Reason)
+		}
+		d.log.Warn("not confined as it could be", "control", c.Name, "state", c.State, "reason", c.Reason)
+	}
+	if c.State != confine.Enforced {
+		return nil
+	}
+	var forbidden []string
+	if d.confined(confine.ControlLandlock) {
+		forbidden = t.in.Forbidden
+	}
+	return confine.SelfTest(forbidden)
+}
+
+// confined tells whether a control is in force.
+func (d *daemon) confined(name string) bool {
+	return slices.ContainsFunc(d.cage, func(c confine.Control) bool { return c.Name == name && c.State != confine.Off })
+}
