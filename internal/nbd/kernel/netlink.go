@@ -320,6 +320,11 @@ func Watch(ctx context.Context) (<-chan int, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generic netlink: %w", err)
 	}
+	return watchOn(ctx, conn)
+}
+
+// watchOn owns conn.
+func watchOn(ctx context.Context, conn *genetlink.Conn) (<-chan int, error) {
 	d, err := newDriver(conn)
 	if err == nil {
 		err = d.join()

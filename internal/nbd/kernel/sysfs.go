@@ -141,7 +141,7 @@ func (s Sysfs) lower(index int, file string, n int64) error {
 	if err != nil || now <= n {
 		return err
 	}
-	f, err := os.OpenFile(s.path(index, file), os.O_WRONLY, 0)
+	f, err := os.OpenFile(s.path(index, file), os.O_WRONLY|os.O_TRUNC, 0)
 	if err == nil {
 		_, err = f.WriteString(strconv.FormatInt(n, 10))
 		err = errors.Join(err, f.Close())
