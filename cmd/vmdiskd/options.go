@@ -37,7 +37,7 @@ type options struct {
 // raw is the command line as it was written.
 type raw struct {
 	unix, port, address          string
-	only4, only6, vsock          bool
+	only4, only6, vsock, local   bool
 	unixMode, unixOwner          string
 	label, pathLabel             string
 	readonly, oldstyle, newstyle bool
@@ -75,6 +75,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVarP(&r.only4, "ipv4-only", "4", false, "listen on IPv4 only")
 	f.BoolVarP(&r.only6, "ipv6-only", "6", false, "listen on IPv6 only")
 	f.BoolVar(&r.vsock, "vsock", false, "listen on AF_VSOCK instead of TCP")
+	f.BoolVar(&r.local, "vsock-local", false, "with --vsock: serve not only guests (CIDs 0, 1 and 2, too)")
 	f.StringVar(&r.unixMode, "unix-mode", "0600", "`MODE` of the Unix socket")
 	f.StringVar(&r.unixOwner, "unix-owner", "", "`USER[:GROUP]` that owns the Unix socket")
 	f.StringVar(&r.label, "selinux-label", "", "SELinux `CONTEXT` of the Unix socket, with the categories of the machine that connects")
@@ -347,6 +348,8 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--single excludes listening and --run")
 	case r.vsock && (r.only4 || r.only6 || r.address != ""):
 		return usagef("--vsock excludes IP options")
+	case r.local && !r.vsock:
+		return usagef("--vsock-local goes with --vsock")
 	case r.single:
 		return nil
 	}
@@ -381,6 +384,10 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 	switch {
 	case r.vsock:
 		e.Kind = transport.VSock
+		// A command of --run is a process of this host.
+		if r.local || r.run != "" {
+			c.Disk.Grants = []config.Grant{{Access: "rw", CIDs: []uint32{0, 1, 2}}, {Access: "rw"}}
+		}
 	case r.only4:
 		e.Family = "4"
 	case r.only6:

@@ -36,7 +36,10 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		}},
 		{"-6 disk.img", func(c daemon.Config) bool { return first(c).Family == "6" }},
 		{"--vsock -p 70000 disk.img", func(c daemon.Config) bool {
-			return first(c).Kind == transport.VSock && first(c).Port == 70000
+			return first(c).Kind == transport.VSock && first(c).Port == 70000 && len(c.Disk.Grants) == 0
+		}},
+		{"--vsock --vsock-local disk.img", func(c daemon.Config) bool {
+			return len(c.Disk.Grants) == 2 && slices.Contains(c.Disk.Grants[0].CIDs, 1) && len(c.Disk.Grants[1].CIDs) == 0
 		}},
 		{"-rfv -e vm1 -P /run/p -t 16 disk.img", func(c daemon.Config) bool {
 			return c.Disk.ReadOnly && c.Disk.Name == "vm1" && c.PIDFile == "/run/p" && c.Requests == 16 &&
@@ -108,7 +111,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 func TestMistakesAreUsageErrors(t *testing.T) {
 	for _, line := range []string{
 		"", "a b", "--nonsense disk", "-p x disk", "-p 70000 disk", "-4 -6 disk", "-s -U x disk", "-s -p 1 disk",
-		"-U x -p 1 disk", "--vsock -4 disk", "--tls=maybe disk", "--tls-certificates=/x disk",
+		"-U x -p 1 disk", "--vsock -4 disk", "--vsock-local disk", "--vsock-local -U x disk", "--tls=maybe disk", "--tls-certificates=/x disk",
 		"--tls=require -o disk", "-o -n disk", "--format=vmdk disk", "--cache=x disk", "--engine=x disk",
 		"--mask-handshake=x disk", "--mask-handshake=0x10000 disk", "-t -1 disk", "-t 129 disk", "-D nbd disk",
 		"-D nbd=loud disk", "--log=x disk", "--unix-mode=9 -U x disk", "--unix-mode=0 -U x disk",

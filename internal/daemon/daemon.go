@@ -55,6 +55,7 @@ type daemon struct {
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
 	accepted sync.WaitGroup // accept loops and the connections they made
+	refused  atomic.Uint64  // connections that no export is for
 	finished chan error     // a captive command or the one stdio client ended
 }
 

@@ -194,6 +194,11 @@ func (d *daemon) acceptLoop(x *door) {
 
 // converse serves one client. What it did wrong is a debug line.
 func (d *daemon) converse(c transport.Conn, mode nbd.TLSMode) error {
+	if !d.exports.Admits(c.Peer()) {
+		d.refused.Add(1)
+		d.log.Debug("refused: no export is for this peer", "peer", c.Peer())
+		return c.Close()
+	}
 	d.log.Debug("connected", "peer", c.Peer())
 	err := d.server.ServeTLS(d.ctx, c, mode)
 	d.log.Debug("disconnected", "peer", c.Peer(), "error", err)

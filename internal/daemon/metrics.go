@@ -16,6 +16,7 @@ func (s service) Metrics(w io.Writer) error {
 	m := obs.Metrics{
 		Version: Version, Engine: d.engine.Name(), Started: d.started,
 		BuffersLent: lent, BufferBytes: used, BufferLimit: limits.BufferBudget,
+		Refused: d.refused.Load(),
 	}
 	for _, x := range d.exports.Status() {
 		e := obs.ExportMetrics{

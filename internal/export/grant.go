@@ -30,6 +30,7 @@ type Grant struct {
 	Types     []string       // SELinux type
 	Level     string         // SELinux range, with exactly these categories
 	CertNames []string       // common name, or one of the DNS names
+	PSKs      []string       // identity of the pre-shared key
 }
 
 // matches reports whether p has every fact of g.
@@ -38,10 +39,11 @@ func (g *Grant) matches(p *transport.Peer) bool {
 	switch {
 	case len(g.UIDs) > 0 && !(unix && slices.Contains(g.UIDs, p.UID)),
 		len(g.GIDs) > 0 && !(unix && slices.Contains(g.GIDs, p.GID)),
-		len(g.CIDs) > 0 && !(p.Kind == transport.VSock && slices.Contains(g.CIDs, p.CID)),
+		!g.mayHaveCID(p),
 		len(g.Addresses) > 0 && !g.hasAddress(p),
 		!g.hasLabel(p),
-		len(g.CertNames) > 0 && !g.hasCert(p):
+		len(g.CertNames) > 0 && !g.hasCert(p),
+		len(g.PSKs) > 0 && !(p.PSK != "" && slices.Contains(g.PSKs, p.PSK)):
 		return false
 	}
 	return true
@@ -68,9 +70,12 @@ func (g *Grant) hasCert(p *transport.Peer) bool {
 }
 
 // accessOf is what the first grant that matches gives, and with no grants at
-// all everything.
+// all everything, except to vsock peers that are no guests.
 func accessOf(grants []Grant, p *transport.Peer) Access {
 	if len(grants) == 0 {
+		if p != nil && p.Kind == transport.VSock && reserved(p) {
+			return NoAccess
+		}
 		return ReadWrite
 	}
 	for i := range grants {

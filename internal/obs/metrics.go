@@ -19,9 +19,10 @@ type Metrics struct {
 	Engine  string    // that is in use
 	Started time.Time // the program
 
-	BuffersLent int   // I/O buffers
-	BufferBytes int64 // that they hold of the budget
-	BufferLimit int64 // the budget
+	BuffersLent int    // I/O buffers
+	BufferBytes int64  // that they hold of the budget
+	BufferLimit int64  // the budget
+	Refused     uint64 // connections closed before the greeting
 
 	Exports []ExportMetrics // with different names
 	Clients []ClientMetrics // with different IDs
@@ -143,6 +144,7 @@ func (e *exposition) program(m *Metrics) {
 	e.one("buffers_lent", gauge, "I/O buffers in use.", float64(m.BuffersLent))
 	e.one("buffers_lent_bytes", gauge, "Budget that I/O buffers in use hold.", float64(m.BufferBytes))
 	e.one("buffers_limit_bytes", gauge, "Budget of all I/O buffers.", float64(m.BufferLimit))
+	e.one("refused_connections_total", counter, "Connections closed before the greeting, since no export is for their peer.", float64(m.Refused))
 	e.one("exports", gauge, "Exports.", float64(len(m.Exports)))
 	e.one("clients", gauge, "Connections in transmission.", float64(len(m.Clients)))
 }

@@ -19,7 +19,7 @@ var hostile = []string{"disk", `a"b`, `a\b`, "a\nb", `a\`, "} 1\n#", "-x,y=<z>",
 func exampleMetrics() *Metrics {
 	m := &Metrics{
 		Version: "0.1.0", Engine: "uring", Started: time.Unix(1700000000, 0),
-		BuffersLent: 3, BufferBytes: 4096, BufferLimit: 1 << 30,
+		BuffersLent: 3, BufferBytes: 4096, BufferLimit: 1 << 30, Refused: 17,
 	}
 	for i, name := range hostile {
 		var s ExportStats
@@ -100,6 +100,9 @@ func TestMetricsAreReadByPrometheus(t *testing.T) {
 	}
 	if got := find(t, families["vmdiskd_build_info"], "version", "0.1.0").GetGauge().GetValue(); got != 1 {
 		t.Errorf("build info: got %v, want 1", got)
+	}
+	if got := families["vmdiskd_refused_connections_total"].GetMetric()[0].GetCounter().GetValue(); got != 17 {
+		t.Errorf("%v connections are refused, want 17", got)
 	}
 	if got := families["vmdiskd_start_time_seconds"].GetMetric()[0].GetGauge().GetValue(); got != 1700000000 {
 		t.Errorf("start: got %v, want 1700000000", got)

@@ -82,6 +82,8 @@ func (l *listener) Accept(ctx context.Context) (Conn, error) {
 				sock.Close()
 				return nil, fmt.Errorf("accept on %s: %w", l.Addr(), err)
 			}
+			at, ok := l.at.(*unix.SockaddrVM)
+			c.peer.Loopback = ok && at.CID == unix.VMADDR_CID_LOCAL
 			return c, nil
 		case ctx.Err() != nil:
 			return nil, l.ended(ctx)

@@ -36,6 +36,10 @@ type Peer struct {
 	// address, not an identity.
 	CID, Port uint32
 
+	// Loopback says that a vsock peer came in at a listener that is bound to
+	// CID 1, where only processes of this host can come in.
+	Loopback bool
+
 	// UID, GID and PID are those of a Unix peer when it connected.
 	UID, GID uint32
 	PID      int32

@@ -92,6 +92,9 @@ func inGuest(t *testing.T, k testenv.Kernel, scenario, options string, modules, 
 		t.Fatal(err)
 	}
 	program, rest, _ := strings.Cut(guestServer(t, in), " ")
+	if program == "vmdiskd" {
+		options = strings.Replace(options, "--vsock ", "--vsock --vsock-local ", 1)
+	}
 	start := strings.Join([]string{program, options, rest}, " ")
 	in.addFile("scenario.sh", 0o644, []byte(strings.ReplaceAll(scenario, "START", start)))
 	if err := in.addPrograms(ctx, programs...); err != nil {

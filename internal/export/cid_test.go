@@ -1,0 +1,72 @@
+package export
+
+import (
+	"math"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// TestPeersThatAreNoGuestsNeedToBeNamed: a process of this host, or of the one
+// above, gets nothing for being anybody.
+func TestPeersThatAreNoGuestsNeedToBeNamed(t *testing.T) {
+	const guest = 42
+	everybody := Grant{Access: ReadWrite}
+	local := Grant{Access: ReadOnly, CIDs: []uint32{1}}
+	for _, tt := range []struct {
+		name   string
+		grants []Grant
+		cid    uint32
+		want   Access
+	}{
+		{"a guest without grants", nil, guest, ReadWrite},
+		{"the hypervisor without grants", nil, 0, NoAccess},
+		{"a local process without grants", nil, 1, NoAccess},
+		{"the host above without grants", nil, 2, NoAccess},
+		{"nobody's CID without grants", nil, math.MaxUint32, NoAccess},
+		{"a guest by the grant for everybody", []Grant{everybody}, guest, ReadWrite},
+		{"a local process by the grant for everybody", []Grant{everybody}, 1, NoAccess},
+		{"the host above by the grant for everybody", []Grant{everybody}, 2, NoAccess},
+		{"a local process that is named", []Grant{local, everybody}, 1, ReadOnly},
+		{"another one than is named", []Grant{local, everybody}, 2, NoAccess},
+		{"a guest that is not named", []Grant{{Access: ReadWrite, CIDs: []uint32{43}}}, guest, NoAccess},
+	} {
+		p := &transport.Peer{Kind: transport.VSock, CID: tt.cid}
+		if got := accessOf(tt.grants, p); got != tt.want {
+			t.Errorf("%s: access %v, want %v", tt.name, got, tt.want)
+		}
+		if got := admits(tt.grants, p); got != (tt.want != NoAccess) {
+			t.Errorf("%s: admitted is %v, access %v", tt.name, got, tt.want)
+		}
+	}
+	here := &transport.Peer{Kind: transport.VSock, CID: 1, Loopback: true}
+	if got := accessOf(nil, here); got != ReadWrite || !admits(nil, here) {
+		t.Errorf("access %v at a listener for processes of this host", got)
+	}
+	for _, p := range []*transport.Peer{{Kind: transport.Unix}, {Kind: transport.TCP}, nil} {
+		if got := accessOf(nil, p); got != ReadWrite {
+			t.Errorf("%v: access %v without grants", p, got)
+		}
+	}
+}
+
+// TestPeerMayShowItsKeyBeforeItIsRefused: what decides may come later.
+func TestPeerMayShowItsKeyBeforeItIsRefused(t *testing.T) {
+	p := &transport.Peer{Kind: transport.VSock, CID: 42}
+	for _, tt := range []struct {
+		name   string
+		grants []Grant
+		want   bool
+	}{
+		{"a certificate opens", []Grant{{Access: ReadWrite, CertNames: []string{"vm1"}}}, true},
+		{"a certificate of another CID opens", []Grant{{Access: ReadWrite, CIDs: []uint32{43}, CertNames: []string{"vm1"}}}, false},
+		{"a certificate closes, everybody else may", []Grant{{Access: NoAccess, CertNames: []string{"vm1"}}, {Access: ReadOnly}}, true},
+		{"the CID closes, everybody else may", []Grant{{Access: NoAccess, CIDs: []uint32{42}}, {Access: ReadOnly}}, false},
+		{"a user of a Unix socket may", []Grant{{Access: ReadWrite, UIDs: []uint32{0}}}, false},
+		{"a certificate closes, nobody may", []Grant{{Access: NoAccess, CertNames: []string{"vm1"}}}, false},
+	} {
+		if got := admits(tt.grants, p); got != tt.want {
+			t.Errorf("%s: admitted is %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
