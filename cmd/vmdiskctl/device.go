@@ -114,6 +114,9 @@ func (f *deviceFlags) run(c *cobra.Command, args []string) error {
 	}
 	config.Connections, config.Timeout, config.DeadConn = f.connections, f.timeout, f.deadConn
 	config.ReadOnly, config.Block, config.Swap = f.readOnly, f.block, f.swap
+	if err := config.Check(); err != nil {
+		return err
+	}
 	if f.persist && !f.stay {
 		return f.background(c)
 	}

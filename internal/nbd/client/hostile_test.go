@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"strings"
@@ -501,5 +502,45 @@ func TestSeveralContextsComeInTheirOwnOrder(t *testing.T) {
 	want := "[[{8192 4096 3}] [{8192 100 1} {8292 3996 0}] [{8192 4096 9223372036854775808}]]"
 	if fmt.Sprint(got) != want {
 		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestHandoverGivesAwayAnUntouchedConnection(t *testing.T) {
+	conn := serve(t, func(p *peer) {
+		p.haggle(terms{size: 1 << 20, flags: allFlags})
+		if r, _ := p.request(); r.Cookie != 9 || p.ext {
+			panic("not the request of the test")
+		}
+		p.send([]byte("answer"))
+		p.drain()
+	})
+	s, err := Negotiate(t.Context(), conn, Options{Replies: Simple})
+	must(t, err)
+	got, e, err := s.Handover(t.Context(), "disk")
+	must(t, err)
+	if got != conn || e.Name != "disk" || e.Size != 1<<20 || e.Flags != allFlags || s.Replies() != Simple {
+		t.Errorf("another connection, or export %+v", e)
+	}
+	_, err = got.Write(wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdRead, Cookie: 9, Len: 512}))
+	must(t, err)
+	b := make([]byte, 6)
+	if _, err = io.ReadFull(got, b); err != nil || string(b) != "answer" {
+		t.Errorf("read %q, %v", b, err)
+	}
+}
+
+func TestHandoverOfABufferedByteBreaksTheProtocol(t *testing.T) {
+	conn := serve(t, greeted(func(p *peer) {
+		p.skipTo(wire.OptGo)
+		b := wire.AppendOptReply(nil, wire.OptGo, wire.RepInfo, wire.AppendInfoExport(nil, 1<<20, allFlags))
+		p.send(append(wire.AppendOptReply(b, wire.OptGo, wire.RepAck, nil), 'x'))
+	}))
+	s, err := Negotiate(t.Context(), conn, Options{Replies: Simple})
+	must(t, err)
+	if _, _, err := s.Handover(t.Context(), "disk"); !errors.Is(err, ErrProtocol) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := conn.Write([]byte{0}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the connection is left open: %v", err)
 	}
 }

@@ -66,7 +66,7 @@ type Device struct {
 // Attach negotiates the connections and gives them to the driver. The device
 // stays attached when the process ends, if its connections are direct.
 func Attach(ctx context.Context, d *Driver, c Config) (*Device, error) {
-	if err := c.check(); err != nil {
+	if err := c.Check(); err != nil {
 		return nil, err
 	}
 	v := &Device{driver: d, config: c}
@@ -78,7 +78,9 @@ func Attach(ctx context.Context, d *Driver, c Config) (*Device, error) {
 	return v, nil
 }
 
-func (c *Config) check() error {
+// Check refuses what cannot work or would not be safe, as far as that is known
+// before the server has been asked. Attach does it too.
+func (c *Config) Check() error {
 	switch {
 	case c.Connections < 1 || c.Connections > limits.DeviceSockets:
 		return refused("%d connections: from 1 to %d are possible", c.Connections, limits.DeviceSockets)

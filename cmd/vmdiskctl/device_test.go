@@ -1,0 +1,69 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
+	const unix = "nbd+unix:///disk?socket=/nowhere"
+	for _, tt := range []struct {
+		code int
+		args string
+		says string
+	}{
+		{exitUsage, "", "arg"},
+		{exitUsage, unix + " /dev/nbd0 more", "arg"},
+		{exitUsage, "/dev/nbd0", "scheme"},
+		{exitUsage, unix + " /dev/sda", "/dev/nbdN"},
+		{exitUsage, unix + " nbd9999999", "highest"},
+		{exitUsage, unix + " --swapon", "--swap"},
+		{exitUsage, unix + " --syslog", "--foreground"},
+		{exitUsage, unix + " --foreground --ready-fd=1", "--ready-fd"},
+		{exitUsage, unix + " --ready-fd=-2", "--ready-fd"},
+		{exitUsage, unix + " --poll 1ms", "--poll"},
+		{exitUsage, unix + " --timeout=soon", "soon"},
+		{exitUsage, unix + " --swap --timeout 5s", "--swap"},
+		{exitUsage, unix + " --swap --connections 2", "--swap"},
+		{exitRefused, unix + " --connections 17", "17 connections"},
+		{exitRefused, unix + " --connections 0", "0 connections"},
+		{exitRefused, unix + " --timeout=-1s", "timeout"},
+		{exitRefused, "nbd://localhost/disk --swap", "Unix socket"},
+		{exitRefused, "nbd+vsock://2/disk --swap", "Unix socket"},
+		{exitRefused, "nbds://localhost/disk --swap", "Unix socket"},
+		{exitRefused, unix + " --swap --readonly", "read-only"},
+	} {
+		code, stdout, stderr := ctl(t, append([]string{"device", "attach"}, strings.Fields(tt.args)...)...)
+		if code != tt.code || stdout != "" || !strings.Contains(stderr, tt.says) {
+			t.Errorf("attach %s: exit code %d, want %d; %q %q", tt.args, code, tt.code, stdout, stderr)
+		}
+	}
+	for _, name := range []string{"", "nbd", "sda", "/dev/nbd0/", "-1"} {
+		want(t, exitUsage, "device", "detach", "--", name)
+	}
+}
+
+// TestHolderThatCannotAttachIsHeard: the machine has no driver, or its user no
+// right to it, or there is no server.
+func TestHolderThatCannotAttachIsHeard(t *testing.T) {
+	t.Setenv(asMain, "1")
+	for _, uri := range []string{"nbd+unix:///disk?socket=/nowhere", "nbd+vsock://1:1/disk"} {
+		code, stdout, stderr := ctl(t, "device", "attach", uri, "--persist")
+		if code != exitFailed && code != exitRefused || stdout != "" {
+			t.Errorf("exit code %d, %q", code, stdout)
+		}
+		if strings.Count(stderr, "vmdiskctl: ") != 1 || len(strings.TrimSpace(stderr)) < 20 {
+			t.Errorf("standard error is %q", stderr)
+		}
+	}
+}
+
+func TestSwapDevicesAreFoundInTheTable(t *testing.T) {
+	const table = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n" +
+		"/dev/nbd10                              partition\t65532\t\t0\t\t-2\n/swap\\040file\tfile\t1\t0\t-3\n/dev/nbd3\tpartition\t1\t0\t-4\n"
+	for device, want := range map[string]bool{"/dev/nbd10": true, "/dev/nbd3": true, "/dev/nbd1": false, "/dev/nbd": false} {
+		if got := swapsOn(table, device); got != want {
+			t.Errorf("%s: %v", device, got)
+		}
+	}
+}
