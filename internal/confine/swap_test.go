@@ -6,10 +6,13 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func TestTaskIsReadBehindAnyName(t *testing.T) {
@@ -132,5 +135,61 @@ func TestFiniteLimitDoesNotAllowLocking(t *testing.T) {
 	first, _, _ := strings.Cut(string(out), "\n")
 	if !strings.Contains(first, SwapMemlock) || !strings.Contains(first, SwapIOFlusher) {
 		t.Errorf("missing without the capabilities: %s", first)
+	}
+}
+
+func TestLongUntouchedRunsAreLeftOut(t *testing.T) {
+	const page = 4096
+	const run, margin = limits.SwapUntouched / page, limits.SwapMargin / page
+	pages := func(spans ...[2]int) (out []span) {
+		for _, s := range spans {
+			out = append(out, span{uintptr(1<<30 + s[0]*page), uintptr(1<<30 + s[1]*page)})
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		name   string
+		length int
+		there  []int
+		want   []span
+	}{
+		{"all absent", run, nil, pages([2]int{0, margin}, [2]int{run - margin, run})},
+		{"one less", run - 1, nil, pages([2]int{0, run - 1})},
+		{"behind a page", run + 1, []int{0}, pages([2]int{0, 1 + margin}, [2]int{run + 1 - margin, run + 1})},
+		{"before a page", run + 1, []int{run}, pages([2]int{0, margin}, [2]int{run - margin, run + 1})},
+		{"both a page too short", 2*run - 1, []int{run - 1}, pages([2]int{0, 2*run - 1})},
+		{"twice", 2*run + 1, []int{run}, pages([2]int{0, margin}, [2]int{run - margin, run + 1 + margin}, [2]int{2*run + 1 - margin, 2*run + 1})},
+	} {
+		present := make([]byte, tt.length)
+		for _, i := range tt.there {
+			present[i] = 1
+		}
+		got := pages([2]int{0, tt.length})[0].without(present, page)
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("%s: got %x, want %x", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestMappingsAreParsed(t *testing.T) {
+	for _, tt := range []struct {
+		line string
+		want span
+		ok   bool
+	}{
+		{"00400000-008d0000 r-xp 00000000 fe:00 10609601                           /bin/vmdiskd", span{0x400000, 0x8d0000}, true},
+		{"3ce1e800000-3ce1f800000 rw-p 00000000 00:00 0", span{0x3ce1e800000, 0x3ce1f800000}, true},
+		{"3ce1f800000-3ce22800000 ---p 00000000 00:00 0", span{0x3ce1f800000, 0x3ce22800000}, false},
+		{"7ffd1000-7ffd5000 r--p 00000000 00:00 0 [vvar]", span{0x7ffd1000, 0x7ffd5000}, false},
+		{"7ffd1000-7ffd5000 rw-p 00000000 00:00 0 [stack]", span{0x7ffd1000, 0x7ffd5000}, true},
+	} {
+		if got, ok, err := parseMapping(tt.line); err != nil || got != tt.want || ok != tt.ok {
+			t.Errorf("%q: got %x, %v, %v", tt.line, got, ok, err)
+		}
+	}
+	for _, bad := range []string{"", "a-b", "x-1 rw-p 0 0:0 0", "1 rw-p 0 0:0 0"} {
+		if got, _, err := parseMapping(bad); err == nil {
+			t.Errorf("%q: got %x, want an error", bad, got)
+		}
 	}
 }

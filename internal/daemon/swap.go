@@ -48,7 +48,7 @@ func enterSwap(c *Config) error {
 		return os.Unsetenv(swapStage)
 	}
 	if err := c.Swap.tolerate(c.swapStorage()); err != nil {
-		return fmt.Errorf("--swap: %w", err)
+		return err
 	}
 	runtime.LockOSThread()
 	if err := c.Swap.tolerate(confine.PrepareSwap()); err != nil {
@@ -237,7 +237,7 @@ func (d *daemon) settle() error {
 	}
 	growHeap(limits.SwapHeap)
 	missing := append(d.cfg.swapStorage(), confine.VerifySwap()...)
-	locked, err := confine.LockMemory()
+	resident, err := confine.LockMemory()
 	var m *confine.Missing
 	if errors.As(err, &m) {
 		missing = append(missing, m)
@@ -248,7 +248,7 @@ func (d *daemon) settle() error {
 	for _, m := range missing {
 		d.log.Warn("swap is not safe", "missing", m.Protection, "error", m.Err, "remedy", m.Remedy)
 	}
-	d.log.Info("memory is locked", "bytes", locked)
+	d.log.Info("memory is locked", "bytes", resident)
 	return nil
 }
 

@@ -38,6 +38,14 @@ const (
 	SwapHeadroom       = 8 << 20
 	SwapHeadroomFactor = 4
 
+	// SwapUntouched is the length of a run of pages that nobody has touched
+	// from which on it is not made resident: the runtime's index of the heap
+	// and a table of the random generator have 32 MiB each. The heap itself has
+	// no such run, it grows by 4 MiB. SwapMargin at both ends is made all the
+	// same: the run may end in variables of others.
+	SwapUntouched = 8 << 20
+	SwapMargin    = 1 << 20
+
 	// SwapDepth bounds the block devices that stand on one another between a
 	// swap area and the NBD device.
 	SwapDepth = 8

@@ -26,9 +26,15 @@ var built struct {
 // instead. Each process builds each command once; the caller's main or
 // TestMain calls Cleanup.
 func Build(ctx context.Context, command string) (string, error) {
+	return BuildAs(ctx, command, "./cmd/"+command)
+}
+
+// BuildAs is Build for a package of the module, with more flags for go build.
+// name, a file name, stands for both.
+func BuildAs(ctx context.Context, name, pkg string, flags ...string) (string, error) {
 	built.mu.Lock()
 	defer built.mu.Unlock()
-	if path := built.path[command]; path != "" {
+	if path := built.path[name]; path != "" {
 		return path, nil
 	}
 	if built.dir == "" {
@@ -38,17 +44,17 @@ func Build(ctx context.Context, command string) (string, error) {
 		}
 		built.dir, built.path = dir, map[string]string{}
 	}
-	path := filepath.Join(built.dir, command)
+	path := filepath.Join(built.dir, name)
 	args, env := []string{"build", "-trimpath", "-o", path}, "CGO_ENABLED=0"
 	if os.Getenv("VMDISKD_RACE") == "1" {
 		args, env = append(args, "-race"), "CGO_ENABLED=1"
 	}
-	cmd := exec.CommandContext(ctx, "go", append(args, "./cmd/"+command)...)
+	cmd := exec.CommandContext(ctx, "go", append(append(args, flags...), pkg)...)
 	cmd.Dir, cmd.Env = Root(), append(os.Environ(), env)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build %s: %w\n%s", command, err, out)
+		return "", fmt.Errorf("build %s: %w\n%s", name, err, out)
 	}
-	built.path[command] = path
+	built.path[name] = path
 	return path, nil
 }
 

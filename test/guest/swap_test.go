@@ -1,0 +1,197 @@
+package guest
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+var (
+	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
+	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
+)
+
+// A guest of so much memory uses half as much again.
+const (
+	swapMemory = 192
+	swapHog    = 300
+	swapDisk   = 512
+)
+
+// swapPrelude starts the server on a virtio disk and gives it to the kernel. A
+// task that waits for 20 seconds without running once ends the guest: the
+// machine waits for its server, which waits for the machine.
+const swapPrelude = `
+echo 20 >/proc/sys/kernel/hung_task_timeout_secs
+echo 1 >/proc/sys/kernel/hung_task_panic
+trap 'rc=$?; [ $rc = 0 ] || { cat /run/server.log; dmesg | tail -n 20; }' EXIT
+field() { sed -n "s/^$1:[^0-9]*\([0-9]*\).*/\1/p" /proc/$server/status; }
+faults() { sed 's/.*) //' /proc/$server/stat | cut -d' ' -f10; }
+start() {
+	: >/run/server.log
+	vmdiskd $OPTIONS -U /run/s /dev/vda >/run/server.log 2>&1 &
+	server=$!
+	i=0
+	while ! grep -q msg=serving /run/server.log; do sleep 0.1; i=$((i+1)); [ $i -lt 300 ]; kill -0 $server; done
+	/usr/sbin/nbd-client -swap -unix /run/s /dev/nbd0 -b 4096
+	mkswap /dev/nbd0 >/dev/null
+	swapon /dev/nbd0
+}
+stop() {
+	swapoff /dev/nbd0
+	/usr/sbin/nbd-client -d /dev/nbd0
+	kill $server
+	wait $server
+}
+`
+
+// swapScenario: the guest's memory goes to its own server and comes back
+// whole, while the server needs none and cannot be stopped.
+const swapScenario = swapPrelude + `
+rc=0; vmdiskd --swap -U /run/s /dev/vda 2>/run/refused || rc=$?
+cat /run/refused
+[ $rc = 1 ]
+grep -q "sysctl -w vm.min_free_kbytes=8192" /run/refused
+sysctl -w vm.min_free_kbytes=8192
+OPTIONS=--swap
+start
+threads=$(field Threads)
+before=$(faults)
+kill $server
+/hog HOG 1
+grep "not stopping: the machine swaps to this disk" /run/server.log
+grep -E 'VmLck|VmRSS|VmSwap|Threads' /proc/$server/status
+grep -E 'pswp(in|out)' /proc/vmstat
+[ "$(sed -n 's/^pswpout //p' /proc/vmstat)" -gt 30000 ]
+[ "$(faults)" = "$before" ]
+[ "$(field Threads)" = "$threads" ]
+[ "$(field VmSwap)" = 0 ]
+stop
+`
+
+// swapBare has only the least to tell life from death: no headroom.
+const swapBare = swapPrelude + `
+OPTIONS="--swap=best-effort --swap-headroom=skip"
+start
+/hog HOG 1
+stop
+`
+
+// swapProgram builds a package without symbols, which a small guest has no
+// room for, and without some protections.
+func swapProgram(t *testing.T, pkg, without string) string {
+	t.Helper()
+	const variable = "github.com/vmdiskd/vmdiskd/internal/confine.without"
+	name := strings.Join([]string{"swap", filepath.Base(pkg), without}, "-")
+	path, err := testenv.BuildAs(testenv.Context(t), name, pkg, "-ldflags=-s -w -X "+variable+"="+without)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// swapGuest is a guest that runs a scenario with a server without some
+// protections.
+func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initramfs {
+	t.Helper()
+	ctx := testenv.Context(t)
+	in, err := newInitramfs(ctx, k, strings.ReplaceAll(scenario, "HOG", strconv.Itoa(swapHog)), "virtio_pci", "virtio_blk", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for to, from := range map[string]string{
+		"usr/bin/vmdiskd": swapProgram(t, "./cmd/vmdiskd", without),
+		"hog":             swapProgram(t, "./test/guest/hog", ""),
+	} {
+		if err := in.copyFile(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := in.addPrograms(ctx, "nbd-client"); err != nil {
+		t.Fatal(err)
+	}
+	return in
+}
+
+// swapBoot boots a guest with an empty disk.
+func swapBoot(t *testing.T, ctx context.Context, in *initramfs) (console string, code int, err error) {
+	t.Helper()
+	disk := filepath.Join(testenv.TempDir(t), "swap.img")
+	if err := os.WriteFile(disk, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, swapDisk<<20); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(disk)
+	return boot(ctx, in, swapMemory, "-drive", "if=virtio,format=raw,cache=unsafe,file="+disk)
+}
+
+// TestMachineSwapsToItsOwnServer: -swap.runs times on each kernel.
+func TestMachineSwapsToItsOwnServer(t *testing.T) {
+	onlyVmdiskd(t)
+	testenv.Require(t, "nbd-client")
+	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+		in := swapGuest(t, k, swapScenario, "")
+		for run := range *swapRuns {
+			began := time.Now()
+			console, code, err := swapBoot(t, t.Context(), in)
+			if err != nil || code != 0 {
+				t.Fatalf("run %d: status %d, %v; console:\n%s", run+1, code, err, console)
+			}
+			if *swapRuns > 1 {
+				fmt.Printf("%s: run %d of %d passes after %v\n", t.Name(), run+1, *swapRuns, time.Since(began).Round(time.Second))
+			}
+			if testing.Verbose() && run == 0 {
+				t.Log(console)
+			}
+		}
+	})
+}
+
+// ablationPatience is how long a guest has that lacks a protection. One that
+// has all of them takes about a tenth.
+const ablationPatience = 150 * time.Second
+
+// TestEachProtectionOfSwapIsNeeded: without any of them a guest without
+// headroom does not get through once in three runs.
+func TestEachProtectionOfSwapIsNeeded(t *testing.T) {
+	if !*swapAblation {
+		t.Skip("takes minutes for each protection: -swap.ablation")
+	}
+	onlyVmdiskd(t)
+	for _, without := range []string{
+		"", confine.SwapLocked, confine.SwapIOFlusher, confine.SwapRealtime, confine.SwapDirect,
+	} {
+		t.Run("without "+without, func(t *testing.T) {
+			requireGuest(t)
+			for _, meta := range kernels {
+				failed := 0
+				k := testenv.CloudKernel(t, meta)
+				for run := range 3 {
+					ctx, cancel := context.WithTimeout(t.Context(), ablationPatience)
+					began := time.Now()
+					console, code, err := swapBoot(t, ctx, swapGuest(t, k, swapBare, without))
+					cancel()
+					if err != nil || code != 0 {
+						failed++
+					}
+					lines := strings.Split(strings.TrimSpace(console), "\n")
+					fmt.Printf("%s %s run %d: status %d, %v after %v: %q\n", t.Name(), meta, run+1, code, err, time.Since(began).Round(time.Second), lines[max(0, len(lines)-3):])
+				}
+				if (without == "") != (failed == 0) {
+					t.Errorf("%s: %d of 3 runs fail", meta, failed)
+				}
+			}
+		})
+	}
+}
