@@ -62,6 +62,9 @@ func clientTable(list []api.Client) *table {
 		if c.Cert != "" {
 			words = append(words, "cert="+shown(c.Cert))
 		}
+		if c.PSK != "" {
+			words = append(words, "psk="+shown(c.PSK))
+		}
 		for _, x := range c.Features {
 			words = append(words, shown(x))
 		}

@@ -157,6 +157,7 @@ type Grant struct {
 	// categories, as in "s0:c1,c2".
 	SELinuxTypes []string `toml:"selinux-type" json:"selinux-type,omitempty"`
 	SELinuxLevel string   `toml:"selinux-level" json:"selinux-level,omitempty"`
+	PSKs         []string `toml:"psk" json:"psk,omitempty"` // identities of pre-shared keys
 }
 
 // Range is a range of the disk; sizes are as ParseSize reads them.

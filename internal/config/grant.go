@@ -56,7 +56,7 @@ func (e *Export) checkGrants(k checker) {
 
 // everybody tells whether g names no fact.
 func (g *Grant) everybody() bool {
-	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames) == 0 && !g.hasLabel()
+	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs) == 0 && !g.hasLabel()
 }
 
 // check also refuses facts that exclude each other: a peer has an IP address,
@@ -67,7 +67,7 @@ func (g *Grant) check(k checker) {
 	for _, n := range [...]struct {
 		key string
 		n   int
-	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}} {
+	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}} {
 		k.most(n.key, n.n, limits.GrantFacts)
 	}
 	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs) > 0, len(g.Addresses) > 0} {
@@ -93,5 +93,13 @@ func (g *Grant) check(k checker) {
 		if k.text("cert-name", name, limits.MaxString, "") && name == "" {
 			k.fail("cert-name: it is empty")
 		}
+	}
+	for _, id := range g.PSKs {
+		if k.text("psk", id, limits.PSKIdentity, "") && id == "" {
+			k.fail("psk: it is empty")
+		}
+	}
+	if len(g.PSKs) > 0 && len(g.CertNames) > 0 {
+		k.fail("no peer matches: who proves a key shows no certificate")
 	}
 }

@@ -26,6 +26,7 @@ slow-request = "250ms"
 
 [tls]
 certificates = "/pki"
+psk = "/keys.psk"
 verify-peer = false
 
 [control]
@@ -106,6 +107,9 @@ cid = [3, 4]
 access = "none"
 address = ["10.0.0.0/8"]
 cert-name = ["backup"]
+[[export.grant]]
+access = "ro"
+psk = ["vm1"]
 
 [export.rate]
 bytes = 1048576

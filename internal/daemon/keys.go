@@ -1,6 +1,12 @@
 package daemon
 
-import "github.com/vmdiskd/vmdiskd/internal/transport/psk"
+import (
+	"os"
+	"path/filepath"
+
+	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
+)
 
 // loadKeys reads the pre-shared keys, if there shall be any.
 func (d *daemon) loadKeys() (err error) {
@@ -10,11 +16,46 @@ func (d *daemon) loadKeys() (err error) {
 	if err := psk.Supported(); err != nil {
 		return err
 	}
-	if d.keys, err = psk.Load(d.cfg.TLSKeys); err != nil {
+	f, err := d.cfg.Handed.keys()
+	if err == nil && f == nil {
+		f, err = psk.Open(d.cfg.TLSKeys)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if d.keys, err = psk.LoadFrom(f, d.cfg.TLSKeys); err != nil {
 		return err
 	}
 	d.warnOfKeys()
 	return nil
+}
+
+// openKeys opens the key file for the worker, and shows mistakes in it before
+// anything is made.
+func (s *stage0) openKeys() error {
+	if s.cfg.TLSKeys == "" {
+		return nil
+	}
+	if err := psk.Supported(); err != nil {
+		return err
+	}
+	f, err := psk.Open(s.cfg.TLSKeys)
+	if err != nil {
+		return err
+	}
+	s.out.Keys = s.hand(f)
+	s.may(filepath.Dir(s.cfg.TLSKeys), confine.Read)
+	_, err = psk.LoadFrom(f, s.cfg.TLSKeys)
+	return err
+}
+
+// keys is the key file that stage 0 has opened, or nil.
+func (t *Handed) keys() (*os.File, error) {
+	if t == nil || t.in.Keys == 0 {
+		return nil, nil
+	}
+	return file(t.in.Keys, "keys")
 }
 
 func (d *daemon) warnOfKeys() {

@@ -340,7 +340,7 @@ func (s service) Clients(name *string) []api.Client {
 			continue
 		}
 		x := api.Client{
-			ID: c.ID, Peer: c.Peer.String(), Via: c.Peer.Via, Export: c.Export, Since: c.Since, Cert: c.CertName,
+			ID: c.ID, Peer: c.Peer.String(), Via: c.Peer.Via, Export: c.Export, Since: c.Since, Cert: c.CertName, PSK: c.Peer.PSK,
 			Writable: c.Writable, InFlight: int(c.InFlight), Requests: c.Requests,
 			BytesIn: c.BytesIn, BytesOut: c.BytesOut, Stalled: c.Stalled,
 		}

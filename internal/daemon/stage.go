@@ -36,6 +36,7 @@ type handover struct {
 	Metrics   int                           `json:"metrics,omitempty"`
 	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
 	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
+	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
 	Log       int                           `json:"log,omitempty"`
 	Command   int                           `json:"command,omitempty"`   // process of --run
 	Gate      int                           `json:"gate,omitempty"`      // what it waits for
@@ -159,11 +160,8 @@ func (s *stage0) openTLS() error {
 	if s.cfg.TLS == nbd.TLSOff && !s.encrypts() {
 		return nil
 	}
-	if s.cfg.TLSKeys != "" {
-		s.may(filepath.Dir(s.cfg.TLSKeys), confine.Read)
-	}
-	if s.cfg.TLSCertificates == "" {
-		return nil
+	if err := s.openKeys(); err != nil || s.cfg.TLSCertificates == "" {
+		return err
 	}
 	// Mistakes show before anything is made.
 	_, err := transport.LoadCredentials(s.cfg.TLSCertificates, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)})

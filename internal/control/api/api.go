@@ -139,6 +139,7 @@ type Client struct {
 	Since    time.Time `json:"since"`
 	TLS      string    `json:"tls,omitempty"` // version and cipher
 	Cert     string    `json:"cert,omitempty"`
+	PSK      string    `json:"psk,omitempty"` // identity of the pre-shared key
 	Writable bool      `json:"writable"`
 	Features []string  `json:"features"` // "structured", "extended", "base:allocation", …
 	InFlight int       `json:"in-flight"`

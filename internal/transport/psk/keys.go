@@ -47,17 +47,40 @@ type identity struct {
 // stand there twice, with its old and its new key. A file that others may
 // read or write, a symbolic link and a key below limits.MinPSK are refused.
 func Load(path string) (*Keys, error) {
+	f, err := Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return LoadFrom(f, path)
+}
+
+// LoadFrom is Load for a file that Open has opened, perhaps with rights that
+// are gone. It reads from the beginning and leaves f open. Reload goes by path.
+func LoadFrom(f *os.File, path string) (*Keys, error) {
 	k := &Keys{path: path, decoy: make([]byte, sha256.Size)}
 	if _, err := rand.Read(k.decoy); err != nil {
 		return nil, err
 	}
-	return k, k.Reload()
+	if err := k.read(f); err != nil {
+		return nil, err
+	}
+	return k, nil
 }
 
 // Reload reads the file again. On an error the keys stay what they are.
 // Connections that are open stay as well.
 func (k *Keys) Reload() error {
-	data, err := readSecret(k.path)
+	f, err := Open(k.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return k.read(f)
+}
+
+func (k *Keys) read(f *os.File) error {
+	data, err := readAll(f, k.path)
 	if err != nil {
 		return err
 	}
@@ -94,9 +117,9 @@ func (k *Keys) all() []identity {
 	return k.list
 }
 
-// readSecret returns the content of a regular file that only its owner may
-// read or write.
-func readSecret(path string) ([]byte, error) {
+// Open opens a key file. One that others may read or write is refused, and so
+// is what is no regular file.
+func Open(path string) (*os.File, error) {
 	// Without O_NONBLOCK a pipe would be waited for.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	if errors.Is(err, syscall.ELOOP) {
@@ -105,20 +128,41 @@ func readSecret(path string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("key file: %w", err)
 	}
-	defer f.Close()
+	if err := checkFile(f, path); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func checkFile(f *os.File, path string) error {
 	fi, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	switch {
 	case !fi.Mode().IsRegular():
-		return nil, fmt.Errorf("key file %q is no regular file", path)
+		return fmt.Errorf("key file %q is no regular file", path)
 	case fi.Mode().Perm()&0o077 != 0:
-		return nil, fmt.Errorf("key file %q has mode %#o: others may read or write it, chmod 600 helps", path, fi.Mode().Perm())
+		return fmt.Errorf("key file %q has mode %#o: others may read or write it, chmod 600 helps", path, fi.Mode().Perm())
 	case fi.Size() > limits.PSKFile:
-		return nil, fmt.Errorf("key file %q has %d bytes, which is more than %d", path, fi.Size(), limits.PSKFile)
+		return fmt.Errorf("key file %q has %d bytes, which is more than %d", path, fi.Size(), limits.PSKFile)
 	}
-	data, err := io.ReadAll(io.LimitReader(f, limits.PSKFile+1))
+	return nil
+}
+
+// readSecret returns the content of a key file.
+func readSecret(path string) ([]byte, error) {
+	f, err := Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return readAll(f, path)
+}
+
+func readAll(f *os.File, path string) ([]byte, error) {
+	data, err := io.ReadAll(io.NewSectionReader(f, 0, limits.PSKFile+1))
 	if err == nil && len(data) > limits.PSKFile {
 		err = fmt.Errorf("key file %q has more than %d bytes", path, limits.PSKFile)
 	}

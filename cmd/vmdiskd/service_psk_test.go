@@ -1,0 +1,141 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
+)
+
+// TestPSKFileThatOthersCanReadIsRefused is TL-17 for keys, and what a build
+// without the overlay of crypto/tls says.
+func TestPSKFileThatOthersCanReadIsRefused(t *testing.T) {
+	keys := filepath.Join(t.TempDir(), "keys.psk")
+	if err := os.WriteFile(keys, []byte("vm1:"+strings.Repeat("5a", 32)+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want := "keys.psk"
+	if psk.Supported() != nil {
+		want = "not supported by this build"
+	}
+	socket := filepath.Join(shortDir(t), "s")
+	out, err := program("--tls=require", "--tls-psk", keys, "-U", socket, image(t, 1<<20)).CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), want) {
+		t.Errorf("got %v, %q; want status 1 and %q", err, out, want)
+	}
+	if exists(socket) {
+		t.Error("a socket was made")
+	}
+}
+
+const pskGrants = `
+[tls]
+psk = "DIR/keys.psk"
+[[listener]]
+uri = "nbds+unix:///?socket=DIR/tls"
+` + exportA + `[[export.grant]]
+access = "rw"
+psk = ["vm1"]
+` + exportB + `[[export.grant]]
+access = "ro"
+psk = ["vm2"]
+`
+
+// TestKeyDecidesWhatAMachineSees uses libnbd as the client: grants by
+// identity, a key that is replaced while both are good, and no word of a key
+// anywhere (AU-17).
+func TestKeyDecidesWhatAMachineSees(t *testing.T) {
+	if err := psk.Supported(); err != nil {
+		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
+	}
+	if _, err := exec.LookPath("nbdinfo"); err != nil {
+		t.Skip("nbdinfo is not installed")
+	}
+	dir := t.TempDir()
+	s := &testService{T: t, dir: dir}
+	for _, name := range []string{"a.img", "b.img"} {
+		if err := os.WriteFile(filepath.Join(dir, name), make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys := filepath.Join(dir, "keys.psk")
+	var secrets []string
+	add := func(name string, only bool) (client string) {
+		t.Helper()
+		if err := psk.Add(keys, name, 32, only); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		line := b[bytes.LastIndexByte(b[:len(b)-1], '\n')+1:]
+		secrets = append(secrets, strings.TrimSpace(string(line[len(name)+1:])))
+		client = filepath.Join(dir, fmt.Sprintf("%s.%d", name, len(secrets)))
+		if err := os.WriteFile(client, line, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return client
+	}
+	vm1, vm2 := add("vm1", false), add("vm2", false)
+	s.configure(pskGrants)
+	s.start()
+	sees := func(name, file, export, want string) {
+		t.Helper()
+		uri := fmt.Sprintf("nbds+unix://%s@/%s?socket=%s/tls&tls-psk-file=%s", name, export, dir, file)
+		if got := s.size(uri); got != want {
+			t.Errorf("%s asks for %q: got %q, want %q", name, export, got, want)
+		}
+	}
+	const size = "1048576"
+	sees("vm1", vm1, "a", size)
+	sees("vm1", vm1, "b", "")
+	sees("vm2", vm2, "b", size)
+	sees("vm2", vm2, "a", "")
+	if got := s.size(s.uri("a")); got != "" {
+		t.Errorf("without a key: got %q", got)
+	}
+	reload := func() {
+		t.Helper()
+		before := strings.Count(s.log(), "pre-shared keys reloaded")
+		if err := s.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		s.await("the keys are read again", func() bool { return strings.Count(s.log(), "pre-shared keys reloaded") > before })
+	}
+	next := add("vm1", false)
+	reload()
+	sees("vm1", vm1, "a", size)
+	sees("vm1", next, "a", size)
+	last := add("vm1", true)
+	reload()
+	sees("vm1", vm1, "a", "")
+	sees("vm1", last, "a", size)
+	for _, name := range []string{"cmdline", "environ"} {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", s.cmd.Process.Pid, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		hasNone(t, name, string(b), secrets)
+	}
+	hasNone(t, "log", s.log(), secrets)
+	s.stop()
+}
+
+// hasNone fails if text holds one of the secrets, in whatever case.
+func hasNone(t *testing.T, where, text string, secrets []string) {
+	t.Helper()
+	for _, x := range secrets {
+		if strings.Contains(strings.ToLower(text), strings.ToLower(x)) {
+			t.Errorf("%s holds the secret %s", where, x)
+		}
+	}
+}

@@ -1,0 +1,67 @@
+package psk
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys.psk")
+	add := func(name string, only bool) error { return Add(path, name, 32, only) }
+	for _, name := range []string{"vm1", "vm2", "vm1"} {
+		if err := add(name, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("got %v, %v; want mode 0600", fi.Mode(), err)
+	}
+	k, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, before := k.find([]byte("vm1"))
+	if err := add("vm1", false); err == nil || !strings.Contains(err.Error(), "more than 2 keys") {
+		t.Errorf("a third key: got %v", err)
+	}
+	if err := add("vm1", true); err != nil {
+		t.Fatal(err)
+	}
+	list, err := List(path)
+	if err != nil || len(list) != 2 || len(list[1].Bytes) != 1 || list[1].Identity != "vm1" || list[1].Bytes[0] != 32 {
+		t.Errorf("got %+v, %v; want vm2 and then vm1 with one key", list, err)
+	}
+	if err := k.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	if _, after := k.find([]byte("vm1")); string(after[0]) == string(before[0]) || string(after[0]) == string(before[1]) {
+		t.Error("the key is not a new one")
+	}
+}
+
+func TestAddRefusesAndChangesNothing(t *testing.T) {
+	open := keyFile(t, "vm1:"+hexKey(32, 1), 0o644)
+	broken := keyFile(t, "vm1", 0o600)
+	for _, tt := range []struct {
+		name, path, identity string
+		bytes                int
+	}{
+		{"file of mode 0644", open, "vm2", 32},
+		{"broken file", broken, "vm2", 32},
+		{"no identity", filepath.Join(t.TempDir(), "x"), "", 32},
+		{"colon", filepath.Join(t.TempDir(), "x"), "a:b", 32},
+		{"newline", filepath.Join(t.TempDir(), "x"), "a\nb", 32},
+		{"short", filepath.Join(t.TempDir(), "x"), "vm", 15},
+		{"long", filepath.Join(t.TempDir(), "x"), "vm", 65},
+	} {
+		before, _ := os.ReadFile(tt.path)
+		if err := Add(tt.path, tt.identity, tt.bytes, false); err == nil {
+			t.Errorf("%s: no error", tt.name)
+		}
+		if after, _ := os.ReadFile(tt.path); string(after) != string(before) {
+			t.Errorf("%s: the file has changed", tt.name)
+		}
+	}
+}
