@@ -225,13 +225,15 @@ type attachFlags struct {
 }
 
 // placeFlags say where the socket of a disk is.
-type placeFlags struct{ dir, owner, mode string }
+type placeFlags struct{ dir, owner, mode, label, pathLabel string }
 
 func (f *placeFlags) add(c *cobra.Command) {
 	n := c.Flags()
 	n.StringVar(&f.dir, "socket-dir", "", "`FOLDER` of the socket that the daemon makes for the disk (default that of the control socket)")
 	n.StringVar(&f.owner, "socket-owner", "", "`USER[:GROUP]` of that socket (default those of the VM, if they can be seen)")
 	n.StringVar(&f.mode, "socket-mode", "", "its octal `MODE`")
+	n.StringVar(&f.label, "selinux-label", "", "SELinux `CONTEXT` of that socket, or none (default one with the categories of the VM, if libvirt says them)")
+	n.StringVar(&f.pathLabel, "selinux-path-label", "", "SELinux `CONTEXT` of its file, or none (default that of the VM's images, if libvirt says it)")
 }
 
 func newAttach() *cobra.Command {
@@ -314,7 +316,7 @@ func closeFiles(files []*os.File) {
 // source is what IMAGE means.
 func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Source, err error) {
 	if f.named || isURI(image) {
-		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "protect", "socket-dir", "socket-owner", "socket-mode"} {
+		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "protect", "socket-dir", "socket-owner", "socket-mode", "selinux-label", "selinux-path-label"} {
 			if c.Flags().Changed(flag) {
 				return s, usage("--%s is for an image that the daemon is to serve", flag)
 			}
@@ -331,6 +333,7 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 		return s, err
 	}
 	s.Image, s.Socket, s.Owner, s.Mode = s.Add.Image, f.place.dir, f.place.owner, f.place.mode
+	s.Label, s.PathLabel = f.place.label, f.place.pathLabel
 	if s.Socket == "" {
 		s.Socket = filepath.Dir(f.socket)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/vmdiskd/vmdiskd/internal/confine/selinux"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -30,6 +31,9 @@ type Domain struct {
 
 	// Note is as Machine's.
 	Note func(text string)
+
+	// SELinux is that of the host; the zero value is this machine's.
+	SELinux selinux.System
 }
 
 func (d *Domain) note(format string, args ...any) {
@@ -153,6 +157,9 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	}
 	if s.Owner == "" {
 		s.Owner = ownerOf(all[libvirtd.Live])
+	}
+	if err := s.setLabels(all[libvirtd.Live], d.SELinux); err != nil {
+		return nil, err
 	}
 	v, err := s.serve(ctx, d.Server, d.Domain.UUID, DiskID(s.name()))
 	if err != nil {

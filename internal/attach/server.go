@@ -37,6 +37,11 @@ type Source struct {
 	Owner  string // USER[:GROUP] of the socket; empty: the daemon's own
 	Mode   string // of the socket, in octal; empty: the daemon's default
 
+	// Label and PathLabel are the SELinux contexts of the socket and of its
+	// file; empty: those for the categories of the VM, if libvirt says them,
+	// and otherwise none; or NoLabel.
+	Label, PathLabel string
+
 	Export string // an export that the daemon has
 	URI    string // of any NBD server
 
@@ -152,10 +157,14 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 	a.Name = name
 	// The image is meant, but not named: clients can read this.
 	a.Description = "disk " + id + ", image " + key(16, s.Image)
-	a.Listeners = []config.Listener{{URI: uri.String(), Mode: s.Mode, Owner: s.Owner}}
+	if err := s.checkLabels(); err != nil {
+		return nil, err
+	}
+	a.Listeners = []config.Listener{{URI: uri.String(), Mode: s.Mode, Owner: s.Owner,
+		SELinuxLabel: labelText(s.Label), SELinuxPathLabel: labelText(s.PathLabel)}}
 	var size int64
 	step := exportStep(c, a, s.Files, &size)
-	step.Name = fmt.Sprintf("serve %q as export %q at %s", s.Image, name, uri)
+	step.Name = fmt.Sprintf("serve %q as export %q at %s%s", s.Image, name, uri, s.labelNote())
 	uri.Export = name
 	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }}, nil
 }
@@ -219,10 +228,16 @@ func setRate(ctx context.Context, c *client.Client, name string, r *config.Rate)
 
 // same refuses an export of the name that is not the one that is wanted.
 func same(x api.Export, a api.AddExport) error {
-	at := func(l config.Listener) bool { return l.URI == a.Listeners[0].URI }
+	want := a.Listeners[0]
+	at := func(l config.Listener) bool { return l.URI == want.URI }
+	labelled := func(l config.Listener) bool {
+		return at(l) && l.SELinuxLabel == want.SELinuxLabel && l.SELinuxPathLabel == want.SELinuxPathLabel
+	}
 	switch {
 	case x.Description != a.Description || x.ReadOnly != a.ReadOnly || !slices.ContainsFunc(x.Listeners, at):
 		return fmt.Errorf("%w: export %q of %q", ErrDiffers, x.Name, x.Image)
+	case !slices.ContainsFunc(x.Listeners, labelled):
+		return fmt.Errorf("%w: export %q has a socket with other SELinux labels than the machine needs now: detach it first", ErrDiffers, x.Name)
 	case x.Error != "":
 		return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
 	}

@@ -129,7 +129,7 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 	}()
 	err = selinux.WithSocketLabel(e.Label, func() (err error) {
 		sock, err = socket.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0, string(Unix), nil)
-		return err
+		return withLabel(err, e.Label)
 	})
 	if err != nil {
 		return nil, err
@@ -146,7 +146,7 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 		return nil, err
 	}
 	err = selinux.WithFileLabel(e.PathLabel, func() error {
-		return sock.Bind(&unix.SockaddrUnix{Name: p.path})
+		return withLabel(sock.Bind(&unix.SockaddrUnix{Name: p.path}), e.PathLabel)
 	})
 	if err != nil {
 		return nil, err
@@ -155,6 +155,14 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 		return nil, err
 	}
 	return sock, p.verifyLabels(sock, e)
+}
+
+// withLabel adds the label, which the policy may refuse to this process.
+func withLabel(err error, label string) error {
+	if err == nil || label == "" {
+		return err
+	}
+	return fmt.Errorf("with label %q: %w", label, err)
 }
 
 // verifyLabels compares the labels with those that were asked for.
