@@ -25,8 +25,8 @@ import (
 
 var (
 	diskSeed     = flag.Uint64("disk.seed", 0, "repeat the random runs of this seed")
-	diskEpisodes = flag.Int("disk.episodes", 3, "random runs on each kind of image")
-	crashStates  = flag.Int("disk.crashes", 2600, "power cuts that are looked at")
+	diskEpisodes = flag.Int("disk.episodes", max(1, 3/thinner), "random runs on each kind of image")
+	crashStates  = flag.Int("disk.crashes", 2600/thinner, "power cuts that are looked at")
 )
 
 // specimen is a kind of image to be written to, with its contents at first.

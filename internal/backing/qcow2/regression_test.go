@@ -99,11 +99,11 @@ func TestCrashQ1(t *testing.T) {
 	dir := s.dir
 	qemu(t, dir, "qemu-img", "resize", "-f", "qcow2", "image", fmt.Sprint(size))
 	s.image, s.first = storetest.New(fileBytes(t, dir+"/image")), append(s.first, make([]byte, size-len(s.first))...)
-	s.perSync, s.perCall = 40, 15
+	s.perSync, s.perCall = 40/thinner, 15/thinner
 	script := serial(write(0, 512, 1), write(1<<20, 64<<10, 2), write(2<<20, 64<<10, 3), write(3<<20, 128<<10, 4), flush,
 		write(3<<20, 64<<10, 5), flush)
 	n, err := s.episode(1, script, 1000)
-	if err != nil || n < 200 {
+	if err != nil || n*thinner < 200 {
 		t.Errorf("%d power cuts: %v", n, err)
 	}
 }
@@ -208,7 +208,7 @@ func TestRegressionFailureAtAnyCallLosesNothing(t *testing.T) {
 				script := serial(write(0, 700, 1), write(size/2, 9000, 2), flush, wipe(0, 30000), trim(size/2, 8192),
 					write(size/4, 20000, 3), flush, write(0, 5000, 4), write(size-20000, 20000, 5), flush)
 				calls := 0
-				for n := 1; ; n++ {
+				for n := 1; ; n += thinner {
 					h, r := s.start(t)
 					h.files[0].FailCall(n, kind)
 					before := h.files[0].Calls()
@@ -220,7 +220,7 @@ func TestRegressionFailureAtAnyCallLosesNothing(t *testing.T) {
 					}
 					calls++
 				}
-				if calls < 20 {
+				if calls*thinner < 20 {
 					t.Errorf("%d calls could fail, want more", calls)
 				}
 			})
