@@ -42,6 +42,7 @@ type daemon struct {
 	bus       obs.Bus
 	boss      *obs.Supervisor   // nil without a service manager
 	cage      []confine.Control // what confines the process
+	swapCage  []confine.Control // what protects a server of swap; made by settle
 	controls  []control
 	reloading sync.Mutex
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk

@@ -141,6 +141,8 @@ func (s *stage0) checkSwap() error {
 	}
 	s.may(fmt.Sprintf("/proc/%d", os.Getpid()), confine.Read|confine.List) // what threads have
 	s.may("/proc/sys/vm", confine.Read)
+	s.may("/proc/swaps", confine.Read) // who swaps to the disk
+	s.may("/sys/devices", confine.Read|confine.List)
 	return nil
 }
 
@@ -403,6 +405,9 @@ var alwaysRead = []string{
 // cage.
 func (s *stage0) forbidden() (list []string) {
 	for _, dir := range [...]string{"/", "/proc", "/etc"} {
+		if _, err := os.Stat(dir); err != nil {
+			continue
+		}
 		if !slices.ContainsFunc(s.paths, func(p confine.Path) bool {
 			rel, err := filepath.Rel(p.Path, dir)
 			return p.May&confine.List != 0 && err == nil && filepath.IsLocal(rel)

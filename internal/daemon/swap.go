@@ -236,7 +236,10 @@ func (d *daemon) settle() error {
 		return err
 	}
 	growHeap(limits.SwapHeap)
-	missing := append(d.cfg.swapStorage(), confine.VerifySwap()...)
+	missing := confine.VerifySwap()
+	if d.cfg.Swap.BestEffort { // else it was refused before
+		missing = append(missing, d.cfg.swapStorage()...)
+	}
 	resident, err := confine.LockMemory()
 	var m *confine.Missing
 	if errors.As(err, &m) {
@@ -247,6 +250,10 @@ func (d *daemon) settle() error {
 	}
 	for _, m := range missing {
 		d.log.Warn("swap is not safe", "missing", m.Protection, "error", m.Err, "remedy", m.Remedy)
+		d.swapCage = append(d.swapCage, confine.Control{Name: "swap-" + m.Protection, State: confine.Off, Reason: m.Err.Error()})
+	}
+	if len(missing) == 0 {
+		d.swapCage = []confine.Control{{Name: "swap", State: confine.Enforced}}
 	}
 	d.log.Info("memory is locked", "bytes", resident)
 	return nil

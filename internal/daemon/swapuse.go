@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -38,18 +39,25 @@ func (d *daemon) refuseStop(sig os.Signal) bool {
 	return true
 }
 
+// swapsFile is where the kernel tells its swap areas. It stands for an area
+// when it cannot be read.
+const swapsFile = "/proc/swaps"
+
 // swapOn looks for a swap area on an NBD device of size bytes, in the file
 // system that has proc and sys, and names it as the kernel does. What cannot be
 // read is taken for such a device.
 func swapOn(root fs.FS, size int64) string {
 	f, err := root.Open("proc/swaps")
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return "" // a kernel without swap
+	}
+	if err != nil {
+		return swapsFile
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, limits.SwapsFile))
 	if err != nil {
-		return "/proc/swaps"
+		return swapsFile
 	}
 	for i, line := range strings.Split(string(text), "\n") {
 		fields := strings.Fields(line)

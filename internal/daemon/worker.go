@@ -156,10 +156,10 @@ func (d *daemon) releaseCommand() error {
 func (d *daemon) confine() error {
 	t := d.cfg.Handed
 	if t == nil {
-		d.cage = []confine.Control{{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"}}
+		d.cage = append(d.swapCage, confine.Control{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"})
 		return nil
 	}
-	d.cage = t.controls
+	d.cage = append(t.controls, d.swapCage...)
 	ring := confine.Control{Name: confine.ControlRing, State: confine.Enforced}
 	if d.engine.Name() != "uring" {
 		ring.Reason = "no ring is in use"

@@ -38,6 +38,11 @@ var status = regexp.MustCompile(`(?m)^LAB-RC=(\d+)`)
 func boot(ctx context.Context, in *initramfs, memoryMiB int, devices ...string) (console string, code int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, bootPatience)
 	defer cancel()
+	return bootUntil(ctx, in, memoryMiB, devices...)
+}
+
+// bootUntil is boot with no other bound than ctx.
+func bootUntil(ctx context.Context, in *initramfs, memoryMiB int, devices ...string) (console string, code int, err error) {
 	dir, err := os.MkdirTemp("", "vmdg")
 	if err != nil {
 		return "", 0, err

@@ -1,13 +1,21 @@
-// Command hog takes MIB mebibytes of memory, writes a value of its own to each
-// word of it, and then reads all of them back and changes them, PASSES times.
+// Command hog takes memory, and watches what becomes of it.
+//
+// "hog MIB PASSES" takes MIB mebibytes, writes a value of its own to each word
+// of them, and then reads all of them back and changes them, PASSES times.
 // Memory that was swapped out has to come back as it was. It ends with status
 // 2 when a word is not what was written.
+//
+// "hog watch SECONDS" says STUCK on the kernel's console and ends the machine
+// when for so long no page was swapped in or out.
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -22,16 +30,24 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return fmt.Errorf("want MIB PASSES")
+		return errors.New("want MIB PASSES, or watch SECONDS")
+	}
+	n, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	if args[0] == "watch" {
+		return watch(n)
 	}
 	mib, err := strconv.Atoi(args[0])
 	if err != nil {
 		return err
 	}
-	passes, err := strconv.Atoi(args[1])
-	if err != nil {
-		return err
-	}
+	return fill(mib, n)
+}
+
+// fill takes memory and verifies it.
+func fill(mib, passes int) error {
 	mem, err := unix.Mmap(-1, 0, mib<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return err
@@ -55,3 +71,43 @@ func run(args []string) error {
 
 // value is what word i has after pass p: no two words of a page are alike.
 func value(i, p int) uint64 { return (uint64(i) + uint64(p)<<48) * 0x9E3779B97F4A7C15 }
+
+// watch ends the machine when it is stuck. Its own memory stays, and it may use
+// what is kept back from others.
+func watch(seconds int) error {
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Priority: 50}, 0); err != nil {
+		return err
+	}
+	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
+		return err
+	}
+	vmstat, err := os.Open("/proc/vmstat")
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 64<<10)
+	last, still := "", 0
+	for range time.Tick(time.Second) {
+		n, err := vmstat.ReadAt(buf, 0)
+		if n == 0 {
+			return err
+		}
+		if now := moved(buf[:n]); now != last {
+			last, still = now, 0
+			continue
+		}
+		if still++; still >= seconds {
+			fmt.Println("\nSTUCK: for", seconds, "seconds no page was swapped:", last)
+			return os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0)
+		}
+	}
+	return nil
+}
+
+// moved is the part of /proc/vmstat that changes with each page swapped.
+func moved(vmstat []byte) string {
+	_, from, _ := bytes.Cut(vmstat, []byte("\npswpin "))
+	in, from, _ := bytes.Cut(from, []byte("\npswpout "))
+	out, _, _ := bytes.Cut(from, []byte("\n"))
+	return string(in) + " in, " + string(out) + " out"
+}
