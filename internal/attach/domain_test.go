@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"libvirt.org/go/libvirtxml"
@@ -32,11 +33,17 @@ const domainName = `-v,"m'<&1`
 
 func startHost(t *testing.T) *host {
 	t.Helper()
-	h := &host{lab: lab{dir: testenv.TempDir(t)}, Libvirt: testenv.StartLibvirt(t)}
+	return startHostOf(t, testenv.StartLibvirt(t), libvirtd.Private)
+}
+
+// startHostOf is startHost with another libvirt and its driver.
+func startHostOf(t *testing.T, l *testenv.Libvirt, driver string) *host {
+	t.Helper()
+	h := &host{lab: lab{dir: testenv.TempDir(t)}, Libvirt: l}
 	must(t, os.Chmod(h.dir, 0o755)) // QEMU's user comes through it
 	h.startService(t)
 	h.boot(t)
-	s, err := libvirtd.Dial(testenv.Context(t), h.Socket, libvirtd.Private)
+	s, err := libvirtd.Dial(testenv.Context(t), h.Socket, driver)
 	must(t, err)
 	t.Cleanup(func() { s.Close() })
 	d, err := s.Lookup(testenv.Context(t), domainName)
@@ -157,6 +164,32 @@ func (h *host) wantNodes(t *testing.T, size int64) {
 	if got := h.nodes(t); got != want {
 		t.Errorf("nodes\n%swant\n%s", got, want)
 	}
+}
+
+// TestDiskOfASystemDomain: the socket of the disk belongs to the user that
+// libvirt runs the domain's QEMU as, and to nobody else.
+func TestDiskOfASystemDomain(t *testing.T) {
+	h := startHostOf(t, testenv.StartSystemLibvirt(t), libvirtd.System)
+	ctx := testenv.Context(t)
+	p, err := h.Attach(ctx, h.lab.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, Persist: true})
+	do(t, p, err)
+	if text := h.Virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(diskSize)) {
+		t.Errorf("domblkinfo: %s", text)
+	}
+	sockets, err := filepath.Glob(h.dir + "/*.sock")
+	must(t, err)
+	if len(sockets) != 1 {
+		t.Fatalf("sockets %q", sockets)
+	}
+	info, err := os.Stat(sockets[0])
+	must(t, err)
+	st := info.Sys().(*syscall.Stat_t)
+	if st.Uid != testenv.SystemQEMU || st.Gid != testenv.SystemQEMU || info.Mode().Perm()&0o077 != 0 {
+		t.Errorf("the socket is of %d:%d, mode %v", st.Uid, st.Gid, info.Mode())
+	}
+	p, err = h.Detach(ctx, "sda", false)
+	do(t, p, err)
+	h.wantNothing(t)
 }
 
 // wantNothing checks that no disk and no export is there.

@@ -3,9 +3,11 @@ package testenv
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -60,4 +62,64 @@ func StartLibvirt(t testing.TB) *Libvirt {
 func (l *Libvirt) Virsh(t testing.TB, args ...string) string {
 	t.Helper()
 	return Run(t, append([]string{"virsh", "-c", l.URI}, args...)...)
+}
+
+// SystemQEMU is the user, and the group, that Debian's libvirt runs QEMU as.
+const SystemQEMU = 64055
+
+// systemLibvirt runs a libvirtd of root that sees nothing of the host's: its
+// state and configuration are in memory, its users are Debian's, and there is
+// no /dev/kvm, which libvirt would ask at every call where it is of no use.
+const systemLibvirt = `
+mount -t tmpfs tmpfs /run
+{ cat /etc/passwd; echo 'libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin'; } >/run/passwd
+{ cat /etc/group; echo 'libvirt-qemu:x:64055:'; echo 'kvm:x:64056:libvirt-qemu'; } >/run/group
+mount --bind /run/passwd /etc/passwd
+mount --bind /run/group /etc/group
+for d in /etc/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt; do
+	mkdir -p $d
+	mount -t tmpfs tmpfs $d
+done
+[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
+printf '%s\n' 'namespaces = []' 'cgroup_controllers = []' 'security_driver = "none"' \
+	'stdio_handler = "file"' 'remember_owner = 0' >/etc/libvirt/qemu.conf
+"$1" &
+wait $! # as the first process it takes in what QEMU leaves behind
+`
+
+// StartSystemLibvirt runs a libvirtd of the system's kind, which runs QEMU as
+// another user, SystemQEMU. It takes root, and skips the test without.
+func StartSystemLibvirt(t testing.TB) *Libvirt {
+	t.Helper()
+	Require(t, "qemu-system-x86_64", "virsh", "unshare")
+	program := Path(t, "libvirtd")
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	cmd := exec.Command(Path(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", systemLibvirt, "sh", program)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("libvirtd: %s", said.String())
+		}
+	})
+	l := &Libvirt{}
+	if err := Await(Context(t), func() bool {
+		pid := cmd.Process.Pid
+		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+		child := strings.TrimSpace(string(children))
+		l.Socket = "/proc/" + child + "/root/run/libvirt/libvirt-sock"
+		_, err := os.Stat(l.Socket)
+		return err == nil && child != ""
+	}); err != nil {
+		t.Fatal(err)
+	}
+	l.URI = "qemu+unix:///system?socket=" + l.Socket
+	return l
 }
