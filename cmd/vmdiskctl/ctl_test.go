@@ -378,8 +378,9 @@ func TestStatus(t *testing.T) {
 	}
 	var b bytes.Buffer
 	must(t, printStatus(&b, api.Status{Config: "/c", Listeners: []string{"nbd://h"}, Memory: map[string]int64{"buffers": 1536, "a": 3},
-		Notes: map[string]string{"export \x1b": "no such\nfile"}}))
-	expect = "config: /c\nexports: 0\nclients: 0\nlisteners:\n  nbd://h\nmemory:\n  a: 3\n  buffers: 1.5K\nnotes:\n  export \\x1b: no such\\nfile\n"
+		Security: []api.Control{{Name: "seccomp", State: "enforced"}, {Name: "user", State: "off", Reason: "it runs\nas root"}},
+		Notes:    map[string]string{"export \x1b": "no such\nfile"}}))
+	expect = "config: /c\nexports: 0\nclients: 0\nlisteners:\n  nbd://h\nmemory:\n  a: 3\n  buffers: 1.5K\nsecurity:\n  seccomp: enforced\n  user: off, it runs\\nas root\nnotes:\n  export \\x1b: no such\\nfile\n"
 	if !strings.HasSuffix(b.String(), expect) {
 		t.Errorf("got\n%s\nwant the end\n%s", b.String(), expect)
 	}

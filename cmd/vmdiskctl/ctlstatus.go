@@ -44,6 +44,7 @@ func printStatus(w io.Writer, s api.Status) error {
 	p.print("exports: %d\nclients: %d\n", s.Exports, s.Clients)
 	p.list("listeners", s.Listeners)
 	p.sums("memory", s.Memory)
+	p.controls(s.Security)
 	if len(s.Notes) > 0 {
 		p.print("notes:\n")
 	}
@@ -51,6 +52,20 @@ func printStatus(w io.Writer, s api.Status) error {
 		p.print("  %s: %s\n", visible(k), visible(s.Notes[k]))
 	}
 	return p.err
+}
+
+// controls prints what confines the daemon, a line for each.
+func (p *printer) controls(all []api.Control) {
+	if len(all) > 0 {
+		p.print("security:\n")
+	}
+	for _, c := range all {
+		why := ""
+		if c.Reason != "" {
+			why = ", " + visible(c.Reason)
+		}
+		p.print("  %s: %s%s\n", shown(c.Name), shown(c.State), why)
+	}
 }
 
 // list prints texts of the daemon, a line for each.

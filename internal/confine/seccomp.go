@@ -19,7 +19,7 @@ var (
 	callsOfRuntime = []string{
 		"brk", "clock_gettime", "clock_getres", "clock_nanosleep", "epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2",
 		"eventfd2", "exit", "exit_group", "futex", "getegid", "geteuid", "getgid", "getpid", "getppid", "getrandom",
-		"getrlimit", "gettid", "gettimeofday", "getuid", "madvise", "membarrier", "mincore", "mmap", "mprotect", "mremap",
+		"getrlimit", "getrusage", "gettid", "gettimeofday", "getuid", "madvise", "membarrier", "mincore", "mmap", "mprotect", "mremap",
 		"munmap", "nanosleep", "pipe2", "restart_syscall", "rseq", "rt_sigaction", "rt_sigpending", "rt_sigprocmask",
 		"rt_sigreturn", "sched_getaffinity", "sched_yield", "set_robust_list", "sigaltstack", "sysinfo", "uname",
 	}

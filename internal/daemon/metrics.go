@@ -5,6 +5,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
@@ -17,6 +18,10 @@ func (s service) Metrics(w io.Writer) error {
 		Version: Version, Engine: d.engine.Name(), Started: d.started,
 		BuffersLent: lent, BufferBytes: used, BufferLimit: limits.BufferBudget,
 		Refused: d.refused.Load(),
+	}
+	values := map[string]float64{confine.Enforced: 1, confine.Degraded: 0.5}
+	for _, c := range d.cage {
+		m.Controls = append(m.Controls, obs.ControlMetrics{Name: c.Name, Value: values[c.State]})
 	}
 	for _, x := range d.exports.Status() {
 		e := obs.ExportMetrics{

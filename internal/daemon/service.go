@@ -63,6 +63,9 @@ func (s service) Status() api.Status {
 		Exports: d.exports.Len(), Clients: len(d.server.Clients()), Config: d.cfg.File,
 		Memory: map[string]int64{}, Notes: map[string]string{},
 	}
+	for _, c := range d.cage {
+		t.Security = append(t.Security, api.Control(c))
+	}
 	_, t.Memory["buffers"] = d.buffers.Outstanding()
 	for _, x := range d.doors.all() {
 		t.Listeners = append(t.Listeners, x.URI("", x.tls == nbd.TLSRequire))

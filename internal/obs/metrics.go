@@ -24,6 +24,8 @@ type Metrics struct {
 	BufferLimit int64  // the budget
 	Refused     uint64 // connections closed before the greeting
 
+	Controls []ControlMetrics // what confines the program
+
 	Exports []ExportMetrics // with different names
 	Clients []ClientMetrics // with different IDs
 }
@@ -134,6 +136,12 @@ func (e *exposition) one(name, kind, help string, v float64, labels ...label) {
 	e.sample(v, labels...)
 }
 
+// ControlMetrics is one measure that confines the program.
+type ControlMetrics struct {
+	Name  string
+	Value float64 // 1 enforced, 0.5 degraded, 0 off
+}
+
 // program writes what is not about an export or a client.
 func (e *exposition) program(m *Metrics) {
 	e.one("build_info", gauge, "The program; always 1.", 1, label{"version", m.Version}, label{"go", runtime.Version()})
@@ -145,6 +153,10 @@ func (e *exposition) program(m *Metrics) {
 	e.one("buffers_lent_bytes", gauge, "Budget that I/O buffers in use hold.", float64(m.BufferBytes))
 	e.one("buffers_limit_bytes", gauge, "Budget of all I/O buffers.", float64(m.BufferLimit))
 	e.one("refused_connections_total", counter, "Connections closed before the greeting, since no export is for their peer.", float64(m.Refused))
+	e.family("confinement", gauge, "Measures that confine the program: 1 enforced, 0.5 degraded, 0 off.")
+	for _, c := range m.Controls {
+		e.sample(c.Value, label{"control", c.Name})
+	}
 	e.one("exports", gauge, "Exports.", float64(len(m.Exports)))
 	e.one("clients", gauge, "Connections in transmission.", float64(len(m.Clients)))
 }

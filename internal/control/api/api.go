@@ -77,6 +77,14 @@ type Status struct {
 	Config    string            `json:"config,omitempty"`
 	Memory    map[string]int64  `json:"memory"` // bytes in buffers and caches
 	Notes     map[string]string `json:"notes,omitempty"`
+	Security  []Control         `json:"security,omitempty"` // what confines the daemon
+}
+
+// Control is a measure that confines the daemon.
+type Control struct {
+	Name   string `json:"name"`
+	State  string `json:"state"`            // "enforced", "degraded" or "off"
+	Reason string `json:"reason,omitempty"` // why it is not enforced
 }
 
 // AddExport asks for a new export. Images may be names of files, or stand for
