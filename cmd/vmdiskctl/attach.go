@@ -38,6 +38,9 @@ type vmFlags struct {
 	ctlFlags
 	via, agent string
 	libvirt    libvirtFlags
+	owner      string // of sockets for the machine, as its name says
+	asked      string // what find was asked last
+	found      string // and has found
 	notes      []string
 }
 
@@ -49,7 +52,7 @@ func (f *vmFlags) addVM(c *cobra.Command) {
 	f.libvirt.add(c)
 }
 
-// machine connects to a VM; the path of a QMP socket has a slash, and the name
+// machine connects to a VM that find has found; the path of a QMP socket has a slash, and the name
 // of a domain has none. close ends the connections.
 func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close func(), err error) {
 	via := f.via
@@ -124,7 +127,11 @@ type planned struct {
 // run makes a plan for the machine and runs it, or says what it is. done says
 // what has been done.
 func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Context, machine) (*attach.Plan, error)) error {
-	m, close, err := f.machine(c.Context(), vm)
+	found, err := f.find(vm)
+	if err != nil {
+		return err
+	}
+	m, close, err := f.machine(c.Context(), found)
 	if err != nil {
 		return plugError(err)
 	}
@@ -243,8 +250,8 @@ func newAttach() *cobra.Command {
 		Short: "Serve an image and plug it into a running machine",
 		Long: `Serve an image and plug it into a running machine, as a whole or not at all.
 
-VM is the path of a QMP socket, or the name or UUID of a libvirt domain. IMAGE
-is a file or block device that the daemon serves from then on at a socket for
+VM is the path of a QMP socket, a name that /etc/vmdiskd/vmdiskctl.toml gives a
+machine, or the name or UUID of a libvirt domain. IMAGE is a file or block device that the daemon serves from then on at a socket for
 this machine alone, an NBD URI, or with --export the name of an export that the
 daemon has. A disk that is attached as wanted stays as it is.`,
 		Args: cobra.ExactArgs(2),
@@ -296,7 +303,11 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	if err != nil {
 		return err
 	}
-	s, err := f.source(c, vm, image)
+	found, err := f.find(vm)
+	if err != nil {
+		return err
+	}
+	s, err := f.source(c, found, image)
 	defer closeFiles(s.Files)
 	if err != nil {
 		return err
@@ -339,6 +350,9 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 	}
 	if s.Socket, err = filepath.Abs(s.Socket); err != nil {
 		return s, err
+	}
+	if s.Owner == "" {
+		s.Owner = f.vmFlags.owner
 	}
 	if s.Owner == "" {
 		s.Owner = ownerOf(vm)

@@ -79,7 +79,7 @@ func TestExampleOfAMachineHasRoom(t *testing.T) {
 // plannedBy runs a command on a machine with --json.
 func plannedBy(t *testing.T, args ...string) (p planned) {
 	t.Helper()
-	out := want(t, exitDone, append(args, "--json")...)
+	out := want(t, exitDone, append([]string{args[0], "--json"}, args[1:]...)...)
 	if err := json.Unmarshal([]byte(out), &p); err != nil {
 		t.Fatalf("%q: %v", out, err)
 	}

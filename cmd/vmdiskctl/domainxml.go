@@ -38,6 +38,13 @@ func (f *attachFlags) element(c *cobra.Command, vm, image string) (string, error
 	if err != nil {
 		return "", err
 	}
+	vm, err = f.find(vm)
+	if err == nil && f.via == viaQMP {
+		err = usage("VM is a QMP socket, and no domain of libvirt")
+	}
+	if err != nil {
+		return "", err
+	}
 	s, err := f.source(c, vm, image)
 	defer closeFiles(s.Files)
 	if err != nil {

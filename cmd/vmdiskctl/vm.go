@@ -187,7 +187,11 @@ func newVMShow() *cobra.Command {
 }
 
 func (f *vmFlags) show(ctx context.Context, name string) (*vmShown, error) {
-	m, close, err := f.machine(ctx, name)
+	found, err := f.find(name)
+	if err != nil {
+		return nil, err
+	}
+	m, close, err := f.machine(ctx, found)
 	if err != nil {
 		return nil, err
 	}
