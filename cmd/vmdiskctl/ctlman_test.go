@@ -28,7 +28,7 @@ func TestManualHasEveryCommandAndFlagOfTheDaemon(t *testing.T) {
 			look(sub)
 		}
 	}
-	for _, c := range []*cobra.Command{newStatus(), newExport(), newClients(), newTop(), newEvents(), newReload(), newAttach(), newDetach(), newResize(), newSnapshot(), newVM(), newPSK(), newDomainXML(), newDevice()} {
+	for _, c := range []*cobra.Command{newStatus(), newExport(), newClients(), newTop(), newEvents(), newReload(), newAttach(), newDetach(), newResize(), newSnapshot(), newVM(), newPSK(), newToken(), newDomainXML(), newDevice()} {
 		look(c)
 	}
 	for key := range patchKeys {

@@ -158,6 +158,10 @@ type Grant struct {
 	SELinuxTypes []string `toml:"selinux-type" json:"selinux-type,omitempty"`
 	SELinuxLevel string   `toml:"selinux-level" json:"selinux-level,omitempty"`
 	PSKs         []string `toml:"psk" json:"psk,omitempty"` // identities of pre-shared keys
+
+	// Tokens are the SHA-256, in hexadecimal digits, of tokens that come with
+	// the name of the export.
+	Tokens []string `toml:"token-sha256" json:"token-sha256,omitempty"`
 }
 
 // Range is a range of the disk; sizes are as ParseSize reads them.

@@ -1,6 +1,9 @@
 package config
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
@@ -41,6 +44,16 @@ func ParseAddress(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
+// ParseToken reads the SHA-256 of a token. Errors do not repeat it: it may be
+// the token itself.
+func ParseToken(s string) (d [sha256.Size]byte, err error) {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(d) {
+		return d, errors.New("want the 64 hexadecimal digits of a SHA-256")
+	}
+	return [sha256.Size]byte(b), nil
+}
+
 func (e *Export) checkGrants(k checker) {
 	everybody := 0
 	for i := range e.Grants {
@@ -56,7 +69,7 @@ func (e *Export) checkGrants(k checker) {
 
 // everybody tells whether g names no fact.
 func (g *Grant) everybody() bool {
-	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs) == 0 && !g.hasLabel()
+	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs)+len(g.Tokens) == 0 && !g.hasLabel()
 }
 
 // check also refuses facts that exclude each other: a peer has an IP address,
@@ -67,7 +80,7 @@ func (g *Grant) check(k checker) {
 	for _, n := range [...]struct {
 		key string
 		n   int
-	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}} {
+	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}, {"token-sha256", len(g.Tokens)}} {
 		k.most(n.key, n.n, limits.GrantFacts)
 	}
 	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs) > 0, len(g.Addresses) > 0} {
@@ -97,6 +110,11 @@ func (g *Grant) check(k checker) {
 	for _, id := range g.PSKs {
 		if k.text("psk", id, limits.PSKIdentity, "") && id == "" {
 			k.fail("psk: it is empty")
+		}
+	}
+	for _, t := range g.Tokens {
+		if _, err := ParseToken(t); err != nil {
+			k.fail("token-sha256: %v", err)
 		}
 	}
 	if len(g.PSKs) > 0 && len(g.CertNames) > 0 {

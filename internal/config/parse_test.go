@@ -110,6 +110,7 @@ cert-name = ["backup"]
 [[export.grant]]
 access = "ro"
 psk = ["vm1"]
+token-sha256 = ["0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"]
 
 [export.rate]
 bytes = 1048576

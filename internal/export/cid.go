@@ -37,7 +37,7 @@ func admits(grants []Grant, p *transport.Peer) bool {
 	}
 	for i := range grants {
 		g := grants[i]
-		later := len(g.CertNames) > 0 || len(g.PSKs) > 0
+		later := len(g.CertNames) > 0 || len(g.PSKs) > 0 || len(g.Tokens) > 0
 		g.CertNames, g.PSKs = nil, nil
 		switch {
 		case !g.matches(p):

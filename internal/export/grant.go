@@ -31,9 +31,10 @@ type Grant struct {
 	Level     string         // SELinux range, with exactly these categories
 	CertNames []string       // common name, or one of the DNS names
 	PSKs      []string       // identity of the pre-shared key
+	Tokens    []digest       // SHA-256 of a token that came with the name
 }
 
-// matches reports whether p has every fact of g.
+// matches reports whether p has every fact of g, besides its token.
 func (g *Grant) matches(p *transport.Peer) bool {
 	unix := p.Kind == transport.Unix
 	switch {
@@ -71,7 +72,10 @@ func (g *Grant) hasCert(p *transport.Peer) bool {
 
 // accessOf is what the first grant that matches gives, and with no grants at
 // all everything, except to vsock peers that are no guests.
-func accessOf(grants []Grant, p *transport.Peer) Access {
+func accessOf(grants []Grant, p *transport.Peer) Access { return accessWith(grants, p, nil) }
+
+// accessWith is accessOf for a peer that has shown a token; nil for none.
+func accessWith(grants []Grant, p *transport.Peer, t *digest) Access {
 	if len(grants) == 0 {
 		if p != nil && p.Kind == transport.VSock && reserved(p) {
 			return NoAccess
@@ -79,7 +83,7 @@ func accessOf(grants []Grant, p *transport.Peer) Access {
 		return ReadWrite
 	}
 	for i := range grants {
-		if p != nil && grants[i].matches(p) {
+		if p != nil && grants[i].matches(p) && grants[i].hasToken(t) {
 			return grants[i].Access
 		}
 	}

@@ -64,6 +64,8 @@ type Registry struct {
 	closed  bool                // guarded by mu
 	opening sync.WaitGroup      // Add is not called once closed is set
 
+	attempts *attempts // of tokens
+
 	// Changed is called after a change of a state, without locks. It is set
 	// before the first Add.
 	Changed func(name string, s State)
@@ -89,7 +91,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}}
+	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts()}
 }
 
 // check refuses what cannot be sent to a client.
@@ -97,6 +99,9 @@ func (s *Spec) check() error {
 	if len(s.Name) > limits.MaxString || len(s.Description) > limits.MaxString ||
 		!utf8.ValidString(s.Name) || !utf8.ValidString(s.Description) {
 		return fmt.Errorf("export name and description must be UTF-8 of at most %d bytes", limits.MaxString)
+	}
+	if _, token := cutToken(s.Name); token != nil {
+		return errors.New("export name ends like one with a token")
 	}
 	return nil
 }
@@ -278,7 +283,7 @@ func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
 	defer r.mu.Unlock()
 	out := make([]nbd.ExportInfo, 0, len(r.byName))
 	for _, e := range r.byName {
-		if r.accessLocked(e, p) != NoAccess {
+		if r.accessLocked(e, p, nil) != NoAccess {
 			out = append(out, e.info())
 		}
 	}
@@ -334,15 +339,23 @@ func (r *Registry) left(e *entry) {
 }
 
 func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, error) {
+	name, token := cutToken(name)
+	shown := token != nil && p != nil
+	if shown && !(private(p) && r.attempts.allowed(p.Key())) {
+		token = nil
+	}
 	e := r.byName[name]
 	if name == "" && e == nil {
 		e = r.defaultLocked(p)
 	}
-	if e == nil {
-		return nil, NoAccess, nbd.ErrUnknownExport
+	access := NoAccess
+	if e != nil {
+		access = r.accessLocked(e, p, token)
 	}
-	access := r.accessLocked(e, p)
 	if access == NoAccess {
+		if shown {
+			r.attempts.wrong(p.Key())
+		}
 		return nil, NoAccess, nbd.ErrUnknownExport
 	}
 	return e, access, nil
@@ -354,16 +367,16 @@ func (r *Registry) defaultLocked(p *transport.Peer) *entry {
 		return r.dfault
 	}
 	for _, name := range r.visible[p.Via] {
-		if e := r.byName[name]; e != nil && r.accessLocked(e, p) != NoAccess {
+		if e := r.byName[name]; e != nil && r.accessLocked(e, p, nil) != NoAccess {
 			return e
 		}
 	}
 	return nil
 }
 
-// accessLocked is what p may do with e. What it may not see does not exist for
-// it.
-func (r *Registry) accessLocked(e *entry, p *transport.Peer) Access {
+// accessLocked is what p may do with e if it shows the token t, nil for none.
+// What it may not see does not exist for it.
+func (r *Registry) accessLocked(e *entry, p *transport.Peer, t *digest) Access {
 	if r.closed || e.state != Ready {
 		return NoAccess
 	}
@@ -373,7 +386,7 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer) Access {
 			return NoAccess
 		}
 	}
-	return accessOf(e.spec.Grants, p)
+	return accessWith(e.spec.Grants, p, t)
 }
 
 func (e *entry) info() nbd.ExportInfo {

@@ -1,5 +1,7 @@
 package limits
 
+import "time"
+
 // Pre-shared keys of TLS.
 const (
 	// PSKFile bounds the key file: PSKIdentities lines of the longest kind.
@@ -31,4 +33,19 @@ const (
 	// handshake, for each side: two ClientHellos of the size that crypto/tls
 	// takes.
 	PSKHello = 132 << 10
+)
+
+// Tokens, which come with the names of exports.
+const (
+	// TokenDigits are the hexadecimal digits of a token: 256 bits, which
+	// nobody guesses.
+	TokenDigits = 64
+
+	// TokenAttempts and TokenWindow bound the wrong tokens of a peer: what is
+	// more than this many in that time is wrong unseen.
+	TokenAttempts = 5
+	TokenWindow   = time.Minute
+
+	// TokenPeers bounds the peers whose wrong tokens are counted.
+	TokenPeers = 4096
 )

@@ -158,7 +158,8 @@ var errTLSReqd = errors.New("TLS is required for this export")
 
 // open is the only way to an export. The reply fits the error.
 func (n *negotiation) open(ctx context.Context, name string) (*Export, wire.Rep, error) {
-	if _, rep, err := n.find(name); err != nil {
+	found, rep, err := n.find(name)
+	if err != nil {
 		return nil, rep, err
 	}
 	x, err := n.opt.Exports.Open(ctx, name, n.conn.Peer())
@@ -166,7 +167,7 @@ func (n *negotiation) open(ctx context.Context, name string) (*Export, wire.Rep,
 	case errors.Is(err, ErrUnknownExport):
 		return nil, wire.RepErrUnknown, ErrUnknownExport
 	case err != nil:
-		n.opt.Log.Warn("export cannot be opened", "peer", n.conn.Peer(), "export", name, "error", err)
+		n.opt.Log.Warn("export cannot be opened", "peer", n.conn.Peer(), "export", found.Name, "error", err)
 		return nil, wire.RepErrPlatform, errors.New("export cannot be opened")
 	}
 	return x, 0, nil

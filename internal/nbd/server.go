@@ -59,7 +59,8 @@ type Exports interface {
 	List(p *transport.Peer) []ExportInfo
 
 	// Find resolves a name, "" being the default export, or fails with
-	// ErrUnknownExport.
+	// ErrUnknownExport. The name may hold a secret: it is for nobody else, and
+	// that of the ExportInfo for the log.
 	Find(name string, p *transport.Peer) (ExportInfo, error)
 
 	// Open opens what Find found.

@@ -44,6 +44,7 @@ func handshakeError(c Conn, err error) error {
 
 // learn adds to the peer what the handshake has verified.
 func (t *tlsConn) learn() {
+	t.peer.Encrypted = true
 	if chains := t.ConnectionState().VerifiedChains; len(chains) > 0 {
 		t.peer.Cert = chains[0][0]
 	}

@@ -53,6 +53,9 @@ type Peer struct {
 
 	// PSK is the identity whose pre-shared key the client has proved, or "".
 	PSK string
+
+	// Encrypted is set by the TLS handshake, whichever way it verified.
+	Encrypted bool
 }
 
 // Key names the peer for budgets: connections with one key share them.

@@ -1,0 +1,139 @@
+package export
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+var (
+	goodToken  = strings.Repeat("a1", 32)
+	wrongToken = strings.Repeat("b2", 32)
+)
+
+// withToken is a registry with the exports a, for the good token, and b, for
+// everybody, and its clock.
+func withToken(t *testing.T) (*Registry, *time.Time) {
+	t.Helper()
+	now := time.Now()
+	r := NewRegistry()
+	r.attempts.now = func() time.Time { return now }
+	grants := []Grant{{Access: ReadWrite, Tokens: []digest{sha256.Sum256([]byte("x")), sha256.Sum256([]byte(goodToken))}}}
+	for name, g := range map[string][]Grant{"a": grants, "b": nil, "c?d": grants} {
+		s := Spec{Name: name, Device: mem.New(4096, nil), Settings: Settings{Grants: g}}
+		if err := r.Add(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return r, &now
+}
+
+func TestTokenOpensWhatItIsFor(t *testing.T) {
+	unix := &transport.Peer{Kind: transport.Unix, UID: 7}
+	plain := &transport.Peer{Kind: transport.TCP, Addr: "10.0.0.1:5"}
+	tls := &transport.Peer{Kind: transport.TCP, Addr: "10.0.0.1:5", Encrypted: true}
+	for _, tt := range []struct {
+		ask  string
+		peer *transport.Peer
+		want string // canonical name; "" is none
+	}{
+		{"a?" + goodToken, unix, "a"},
+		{"a?" + strings.ToUpper(goodToken), unix, "a"},
+		{"a?" + goodToken, tls, "a"},
+		{"a?" + goodToken, plain, ""},
+		{"c?d?" + goodToken, unix, "c?d"},
+		{"a", unix, ""},
+		{"a?", unix, ""},
+		{"a?" + wrongToken, unix, ""},
+		{"a?" + goodToken[:62], unix, ""},
+		{"a?" + goodToken + "00", unix, ""},
+		{"a?" + goodToken + "?" + goodToken, unix, ""},
+		{goodToken, unix, ""},
+		{"b?" + wrongToken, unix, "b"}, // needs none
+		{"x?" + goodToken, unix, ""},
+	} {
+		r, _ := withToken(t)
+		info, err := r.Find(tt.ask, tt.peer)
+		switch {
+		case tt.want == "" && !errors.Is(err, nbd.ErrUnknownExport):
+			t.Errorf("%s from %v: got %q, %v; want an unknown export", tt.ask, tt.peer, info.Name, err)
+		case tt.want != "" && (err != nil || info.Name != tt.want):
+			t.Errorf("%s from %v: got %q, %v; want %q", tt.ask, tt.peer, info.Name, err, tt.want)
+		}
+		for _, x := range r.List(tt.peer) {
+			if x.Name != "b" {
+				t.Errorf("the list names %q, which is for a token", x.Name)
+			}
+		}
+	}
+}
+
+// TestWrongTokensOfAPeerAreBounded is AU-12: after five within a minute the
+// right one is wrong, too, until the minute is over; other peers, and exports
+// without tokens, are not affected.
+func TestWrongTokensOfAPeerAreBounded(t *testing.T) {
+	r, now := withToken(t)
+	peer, other := &transport.Peer{Kind: transport.Unix, UID: 7}, &transport.Peer{Kind: transport.Unix, UID: 8}
+	good := func(p *transport.Peer) bool {
+		x, err := r.Open(t.Context(), "a?"+goodToken, p)
+		if err == nil {
+			x.Close()
+		}
+		return err == nil
+	}
+	for i := range 1000 {
+		if i == limits.TokenAttempts-1 && !good(peer) {
+			t.Fatal("the right token is refused too early")
+		}
+		if _, err := r.Find(fmt.Sprintf("a?%064x", i), peer); err == nil {
+			t.Fatal("a wrong token was taken")
+		}
+	}
+	if good(peer) {
+		t.Error("the right token is looked at after a thousand wrong ones")
+	}
+	if !good(other) {
+		t.Error("another peer suffers")
+	}
+	if _, err := r.Find("b", peer); err != nil {
+		t.Errorf("an export without tokens: %v", err)
+	}
+	*now = now.Add(limits.TokenWindow - 1)
+	if good(peer) {
+		t.Error("the right token is looked at within the minute")
+	}
+	*now = now.Add(limits.TokenWindow)
+	if !good(peer) {
+		t.Error("the right token is refused after the minute")
+	}
+}
+
+func TestWrongTokensOfManyPeersTakeBoundedMemory(t *testing.T) {
+	r, now := withToken(t)
+	const peers = limits.TokenPeers + 100
+	for i := range peers {
+		*now = now.Add(time.Millisecond)
+		r.attempts.wrong(fmt.Sprint(i))
+	}
+	if n := len(r.attempts.peers); n > limits.TokenPeers {
+		t.Errorf("%d peers are counted, allowed are %d", n, limits.TokenPeers)
+	}
+	if r.attempts.peers[fmt.Sprint(peers-1)] == nil {
+		t.Error("the newest peer is not counted")
+	}
+}
+
+func TestExportCannotBeNamedLikeAToken(t *testing.T) {
+	r := NewRegistry()
+	if err := r.Add(Spec{Name: "a?" + goodToken, Device: mem.New(4096, nil)}); err == nil {
+		t.Error("the name was taken")
+	}
+}
