@@ -59,7 +59,7 @@ const runSteps = `mkdir -p /lab/out
 for dir in /lab/steps/*/; do
 	name=$(cat "$dir/name")
 	printf '\nLAB-BEGIN %s\n' "$name"
-	timeout -k 5 "$(cat "$dir/seconds")" sh -ex "$dir/script"
+	timeout -k 5 "$(cat "$dir/seconds")" sh -ec '. /lab/functions; set -x; . "$0"' "$dir/script"
 	printf '\nLAB-STEP=%s %s\n' "$?" "$name"
 done
 journalctl --boot --no-pager --output=short-monotonic >/lab/out/journal
@@ -67,6 +67,20 @@ tar -cf /dev/vdc -C /lab/out .
 printf '\nLAB-RC=%s\n' "$?"
 sync
 poweroff --force --force
+`
+
+// functions are there in each step.
+const functions = `fails() {
+	if "$@"; then
+		echo "does not fail: $*"
+		exit 9
+	fi
+}
+await() {
+	until "$@"; do
+		sleep 0.2
+	done
+}
 `
 
 // archive writes the files of a guest. The first error sticks.
@@ -158,6 +172,7 @@ func (a *archive) steps(steps []Step) {
 	a.add(tar.Header{Typeflag: tar.TypeSymlink, Name: "/etc/systemd/system/multi-user.target.wants/lab-steps.service",
 		Linkname: unit, Mode: 0o777}, nil)
 	a.text("/lab/run", runSteps)
+	a.text("/lab/functions", functions)
 	for i, step := range steps {
 		dir := fmt.Sprintf("/lab/steps/%03d/", i)
 		a.text(dir+"name", step.Name)

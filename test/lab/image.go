@@ -30,9 +30,13 @@ const imageSize = "700M"
 // masked are units that only cost time in a guest that lives for seconds.
 var masked = []string{
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
-	"e2scrub_reap.service", "fstrim.timer", "selinux-autorelabel.service", "modprobe@dm_mod.service",
-	"modprobe@loop.service", "modprobe@efi_pstore.service", "systemd-update-utmp.service", "getty@.service",
-	"systemd-pcrphase-sysinit.service", "systemd-pcrphase.service",
+	"e2scrub_reap.service", "fstrim.timer", "getty@.service", "kmod-static-nodes.service",
+	"modprobe@configfs.service", "modprobe@dm_mod.service", "modprobe@drm.service",
+	"modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@loop.service",
+	"proc-sys-fs-binfmt_misc.automount", "selinux-autorelabel.service", "systemd-logind.service",
+	"systemd-pcrphase-sysinit.service", "systemd-pcrphase.service", "systemd-random-seed.service",
+	"systemd-tmpfiles-clean.timer", "systemd-update-utmp.service", "systemd-update-utmp-runlevel.service",
+	"systemd-user-sessions.service",
 }
 
 // imageFiles are written into the image. Root has no password and gets a shell
@@ -141,7 +145,7 @@ func makeImage(ctx context.Context, archive, dir string, modules []module) error
 		return err
 	}
 	for i, m := range modules {
-		if err := put(tree, fmt.Sprintf("lab-policy/%02d-%s", i, m.name), m.data); err != nil {
+		if err := put(tree, fmt.Sprintf("lab-policy/p%02d-%s", i, m.name), m.data); err != nil {
 			return err
 		}
 	}

@@ -20,7 +20,9 @@
 //
 // vmdiskd and vmdiskctl are always there, in /usr/sbin and /usr/bin. A step is
 // a script of sh -ex, run as an unconfined root by a service of its own, and
-// fails by its exit status, or after StepSeconds. All steps are run, one after
+// fails by its exit status, or after StepSeconds. It may say `fails COMMAND`,
+// since `! COMMAND` does not end a script of sh -e, and `await COMMAND`, which
+// is bounded by the time of the step. All steps are run, one after
 // the other, in the same guest; what one leaves behind the next ones find. A
 // boot costs about 10 s: put what can share a guest into one scenario. Files
 // that a step puts into /lab/out come back as Result.Outputs; the journal
