@@ -75,6 +75,7 @@ kill $watcher
 grep "not stopping: the machine swaps to this disk" /run/server.log
 grep -E 'VmLck|VmRSS|VmSwap|Threads' /proc/$server/status
 grep -E 'pswp(in|out)' /proc/vmstat
+echo "ticks of the server, user and system: $(sed 's/.*) //' /proc/$server/stat | cut -d' ' -f12,13); of all: $(head -n 1 /proc/stat)"
 [ "$(sed -n 's/^pswpout //p' /proc/vmstat)" -gt 30000 ]
 [ "$(faults)" = "$before" ]
 [ "$(field Threads)" = "$threads" ]
