@@ -3,6 +3,8 @@ package kernel
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net"
@@ -18,6 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // patience ends a test that has failed already.
@@ -66,6 +69,39 @@ func TestAttachedDeviceTransmitsOnEachConnection(t *testing.T) {
 	}
 	for i := range 4 {
 		reads(t, k.socket(i))
+	}
+}
+
+// TestTLSServerIsReachedThroughARelay: the driver's socket is plain, and the
+// server's is not.
+func TestTLSServerIsReachedThroughARelay(t *testing.T) {
+	k, s := newFakeKernel(t), newFakeServer(t)
+	ca := transporttest.NewCA(t, "ca")
+	cert := ca.IssueServer("disks")
+	pair, err := tls.X509KeyPair(cert.CertPEM(), cert.KeyPEM(t))
+	must(t, err)
+	s.tls.Store(&tls.Config{Certificates: []tls.Certificate{pair}})
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(ca.PEM())
+	c := k.config(s)
+	c.Server.TLS, c.Connections = &tls.Config{RootCAs: pool, ServerName: "disks"}, 2
+	if c.Server.Direct() {
+		t.Fatal("the driver is to speak TLS")
+	}
+	v, err := Attach(t.Context(), k.d, c)
+	must(t, err)
+	defer v.Close()
+	reads(t, k.socket(0))
+	reads(t, k.socket(1))
+
+	c.Server.TLS = &tls.Config{RootCAs: pool, ServerName: "other"}
+	if _, err := Attach(t.Context(), k.d, c); !errors.As(err, new(x509.HostnameError)) {
+		t.Errorf("a certificate of another name: %v", err)
+	}
+	s.tls.Store(nil)
+	c.Server.TLS = &tls.Config{RootCAs: pool, ServerName: "disks"}
+	if _, err := Attach(t.Context(), k.d, c); !errors.Is(err, client.ErrNoTLS) {
+		t.Errorf("a server without TLS: %v", err)
 	}
 }
 

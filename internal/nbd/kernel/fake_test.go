@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -192,7 +193,8 @@ type fakeServer struct {
 	size   atomic.Int64
 	flags  atomic.Uint32
 	block  atomic.Uint32
-	early  atomic.Bool // sends a byte before the first request
+	early  atomic.Bool                // sends a byte before the first request
+	tls    atomic.Pointer[tls.Config] // nil for none
 	l      net.Listener
 	mu     sync.Mutex
 	conns  []net.Conn // guarded by mu
@@ -288,6 +290,11 @@ func (s *serving) haggle() bool {
 		return false
 	}
 	s.recv(int(h.Len))
+	if h.Opt == wire.OptStartTLS && s.tls.Load() != nil {
+		s.send(wire.AppendOptReply(nil, h.Opt, wire.RepAck, nil))
+		s.c = tls.Server(s.c, s.tls.Load())
+		return true
+	}
 	if h.Opt != wire.OptGo && h.Opt != wire.OptInfo {
 		rep := wire.RepErrUnsup
 		if h.Opt == wire.OptAbort {
