@@ -25,6 +25,7 @@ const (
 	ControlSeccomp      = "seccomp"
 	ControlRing         = "io_uring" // rings take only the operations in use
 	ControlDumpable     = "no-core-dumps"
+	ControlSELinux      = "selinux" // the policy of the machine; no mode demands it
 )
 
 // Mode is what becomes of a process that cannot be confined as it should.

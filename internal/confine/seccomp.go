@@ -40,7 +40,7 @@ var (
 	// callsOfService are for exports and listeners that come later, and for
 	// the folder of kept exports.
 	callsOfService = []string{
-		"bind", "chmod", "fchmod", "fchmodat", "fchown", "fchownat", "linkat", "listen", "mkdirat", "renameat", "renameat2",
+		"bind", "chmod", "fchmod", "fchmodat", "fchown", "fchownat", "fgetxattr", "lgetxattr", "linkat", "listen", "mkdirat", "renameat", "renameat2",
 	}
 
 	// callsOfCommand wait for the command of --run.

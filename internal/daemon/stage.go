@@ -283,6 +283,7 @@ func (s *stage0) openControl() error {
 		return nil
 	}
 	s.may(filepath.Dir(s.cfg.File), confine.Read)
+	s.mayLabel()
 	if c.Control.State != "" {
 		s.may(c.Control.State, confine.Images)
 	}

@@ -154,6 +154,7 @@ func (d *daemon) releaseCommand() error {
 // confine closes the cage: from here on the process can do what serving needs,
 // and nothing else.
 func (d *daemon) confine() error {
+	defer func() { d.cage = append(d.cage, d.selinuxControl()) }()
 	t := d.cfg.Handed
 	if t == nil {
 		d.cage = append(d.swapCage, confine.Control{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"})
