@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest lab lab-shell bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest lab lab-shell selinux bench clean
 
 GO        ?= go
 FUZZTIME  ?= 3
@@ -65,6 +65,10 @@ lab: ## systemd, SELinux and vsock in a guest of Debian; the image takes root an
 
 lab-shell: ## the guest of the lab with a root shell on the terminal
 	@$(GO) run ./test/lab/labshell
+
+SELINUX_OUT ?= $(CURDIR)/bin/selinux
+selinux: ## build the SELinux policy module into bin/selinux/
+	@$(MAKE) -s -C selinux OUT=$(SELINUX_OUT)
 
 bench: ## compare with nbdkit and qemu-nbd, write docs/benchmarks.md
 	$(GO) run ./test/bench --out docs/benchmarks.md

@@ -31,6 +31,7 @@ qemu-guest-agent
 qemu-system-x86
 qemu-utils
 rpm
+selinux-policy-dev
 systemd
 util-linux
 xz-utils
