@@ -229,6 +229,8 @@ type attachFlags struct {
 	reconnect time.Duration
 	renew     bool
 	place     placeFlags
+
+	certificates string
 }
 
 // placeFlags say where the socket of a disk is.
@@ -270,6 +272,7 @@ daemon has. A disk that is attached as wanted stays as it is.`,
 func (f *attachFlags) addSource(c *cobra.Command) {
 	f.image.addImage(c)
 	f.place.add(c)
+	c.Flags().StringVar(&f.certificates, "tls-certificates", "", "`FOLDER` with ca-cert.pem, client-cert.pem and client-key.pem that QEMU reads, for a server with TLS")
 	c.Flags().BoolVar(&f.named, "export", false, "IMAGE is the name of an export that the daemon has")
 }
 
@@ -333,12 +336,18 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 			}
 		}
 		s.ReadOnly = f.image.x.ReadOnly
+		if s.Certificates, err = absoluteOrNone(f.certificates); err != nil {
+			return s, err
+		}
 		if f.named {
 			s.Export = image
 		} else {
 			s.URI = image
 		}
 		return s, nil
+	}
+	if f.certificates != "" {
+		return s, usage("--tls-certificates is for the URI of a server, or an export that is served with TLS")
 	}
 	if s.Add, err = f.image.request(c, "", image); err != nil {
 		return s, err

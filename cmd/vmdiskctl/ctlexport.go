@@ -273,3 +273,11 @@ func absolute(path string) (string, error) {
 	}
 	return filepath.Abs(path)
 }
+
+// absoluteOrNone is absolute for a path that may be left out.
+func absoluteOrNone(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
+}

@@ -30,6 +30,11 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 		})
 	}
 	plan.Steps = append(plan.Steps, m.unplugStep(id), m.nodesStep(id))
+	if there, err := m.hasCreds(ctx, id); err != nil {
+		return nil, err
+	} else if there {
+		plan.Steps = append(plan.Steps, m.forgetStep(id))
+	}
 	if own {
 		plan.Steps = append(plan.Steps, m.removeStep(ExportName(m.Name, id), force))
 	}

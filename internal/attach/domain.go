@@ -83,16 +83,16 @@ func (s states) scope(fits func(*libvirtxml.DomainDisk) bool) (in libvirtd.Scope
 	return in, disk
 }
 
-// source is where libvirt has a disk from; the zero value is not NBD, or TLS.
+// source is where libvirt has a disk from; the zero value is not NBD.
 func source(disk *libvirtxml.DomainDisk) (u transport.URI) {
 	if disk.Source == nil || disk.Source.Network == nil {
 		return u
 	}
 	n := disk.Source.Network
-	if n.Protocol != "nbd" || len(n.Hosts) != 1 || n.TLS == "yes" {
+	if n.Protocol != "nbd" || len(n.Hosts) != 1 {
 		return u
 	}
-	u.Export = n.Name
+	u.Export, u.TLS = n.Name, n.TLS == "yes"
 	h := n.Hosts[0]
 	if h.Transport == "unix" {
 		u.Kind, u.Path = transport.Unix, h.Socket
@@ -123,8 +123,11 @@ func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, 
 	if n.Reconnect == 0 {
 		n.Reconnect = limits.AttachReconnect
 	}
+	n.TLS = v.uri.TLS
 	switch {
-	case v.uri.Kind == transport.Unix:
+	case v.creds != "" || v.hostname != "":
+		return nil, fmt.Errorf("%w: certificates are those that qemu.conf names (nbd_tls_x509_cert_dir), with the name of the host", ErrLibvirt)
+	case v.uri.Kind == transport.Unix && !v.uri.TLS:
 		n.Socket = v.uri.Path
 	case v.uri.Kind == transport.TCP && v.uri.Port <= 65535:
 		n.Host, n.Port = v.uri.Address, uint16(v.uri.Port)
@@ -533,11 +536,11 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 // Element is the XML of a disk at a URI that has the target Options.ID in some
 // domain. Nobody is asked.
 func Element(s Source, o Options) (string, error) {
-	uri, err := plain(s.URI)
+	uri, dir, hostname, err := remote(s.URI, s.Certificates)
 	if err != nil {
 		return "", err
 	}
-	return text(&served{uri: uri, readOnly: s.ReadOnly}, o)
+	return text(&served{uri: uri, readOnly: s.ReadOnly, creds: dir, hostname: hostname}, o)
 }
 
 // text is the element with the target Options.ID.

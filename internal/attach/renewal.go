@@ -74,6 +74,9 @@ func (r *renewal) prepare(ctx context.Context) error {
 // describe is how the nodes are made again.
 func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk, top *qmp.Node) error {
 	uri := source(disk)
+	if uri.TLS {
+		return fmt.Errorf("%w: a client with TLS has certificates that libvirt holds", ErrLibvirt)
+	}
 	server, err := address(uri.Target)
 	if err != nil {
 		return err

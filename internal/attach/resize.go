@@ -93,7 +93,11 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if model == string(qmp.NVMe) {
 		return ErrRigid
 	}
-	uri, err := reachable(x)
+	tls, err := g.hasCreds(ctx, g.id)
+	if err != nil {
+		return err
+	}
+	uri, err := reachable(x, tls)
 	if err != nil {
 		return err
 	}
@@ -109,6 +113,9 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	number, old := lastClient(list, g.raw)
 	g.old = old
 	g.next = nbd(clientNode(g.raw, number+1), server, uri.Export, d.Inserted.ReadOnly, 0)
+	if uri.TLS {
+		g.next.TLSCreds = credsID(g.id)
+	}
 	return free(number)
 }
 

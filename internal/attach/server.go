@@ -46,6 +46,11 @@ type Source struct {
 	URI    string // of any NBD server
 
 	ReadOnly bool // of Export and URI; Add has its own
+
+	// Certificates is the folder that a machine over QMP gets its own for TLS
+	// from, and those that it trusts: ca-cert.pem, client-cert.pem and
+	// client-key.pem, or the first alone. It is QEMU that reads it.
+	Certificates string
 }
 
 // name is what people call the disk.
@@ -66,6 +71,8 @@ type served struct {
 	own      bool
 	readOnly bool
 	size     func() int64 // bytes; 0 where it is not known
+
+	creds, hostname string // folder of certificates; name in that of the server
 }
 
 // serve plans the export of a disk of a machine.
@@ -88,22 +95,8 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 	case s.Export != "":
 		return s.serveExport(ctx, c)
 	}
-	uri, err := plain(s.URI)
-	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }}, err
-}
-
-// plain reads the URI of a server that a machine can reach as it is.
-func plain(text string) (transport.URI, error) {
-	uri, err := transport.ParseURI(text)
-	switch {
-	case err != nil:
-		return uri, fmt.Errorf("%w: %w", qmp.ErrInvalid, err)
-	case uri.TLS:
-		return uri, fmt.Errorf("%w URI %q: a machine needs certificates of its own for TLS, which cannot be given to it while it runs", qmp.ErrInvalid, text)
-	case len(uri.Params) > 0:
-		return uri, fmt.Errorf("%w URI %q: no parameter but socket has a meaning", qmp.ErrInvalid, text)
-	}
-	return uri, nil
+	uri, dir, hostname, err := remote(s.URI, s.Certificates)
+	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }, creds: dir, hostname: hostname}, err
 }
 
 // address is where QEMU connects to.
@@ -127,22 +120,29 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	if err != nil {
 		return nil, err
 	}
-	uri, err := reachable(x)
-	return &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}, err
+	uri, err := reachable(x, s.Certificates != "")
+	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}
+	if uri.TLS {
+		v.creds = s.Certificates
+	}
+	return v, err
 }
 
 // reachable is the URI of an export that a machine on this host connects to
-// best.
-func reachable(x api.Export) (transport.URI, error) {
-	for _, kind := range []transport.Kind{transport.Unix, transport.TCP, transport.VSock} {
-		for _, text := range x.URIs {
-			if uri, err := plain(text); err == nil && uri.Kind == kind {
-				uri.Export = x.Name
-				return uri, nil
+// best. One with TLS is the last choice, if there are certificates.
+func reachable(x api.Export, certificates bool) (transport.URI, error) {
+	for _, tls := range []bool{false, true} {
+		for _, kind := range []transport.Kind{transport.Unix, transport.TCP, transport.VSock} {
+			for _, text := range x.URIs {
+				uri, _, _, err := remote(text, "")
+				if err == nil && uri.Kind == kind && uri.TLS == tls && (certificates || !tls) {
+					uri.Export = x.Name
+					return uri, nil
+				}
 			}
 		}
 	}
-	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
+	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS, for which certificates are needed: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
 }
 
 // serveImage plans an export with a socket for one machine.

@@ -167,6 +167,19 @@ func qomList(ctx context.Context, x Executor, path string) ([]item, error) {
 	return items, nil
 }
 
+// Objects are the names of the objects that the machine was given by
+// object-add or its command line, at most limits.QMPItems.
+func Objects(ctx context.Context, x Executor) ([]string, error) {
+	items, err := qomList(ctx, x, "/objects")
+	var names []string
+	for _, i := range items {
+		if _, ok := i.child(); ok {
+			names = append(names, i.Name)
+		}
+	}
+	return names, err
+}
+
 // byNumber compares names so that rp2 is before rp10.
 func byNumber(a, b string) int {
 	pa, pb := strings.TrimRight(a, "0123456789"), strings.TrimRight(b, "0123456789")

@@ -28,6 +28,7 @@ type NBDDisk struct {
 	Reconnect time.Duration
 	ReadOnly  bool
 	Discard   bool
+	TLS       bool // of a host, with the certificates that qemu.conf names
 }
 
 // Element is the disk for a domain's description. Errors are qmp.ErrInvalid.
@@ -45,6 +46,12 @@ func (n *NBDDisk) Element() (*libvirtxml.DomainDisk, error) {
 		return nil, fmt.Errorf("%w disk: target %.40q, bus %.40q, reconnect %v, export of %d bytes", qmp.ErrInvalid, n.Target, n.Bus, n.Reconnect, len(n.Export))
 	}
 	network := &libvirtxml.DomainDiskSourceNetwork{Protocol: "nbd", Name: n.Export, Hosts: []libvirtxml.DomainDiskSourceHost{host}}
+	if n.TLS {
+		if n.Host == "" {
+			return nil, fmt.Errorf("%w disk: TLS is for a host and a port", qmp.ErrInvalid)
+		}
+		network.TLS = "yes"
+	}
 	if n.Reconnect > 0 {
 		seconds := int64((n.Reconnect + time.Second - 1) / time.Second)
 		network.Reconnect = &libvirtxml.DomainDiskSourceNetworkReconnect{Delay: strconv.FormatInt(seconds, 10)}

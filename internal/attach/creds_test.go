@@ -1,0 +1,69 @@
+package attach_test
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// TestDiskComesOverTLS attaches a disk of a server that takes nothing but TLS
+// and certificates, and leaves none of them behind.
+func TestDiskComesOverTLS(t *testing.T) {
+	t.Parallel() // it waits for QEMU to give up
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	dir := testenv.Certificates(t)
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize), TLSDir: dir})
+	before := l.state(t, m.Monitor)
+	objects, err := qmp.Objects(ctx, m.Monitor)
+	must(t, err)
+	uri, _, _ := strings.Cut(s.URI, "&tls-certificates=")
+	attached := func(s attach.Source) error {
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		if err == nil {
+			_, err = p.Run(ctx)
+		}
+		return err
+	}
+	for name, s := range map[string]attach.Source{
+		"no certificates":     {URI: uri},
+		"relative folder":     {URI: uri, Certificates: "certs"},
+		"others for no TLS":   {URI: strings.Replace(uri, "nbds", "nbd", 1), Certificates: dir},
+		"unknown parameter":   {URI: uri + "&tls-what=1", Certificates: dir},
+		"a pre-shared key":    {URI: strings.Replace(uri, "://", "://alice@", 1), Certificates: dir},
+		"parameter, no TLS":   {URI: strings.Replace(uri, "nbds", "nbd", 1) + "&tls-hostname=h"},
+		"pre-shared key file": {URI: uri + "&tls-psk-file=/k", Certificates: dir},
+	} {
+		if err := attached(s); !errors.Is(err, qmp.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, s := range map[string]attach.Source{
+		"another authority": {URI: uri, Certificates: testenv.Certificates(t)},
+		"no such folder":    {URI: uri, Certificates: dir + "/none"},
+		"another host":      {URI: uri + "&tls-hostname=other.example", Certificates: dir},
+	} {
+		if err := attached(s); !errors.As(err, new(*qmp.Error)) || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !slices.Equal(left, objects) || l.state(t, m.Monitor) != before {
+			t.Errorf("%s: left %q, %v", name, left, err)
+		}
+	}
+	must(t, attached(attach.Source{URI: uri + "&tls-certificates=" + dir}))
+	disks, err := qmp.QueryBlock(ctx, m.Monitor)
+	if err != nil || len(disks) != 1 || disks[0].Inserted == nil || disks[0].Inserted.Image.VirtualSize != diskSize {
+		t.Errorf("disks %+v, %v", disks, err)
+	}
+	p, err := m.Detach(ctx, "d0", true)
+	do(t, p, err)
+	if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !slices.Equal(left, objects) || l.state(t, m.Monitor) != before {
+		t.Errorf("left after detach: %q, %v", left, err)
+	}
+}
