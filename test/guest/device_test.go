@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -25,7 +24,7 @@ vmdiskctl device list
 vmdiskctl device list | grep -q "/dev/nbd3  *256M  *512  rw .*nbd+unix:///?socket=/run/disk.sock"
 fails 1 vmdiskctl device attach "$unix" nbd3
 grep -q "in use" /run/out
-/usr/sbin/mke2fs -q -t ext4 /dev/nbd3
+/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd3
 mount -t ext4 /dev/nbd3 /mnt
 dd if=/dev/urandom of=/mnt/file bs=1M count=40 2>/dev/null
 sync
@@ -67,15 +66,173 @@ func bootDevice(t *testing.T, k testenv.Kernel, scenario, options string, module
 	t.Helper()
 	onlyVmdiskd(t)
 	in := inGuest(t, k, scenario, options, append([]string{"nbd", "ext4"}, modules...), []string{"mke2fs", "e2fsck"})
-	console := mustBoot(t, in, 768)
-	if testing.Verbose() {
-		_, said, _ := strings.Cut(console, "LAB-BEGIN")
-		t.Log(said)
+	if console := mustBoot(t, in, 768); testing.Verbose() {
+		t.Log(console)
 	}
 }
 
 func TestDeviceHoldsAFileSystemWithFourConnections(t *testing.T) {
 	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, deviceScenario, "-f -U /run/disk.sock")
+	})
+}
+
+// serviceStart begins scenarios about a service that comes and goes: its
+// exports are reached over a Unix socket and over vsock. Timeouts are short: a
+// request that was in flight when the service went away takes as long.
+const serviceStart = `
+await() { i=0; until eval "$1"; do sleep 0.1; i=$((i+1)); [ $i -lt 200 ] || { echo "in vain: $1"; return 1; }; done; }
+fails() { want=$1; shift; rc=0; "$@" >/run/out 2>&1 || rc=$?; cat /run/out; [ $rc = $want ]; }
+mkdir -p /run/d/state
+truncate -s 64M /run/d/disk.img
+cat >/run/conf <<END
+[control]
+socket = "/run/d/control"
+state = "/run/d/state"
+[images]
+roots = ["/run/d"]
+[[listener]]
+uri = "nbd+unix:///?socket=/run/d/nbd"
+[[listener]]
+uri = "nbd+vsock://1:10809"
+[[export]]
+name = "disk0"
+image = "/run/d/disk.img"
+[[export.grant]]
+access = "rw"
+cid = [1]
+[[export.grant]]
+access = "rw"
+uid = [0]
+END
+export VMDISKD_SOCKET=/run/d/control
+serve() {
+	vmdiskd --config /run/conf >>/run/server.log 2>&1 &
+	server=$!
+	await 'kill -0 $server && [ -S /run/d/control ] && vmdiskctl status >/dev/null 2>&1'
+}
+# bounce: the service dies without a word and is back after a moment.
+bounce() {
+	kill -9 $server
+	wait $server || :
+	sleep 1
+	serve
+}
+# writer: files are written and read back past the page cache until told to
+# stop. It ends well if no request has failed.
+writer() {
+	n=0
+	rm -f /run/stop
+	while [ ! -e /run/stop ]; do
+		dd if=/dev/urandom of=/run/data bs=256k count=4 2>/dev/null
+		dd if=/run/data of=/mnt/w bs=256k oflag=direct conv=fsync 2>/run/dd || { cat /run/dd; return 1; }
+		dd if=/mnt/w of=/run/back bs=256k iflag=direct 2>/run/dd || { cat /run/dd; return 1; }
+		cmp /run/data /run/back || return 1
+		n=$((n+1))
+		echo $n >/run/rounds
+	done
+}
+rounds() { cat /run/rounds 2>/dev/null || echo 0; }
+more() { now=$(rounds); await '[ $(rounds) -gt $((now+2)) ]'; }
+trap 'rc=$?; [ $rc = 0 ] || { tail -n 20 /run/server.log; dmesg | tail -n 30; ps | grep vmdisk; }' EXIT
+[ ! -e /proc/sys/kernel/hung_task_timeout_secs ] || echo 20 >/proc/sys/kernel/hung_task_timeout_secs
+serve
+`
+
+// kept attaches URI with options and checks what a keeper does: the device
+// stays usable while its service dies and comes back, without an error.
+const kept = `
+kept() {
+	uri=$1
+	shift
+	rm -f /run/rounds
+	[ "$(vmdiskctl device attach "$uri" /dev/nbd0 --timeout 2s --poll 200ms "$@")" = /dev/nbd0 ]
+	vmdiskctl device list
+	holder=$(cat /sys/block/nbd0/pid)
+	/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd0
+	mount -t ext4 /dev/nbd0 /mnt
+	writer &
+	writer=$!
+	more
+	bounce
+	more
+}
+# left: the process that keeps the device refuses to leave while it is mounted,
+# and takes it away when not.
+left() {
+	touch /run/stop
+	wait $writer
+	echo "rounds: $(rounds)"
+	kill -TERM $holder
+	sleep 1
+	kill -0 $holder
+	[ -e /sys/block/nbd0/pid ]
+	umount /mnt
+	/usr/sbin/e2fsck -fn /dev/nbd0
+	kill -TERM $holder
+	await '[ ! -e /sys/block/nbd0/pid ]'
+	await '! kill -0 $holder 2>/dev/null'
+}
+`
+
+// keepScenario: the driver's own connection to a Unix socket is replaced, and
+// so are the relays of two over vsock, which the driver does not take. The
+// device grows with its export.
+const keepScenario = serviceStart + kept + `
+kept 'nbd+unix:///disk0?socket=/run/d/nbd' --persist
+left
+kept nbd+vsock://1:10809/disk0 --connections 2
+bounce
+more
+vmdiskctl export resize disk0 +64M
+await '[ $(cat /sys/block/nbd0/size) = 262144 ]'
+more
+left
+if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
+dmesg | grep nbd0
+`
+
+func TestDeviceSurvivesItsServer(t *testing.T) {
+	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+		bootDevice(t, k, keepScenario, "", "vsock_loopback")
+	})
+}
+
+// lostScenario: an export that is taken away under a mounted file system, and
+// relays that are killed, mean errors after the grace, and no task that hangs.
+const lostScenario = serviceStart + `
+attach() { vmdiskctl device attach "$@" --timeout 1s --dead-conn-timeout 3s; }
+attach 'nbd+unix:///disk0?socket=/run/d/nbd' /dev/nbd0 --persist --connections 4
+holder=$(cat /sys/block/nbd0/pid)
+/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd0
+mount -t ext4 /dev/nbd0 /mnt
+dd if=/dev/urandom of=/mnt/file bs=64k count=16 conv=fsync 2>/dev/null
+echo 3 >/proc/sys/vm/drop_caches
+vmdiskctl export remove disk0 --force
+fails 1 dd if=/mnt/file of=/dev/null bs=64k iflag=direct
+grep -q "Input/output error" /run/out
+fails 1 dd if=/run/conf of=/mnt/second bs=64k conv=fsync
+umount /mnt || umount -l /mnt
+fails 1 vmdiskctl device attach 'nbd+unix:///disk0?socket=/run/d/nbd' /dev/nbd1
+vmdiskctl device detach --force /dev/nbd0
+await '! kill -0 $holder 2>/dev/null'
+vmdiskctl export add disk0 /run/d/disk.img
+attach nbd+vsock://1:10809/disk0 /dev/nbd0
+dd if=/dev/nbd0 of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null
+kill -9 $(cat /sys/block/nbd0/pid)
+fails 1 dd if=/dev/nbd0 of=/dev/null bs=64k count=16 iflag=direct
+grep -q "Input/output error" /run/out
+vmdiskctl device detach --force /dev/nbd0
+[ "$(vmdiskctl device list --json)" = "[]" ]
+attach nbd+vsock://1:10809/disk0 /dev/nbd0
+dd if=/dev/nbd0 of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null
+vmdiskctl device detach /dev/nbd0
+if dmesg | grep 'blocked for more'; then exit 9; fi
+if ps -o stat,comm | grep '^D'; then exit 10; fi
+`
+
+func TestDeviceWithoutItsServerFailsInTime(t *testing.T) {
+	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+		bootDevice(t, k, lostScenario, "", "vsock_loopback")
 	})
 }
