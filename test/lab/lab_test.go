@@ -11,6 +11,7 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 
 // TestGuestIsWhatAScenarioSays: what scenarios rely on holds in a guest.
 func TestGuestIsWhatAScenarioSays(t *testing.T) {
+	t.Parallel()
 	r := Run(t, Scenario{
 		Enforcing: true,
 		Text: map[string]string{

@@ -179,6 +179,7 @@ journalctl --unit=vmdiskd | grep -i 'watchdog timeout'
 // TestServiceOfThePackagesInAGuest: units, sockets, users and watchdog of the
 // packages, on a real systemd with SELinux enforcing.
 func TestServiceOfThePackagesInAGuest(t *testing.T) {
+	t.Parallel()
 	Run(t, service(true,
 		Step{Name: "transient units serve Unix and vsock", Script: transient},
 		Step{Name: "sockets start the service", Script: activated},

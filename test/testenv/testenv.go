@@ -53,6 +53,7 @@ var packages = map[string]string{
 	"qemu-io":                 "qemu-utils",
 	"qemu-nbd":                "qemu-utils",
 	"qemu-system-x86_64":      "qemu-system-x86",
+	"setpriv":                 "util-linux",
 	"systemd-socket-activate": "systemd",
 	"tar":                     "tar",
 	"taskset":                 "util-linux",

@@ -1,0 +1,153 @@
+package lab
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/test/guest"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
+)
+
+// nestedConfig gives a disk to the guest with CID 3, and one to nobody that
+// the test boots.
+const nestedConfig = `
+[control]
+socket = "/run/control.sock"
+
+[images]
+roots = ["/run/images"]
+
+[[listener]]
+uri = "nbd+vsock://2:10809"
+
+[[export]]
+name = "disk"
+image = "/run/images/disk.img"
+format = "raw"
+
+[[export.grant]]
+access = "rw"
+cid = [3]
+
+[[export]]
+name = "other"
+image = "/run/images/other.img"
+format = "raw"
+
+[[export.grant]]
+access = "rw"
+cid = [4]
+`
+
+// hostScenario runs in the outer guest, which is the host of the inner ones:
+// the emulated processor has AMD's virtualization, so that they run on KVM.
+const hostScenario = `
+trap 'rc=$?; [ $rc = 0 ] || { cat /run/server.log /run/inner; dmesg | tail -n 20; }' EXIT
+mkdir /run/images
+dd if=/dev/urandom of=/run/images/disk.img bs=1M count=16 2>/dev/null
+truncate -s 16M /run/images/other.img
+vmdiskd --verbose --config /vmdiskd.toml >/run/server.log 2>&1 &
+server=$!
+until vmdiskctl --socket /run/control.sock status >/dev/null 2>&1; do kill -0 $server; sleep 0.1; done
+
+# Processes of this host are refused before the greeting, root or not.
+for cid in 1 2; do
+	for who in 0 65534; do
+		/usr/bin/setpriv --reuid=$who --clear-groups /usr/bin/nbdinfo --size nbd+vsock://$cid:10809/disk 2>&1 && exit 2
+	done
+done
+[ $(grep -c 'no export is for this peer' /run/server.log) = 2 ]
+
+inner() {
+	/usr/bin/qemu-system-x86_64 -L /usr/share/qemu -L /usr/share/seabios -accel kvm -cpu host -smp 1 -m 384 \
+		-machine q35 -device vhost-vsock-pci,guest-cid=$1 -nodefaults -display none -serial stdio -no-reboot \
+		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 lab=$2" </dev/null >/run/inner 2>&1
+	sed 's/^/inner: /' /run/inner
+	grep -q LAB-RC=0 /run/inner
+}
+md5sum </run/images/disk.img >/run/before
+inner 3 owner
+grep -q "$(cut -d' ' -f1 /run/before)" /run/inner
+[ "$(tail -c 512 /run/images/disk.img | head -n 1)" = "written by the guest" ]
+inner 5 stranger
+[ $(grep -c 'no export is for this peer' /run/server.log) -gt 2 ]
+kill $server
+wait $server || [ $? = 143 ]
+`
+
+// innerScenario runs in a guest of the guest: as the one that the disk is for,
+// or as one that no disk is for.
+const innerScenario = `
+uri=nbd+vsock://2:10809/disk
+case $(cat /proc/cmdline) in
+*lab=owner*)
+	[ "$(nbdinfo --size $uri)" = 16777216 ]
+	nbdcopy --connections=4 $uri /run/copy
+	md5sum </run/copy
+	nbdinfo --list nbd+vsock://2:10809 >/run/list
+	grep -q disk /run/list
+	if grep -q other /run/list; then exit 3; fi
+	if nbdinfo --size nbd+vsock://2:10809/other; then exit 4; fi
+	echo "written by the guest" | dd of=/run/copy bs=512 seek=32767 conv=sync,notrunc 2>/dev/null
+	nbdcopy --flush /run/copy $uri
+	;;
+*)
+	if nbdinfo --size $uri >/run/out 2>&1; then exit 5; fi
+	cat /run/out
+	if grep -qi 'export' /run/out; then exit 6; fi
+	;;
+esac
+`
+
+// TestGuestsReachTheirDisksOverVsock: real guests with their own CIDs, through
+// the host's vhost driver: the one that a disk is for reads and writes it and
+// sees no other; one that no disk is for, and processes of the host, are not
+// even greeted.
+func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
+	t.Parallel()
+	Require(t)
+	for _, tool := range []string{"nbdinfo", "nbdcopy", "setpriv", "ldd"} {
+		if _, err := testenv.Tool(tool); err != nil {
+			lacks(t, err)
+		}
+	}
+	kernel := testenv.CloudKernel(t, DefaultKernel)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*bootPatience)
+	defer cancel()
+	dir := testenv.TempDir(t)
+	inner, config, outer := filepath.Join(dir, "inner"), filepath.Join(dir, "config"), filepath.Join(dir, "outer")
+	if err := put(dir, "config", []byte(nestedConfig)); err != nil {
+		t.Fatal(err)
+	}
+	err := guest.Archive{
+		Kernel: kernel, Scenario: innerScenario,
+		Modules:  []string{"virtio_pci", "vmw_vsock_virtio_transport"},
+		Programs: []string{"nbdinfo", "nbdcopy"},
+	}.Write(ctx, inner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = guest.Archive{
+		Kernel: kernel, Scenario: hostScenario,
+		Modules: []string{"vsock_loopback", "vhost_vsock", "kvm_amd"},
+		Programs: []string{"qemu-system-x86_64", "nbdinfo", "setpriv", "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
+			"/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/linuxboot_dma.bin", "/usr/share/qemu/kvmvapic.bin"},
+		Files: map[string]string{
+			"usr/bin/vmdiskd": testenv.Binary(t, "vmdiskd"), "usr/bin/vmdiskctl": testenv.Binary(t, "vmdiskctl"),
+			"vmdiskd.toml": config, "inner.cpio": inner, "vmlinuz": kernel.Image,
+		},
+	}.Write(ctx, outer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd, err := guest.Machine{Kernel: kernel, Initrd: outer, MemoryMiB: 2048}.Command(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	console, err := cmd.CombinedOutput()
+	if said := clean(console); err != nil || !strings.Contains(said, "\nLAB-RC=0\n") {
+		t.Errorf("%v; console:\n%s", err, tail(said))
+	}
+}
