@@ -10,6 +10,7 @@ if [ "${1:-}" = --check ]; then
 fi
 
 packages="
+apparmor
 busybox-static
 curl
 e2fsprogs
