@@ -19,6 +19,17 @@ import (
 const childEnv = "CONFINE_TEST_CHILD"
 
 func TestMain(m *testing.M) {
+	if word := os.Getenv(attackEnv); word != "" {
+		fmt.Fprintln(os.Stderr, attackStage0(word))
+		os.Exit(1)
+	}
+	if confine.IsWorker() {
+		if err := attackWorker(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if stage := os.Getenv(confine.SwapChildEnv); stage != "" {
 		if err := confine.SwapChild(stage); err != nil {
 			fmt.Fprintln(os.Stderr, err)

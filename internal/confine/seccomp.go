@@ -26,7 +26,7 @@ var (
 
 	// callsOfDisks read and write what is open, and open what Landlock allows.
 	callsOfDisks = []string{
-		"close", "copy_file_range", "dup", "dup3", "fadvise64", "fallocate", "fcntl", "fdatasync", "flock", "fstat", "fstatfs",
+		"cachestat", "close", "copy_file_range", "dup", "dup3", "fadvise64", "fallocate", "fcntl", "fdatasync", "flock", "fstat", "fstatfs",
 		"fsync", "ftruncate", "getcwd", "getdents64", "io_uring_enter", "lseek", "memfd_create", "newfstatat", "openat",
 		"openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "read", "readahead", "readlinkat",
 		"readv", "sendfile", "splice", "statx", "sync_file_range", "unlinkat", "write", "writev",
