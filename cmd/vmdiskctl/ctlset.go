@@ -304,6 +304,9 @@ func takeFact(g *config.Grant, s string) (rest string, more bool, err error) {
 	case "psk":
 		g.PSKs = append(g.PSKs, value)
 		return rest, more, nil
+	case "vm":
+		g.VMs = append(g.VMs, value)
+		return rest, more, nil
 	case "token-sha256":
 		g.Tokens = append(g.Tokens, value)
 		return rest, more, nil
@@ -313,7 +316,7 @@ func takeFact(g *config.Grant, s string) (rest string, more bool, err error) {
 	}
 	list := map[string]*[]uint32{"uid": &g.UIDs, "gid": &g.GIDs, "cid": &g.CIDs}[key]
 	if list == nil {
-		return "", false, usage("grant: %q is none of uid, gid, cid, address, psk, token-sha256, selinux-type, label, selinux-level, cert-name", key)
+		return "", false, usage("grant: %q is none of uid, gid, cid, vm, address, psk, token-sha256, selinux-type, label, selinux-level, cert-name", key)
 	}
 	n, err := strconv.ParseUint(value, 10, 32)
 	if err != nil {

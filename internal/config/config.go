@@ -162,6 +162,9 @@ type Grant struct {
 	// Tokens are the SHA-256, in hexadecimal digits, of tokens that come with
 	// the name of the export.
 	Tokens []string `toml:"token-sha256" json:"token-sha256,omitempty"`
+
+	// VMs are machines, one of which has a lease of the CID.
+	VMs []string `toml:"vm" json:"vm,omitempty"`
 }
 
 // Range is a range of the disk; sizes are as ParseSize reads them.

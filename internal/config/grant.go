@@ -69,7 +69,7 @@ func (e *Export) checkGrants(k checker) {
 
 // everybody tells whether g names no fact.
 func (g *Grant) everybody() bool {
-	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs)+len(g.Tokens) == 0 && !g.hasLabel()
+	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs)+len(g.Tokens)+len(g.VMs) == 0 && !g.hasLabel()
 }
 
 // check also refuses facts that exclude each other: a peer has an IP address,
@@ -80,16 +80,16 @@ func (g *Grant) check(k checker) {
 	for _, n := range [...]struct {
 		key string
 		n   int
-	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}, {"token-sha256", len(g.Tokens)}} {
+	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}, {"token-sha256", len(g.Tokens)}, {"vm", len(g.VMs)}} {
 		k.most(n.key, n.n, limits.GrantFacts)
 	}
-	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs) > 0, len(g.Addresses) > 0} {
+	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs)+len(g.VMs) > 0, len(g.Addresses) > 0} {
 		if local {
 			kinds++
 		}
 	}
 	if kinds > 1 {
-		k.fail("no peer matches: uid, gid and label are of Unix sockets, cid of vsock, address of TCP")
+		k.fail("no peer matches: uid, gid and label are of Unix sockets, cid and vm of vsock, address of TCP")
 	}
 	for _, cid := range g.CIDs {
 		if cid == math.MaxUint32 {
@@ -110,6 +110,11 @@ func (g *Grant) check(k checker) {
 	for _, id := range g.PSKs {
 		if k.text("psk", id, limits.PSKIdentity, "") && id == "" {
 			k.fail("psk: it is empty")
+		}
+	}
+	for _, vm := range g.VMs {
+		if k.text("vm", vm, limits.LeaseName, "") && vm == "" {
+			k.fail("vm: it is empty")
 		}
 	}
 	for _, t := range g.Tokens {

@@ -103,6 +103,7 @@ selinux-level = "s0:c1,c2"
 [[export.grant]]
 access = "ro"
 cid = [3, 4]
+vm = ["vm1"]
 [[export.grant]]
 access = "none"
 address = ["10.0.0.0/8"]

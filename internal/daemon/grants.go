@@ -20,7 +20,7 @@ func grantsOf(list []config.Grant) ([]export.Grant, error) {
 		}
 		x := export.Grant{
 			Access: access, UIDs: g.UIDs, GIDs: g.GIDs, CIDs: g.CIDs,
-			Label: g.Label, Types: g.SELinuxTypes, Level: g.SELinuxLevel, CertNames: g.CertNames, PSKs: g.PSKs,
+			Label: g.Label, Types: g.SELinuxTypes, Level: g.SELinuxLevel, CertNames: g.CertNames, PSKs: g.PSKs, VMs: g.VMs,
 		}
 		for _, a := range g.Addresses {
 			p, err := config.ParseAddress(a)

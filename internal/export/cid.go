@@ -31,7 +31,10 @@ func (g *Grant) mayHaveCID(p *transport.Peer) bool {
 // admits reports whether the grants may give p something: what is not known of
 // a vsock peer before it has greeted, its certificate and its key, may be
 // anything.
-func admits(grants []Grant, p *transport.Peer) bool {
+func admits(grants []Grant, p *transport.Peer) bool { return admitsWith(grants, p, nil) }
+
+// admitsWith is admits for a peer whose CID has the lease x, or nil.
+func admitsWith(grants []Grant, p *transport.Peer, x *lease) bool {
 	if len(grants) == 0 {
 		return !reserved(p)
 	}
@@ -40,7 +43,7 @@ func admits(grants []Grant, p *transport.Peer) bool {
 		later := len(g.CertNames) > 0 || len(g.PSKs) > 0 || len(g.Tokens) > 0
 		g.CertNames, g.PSKs = nil, nil
 		switch {
-		case !g.matches(p):
+		case !g.matches(p), !g.hasLease(x):
 		case g.Access != NoAccess:
 			return true
 		case !later:
@@ -63,8 +66,9 @@ func (r *Registry) Admits(p *transport.Peer) bool {
 	if len(r.byName) == 0 {
 		return !reserved(p)
 	}
+	x := r.leaseLocked(p)
 	for _, e := range r.byName {
-		if admits(e.spec.Grants, p) {
+		if admitsWith(e.spec.Grants, p, x) {
 			return true
 		}
 	}

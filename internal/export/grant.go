@@ -32,9 +32,16 @@ type Grant struct {
 	CertNames []string       // common name, or one of the DNS names
 	PSKs      []string       // identity of the pre-shared key
 	Tokens    []digest       // SHA-256 of a token that came with the name
+	VMs       []string       // machine that has leased the CID
 }
 
-// matches reports whether p has every fact of g, besides its token.
+// learnt is what is known of a peer that its connection does not say.
+type learnt struct {
+	token *digest // shown with the name; nil for none
+	lease *lease  // of its CID; nil for none
+}
+
+// matches reports whether p has every fact of g, besides what was learnt.
 func (g *Grant) matches(p *transport.Peer) bool {
 	unix := p.Kind == transport.Unix
 	switch {
@@ -72,20 +79,30 @@ func (g *Grant) hasCert(p *transport.Peer) bool {
 
 // accessOf is what the first grant that matches gives, and with no grants at
 // all everything, except to vsock peers that are no guests.
-func accessOf(grants []Grant, p *transport.Peer) Access { return accessWith(grants, p, nil) }
+func accessOf(grants []Grant, p *transport.Peer) Access {
+	access, _ := accessWith(grants, p, learnt{})
+	return access
+}
 
-// accessWith is accessOf for a peer that has shown a token; nil for none.
-func accessWith(grants []Grant, p *transport.Peer, t *digest) Access {
+// accessWith is accessOf with what was learnt of p. byLease says that the
+// grant depends on the lease.
+func accessWith(grants []Grant, p *transport.Peer, known learnt) (access Access, byLease bool) {
 	if len(grants) == 0 {
 		if p != nil && p.Kind == transport.VSock && reserved(p) {
-			return NoAccess
+			return NoAccess, false
 		}
-		return ReadWrite
+		return ReadWrite, false
 	}
 	for i := range grants {
-		if p != nil && grants[i].matches(p) && grants[i].hasToken(t) {
-			return grants[i].Access
+		g := &grants[i]
+		if p != nil && g.matches(p) && g.hasToken(known.token) && g.hasLease(known.lease) {
+			return g.Access, len(g.VMs) > 0
 		}
 	}
-	return NoAccess
+	return NoAccess, false
+}
+
+// hasLease reports whether x is of one of the machines of g, if g names any.
+func (g *Grant) hasLease(x *lease) bool {
+	return len(g.VMs) == 0 || x != nil && slices.Contains(g.VMs, x.VM)
 }

@@ -64,7 +64,8 @@ type Registry struct {
 	closed  bool                // guarded by mu
 	opening sync.WaitGroup      // Add is not called once closed is set
 
-	attempts *attempts // of tokens
+	attempts *attempts         // of tokens
+	leases   map[uint32]*lease // guarded by mu; by CID
 
 	// Changed is called after a change of a state, without locks. It is set
 	// before the first Add.
@@ -91,7 +92,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts()}
+	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts(), leases: map[uint32]*lease{}}
 }
 
 // check refuses what cannot be sent to a client.
@@ -282,8 +283,9 @@ func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make([]nbd.ExportInfo, 0, len(r.byName))
+	known := learnt{lease: r.leaseLocked(p)}
 	for _, e := range r.byName {
-		if r.accessLocked(e, p, nil) != NoAccess {
+		if access, _ := r.accessLocked(e, p, known); access != NoAccess {
 			out = append(out, e.info())
 		}
 	}
@@ -295,7 +297,7 @@ func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
 func (r *Registry) Find(name string, p *transport.Peer) (nbd.ExportInfo, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e, _, err := r.findLocked(name, p)
+	e, _, _, err := r.findLocked(name, p)
 	if err != nil {
 		return nbd.ExportInfo{}, err
 	}
@@ -307,7 +309,7 @@ func (r *Registry) Find(name string, p *transport.Peer) (nbd.ExportInfo, error) 
 func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd.Export, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e, access, err := r.findLocked(name, p)
+	e, access, x, err := r.findLocked(name, p)
 	if err != nil {
 		return nil, err
 	}
@@ -319,12 +321,16 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		deny = backing.CanWrite
 	}
 	e.users++
+	gone, forget := e.gone, func() {}
+	if x != nil {
+		gone, forget = either(e.gone, x.gone)
+	}
 	return &nbd.Export{
 		ExportInfo: e.info(),
 		Device:     backing.NewChecked(e.spec.Device, deny),
-		Gone:       e.gone,
+		Gone:       gone,
 		Stats:      e.spec.Stats,
-		Close:      sync.OnceFunc(func() { r.left(e) }),
+		Close:      sync.OnceFunc(func() { forget(); r.left(e) }),
 	}, nil
 }
 
@@ -338,7 +344,8 @@ func (r *Registry) left(e *entry) {
 	}
 }
 
-func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, error) {
+// findLocked also gives the lease that the access depends on, or nil.
+func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *lease, error) {
 	name, token := cutToken(name)
 	shown := token != nil && p != nil
 	if shown && !(private(p) && r.attempts.allowed(p.Key())) {
@@ -348,17 +355,21 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, e
 	if name == "" && e == nil {
 		e = r.defaultLocked(p)
 	}
-	access := NoAccess
+	access, byLease := NoAccess, false
+	known := learnt{token, r.leaseLocked(p)}
 	if e != nil {
-		access = r.accessLocked(e, p, token)
+		access, byLease = r.accessLocked(e, p, known)
 	}
 	if access == NoAccess {
 		if shown {
 			r.attempts.wrong(p.Key())
 		}
-		return nil, NoAccess, nbd.ErrUnknownExport
+		return nil, NoAccess, nil, nbd.ErrUnknownExport
 	}
-	return e, access, nil
+	if !byLease {
+		known.lease = nil
+	}
+	return e, access, known.lease, nil
 }
 
 // defaultLocked is what the empty name opens for p.
@@ -366,27 +377,32 @@ func (r *Registry) defaultLocked(p *transport.Peer) *entry {
 	if p == nil || r.visible[p.Via] == nil {
 		return r.dfault
 	}
+	known := learnt{lease: r.leaseLocked(p)}
 	for _, name := range r.visible[p.Via] {
-		if e := r.byName[name]; e != nil && r.accessLocked(e, p, nil) != NoAccess {
+		e := r.byName[name]
+		if e == nil {
+			continue
+		}
+		if access, _ := r.accessLocked(e, p, known); access != NoAccess {
 			return e
 		}
 	}
 	return nil
 }
 
-// accessLocked is what p may do with e if it shows the token t, nil for none.
-// What it may not see does not exist for it.
-func (r *Registry) accessLocked(e *entry, p *transport.Peer, t *digest) Access {
+// accessLocked is what p may do with e, and whether by its lease. What it may
+// not see does not exist for it.
+func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (access Access, byLease bool) {
 	if r.closed || e.state != Ready {
-		return NoAccess
+		return NoAccess, false
 	}
 	if p != nil {
 		only := r.visible[p.Via]
 		if only != nil && !slices.Contains(only, e.spec.Name) || len(e.spec.Via) > 0 && !slices.Contains(e.spec.Via, p.Via) {
-			return NoAccess
+			return NoAccess, false
 		}
 	}
-	return accessWith(e.spec.Grants, p, t)
+	return accessWith(e.spec.Grants, p, known)
 }
 
 func (e *entry) info() nbd.ExportInfo {

@@ -28,6 +28,9 @@ const Version = "v1"
 //	DELETE /v1/clients/{id}
 //	GET    /v1/stats                      []Stats
 //	GET    /v1/events                     a line of JSON for each Event, until the client leaves
+//	GET    /v1/leases                     []Lease
+//	POST   /v1/leases                     OpenLease -> Lease
+//	DELETE /v1/leases/{id}?start=         {id} is a CID
 //	POST   /v1/reload?dry-run=            Reload
 //	GET    /metrics                       Prometheus' text format
 const (
@@ -36,6 +39,7 @@ const (
 	PathClients = "/v1/clients"
 	PathStats   = "/v1/stats"
 	PathEvents  = "/v1/events"
+	PathLeases  = "/v1/leases"
 	PathReload  = "/v1/reload"
 	PathMetrics = "/metrics"
 )
@@ -155,6 +159,23 @@ type Client struct {
 	BytesIn  uint64    `json:"bytes-in"`
 	BytesOut uint64    `json:"bytes-out"`
 	Stalled  bool      `json:"stalled,omitempty"`
+}
+
+// OpenLease says that a CID belongs to one start of a machine, or that it still
+// does.
+type OpenLease struct {
+	CID   uint32          `json:"cid"`
+	VM    string          `json:"vm"`    // as grants name it
+	Start string          `json:"start"` // tells this start of the machine from others
+	TTL   config.Duration `json:"ttl"`   // it ends then if it is not renewed
+}
+
+// Lease is one that is open.
+type Lease struct {
+	CID     uint32    `json:"cid"`
+	VM      string    `json:"vm"`
+	Start   string    `json:"start"`
+	Expires time.Time `json:"expires"`
 }
 
 // Stats are the counters of one export since it was opened.

@@ -126,6 +126,22 @@ func (c *Client) Disconnect(ctx context.Context, id uint64) error {
 	return c.call(ctx, request{method: "DELETE", path: api.PathClients + "/" + strconv.FormatUint(id, 10)}, nil)
 }
 
+// Leases are those that are open.
+func (c *Client) Leases(ctx context.Context) ([]api.Lease, error) {
+	return list[api.Lease](ctx, c, request{method: "GET", path: api.PathLeases})
+}
+
+// OpenLease opens or renews a lease.
+func (c *Client) OpenLease(ctx context.Context, l api.OpenLease) (x api.Lease, err error) {
+	return x, c.call(ctx, request{method: "POST", path: api.PathLeases, body: l}, &x)
+}
+
+// CloseLease ends the lease of a start.
+func (c *Client) CloseLease(ctx context.Context, cid uint32, start string) error {
+	path := api.PathLeases + "/" + strconv.FormatUint(uint64(cid), 10)
+	return c.call(ctx, request{method: "DELETE", path: path, query: url.Values{"start": {start}}}, nil)
+}
+
 // Stats are the counters of all exports.
 func (c *Client) Stats(ctx context.Context) ([]api.Stats, error) {
 	return list[api.Stats](ctx, c, request{method: "GET", path: api.PathStats})

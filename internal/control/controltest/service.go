@@ -29,6 +29,7 @@ type Service struct {
 	mu      sync.Mutex
 	exports []api.Export // guarded by mu
 	clients []api.Client // guarded by mu
+	leases  []api.Lease  // guarded by mu
 	calls   []string     // guarded by mu; what has changed something, in words
 	files   []*os.File   // guarded by mu; that have come
 
@@ -262,6 +263,33 @@ func (s *Service) Disconnect(id uint64) error {
 		}
 	}
 	return notFound(fmt.Sprintf("client %d", id))
+}
+
+func (s *Service) Leases() []api.Lease {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.leases)
+}
+
+func (s *Service) OpenLease(l api.OpenLease) (api.Lease, error) {
+	x := api.Lease{CID: l.CID, VM: l.VM, Start: l.Start, Expires: time.Now().Add(time.Duration(l.TTL))}
+	if err := s.note("open lease %d of %q %q", l.CID, l.VM, l.Start); err != nil {
+		return x, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leases = append(slices.DeleteFunc(s.leases, func(o api.Lease) bool { return o.CID == l.CID }), x)
+	return x, nil
+}
+
+func (s *Service) CloseLease(cid uint32, start string) error {
+	if err := s.note("close lease %d %q", cid, start); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.leases = slices.DeleteFunc(s.leases, func(o api.Lease) bool { return o.CID == cid && o.Start == start })
+	return nil
 }
 
 func (s *Service) Stats() []api.Stats {

@@ -160,6 +160,25 @@ func (c *call) disconnect() (any, error) {
 	return nil, c.s.service.Disconnect(id)
 }
 
+func (c *call) leases() (any, error) { return list(c.s.service.Leases()), nil }
+
+func (c *call) openLease() (any, error) {
+	var l api.OpenLease
+	if err := c.into(&l); err != nil {
+		return nil, err
+	}
+	return c.s.service.OpenLease(l)
+}
+
+func (c *call) closeLease() (any, error) {
+	cid, err := strconv.ParseUint(c.name, 10, 32)
+	start := c.query["start"]
+	if err != nil || len(start) == 0 {
+		return nil, &api.Error{Code: api.CodeNotFound, Text: "no such lease"}
+	}
+	return nil, c.s.service.CloseLease(uint32(cid), start[0])
+}
+
 func (c *call) reload() (any, error) {
 	dry, err := c.flag("dry-run")
 	if err != nil {

@@ -59,11 +59,11 @@ func items(v any) []any {
 var replies = map[string]any{
 	"status": api.Status{}, "exports": []api.Export{}, "add": api.Export{}, "export": api.Export{}, "patch": api.Export{},
 	"remove": nil, "pause": nil, "resume": nil, "resize": api.Export{}, "snapshot": api.Export{}, "clients": []api.Client{},
-	"disconnect": nil, "stats": []api.Stats{}, "events": api.Event{}, "reload": api.Reload{}, "metrics": "",
+	"disconnect": nil, "leases": []api.Lease{}, "openLease": api.Lease{}, "closeLease": nil, "stats": []api.Stats{}, "events": api.Event{}, "reload": api.Reload{}, "metrics": "",
 }
 
 var bodies = map[string]any{
-	"add": api.AddExport{}, "patch": api.Patch{}, "pause": api.Pause{}, "resize": api.Resize{}, "snapshot": api.Snapshot{},
+	"add": api.AddExport{}, "patch": api.Patch{}, "pause": api.Pause{}, "resize": api.Resize{}, "snapshot": api.Snapshot{}, "openLease": api.OpenLease{},
 }
 
 func TestOpenAPIHasTheRoutesAndNoOthers(t *testing.T) {

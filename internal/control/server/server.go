@@ -48,6 +48,9 @@ type Service interface {
 	// Clients of one export, or of all if it is nil.
 	Clients(export *string) []api.Client
 	Disconnect(id uint64) error
+	Leases() []api.Lease
+	OpenLease(l api.OpenLease) (api.Lease, error)
+	CloseLease(cid uint32, start string) error
 	Stats() []api.Stats
 	// Subscribe gives the events from now on. At most n of them wait; of later
 	// ones an event of kind "lost" tells the number. The channel is closed
