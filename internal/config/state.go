@@ -75,20 +75,10 @@ func WriteExport(dir string, e Export) error {
 	if err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
-	d, err := openState(dir)
-	if err != nil {
+	if err := replaceFile(dir, stateFile(e.Name), b); err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
-	defer d.Close()
-	name := stateFile(e.Name)
-	temp := filepath.Join(dir, "."+name+".new")
-	if err := writeFile(temp, b); err != nil {
-		return fmt.Errorf("keep export %q: %w", cut(e.Name), errors.Join(err, removeFile(temp)))
-	}
-	if err := os.Rename(temp, filepath.Join(dir, name)); err != nil {
-		return fmt.Errorf("keep export %q: %w", cut(e.Name), errors.Join(err, removeFile(temp)))
-	}
-	return d.Sync()
+	return nil
 }
 
 // encodeState writes e so that it is read as the same again, or not at all.
@@ -159,8 +149,8 @@ func ReadExports(dir string) ([]Export, error) {
 	}
 	defer d.Close()
 	// One more of each kind than there can be: an interrupted write leaves a
-	// second file.
-	names, err := d.Readdirnames(2*limits.ConfigExports + 1)
+	// second file, and an export of the configuration may have an overlay's.
+	names, err := d.Readdirnames(4*limits.ConfigExports + 1)
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
@@ -168,7 +158,7 @@ func ReadExports(dir string) ([]Export, error) {
 	var list []Export
 	var problems []error
 	for _, name := range names {
-		if strings.HasPrefix(name, ".") { // of an interrupted write
+		if strings.HasPrefix(name, ".") { // of an interrupted write, or of an overlay
 			continue
 		}
 		e, err := readExport(dir, name)

@@ -91,8 +91,13 @@ func (s *disks) get(name string) *disk {
 // addExport opens an export and publishes it; what fails leaves nothing
 // behind. files are what the words "fd:N" in x stand for; they are closed.
 func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, files []*os.File) (err error) {
-	k := &disk{cfg: x, origin: origin}
 	defer closeFiles(files)
+	if origin == fromConfig {
+		if x, err = d.placed(x); err != nil {
+			return err
+		}
+	}
+	k := &disk{cfg: x, origin: origin}
 	if err := d.disks.claim(k); err != nil {
 		return err
 	}

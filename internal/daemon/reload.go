@@ -102,6 +102,11 @@ func (d *daemon) exchange(k *disk, x config.Export) (old config.Export, err erro
 	k.busy.Lock()
 	defer k.busy.Unlock()
 	old = k.cfg
+	if k.origin == fromConfig {
+		if x, err = d.placed(x); err != nil {
+			return old, err
+		}
+	}
 	return old, d.change(k, x)
 }
 

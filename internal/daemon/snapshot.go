@@ -20,8 +20,8 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	defer cancel()
 	s := k.stack
 	next, err := overlayOf(&s.x, overlay)
-	if err == nil && k.origin == fromConfig {
-		err = errors.New("the configuration file names the image of this export, and would serve it without the overlay after a restart")
+	if err == nil {
+		err = d.mayRemember(k)
 	}
 	if err != nil {
 		return &api.Error{Code: api.CodeUnsupported, Text: err.Error()}
@@ -44,18 +44,22 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	if err != nil {
 		return errors.Join(err, d.goOn(s, &s.x))
 	}
+	cfg := k.cfg // with k.busy
+	cfg.Image, cfg.Format, cfg.Snapshot, cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
+	cfg.Backing, cfg.BackingFiles = next.Backing, next.BackingFiles
+	undo, err := d.remember(k, cfg)
+	if err != nil {
+		if undo != nil {
+			err = errors.Join(err, undo())
+		}
+		return errors.Join(err, dev.Close(), d.goOn(s, &s.x))
+	}
 	s.swap.To(dev)
 	s.x = next
 	d.disks.mu.Lock()
-	k.cfg.Image, k.cfg.Format, k.cfg.Snapshot, k.cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
-	k.cfg.Backing, k.cfg.BackingFiles = next.Backing, next.BackingFiles
-	kept := k.cfg
+	k.cfg = cfg
 	d.disks.mu.Unlock()
-	if k.origin != fromState {
-		return nil
-	}
-	// Until this is durable a restart would serve the image below.
-	return config.WriteExport(d.conf.Load().Control.State, kept)
+	return nil
 }
 
 // goOn opens an image again that was closed.

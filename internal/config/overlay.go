@@ -1,0 +1,132 @@
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Instead is what an export of the configuration file serves since a snapshot:
+// an overlay in place of the image that the file names, which must not be
+// written to any more. Of both only the name and what says how an image is
+// opened is set.
+type Instead struct {
+	Of    Export `json:"of"`
+	Serve Export `json:"serve"`
+}
+
+// overlayPrefix begins the names of the files of overlays: no export's file
+// has a dot there, and no unfinished one a "=".
+const overlayPrefix = ".overlay="
+
+// ImageOf is the part of e that Instead holds.
+func ImageOf(e Export) Export {
+	return Export{Name: e.Name, Image: e.Image, Format: e.Format, Snapshot: e.Snapshot, Discard: e.Discard,
+		Backing: e.Backing, BackingFiles: e.BackingFiles, DataFiles: e.DataFiles}
+}
+
+// Apply is e with the overlay in place of its image. An export whose image the
+// file has changed since to neither is an error: one of the two would lose what
+// a guest has written.
+func (i *Instead) Apply(e Export) (Export, error) {
+	switch {
+	case e.Image == i.Serve.Image && e.Format == i.Serve.Format:
+		return e, nil // by now the file says so itself
+	case e.Image != i.Of.Image || formatOr(e.Format) != formatOr(i.Of.Format) || e.Snapshot != i.Of.Snapshot:
+		return e, fmt.Errorf("the guest has written to overlay %q since a snapshot of %q, and the configuration names neither of them as it was", i.Serve.Image, i.Of.Image)
+	}
+	e.Image, e.Format, e.Snapshot, e.Discard = i.Serve.Image, i.Serve.Format, i.Serve.Snapshot, i.Serve.Discard
+	e.Backing, e.BackingFiles, e.DataFiles = i.Serve.Backing, i.Serve.BackingFiles, i.Serve.DataFiles
+	return e, nil
+}
+
+// formatOr is a format, or its default.
+func formatOr(s string) string {
+	if s == "" {
+		return "raw"
+	}
+	return s
+}
+
+// WriteInstead keeps i in the folder dir, as WriteExport keeps exports. With an
+// error it may be kept or not.
+func WriteInstead(dir string, i Instead) error {
+	b, err := json.Marshal(i)
+	var again Instead
+	if err == nil {
+		err = decodeJSON(b, &again, limits.StateFile)
+	}
+	if err == nil && (!equal(i, again) || i.Of.Name == "" || i.Of.Name != i.Serve.Name) {
+		err = errors.New("it has text that is not UTF-8, or no name")
+	}
+	if err == nil {
+		err = replaceFile(dir, overlayPrefix+stateFile(i.Of.Name), append(b, '\n'))
+	}
+	if err != nil {
+		return fmt.Errorf("keep the overlay of export %q: %w", cut(i.Of.Name), err)
+	}
+	return nil
+}
+
+// replaceFile puts a file in place of the one of its name, if there is one,
+// atomically and durably.
+func replaceFile(dir, name string, b []byte) error {
+	d, err := openState(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	temp := filepath.Join(dir, "."+name+".new")
+	if err := writeFile(temp, b); err != nil {
+		return errors.Join(err, removeFile(temp))
+	}
+	if err := os.Rename(temp, filepath.Join(dir, name)); err != nil {
+		return errors.Join(err, removeFile(temp))
+	}
+	return d.Sync()
+}
+
+// ReadInstead is what WriteInstead has kept of the export called name, or nil.
+func ReadInstead(dir, name string) (*Instead, error) {
+	d, err := openState(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	path := filepath.Join(dir, overlayPrefix+stateFile(name))
+	b, err := readFile(path, limits.StateFile+1, syscall.O_NOFOLLOW)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	i := &Instead{}
+	if err := decodeJSON(b, i, limits.StateFile+1); err != nil {
+		return nil, fmt.Errorf("%q: %w", path, err)
+	}
+	if i.Of.Name != name || i.Serve.Name != name || i.Serve.Image == "" {
+		return nil, fmt.Errorf("%q: it is not about export %q", path, cut(name))
+	}
+	return i, nil
+}
+
+// RemoveInstead forgets the overlay of the export called name. That none is
+// kept is no error.
+func RemoveInstead(dir, name string) error {
+	d, err := openState(dir)
+	if err == nil {
+		defer d.Close()
+		err = removeFile(filepath.Join(dir, overlayPrefix+stateFile(name)))
+	}
+	if err != nil {
+		return fmt.Errorf("forget the overlay of export %q: %w", cut(name), err)
+	}
+	return d.Sync()
+}
