@@ -14,8 +14,8 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// installed copies the units into a folder, with a program that exists where
-// they name the daemon and with names for the templates, as systemd-analyze
+// installed copies the units, and those of the examples, into a folder, with a
+// program that exists where they name ours and with names for the templates, as systemd-analyze
 // wants them.
 func installed(t *testing.T) string {
 	t.Helper()
@@ -27,8 +27,12 @@ func installed(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	examples, err := filepath.Glob("../packaging/examples/*.service")
+	if err != nil || len(examples) == 0 {
+		t.Fatalf("examples %q, error %v", examples, err)
+	}
 	dir := t.TempDir()
-	for _, name := range units {
+	for _, name := range append(units, examples...) {
 		if !isUnit(name) {
 			continue
 		}
@@ -36,8 +40,8 @@ func installed(t *testing.T) string {
 		if err != nil {
 			t.Fatal(err)
 		}
-		said := strings.ReplaceAll(string(text), "/usr/sbin/vmdiskd", self)
-		to := filepath.Join(dir, strings.Replace(name, "@.", "@vm1.", 1))
+		said := strings.NewReplacer("/usr/sbin/vmdiskd", self, "/usr/bin/vmdiskctl", self).Replace(string(text))
+		to := filepath.Join(dir, strings.Replace(filepath.Base(name), "@.", "@vm1.", 1))
 		if err := os.WriteFile(to, []byte(said), 0o600); err != nil {
 			t.Fatal(err)
 		}
