@@ -17,7 +17,7 @@ import (
 )
 
 func newVM() *cobra.Command {
-	return group("vm", "Look at machines", newVMList(), newVMShow())
+	return group("vm", "Look at machines", newVMList(), newVMShow(), newVMLease())
 }
 
 // vmRow is a machine in a list.
