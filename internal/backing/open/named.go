@@ -3,6 +3,7 @@ package open
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -69,6 +70,9 @@ func openInRoots(s Spec, c cacheMode) (*os.File, error) {
 func inRoots(s Spec, w wish, direct bool, open func(g *gate, rel string) (*os.File, error)) (*os.File, error) {
 	for _, root := range s.Roots {
 		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, direct)
+		if errors.Is(err, fs.ErrNotExist) && !beneath(root, s.Path) {
+			continue // nothing lies in a folder that is not there
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -82,6 +86,12 @@ func inRoots(s Spec, w wish, direct bool, open func(g *gate, rel string) (*os.Fi
 		return f, err
 	}
 	return nil, w.denied("it lies beneath none of the folders that images may come from")
+}
+
+// beneath tells whether path begins with root, as they are written.
+func beneath(root, path string) bool {
+	rel, err := filepath.Rel(root, path)
+	return err == nil && filepath.IsLocal(rel)
 }
 
 // checkPolicy refuses policies that would lead out of what s allows.

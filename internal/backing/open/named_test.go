@@ -63,6 +63,30 @@ func TestImagesLieBeneathTheRoots(t *testing.T) {
 	}
 }
 
+// TestFolderThatIsNotThereHidesNoOther: the folder of images of another program
+// is often named before that program is installed.
+func TestFolderThatIsNotThereHidesNoOther(t *testing.T) {
+	path := image(t, 4096)
+	missing := filepath.Join(filepath.Dir(path), "missing")
+	s, _ := newSpec(t)
+	s.Format, s.Path, s.Roots = "raw", path, []string{missing, filepath.Dir(path)}
+	d, err := open.Open(t.Context(), s)
+	if err != nil {
+		t.Fatalf("an image in the second folder: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.Path = filepath.Join(missing, "a")
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("an image in the folder that is not there: got %v, want %v", err, os.ErrNotExist)
+	}
+	s.Path, s.Roots = path, []string{missing}
+	if _, err := open.Open(t.Context(), s); !errors.Is(err, open.ErrDenied) {
+		t.Errorf("an image elsewhere: got %v, want %v", err, open.ErrDenied)
+	}
+}
+
 func TestDescriptorStandsForAPath(t *testing.T) {
 	path := image(t, 4096)
 	for _, tt := range []struct {
