@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"golang.org/x/sys/unix"
@@ -30,6 +31,13 @@ const PrivatePath = "-"
 // Owner is the owner of a Unix socket's file; -1 leaves that part as it is.
 type Owner struct {
 	UID, GID int
+}
+
+// has tells whether a file is the owner's already: nothing need be asked of the
+// kernel then, which a confined service may not ask it.
+func (o *Owner) has(fi fs.FileInfo) bool {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && (o.UID == -1 || uint32(o.UID) == st.Uid) && (o.GID == -1 || uint32(o.GID) == st.Gid)
 }
 
 // ParseOwner resolves USER, USER:GROUP or :GROUP, by name or number; a name

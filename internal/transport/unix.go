@@ -230,7 +230,7 @@ func (p *socketPath) adopt(mode fs.FileMode, o *Owner) error {
 			return fmt.Errorf("set mode %#o: %w", mode, bare(err))
 		}
 	}
-	if o == nil || (o.UID == -1 && o.GID == -1) {
+	if o == nil || o.has(fi) {
 		return nil
 	}
 	if err := unix.Fchownat(fd, "", o.UID, o.GID, unix.AT_EMPTY_PATH); err != nil {
