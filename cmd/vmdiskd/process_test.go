@@ -349,6 +349,43 @@ func TestLogThatNobodyReadsStopsNothing(t *testing.T) {
 	}
 }
 
+// TestLogThatCannotBeWrittenStopsNothing: the partition of the log is full, or
+// whoever read it is gone (LI-14, LI-15).
+func TestLogThatCannotBeWrittenStopsNothing(t *testing.T) {
+	full := serve(t, "-v", "--log=/dev/full", image(t, 1<<20))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	defer w.Close()
+	closed := &daemonProcess{t: t, socket: filepath.Join(shortDir(t), "s"), ended: make(chan error, 1)}
+	closed.cmd = program("-v", "--print-uri", "-U", closed.socket, image(t, 1<<20))
+	closed.cmd.Stderr = w
+	out, err := closed.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := closed.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		t.Fatal("a server whose log nobody reads any more did not start")
+	}
+	go func() { closed.ended <- closed.cmd.Wait() }()
+	for _, d := range []*daemonProcess{full, closed} {
+		c := d.dial()
+		for range 500 {
+			c.works()
+		}
+		c.Close()
+		d.signal(syscall.SIGTERM)
+		if got := d.wait(); got != 0 {
+			t.Errorf("exit status: got %d, want 0", got)
+		}
+	}
+}
+
 func TestImageInUseIsRefused(t *testing.T) {
 	path := image(t, 1<<20)
 	serve(t, path)
