@@ -4,8 +4,6 @@
 set -e
 
 systemd-sysusers vmdiskd.conf
-# Images that no other program looks for lie here; the service makes the rest.
-install -d -o vmdiskd -g vmdiskd -m 0750 /var/lib/vmdiskd /var/lib/vmdiskd/images
 systemd-tmpfiles --create vmdiskd.conf
 
 if [ -d /run/systemd/system ]; then

@@ -13,7 +13,7 @@ esac
 rm -rf /run/vmdiskd
 if [ "$1" = purge ]; then
 	rm -rf /var/lib/vmdiskd/exports /var/lib/vmdiskd/vm
-	rmdir --ignore-fail-on-non-empty /etc/vmdiskd/vm /etc/vmdiskd 2>/dev/null || true
+	rmdir --ignore-fail-on-non-empty /etc/vmdiskd/vm /etc/vmdiskd/swap /etc/vmdiskd 2>/dev/null || true
 fi
 # Images of guests are never removed, and while there are some their owner
 # stays too.

@@ -89,14 +89,15 @@ func wanted(t *testing.T) content {
 	}
 	into := func(folder string) func(string) string { return func(base string) string { return folder + base } }
 	c["/usr/sbin/vmdiskd"], c["/usr/bin/vmdiskctl"] = "-rwxr-xr-x root/root", "-rwxr-xr-x root/root"
-	for _, dir := range []string{"/etc/vmdiskd", "/etc/vmdiskd/vm"} {
+	for _, dir := range []string{"/etc/vmdiskd", "/etc/vmdiskd/swap", "/etc/vmdiskd/vm"} {
 		c[dir] = "drwxr-xr-x root/root"
 	}
-	for _, kind := range []string{"service", "socket"} {
+	for _, kind := range []string{"service", "socket", "slice"} {
 		each("systemd/*."+kind, into("/usr/lib/systemd/system/"))
 	}
 	each("docs/man/*.[1-9]", func(base string) string { return "/usr/share/man/man" + base[len(base)-1:] + "/" + base + ".gz" })
 	each("docs/*.md", into("/usr/share/doc/vmdiskd/"))
+	each("selinux/*", into("/usr/share/vmdiskd/selinux/"))
 	each("packaging/examples/*", into("/usr/share/doc/vmdiskd/examples/"))
 	for _, path := range []string{
 		"/usr/lib/sysusers.d/vmdiskd.conf", "/usr/lib/tmpfiles.d/vmdiskd.conf", "/etc/vmdiskd/vmdiskd.toml",
