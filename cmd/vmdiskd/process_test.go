@@ -31,6 +31,12 @@ const asProgram = "VMDISKD_TEST_IS_PROGRAM"
 func TestMain(m *testing.M) {
 	// The program executes itself anew.
 	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" || confine.IsWorker() {
+		if os.Getenv(noRing) != "" {
+			if err := forbidRing(); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		}
 		os.Unsetenv(asProgram)
 		os.Exit(run(os.Args[1:]))
 	}

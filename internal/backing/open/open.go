@@ -184,6 +184,9 @@ func admitted(fd int, path string, check func(mode uint32) error) (*os.File, err
 		err = check(st.Mode)
 	}
 	if err == nil {
+		err = stored(fd, path)
+	}
+	if err == nil {
 		err = unix.SetNonblock(fd, false) // io_uring would answer EAGAIN where it should wait
 	}
 	if err != nil {
@@ -191,6 +194,26 @@ func admitted(fd int, path string, check func(mode uint32) error) (*os.File, err
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), path), nil
+}
+
+// kernelFiles are file systems whose files are no storage, but memory of
+// processes and settings of the kernel.
+var kernelFiles = map[int64]string{
+	unix.PROC_SUPER_MAGIC: "proc", unix.SYSFS_MAGIC: "sysfs", unix.DEBUGFS_MAGIC: "debugfs", unix.TRACEFS_MAGIC: "tracefs",
+	unix.SECURITYFS_MAGIC: "securityfs", unix.SELINUX_MAGIC: "selinuxfs", unix.CGROUP_SUPER_MAGIC: "cgroup",
+	unix.CGROUP2_SUPER_MAGIC: "cgroup2", unix.EFIVARFS_MAGIC: "efivarfs", unix.BPF_FS_MAGIC: "bpf",
+}
+
+// stored refuses files that only look like regular ones.
+func stored(fd int, path string) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return err
+	}
+	if kind := kernelFiles[int64(st.Type)]; kind != "" {
+		return invalid(Spec{Path: path}, fmt.Errorf("a file of %s is no image", kind))
+	}
+	return nil
 }
 
 func openRetrying(path string, flags int) (int, error) {

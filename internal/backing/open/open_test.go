@@ -312,3 +312,12 @@ func FuzzParseSize(f *testing.F) {
 		}
 	})
 }
+
+func TestFilesOfTheKernelAreNoImages(t *testing.T) {
+	for path, kind := range map[string]string{"/proc/self/mem": "proc", "/proc/self/status": "proc", "/sys/kernel/notes": "sysfs"} {
+		_, err := open.Open(t.Context(), open.Spec{Path: path, Format: "raw", ReadOnly: true})
+		if !errors.Is(err, backing.ErrInvalid) || !strings.Contains(err.Error(), "a file of "+kind) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}

@@ -1,0 +1,364 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	seccomp "github.com/elastic/go-seccomp-bpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+)
+
+// noRing makes the test binary forbid io_uring_setup before it is vmdiskd, as
+// the filters of containers do.
+const noRing = "VMDISKD_TEST_NO_RING"
+
+func forbidRing() error {
+	return seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Flag: seccomp.FilterFlagTSync,
+		Policy: seccomp.Policy{DefaultAction: seccomp.ActionAllow, Syscalls: []seccomp.SyscallGroup{
+			{Action: seccomp.ActionErrno, Names: []string{"io_uring_setup"}}}}})
+}
+
+// fails runs the program, which must end with status 1 and say what.
+func fails(t *testing.T, cmd *exec.Cmd, what string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
+	defer cancel()
+	again := exec.CommandContext(ctx, cmd.Path, cmd.Args[1:]...)
+	again.Env, again.SysProcAttr, again.ExtraFiles = cmd.Env, cmd.SysProcAttr, cmd.ExtraFiles
+	out, err := again.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(string(out), what) {
+		t.Errorf("%q: %v, %q; want status 1 and %q", cmd.Args[1:], err, out, what)
+	}
+}
+
+// statusOf are fields of each thread of a process.
+func (d *daemonProcess) statusOf() []map[string]string {
+	d.t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", d.cmd.Process.Pid))
+	if err != nil || len(tasks) == 0 {
+		d.t.Fatalf("no threads: %v", err)
+	}
+	var all []map[string]string
+	for _, path := range tasks {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		m := map[string]string{}
+		for line := range strings.Lines(string(b)) {
+			k, v, _ := strings.Cut(line, ":")
+			m[k] = strings.Join(strings.Fields(v), " ")
+		}
+		all = append(all, m)
+	}
+	return all
+}
+
+// userImage is an image that only root can read, in a folder that only root
+// can enter.
+func userImage(t *testing.T) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	return image(t, 1<<20)
+}
+
+// TestEveryThreadOfTheWorkerIsConfined, under load that starts some.
+func TestEveryThreadOfTheWorkerIsConfined(t *testing.T) {
+	for _, engine := range []string{"uring", "pool"} {
+		d := serve(t, "--confine=strict", "-u", "nobody", "--engine="+engine, userImage(t))
+		for range 8 {
+			d.dial().works()
+		}
+		for _, m := range d.statusOf() {
+			for k, want := range map[string]string{
+				"Uid": "65534 65534 65534 65534", "Gid": "65534 65534 65534 65534", "Groups": "",
+				"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000",
+				"CapBnd": "0000000000000000", "CapAmb": "0000000000000000", "NoNewPrivs": "1", "Seccomp": "2",
+			} {
+				if m[k] != want {
+					t.Errorf("%s: thread %s has %s %q, want %q", engine, m["Pid"], k, m[k], want)
+				}
+			}
+		}
+		d.signal(unix.SIGTERM)
+		if status := d.wait(); status != 0 {
+			t.Errorf("status %d: %s", status, d.stderr.String())
+		}
+	}
+}
+
+func TestStrictRefusesRootAndAutoWarns(t *testing.T) {
+	disk := userImage(t)
+	fails(t, program("--confine=strict", "-U", filepath.Join(shortDir(t), "s"), disk), "user is off: it runs as root")
+	d := serve(t, "--confine=auto", disk)
+	d.dial().works()
+	d.signal(unix.SIGTERM)
+	d.wait()
+	if said := d.stderr.String(); !strings.Contains(said, "control=user state=off") {
+		t.Errorf("log %q", said)
+	}
+}
+
+// TestConfineOffChangesNothing: the process has what its caller has.
+func TestConfineOffChangesNothing(t *testing.T) {
+	d := serve(t, "--confine=off", image(t, 1<<20))
+	d.dial().works()
+	for _, m := range d.statusOf() {
+		if m["Seccomp"] != "0" || m["NoNewPrivs"] != "0" {
+			t.Errorf("thread %s: seccomp %s, no_new_privs %s", m["Pid"], m["Seccomp"], m["NoNewPrivs"])
+		}
+	}
+}
+
+// TestWorkerHasNothingOpenThatItDoesNotUse looks at all descriptors, of which
+// the caller has left some.
+func TestWorkerHasNothingOpenThatItDoesNotUse(t *testing.T) {
+	dir, err := os.Open("/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	disk := image(t, 1<<20)
+	socket := filepath.Join(shortDir(t), "s")
+	cmd := program("--print-uri", "-U", socket, "--cache=none", "-r", disk)
+	cmd.ExtraFiles = []*os.File{dir}
+	d := start(t, cmd, socket)
+	d.dial().works()
+	known := regexp.MustCompile(`^(socket:.*|pipe:.*|anon_inode:\[(eventpoll|eventfd|io_uring)\]|/dev/null|` +
+		regexp.QuoteMeta(disk) + `|` + regexp.QuoteMeta(socket) + `)$`)
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", cmd.Process.Pid))
+	if err != nil || len(links) < 5 {
+		t.Fatalf("descriptors: %v, %v", links, err)
+	}
+	for _, link := range links {
+		to, err := os.Readlink(link)
+		if err == nil && !known.MatchString(to) {
+			t.Errorf("%s is %s", link, to)
+		}
+		info, err := os.ReadFile(strings.Replace(link, "/fd/", "/fdinfo/", 1))
+		if err == nil && to == disk {
+			if m := accessMode(t, info); m != unix.O_RDONLY {
+				t.Errorf("the image is open with mode %#o", m)
+			}
+		}
+	}
+}
+
+// start is serve for a command that was made elsewhere.
+func start(t *testing.T, cmd *exec.Cmd, socket string) *daemonProcess {
+	t.Helper()
+	d := &daemonProcess{t: t, cmd: cmd, socket: socket, ended: make(chan error, 1)}
+	cmd.Stderr = &d.stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { d.ended <- cmd.Wait() }()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-d.ended
+	})
+	for until := time.Now().Add(hangLimit); ; {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
+			defer c.Close()
+			// The greeting comes from the worker.
+			if _, err := c.Read(make([]byte, 1)); err == nil {
+				return d
+			}
+		}
+		if time.Now().After(until) {
+			t.Fatalf("server does not answer: %s", d.stderr.String())
+		}
+	}
+}
+
+// TestSwappedPathsLeadNowhere exchanges image and socket for links meanwhile.
+func TestSwappedPathsLeadNowhere(t *testing.T) {
+	outside := filepath.Join(shortDir(t), "outside")
+	secret := bytes.Repeat([]byte("secret"), 1<<17)
+	if err := os.WriteFile(outside, secret, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newService(t, "")
+	path, link := filepath.Join(s.dir, "c.img"), filepath.Join(s.dir, "link")
+	if err := os.Symlink(outside, link); err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan bool), make(chan bool)
+	go func() {
+		defer close(done)
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			next := filepath.Join(s.dir, "next")
+			_ = os.Remove(next)
+			if i%2 == 0 {
+				_ = os.Symlink(outside, next)
+			} else {
+				_ = os.WriteFile(next, make([]byte, 4096), 0o600)
+			}
+			_ = os.Rename(next, path)
+		}
+	}()
+	opened := 0
+	for i := range 50 {
+		x := api.AddExport{}
+		x.Name, x.Image, x.Format = fmt.Sprint("race", i), path, "raw"
+		got, err := s.ctl.Add(t.Context(), x)
+		if err == nil {
+			opened++
+			if got.Size == int64(len(secret)) {
+				t.Fatal("a file outside of the roots is served")
+			}
+		}
+	}
+	close(stop)
+	<-done
+	if b, err := os.ReadFile(outside); err != nil || !bytes.Equal(b, secret) {
+		t.Errorf("the file outside was touched: %v", err)
+	}
+	t.Logf("%d of 50 opens met the file", opened)
+	fails(t, program("-U", link, image(t, 1<<20)), "a symbolic link is in the way")
+}
+
+// TestKindsOfFilesThatAreNoImages is quick to refuse each.
+func TestKindsOfFilesThatAreNoImages(t *testing.T) {
+	dir := shortDir(t)
+	dangling, socket := filepath.Join(dir, "dangling"), filepath.Join(dir, "socket")
+	if err := os.Symlink(filepath.Join(dir, "nothing"), dangling); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, path := range []string{"/dev/zero", "/dev/full", "/proc/self/mem", "/proc/self/environ", dangling, socket} {
+		fails(t, program("-U", "-", path), path)
+	}
+}
+
+// TestFilterThatForbidsRingsIsNoObstacle is how containers are.
+func TestFilterThatForbidsRingsIsNoObstacle(t *testing.T) {
+	t.Setenv(noRing, "1")
+	disk := userImage(t)
+	d := serve(t, "--confine=strict", "-u", "nobody", disk)
+	d.dial().works()
+	d.signal(unix.SIGTERM)
+	if status := d.wait(); status != 0 {
+		t.Errorf("status %d", status)
+	}
+	if said := d.stderr.String(); !strings.Contains(said, "engine is pool") || !strings.Contains(said, "operation not permitted") {
+		t.Errorf("log %q", said)
+	}
+	fails(t, program("--engine=uring", "-U", "-", disk), "operation not permitted")
+}
+
+// tracer attaches to a process by number and prints the errno.
+const tracer = `import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.ptrace(16, int(sys.argv[1]), 0, 0), ctypes.get_errno())
+try:
+    open("/proc/%s/mem" % sys.argv[1], "rb")
+    print("opened")
+except OSError as e:
+    print(e.errno)`
+
+// TestItsOwnUserCannotLookInside dumps a core, and attaches as the same user.
+func TestItsOwnUserCannotLookInside(t *testing.T) {
+	d := serve(t, "-u", "nobody", userImage(t))
+	cmd := exec.Command("/usr/bin/python3", "-c", tracer, fmt.Sprint(d.cmd.Process.Pid))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if want := fmt.Sprintf("-1 %d\n%d\n", unix.EPERM, unix.EACCES); err != nil || string(out) != want {
+		t.Errorf("attach: %v, %q, want %q", err, out, want)
+	}
+	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", d.cmd.Process.Pid))
+	if err != nil || !regexp.MustCompile(`(?m)^Max core file size +0 +0 `).Match(limits) {
+		t.Errorf("limits: %v\n%s", err, limits)
+	}
+	d.signal(unix.SIGSEGV)
+	d.wait()
+	if d.cmd.ProcessState.Sys().(syscall.WaitStatus).CoreDump() {
+		t.Error("a core was dumped")
+	}
+}
+
+// TestSocketsThatNobodyCanConnectTo are passed as systemd would.
+func TestSocketsThatNobodyCanConnectTo(t *testing.T) {
+	disk := image(t, 1<<20)
+	for name, x := range map[string]struct {
+		typ  int
+		bind bool
+		want string
+	}{
+		"datagrams":     {unix.SOCK_DGRAM, true, "not a stream socket"},
+		"not listening": {unix.SOCK_STREAM, true, "not a listening socket"},
+		"pair":          {unix.SOCK_STREAM, false, "not a listening socket"},
+	} {
+		var f *os.File
+		if x.bind {
+			fd, err := unix.Socket(unix.AF_UNIX, x.typ|unix.SOCK_CLOEXEC, 0)
+			if err == nil {
+				err = unix.Bind(fd, &unix.SockaddrUnix{Name: filepath.Join(shortDir(t), "s")})
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			f = os.NewFile(uintptr(fd), name)
+		} else {
+			pair, err := unix.Socketpair(unix.AF_UNIX, x.typ|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f = os.NewFile(uintptr(pair[0]), name)
+			defer unix.Close(pair[1])
+		}
+		defer f.Close()
+		// The shell becomes the program, under the number that it tells.
+		sh := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, os.Args[0], disk)
+		sh.Env = append(os.Environ(), asProgram+"=1", "LISTEN_FDS=1")
+		sh.ExtraFiles = []*os.File{f}
+		fails(t, sh, x.want)
+	}
+}
+
+// TestStatusShowsWhatConfines asks a service.
+func TestStatusShowsWhatConfines(t *testing.T) {
+	s := newService(t, "")
+	got, err := s.ctl.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	states := map[string]string{}
+	for _, c := range got.Security {
+		states[c.Name] = c.State
+		if (c.State != "enforced") != (c.Reason != "") {
+			t.Errorf("%+v: a reason belongs to what is not enforced", c)
+		}
+	}
+	for _, name := range []string{"stages", "landlock", "no-new-privileges", "seccomp", "no-core-dumps"} {
+		if states[name] != "enforced" {
+			t.Errorf("%s is %q", name, states[name])
+		}
+	}
+}
