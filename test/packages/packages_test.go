@@ -128,14 +128,18 @@ func TestPackages(t *testing.T) {
 	deb, rpm := build(t)
 	t.Run("deb", func(t *testing.T) {
 		want := wanted(t)
-		want["/usr/share/zsh/vendor-completions/_vmdiskctl"] = "-rw-r--r-- root/root"
+		for _, path := range []string{
+			"/usr/share/zsh/vendor-completions/_vmdiskctl", "/etc/apparmor.d/vmdiskd", "/usr/share/doc/vmdiskd/examples/apparmor-libvirt-qemu",
+		} {
+			want[path] = "-rw-r--r-- root/root"
+		}
 		compare(t, debContent(t, deb), want)
 		if got := run(t, "dpkg-deb", "-f", deb, "Package", "Version"); got != "Package: vmdiskd\nVersion: "+version+"\n" {
 			t.Errorf("control file has %q", got)
 		}
 		control := t.TempDir()
 		run(t, "dpkg-deb", "-e", deb, control)
-		if got := run(t, "cat", control+"/conffiles"); got != "/etc/vmdiskd/vmdiskd.toml\n" {
+		if got := run(t, "cat", control+"/conffiles"); got != "/etc/apparmor.d/vmdiskd\n/etc/vmdiskd/vmdiskd.toml\n" {
 			t.Errorf("configuration files are %q", got)
 		}
 		for _, script := range []string{"postinst", "prerm", "postrm"} {
