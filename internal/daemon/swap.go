@@ -199,7 +199,7 @@ func (d *daemon) newEngine() (engine.Engine, error) {
 	if !d.cfg.Swap.On {
 		return choose.New(d.cfg.Engine, d.buffers, d.logs.For("engine"))
 	}
-	p := engine.NewPool(limits.PoolWorkers)
+	p := engine.NewInlinePool(limits.PoolWorkers)
 	p.StartAll()
 	return p, nil
 }

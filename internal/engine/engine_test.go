@@ -25,6 +25,10 @@ func TestPoolPassesTheSuite(t *testing.T) {
 	}
 }
 
+func TestInlinePoolPassesTheSuite(t *testing.T) {
+	enginetest.Run(t, t.TempDir(), func(*testing.T, *bufpool.Pool) engine.Engine { return engine.NewInlinePool(0) })
+}
+
 func TestPoolPassesTheSuiteOnTmpfs(t *testing.T) {
 	enginetest.Run(t, tmpfs(t), func(*testing.T, *bufpool.Pool) engine.Engine { return engine.NewPool(0) })
 }

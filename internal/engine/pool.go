@@ -15,6 +15,7 @@ import (
 // started as they are needed, takes transfers from one queue.
 type Pool struct {
 	max     int
+	inline  bool // Submit makes the last transfer of a batch itself
 	workers sync.WaitGroup
 
 	mu      sync.Mutex
@@ -34,6 +35,16 @@ func NewPool(workers int) *Pool {
 	}
 	p := &Pool{max: workers}
 	p.wake.L = &p.mu
+	return p
+}
+
+// NewInlinePool is NewPool, but Submit makes the last transfer of a batch itself
+// and returns when that is done: a single one costs no hand-over to a worker,
+// and no wake-up. Done may be called within Submit then. It is for callers
+// that have few transfers at a time, and nothing else to do meanwhile.
+func NewInlinePool(workers int) *Pool {
+	p := NewPool(workers)
+	p.inline = true
 	return p
 }
 
@@ -61,8 +72,24 @@ func (p *Pool) Open(f *os.File) (*File, error) {
 // ReadNow fills p from the page cache.
 func (p *Pool) ReadNow(f *File, b []byte, off int64) int { return ReadCached(f, b, off) }
 
-// Submit queues the batch. It never waits and may be called from Done.
+// Submit queues the batch. Unless the pool is inline it never waits. It may be
+// called from Done.
 func (p *Pool) Submit(batch []*IO) {
+	if len(batch) == 0 {
+		return
+	}
+	if p.inline {
+		last := batch[len(batch)-1]
+		p.queue(batch[:len(batch)-1])
+		run(last)
+		last.finish()
+		return
+	}
+	p.queue(batch)
+}
+
+// queue leaves the batch to the workers.
+func (p *Pool) queue(batch []*IO) {
 	if len(batch) == 0 {
 		return
 	}

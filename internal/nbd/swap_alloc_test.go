@@ -5,6 +5,8 @@ package nbd
 
 import (
 	"flag"
+	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"testing"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -41,11 +44,20 @@ const freeLists = 512
 // TestServerOfSwapNeedsNothing: what --swap serves costs no allocation and
 // no major fault, however long it lasts: -nbd.swap-requests=1000000 shows it.
 func TestServerOfSwapNeedsNothing(t *testing.T) {
-	r := fileRig(t, 8<<20, "pool", open.CacheNone)
+	bufs, eng := bufpool.New(limits.SwapBudget), engine.NewInlinePool(0)
+	eng.StartAll()
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, make([]byte, 8<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := open.Open(t.Context(), open.Spec{Path: path, Format: "raw", Cache: open.CacheNone, Engine: eng, Buffers: bufs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, dev, eng, bufs)
 	r.opt.Requests, r.opt.Bytes, r.opt.Poll = limits.SwapServerRequests, limits.SwapServerBytes, limits.Poll
-	r.opt.Engine.(*engine.Pool).StartAll()
 	for _, b := range limits.SwapBuffers {
-		if err := r.opt.Buffers.Keep(b.Bytes, b.Count); err != nil {
+		if err := bufs.Keep(b.Bytes, b.Count); err != nil {
 			t.Fatal(err)
 		}
 	}
