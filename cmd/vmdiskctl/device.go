@@ -133,27 +133,55 @@ type deviceReport struct {
 	Server   string `json:"server"`
 }
 
-// attach attaches the device, says so, and holds it if it is to.
+// attach attaches the device, says so, and holds it if it is to. A device of
+// which that cannot be said is taken away again.
 func (f *deviceFlags) attach(ctx context.Context, config kernel.Config, w io.Writer) error {
 	driver, err := kernel.Open()
 	if err != nil {
 		return err
 	}
 	defer driver.Close()
+	var dead <-chan int
+	if f.stay {
+		// Not the command's context: signals ask a holder to detach.
+		hold, cancel := context.WithCancel(context.WithoutCancel(ctx))
+		defer cancel()
+		if dead, err = f.prepare(hold); err != nil {
+			return err
+		}
+	}
 	v, err := kernel.Attach(ctx, driver, config)
 	if err != nil {
 		return err
 	}
 	defer v.Close()
+	say, err := f.announce(ctx, v, config.URI, w)
+	if err != nil {
+		return errors.Join(err, kernel.Detach(context.WithoutCancel(ctx), driver, config.Sysfs, v.Index(), true))
+	}
+	if f.stay {
+		return f.hold(ctx, &kernel.Keeper{Device: v, Dead: dead, Poll: f.poll, Say: say})
+	}
+	return nil
+}
+
+// announce swaps to the device, if that is asked for, and says that it is
+// there. A holder's messages go to what it returns.
+func (f *deviceFlags) announce(ctx context.Context, v *kernel.Device, uri string, w io.Writer) (say func(string, ...any), err error) {
 	if f.swapOn {
 		if err := swapOn(ctx, v.Path()); err != nil {
-			return errors.Join(err, kernel.Detach(context.WithoutCancel(ctx), driver, config.Sysfs, v.Index(), true))
+			return nil, err
 		}
 	}
 	if f.stay {
-		return f.hold(ctx, v, config.URI, w)
+		say, err = f.ready(v, uri, w)
+	} else {
+		err = f.report(w, v, uri)
 	}
-	return f.report(w, v, config.URI)
+	if err != nil && f.swapOn {
+		err = errors.Join(err, swapOff(context.WithoutCancel(ctx), v.Path()))
+	}
+	return say, err
 }
 
 func (f *deviceFlags) report(w io.Writer, v *kernel.Device, uri string) error {

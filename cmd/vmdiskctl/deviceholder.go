@@ -89,37 +89,34 @@ func holderFailed(err error, text []byte) error {
 	return e
 }
 
-// hold keeps the device until it is detached. SIGTERM and SIGINT detach it if
-// nobody uses it.
-func (f *deviceFlags) hold(ctx context.Context, v *kernel.Device, uri string, w io.Writer) error {
-	leave := make(chan os.Signal, 1)
-	signal.Notify(leave, unix.SIGTERM, unix.SIGINT)
-	defer signal.Stop(leave)
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-	dead, err := kernel.Watch(ctx)
-	if err != nil {
-		return err
-	}
+// prepare makes this process one that can hold a device. What it returns tells
+// of dead connections until ctx ends.
+func (f *deviceFlags) prepare(ctx context.Context) (dead <-chan int, err error) {
 	if f.swap {
 		// Its memory must not lie on the device that it keeps alive.
 		if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE); err != nil {
-			return fmt.Errorf("lock memory: %w", err)
+			return nil, fmt.Errorf("lock memory: %w", err)
 		}
 	}
-	say, err := f.ready(v, uri, w)
-	if err != nil {
-		return err
+	return kernel.Watch(ctx)
+}
+
+// hold keeps the device until it is detached. SIGTERM and SIGINT detach it if
+// nobody uses it.
+func (f *deviceFlags) hold(ctx context.Context, k *kernel.Keeper) error {
+	leave := make(chan os.Signal, 1)
+	signal.Notify(leave, unix.SIGTERM, unix.SIGINT)
+	defer signal.Stop(leave)
+	if ctx.Err() != nil { // the signal came before
+		leave <- unix.SIGTERM
 	}
-	k := kernel.Keeper{Device: v, Dead: dead, Poll: f.poll, Say: say, Leave: leave}
-	return k.Keep(ctx)
+	k.Leave = leave
+	return k.Keep(context.WithoutCancel(ctx))
 }
 
 // ready tells whoever waits that the device is attached, and returns where
 // messages go from now on.
 func (f *deviceFlags) ready(v *kernel.Device, uri string, w io.Writer) (say func(string, ...any), err error) {
-	// Without a service manager there is nobody to tell.
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	if f.readyFD >= 0 {
 		file := os.NewFile(uintptr(f.readyFD), "ready")
 		if file == nil {
@@ -131,6 +128,8 @@ func (f *deviceFlags) ready(v *kernel.Device, uri string, w io.Writer) (say func
 	if err := f.report(w, v, uri); err != nil {
 		return nil, fmt.Errorf("report the device: %w", err)
 	}
+	// Without a service manager there is nobody to tell.
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	if !f.log {
 		return func(format string, args ...any) {
 			fmt.Fprintf(os.Stderr, "vmdiskctl: %s\n", visible(fmt.Sprintf(format, args...)))

@@ -188,6 +188,14 @@ vmdiskctl export resize disk0 +64M
 await '[ $(cat /sys/block/nbd0/size) = 262144 ]'
 more
 left
+vmdiskctl device attach 'nbd+unix:///disk0?socket=/run/d/nbd' /dev/nbd0 --swap --persist
+holder=$(cat /sys/block/nbd0/pid)
+grep VmLck /proc/$holder/status
+[ "$(sed -n 's/^VmLck:[^0-9]*\([0-9]*\).*/\1/p' /proc/$holder/status)" -gt 1000 ]
+bounce
+dd if=/dev/nbd0 of=/dev/null bs=4k count=16 iflag=direct 2>/dev/null
+vmdiskctl device detach /dev/nbd0
+await '! kill -0 $holder 2>/dev/null'
 if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
 dmesg | grep nbd0
 `

@@ -15,8 +15,8 @@ import (
 // Detach takes the server away from a device. What was written to the device
 // is flushed before. It fails with ErrBusy while the device is mounted, swapped
 // on or part of another device, unless force is set; then nothing is flushed,
-// and whoever uses it gets errors. It fails with ErrNoDevice if the device is
-// not attached.
+// and whoever uses it gets errors; the device can be attached again when nobody
+// has it open any more. It fails with ErrNoDevice if the device is not attached.
 func Detach(ctx context.Context, d *Driver, s Sysfs, index int, force bool) error {
 	before, err := s.Info(index)
 	if err != nil {
@@ -30,7 +30,11 @@ func Detach(ctx context.Context, d *Driver, s Sysfs, index int, force bool) erro
 	if err != nil {
 		return err
 	}
-	return gone(ctx, s, before)
+	err = gone(ctx, s, before)
+	if force && errors.Is(err, context.DeadlineExceeded) {
+		return nil // who has it open keeps its number, and nothing else
+	}
+	return err
 }
 
 // disconnectUnused flushes and disconnects a device while nobody else can begin
