@@ -12,7 +12,7 @@ import (
 // hypervisor, of processes of this host, of the host of which this one is a
 // guest, and the one that means anybody (vsock(7)).
 func reserved(p *transport.Peer) bool {
-	return !p.Loopback && (p.CID <= 2 || p.CID == math.MaxUint32)
+	return p.Kind == transport.VSock && !p.Loopback && (p.CID <= 2 || p.CID == math.MaxUint32)
 }
 
 // mayHaveCID reports whether g is for p as far as CIDs go. Whoever is on this
@@ -29,7 +29,7 @@ func (g *Grant) mayHaveCID(p *transport.Peer) bool {
 }
 
 // admits reports whether the grants may give p something: what is not known of
-// a vsock peer before it has greeted, its certificate and its key, may be
+// a peer before it has greeted, its certificate, key and token, may be
 // anything.
 func admits(grants []Grant, p *transport.Peer) bool { return admitsWith(grants, p, nil) }
 
@@ -53,24 +53,25 @@ func admitsWith(grants []Grant, p *transport.Peer, x *lease) bool {
 	return false
 }
 
-// Admits reports whether there is a reason to talk to a peer whose address is
-// all that is known of it. It is no for vsock peers that no export can be for;
-// who is no guest of this host is answered no by default, and guests are as
-// long as there is no export at all.
+// Admits reports whether there is a reason to talk to a peer of which no more is
+// known than its connection says. It is no for peers that no export of their
+// listener can be for; where there is none at all, it is no for vsock peers
+// that are no guests of this host.
 func (r *Registry) Admits(p *transport.Peer) bool {
-	if p.Kind != transport.VSock {
+	if p.Kind == transport.Stdio {
 		return true
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.byName) == 0 {
-		return !reserved(p)
-	}
 	x := r.leaseLocked(p)
+	alone := true
 	for _, e := range r.byName {
-		if admitsWith(e.spec.Grants, p, x) {
+		if !r.showsLocked(e, p) {
+			continue
+		}
+		if alone = false; admitsWith(e.spec.Grants, p, x) {
 			return true
 		}
 	}
-	return false
+	return alone && !reserved(p)
 }

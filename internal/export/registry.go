@@ -396,13 +396,17 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (acce
 	if r.closed || e.state != Ready {
 		return NoAccess, false
 	}
-	if p != nil {
-		only := r.visible[p.Via]
-		if only != nil && !slices.Contains(only, e.spec.Name) || len(e.spec.Via) > 0 && !slices.Contains(e.spec.Via, p.Via) {
-			return NoAccess, false
-		}
+	if p != nil && !r.showsLocked(e, p) {
+		return NoAccess, false
 	}
 	return accessWith(e.spec.Grants, p, known)
+}
+
+// showsLocked reports whether e is to be found at the listener of p.
+func (r *Registry) showsLocked(e *entry, p *transport.Peer) bool {
+	only := r.visible[p.Via]
+	return (only == nil || slices.Contains(only, e.spec.Name)) &&
+		(len(e.spec.Via) == 0 || slices.Contains(e.spec.Via, p.Via))
 }
 
 func (e *entry) info() nbd.ExportInfo {
