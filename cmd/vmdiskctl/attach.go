@@ -330,7 +330,7 @@ func closeFiles(files []*os.File) {
 // source is what IMAGE means.
 func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Source, err error) {
 	if f.named || isURI(image) {
-		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "protect", "socket-dir", "socket-owner", "socket-mode", "selinux-label", "selinux-path-label"} {
+		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "window", "block-size", "protect", "socket-dir", "socket-owner", "socket-mode", "selinux-label", "selinux-path-label"} {
 			if c.Flags().Changed(flag) {
 				return s, usage("--%s is for an image that the daemon is to serve", flag)
 			}

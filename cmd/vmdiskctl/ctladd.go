@@ -28,6 +28,8 @@ type addFlags struct {
 	part    int
 	quota   byteSize
 	send    bool
+
+	window, blockSize, faults string
 }
 
 func newExportAdd() *cobra.Command {
@@ -76,6 +78,8 @@ func (f *addFlags) addImage(c *cobra.Command) {
 	n.BoolVar(&f.send, "fd", false, "open the files here and hand them over: the daemon needs no right to them")
 	n.IntVar(&f.part, "partition", 0, "only this partition of the disk, from `1`")
 	n.Var(&f.quota, "overlay", "keep what is written in a temporary overlay of at most this `SIZE`, which is thrown away at the end")
+	n.StringVar(&f.window, "window", "", "`OFFSET[+LENGTH]`: only this part of the disk, up to its end without a length")
+	n.StringVar(&f.blockSize, "block-size", "", "`SIZES` that clients are told and held to, as 4K or minimum=4K,preferred=64K,maximum=1M")
 	n.StringArrayVar(&f.protect, "protect", nil, "`OFFSET+LENGTH` that nobody can write; again for more")
 }
 
@@ -92,6 +96,7 @@ func (f *addFlags) addUse(c *cobra.Command) {
 	n.StringVar(&x.RateGroup, "rate-group", "", "group of the configuration that it shares a bound with")
 	n.BoolVar(&x.LogRequests, "log-requests", false, "log every request")
 	n.BoolVar(&x.FlushOnClose, "flush-on-close", false, "flush when a client leaves")
+	n.StringVar(&f.faults, "faults", "", "`JSON` list of faults, for a daemon with --enable-fault-injection: see export set")
 	n.BoolVar(&x.Persist, "persist", false, "keep it when the daemon ends")
 }
 
@@ -208,10 +213,66 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 	if c.Flags().Changed("partition") {
 		x.Window = &config.Window{Partition: f.part}
 	}
+	if c.Flags().Changed("window") {
+		if x.Window != nil {
+			return usage("--window and --partition: one of them")
+		}
+		if x.Window, err = parseWindow(f.window); err != nil {
+			return err
+		}
+	}
+	if c.Flags().Changed("block-size") {
+		if x.BlockSize, err = parseBlockSize(f.blockSize); err != nil {
+			return err
+		}
+	}
+	if f.faults != "" {
+		var list struct {
+			Faults []config.Fault `json:"faults"`
+		}
+		if err := config.DecodeJSON([]byte(`{"faults":`+f.faults+`}`), &list); err != nil {
+			return usage("--faults: %v", err)
+		}
+		x.Faults = list.Faults
+	}
 	if c.Flags().Changed("overlay") {
 		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
 	}
 	return nil
+}
+
+// parseWindow reads OFFSET or OFFSET+LENGTH.
+func parseWindow(s string) (*config.Window, error) {
+	w := &config.Window{}
+	off, length, ok := strings.Cut(s, "+")
+	err := w.Offset.UnmarshalText([]byte(off))
+	if ok {
+		err = errors.Join(err, w.Length.UnmarshalText([]byte(length)))
+	}
+	if err != nil || ok && w.Length == 0 {
+		return nil, usage("--window: %q is not OFFSET or OFFSET+LENGTH", s)
+	}
+	return w, nil
+}
+
+// parseBlockSize reads a minimum, or key=value pairs.
+func parseBlockSize(s string) (*config.BlockSize, error) {
+	b := &config.BlockSize{}
+	sizes := map[string]*config.Size{"minimum": &b.Minimum, "preferred": &b.Preferred, "maximum": &b.Maximum}
+	for _, part := range strings.Split(s, ",") {
+		key, value, ok := strings.Cut(part, "=")
+		if !ok {
+			key, value = "minimum", part
+		}
+		to := sizes[key]
+		if to == nil || *to != 0 {
+			return nil, usage("--block-size: %q: each of minimum, preferred, maximum once", part)
+		}
+		if err := to.UnmarshalText([]byte(value)); err != nil || *to == 0 {
+			return nil, usage("--block-size: %q is no size", value)
+		}
+	}
+	return b, nil
 }
 
 // openAll opens the files of an export and puts what stands for their

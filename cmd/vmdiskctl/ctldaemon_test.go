@@ -282,3 +282,24 @@ func TestDaemonIsWatched(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 }
+
+// TestPartOfADiskIsAnExport: a window and block sizes of the command line are
+// what clients get.
+func TestPartOfADiskIsAnExport(t *testing.T) {
+	d := startDaemon(t)
+	image := d.image(t, "disk")
+	want(t, exitDone, "export", "add", "--window=512K+256K", "--block-size=4K", "part", image)
+	if x := shownAs(t, "part"); x.Size != 256<<10 {
+		t.Errorf("export %+v", x)
+	}
+	d.io(t, "part", "write -P 7 0 4k", "flush")
+	b, err := os.ReadFile(image)
+	must(t, err)
+	if b[512<<10-1] != 0 || b[512<<10] != 7 || b[516<<10] != 0 {
+		t.Error("the write is not where the window begins")
+	}
+	if out, err := exec.Command("nbdinfo", "--json", shownAs(t, "part").URIs[0]).Output(); err != nil || !strings.Contains(string(out), `"block_minimum": 4096`) {
+		t.Errorf("nbdinfo: %v: %s", err, out)
+	}
+	want(t, exitFailed, "export", "add", "--faults="+`[{"error":"EIO"}]`, "faulty", d.image(t, "other"))
+}

@@ -16,7 +16,7 @@ import (
 // specOf is what the registry has to know of an export.
 func (d *daemon) specOf(x *config.Export) (export.Spec, error) {
 	settings, err := settingsOf(x)
-	s := export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, Settings: settings}
+	s := export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, FlushOnLeave: x.FlushOnClose, Settings: settings}
 	for _, l := range x.Listeners {
 		s.Via = append(s.Via, l.URI)
 	}

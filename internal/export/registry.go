@@ -35,6 +35,10 @@ type Spec struct {
 	Device  backing.Device // owned by the registry from Add on
 	NeedTLS bool           // only for connections that are encrypted
 
+	// FlushOnLeave flushes the device, as long as limits.CloseFlush may wait for
+	// its turn, when a client leaves that may write.
+	FlushOnLeave bool
+
 	// Stats counts the requests; Add makes one if it is nil.
 	Stats *obs.ExportStats
 
@@ -325,13 +329,32 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 	if x != nil {
 		gone, forget = either(e.gone, x.gone)
 	}
+	dev := backing.NewChecked(e.spec.Device, deny)
+	flush := e.spec.FlushOnLeave
 	return &nbd.Export{
 		ExportInfo: e.info(),
-		Device:     backing.NewChecked(e.spec.Device, deny),
+		Device:     dev,
 		Gone:       gone,
 		Stats:      e.spec.Stats,
-		Close:      sync.OnceFunc(func() { forget(); r.left(e) }),
+		Close: sync.OnceFunc(func() {
+			forget()
+			if flush {
+				lastFlush(dev)
+			}
+			r.left(e)
+		}),
 	}, nil
+}
+
+// lastFlush makes durable what a client has written that has left. A failure
+// stays with the device: the next who flushes gets it.
+func lastFlush(dev backing.Device) {
+	if !dev.Info().Caps.Has(backing.CanFlush | backing.CanWrite) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limits.CloseFlush)
+	defer cancel()
+	_ = dev.Flush(ctx)
 }
 
 // left is the end of one use of e.

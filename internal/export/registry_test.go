@@ -291,3 +291,30 @@ func TestFailedOpenLeavesNothing(t *testing.T) {
 		t.Errorf("got %v, %v, want %v and no export", err, r.Status(), boom)
 	}
 }
+
+// TestLeavingClientIsFlushed: only where that is wanted, once, and only for one
+// that could write.
+func TestLeavingClientIsFlushed(t *testing.T) {
+	for _, tt := range []struct {
+		name            string
+		flush, readOnly bool
+		want            int
+	}{
+		{"wanted", true, false, 1},
+		{"not wanted", false, false, 0},
+		{"cannot write", true, true, 0},
+	} {
+		r := NewRegistry()
+		dev := &recorder{Device: mem.New(1<<20, nil)}
+		add(t, r, Spec{Name: "a", Device: dev, FlushOnLeave: tt.flush, Settings: Settings{ReadOnly: tt.readOnly}})
+		x, err := r.Open(t.Context(), "a", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.Close()
+		x.Close()
+		if len(dev.calls) != tt.want {
+			t.Errorf("%s: %q, want %d flushes", tt.name, dev.calls, tt.want)
+		}
+	}
+}
