@@ -25,6 +25,7 @@ type gate struct {
 	// SameDir, Beneath: the directory, its path without symbolic links and
 	// the one that the operator wrote, both absolute.
 	root          *os.File
+	shut          error // why root is nil
 	real, written string
 
 	// Explicit: what was not used yet.
@@ -72,13 +73,15 @@ func newGate(p Policy, top Spec, direct bool) (*gate, error) {
 // opened before: then nothing else will be.
 func (g *gate) enter() error {
 	fd, err := openRetrying(g.real, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
-	if err != nil && !g.top.Table.full() {
-		return &fs.PathError{Op: "open", Path: g.real, Err: err}
-	}
 	if err == nil {
 		g.root = os.NewFile(uintptr(fd), g.real)
+		return nil
 	}
-	return nil
+	g.shut = &fs.PathError{Op: "open", Path: g.real, Err: err}
+	if g.top.Table.full() {
+		return nil
+	}
+	return g.shut
 }
 
 // close lets go of the directory; files that were opened stay open.
@@ -256,7 +259,7 @@ func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 		how.Mode = 0o600
 	}
 	if g.root == nil {
-		return -1, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: unix.EACCES}
+		return -1, g.shut
 	}
 	for {
 		fd, err := unix.Openat2(int(g.root.Fd()), rel, &how)
