@@ -44,21 +44,38 @@ start() {
 	server=$!
 	i=0
 	while ! grep -q msg=serving /run/server.log; do sleep 0.1; i=$((i+1)); [ $i -lt 300 ]; kill -0 $server; done
+	plug
+}
+plug() {
 	/usr/sbin/nbd-client -swap -unix /run/s /dev/nbd0 -b 4096
 	mkswap /dev/nbd0 >/dev/null
 	swapon /dev/nbd0
 }
-stop() {
+unplug() {
 	swapoff /dev/nbd0
 	/usr/sbin/nbd-client -d /dev/nbd0
+}
+stop() {
+	unplug
 	kill $server
 	wait $server
 }
 `
 
 // swapScenario: the guest's memory goes to its own server and comes back
-// whole, while the server needs none and cannot be stopped.
+// whole, while the server needs none and cannot be stopped. The kernel's side is
+// vmdiskctl's.
 const swapScenario = swapPrelude + `
+plug() {
+	vmdiskctl device attach 'nbd+unix:///?socket=/run/s' /dev/nbd0 --swap --swapon
+	grep "^/dev/nbd0 " /proc/swaps
+	[ "$(cat /sys/block/nbd0/queue/nr_requests)" = 4 ]
+	[ "$(cat /sys/block/nbd0/queue/max_sectors_kb)" = 32 ]
+}
+unplug() {
+	vmdiskctl device detach /dev/nbd0
+	if grep "^/dev/nbd0 " /proc/swaps; then return 1; fi
+}
 rc=0; vmdiskd --swap -U /run/s /dev/vda 2>/run/refused || rc=$?
 cat /run/refused
 [ $rc = 1 ]
@@ -130,8 +147,9 @@ func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initra
 		t.Fatal(err)
 	}
 	for to, from := range map[string]string{
-		"usr/bin/vmdiskd": swapProgram(t, "./cmd/vmdiskd", without),
-		"hog":             swapProgram(t, "./test/guest/hog", ""),
+		"usr/bin/vmdiskd":   swapProgram(t, "./cmd/vmdiskd", without),
+		"usr/bin/vmdiskctl": swapProgram(t, "./cmd/vmdiskctl", ""),
+		"hog":               swapProgram(t, "./test/guest/hog", ""),
 	} {
 		if err := in.copyFile(from, to); err != nil {
 			t.Fatal(err)
