@@ -63,13 +63,13 @@ const (
 )
 
 // StepSeconds bounds a step that names no bound.
-const StepSeconds = 60
+const StepSeconds = 120
 
 const (
 	defaultMemoryMiB = 512
 	// bootPatience bounds a guest beside the time of its steps. A boot takes
 	// some seconds on an idle machine.
-	bootPatience = 3 * time.Minute
+	bootPatience = 5 * time.Minute
 	// outputBytes bounds what a guest gives back.
 	outputBytes = 64 << 20
 )

@@ -184,7 +184,7 @@ func TestServiceOfThePackagesInAGuest(t *testing.T) {
 		Step{Name: "transient units serve Unix and vsock", Script: transient},
 		Step{Name: "sockets start the service", Script: activated},
 		Step{Name: "processes of the host are no guests", Script: refused},
-		Step{Name: "restart refuses no connection", Script: restarted, Seconds: 120},
-		Step{Name: "watchdog replaces a worker that hangs", Script: watched, Seconds: 120},
+		Step{Name: "restart refuses no connection", Script: restarted, Seconds: 240},
+		Step{Name: "watchdog replaces a worker that hangs", Script: watched, Seconds: 240},
 	))
 }
