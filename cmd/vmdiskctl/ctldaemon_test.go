@@ -298,7 +298,7 @@ func TestPartOfADiskIsAnExport(t *testing.T) {
 	if b[512<<10-1] != 0 || b[512<<10] != 7 || b[516<<10] != 0 {
 		t.Error("the write is not where the window begins")
 	}
-	if out, err := exec.Command("nbdinfo", "--json", shownAs(t, "part").URIs[0]).Output(); err != nil || !strings.Contains(string(out), `"block_minimum": 4096`) {
+	if out, err := exec.Command("nbdinfo", "--json", shownAs(t, "part").URIs[0]).Output(); err != nil || !strings.Contains(string(out), `"block_size_minimum": 4096`) {
 		t.Errorf("nbdinfo: %v: %s", err, out)
 	}
 	want(t, exitFailed, "export", "add", "--faults="+`[{"error":"EIO"}]`, "faulty", d.image(t, "other"))
