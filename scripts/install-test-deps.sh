@@ -33,6 +33,7 @@ qemu-system-x86
 qemu-utils
 rpm
 selinux-policy-dev
+setools
 systemd
 util-linux
 xz-utils

@@ -29,6 +29,7 @@ const pollEvery = 5 * time.Millisecond
 var packages = map[string]string{
 	"/dev/fuse":               "kernel module fuse",
 	"/usr/bin/python3":        "python3",
+	"apparmor_parser":         "apparmor",
 	"apt-cache":               "apt",
 	"apt-get":                 "apt",
 	"busybox":                 "busybox-static",
@@ -54,6 +55,7 @@ var packages = map[string]string{
 	"qemu-nbd":                "qemu-utils",
 	"qemu-system-x86_64":      "qemu-system-x86",
 	"setpriv":                 "util-linux",
+	"sesearch":                "setools",
 	"systemd-socket-activate": "systemd",
 	"tar":                     "tar",
 	"taskset":                 "util-linux",
