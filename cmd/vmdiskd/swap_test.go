@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // unprivileged is program without the capabilities that --swap takes, and with
@@ -95,11 +97,31 @@ func TestSwapRefusesFilesThatTakeMemory(t *testing.T) {
 		`is on tmpfs, which takes memory to write: use a block device, or a file on ext4 or XFS`)
 }
 
+// threads is how many threads the server has.
+func (d *daemonProcess) threads() int {
+	d.t.Helper()
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", d.cmd.Process.Pid))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return len(list)
+}
+
 // TestBestEffortServesWithoutWhatIsMissing: and says so. All memory is locked
 // if that is allowed.
 func TestBestEffortServesWithoutWhatIsMissing(t *testing.T) {
 	d := serve(t, "--swap=best-effort", image(t, 1<<20))
-	d.dial().works()
+	before := d.threads()
+	if before < limits.SwapThreads {
+		t.Errorf("%d threads, want %d from the start", before, limits.SwapThreads)
+	}
+	c := d.dial()
+	for range 100 {
+		c.works()
+	}
+	if after := d.threads(); after != before {
+		t.Errorf("%d threads, %d after some requests", before, after)
+	}
 	d.signal(unix.SIGTERM)
 	if status := d.wait(); status != 0 {
 		t.Errorf("status %d", status)
