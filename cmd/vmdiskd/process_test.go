@@ -31,8 +31,8 @@ const asProgram = "VMDISKD_TEST_IS_PROGRAM"
 func TestMain(m *testing.M) {
 	// The program executes itself anew.
 	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" || confine.IsWorker() {
-		if os.Getenv(noRing) != "" {
-			if err := forbidRing(); err != nil {
+		if names := os.Getenv(forbid); names != "" {
+			if err := forbidCalls(names); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)
 			}

@@ -134,6 +134,27 @@ func (t *Handed) images(x *config.Export) (*open.Table, error) {
 	return open.NewTable(files, h.Dirs), nil
 }
 
+// closeRest closes listeners and images that nobody has asked for: those of an
+// export that could not be opened, or whose image is another by now.
+func (t *Handed) closeRest() {
+	for key, list := range t.in.Listeners {
+		for _, h := range list {
+			if l, err := transport.Adopt(h); err == nil {
+				_ = l.Close() // it removes the socket's file
+			}
+		}
+		delete(t.in.Listeners, key)
+	}
+	for name, h := range t.in.Images {
+		for _, x := range h.Files {
+			if f, err := file(x.FD, x.Path); err == nil {
+				_ = f.Close() // nothing was written by it
+			}
+		}
+		delete(t.in.Images, name)
+	}
+}
+
 // releaseCommand lets the command of --run go on, and waits for it.
 func (d *daemon) releaseCommand() error {
 	gate, err := file(d.cfg.Handed.in.Gate, "gate")
@@ -160,6 +181,7 @@ func (d *daemon) confine() error {
 		d.cage = append(d.swapCage, confine.Control{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"})
 		return nil
 	}
+	t.closeRest()
 	d.cage = append(t.controls, d.swapCage...)
 	ring := confine.Control{Name: confine.ControlRing, State: confine.Enforced}
 	if d.engine.Name() != "uring" {
