@@ -10,8 +10,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-// nestedConfig gives a disk to the guest with CID 3, and one to nobody that
-// the test boots.
+// nestedConfig gives a disk to the guest with CID 3, one to the machine that has
+// leased its CID, and one to nobody that the test boots.
 const nestedConfig = `
 [control]
 socket = "/run/control.sock"
@@ -39,6 +39,15 @@ format = "raw"
 [[export.grant]]
 access = "rw"
 cid = [4]
+
+[[export]]
+name = "leased"
+image = "/run/images/leased.img"
+format = "raw"
+
+[[export.grant]]
+access = "rw"
+vm = ["tenant"]
 `
 
 // hostScenario runs in the outer guest, which is the host of the inner ones:
@@ -47,7 +56,7 @@ const hostScenario = `
 trap 'rc=$?; [ $rc = 0 ] || { cat /run/server.log /run/inner; dmesg | tail -n 20; }' EXIT
 mkdir /run/images
 dd if=/dev/urandom of=/run/images/disk.img bs=1M count=16 2>/dev/null
-truncate -s 16M /run/images/other.img
+truncate -s 16M /run/images/other.img /run/images/leased.img
 vmdiskd --verbose --config /vmdiskd.toml >/run/server.log 2>&1 &
 server=$!
 until vmdiskctl --socket /run/control.sock status >/dev/null 2>&1; do kill -0 $server; sleep 0.1; done
@@ -60,25 +69,49 @@ for cid in 1 2; do
 done
 [ $(grep -c 'no export is for this peer' /run/server.log) = 2 ]
 
-inner() {
+# start runs a guest with a CID and a part of the scenario.
+start() {
 	/usr/bin/qemu-system-x86_64 -L /usr/share/qemu -L /usr/share/seabios -accel kvm -cpu host -smp 1 -m 384 \
 		-machine q35 -device vhost-vsock-pci,guest-cid=$1 -nodefaults -display none -serial stdio -no-reboot \
-		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 lab=$2" </dev/null >/run/inner 2>&1
+		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 lab=$2" </dev/null >/run/inner 2>&1 &
+	qemu=$!
+}
+end() {
+	wait $qemu
 	sed 's/^/inner: /' /run/inner
 	grep -q LAB-RC=0 /run/inner
 }
+# said waits for what the guest says on its console.
+said() { until grep -q "$1" /run/inner; do kill -0 $qemu; sleep 0.2; done; }
+
 md5sum </run/images/disk.img >/run/before
-inner 3 owner
+start 3 owner
+end
 grep -q "$(cut -d' ' -f1 /run/before)" /run/inner
 [ "$(tail -c 512 /run/images/disk.img | head -n 1)" = "written by the guest" ]
-inner 5 stranger
-[ $(grep -c 'no export is for this peer' /run/server.log) -gt 2 ]
+
+# A lease lets the machine in, its end puts it out, and the end of the machine
+# is the end of the lease.
+lease() { vmdiskctl vm lease tenant --socket /run/control.sock --cid 6 --pid $qemu & holder=$!; }
+start 6 tenant
+lease
+said "tenant: has the disk"
+kill $holder
+said "tenant: has lost the disk"
+lease
+said "tenant: has the disk again"
+kill -9 $qemu
+wait $holder || true
+refused=$(grep -c 'no export is for this peer' /run/server.log)
+start 6 stranger
+end
+[ $(grep -c 'no export is for this peer' /run/server.log) -gt $refused ]
 kill $server
 wait $server || [ $? = 143 ]
 `
 
 // innerScenario runs in a guest of the guest: as the one that the disk is for,
-// or as one that no disk is for.
+// as the one that has leased its CID, or as one that no disk is for.
 const innerScenario = `
 uri=nbd+vsock://2:10809/disk
 case $(cat /proc/cmdline) in
@@ -93,18 +126,32 @@ case $(cat /proc/cmdline) in
 	echo "written by the guest" | dd of=/run/copy bs=512 seek=32767 conv=sync,notrunc 2>/dev/null
 	nbdcopy --flush /run/copy $uri
 	;;
+*lab=tenant*)
+	uri=nbd+vsock://2:10809/leased
+	until nbdinfo --size $uri; do sleep 0.2; done
+	echo "tenant: has the disk"
+	while nbdcopy $uri null:; do :; done
+	if nbdinfo --size $uri; then exit 7; fi
+	echo "tenant: has lost the disk"
+	until nbdinfo --size $uri; do sleep 0.2; done
+	echo "tenant: has the disk again"
+	sleep 600
+	;;
 *)
-	if nbdinfo --size $uri >/run/out 2>&1; then exit 5; fi
-	cat /run/out
-	if grep -qi 'export' /run/out; then exit 6; fi
+	for name in disk leased other; do
+		if nbdinfo --size nbd+vsock://2:10809/$name >/run/out 2>&1; then exit 5; fi
+		cat /run/out
+		if grep -qi 'no export' /run/out; then exit 6; fi
+	done
 	;;
 esac
 `
 
 // TestGuestsReachTheirDisksOverVsock: real guests with their own CIDs, through
 // the host's vhost driver: the one that a disk is for reads and writes it and
-// sees no other; one that no disk is for, and processes of the host, are not
-// even greeted.
+// sees no other; one that has leased its CID has its disk as long as the lease
+// is open, and whoever takes the CID after it has not; one that no disk is for,
+// and processes of the host, are not even greeted.
 func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
 	t.Parallel()
 	Require(t)
