@@ -75,7 +75,7 @@ type Images struct {
 // Listener is an address that clients connect to.
 type Listener struct {
 	// URI without an export: nbd://HOST:PORT, nbds://…, nbd+unix:///?socket=PATH,
-	// nbd+vsock://CID:PORT.
+	// nbd+vsock://CID:PORT; or systemd:NAME for a socket that systemd opened.
 	URI   string `toml:"uri" json:"uri"`
 	Mode  string `toml:"mode" json:"mode,omitempty"`   // octal, of a Unix socket
 	Owner string `toml:"owner" json:"owner,omitempty"` // USER[:GROUP] of a Unix socket
