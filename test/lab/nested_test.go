@@ -89,6 +89,7 @@ start 3 owner
 end
 grep -q "$(cut -d' ' -f1 /run/before)" /run/inner
 [ "$(tail -c 512 /run/images/disk.img | head -n 1)" = "written by the guest" ]
+[ "$(tail -c 1024 /run/images/disk.img | head -n 1)" = "written by its kernel" ]
 
 # A lease lets the machine in, its end puts it out, and the end of the machine
 # is the end of the lease.
@@ -125,6 +126,12 @@ case $(cat /proc/cmdline) in
 	if nbdinfo --size nbd+vsock://2:10809/other; then exit 4; fi
 	echo "written by the guest" | dd of=/run/copy bs=512 seek=32767 conv=sync,notrunc 2>/dev/null
 	nbdcopy --flush /run/copy $uri
+	rm /run/copy
+	# The guest's kernel takes no vsock socket: a process stays between.
+	[ "$(vmdiskctl device attach $uri /dev/nbd0 --connections 2)" = /dev/nbd0 ]
+	vmdiskctl device list
+	echo "written by its kernel" | dd of=/dev/nbd0 bs=512 seek=32766 conv=sync,notrunc 2>/dev/null
+	vmdiskctl device detach /dev/nbd0
 	;;
 *lab=tenant*)
 	uri=nbd+vsock://2:10809/leased
@@ -170,8 +177,9 @@ func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
 	}
 	err := guest.Archive{
 		Kernel: kernel, Scenario: innerScenario,
-		Modules:  []string{"virtio_pci", "vmw_vsock_virtio_transport"},
+		Modules:  []string{"virtio_pci", "vmw_vsock_virtio_transport", "nbd"},
 		Programs: []string{"nbdinfo", "nbdcopy"},
+		Files:    map[string]string{"usr/bin/vmdiskctl": testenv.Binary(t, "vmdiskctl")},
 	}.Write(ctx, inner)
 	if err != nil {
 		t.Fatal(err)
