@@ -42,7 +42,7 @@ kind lost says that this command was too slow for some.`,
 	n.StringVar(&f.export, "export", "", "only those of the export called `NAME`")
 	n.StringSliceVar(&f.kinds, "kind", nil, "only those of these `KINDS`, with commas between")
 	n.IntVar(&f.count, "count", 0, "end after `N` events")
-	flagWords(c, "kind", "client-connected", "client-left", "export-state", "export-poisoned", "io-error", "slow-request", "stuck-request", "space-threshold", "reloaded", "lost")
+	flagWords(c, "kind", "client-connected", "client-left", "export-state", "export-poisoned", "io-error", "slow-request", "stuck-request", "reloaded", "lost")
 	_ = c.RegisterFlagCompletionFunc("export", f.exportNames) // the flag is there
 	return c
 }

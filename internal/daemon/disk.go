@@ -68,7 +68,9 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 	for i, f := range files {
 		given[fmt.Sprint(api.FilePrefix, i)] = f
 	}
+	name := x.Name
 	return open.Spec{
+		Poisoned: func(err error) { d.tellPoisoned(name, err) },
 		Path:     x.Image,
 		Format:   formatOf(x),
 		Files:    given,

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -169,6 +170,8 @@ func (d *daemon) accept(x *door) {
 }
 
 func (d *daemon) acceptLoop(x *door) {
+	var told time.Time // of failures, which last as long as their cause
+	cut := 0
 	for {
 		c, err := x.Accept(d.ctx)
 		switch {
@@ -182,7 +185,10 @@ func (d *daemon) acceptLoop(x *door) {
 		case errors.Is(err, net.ErrClosed) || d.ctx.Err() != nil:
 			return
 		default:
-			d.log.Warn("accept failed", "at", x.Addr(), "error", err)
+			if cut++; time.Since(told) >= limits.AcceptFailures {
+				d.log.Warn("accept failed", "at", x.Addr(), "error", err, "times", cut)
+				told, cut = time.Now(), 0
+			}
 			select {
 			case <-time.After(acceptPause):
 			case <-d.ctx.Done():

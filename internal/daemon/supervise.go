@@ -117,3 +117,8 @@ func (d *daemon) tellStates() {
 		d.bus.Publish(obs.Event{Kind: obs.ExportState, Export: name, Reason: string(s)})
 	}
 }
+
+// tellPoisoned makes a lost write of an image an event.
+func (d *daemon) tellPoisoned(name string, err error) {
+	d.bus.Publish(obs.Event{Kind: obs.ExportPoisoned, Export: name, Reason: err.Error()})
+}

@@ -12,6 +12,10 @@ const (
 	// copied to each.
 	EventSubscribers = 32
 
+	// AcceptFailures is how often a listener that cannot accept is said to: a
+	// client that holds all descriptors must not fill the journal.
+	AcceptFailures = time.Minute
+
 	// EventBurst is the number of events of one kind that a connection may
 	// cause per EventInterval; those in excess are counted.
 	EventBurst    = 10

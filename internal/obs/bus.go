@@ -23,7 +23,6 @@ const (
 	ExportState     Kind = "export-state"     // Reason is the new state
 	ExportPoisoned  Kind = "export-poisoned"  // a failed flush: writes are refused from now on
 	Reloaded        Kind = "reloaded"         // the configuration; Reason says what has changed
-	SpaceThreshold  Kind = "space-threshold"  // the storage fills up
 )
 
 // Event is something that an operator may want to know at once. Fields that

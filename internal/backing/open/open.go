@@ -65,6 +65,10 @@ type Spec struct {
 	// Lenient reads damaged qcow2 images as QEMU does (qcow2.Options); only
 	// with ReadOnly.
 	Lenient bool
+
+	// Poisoned, if not nil, is that of raw.Options, of each file that is open
+	// for writing.
+	Poisoned func(err error)
 }
 
 // Formats of image files.
@@ -141,7 +145,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	}
 	return raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
-		Lock: s.Lock, Buffers: s.Buffers, Log: s.Log,
+		Lock: s.Lock, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
 	})
 }
 

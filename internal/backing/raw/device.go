@@ -39,6 +39,10 @@ type Options struct {
 	Lock    LockMode
 	Buffers *bufpool.Pool // needed for direct files only
 	Log     *slog.Logger  // nil: slog.Default
+
+	// Poisoned, if not nil, is called once when the device is, with what it
+	// was that failed. It does not wait for anything.
+	Poisoned func(err error)
 }
 
 // Device is an open file or block device. It has the errors, poison included,
@@ -274,6 +278,9 @@ func (d *Device) lost(op string, err error) {
 	if d.poison.CompareAndSwap(nil, e) {
 		d.opt.Log.Error("acknowledged writes may be lost, image takes no more writes until it is opened anew",
 			"path", d.opt.Path, "op", op, "err", err)
+		if d.opt.Poisoned != nil {
+			d.opt.Poisoned(e)
+		}
 	}
 }
 

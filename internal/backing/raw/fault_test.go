@@ -118,13 +118,17 @@ func TestErrorsHaveTheirKind(t *testing.T) {
 
 func TestFailedFlushIsForEver(t *testing.T) {
 	forKinds(t, func(t *testing.T, k kind) {
-		d, f := newFaulty(t, k, 1<<20, raw.Options{})
+		var told []error
+		d, f := newFaulty(t, k, 1<<20, raw.Options{Poisoned: func(err error) { told = append(told, err) }})
 		fill(t, d, 1)
 		f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: syscall.EIO}})
 		if err := d.Flush(t.Context()); !errors.Is(err, backing.ErrIO) {
 			t.Fatalf("flush: got %v, want %v", err, backing.ErrIO)
 		}
 		wantPoisoned(t, d)
+		if len(told) != 1 || !errors.Is(told[0], backing.ErrPoisoned) {
+			t.Errorf("told of %v, want one error", told)
+		}
 		if got := contents(t, d); got[0] != 1 {
 			t.Errorf("read: got %d, want 1", got[0])
 		}
