@@ -15,6 +15,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
 // server is where a URI leads and how it is secured.
@@ -43,7 +44,7 @@ func (f *connectFlags) server(uri string) (*server, error) {
 	if err != nil {
 		return nil, usageError{err}
 	}
-	dir, host := f.certificates, u.Address
+	dir, host, keys := f.certificates, u.Address, ""
 	for k, v := range u.Params {
 		switch {
 		case k == "tls-certificates" && dir == "":
@@ -51,6 +52,8 @@ func (f *connectFlags) server(uri string) (*server, error) {
 		case k == "tls-certificates":
 		case k == "tls-hostname":
 			host = v
+		case k == "tls-psk-file":
+			keys = v
 		default:
 			return nil, usage("nbd uri %q: parameter %q is not known", uri, k)
 		}
@@ -58,6 +61,13 @@ func (f *connectFlags) server(uri string) (*server, error) {
 	s := &server{URI: u}
 	if !u.TLS {
 		return s, nil
+	}
+	if keys != "" {
+		if u.User == "" {
+			return nil, usage("nbd uri %q: tls-psk-file needs an identity, as in nbds://IDENTITY@host", uri)
+		}
+		s.tls, err = psk.ClientConfig(keys, u.User)
+		return s, err
 	}
 	if host == "" {
 		host = "localhost"

@@ -24,6 +24,8 @@ func TestPSKCommandsMakeAndListKeysWithoutShowingThem(t *testing.T) {
 		t.Errorf("list prints %q of %q", got, b)
 	}
 	want(t, exitUsage, "psk", "new", "a:b", file)
+	want(t, exitUsage, "info", "nbds://localhost:1/?tls-psk-file="+file)
+	want(t, exitFailed, "info", "nbds://vm2@localhost:1/?tls-psk-file="+file)
 	want(t, exitUsage, "psk", "new", "vm2", file, "--bytes=8")
 	must(t, os.Chmod(file, 0o644))
 	want(t, exitFailed, "psk", "list", file)

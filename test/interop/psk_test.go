@@ -7,8 +7,18 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
+
+// needOverlay skips in a build that cannot do it; the servers are built as this
+// test is.
+func needOverlay(t *testing.T) {
+	t.Helper()
+	if err := psk.Supported(); err != nil {
+		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
+	}
+}
 
 // pskDir is a folder with keys.psk, as QEMU wants it, and its path.
 func pskDir(t *testing.T, lines ...string) (dir, file string) {
@@ -23,6 +33,7 @@ func pskDir(t *testing.T, lines ...string) (dir, file string) {
 
 func TestToolsReadWithAPreSharedKey(t *testing.T) {
 	testenv.Require(t, "nbdinfo", "nbdcopy", "qemu-img")
+	needOverlay(t)
 	good := "vm1:" + strings.Repeat("1a", 32)
 	dir, file := pskDir(t, good, "vm2:"+strings.Repeat("2b", 16))
 	image := testenv.PatternImage(t, diskSize)
@@ -71,6 +82,7 @@ func TestToolsReadWithAPreSharedKey(t *testing.T) {
 func TestKeysAndCertificatesGoTogether(t *testing.T) {
 	testenv.Require(t, "nbdinfo")
 	vmdiskdOnly(t)
+	needOverlay(t)
 	certs := testenv.Certificates(t)
 	_, file := pskDir(t, "vm1:"+strings.Repeat("1a", 32))
 	_, wrong := pskDir(t, "vm1:"+strings.Repeat("3c", 32))
@@ -80,5 +92,41 @@ func TestKeysAndCertificatesGoTogether(t *testing.T) {
 	testenv.Run(t, "nbdinfo", fmt.Sprintf("nbds://vm1@127.0.0.1:%d/?tls-psk-file=%s", port, file))
 	if out, err := testenv.Try(t, "nbdinfo", fmt.Sprintf("nbds://vm1@127.0.0.1:%d/?tls-psk-file=%s", port, wrong)); err == nil {
 		t.Errorf("a wrong key is no reason to refuse:\n%s", out)
+	}
+}
+
+// TestCtlProvesAKeyToOtherServers: the client's side, to vmdiskd and to those
+// that use GnuTLS. A server that has another key is not talked to.
+func TestCtlProvesAKeyToOtherServers(t *testing.T) {
+	testenv.Require(t, "nbdkit", "qemu-nbd")
+	needOverlay(t)
+	dir, file := pskDir(t, "vm1:"+strings.Repeat("1a", 32))
+	_, wrong := pskDir(t, "vm1:"+strings.Repeat("3c", 32))
+	image := testenv.PatternImage(t, diskSize)
+	ctl := testenv.Binary(t, "vmdiskctl")
+	for kind, extra := range map[string][]string{
+		"vmdiskd":  {"--tls=require", "--tls-psk=" + file},
+		"nbdkit":   {"--tls=require", "--tls-psk=" + file},
+		"qemu-nbd": {"--object", "tls-creds-psk,id=tls0,endpoint=server,dir=" + dir, "--tls-creds=tls0"},
+	} {
+		t.Run(kind, func(t *testing.T) {
+			k, err := testenv.KindByName(kind)
+			if err != nil {
+				t.Fatal(err)
+			}
+			port := testenv.FreePort(t)
+			s, err := k.Launch(testenv.Context(t), testenv.TempDir(t), testenv.Options{Image: image, Port: port, Extra: extra})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(s.Kill)
+			uri := func(file string) string { return fmt.Sprintf("nbds://vm1@127.0.0.1:%d/?tls-psk-file=%s", port, file) }
+			out := filepath.Join(testenv.TempDir(t), "out.img")
+			testenv.Run(t, ctl, "copy", uri(file), out)
+			sameFiles(t, image, out, -1)
+			if out, err := testenv.Try(t, ctl, "info", uri(wrong)); err == nil {
+				t.Errorf("a server with another key is read:\n%s", out)
+			}
+		})
 	}
 }

@@ -112,7 +112,8 @@ const rehearsal = 5 * time.Second
 
 // clientConfig offers one key under an identity.
 func clientConfig(identity string, key, cert []byte) (*tls.Config, error) {
-	state, err := session(clientSide, tls.TLS_AES_128_GCM_SHA256, key, cert, time.Now())
+	now := time.Now().Truncate(time.Second)
+	state, err := session(clientSide, tls.TLS_AES_128_GCM_SHA256, key, cert, now)
 	if err != nil {
 		return nil, err
 	}
@@ -121,8 +122,11 @@ func clientConfig(identity string, key, cert []byte) (*tls.Config, error) {
 		return nil, err
 	}
 	return &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		ServerName:         "psk",
+		MinVersion: tls.VersionTLS13,
+		ServerName: "psk",
+		// The age of an external key is 0 (RFC 8446, section 4.2.11): GnuTLS
+		// takes others for those of sessions.
+		Time:               func() time.Time { return now },
 		InsecureSkipVerify: true, // the key is what the server proves, see VerifyConnection
 		ClientSessionCache: cache{offer},
 		VerifyConnection: func(cs tls.ConnectionState) error {

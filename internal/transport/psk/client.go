@@ -1,0 +1,36 @@
+package psk
+
+import (
+	"crypto/tls"
+	"fmt"
+)
+
+// ClientConfig is for connections to servers that know the key of an identity:
+// the newest that the key file has for it. A server that does not prove that
+// key is refused, whatever certificate it has. The file is held to the same
+// rules as a server's.
+func ClientConfig(path, identity string) (*tls.Config, error) {
+	if err := Supported(); err != nil {
+		return nil, err
+	}
+	data, err := readSecret(path)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(data)
+	list, err := parse(data)
+	if err != nil {
+		return nil, fmt.Errorf("key file %q: %w", path, err)
+	}
+	for _, id := range list {
+		if id.name != identity {
+			continue
+		}
+		cert, err := decoyCertificate()
+		if err != nil {
+			return nil, err
+		}
+		return clientConfig(identity, id.keys[len(id.keys)-1], cert)
+	}
+	return nil, fmt.Errorf("key file %q has no identity %q", path, identity)
+}
