@@ -30,7 +30,7 @@ const (
 const Images = Read | List | Write | Create | Remove
 
 // Path is a file, or a folder with everything beneath it, that the worker may
-// go on using. One that does not exist is left out.
+// go on using. One that does not exist, or that cannot be looked at, is left out.
 type Path struct {
 	Path string
 	May  Right
@@ -52,7 +52,7 @@ var rights = map[Right][2]landlock.AccessFSSet{
 // rule is p as the library takes it, or nothing if the path does not exist.
 func (p Path) rule() (landlock.Rule, bool, error) {
 	fi, err := os.Stat(p.Path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		return nil, false, nil
 	}
 	if err != nil {

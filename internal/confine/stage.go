@@ -101,6 +101,23 @@ func (p *Plan) Exec() error {
 	return p.become(self, f)
 }
 
+// CanExec says why Plan.Exec would be impossible from the start: there is no
+// /proc, or there are no files in memory.
+func CanExec() error {
+	p, err := openSelf()
+	if p.file != nil {
+		err = errors.Join(err, p.file.Close())
+	}
+	if err != nil {
+		return err
+	}
+	f, err := (&Handover{}).seal()
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 // program is the program that runs.
 type program struct {
 	path string // "" if it cannot be found by that any more

@@ -41,6 +41,7 @@ type daemon struct {
 	started   time.Time
 	bus       obs.Bus
 	boss      *obs.Supervisor   // nil without a service manager
+	unstaged  string            // why there is no worker, if there is none
 	cage      []confine.Control // what confines the process
 	swapCage  []confine.Control // what protects a server of swap; made by settle
 	controls  []control
@@ -63,19 +64,25 @@ type daemon struct {
 // Run serves until it is told to stop and returns the exit status of the
 // process. It owns the process's signals.
 func Run(cfg Config) (status int, err error) {
+	why := byOption
+	if cfg.Confine == confine.Auto && cfg.Handed == nil {
+		if err := confine.CanExec(); err != nil {
+			cfg.Confine, why = confine.None, err.Error()
+		}
+	}
 	if !cfg.Confine.Staged() { // stage 0 has its own exec
 		if err := enterSwap(&cfg); err != nil {
 			return 1, err
 		}
 	}
-	d := &daemon{cfg: cfg, started: time.Now(), finished: make(chan error, 1)}
+	d := &daemon{cfg: cfg, unstaged: why, started: time.Now(), finished: make(chan error, 1)}
 	d.conf.Store(cfg.Service)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	defer d.cancel()
 	signals := catchSignals()
 	defer signals.stop()
 
-	if cfg.Confine.Staged() && cfg.Handed == nil {
+	if d.cfg.Confine.Staged() && cfg.Handed == nil {
 		err = d.becomeWorker()
 	} else {
 		err = d.start()

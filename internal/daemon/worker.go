@@ -178,7 +178,10 @@ func (d *daemon) confine() error {
 	defer func() { d.cage = append(d.cage, d.selinuxControl()) }()
 	t := d.cfg.Handed
 	if t == nil {
-		d.cage = append(d.swapCage, confine.Control{Name: confine.ControlStages, State: confine.Off, Reason: "--confine=off"})
+		d.cage = append(d.swapCage, confine.Control{Name: confine.ControlStages, State: confine.Off, Reason: d.unstaged})
+		if d.unstaged != byOption {
+			d.log.Warn("not confined", "reason", d.unstaged)
+		}
 		return nil
 	}
 	t.closeRest()
@@ -211,6 +214,9 @@ func (d *daemon) confine() error {
 	}
 	return confine.SelfTest(forbidden)
 }
+
+// byOption is why there is no worker if nobody wants one.
+const byOption = "--confine=off"
 
 // confined tells whether a control is in force.
 func (d *daemon) confined(name string) bool {
