@@ -172,6 +172,22 @@ done`},
 			{Name: "command line labels too", Script: `
 vmdiskd -U /tmp/s --selinux-label=unconfined_u:unconfined_r:unconfined_t:s0:c7 --selinux-path-label=system_u:object_r:svirt_image_t:s0:c7,c9 \
 	--run 'ls -Z /tmp/s; ss -xlz | grep /tmp/s; ls -Z /tmp/s | grep svirt_image_t:s0:c7,c9; ss -xlz | grep "/tmp/s.*unconfined_t:s0:c7)"' /tmp/d`},
+			{Name: "instance is held to its machine", Seconds: 180, Script: asMachine + `
+cd /var/lib/libvirt/images
+truncate -s 1M own.img other.img
+chown vmdiskd: own.img other.img
+chcon -t svirt_image_t -l s0:c1,c2 own.img
+chcon -t svirt_image_t -l s0:c1,c3 other.img
+instance() {
+	systemd-run --unit=$1 -p Type=notify -p User=vmdiskd -p NoNewPrivileges=yes -p SELinuxContext=system_u:system_r:vmdiskd_t:s0:c1,c2 \
+		/usr/sbin/vmdiskd -U /run/vmdiskd/$1.sock --unix-mode=0666 /var/lib/libvirt/images/$1.img
+}
+instance own
+tr -d '\0' </proc/$(systemctl show -P MainPID own)/attr/current | grep -x system_u:system_r:vmdiskd_t:s0:c1,c2
+as s0:c1,c2 own ''
+denied s0:c1,c3 own ''
+! instance other
+avc 'vmdiskd_t:s0:c1,c2 .*svirt_image_t:s0:c1,c3'`},
 			{Name: "it may not do more", Script: `
 cat /sys/fs/selinux/policy >/lab/out/policy
 systemctl stop vmdiskd
@@ -180,7 +196,7 @@ systemctl stop vmdiskd
 	})
 	checkPolicy(t, r.Outputs["policy"])
 	for _, d := range r.Denials() {
-		if strings.Contains(d, "scontext=system_u:system_r:vmdiskd_t") {
+		if strings.Contains(d, "scontext=system_u:system_r:vmdiskd_t:s0-s0:c0.c1023 ") {
 			t.Errorf("the service was denied: %s", d)
 		}
 	}
