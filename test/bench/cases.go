@@ -29,6 +29,8 @@ type testCase struct {
 	// request if it is nil.
 	versus string
 	by     func(sample) float64
+	// attach measures commands on a machine instead of requests.
+	attach bool
 	// peers replaces those of the command line.
 	peers string
 }
@@ -70,6 +72,7 @@ var cases = []testCase{
 	{name: "s-exports", about: "service, one export of many is busy: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "service 1,service 10,service 100,service 1000", versus: "service 1"},
 	{name: "s-add", about: "the same at QD1, while an export is added and removed all the time; compared by p99", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "service 10,service 10 adding", versus: "service 10", by: byP99},
 	{name: "s-rate", about: fmt.Sprintf("4 KiB random read, QD32, limited to %d MiB/s: what comes as part of the limit, and in the quietest and the busiest 10 ms as parts of their mean", rateMiB), load: []string{"-o", "randread", "-b", "4096", "-q", "32", "-j", "10"}, peers: fmt.Sprintf("service 1 rate=%dM", rateMiB), by: byMBps},
+	{name: "s-attach", about: "vmdiskctl attach to a QEMU that does not run, over SCSI: latency of the whole command, processor time of the program", attach: true, peers: "service 1"},
 	{name: "s-memory", about: "resident memory of a service with few and many exports", peers: "service 1,service 1000"},
 	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
 }

@@ -159,6 +159,8 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	// them. Some peers end badly, and what was measured holds all the same.
 	defer server.Stop()
 	switch {
+	case c.attach:
+		s, err = b.attach(ctx, dir)
 	case c.load == nil:
 		s, err = b.memory(ctx, server)
 	case p.adding:

@@ -64,9 +64,9 @@ func TestMemoryOfAnExportIsWhatAServiceHasMore(t *testing.T) {
 // TestServiceIsMeasured: with several exports, with one that comes and goes,
 // and within its limit.
 func TestServiceIsMeasured(t *testing.T) {
-	testenv.Require(t, "cc", "taskset")
+	testenv.Require(t, "cc", "taskset", "qemu-system-x86_64")
 	var out, progress bytes.Buffer
-	err := run(testenv.Context(t), []string{"--cases", "s-layers,s-add,s-rate", "--rounds", "1",
+	err := run(testenv.Context(t), []string{"--cases", "s-layers,s-add,s-rate,s-attach", "--rounds", "1",
 		"--secs", "0.5", "--size", "8", "--json", "--dir", ""}, &out, &progress)
 	if err != nil {
 		t.Fatal(err)
@@ -75,11 +75,14 @@ func TestServiceIsMeasured(t *testing.T) {
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Samples) != 5 {
-		t.Fatalf("%d samples, want 5: %+v", len(got.Samples), got.Samples)
+	if len(got.Samples) != 6 {
+		t.Fatalf("%d samples, want 6: %+v", len(got.Samples), got.Samples)
 	}
 	for _, s := range got.Samples {
 		adding := strings.HasSuffix(s.Peer, "adding")
+		if s.Case == "s-attach" && (s.P50 <= 0 || s.P99 < s.P50 || s.PerIO <= 0 || s.Requests < leastAttached) {
+			t.Errorf("attach: %+v", s)
+		}
 		if s.Requests == 0 || adding != (s.Added > 0) {
 			t.Errorf("%s, %s: %d requests, %d exports added", s.Case, s.Peer, s.Requests, s.Added)
 		}
