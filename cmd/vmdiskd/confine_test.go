@@ -331,6 +331,35 @@ uri = "nbd+unix:///?socket=`+taken+`"
 	}
 }
 
+// TestStopIsNeverLost sends SIGTERM at moments around the exec.
+func TestStopIsNeverLost(t *testing.T) {
+	disk := image(t, 1<<20)
+	for i := range 24 {
+		socket := filepath.Join(shortDir(t), "s")
+		cmd := program("-U", socket, disk)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		timer := time.NewTimer(time.Duration(i) * time.Millisecond)
+		<-timer.C
+		if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-ended:
+		case <-time.After(hangLimit):
+			cmd.Process.Kill()
+			t.Fatalf("a signal after %d ms was lost", i)
+		}
+		ws := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		if ws.ExitStatus() != 0 && ws.Signal() != unix.SIGTERM {
+			t.Errorf("after %d ms: %v", i, cmd.ProcessState)
+		}
+	}
+}
+
 // tracer attaches to a process by number and prints the errno.
 const tracer = `import ctypes, sys
 libc = ctypes.CDLL(None, use_errno=True)

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
@@ -83,11 +85,14 @@ func Run(cfg Config) (status int, err error) {
 	defer signals.stop()
 
 	if d.cfg.Confine.Staged() && cfg.Handed == nil {
-		err = d.becomeWorker()
+		err = d.becomeWorker(signals)
 	} else {
 		err = d.start()
 	}
-	if err == nil {
+	switch {
+	case errors.Is(err, errStopped):
+		err = nil
+	case err == nil:
 		d.log.Info("serving", append(d.subject(), "engine", d.engine.Name(), "at", d.addresses())...)
 		status, err = d.wait(signals)
 	}
@@ -152,7 +157,11 @@ func (d *daemon) watchParent() error {
 	if !d.cfg.ExitWithParent {
 		return nil
 	}
-	return confine.ExitWithParent()
+	err := confine.ExitWithParent()
+	if t := d.cfg.Handed; err == nil && t != nil && os.Getppid() != t.in.Parent {
+		err = unix.Kill(os.Getpid(), unix.SIGTERM) // it ended during the exec
+	}
+	return err
 }
 
 func (d *daemon) loadTLS() (err error) {

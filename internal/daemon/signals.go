@@ -32,6 +32,20 @@ func (s *signals) exitOnNext(f func()) {
 	}()
 }
 
+// release gives the stopping signals back their default actions, and returns
+// one that has come meanwhile, or nil. A reload is ignored until somebody
+// catches signals again: its default would be the end.
+func (s *signals) release() os.Signal {
+	signal.Stop(s.stopping)
+	signal.Ignore(unix.SIGHUP)
+	select {
+	case sig := <-s.stopping:
+		return sig
+	default:
+		return nil
+	}
+}
+
 func (s *signals) stop() {
 	signal.Stop(s.stopping)
 	signal.Stop(s.reload)

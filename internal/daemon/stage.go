@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -71,13 +72,15 @@ type stage0 struct {
 	first transport.Listener           // where a command finds the disk
 	gate  *os.File
 
+	signals *signals
+
 	waiting map[string]bool // names of sockets that the service manager passes
 }
 
 // becomeWorker opens everything, gives up all rights and goes on as the
 // worker. It returns only if that fails.
-func (d *daemon) becomeWorker() error {
-	s := &stage0{daemon: d, waiting: map[string]bool{}, out: handover{
+func (d *daemon) becomeWorker(signals *signals) error {
+	s := &stage0{daemon: d, signals: signals, waiting: map[string]bool{}, out: handover{
 		Parent: os.Getppid(), Config: d.cfg.Text,
 		Listeners: map[string][]transport.Handed{}, Images: map[string]handedImage{},
 	}}
@@ -419,6 +422,9 @@ func (s *stage0) forbidden() (list []string) {
 	return list
 }
 
+// errStopped is that a signal came before there was a worker.
+var errStopped = errors.New("stopped while starting")
+
 // exec goes on as the worker.
 func (s *stage0) exec() error {
 	for _, path := range alwaysRead {
@@ -451,6 +457,10 @@ func (s *stage0) exec() error {
 		s.out.Forbidden = s.forbidden()
 	}
 	p.State = &s.out
+	// From here on signals have their default actions: none is lost.
+	if sig := s.signals.release(); sig != nil {
+		return errStopped
+	}
 	err := p.Exec()
 	runtime.KeepAlive(s)
 	return fmt.Errorf("confine: %w", err)
