@@ -80,6 +80,12 @@ func TestServerOfSwapNeedsNothing(t *testing.T) {
 	for i := range 400 {
 		round(i)
 	}
+	// Where that is allowed, as the product does; else the host may drop pages
+	// of the program, and only the allocations tell something.
+	locked := unix.Mlockall(unix.MCL_CURRENT|unix.MCL_FUTURE) == nil
+	if locked {
+		defer unix.Munlockall()
+	}
 	measure(t)
 	mallocs, majflt := measure(t)
 	done := 0
@@ -87,8 +93,8 @@ func TestServerOfSwapNeedsNothing(t *testing.T) {
 		done += round(i)
 	}
 	mallocsNow, majfltNow := measure(t)
-	t.Logf("%d requests: %d allocations, %d major faults", done, mallocsNow-mallocs, majfltNow-majflt)
-	if n := mallocsNow - mallocs; n > freeLists || majfltNow != majflt {
+	t.Logf("%d requests: %d allocations, %d major faults, memory locked: %v", done, mallocsNow-mallocs, majfltNow-majflt, locked)
+	if n := mallocsNow - mallocs; n > freeLists || locked && majfltNow != majflt {
 		t.Errorf("%d requests: %d allocations, %d major faults, want at most %d and none", done, n, majfltNow-majflt, freeLists)
 	}
 }
