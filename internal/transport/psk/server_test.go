@@ -247,6 +247,8 @@ func answerTo(t testing.TB, k *Keys, msg []byte) ([]byte, error) {
 
 const alert = 21
 
+// TestHostileOffersGetAnAlert is TL-14: no offer but the right one is more than
+// a reason to end the handshake.
 func TestHostileOffersGetAnAlert(t *testing.T) {
 	needBuild(t)
 	k := someKeys(t, "vm1:"+hexKey(32, 1))
@@ -303,6 +305,7 @@ func TestHostileOffersGetAnAlert(t *testing.T) {
 	})
 }
 
+// TestUnknownIdentityAndWrongKeyGetTheSameBytes is TL-14, too.
 func TestUnknownIdentityAndWrongKeyGetTheSameBytes(t *testing.T) {
 	needBuild(t)
 	k := someKeys(t, "vm1:"+hexKey(32, 1))
