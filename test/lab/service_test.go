@@ -1,7 +1,10 @@
 package lab
 
 import (
+	"maps"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -177,14 +180,22 @@ journalctl --unit=vmdiskd | grep -i 'watchdog timeout'
 `
 
 // TestServiceOfThePackagesInAGuest: units, sockets, users and watchdog of the
-// packages, on a real systemd with SELinux enforcing.
+// packages, on a real systemd with SELinux enforcing; and before them, in the same
+// boot, what every scenario relies on.
 func TestServiceOfThePackagesInAGuest(t *testing.T) {
 	t.Parallel()
-	Run(t, service(true,
+	s := service(true,
 		Step{Name: "transient units serve Unix and vsock", Script: transient},
 		Step{Name: "sockets start the service", Script: activated},
 		Step{Name: "processes of the host are no guests", Script: refused},
 		Step{Name: "restart refuses no connection", Script: restarted, Seconds: 240},
 		Step{Name: "watchdog replaces a worker that hangs", Script: watched, Seconds: 240},
-	))
+	)
+	maps.Copy(s.Text, helloUnit)
+	s.Links = helloLink
+	s.Steps = append(slices.Clone(promised), s.Steps...)
+	r := Run(t, s)
+	if !strings.Contains(r.Outputs["context"], ":unconfined_t:") {
+		t.Errorf("steps run as %q", r.Outputs["context"])
+	}
 }
