@@ -29,11 +29,11 @@ const (
 )
 
 // swapPrelude starts the server on a virtio disk and gives it to the kernel. A
-// task that waits for 20 seconds without running once ends the guest, and so
-// do 20 seconds without a page swapped: the machine waits for its server, which
+// task that waits for a minute without running once ends the guest, and so does
+// a minute without a page swapped, much more than a busy host takes from it: the machine waits for its server, which
 // waits for the machine.
 const swapPrelude = `
-echo 20 >/proc/sys/kernel/hung_task_timeout_secs
+echo 60 >/proc/sys/kernel/hung_task_timeout_secs
 echo 1 >/proc/sys/kernel/hung_task_panic
 trap 'rc=$?; [ $rc = 0 ] || { cat /run/server.log; dmesg | tail -n 20; }' EXIT
 field() { sed -n "s/^$1:[^0-9]*\([0-9]*\).*/\1/p" /proc/$server/status; }
@@ -86,7 +86,7 @@ start
 threads=$(field Threads)
 before=$(faults)
 kill $server
-/hog watch 20 >/dev/console &
+/hog watch 60 >/dev/console &
 watcher=$!
 LOAD
 kill $watcher
@@ -112,7 +112,7 @@ var swapLoads = map[string]string{
 const swapBare = swapPrelude + `
 OPTIONS="--swap=best-effort --swap-headroom=skip"
 start
-/hog watch 20 >/dev/console &
+/hog watch 60 >/dev/console &
 watcher=$!
 LOAD
 kill $watcher
