@@ -65,7 +65,7 @@ type Filter struct {
 
 // Load filters the system calls of all threads, for good.
 //
-// Seven programs stand one upon the other and the strictest answer counts: one
+// Several programs stand one upon the other and the strictest answer counts: one
 // that knows calls by their names, and one for each call whose arguments are
 // looked at. They are apart because the library, after it has compared an
 // argument, goes on as if that were the number of the call.
