@@ -2,6 +2,7 @@ package attach
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -71,9 +72,13 @@ func (p *plug) credsStep() Step {
 	}
 }
 
-// hasCreds tells whether the machine has certificates for the disk.
+// hasCreds tells whether the machine has certificates for the disk. One that
+// does not say which objects it has was given none.
 func (m *Machine) hasCreds(ctx context.Context, id string) (bool, error) {
 	names, err := qmp.Objects(ctx, m.Monitor)
+	if errors.As(err, new(*qmp.Error)) {
+		return false, nil
+	}
 	return slices.Contains(names, credsID(id)), err
 }
 

@@ -93,13 +93,15 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if model == string(qmp.NVMe) {
 		return ErrRigid
 	}
-	tls, err := g.hasCreds(ctx, g.id)
+	uri, err := reachable(x, false)
 	if err != nil {
-		return err
-	}
-	uri, err := reachable(x, tls)
-	if err != nil {
-		return err
+		tls, e := g.hasCreds(ctx, g.id)
+		if e != nil || !tls {
+			return errors.Join(err, e)
+		}
+		if uri, err = reachable(x, true); err != nil {
+			return err
+		}
 	}
 	server, err := address(uri.Target)
 	if err != nil {
