@@ -6,6 +6,11 @@ set -e
 systemd-sysusers vmdiskd.conf
 systemd-tmpfiles --create vmdiskd.conf
 
+# The units enter the profile if it is loaded.
+if [ -e /etc/apparmor.d/vmdiskd ] && [ -d /sys/kernel/security/apparmor ] && command -v apparmor_parser >/dev/null; then
+	apparmor_parser --replace --write-cache /etc/apparmor.d/vmdiskd || true
+fi
+
 if [ -d /run/systemd/system ]; then
 	systemctl daemon-reload
 	# Listeners wait in systemd meanwhile: no client is refused.
