@@ -203,7 +203,8 @@ func TestMachineSwapsToItsOwnServer(t *testing.T) {
 const swapPatience = 15 * time.Minute
 
 // TestEachProtectionOfSwapIsNeeded: a guest without headroom gets through with
-// all of them, and without any one it fails once in three runs.
+// all of them, and without any one it shall fail once in three runs: one that
+// never does is not shown to be of use.
 func TestEachProtectionOfSwapIsNeeded(t *testing.T) {
 	if !*swapAblation {
 		t.Skip("takes minutes for each protection: -swap.ablation")
