@@ -66,12 +66,16 @@ for port in /dev/vport*; do
 	mkdir -p /run/qga
 	qemu-ga -p $port -t /run/qga >/run/qga/log 2>&1 &
 done
+# The driver of nvme gives a request up after 30 s, whatever its disk says.
+limit=/sys/module/nvme_core/parameters/io_timeout
+[ ! -e $limit ] || echo 600 >$limit
 say "ready"
 while :; do
-	for sys in /sys/block/vd* /sys/block/sd* /sys/block/nvme*; do
-		[ -e $sys ] || continue
-		mkdir /run/disk-${sys##*/} 2>/dev/null || continue
-		(use ${sys##*/}) &
+	set -- /sys/block/vd[a-z] /sys/block/sd[a-z] /sys/block/nvme[0-9]n1
+	for sys in "$@"; do
+		[ -e "$sys" ] || continue
+		mkdir "/run/disk-${sys##*/}" 2>/dev/null || continue
+		(use "${sys##*/}") &
 	done
 	sleep 0.2
 done
