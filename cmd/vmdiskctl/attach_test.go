@@ -240,7 +240,9 @@ func TestElementHoldsNamesAsData(t *testing.T) {
 		disk.Target.Dev != "vdb" || disk.Target.Bus != "virtio" || disk.Serial != "1<2" || disk.ReadOnly == nil {
 		t.Errorf("element %+v of\n%s", disk, out)
 	}
-	want(t, exitUsage, "domain-xml", "--target=vdb", "vm1", "nbds://localhost/")
+	if out := want(t, exitDone, "domain-xml", "--target=vdb", "vm1", "nbds://localhost/"); !strings.Contains(out, `tls="yes"`) {
+		t.Errorf("element of a server with TLS:\n%s", out)
+	}
 	want(t, exitFailed, "domain-xml", "--target=vdb", "--bus=nvme", "vm1", uri)
 }
 
