@@ -7,8 +7,11 @@ SHELL := /bin/bash
 GO        ?= go
 FUZZTIME  ?= 3
 BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
-# Everything but the end-to-end tests, which have targets of their own.
-UNIT       = $$($(GO) list ./... | grep -v -e /test/interop -e /test/guest -e /test/lab -e /test/packages)
+# The end-to-end tests have targets of their own. The race detector has nothing to
+# see in the conformance suite as it runs against the servers of others.
+ENDTOEND  := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
+UNIT       = $$($(GO) list ./... | grep -v $(ENDTOEND))
+RACE       = $$($(GO) list ./... | grep -v $(ENDTOEND) -e /nbdtest)
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
@@ -49,7 +52,7 @@ unit: ## unit tests
 	$(GOTEST) $(UNIT)
 
 race: ## unit tests with the race detector
-	$(GOTEST) -race $(UNIT)
+	$(GOTEST) -race -timeout 20m $(RACE)
 
 fuzz: ## every fuzz target for FUZZTIME seconds
 	scripts/fuzz.sh $(FUZZTIME)
