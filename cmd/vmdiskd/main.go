@@ -33,7 +33,7 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)
 		return exitFailed
 	}
-	opt, err := parseAs(args, handed)
+	opt, err := parse(args, handed)
 	var usage usageError
 	switch {
 	case errors.As(err, &usage):

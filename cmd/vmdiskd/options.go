@@ -133,11 +133,9 @@ func (r *raw) flags() *pflag.FlagSet {
 	return f
 }
 
-// parse turns arguments into options. A usageError is the user's mistake.
-func parse(args []string) (options, error) { return parseAs(args, nil) }
-
-// parseAs is parse for a worker, which has what stage 0 has read.
-func parseAs(args []string, handed *daemon.Handed) (options, error) {
+// parse turns arguments into options, those of a worker with what stage 0 has
+// read. A usageError is the user's mistake.
+func parse(args []string, handed *daemon.Handed) (options, error) {
 	r := raw{handed: handed}
 	f := r.flags()
 	if err := f.Parse(args); err != nil {

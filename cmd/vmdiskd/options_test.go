@@ -97,7 +97,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.line, func(t *testing.T) {
-			o, err := parse(strings.Fields(tt.line))
+			o, err := parse(strings.Fields(tt.line), nil)
 			if err != nil {
 				t.Fatalf("refused: %v", err)
 			}
@@ -122,7 +122,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock disk",
 		"--selinux-label=u:r:t:s0 -s disk", "--selinux-label= -U x disk", "--format=qcow2 --lenient disk", "-r --lenient disk",
 	} {
-		_, err := parse(strings.Fields(line))
+		_, err := parse(strings.Fields(line), nil)
 		var usage usageError
 		if !errors.As(err, &usage) {
 			t.Errorf("%q: got %v, want a usage error", line, err)
@@ -132,12 +132,12 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 
 func TestPassedSocketsExcludeOthers(t *testing.T) {
 	t.Setenv("LISTEN_FDS", "1")
-	o, err := parse([]string{"disk"})
+	o, err := parse([]string{"disk"}, nil)
 	if err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
 		t.Errorf("got %+v, %v; want the passed sockets alone", o.config, err)
 	}
 	for _, args := range [][]string{{"-U", "x", "disk"}, {"--selinux-label=u:r:t:s0", "disk"}} {
-		if _, err := parse(args); err == nil {
+		if _, err := parse(args, nil); err == nil {
 			t.Errorf("%q beside passed sockets was accepted", args)
 		}
 	}
@@ -162,7 +162,7 @@ func TestManPageListsEveryOption(t *testing.T) {
 
 func TestTextsGoToStandardOutput(t *testing.T) {
 	for _, line := range []string{"--help", "-V", "--dump-config"} {
-		o, err := parse([]string{line})
+		o, err := parse([]string{line}, nil)
 		if err != nil || o.text == "" {
 			t.Errorf("%s: got %q, %v", line, o.text, err)
 		}

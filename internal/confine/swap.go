@@ -208,7 +208,6 @@ func readTask(pid, tid int) (task, error) {
 // characters but ends at the last parenthesis (proc(5)).
 const (
 	statFlags  = 9 - 3
-	statMajflt = 12 - 3
 	statPolicy = 41 - 3
 )
 
@@ -229,20 +228,6 @@ func parseTask(b []byte) (t task, err error) {
 		t.policy, err = strconv.Atoi(string(f[statPolicy]))
 	}
 	return t, err
-}
-
-// MajorFaults is how often the process has waited for memory to be read from
-// storage since it began.
-func MajorFaults() (int64, error) {
-	b, err := os.ReadFile("/proc/self/stat")
-	if err != nil {
-		return 0, err
-	}
-	f, err := statFields(b)
-	if err != nil {
-		return 0, err
-	}
-	return strconv.ParseInt(string(f[statMajflt]), 10, 64)
 }
 
 func setIOFlusher() error {

@@ -30,11 +30,8 @@ func (g *Grant) mayHaveCID(p *transport.Peer) bool {
 
 // admits reports whether the grants may give p something: what is not known of
 // a peer before it has greeted, its certificate, key and token, may be
-// anything.
-func admits(grants []Grant, p *transport.Peer) bool { return admitsWith(grants, p, nil) }
-
-// admitsWith is admits for a peer whose CID has the lease x, or nil.
-func admitsWith(grants []Grant, p *transport.Peer, x *lease) bool {
+// anything. x is the lease of its CID, or nil.
+func admits(grants []Grant, p *transport.Peer, x *lease) bool {
 	if len(grants) == 0 {
 		return !reserved(p)
 	}
@@ -69,7 +66,7 @@ func (r *Registry) Admits(p *transport.Peer) bool {
 		if !r.showsLocked(e, p) {
 			continue
 		}
-		if alone = false; admitsWith(e.spec.Grants, p, x) {
+		if alone = false; admits(e.spec.Grants, p, x) {
 			return true
 		}
 	}

@@ -32,19 +32,19 @@ func TestPeersThatAreNoGuestsNeedToBeNamed(t *testing.T) {
 		{"a guest that is not named", []Grant{{Access: ReadWrite, CIDs: []uint32{43}}}, guest, NoAccess},
 	} {
 		p := &transport.Peer{Kind: transport.VSock, CID: tt.cid}
-		if got := accessOf(tt.grants, p); got != tt.want {
+		if got := given(tt.grants, p); got != tt.want {
 			t.Errorf("%s: access %v, want %v", tt.name, got, tt.want)
 		}
-		if got := admits(tt.grants, p); got != (tt.want != NoAccess) {
+		if got := admits(tt.grants, p, nil); got != (tt.want != NoAccess) {
 			t.Errorf("%s: admitted is %v, access %v", tt.name, got, tt.want)
 		}
 	}
 	here := &transport.Peer{Kind: transport.VSock, CID: 1, Loopback: true}
-	if got := accessOf(nil, here); got != ReadWrite || !admits(nil, here) {
+	if got := given(nil, here); got != ReadWrite || !admits(nil, here, nil) {
 		t.Errorf("access %v at a listener for processes of this host", got)
 	}
 	for _, p := range []*transport.Peer{{Kind: transport.Unix}, {Kind: transport.TCP}, nil} {
-		if got := accessOf(nil, p); got != ReadWrite {
+		if got := given(nil, p); got != ReadWrite {
 			t.Errorf("%v: access %v without grants", p, got)
 		}
 	}
@@ -65,8 +65,14 @@ func TestPeerMayShowItsKeyBeforeItIsRefused(t *testing.T) {
 		{"a user of a Unix socket may", []Grant{{Access: ReadWrite, UIDs: []uint32{0}}}, false},
 		{"a certificate closes, nobody may", []Grant{{Access: NoAccess, CertNames: []string{"vm1"}}}, false},
 	} {
-		if got := admits(tt.grants, p); got != tt.want {
+		if got := admits(tt.grants, p, nil); got != tt.want {
 			t.Errorf("%s: admitted is %v, want %v", tt.name, got, tt.want)
 		}
 	}
+}
+
+// given is the access of a peer of which nothing was learnt.
+func given(grants []Grant, p *transport.Peer) Access {
+	access, _ := accessOf(grants, p, learnt{})
+	return access
 }

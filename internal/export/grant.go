@@ -78,15 +78,9 @@ func (g *Grant) hasCert(p *transport.Peer) bool {
 }
 
 // accessOf is what the first grant that matches gives, and with no grants at
-// all everything, except to vsock peers that are no guests.
-func accessOf(grants []Grant, p *transport.Peer) Access {
-	access, _ := accessWith(grants, p, learnt{})
-	return access
-}
-
-// accessWith is accessOf with what was learnt of p. byLease says that the
-// grant depends on the lease.
-func accessWith(grants []Grant, p *transport.Peer, known learnt) (access Access, byLease bool) {
+// all everything, except to vsock peers that are no guests. byLease says that
+// the grant depends on the lease.
+func accessOf(grants []Grant, p *transport.Peer, known learnt) (access Access, byLease bool) {
 	if len(grants) == 0 {
 		if p != nil && p.Kind == transport.VSock && reserved(p) {
 			return NoAccess, false

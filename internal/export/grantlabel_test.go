@@ -41,7 +41,7 @@ func TestLabelGrantsWantTheVeryCategories(t *testing.T) {
 			grant Grant
 			want  bool
 		}{{"label", whole, tt.whole}, {"level", level, tt.level}, {"type", types, tt.types}, {"type and level", both, tt.exact}} {
-			if got := accessOf([]Grant{x.grant}, p) == ReadWrite; got != x.want {
+			if got := given([]Grant{x.grant}, p) == ReadWrite; got != x.want {
 				t.Errorf("grant by %s, peer %q: admitted %v, want %v", x.name, tt.label, got, x.want)
 			}
 		}
@@ -54,7 +54,7 @@ func TestLabelsOfOtherSecurityModulesAreComparedWhole(t *testing.T) {
 	for label, want := range map[string]Access{
 		"libvirt-1234 (enforce)": ReadOnly, "libvirt-12345 (enforce)": NoAccess, "libvirt-1234": NoAccess, "": NoAccess,
 	} {
-		if got := accessOf(g, &transport.Peer{Kind: transport.Unix, Label: label}); got != want {
+		if got := given(g, &transport.Peer{Kind: transport.Unix, Label: label}); got != want {
 			t.Errorf("label %q: access %d, want %d", label, got, want)
 		}
 	}
@@ -65,7 +65,7 @@ func TestGrantsThatCannotBeReadAdmitNobody(t *testing.T) {
 	p := &transport.Peer{Kind: transport.Unix, Label: "u:r:t:s0:c1"}
 	for _, g := range []Grant{{Level: "c1"}, {Level: "s0:c1,"}, {Level: "s0:c1-s0"}, {Label: "u:r:t:s0:c1,"}, {Types: []string{""}}, {Types: []string{"T"}}} {
 		g.Access = ReadWrite
-		if got := accessOf([]Grant{g}, p); got != NoAccess {
+		if got := given([]Grant{g}, p); got != NoAccess {
 			t.Errorf("%+v: access %d", g, got)
 		}
 	}

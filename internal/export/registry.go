@@ -422,7 +422,7 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (acce
 	if p != nil && !r.showsLocked(e, p) {
 		return NoAccess, false
 	}
-	return accessWith(e.spec.Grants, p, known)
+	return accessOf(e.spec.Grants, p, known)
 }
 
 // showsLocked reports whether e is to be found at the listener of p.
