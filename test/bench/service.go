@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	served "github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -17,12 +18,16 @@ import (
 
 // serviceName is vmdiskd with a configuration: "service N" has N exports, and
 // the first of them is the image of the case. A third word changes it:
-// "adding" adds and removes an export again and again while it is measured,
+// "adding" adds and removes an export addsPerSecond times while it is measured,
 // "rate=BYTES" limits the first export.
 const serviceName = "service"
 
 // mostExports bounds N.
 const mostExports = 10000
+
+// addsPerSecond is more than an operator has guests to start. Without a pause
+// the case would measure how a processor is shared by two loops.
+const addsPerSecond = 20
 
 // rateMiB is the limit of the case s-rate.
 const rateMiB = 100
@@ -116,11 +121,17 @@ func (b *bench) disturb(ctx context.Context, dir string) (stop func() (int, erro
 	ended := make(chan result, 1)
 	go func() {
 		var r result
+		pace := time.NewTicker(time.Second / addsPerSecond)
+		defer pace.Stop()
 		for ; r.err == nil && ctx.Err() == nil; r.n++ {
 			// What has begun is finished: the server ends in good order.
 			whole := context.WithoutCancel(ctx)
 			if _, r.err = c.Add(whole, add); r.err == nil {
 				r.err = c.Remove(whole, add.Name, false, 0)
+			}
+			select {
+			case <-pace.C:
+			case <-ctx.Done():
 			}
 		}
 		ended <- r
