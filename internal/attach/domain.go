@@ -361,6 +361,23 @@ func (d *Domain) isOwnExport(name string) bool {
 	return strings.HasPrefix(name, ExportName(d.Domain.UUID, ""))
 }
 
+// serving is the disk with the target, which the domain must have, where it is,
+// and the export behind it: the named one or, if that is "", the one that
+// Attach has made, or "" again.
+func (d *Domain) serving(ctx context.Context, target, named string) (libvirtd.Scope, *libvirtxml.DomainDisk, string, error) {
+	in, disk, err := d.find(ctx, target)
+	if err != nil {
+		return 0, nil, "", err
+	}
+	if disk == nil {
+		return 0, nil, "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
+	}
+	if uri := source(disk); named == "" && d.isOwnExport(uri.Export) {
+		named = uri.Export
+	}
+	return in, disk, named, nil
+}
+
 // Detach is as Machine's, of the running machine and of its configuration.
 func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, error) {
 	in, disk, err := d.find(ctx, target)
@@ -403,15 +420,9 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 // Resize is as Machine's. While the domain runs this goes through libvirt's
 // monitor, which marks the domain as tainted.
 func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (*Plan, error) {
-	in, disk, err := d.find(ctx, target)
+	in, disk, export, err := d.serving(ctx, target, export)
 	if err != nil {
 		return nil, err
-	}
-	if disk == nil {
-		return nil, fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
-	}
-	if uri := source(disk); export == "" && d.isOwnExport(uri.Export) {
-		export = uri.Export
 	}
 	m := d.machine(nil)
 	x, err := m.exportOf(ctx, target, export)
@@ -491,15 +502,9 @@ const agentChannel = "org.qemu.guest_agent.0"
 
 // Snapshot is as Machine's.
 func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, must bool) (*Plan, error) {
-	_, disk, err := d.find(ctx, target)
+	_, _, export, err := d.serving(ctx, target, export)
 	if err != nil {
 		return nil, err
-	}
-	if disk == nil {
-		return nil, fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
-	}
-	if uri := source(disk); export == "" && d.isOwnExport(uri.Export) {
-		export = uri.Export
 	}
 	if export == "" {
 		return nil, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", target, ErrNoServer)
