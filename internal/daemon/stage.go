@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -68,8 +69,8 @@ type stage0 struct {
 	out   handover
 	files []*os.File
 	paths []confine.Path
-	open  []interface{ Close() error } // what an error closes again
-	first transport.Listener           // where a command finds the disk
+	open  []io.Closer        // what an error closes again
+	first transport.Listener // where a command finds the disk
 	gate  *os.File
 
 	signals *signals
@@ -237,21 +238,30 @@ func (s *stage0) listen(key string, e transport.Endpoint) error {
 		return err
 	}
 	for _, l := range ls {
-		s.open = append(s.open, l)
-		h, files, err := transport.HandOver(l)
+		h, err := s.handListener(l)
 		if err != nil {
 			return err
 		}
-		for _, f := range files {
-			s.hand(f)
-		}
 		s.out.Listeners[key] = append(s.out.Listeners[key], h)
-		s.mayRemove(h)
 		if s.first == nil {
 			s.first = l
 		}
 	}
 	return nil
+}
+
+// handListener keeps a listener open until the worker has it.
+func (s *stage0) handListener(l io.Closer) (transport.Handed, error) {
+	s.open = append(s.open, l)
+	h, files, err := transport.HandOver(l)
+	if err != nil {
+		return h, err
+	}
+	for _, f := range files {
+		s.hand(f)
+	}
+	s.mayRemove(h)
+	return h, nil
 }
 
 // mayRemove lets the worker remove the file of a socket, and make it anew at
@@ -295,16 +305,11 @@ func (s *stage0) openControl() error {
 		if err != nil {
 			return err
 		}
-		s.open = append(s.open, l)
-		h, files, err := transport.HandOver(l)
+		h, err := s.handListener(l)
 		if err != nil {
 			return err
 		}
-		for _, f := range files {
-			s.hand(f)
-		}
 		s.out.Control = &h
-		s.mayRemove(h)
 	}
 	if at := c.Metrics.Listen; at != "" {
 		l, err := net.Listen("tcp", at)
