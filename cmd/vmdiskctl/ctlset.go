@@ -297,21 +297,11 @@ func takeFact(g *config.Grant, s string) (rest string, more bool, err error) {
 		return "", false, nil
 	}
 	value, rest, more = strings.Cut(value, ",")
-	switch key {
-	case "address":
-		g.Addresses = append(g.Addresses, value)
-		return rest, more, nil
-	case "psk":
-		g.PSKs = append(g.PSKs, value)
-		return rest, more, nil
-	case "vm":
-		g.VMs = append(g.VMs, value)
-		return rest, more, nil
-	case "token-sha256":
-		g.Tokens = append(g.Tokens, value)
-		return rest, more, nil
-	case "selinux-type":
-		g.SELinuxTypes = append(g.SELinuxTypes, value)
+	texts := map[string]*[]string{
+		"address": &g.Addresses, "psk": &g.PSKs, "vm": &g.VMs, "token-sha256": &g.Tokens, "selinux-type": &g.SELinuxTypes,
+	}[key]
+	if texts != nil {
+		*texts = append(*texts, value)
 		return rest, more, nil
 	}
 	list := map[string]*[]uint32{"uid": &g.UIDs, "gid": &g.GIDs, "cid": &g.CIDs}[key]
