@@ -18,28 +18,37 @@ import (
 // TestScripts runs testdata/ctl, where the commands stand with what they
 // print. UPDATE_SCRIPTS=1 writes down what they print now.
 func TestScripts(t *testing.T) {
+	runScripts(t, "ctl", func(e *testscript.Env) error {
+		socket := filepath.Join(e.WorkDir, "control")
+		stop, err := answerAt(socket, scripted(), ctlserver.Change)
+		if err != nil {
+			return err
+		}
+		e.Defer(stop)
+		e.Setenv(socketVariable, socket)
+		return nil
+	})
+}
+
+// runScripts runs the scripts in a folder of testdata, for which setup prepares
+// what they talk to.
+func runScripts(t *testing.T, folder string, setup func(*testscript.Env) error) {
+	t.Helper()
 	self, err := os.Executable()
 	must(t, err)
 	bin := t.TempDir()
 	must(t, os.Symlink(self, filepath.Join(bin, "vmdiskctl")))
 	testscript.Run(t, testscript.Params{
-		Dir:                 filepath.Join("testdata", "ctl"),
+		Dir:                 filepath.Join("testdata", folder),
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
 		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
 		Setup: func(e *testscript.Env) error {
-			socket := filepath.Join(e.WorkDir, "control")
-			stop, err := answerAt(socket, scripted(), ctlserver.Change)
-			if err != nil {
-				return err
-			}
-			e.Defer(stop)
 			e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH"))
 			e.Setenv(asMain, "1")
 			e.Setenv("GORACE", "atexit_sleep_ms=0") // by default each process waits for a second
-			e.Setenv(socketVariable, socket)
-			return nil
+			return setup(e)
 		},
 	})
 }

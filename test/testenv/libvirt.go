@@ -40,9 +40,23 @@ func StartLibvirt(t testing.TB) *Libvirt {
 		err = errors.Join(err, os.Chown(dir, Nobody, Nobody), os.Chown(dir+"/run", Nobody, Nobody))
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: Nobody, Gid: Nobody}}
 	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	startLibvirtd(t, cmd)
+	if err := Await(Context(t), func() bool { _, err := os.Stat(l.Socket); return err == nil }); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// startLibvirtd runs cmd until the test ends, and logs what it said if that
+// failed.
+func startLibvirtd(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
 	var said bytes.Buffer
 	cmd.Stderr = &said
-	if err := errors.Join(err, cmd.Start()); err != nil {
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -52,10 +66,6 @@ func StartLibvirt(t testing.TB) *Libvirt {
 			t.Logf("libvirtd: %s", said.String())
 		}
 	})
-	if err := Await(Context(t), func() bool { _, err := os.Stat(l.Socket); return err == nil }); err != nil {
-		t.Fatal(err)
-	}
-	return l
 }
 
 // Virsh runs virsh, the witness that is not ours.
@@ -97,18 +107,7 @@ func StartSystemLibvirt(t testing.TB) *Libvirt {
 		t.Skip("needs root")
 	}
 	cmd := exec.Command(Path(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", systemLibvirt, "sh", program)
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-		if t.Failed() {
-			t.Logf("libvirtd: %s", said.String())
-		}
-	})
+	startLibvirtd(t, cmd)
 	l := &Libvirt{}
 	if err := Await(Context(t), func() bool {
 		pid := cmd.Process.Pid
