@@ -2,16 +2,21 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run demo test deps check fmt vet lint unit race fuzz interop guest lab lab-shell selinux bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race plain fuzz endtoend interop guest lab lab-shell selinux bench clean
 
 GO        ?= go
-FUZZTIME  ?= 3
+FUZZTIME  ?= 2
 BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
-# The end-to-end tests have targets of their own. The race detector has nothing to
-# see in the conformance suite as it runs against the servers of others.
-ENDTOEND  := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
-UNIT       = $$($(GO) list ./... | grep -v $(ENDTOEND))
-RACE       = $$($(GO) list ./... | grep -v $(ENDTOEND) -e /nbdtest)
+# The end-to-end tests have targets of their own.
+E2E       := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
+UNIT       = $$($(GO) list ./... | grep -v $(E2E))
+# The race detector has nothing to see in the house rules, nor in the conformance
+# suite as it runs against the servers of others.
+RACELESS  := -e /internal/lint -e /nbdtest
+RACE       = $$($(GO) list ./... | grep -v $(E2E) $(RACELESS))
+# Those, and the packages that test more or otherwise without it.
+PLAIN      = $$($(GO) list ./... | grep $(RACELESS)) \
+	$$(grep -rl '^//go:build !race' --include='*.go' ./cmd ./internal | xargs dirname | sort -u)
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
@@ -31,7 +36,7 @@ run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 demo: build ## attach a disk to a guest, grow it, restart the service, detach it
 	@GO=$(GO) scripts/demo.sh bin
 
-test: deps fmt vet unit race fuzz interop guest lab ## install what the tests need and run all of them
+test: deps fmt vet race plain fuzz endtoend ## install what the tests need and run all of them
 
 deps: ## install the packages that the tests need
 	scripts/install-test-deps.sh
@@ -54,8 +59,15 @@ unit: ## unit tests
 race: ## unit tests with the race detector
 	$(GOTEST) -race -timeout 20m $(RACE)
 
+plain:
+	$(GOTEST) $(PLAIN)
+
 fuzz: ## every fuzz target for FUZZTIME seconds
 	scripts/fuzz.sh $(FUZZTIME)
+
+# Two packages at a time: the guest of one seldom keeps two processors busy.
+endtoend:
+	$(GOTEST) -count=1 -timeout 30m $$($(GO) list ./... | grep $(E2E))
 
 interop: ## the server against libnbd, QEMU, fio, nbd-client, systemd
 	$(GOTEST) -count=1 ./test/interop/...
