@@ -3,9 +3,10 @@ package guest
 // fleet is what a guest does that uses every disk it sees. For each it says on
 // the console, in lines that begin with "guest: " and the disk's serial number,
 // when the disk appears, which size it has, how many rounds of writes it has
-// read back, and how it ends: in "gone", or in "ERROR". A disk whose serial
-// number begins with "IDLE" is left alone. An agent answers at the first port
-// of a virtio console, if there is one.
+// read back, and how it ends: in "gone", or in "ERROR". A disk whose
+// serial number begins with "IDLE" is left alone, and one with "FIO" is written
+// as a whole by fio, which the guest must have then. An agent answers at the
+// first port of a virtio console, if there is one.
 const fleet = `
 say() { printf 'guest: %s\n' "$*"; }
 
@@ -30,9 +31,37 @@ check() {
 	cmp $own/data $own/back >/dev/null || lost "what is at $1 is not what was written"
 }
 
+# by_dd writes 64 KiB at the end of the disk, and at a place that moves.
+by_dd() {
+	dd if=/dev/urandom of=$own/data bs=64k count=1 2>/dev/null
+	check $((size * 16 - 1))
+	check $((n % (size * 16 - 1)))
+}
+
+# verified OPTION...: fio with the checksums of this round's writes.
+verified() {
+	fio --name=disk --filename=$disk --size=${size}M --randseed=$n --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite \
+		--bs=32k --verify=crc32c --verify_fatal=1 --verify_state_save=0 "$@" >$own/fio 2>&1
+}
+
+# by_fio writes the whole disk in another order each time, and reads it back. A
+# request that the kernel has sent again counts as lost. A block that fio has not
+# written has to be noticed, once.
+by_fio() {
+	say "$name round $((n + 1)) begins"
+	verified || lost "fio: $(tail -n 5 $own/fio)"
+	! dmesg | grep 'I/O error' || lost "a request has failed"
+	[ $n = 0 ] || return 0
+	dd if=/dev/urandom of=$disk bs=32k seek=7 count=1 oflag=direct conv=notrunc,fsync 2>/dev/null || lost "cannot write"
+	! verified --verify_only || lost "fio has not noticed a block of other data"
+	say "$name another block is noticed"
+}
+
 rounds() {
 	n=0
 	size=0
+	how=by_dd
+	case $name in FIO*) how=by_fio ;; esac
 	while :; do
 		now=$(($(cat $sys/size 2>/dev/null || echo 0) / 2048))
 		[ $now -gt 1 ] || lost "it has $now MiB"
@@ -40,9 +69,7 @@ rounds() {
 			size=$now
 			say "$name has $size MiB"
 		fi
-		dd if=/dev/urandom of=$own/data bs=64k count=1 2>/dev/null
-		check $((size * 16 - 1))
-		check $((n % (size * 16 - 1)))
+		$how
 		n=$((n + 1))
 		say "$name round $n"
 	done

@@ -23,24 +23,26 @@ type estate struct {
 	ctl     string   // vmdiskctl
 	vm      string   // as vmdiskctl is told it
 	flags   []string // that VM needs
+	memory  int      // of the machine that boot starts, in MiB
 	service *exec.Cmd
 }
 
 // newEstate starts a service and writes "kernel" and "initrd" into its folder,
-// for all to read.
-func newEstate(t *testing.T) *estate {
+// for all to read. The guest has the programs beside its own.
+func newEstate(t *testing.T, programs ...string) *estate {
 	t.Helper()
 	requireGuest(t)
 	if k := testenv.Under(t); k.Program != "" {
 		t.Skipf("is about vmdiskd, not %s", k.Name)
 	}
-	testenv.Require(t, "qemu-ga")
+	programs = append(programs, "qemu-ga")
+	testenv.Require(t, programs...)
 	kernel := testenv.CloudKernel(t, kernels[0])
-	e := &estate{dir: testenv.TempDir(t), ctl: testenv.Binary(t, "vmdiskctl")}
+	e := &estate{dir: testenv.TempDir(t), ctl: testenv.Binary(t, "vmdiskctl"), memory: 384}
 	ctx := testenv.Context(t)
 	in, err := newInitramfs(ctx, kernel, fleet, "virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "nvme", "virtio_console", "ext4")
 	if err == nil {
-		err = in.addPrograms(ctx, "qemu-ga")
+		err = in.addPrograms(ctx, programs...)
 	}
 	text := fmt.Sprintf("[control]\nsocket = %q\nstate = %q\n[images]\nroots = [%q]\n", e.dir+"/control", e.dir+"/state", e.dir)
 	err = errors.Join(err, in.writeFile(e.dir+"/initrd"), copyFor(e.dir+"/kernel", kernel.Image), os.Chmod(e.dir, 0o755),
@@ -201,7 +203,7 @@ func (e *estate) rounds(t *testing.T, serial string) int {
 // controller.
 func (e *estate) boot(t *testing.T) {
 	t.Helper()
-	args := []string{"-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "384", "-nodefaults", "-display", "none",
+	args := []string{"-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", strconv.Itoa(e.memory), "-nodefaults", "-display", "none",
 		"-no-reboot", "-serial", "file:" + e.dir + "/console", "-kernel", e.dir + "/kernel", "-initrd", e.dir + "/initrd",
 		"-append", "console=ttyS0 quiet panic=-1", "-device", "virtio-scsi-pci,id=scsi0", "-qmp", "unix:" + e.dir + "/qmp,server=on,wait=off"}
 	for i := range 8 {
