@@ -206,6 +206,31 @@ func TestHangingImageHangsNobodyElse(t *testing.T) {
 	}
 }
 
+// TestReadOnlyIsSetWhileServed: nobody writes to a disk that is made read-only,
+// those neither who could before; and they can again.
+func TestReadOnlyIsSetWhileServed(t *testing.T) {
+	s := newService(t, exportA)
+	k := s.open("a")
+	for _, tt := range []struct {
+		readonly bool
+		want     wire.Errno
+	}{{true, wire.EPERM}, {false, wire.OK}} {
+		if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &tt.readonly}); err != nil {
+			t.Fatal(err)
+		}
+		k.reads(1)
+		k.request(wire.CmdWrite, 7, 0, 4096, make([]byte, 4096))
+		if e, _ := k.reply(); e != tt.want {
+			t.Errorf("write with readonly=%v: got %v, want %v", tt.readonly, e, tt.want)
+		}
+		k.request(wire.CmdTrim, 8, 0, 4096, nil)
+		if e, _ := k.reply(); e != tt.want {
+			t.Errorf("trim with readonly=%v: got %v, want %v", tt.readonly, e, tt.want)
+		}
+	}
+	k.disconnect()
+}
+
 // TestRateChangesWhileServed is LM-07: a limit is never exceeded by more than
 // its burst, and one that is taken away is gone for those who wait, too.
 func TestRateChangesWhileServed(t *testing.T) {

@@ -251,6 +251,7 @@ func (d *daemon) change(k *disk, x config.Export) error {
 	if err := d.exports.Update(x.Name, func(s *export.Settings) { *s = settings }); err != nil {
 		return err
 	}
+	k.stack.ro.Set(x.ReadOnly)
 	d.disks.mu.Lock()
 	defer d.disks.mu.Unlock()
 	k.cfg = x

@@ -21,6 +21,7 @@ type stack struct {
 	log   *layer.RequestLog
 	fault *layer.Faults // only with --enable-fault-injection
 	pause *layer.Pause
+	ro    *layer.ReadOnly
 	x     config.Export // how the image was opened last
 }
 
@@ -35,13 +36,23 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File) 
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
-		d.putPause, d.putFaults, d.putRate, d.putLog,
+		d.putReadOnly, d.putPause, d.putFaults, d.putRate, d.putLog,
 	} {
 		if err := put(s, x); err != nil {
 			return nil, errors.Join(err, s.top.Close())
 		}
 	}
 	return s, nil
+}
+
+// putReadOnly lets a served disk be made read-only for those who use it. It is
+// below the pause: what waited there finds it.
+func (d *daemon) putReadOnly(s *stack, x *config.Export) error {
+	if d.served() {
+		s.ro = layer.NewReadOnly(s.top, x.ReadOnly)
+		s.top = s.ro
+	}
+	return nil
 }
 
 // putPause lets a served disk be paused. What waits above for its turn, by a

@@ -242,7 +242,7 @@ func TestOverlayMapsWhatWasNotWritten(t *testing.T) {
 
 func TestOverlayHidesWhatIsTrueOnlyBelow(t *testing.T) {
 	g := &growing{Device: mem.New(1<<20, nil)}
-	o := must(layer.NewOverlay(layer.NewReadOnly(g, layer.ReadOnlyOptions{}), layer.OverlayOptions{Quota: 1 << 20}))
+	o := must(layer.NewOverlay(unwritable{g}, layer.OverlayOptions{Quota: 1 << 20}))
 	isKind(t, "describe", o.Describe(t.Context(), "x", 0, 10, 0, func(backing.Status) bool { return true }), backing.ErrInvalid)
 	isKind(t, "resize", o.Resize(t.Context(), 1<<21), backing.ErrNotSupported)
 	if list := o.Descriptions(); len(list) != 0 {

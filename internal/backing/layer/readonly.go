@@ -8,25 +8,18 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
-// ReadOnlyOptions choose between a disk that is read-only for good and one that
-// is switched.
-type ReadOnlyOptions struct {
-	// Switched keeps the capabilities as they are, so that guests which were
-	// told of them stay right, and refuses writes while Set says so.
-	Switched bool
-}
-
-// ReadOnly refuses changes with ErrReadOnly.
+// ReadOnly refuses changes with ErrReadOnly while it is on. Capabilities stay
+// as they are, so that guests which were told of them before stay right: who
+// comes while it is on is told otherwise by its own backing.Checked.
 type ReadOnly struct {
 	backing.Transparent
-	switched bool
-	on       atomic.Bool
+	on atomic.Bool
 }
 
-// NewReadOnly makes dev read-only. A switched layer begins read-only too.
-func NewReadOnly(dev backing.Device, o ReadOnlyOptions) *ReadOnly {
-	l := &ReadOnly{Transparent: over(dev), switched: o.Switched}
-	l.on.Store(true)
+// NewReadOnly puts the switch on dev.
+func NewReadOnly(dev backing.Device, on bool) *ReadOnly {
+	l := &ReadOnly{Transparent: over(dev)}
+	l.on.Store(on)
 	return l
 }
 
@@ -35,27 +28,9 @@ func over(dev backing.Device) backing.Transparent {
 	return backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}
 }
 
-// Set refuses or allows writes from now on; ErrInvalid if the layer is not a
-// switched one. Writes that have begun are not waited for: Pause does that.
-func (l *ReadOnly) Set(on bool) error {
-	if !l.switched {
-		return invalid("set read-only", "the disk is read-only for good")
-	}
-	l.on.Store(on)
-	return nil
-}
-
-// On tells whether writes are refused.
-func (l *ReadOnly) On() bool { return l.on.Load() }
-
-// Info has no capability to write, except that of a switched layer.
-func (l *ReadOnly) Info() backing.Info {
-	i := l.Next.Info()
-	if !l.switched {
-		i.Caps &^= writing
-	}
-	return i
-}
+// Set refuses or allows writes from now on. Writes that have begun are not
+// waited for: Pause does that.
+func (l *ReadOnly) Set(on bool) { l.on.Store(on) }
 
 func (l *ReadOnly) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
 	if l.on.Load() {

@@ -9,13 +9,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
-func TestSwitchedReadOnlyConformsWhileOff(t *testing.T) {
+func TestReadOnlyConformsWhileOff(t *testing.T) {
 	conformOn(t, bases[:2], 0, func(t testing.TB, d backing.Device) backing.Device {
-		l := layer.NewReadOnly(d, layer.ReadOnlyOptions{Switched: true})
-		if err := l.Set(false); err != nil {
-			t.Fatal(err)
-		}
-		return l
+		return layer.NewReadOnly(d, false)
 	})
 }
 
@@ -34,44 +30,26 @@ func refusesChanges(t *testing.T, d backing.Device) {
 	}
 }
 
-func TestReadOnlyRefusesChanges(t *testing.T) {
-	d := mem.New(1<<20, nil)
-	want := fill(t, d, 0, 4096, 3)
-	l := layer.NewReadOnly(d, layer.ReadOnlyOptions{})
-	refusesChanges(t, l)
-	holds(t, l, 0, want)
-	if c := l.Info().Caps; c&(backing.CanWrite|backing.CanTrim|backing.CanZero|backing.CanFastZero|backing.CanFUA) != 0 || !c.Has(backing.CanExtents|backing.CanFlush) {
-		t.Errorf("info: got caps %#x, want none that write and the others", c)
-	}
-	isKind(t, "set", l.Set(false), backing.ErrInvalid)
-}
-
 func TestReadOnlyIsSwitchedWhileInUse(t *testing.T) {
 	g := &growing{Device: mem.New(1<<20, nil)}
-	l := layer.NewReadOnly(g, layer.ReadOnlyOptions{Switched: true})
+	l := layer.NewReadOnly(g, true)
 	caps := l.Info().Caps
 	refusesChanges(t, l)
-	if err := l.Set(false); err != nil || l.On() {
-		t.Fatalf("set: got %v, on is %v", err, l.On())
-	}
-	fill(t, l, 0, 512, 1)
+	l.Set(false)
+	want := fill(t, l, 0, 512, 1)
 	if err := l.Resize(t.Context(), 1<<21); err != nil || g.size != 1<<21 {
 		t.Errorf("resize: got %v, size %d", err, g.size)
 	}
-	if err := l.Set(true); err != nil {
-		t.Fatal(err)
-	}
+	l.Set(true)
 	refusesChanges(t, l)
+	holds(t, l, 0, want)
 	if now := l.Info().Caps; now != caps || !caps.Has(backing.CanWrite) {
 		t.Errorf("caps: got %#x, then %#x, want the same with a right to write", caps, now)
 	}
 }
 
 func TestReadOnlyMapsWithoutAllocating(t *testing.T) {
-	l := closing(t, layer.NewReadOnly(newRaw(t, "pool", 1<<20, 0), layer.ReadOnlyOptions{Switched: true}))
-	if err := l.Set(false); err != nil {
-		t.Fatal(err)
-	}
+	l := closing(t, layer.NewReadOnly(newRaw(t, "pool", 1<<20, 0), false))
 	if n := mapAllocates(t, l); n != 0 {
 		t.Errorf("map: got %v allocations, want none", n)
 	}
