@@ -12,14 +12,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// DecodeExport reads an export as DecodeJSON does. It has no defaults yet and
-// may be invalid: see SetDefaults and Validate.
-func DecodeExport(b []byte) (Export, error) {
-	var e Export
-	err := DecodeJSON(b, &e)
-	return e, err
-}
-
 // DecodeJSON reads one JSON object of at most limits.ExportJSON bytes into v, a
 // pointer to a struct whose keys have small ASCII letters, digits and "-" only.
 // What encoding/json lets pass is refused: unknown keys, keys given twice or in

@@ -46,7 +46,7 @@ func TestExportsAreReadStrictly(t *testing.T) {
 		{"raw newline", "{\"name\":\"a\nb\"}", "byte 11: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			e, err := config.DecodeExport([]byte(tt.in))
+			e, err := decodeExport([]byte(tt.in))
 			if err == nil || !strings.HasPrefix(err.Error(), tt.want) {
 				t.Errorf("got %+v, %v; want %q", e, err, tt.want)
 			}
@@ -55,14 +55,14 @@ func TestExportsAreReadStrictly(t *testing.T) {
 }
 
 func TestExportsAreRead(t *testing.T) {
-	e, err := config.DecodeExport([]byte(` {"name":"a\ud83d\ude00\"\\u","overlay":{"quota":"10G"},
+	e, err := decodeExport([]byte(` {"name":"a\ud83d\ude00\"\\u","overlay":{"quota":"10G"},
 		"rate":{"bytes":1048576,"burst":"1s"},"grants":[{"access":"ro","cid":[3]}],"faults":[{"ops":["read"],"probability":0.25}]} `))
 	if err != nil || e.Name != "a\U0001F600\"\\u" || e.Overlay.Quota != 10<<30 || e.Rate.Bytes != 1<<20 ||
 		time.Duration(e.Rate.Burst) != time.Second || e.Grants[0].CIDs[0] != 3 || e.Faults[0].Probability != 0.25 {
 		t.Errorf("got %+v, %v", e, err)
 	}
 	depth := `{"protect":` + strings.Repeat("[", limits.ExportDepth-1) + strings.Repeat("]", limits.ExportDepth-1) + "}"
-	if _, err := config.DecodeExport([]byte(depth)); err == nil || strings.Contains(err.Error(), "levels") {
+	if _, err := decodeExport([]byte(depth)); err == nil || strings.Contains(err.Error(), "levels") {
 		t.Errorf("%d levels: %v", limits.ExportDepth, err)
 	}
 }
@@ -114,7 +114,7 @@ func FuzzDecodeExport(f *testing.F) {
 	f.Add([]byte(`{"name":"\ud83d\ude00","overlay":{"quota":"1T"}}`))
 	f.Add([]byte(`{"name":"\ud800","name":null}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		e, err := config.DecodeExport(b)
+		e, err := decodeExport(b)
 		if err != nil {
 			return
 		}
@@ -122,7 +122,7 @@ func FuzzDecodeExport(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q is read and cannot be written: %v", b, err)
 		}
-		again, err := config.DecodeExport(text)
+		again, err := decodeExport(text)
 		if err != nil && len(text) <= limits.ExportJSON {
 			t.Fatalf("%q is read and written as %q: %v", b, text, err)
 		}
@@ -147,4 +147,9 @@ func sameJSON(t testing.TB, a, b any) bool {
 		t.Fatal(err)
 	}
 	return string(x) == string(y)
+}
+
+func decodeExport(b []byte) (e config.Export, err error) {
+	err = config.DecodeJSON(b, &e)
+	return e, err
 }
