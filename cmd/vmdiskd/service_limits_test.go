@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -229,6 +230,18 @@ func TestReadOnlyIsSetWhileServed(t *testing.T) {
 		}
 	}
 	k.disconnect()
+}
+
+func TestImageOpenReadOnlyCannotBeMadeWritable(t *testing.T) {
+	s := newService(t, exportA+"readonly = true\n")
+	yes, no := true, false
+	_, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &no})
+	if e, ok := errors.AsType[*api.Error](err); !ok || e.Code != api.CodeUnsupported {
+		t.Errorf("readonly=false: got %v, want %s", err, api.CodeUnsupported)
+	}
+	if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &yes}); err != nil {
+		t.Errorf("readonly=true: %v", err)
+	}
 }
 
 // TestRateChangesWhileServed is LM-07: a limit is never exceeded by more than

@@ -212,6 +212,10 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if err := x.Validate(scope); err != nil {
 		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
+	if k.stack.x.ReadOnly && !x.ReadOnly {
+		return &api.Error{Code: api.CodeUnsupported,
+			Text: "the image is open read-only: remove the export and add it again, or change the configuration and reload it"}
+	}
 	if err := d.change(k, x); err != nil {
 		return err
 	}
