@@ -230,7 +230,7 @@ type attachFlags struct {
 	renew     bool
 	place     placeFlags
 
-	certificates string
+	certificates, keys, identity string // for TLS
 }
 
 // placeFlags say where the socket of a disk is.
@@ -273,6 +273,8 @@ func (f *attachFlags) addSource(c *cobra.Command) {
 	f.image.addImage(c)
 	f.place.add(c)
 	c.Flags().StringVar(&f.certificates, "tls-certificates", "", "`FOLDER` with ca-cert.pem, client-cert.pem and client-key.pem that QEMU reads, for a server with TLS")
+	c.Flags().StringVar(&f.keys, "tls-psk", "", "`FILE` keys.psk of pre-shared keys that QEMU reads, in place of certificates")
+	c.Flags().StringVar(&f.identity, "tls-identity", "", "the `IDENTITY` whose key QEMU takes from that file")
 	c.Flags().BoolVar(&f.named, "export", false, "IMAGE is the name of an export that the daemon has")
 }
 
@@ -336,7 +338,11 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 			}
 		}
 		s.ReadOnly = f.image.x.ReadOnly
+		s.Identity = f.identity
 		if s.Certificates, err = absoluteOrNone(f.certificates); err != nil {
+			return s, err
+		}
+		if s.Keys, err = absoluteOrNone(f.keys); err != nil {
 			return s, err
 		}
 		if f.named {
@@ -346,8 +352,10 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 		}
 		return s, nil
 	}
-	if f.certificates != "" {
-		return s, usage("--tls-certificates is for the URI of a server, or an export that is served with TLS")
+	for _, flag := range []string{"tls-certificates", "tls-psk", "tls-identity"} {
+		if c.Flags().Changed(flag) {
+			return s, usage("--%s is for the URI of a server, or an export that is served with TLS", flag)
+		}
 	}
 	if s.Add, err = f.image.request(c, "", image); err != nil {
 		return s, err

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,52 +11,129 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
-// remote reads the URI of a server, with what it says of TLS apart: the folder
-// of certificates, as QEMU sees it, and the name in the server's certificate.
-func remote(text, certificates string) (uri transport.URI, dir, hostname string, err error) {
-	uri, err = transport.ParseURI(text)
-	if err != nil {
-		return uri, "", "", fmt.Errorf("%w: %w", qmp.ErrInvalid, err)
-	}
-	dir = certificates
-	for name, value := range uri.Params {
-		switch {
-		case uri.TLS && name == "tls-certificates" && dir == "":
-			dir = value
-		case uri.TLS && name == "tls-certificates":
-		case uri.TLS && name == "tls-hostname":
-			hostname = value
-		default:
-			return uri, "", "", fmt.Errorf("%w URI %q: parameter %q has no meaning here", qmp.ErrInvalid, text, name)
-		}
-	}
-	uri.Params = nil
-	if uri.TLS && hostname == "" && uri.Kind != transport.TCP {
-		hostname = "localhost"
-	}
-	switch {
-	case !uri.TLS && certificates != "":
-		err = fmt.Errorf("%w URI %q: certificates are for TLS", qmp.ErrInvalid, text)
-	case dir != "" && !filepath.IsAbs(dir):
-		err = fmt.Errorf("%w folder of certificates %q: not an absolute path", qmp.ErrInvalid, dir)
-	case uri.User != "":
-		err = fmt.Errorf("%w URI %q: a machine is not given pre-shared keys", qmp.ErrInvalid, text)
-	case len(dir) > limits.MaxString || len(hostname) > limits.QMPName:
-		err = fmt.Errorf("%w URI: a folder of %d bytes, a name of %d", qmp.ErrInvalid, len(dir), len(hostname))
-	}
-	return uri, dir, hostname, err
+// keysFile is the file of pre-shared keys that QEMU reads in a folder.
+const keysFile = "keys.psk"
+
+// credentials are what a machine shows a server with TLS. The zero value is for
+// none.
+type credentials struct {
+	dir      string // absolute, as QEMU sees it
+	keys     bool   // dir has pre-shared keys, no certificates
+	identity string // whose key it is
+	hostname string // in the server's certificate; "": that of the URI
 }
 
-// credsID is the object of a machine that holds the certificates of a disk.
+// given are what the caller has said, to be completed by a URI.
+func (s *Source) given() (c credentials, err error) {
+	c = credentials{dir: s.Certificates, identity: s.Identity}
+	switch {
+	case s.Keys == "" && s.Identity != "":
+		err = fmt.Errorf("%w: identity %q without a file of pre-shared keys", qmp.ErrInvalid, s.Identity)
+	case s.Keys != "" && s.Certificates != "":
+		err = fmt.Errorf("%w: certificates and pre-shared keys", qmp.ErrInvalid)
+	case s.Keys != "":
+		err = c.setKeys(s.Keys)
+	}
+	return c, err
+}
+
+// setKeys takes the folder of a file of pre-shared keys.
+func (c *credentials) setKeys(file string) error {
+	if filepath.Base(file) != keysFile {
+		return fmt.Errorf("%w file of pre-shared keys %q: QEMU takes them from a file with the name %s", qmp.ErrInvalid, file, keysFile)
+	}
+	c.dir, c.keys = filepath.Dir(file), true
+	return nil
+}
+
+// read takes what a URI says of TLS. What the caller has said goes first.
+func (c *credentials) read(uri *transport.URI) error {
+	given := *c
+	for name, value := range uri.Params {
+		switch {
+		case uri.TLS && name == "tls-hostname":
+			c.hostname = value
+		case uri.TLS && name == "tls-certificates" && !c.keys:
+			c.dir = cmp.Or(given.dir, value)
+		case uri.TLS && name == "tls-psk-file" && (c.dir == "" || given.keys):
+			if err := c.setKeys(value); err != nil {
+				return err
+			}
+			c.dir = cmp.Or(given.dir, c.dir)
+		default:
+			return fmt.Errorf("%w URI: parameter %q has no meaning here", qmp.ErrInvalid, name)
+		}
+	}
+	c.identity = cmp.Or(given.identity, uri.User)
+	if uri.TLS && c.hostname == "" && !c.keys && uri.Kind != transport.TCP {
+		c.hostname = "localhost"
+	}
+	return nil
+}
+
+// check holds what is known by now against the URI.
+func (c *credentials) check(uri *transport.URI) error {
+	switch {
+	case !uri.TLS && *c != credentials{}:
+		return fmt.Errorf("%w: certificates and keys are for TLS", qmp.ErrInvalid)
+	case c.keys != (c.identity != ""):
+		return fmt.Errorf("%w: pre-shared keys take an identity and their file, as nbds://IDENTITY@HOST/?tls-psk-file=FILE", qmp.ErrInvalid)
+	case c.dir != "" && !filepath.IsAbs(c.dir):
+		return fmt.Errorf("%w folder %q for TLS: not an absolute path", qmp.ErrInvalid, c.dir)
+	case len(c.dir) > limits.MaxString || len(c.hostname) > limits.QMPName:
+		return fmt.Errorf("%w for TLS: a folder of %d bytes, a name of %d", qmp.ErrInvalid, len(c.dir), len(c.hostname))
+	case c.keys:
+		if err := psk.CheckIdentity(c.identity); err != nil {
+			return fmt.Errorf("%w: %w", qmp.ErrInvalid, err)
+		}
+	}
+	return nil
+}
+
+// remote reads the URI of a server, with what it and the caller say of TLS
+// apart. The identity stays in the URI: another one sees another disk.
+func (s *Source) remote(text string) (uri transport.URI, c credentials, err error) {
+	if uri, err = transport.ParseURI(text); err != nil {
+		return uri, c, fmt.Errorf("%w: %w", qmp.ErrInvalid, err)
+	}
+	if c, err = s.given(); err != nil {
+		return uri, c, err
+	}
+	if err = c.read(&uri); err == nil {
+		err = c.check(&uri)
+	}
+	uri.User, uri.Params = c.identity, nil
+	return uri, c, err
+}
+
+// credsID is the object of a machine that holds the credentials of a disk.
 func credsID(id string) string { return "vmt" + nodesOf(id) + "tls" }
 
-// credsStep gives the machine certificates for its client.
+// object is that object, for object-add.
+func (c *credentials) object(id string) map[string]any {
+	o := map[string]any{"qom-type": "tls-creds-x509", "id": id, "endpoint": "client", "dir": c.dir, "verify-peer": true}
+	if c.keys {
+		o["qom-type"], o["username"] = "tls-creds-psk", c.identity
+	}
+	return o
+}
+
+// String says what they are.
+func (c *credentials) String() string {
+	if c.keys {
+		return fmt.Sprintf("the pre-shared key of %q in %q", c.identity, filepath.Join(c.dir, keysFile))
+	}
+	return fmt.Sprintf("the certificates in %q", c.dir)
+}
+
+// credsStep gives the machine credentials for its client.
 func (p *plug) credsStep() Step {
 	id := credsID(p.id)
 	return Step{
-		Name: fmt.Sprintf("give the machine the certificates in %q, as object %s", p.creds, id),
+		Name: fmt.Sprintf("give the machine %s, as object %s", &p.creds, id),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
@@ -63,16 +141,14 @@ func (p *plug) credsStep() Step {
 			if err != nil || there {
 				return false, err
 			}
-			_, err = p.Monitor.Execute(ctx, "object-add", map[string]any{
-				"qom-type": "tls-creds-x509", "id": id, "endpoint": "client", "dir": p.creds, "verify-peer": true,
-			})
+			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(id))
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return p.deleteCreds(ctx, p.id) },
 	}
 }
 
-// hasCreds tells whether the machine has certificates for the disk. One that
+// hasCreds tells whether the machine has credentials for the disk. One that
 // does not say which objects it has was given none.
 func (m *Machine) hasCreds(ctx context.Context, id string) (bool, error) {
 	names, err := qmp.Objects(ctx, m.Monitor)
@@ -82,7 +158,7 @@ func (m *Machine) hasCreds(ctx context.Context, id string) (bool, error) {
 	return slices.Contains(names, credsID(id)), err
 }
 
-// deleteCreds deletes certificates that may be gone already. An attempt to
+// deleteCreds deletes credentials that may be gone already. An attempt to
 // connect that QEMU has given up may use them for a moment more.
 func (m *Machine) deleteCreds(ctx context.Context, id string) error {
 	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
@@ -100,10 +176,10 @@ func (m *Machine) deleteCreds(ctx context.Context, id string) error {
 	}
 }
 
-// forgetStep deletes the certificates of a disk that is gone.
+// forgetStep deletes the credentials of a disk that is gone.
 func (m *Machine) forgetStep(id string) Step {
 	return Step{
-		Name:  fmt.Sprintf("delete the certificates of %s", id),
+		Name:  fmt.Sprintf("delete the credentials of %s", id),
 		Final: true,
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)

@@ -125,7 +125,9 @@ func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, 
 	}
 	n.TLS = v.uri.TLS
 	switch {
-	case v.creds != "" || v.hostname != "":
+	case v.creds.keys:
+		return nil, fmt.Errorf("%w: it knows no pre-shared keys for NBD, a QMP socket takes them", ErrLibvirt)
+	case v.creds != credentials{}:
 		return nil, fmt.Errorf("%w: certificates are those that qemu.conf names (nbd_tls_x509_cert_dir), with the name of the host", ErrLibvirt)
 	case v.uri.Kind == transport.Unix && !v.uri.TLS:
 		n.Socket = v.uri.Path
@@ -541,11 +543,11 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 // Element is the XML of a disk at a URI that has the target Options.ID in some
 // domain. Nobody is asked.
 func Element(s Source, o Options) (string, error) {
-	uri, dir, hostname, err := remote(s.URI, s.Certificates)
+	uri, creds, err := s.remote(s.URI)
 	if err != nil {
 		return "", err
 	}
-	return text(&served{uri: uri, readOnly: s.ReadOnly, creds: dir, hostname: hostname}, o)
+	return text(&served{uri: uri, readOnly: s.ReadOnly, creds: creds}, o)
 }
 
 // text is the element with the target Options.ID.

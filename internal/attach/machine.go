@@ -80,10 +80,10 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
 	p.client = nbd(clientNode(p.raw, 1), server, v.uri.Export, v.readOnly, o.Reconnect)
 	if v.uri.TLS {
-		if v.creds == "" {
-			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS", qmp.ErrInvalid, v.uri)
+		if v.creds.dir == "" {
+			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
 		}
-		p.client.TLSCreds, p.client.TLSHostname = credsID(o.ID), v.hostname
+		p.client.TLSCreds, p.client.TLSHostname = credsID(o.ID), v.creds.hostname
 		v.steps = append(v.steps, p.credsStep())
 	}
 	place, err := p.preflight(ctx)

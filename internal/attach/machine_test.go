@@ -43,11 +43,12 @@ func start(t *testing.T, machine ...string) *lab {
 	return l
 }
 
-func (l *lab) startService(t *testing.T) {
+// startService starts a service with more in its configuration.
+func (l *lab) startService(t *testing.T, more ...string) {
 	t.Helper()
 	socket := filepath.Join(l.dir, "control")
 	file := filepath.Join(l.dir, "conf")
-	text := fmt.Sprintf("[control]\nsocket = %q\n[images]\nroots = [%q]\n", socket, l.dir)
+	text := fmt.Sprintf("[control]\nsocket = %q\n[images]\nroots = [%q]\n%s", socket, l.dir, strings.Join(more, "\n"))
 	must(t, os.WriteFile(file, []byte(text), 0o600))
 	l.service = client.Dial(socket)
 	run(t, testenv.Binary(t, "vmdiskd"), "--config", file)

@@ -51,6 +51,11 @@ type Source struct {
 	// from, and those that it trusts: ca-cert.pem, client-cert.pem and
 	// client-key.pem, or the first alone. It is QEMU that reads it.
 	Certificates string
+
+	// Keys is an absolute path that ends with /keys.psk, which QEMU takes the
+	// pre-shared key of Identity from, in place of Certificates. A URI can say
+	// the same: nbds://IDENTITY@HOST/?tls-psk-file=KEYS.
+	Keys, Identity string
 }
 
 // name is what people call the disk.
@@ -72,7 +77,7 @@ type served struct {
 	readOnly bool
 	size     func() int64 // bytes; 0 where it is not known
 
-	creds, hostname string // folder of certificates; name in that of the server
+	creds credentials // for a server with TLS
 }
 
 // serve plans the export of a disk of a machine.
@@ -95,8 +100,8 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 	case s.Export != "":
 		return s.serveExport(ctx, c)
 	}
-	uri, dir, hostname, err := remote(s.URI, s.Certificates)
-	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }, creds: dir, hostname: hostname}, err
+	uri, creds, err := s.remote(s.URI)
+	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }, creds: creds}, err
 }
 
 // address is where QEMU connects to.
@@ -120,29 +125,37 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	if err != nil {
 		return nil, err
 	}
-	uri, err := reachable(x, s.Certificates != "")
+	creds, err := s.given()
+	if err != nil {
+		return nil, err
+	}
+	uri, err := reachable(x, creds.dir != "")
+	if err != nil {
+		return nil, err
+	}
 	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}
 	if uri.TLS {
-		v.creds = s.Certificates
+		v.creds, v.uri.User = creds, creds.identity
+		err = creds.check(&uri)
 	}
 	return v, err
 }
 
 // reachable is the URI of an export that a machine on this host connects to
-// best. One with TLS is the last choice, if there are certificates.
-func reachable(x api.Export, certificates bool) (transport.URI, error) {
+// best. One with TLS is the last choice, if there are credentials.
+func reachable(x api.Export, creds bool) (transport.URI, error) {
 	for _, tls := range []bool{false, true} {
 		for _, kind := range []transport.Kind{transport.Unix, transport.TCP, transport.VSock} {
 			for _, text := range x.URIs {
-				uri, _, _, err := remote(text, "")
-				if err == nil && uri.Kind == kind && uri.TLS == tls && (certificates || !tls) {
+				uri, _, err := new(Source).remote(text)
+				if err == nil && uri.Kind == kind && uri.TLS == tls && (creds || !tls) {
 					uri.Export = x.Name
 					return uri, nil
 				}
 			}
 		}
 	}
-	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS, for which certificates are needed: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
+	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS, for which certificates or a pre-shared key are needed: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
 }
 
 // serveImage plans an export with a socket for one machine.
