@@ -228,6 +228,9 @@ func TestServerThatIsNotThereIsAFailure(t *testing.T) {
 }
 
 func TestVersionAndCompletion(t *testing.T) {
+	if got := want(t, exitDone, "--version"); got != want(t, exitDone, "version") {
+		t.Errorf("--version is %q, unlike the command", got)
+	}
 	if got := want(t, exitDone, "version"); !strings.HasPrefix(got, "vmdiskctl ") {
 		t.Errorf("version is %q", got)
 	}

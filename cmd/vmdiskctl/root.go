@@ -88,6 +88,7 @@ TLS.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 rolled back
 incompletely.`,
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
@@ -95,6 +96,7 @@ incompletely.`,
 			return usage("a command is missing: see %s --help", c.Name())
 		},
 	}
+	root.SetVersionTemplate(versionLine())
 	root.AddCommand(
 		newInfo(),
 		newCopy(terminal),

@@ -14,11 +14,14 @@ func newVersion() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(c.OutOrStdout(), "vmdiskctl %s (%s)\n", version(), runtime.Version())
+			_, err := fmt.Fprint(c.OutOrStdout(), versionLine())
 			return err
 		},
 	}
 }
+
+// versionLine is what the command version and the flag --version print.
+func versionLine() string { return fmt.Sprintf("vmdiskctl %s (%s)\n", version(), runtime.Version()) }
 
 // stamped is the version of a package, set by the linker.
 var stamped string
