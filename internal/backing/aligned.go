@@ -55,6 +55,7 @@ func NewAligned(ctx context.Context, e engine.Engine, f *engine.File, align int6
 		return nil, err
 	}
 	a.spare <- b
+	a.locks.keep(limits.SwapServerRequests)
 	return a, nil
 }
 
@@ -70,16 +71,20 @@ func (a *Aligned) Fits(off, n int64) bool { return (off|n)&(a.align-1) == 0 }
 
 // TryShare locks the range against partial writes of its blocks, without
 // waiting; false says that one is in progress. Who writes to the file past
-// this type holds the lease meanwhile. It does not allocate in the long run.
-func (a *Aligned) TryShare(off, n int64) (Lease, bool) {
+// this type holds the lease meanwhile, which releases first, unless that is
+// nil, before it unlocks. It does not allocate in the long run, and never for
+// up to limits.SwapServerRequests at a time.
+func (a *Aligned) TryShare(off, n int64, first Lease) (Lease, bool) {
 	if a.align == 1 {
-		return nil, true
+		return first, true
 	}
 	lo, hi := a.blocks(off, n)
-	if l := a.locks.try(lo, hi); l != nil {
-		return l, true
+	l := a.locks.try(lo, hi)
+	if l == nil {
+		return nil, false
 	}
-	return nil, false
+	l.first = first
+	return l, true
 }
 
 // Share is TryShare with waiting. The lease is nil where there is nothing to
@@ -322,6 +327,19 @@ type rangeLock struct {
 	excl    bool
 	blocked int           // guarded by set.mu; earlier ones that conflict
 	granted chan struct{} // one token once blocked is 0 again
+	first   Lease         // released before the lock; owned by the holder
+}
+
+// keep makes n locks, which are there before they are needed.
+func (s *rangeLocks) keep(n int) {
+	s.list, s.free = make([]*rangeLock, 0, n), make([]*rangeLock, 0, n)
+	for range n {
+		s.free = append(s.free, s.newLock())
+	}
+}
+
+func (s *rangeLocks) newLock() *rangeLock {
+	return &rangeLock{set: s, granted: make(chan struct{}, 1)}
 }
 
 func (l *rangeLock) conflicts(o *rangeLock) bool {
@@ -334,7 +352,7 @@ func (s *rangeLocks) addLocked(lo, hi int64, excl bool) *rangeLock {
 	if n := len(s.free); n > 0 {
 		l, s.free = s.free[n-1], s.free[:n-1]
 	} else {
-		l = &rangeLock{set: s, granted: make(chan struct{}, 1)}
+		l = s.newLock()
 	}
 	l.lo, l.hi, l.excl, l.blocked = lo, hi, excl, 0
 	for _, o := range s.list {
@@ -404,6 +422,10 @@ func (s *rangeLocks) lock(ctx context.Context, lo, hi int64, excl bool) (*rangeL
 
 // Release unlocks. l must not be used any more.
 func (l *rangeLock) Release() {
+	if l.first != nil {
+		l.first.Release()
+		l.first = nil
+	}
 	l.set.mu.Lock()
 	l.set.removeLocked(l)
 	l.set.mu.Unlock()

@@ -179,7 +179,7 @@ func TestPartialWriteExcludesOtherWritesOfItsBlock(t *testing.T) {
 			first, second := make(chan error, 1), make(chan error, 1)
 			go func() { first <- d.WriteAt(t.Context(), bytes.Repeat([]byte{2}, 100), block, false) }()
 			<-gate.Arrived
-			if lease, ok := d.TryShare(tt.off, int64(tt.n)); ok != tt.free {
+			if lease, ok := d.TryShare(tt.off, int64(tt.n), nil); ok != tt.free {
 				t.Errorf("try to share: got %v, want %v", ok, tt.free)
 			} else if ok {
 				lease.Release()

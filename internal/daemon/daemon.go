@@ -313,7 +313,7 @@ func (d *daemon) serve() error {
 	}
 	o.Encrypt = (&transport.ServerSecurity{Certificates: d.creds, Keys: d.keys}).Encrypt
 	if d.cfg.Swap.On {
-		o.Bytes = limits.SwapServerBytes
+		o.Bytes, o.Keep = limits.SwapServerBytes, limits.SwapKeep
 	}
 	d.server = nbd.NewServer(o)
 	if d.cfg.Stdio {

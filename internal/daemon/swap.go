@@ -5,11 +5,8 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -232,10 +229,9 @@ func (d *daemon) settle() error {
 	if hasHoles(d.cfg.Disk.Image) {
 		d.log.Warn("the file has holes: to fill them its file system takes memory", "image", d.cfg.Disk.Image, "remedy", "fallocate")
 	}
-	if err := startThreads(limits.SwapThreads); err != nil {
+	if err := confine.SettleRuntime(); err != nil {
 		return err
 	}
-	growHeap(limits.SwapHeap)
 	missing := confine.VerifySwap()
 	if d.cfg.Swap.BestEffort { // else it was refused before
 		missing = append(missing, d.cfg.swapStorage()...)
@@ -257,63 +253,4 @@ func (d *daemon) settle() error {
 	}
 	d.log.Info("memory is locked", "bytes", resident)
 	return nil
-}
-
-// growHeap leaves n bytes of the heap free and turns the collector off, which
-// would otherwise give memory back, and ask for it again.
-func growHeap(n int) {
-	const piece = 32 << 10
-	pieces := make([][]byte, n/piece)
-	for i := range pieces {
-		pieces[i] = make([]byte, piece)
-	}
-	runtime.KeepAlive(pieces)
-	pieces = nil
-	runtime.GC()
-	debug.SetGCPercent(-1)
-}
-
-var errFewThreads = errors.New("the threads of a server of swap do not start")
-
-// startThreads makes n threads wait in the kernel at the same time. They stay
-// when they need not wait any more.
-func startThreads(n int) error {
-	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		return err
-	}
-	var waiting sync.WaitGroup
-	for range n {
-		waiting.Go(func() {
-			var b [1]byte
-			for {
-				if _, err := unix.Read(p[0], b[:]); !errors.Is(err, unix.EINTR) {
-					return
-				}
-			}
-		})
-	}
-	err := awaitThreads(n + 1)
-	err = errors.Join(err, unix.Close(p[1])) // ends all reads
-	waiting.Wait()
-	return errors.Join(err, unix.Close(p[0]))
-}
-
-// awaitThreads returns when the process has n threads.
-func awaitThreads(n int) error {
-	over := time.NewTimer(limits.SwapThreadsWait)
-	defer over.Stop()
-	look := time.NewTicker(time.Millisecond)
-	defer look.Stop()
-	for {
-		dir, err := os.ReadDir("/proc/self/task")
-		if err != nil || len(dir) >= n {
-			return err
-		}
-		select {
-		case <-look.C:
-		case <-over.C:
-			return fmt.Errorf("%w: %d of %d", errFewThreads, len(dir), n)
-		}
-	}
 }

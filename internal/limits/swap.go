@@ -23,6 +23,20 @@ const (
 	// off: requests take nothing of it, a connection some ten kilobytes.
 	SwapHeap = 8 << 20
 
+	// SwapProcs is how many goroutines run at a time: one for the connection,
+	// one for what has been read or written.
+	SwapProcs = 2
+
+	// SwapWaiters is how many goroutines, and how many entries in queues of the
+	// runtime's waits, there are beyond those in use. Each processor keeps up
+	// to 128 unused entries and 64 goroutines for itself: what one of them may
+	// lack lies with the others. The rest is what may be in use at a time: the
+	// workers of the pool, the requests and the connections.
+	SwapWaiters = SwapProcs*128 + PoolWorkers + 2*SwapKeep
+
+	// SwapKeep is for how many requests of all connections there is memory.
+	SwapKeep = 4 * SwapServerRequests
+
 	// SwapThreads is how many threads are there from the start: one for each
 	// worker of the pool that waits for the storage, and for what else may
 	// wait: the log, signals, the control of memory, two that run.

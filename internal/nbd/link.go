@@ -39,9 +39,13 @@ type link interface {
 // errShortFile: a file shrank under a reply whose header is out.
 var errShortFile = errors.New("image ends early")
 
-func newLink(c transport.Conn, p *poller) link {
+// newLink makes the link of a connection that sends vector pieces at a time
+// without asking for memory.
+func newLink(c transport.Conn, p *poller, vector int) link {
 	if rc := c.Raw(); rc != nil {
-		return newSocketLink(rc, c.Peer().Kind != transport.VSock, p)
+		l := newSocketLink(rc, c.Peer().Kind != transport.VSock, p)
+		l.vec.Grow(vector)
+		return l
 	}
 	return &streamLink{conn: c}
 }

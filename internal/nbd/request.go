@@ -48,19 +48,37 @@ type request struct {
 // requests keeps requests for reuse by any session.
 var requests sync.Pool
 
-func getRequest() *request {
-	if r, ok := requests.Get().(*request); ok {
-		return r
-	}
+func makeRequest() *request {
 	r := new(request)
 	r.ioDoneFn, r.runFn = r.ioDone, r.run
 	return r
 }
 
+// getRequest takes one that is kept, if there is one.
+func (s *session) getRequest() *request {
+	select {
+	case r := <-s.kept:
+		return r
+	default:
+	}
+	if r, ok := requests.Get().(*request); ok {
+		return r
+	}
+	return makeRequest()
+}
+
+func (s *session) putRequest(r *request) {
+	select {
+	case s.kept <- r:
+	default:
+		requests.Put(r)
+	}
+}
+
 // newRequest takes req out of the turn; charge is the size of its buffer.
 // answered says that its reply has begun.
 func (s *session) newRequest(req *wire.Request, charge int, answered bool) *request {
-	r := getRequest()
+	r := s.getRequest()
 	r.s, r.req, r.charge = s, *req, charge
 	r.err, r.errAt, r.hole = nil, -1, false
 	r.left.Store(1) // the turn's own share, see transferred
@@ -103,7 +121,7 @@ func (r *request) finish() {
 	}
 	charge := r.charge
 	r.s, r.buf, r.p, r.contexts, r.prev, r.next = nil, nil, nil, nil, nil, nil
-	requests.Put(r)
+	s.putRequest(r)
 	s.give(1, charge)
 	s.work.Done()
 }

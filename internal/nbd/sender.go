@@ -57,6 +57,8 @@ type sender struct {
 
 func (o *sender) init(s *session, l link) {
 	o.s, o.link, o.loop = s, l, o.writeLoop
+	n := 2 * s.keeps() // a turn's replies may stand between two requests
+	o.q, o.spare, o.bufs = make([]segment, 0, n), make([]segment, 0, n), make([][]byte, 0, 2*n)
 }
 
 // claim makes the caller the owner if the sender is idle. Then it must end

@@ -3,7 +3,7 @@ package nbd
 import "testing"
 
 func TestTakenSegmentsShareNoMemoryWithWhatIsQueuedNext(t *testing.T) {
-	s := &session{}
+	s := &session{opt: &Options{}}
 	o := &s.sender
 	o.init(s, nil)
 	for range 3 {

@@ -103,6 +103,11 @@ type Options struct {
 	// limits.BytesPerConn. One request may exceed it.
 	Bytes int64
 
+	// Keep is how many requests, of all connections, are made before the
+	// first comes, with room for them in each connection: up to so many in
+	// flight take nothing of the heap.
+	Keep int
+
 	// Poll is how long a connection looks at its empty socket before it
 	// sleeps, where that pays; 0 turns polling off.
 	Poll time.Duration
@@ -125,6 +130,7 @@ type Options struct {
 type Server struct {
 	opt   Options
 	admt  *admission
+	kept  chan *request // that nobody uses; nil without Options.Keep
 	wakes atomic.Uint32 // of all sessions
 	slow  atomic.Int64  // Options.Slow at present
 	ids   atomic.Uint64 // of sessions, the last one given
@@ -165,6 +171,12 @@ func NewServer(o Options) *Server {
 		conns: make(map[*connection]struct{}),
 		quit:  make(chan struct{}),
 		stop:  make(chan struct{}),
+	}
+	if o.Keep > 0 {
+		s.kept = make(chan *request, o.Keep)
+		for range o.Keep {
+			s.kept <- makeRequest()
+		}
 	}
 	s.SetSlow(o.Slow)
 	s.watching.Add(1)

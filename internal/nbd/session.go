@@ -35,6 +35,7 @@ type session struct {
 	since  time.Time // when the session was made
 	stats  *obs.ExportStats
 	slow   *atomic.Int64 // see Server
+	kept   chan *request // see Server
 	chatty bool          // the log wants every request
 	always wire.CmdFlags // flags that every command takes
 
@@ -96,6 +97,7 @@ func newSession(srv *Server, n *negotiation) *session {
 		since:      time.Now(),
 		stats:      n.export.Stats,
 		slow:       &srv.slow,
+		kept:       srv.kept,
 		opt:        o,
 		conn:       n.conn,
 		dev:        n.export.Device,
@@ -112,11 +114,15 @@ func newSession(srv *Server, n *negotiation) *session {
 	s.payloads = s.extended && len(s.contexts) > 0
 	s.own.init(int64(o.Requests), o.Bytes)
 	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: &srv.wakes}
-	s.sender.init(s, newLink(n.conn, &s.poll))
+	s.sender.init(s, newLink(n.conn, &s.poll, 4*s.keeps()))
+	s.batch = make([]*engine.IO, 0, s.keeps())
 	s.in.init(s, n.early())
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
+
+// keeps is for how many requests of this connection all is there.
+func (s *session) keeps() int { return min(s.opt.Keep, s.opt.Requests) }
 
 // serve answers requests until the peer disconnects. What is in flight then is
 // finished and sent before it returns.

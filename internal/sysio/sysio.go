@@ -10,6 +10,7 @@
 package sysio
 
 import (
+	"slices"
 	"syscall"
 	"unsafe"
 
@@ -62,6 +63,10 @@ const MaxVector = 1024
 
 // Len is the number of buffers in the vector.
 func (v *Vector) Len() int { return len(v.iov) }
+
+// Grow makes room for n buffers in an empty vector: Add of so many does not
+// allocate.
+func (v *Vector) Grow(n int) { v.all = slices.Grow(v.all, n) }
 
 // Add appends p, which must stay alive and unchanged until Reset. An empty p
 // is left out. Add must not be called between Skip and Reset.

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -208,44 +207,21 @@ func (d *Device) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 // leaseWrite announces a write that goes past the device, or returns nil when
 // a part of one of its blocks is being written.
 func (d *Device) leaseWrite(off, n int64) backing.Lease {
-	if !d.geo.direct {
-		d.seen.mapped.Add(1)
-		return (*cachedWrite)(d)
-	}
-	held, ok := d.al.TryShare(off, n)
+	l, ok := d.al.TryShare(off, n, (*mappedWrite)(d))
 	if !ok {
 		return nil
 	}
 	d.seen.mapped.Add(1)
-	l := directWrites.Get().(*directWrite)
-	l.dev, l.held = d, held
 	return l
 }
 
-// cachedWrite is the lease of a mapped write in the page cache.
-type cachedWrite Device
+// mappedWrite is the lease of a mapped write.
+type mappedWrite Device
 
 // Release makes the write known to Extents.
-func (l *cachedWrite) Release() {
+func (l *mappedWrite) Release() {
 	l.seen.changed()
 	l.seen.mapped.Add(-1)
-}
-
-// directWrite is the lease of a mapped write that bypasses the page cache.
-type directWrite struct {
-	dev  *Device
-	held backing.Lease
-}
-
-var directWrites = sync.Pool{New: func() any { return new(directWrite) }}
-
-// Release makes the write known to Extents and lets partial writes of its
-// blocks go on.
-func (l *directWrite) Release() {
-	(*cachedWrite)(l.dev).Release()
-	l.held.Release()
-	*l = directWrite{}
-	directWrites.Put(l)
 }
 
 // Close gives up the locks and the file. It does not flush.
