@@ -91,6 +91,7 @@ func (f *addFlags) addUse(c *cobra.Command) {
 	n.BoolVar(&x.RequireTLS, "require-tls", false, "hide it from connections that are not encrypted")
 	n.StringArrayVar(&f.listen, "listen", nil, "`URI` of an address at which only this export is; again for more")
 	n.StringArrayVar(&f.grants, "grant", nil, "who may open it, and how, as rw,uid=1000: see export set; again for more, the first that fits decides")
+	n.BoolVar(&x.TrustCID, "vsock-trust-cid", false, "let vsock peers write without a lease, and a key or a token, in their grant")
 	n.IntVar(&x.Connections, "max-connections", 0, "clients at a time; 0 for no bound")
 	n.StringVar(&f.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
 	n.StringVar(&x.RateGroup, "rate-group", "", "group of the configuration that it shares a bound with")

@@ -166,6 +166,35 @@ func TestDaemonDoesWhatItIsTold(t *testing.T) {
 	want(t, exitFailed, "export", "show", "web")
 }
 
+// TestDaemonWantsProofOfVsockPeers: a grant by CID does not write, and the
+// daemon says what it lacks, however it is told.
+func TestDaemonWantsProofOfVsockPeers(t *testing.T) {
+	d := startDaemon(t)
+	path := d.image(t, "a.img")
+	const lack = "grant 1: writing over vsock needs vm, and psk or token-sha256"
+	code, _, said := ctl(t, "export", "add", "--grant=rw,cid=5", "web", path)
+	if code == exitDone || !strings.Contains(said, lack) {
+		t.Errorf("added: %d %q", code, said)
+	}
+	want(t, exitDone, "export", "add", "--grant=rw,vm=a,psk=a", "web", path)
+	code, _, said = ctl(t, "export", "set", "web", "grant=rw,vm=a")
+	if code == exitDone || !strings.Contains(said, "needs psk or token-sha256") {
+		t.Errorf("changed: %d %q", code, said)
+	}
+	want(t, exitDone, "export", "set", "web", "grant=rw,vm=a", "vsock-trust-cid=true")
+	if code, _, said = ctl(t, "export", "set", "web", "vsock-trust-cid=false"); code == exitDone {
+		t.Errorf("no trust any more: %q", said)
+	}
+	if e := shownAs(t, "web"); !e.TrustCID || len(e.Grants) != 1 {
+		t.Errorf("got %+v", e)
+	}
+	want(t, exitDone, "export", "add", "--vsock-trust-cid", "--grant=rw,cid=5", "trusts", d.image(t, "b.img"))
+	d.configure(t, "[[export]]\nname = \"conf\"\nimage = \"DIR/c.img\"\ngrant = [{ access = \"rw\", cid = [5] }]\n")
+	if code, _, said = ctl(t, "reload"); code == exitDone || !strings.Contains(said, lack) {
+		t.Errorf("reloaded: %d %q", code, said)
+	}
+}
+
 func TestDaemonTakesDescriptors(t *testing.T) {
 	d := startDaemon(t)
 	away := t.TempDir()

@@ -60,12 +60,15 @@ func newExportSet() *cobra.Command {
                            write-ops, per second, and burst
   rate.KEY=VALUE           one of these, the others stay
   grant=GRANT              rw, ro or none, and facts of the peer: rw,uid=1000;
-                           the facts are uid, gid, cid, address, selinux-type,
-                           label, selinux-level and cert-name, and the last
-                           three take the rest of the text. Or JSON. Several
-                           grants make the list, of which the first that fits
-                           decides
+                           the facts are uid, gid, cid, vm, address, psk,
+                           token-sha256, selinux-type, label, selinux-level
+                           and cert-name, and the last three take the rest of
+                           the text. Or JSON. Several grants make the list, of
+                           which the first that fits decides
   grants=JSON              the whole list; [] lets everybody in
+  vsock-trust-cid=true|false
+                           whether vsock peers write without a lease (vm), and
+                           a key or a token (psk, token-sha256)
   faults=JSON              the whole list`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -135,6 +138,7 @@ var patchKeys = map[string]func(p *api.Patch, value string) error{
 	"log-requests":    func(p *api.Patch, v string) error { return setBool(&p.LogRequests, v) },
 	"max-connections": func(p *api.Patch, v string) error { return setNumber(&p.Connections, v) },
 	"rate":            func(p *api.Patch, v string) (err error) { p.Rate, err = parseRate(v); return err },
+	"vsock-trust-cid": func(p *api.Patch, v string) error { return setBool(&p.TrustCID, v) },
 	"grants":          func(p *api.Patch, v string) error { return setJSON(p, "grants", v) },
 	"faults":          func(p *api.Patch, v string) error { return setJSON(p, "faults", v) },
 	"grant": func(p *api.Patch, v string) error {

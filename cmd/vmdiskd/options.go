@@ -38,6 +38,7 @@ type options struct {
 type raw struct {
 	unix, port, address          string
 	only4, only6, vsock, local   bool
+	trustCID                     bool
 	unixMode, unixOwner          string
 	label, pathLabel             string
 	readonly, oldstyle, newstyle bool
@@ -76,6 +77,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVarP(&r.only6, "ipv6-only", "6", false, "listen on IPv6 only")
 	f.BoolVar(&r.vsock, "vsock", false, "listen on AF_VSOCK instead of TCP")
 	f.BoolVar(&r.local, "vsock-local", false, "with --vsock: serve not only guests (CIDs 0, 1 and 2, too)")
+	f.BoolVar(&r.trustCID, "vsock-trust-cid", false, "let everybody write who comes over vsock; without it that needs --readonly, or a --config with leases and keys")
 	f.StringVar(&r.unixMode, "unix-mode", "0600", "`MODE` of the Unix socket")
 	f.StringVar(&r.unixOwner, "unix-owner", "", "`USER[:GROUP]` that owns the Unix socket")
 	f.StringVar(&r.label, "selinux-label", "", "SELinux `CONTEXT` of the Unix socket, with the categories of the machine that connects")
@@ -233,6 +235,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 			Format: r.format, Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
 			Backing: r.backing, BackingFiles: r.backingFiles, DataFiles: r.dataFiles,
 			Snapshot: r.snapshot, Lenient: r.lenient, Discard: r.discard,
+			TrustCID: r.trustCID,
 		},
 		Stdio: r.single, Engine: r.engine, Oldstyle: r.oldstyle,
 		NoStructured: r.noSR, NoMeta: r.noMC,
@@ -348,6 +351,8 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--vsock excludes IP options")
 	case r.local && !r.vsock:
 		return usagef("--vsock-local goes with --vsock")
+	case r.trustCID && !r.vsock && os.Getenv("LISTEN_FDS") == "":
+		return usagef("--vsock-trust-cid goes with --vsock, and with a socket that systemd passes")
 	case r.single:
 		return nil
 	}
@@ -357,6 +362,9 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		}
 		c.Activated = true
 		return nil
+	}
+	if r.vsock && !r.readonly && !r.trustCID {
+		return usagef("--vsock: %s", daemon.NeedProof)
 	}
 	if r.unix == "" && r.run != "" && !network {
 		r.unix = transport.PrivatePath

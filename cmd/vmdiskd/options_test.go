@@ -35,10 +35,13 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 			return first(c).Port == 0 && first(c).Address == "127.0.0.1" && first(c).Family == "4"
 		}},
 		{"-6 disk.img", func(c daemon.Config) bool { return first(c).Family == "6" }},
-		{"--vsock -p 70000 disk.img", func(c daemon.Config) bool {
-			return first(c).Kind == transport.VSock && first(c).Port == 70000 && len(c.Disk.Grants) == 0
+		{"--vsock -p 70000 -r disk.img", func(c daemon.Config) bool {
+			return first(c).Kind == transport.VSock && first(c).Port == 70000 && len(c.Disk.Grants) == 0 && !c.Disk.TrustCID
 		}},
-		{"--vsock --vsock-local disk.img", func(c daemon.Config) bool {
+		{"--vsock --vsock-trust-cid disk.img", func(c daemon.Config) bool {
+			return first(c).Kind == transport.VSock && !c.Disk.ReadOnly && c.Disk.TrustCID
+		}},
+		{"--vsock --vsock-local --vsock-trust-cid disk.img", func(c daemon.Config) bool {
 			return len(c.Disk.Grants) == 2 && slices.Contains(c.Disk.Grants[0].CIDs, 1) && len(c.Disk.Grants[1].CIDs) == 0
 		}},
 		{"-rfv -e vm1 -P /run/p -t 16 disk.img", func(c daemon.Config) bool {
@@ -111,7 +114,8 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 func TestMistakesAreUsageErrors(t *testing.T) {
 	for _, line := range []string{
 		"", "a b", "--nonsense disk", "-p x disk", "-p 70000 disk", "-4 -6 disk", "-s -U x disk", "-s -p 1 disk",
-		"-U x -p 1 disk", "--vsock -4 disk", "--vsock-local disk", "--vsock-local -U x disk", "--tls=maybe disk", "--tls-certificates=/x disk",
+		"-U x -p 1 disk", "--vsock -4 disk", "--vsock-local disk", "--vsock-local -U x disk",
+		"--vsock disk", "--vsock --vsock-local disk", "--vsock --run true disk", "--vsock-trust-cid disk", "--vsock-trust-cid -U x disk", "--tls=maybe disk", "--tls-certificates=/x disk",
 		"--tls=require -o disk", "-o -n disk", "--format=vmdk disk", "--cache=x disk", "--engine=x disk",
 		"--mask-handshake=x disk", "--mask-handshake=0x10000 disk", "-t -1 disk", "-t 129 disk", "-D nbd disk",
 		"-D nbd=loud disk", "--log=x disk", "--unix-mode=9 -U x disk", "--unix-mode=0 -U x disk",
@@ -119,7 +123,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--backing=same-dir disk", "--snapshot=1 disk", "--backing-file=b disk", "--format=qcow2 --backing=allow disk",
 		"--format=qcow2 --backing=beneath disk", "--format=qcow2 --backing=explicit disk", "--format=qcow2 --snapshot= disk",
 		"--format=qcow2 --backing=deny --backing-file=b disk", "--format=qcow2 --data-file= disk",
-		"--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock disk",
+		"--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock -r disk",
 		"--selinux-label=u:r:t:s0 -s disk", "--selinux-label= -U x disk", "--format=qcow2 --lenient disk", "-r --lenient disk",
 	} {
 		_, err := parse(strings.Fields(line), nil)
@@ -135,6 +139,9 @@ func TestPassedSocketsExcludeOthers(t *testing.T) {
 	o, err := parse([]string{"disk"}, nil)
 	if err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
 		t.Errorf("got %+v, %v; want the passed sockets alone", o.config, err)
+	}
+	if o, err := parse([]string{"--vsock-trust-cid", "disk"}, nil); err != nil || !o.config.Disk.TrustCID {
+		t.Errorf("got %+v, %v; want a passed socket whose CIDs are trusted", o.config, err)
 	}
 	for _, args := range [][]string{{"-U", "x", "disk"}, {"--selinux-label=u:r:t:s0", "disk"}} {
 		if _, err := parse(args, nil); err == nil {

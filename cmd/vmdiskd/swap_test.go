@@ -53,7 +53,7 @@ func TestSwapIsRefusedWhereItIsNotSafe(t *testing.T) {
 	}{
 		{nil, []string{"tcp", "-U"}},
 		{[]string{"--port=0"}, []string{"tcp", "-U"}},
-		{[]string{"--vsock"}, []string{"vsock", "-U"}},
+		{[]string{"--vsock", "--vsock-trust-cid"}, []string{"vsock", "-U"}},
 		{[]string{"--single"}, []string{"standard input", "-U"}},
 		{[]string{socket, "--tls=on"}, []string{"encryption", "--tls=off"}},
 		{[]string{socket, "--format=qcow2"}, []string{`"qcow2"`, "--format=raw"}},

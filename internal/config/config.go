@@ -124,6 +124,9 @@ type Export struct {
 	// with none of them everybody may who reaches a listener.
 	Grants []Grant `toml:"grant" json:"grants,omitempty"`
 
+	// TrustCID lets vsock peers write without a lease and a proof.
+	TrustCID bool `toml:"vsock-trust-cid" json:"vsock-trust-cid,omitempty"`
+
 	// Connections bounds the clients at a time; 0 is no bound but the
 	// server's.
 	Connections int `toml:"max-connections" json:"max-connections,omitempty"`

@@ -71,7 +71,7 @@ type ExportChange struct {
 // liveFields are the keys of an export that change while it is in use.
 // Connections that are open keep the access that they have.
 var liveFields = []string{
-	"description", "default", "grant", "max-connections", "rate", "rate-group", "log-requests", "fault",
+	"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests", "fault",
 }
 
 // setting is a key outside of the lists.

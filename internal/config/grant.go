@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -54,11 +55,21 @@ func ParseToken(s string) (d [sha256.Size]byte, err error) {
 	return [sha256.Size]byte(b), nil
 }
 
-func (e *Export) checkGrants(k checker) {
+// checkGrants looks at all grants; vsock tells that no other peers reach the
+// export.
+func (e *Export) checkGrants(k checker, vsock bool) {
 	everybody := 0
+	trusts := e.TrustCID || e.ReadOnly
+	if vsock && len(e.Grants) == 0 && !trusts {
+		k.fail("%s", needProof(new(Grant)))
+	}
 	for i := range e.Grants {
 		in := k.in("grant %d", i+1)
-		e.Grants[i].check(in)
+		g := &e.Grants[i]
+		g.check(in)
+		if lack := needProof(g); lack != "" && g.Access == "rw" && (g.ofVsock() || vsock && !g.ofOthers()) && !trusts {
+			in.fail("%s", lack)
+		}
 		if everybody > 0 {
 			in.fail("it is never reached: grant %d is for everybody", everybody)
 		} else if e.Grants[i].everybody() {
@@ -66,6 +77,39 @@ func (e *Export) checkGrants(k checker) {
 		}
 	}
 }
+
+// needProof says what g lacks to let a vsock peer write, if it lacks something:
+// a lease of the CID, which is free again when its machine has ended, and a
+// secret of the peer. See export.Settings, which decides.
+func needProof(g *Grant) string {
+	var lack []string
+	if len(g.VMs) == 0 {
+		lack = append(lack, "vm")
+	}
+	if len(g.PSKs)+len(g.Tokens) == 0 {
+		lack = append(lack, "psk or token-sha256")
+	}
+	if lack == nil {
+		return ""
+	}
+	return "writing over vsock needs " + strings.Join(lack, ", and ") + ", or an export with vsock-trust-cid = true"
+}
+
+// ReadOnlyOverVsock tells whether what lets others write lets vsock peers read,
+// because it does not ask for what they need.
+func (e *Export) ReadOnlyOverVsock() bool {
+	lacks := func(g Grant) bool { return g.Access == "rw" && !g.ofOthers() && needProof(&g) != "" }
+	return !e.ReadOnly && !e.TrustCID && (len(e.Grants) == 0 || slices.ContainsFunc(e.Grants, lacks))
+}
+
+// ofVsock tells whether g names what only vsock peers have.
+func (g *Grant) ofVsock() bool { return len(g.CIDs)+len(g.VMs) > 0 }
+
+// ofUnix tells whether g names what only peers at Unix sockets have.
+func (g *Grant) ofUnix() bool { return len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel() }
+
+// ofOthers tells whether g names what no vsock peer has.
+func (g *Grant) ofOthers() bool { return g.ofUnix() || len(g.Addresses) > 0 }
 
 // everybody tells whether g names no fact.
 func (g *Grant) everybody() bool {
@@ -83,7 +127,7 @@ func (g *Grant) check(k checker) {
 	}{{"uid", len(g.UIDs)}, {"gid", len(g.GIDs)}, {"cid", len(g.CIDs)}, {"address", len(g.Addresses)}, {"cert-name", len(g.CertNames)}, {"psk", len(g.PSKs)}, {"token-sha256", len(g.Tokens)}, {"vm", len(g.VMs)}} {
 		k.most(n.key, n.n, limits.GrantFacts)
 	}
-	for _, local := range [...]bool{len(g.UIDs)+len(g.GIDs) > 0 || g.hasLabel(), len(g.CIDs)+len(g.VMs) > 0, len(g.Addresses) > 0} {
+	for _, local := range [...]bool{g.ofUnix(), g.ofVsock(), len(g.Addresses) > 0} {
 		if local {
 			kinds++
 		}

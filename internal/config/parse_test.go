@@ -84,6 +84,7 @@ max-connections = 4
 rate-group = "Gold"
 log-requests = true
 flush-on-close = true
+vsock-trust-cid = true
 window = { partition = 2 }
 overlay = { quota = "1G" }
 block-size = { minimum = 512, preferred = 4096, maximum = "1M" }

@@ -185,7 +185,7 @@ func (c *Config) checkExports(k checker) {
 
 // scope is what exports of the file may name.
 func (c *Config) scope() Scope {
-	return Scope{Roots: c.Images.Roots, Anywhere: len(c.Images.Roots) == 0, Groups: c.Groups}
+	return Scope{Roots: c.Images.Roots, Anywhere: len(c.Images.Roots) == 0, Groups: c.Groups, Listeners: c.Listeners}
 }
 
 // Scope is what an export may name.
@@ -193,6 +193,9 @@ type Scope struct {
 	Roots    []string // folders of images
 	Anywhere bool     // images may lie outside of Roots
 	Groups   map[string]Rate
+
+	// Listeners are those that exports share.
+	Listeners []Listener
 
 	// Descriptors is how many files came with the export. Its images are
 	// then "fd:0", "fd:1" and so on, or paths.
@@ -202,7 +205,7 @@ type Scope struct {
 // APIScope is the scope of exports that are made through the control API, with
 // a number of descriptors: their files lie in the roots.
 func (c *Config) APIScope(descriptors int) Scope {
-	return Scope{Roots: c.Images.Roots, Groups: c.Groups, Descriptors: descriptors}
+	return Scope{Roots: c.Images.Roots, Groups: c.Groups, Listeners: c.Listeners, Descriptors: descriptors}
 }
 
 // Validate finds all problems of an export that has its defaults. An error is
@@ -227,6 +230,22 @@ func (s *Scope) Contains(path string) bool {
 		rel, err := filepath.Rel(r, path)
 		return err == nil && rel != "." && rel != ".." && !strings.HasPrefix(rel, "../")
 	})
+}
+
+// onlyVsock tells whether e is found at listeners, and at none that others than
+// vsock peers reach. What systemd opens may be anything.
+func (s *Scope) onlyVsock(e *Export) bool {
+	list := e.Listeners
+	if len(list) == 0 {
+		list = slices.DeleteFunc(slices.Clone(s.Listeners), func(l Listener) bool {
+			return len(l.Exports) > 0 && !slices.Contains(l.Exports, e.Name)
+		})
+	}
+	other := func(l Listener) bool {
+		a, err := parseAddress(l.URI)
+		return err != nil || a.kind != "vsock"
+	}
+	return len(list) > 0 && !slices.ContainsFunc(list, other)
 }
 
 // check looks at a rate.

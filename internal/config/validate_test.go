@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -187,20 +188,68 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 
 		{a + "grant = [{ access = \"all\", uid = [1] }]", in(", grant 1") + `access: "all"`},
 		{a + "grant = [{ access = \"rw\" }, { access = \"ro\", uid = [1] }]", in(", grant 2") + "it is never reached: grant 1"},
-		{a + "grant = [{ access = \"rw\", uid = [1], cid = [3] }]", in(", grant 1") + "no peer matches"},
+		{a + "grant = [{ access = \"ro\", uid = [1], cid = [3] }]", in(", grant 1") + "no peer matches"},
 		{a + "grant = [{ access = \"rw\", label = \"l\", address = [\"::1\"] }]", in(", grant 1") + "no peer matches"},
-		{a + "grant = [{ access = \"rw\", selinux-type = [\"svirt_t\"], cid = [3] }]", in(", grant 1") + "no peer matches"},
+		{a + "grant = [{ access = \"ro\", selinux-type = [\"svirt_t\"], cid = [3] }]", in(", grant 1") + "no peer matches"},
 		{a + "grant = [{ access = \"rw\", selinux-type = [\"svirt_t:s0\"] }]", in(", grant 1") + `selinux-type: "svirt_t:s0" is no name`},
 		{a + "grant = [{ access = \"rw\", selinux-type = [\"\"] }]", in(", grant 1") + `selinux-type: "" is no name`},
 		{a + "grant = [{ access = \"rw\", selinux-level = \"c1,c2\" }]", in(", grant 1") + `selinux-level: "c1,c2": not an SELinux context`},
 		{a + "grant = [{ access = \"rw\", selinux-level = \"s0\" }, { access = \"ro\" }, { access = \"ro\" }]", in(", grant 3") + "it is never reached: grant 2"},
-		{a + "grant = [{ access = \"rw\", cid = [4294967295] }]", in(", grant 1") + "cid: 4294967295"},
+		{a + "grant = [{ access = \"ro\", cid = [4294967295] }]", in(", grant 1") + "cid: 4294967295"},
 		{a + "grant = [{ access = \"rw\", address = [\"192.168.0\"] }]", in(", grant 1") + `address: "192.168.0" is not`},
 		{a + "grant = [{ access = \"rw\", cert-name = [\"\"] }]", in(", grant 1") + "cert-name: it is empty"},
 	} {
 		got := texts(t, parsed(t, tt.in).Validate())
 		if len(got) != 1 || !strings.HasPrefix(got[0], tt.want) {
 			t.Errorf("%.200q:\ngot  %q\nwant %q", tt.in, got, tt.want)
+		}
+	}
+}
+
+// TestWritingOverVsockNeedsProof: a CID is an address and proves nothing.
+// Grants that others match as well are valid: vsock peers only read by them.
+func TestWritingOverVsockNeedsProof(t *testing.T) {
+	const sum = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	const vsock, unix = "\n[[listener]]\nuri = \"nbd+vsock://2\"", "\n[[listener]]\nuri = \"nbd+unix:///?socket=/s\""
+	const switched = ", or an export with vsock-trust-cid = true"
+	grant := func(facts string) string { return "grant = [{ access = \"rw\", " + facts + " }]" }
+	both, key, first := "writing over vsock needs vm, and psk or token-sha256", "writing over vsock needs psk or token-sha256", ", grant 1: "
+	for _, tt := range []struct{ export, rest, want string }{
+		{grant("cid = [3]"), "", first + both},
+		{grant("cid = [3]"), unix, first + both},
+		{grant("cid = [3], psk = [\"a\"]"), "", first + "writing over vsock needs vm"},
+		{grant("cid = [3], cert-name = [\"a\"]"), "", first + both},
+		{grant("vm = [\"a\"]"), "", first + key},
+		{grant("vm = [\"a\"], psk = [\"a\"]"), "", ""},
+		{grant("vm = [\"a\"], token-sha256 = [\"" + sum + "\"]"), vsock, ""},
+		{grant("cid = [1]") + "\nvsock-trust-cid = true", "", ""},
+		{grant("cid = [3]") + "\nreadonly = true", "", ""},
+		{"grant = [{ access = \"ro\", cid = [3] }, { access = \"none\", vm = [\"a\"] }]", "", ""},
+		{grant("psk = [\"a\"]"), vsock, first + "writing over vsock needs vm"},
+		{grant("psk = [\"a\"]"), vsock + unix, ""},
+		{grant("uid = [1]"), vsock, ""},
+		{"grant = [{ access = \"rw\" }]", vsock, first + both},
+		{"", vsock, ": " + both},
+		{"vsock-trust-cid = true", vsock, ""},
+		{"", vsock + unix, ""},
+		{"", vsock + "\n[[listener]]\nuri = \"systemd:s\"", ""},
+		{"", vsock + "\nexports = [\"b\"]\n[[export]]\nname = \"b\"\nimage = \"/b\"\nreadonly = true", ""},
+		{"", unix + "\nexports = [\"b\"]" + vsock + "\n[[export]]\nname = \"b\"\nimage = \"/b\"", ": " + both},
+		{"listener = [{ uri = \"nbd+vsock://2\" }]", unix, ": " + both},
+		{"listener = [{ uri = \"nbd+vsock://2\" }, { uri = \"nbd://h\" }]", "", ""},
+	} {
+		c := parsed(t, "[[export]]\nname = \"a\"\nimage = \"/a\"\n"+tt.export+tt.rest)
+		var want []string
+		if tt.want != "" {
+			want = []string{`export "a"` + tt.want + switched}
+		}
+		if got := texts(t, c.Validate()); !slices.Equal(got, want) {
+			t.Errorf("%s %q:\ngot  %q\nwant %q", tt.export, tt.rest, got, want)
+		}
+		scope := c.APIScope(0)
+		scope.Anywhere = true
+		if got := texts(t, c.Exports[0].Validate(scope)); len(got) != len(want) {
+			t.Errorf("%s %q by the API: got %q", tt.export, tt.rest, got)
 		}
 	}
 }

@@ -25,7 +25,7 @@ func (e *Export) check(k checker, s Scope) {
 		e.checkNoChain(k)
 	}
 	if k.most("grant", len(e.Grants), limits.Grants) {
-		e.checkGrants(k)
+		e.checkGrants(k, s.onlyVsock(e))
 	}
 	e.checkLayers(k, s)
 }

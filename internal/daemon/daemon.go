@@ -215,6 +215,9 @@ func (d *daemon) listen() error {
 			return errors.New("LISTEN_FDS is set, but systemd passed no socket to this process: LISTEN_PID is another's, or there are none")
 		}
 		d.addDoors(ls)
+		if err := checkPassed(&d.cfg.Disk, ls); err != nil {
+			return err
+		}
 	}
 	if d.conf.Load() != nil {
 		for _, l := range d.conf.Load().Listeners {
@@ -234,6 +237,20 @@ func (d *daemon) listen() error {
 	}
 	return nil
 }
+
+// NeedProof says why one disk is not written to over vsock, where there are no
+// leases, and what is to be done.
+const NeedProof = "whoever has a CID could write: say --readonly, or --vsock-trust-cid, or --config with a grant that needs a lease, and a key or a token"
+
+// checkPassed refuses sockets that systemd passed for one disk.
+func checkPassed(x *config.Export, ls []transport.Listener) error {
+	if !x.ReadOnly && !x.TrustCID && slices.ContainsFunc(ls, overVsock) {
+		return errors.New("systemd passed a vsock socket: " + NeedProof)
+	}
+	return nil
+}
+
+func overVsock(l transport.Listener) bool { return l.Kind() == transport.VSock }
 
 // listenAt opens an endpoint, or takes up what stage 0 has opened for it.
 func (d *daemon) listenAt(ctx context.Context, key string, e transport.Endpoint) ([]transport.Listener, error) {

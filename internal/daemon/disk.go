@@ -32,6 +32,7 @@ func settingsOf(x *config.Export) (export.Settings, error) {
 		Default:     x.Default,
 		Connections: x.Connections,
 		Grants:      grants,
+		TrustCID:    x.TrustCID,
 	}, err
 }
 

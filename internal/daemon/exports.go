@@ -115,6 +115,7 @@ func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, 
 		return err
 	}
 	undo = append(undo, func() { d.closeDoors(k.doors) })
+	d.warnVsock(k, &x)
 	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
 		s, err := d.build(ctx, &x, files)
 		if err != nil {
@@ -135,6 +136,17 @@ func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, 
 		d.accept(o)
 	}
 	return nil
+}
+
+// warnVsock tells of an export that guests only read although others write.
+func (d *daemon) warnVsock(k *disk, x *config.Export) {
+	at := k.doors
+	if len(at) == 0 {
+		at = d.doors.shared(x.Name)
+	}
+	if x.ReadOnlyOverVsock() && slices.ContainsFunc(at, func(o *door) bool { return overVsock(o.Listener) }) {
+		d.log.Warn("export is read-only over vsock: to write takes a grant with vm, and psk or token-sha256, or vsock-trust-cid", "export", x.Name)
+	}
 }
 
 func closeFiles(files []*os.File) {

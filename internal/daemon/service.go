@@ -201,6 +201,7 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	set(&x.ReadOnly, p.ReadOnly)
 	set(&x.Default, p.Default)
 	set(&x.Grants, p.Grants)
+	set(&x.TrustCID, p.TrustCID)
 	set(&x.Connections, p.Connections)
 	set(&x.LogRequests, p.LogRequests)
 	set(&x.Faults, p.Faults)
@@ -256,6 +257,7 @@ func (d *daemon) change(k *disk, x config.Export) error {
 		return err
 	}
 	k.stack.ro.Set(x.ReadOnly)
+	d.warnVsock(k, &x)
 	d.disks.mu.Lock()
 	defer d.disks.mu.Unlock()
 	k.cfg = x

@@ -71,8 +71,66 @@ func TestPeerMayShowItsKeyBeforeItIsRefused(t *testing.T) {
 	}
 }
 
-// given is the access of a peer of which nothing was learnt.
+// given is the access of a peer of which nothing was learnt, where CIDs are
+// trusted.
 func given(grants []Grant, p *transport.Peer) Access {
-	access, _ := accessOf(grants, p, learnt{})
+	s := Settings{Grants: grants, TrustCID: true}
+	access, _ := s.accessOf(p, learnt{})
 	return access
+}
+
+// TestCIDAloneDoesNotWrite: writing over vsock takes a lease, and a key or a
+// token, unless CIDs are trusted; peers of other kinds need none of these. What
+// does not suffice to write suffices to read.
+func TestCIDAloneDoesNotWrite(t *testing.T) {
+	const guest = 42
+	token := digest{1}
+	x := &lease{Lease: Lease{CID: guest, VM: "vm"}}
+	for _, tt := range []struct {
+		name  string
+		grant *Grant // nil for none
+		want  Access
+	}{
+		{"no grant", nil, ReadOnly},
+		{"everybody", &Grant{}, ReadOnly},
+		{"a CID", &Grant{CIDs: []uint32{guest}}, ReadOnly},
+		{"a lease", &Grant{VMs: []string{"vm"}}, ReadOnly},
+		{"a key", &Grant{PSKs: []string{"id"}}, ReadOnly},
+		{"a token", &Grant{Tokens: []digest{token}}, ReadOnly},
+		{"a CID, a key and a token", &Grant{CIDs: []uint32{guest}, PSKs: []string{"id"}, Tokens: []digest{token}}, ReadOnly},
+		{"a lease and a key", &Grant{VMs: []string{"vm"}, PSKs: []string{"id"}}, ReadWrite},
+		{"a lease and a token", &Grant{VMs: []string{"vm"}, Tokens: []digest{token}}, ReadWrite},
+		{"a lease and a key that it has not", &Grant{VMs: []string{"vm"}, PSKs: []string{"other"}}, NoAccess},
+		{"a lease that it has not, and a key", &Grant{VMs: []string{"other"}, PSKs: []string{"id"}}, NoAccess},
+	} {
+		var s Settings
+		if tt.grant != nil {
+			tt.grant.Access = ReadWrite
+			s.Grants = []Grant{*tt.grant}
+		}
+		p := &transport.Peer{Kind: transport.VSock, CID: guest, PSK: "id"}
+		known := learnt{token: &token, lease: x}
+		if got, _ := s.accessOf(p, known); got != tt.want {
+			t.Errorf("%s: access %v, want %v", tt.name, got, tt.want)
+		}
+		want := tt.want
+		if want == ReadOnly {
+			want = ReadWrite
+		}
+		s.TrustCID = true
+		if got, _ := s.accessOf(p, known); got != want {
+			t.Errorf("%s, CIDs are trusted: access %v, want %v", tt.name, got, want)
+		}
+	}
+	for _, p := range []*transport.Peer{{Kind: transport.Unix}, {Kind: transport.TCP}} {
+		for _, s := range []Settings{{}, {Grants: []Grant{{Access: ReadWrite}}}} {
+			if got, _ := s.accessOf(p, learnt{}); got != ReadWrite {
+				t.Errorf("%v: access %v, want writing", p, got)
+			}
+		}
+	}
+	loopback := &transport.Peer{Kind: transport.VSock, CID: 1, Loopback: true}
+	if got, _ := new(Settings).accessOf(loopback, learnt{}); got != ReadOnly {
+		t.Errorf("a process of this host: access %v, want reading", got)
+	}
 }

@@ -78,22 +78,34 @@ func (g *Grant) hasCert(p *transport.Peer) bool {
 }
 
 // accessOf is what the first grant that matches gives, and with no grants at
-// all everything, except to vsock peers that are no guests. byLease says that
-// the grant depends on the lease.
-func accessOf(grants []Grant, p *transport.Peer, known learnt) (access Access, byLease bool) {
-	if len(grants) == 0 {
-		if p != nil && p.Kind == transport.VSock && reserved(p) {
+// all everything, except to vsock peers that are no guests. Vsock peers write
+// only by a grant that proves who they are, or where their CIDs are trusted:
+// any other that gives writing lets them read. byLease says that the grant
+// depends on the lease.
+func (s *Settings) accessOf(p *transport.Peer, known learnt) (access Access, byLease bool) {
+	g := &Grant{Access: ReadWrite}
+	if len(s.Grants) > 0 {
+		i := slices.IndexFunc(s.Grants, func(g Grant) bool {
+			return p != nil && g.matches(p) && g.hasToken(known.token) && g.hasLease(known.lease)
+		})
+		if i < 0 {
 			return NoAccess, false
 		}
-		return ReadWrite, false
+		g = &s.Grants[i]
+	} else if p != nil && reserved(p) {
+		return NoAccess, false
 	}
-	for i := range grants {
-		g := &grants[i]
-		if p != nil && g.matches(p) && g.hasToken(known.token) && g.hasLease(known.lease) {
-			return g.Access, len(g.VMs) > 0
-		}
+	access = g.Access
+	if access == ReadWrite && p != nil && p.Kind == transport.VSock && !s.TrustCID && !g.proves() {
+		access = ReadOnly
 	}
-	return NoAccess, false
+	return access, len(g.VMs) > 0
+}
+
+// proves reports whether a vsock peer that matches is more than its CID says:
+// the machine that has leased it, and the holder of a secret.
+func (g *Grant) proves() bool {
+	return len(g.VMs) > 0 && len(g.PSKs)+len(g.Tokens) > 0
 }
 
 // hasLease reports whether x is of one of the machines of g, if g names any.

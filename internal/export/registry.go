@@ -56,7 +56,8 @@ type Settings struct {
 	ReadOnly    bool
 	Default     bool // the empty name opens it too; the last to say so does
 	Grants      []Grant
-	Connections int // bound of the clients at a time; 0 for none
+	TrustCID    bool // vsock peers may write whose grant proves nothing
+	Connections int  // bound of the clients at a time; 0 for none
 }
 
 // Registry is safe for concurrent use.
@@ -422,7 +423,7 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (acce
 	if p != nil && !r.showsLocked(e, p) {
 		return NoAccess, false
 	}
-	return accessOf(e.spec.Grants, p, known)
+	return e.spec.accessOf(p, known)
 }
 
 // showsLocked reports whether e is to be found at the listener of p.

@@ -154,7 +154,7 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 		{Access: ReadWrite, CIDs: []uint32{42}, Label: "x"},
 		{Access: ReadWrite, CertNames: []string{"host.example"}},
 	}
-	add(t, r, Spec{Name: "a", Settings: Settings{Grants: grants}})
+	add(t, r, Spec{Name: "a", Settings: Settings{Grants: grants, TrustCID: true}})
 	tcp := func(a string) *transport.Peer { return &transport.Peer{Kind: transport.TCP, Addr: a} }
 	cert := tcp("10.0.0.1:1")
 	cert.Cert = &x509.Certificate{DNSNames: []string{"host.example"}}

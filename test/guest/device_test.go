@@ -98,6 +98,7 @@ uri = "nbd+vsock://1:10809"
 [[export]]
 name = "disk0"
 image = "/run/d/disk.img"
+vsock-trust-cid = true
 [[export.grant]]
 access = "rw"
 cid = [1]

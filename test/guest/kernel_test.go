@@ -93,7 +93,7 @@ func inGuest(t *testing.T, k testenv.Kernel, scenario, options string, modules, 
 	}
 	program, rest, _ := strings.Cut(guestServer(t, in), " ")
 	if program == "vmdiskd" {
-		options = strings.Replace(options, "--vsock ", "--vsock --vsock-local ", 1)
+		options = strings.Replace(options, "--vsock ", "--vsock --vsock-local --vsock-trust-cid ", 1)
 	}
 	start := strings.Join([]string{program, options, rest}, " ")
 	in.addFile("scenario.sh", 0o644, []byte(strings.ReplaceAll(scenario, "START", start)))

@@ -2,16 +2,19 @@ package lab
 
 import (
 	"context"
+	"crypto/sha256"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/test/guest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // nestedConfig gives a disk to the guest with CID 3, one to the machine that has
-// leased its CID, and one to nobody that the test boots.
+// leased its CID and shows tenantToken, and one to nobody that the test boots.
 const nestedConfig = `
 [control]
 socket = "/run/control.sock"
@@ -26,6 +29,7 @@ uri = "nbd+vsock://2:10809"
 name = "disk"
 image = "/run/images/disk.img"
 format = "raw"
+vsock-trust-cid = true
 
 [[export.grant]]
 access = "rw"
@@ -37,7 +41,7 @@ image = "/run/images/other.img"
 format = "raw"
 
 [[export.grant]]
-access = "rw"
+access = "ro"
 cid = [4]
 
 [[export]]
@@ -48,7 +52,10 @@ format = "raw"
 [[export.grant]]
 access = "rw"
 vm = ["tenant"]
+token-sha256 = ["SUM"]
 `
+
+var tenantToken = strings.Repeat("7e", limits.TokenDigits/2)
 
 // hostScenario runs in the outer guest, which is the host of the inner ones:
 // the emulated processor has AMD's virtualization, so that they run on KVM.
@@ -134,8 +141,14 @@ case $(cat /proc/cmdline) in
 	vmdiskctl device detach /dev/nbd0
 	;;
 *lab=tenant*)
-	uri=nbd+vsock://2:10809/leased
+	uri=nbd+vsock://2:10809/leased%3FTOKEN
 	until nbdinfo --size $uri; do sleep 0.2; done
+	if nbdinfo --size nbd+vsock://2:10809/leased; then exit 8; fi
+	dd if=/dev/urandom of=/run/new bs=1M count=16 2>/dev/null
+	nbdcopy --flush /run/new $uri
+	nbdcopy $uri /run/copy
+	cmp /run/new /run/copy
+	rm /run/new /run/copy
 	echo "tenant: has the disk"
 	while nbdcopy $uri null:; do :; done
 	if nbdinfo --size $uri; then exit 7; fi
@@ -156,9 +169,9 @@ esac
 
 // TestGuestsReachTheirDisksOverVsock: real guests with their own CIDs, through
 // the host's vhost driver: the one that a disk is for reads and writes it and
-// sees no other; one that has leased its CID has its disk as long as the lease
-// is open, and whoever takes the CID after it has not; one that no disk is for,
-// and processes of the host, are not even greeted.
+// sees no other; one that has leased its CID and has a token writes its disk as
+// long as the lease is open, and whoever takes the CID after it has nothing; one
+// that no disk is for, and processes of the host, are not even greeted.
 func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
 	t.Parallel()
 	Require(t)
@@ -172,11 +185,12 @@ func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
 	defer cancel()
 	dir := testenv.TempDir(t)
 	inner, config, outer := filepath.Join(dir, "inner"), filepath.Join(dir, "config"), filepath.Join(dir, "outer")
-	if err := put(dir, "config", []byte(nestedConfig)); err != nil {
+	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(tenantToken)))
+	if err := put(dir, "config", []byte(strings.ReplaceAll(nestedConfig, "SUM", sum))); err != nil {
 		t.Fatal(err)
 	}
 	err := guest.Archive{
-		Kernel: kernel, Scenario: innerScenario,
+		Kernel: kernel, Scenario: strings.ReplaceAll(innerScenario, "TOKEN", tenantToken),
 		Modules:  []string{"virtio_pci", "vmw_vsock_virtio_transport", "nbd"},
 		Programs: []string{"nbdinfo", "nbdcopy"},
 		Files:    map[string]string{"usr/bin/vmdiskctl": testenv.Binary(t, "vmdiskctl")},

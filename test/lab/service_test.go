@@ -29,6 +29,7 @@ uri = "systemd:vsock"
 name = "disk"
 image = "/var/lib/vmdiskd/disk.img"
 format = "raw"
+vsock-trust-cid = true
 
 [[export.grant]]
 access = "rw"
@@ -90,7 +91,7 @@ nbdinfo 'nbd+unix:///?socket=/run/one.sock'
 nbdcopy --connections=4 'nbd+unix:///?socket=/run/one.sock' /run/copy
 cmp /run/one.img /run/copy
 systemctl stop one
-systemd-run --unit=two --property=Type=notify vmdiskd -f --vsock --vsock-local -p 10810 /run/one.img
+systemd-run --unit=two --property=Type=notify vmdiskd -f --vsock --vsock-local --vsock-trust-cid -p 10810 /run/one.img
 [ "$(nbdinfo --size nbd+vsock://1:10810)" = 16777216 ]
 head -c 16M /dev/urandom >/run/other
 nbdcopy --flush /run/other nbd+vsock://1:10810
@@ -123,7 +124,7 @@ for who in 0 65534; do
 	grep "no export named 'guests'" /run/said
 done
 truncate -s 1M /run/three.img
-systemd-run --unit=three --property=Type=notify vmdiskd -f --verbose --vsock -p 10811 /run/three.img
+systemd-run --unit=three --property=Type=notify vmdiskd -f --verbose --vsock --readonly -p 10811 /run/three.img
 for cid in 1 2; do
 	for who in 0 65534; do
 		fails setpriv --reuid=$who --clear-groups nbdinfo --size nbd+vsock://$cid:10811 >/run/said 2>&1

@@ -118,6 +118,7 @@ type Patch struct {
 	ReadOnly    *bool           `json:"readonly,omitempty"`
 	Default     *bool           `json:"default,omitempty"`
 	Grants      *[]config.Grant `json:"grants,omitempty"`
+	TrustCID    *bool           `json:"vsock-trust-cid,omitempty"`
 	Connections *int            `json:"max-connections,omitempty"`
 	Rate        *config.Rate    `json:"rate,omitempty"` // all zero: no bound
 	LogRequests *bool           `json:"log-requests,omitempty"`
