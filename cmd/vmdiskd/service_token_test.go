@@ -10,18 +10,22 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
 // TestTokenIsToldToNobody is AU-12 and AU-17 for tokens: a token opens its
-// export, wrong ones get what a name gets that does not exist, and nothing
+// export, wrong and expired ones get what a name gets that does not exist, and nothing
 // that the service says or keeps has a token in it.
 func TestTokenIsToldToNobody(t *testing.T) {
-	token := strings.Repeat("c3", 32)
+	token, expired := strings.Repeat("c3", 32), strings.Repeat("f6", 32)
+	soon := time.Now().Add(time.Hour).Truncate(time.Second)
 	s := newService(t, `
 [log]
 level = "debug"
-`+exportA+fmt.Sprintf("[[export.grant]]\naccess = \"rw\"\ntoken-sha256 = [\"%x\"]\n", sha256.Sum256([]byte(token)))+exportB)
+`+exportA+fmt.Sprintf("[[export.grant]]\naccess = \"rw\"\ntoken-sha256 = [%q, %q]\n",
+		config.Token{SHA256: sha256.Sum256([]byte(token)), Expires: soon},
+		config.Token{SHA256: sha256.Sum256([]byte(expired)), Expires: soon.Add(-time.Hour)})+exportB)
 	connect := func() net.Conn {
 		t.Helper()
 		c, err := net.Dial("unix", filepath.Join(s.dir, "nbd"))
@@ -42,6 +46,9 @@ level = "debug"
 	rep, raw := ask(dial(), wire.OptInfo, "a?"+strings.Repeat("d4", 32))
 	if rep != missingRep || raw != missing {
 		t.Errorf("a wrong token gets %v %q, a missing name %v %q", rep, raw, missingRep, missing)
+	}
+	if rep, raw := ask(dial(), wire.OptInfo, "a?"+expired); rep != missingRep || raw != missing {
+		t.Errorf("an expired token gets %v %q, a missing name %v %q", rep, raw, missingRep, missing)
 	}
 	c := dial()
 	rep, raw = ask(c, wire.OptInfo, "a?"+token)
@@ -73,6 +80,6 @@ level = "debug"
 		}
 		said += string(b)
 	}
-	hasNone(t, "what the service says", said, []string{token, strings.Repeat("d4", 32), strings.Repeat("e5", 32)})
+	hasNone(t, "what the service says", said, []string{token, expired, strings.Repeat("d4", 32), strings.Repeat("e5", 32)})
 	s.stop()
 }

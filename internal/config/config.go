@@ -163,7 +163,7 @@ type Grant struct {
 	PSKs         []string `toml:"psk" json:"psk,omitempty"` // identities of pre-shared keys
 
 	// Tokens are the SHA-256, in hexadecimal digits, of tokens that come with
-	// the name of the export.
+	// the name of the export; "@" and a time behind it say when it expires.
 	Tokens []string `toml:"token-sha256" json:"token-sha256,omitempty"`
 
 	// VMs are machines, one of which has a lease of the CID.

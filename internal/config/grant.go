@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -45,14 +46,44 @@ func ParseAddress(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// ParseToken reads the SHA-256 of a token. Errors do not repeat it: it may be
-// the token itself.
-func ParseToken(s string) (d [sha256.Size]byte, err error) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != len(d) {
-		return d, errors.New("want the 64 hexadecimal digits of a SHA-256")
+// Token is what a grant has of a token.
+type Token struct {
+	SHA256  [sha256.Size]byte
+	Expires time.Time // in UTC, whole seconds; zero for never
+}
+
+// String is what ParseToken reads.
+func (t Token) String() string {
+	s := hex.EncodeToString(t.SHA256[:])
+	if !t.Expires.IsZero() {
+		s += "@" + t.Expires.UTC().Format(time.RFC3339)
 	}
-	return [sha256.Size]byte(b), nil
+	return s
+}
+
+// ParseToken reads the SHA-256 of a token, and the time when it expires behind
+// an @, if it does. Errors do not repeat what was read: it may be the token
+// itself.
+func ParseToken(s string) (t Token, err error) {
+	digits, expires, limited := strings.Cut(s, "@")
+	b, err := hex.DecodeString(digits)
+	if err != nil || len(b) != len(t.SHA256) {
+		return t, errors.New("want the 64 hexadecimal digits of a SHA-256")
+	}
+	t.SHA256 = [sha256.Size]byte(b)
+	if limited {
+		t.Expires, err = ParseExpiry(expires)
+	}
+	return t, err
+}
+
+// ParseExpiry reads a time of RFC 3339 in whole seconds, before the year 10000.
+func ParseExpiry(s string) (time.Time, error) {
+	t, err := time.Parse(time.RFC3339, s)
+	if t = t.UTC(); err != nil || t.Nanosecond() != 0 || t.Year() < 1 || t.Year() > 9999 || t.IsZero() {
+		return time.Time{}, errors.New("want a time in whole seconds, as 2026-11-21T12:00:00Z")
+	}
+	return t, nil
 }
 
 // checkGrants looks at all grants; vsock tells that no other peers reach the

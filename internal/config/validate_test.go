@@ -206,6 +206,33 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 	}
 }
 
+func TestTokensOfAGrant(t *testing.T) {
+	const sum = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	for in, want := range map[string]string{
+		sum:                                sum,
+		strings.ToUpper(sum):               sum,
+		sum + "@2026-11-21T12:00:00Z":      sum + "@2026-11-21T12:00:00Z",
+		sum + "@2026-11-21T12:00:00+01:00": sum + "@2026-11-21T11:00:00Z",
+		sum + "@9999-12-31T23:59:59Z":      sum + "@9999-12-31T23:59:59Z",
+	} {
+		if got, err := config.ParseToken(in); err != nil || got.String() != want {
+			t.Errorf("%q: got %q, %v; want %q", in, got, err, want)
+		}
+	}
+	for _, in := range []string{
+		"", "@", sum[:62], sum + "00", "x" + sum[1:], sum + "@", sum + "@24h", sum + "@2026-11-21", sum + "@2026-11-21T12:00:00",
+		sum + "@2026-11-21T12:00:00.5Z", sum + "@2026-02-30T12:00:00Z", sum + "@0001-01-01T00:00:00Z", sum + "@9999-12-31T23:59:59-01:00",
+		sum + "@2026-11-21T12:00:00Z@2026-11-21T12:00:00Z", sum + "@10000-01-01T00:00:00Z", sum + "@" + strings.Repeat("9", 1<<16),
+	} {
+		_, err := config.ParseToken(in)
+		if err == nil {
+			t.Errorf("%.200q was taken", in)
+		} else if len(in) > 1 && strings.Contains(err.Error(), in) || strings.Contains(err.Error(), sum[:16]) {
+			t.Errorf("%.200q: the error repeats it: %v", in, err)
+		}
+	}
+}
+
 // TestWritingOverVsockNeedsProof: a CID is an address and proves nothing.
 // Grants that others match as well are valid: vsock peers only read by them.
 func TestWritingOverVsockNeedsProof(t *testing.T) {

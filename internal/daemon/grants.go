@@ -30,11 +30,11 @@ func grantsOf(list []config.Grant) ([]export.Grant, error) {
 			x.Addresses = append(x.Addresses, p)
 		}
 		for _, t := range g.Tokens {
-			d, err := config.ParseToken(t)
+			token, err := config.ParseToken(t)
 			if err != nil {
 				return nil, fmt.Errorf("grant %d: %w", i+1, err)
 			}
-			x.Tokens = append(x.Tokens, d)
+			x.Tokens = append(x.Tokens, export.Token(token))
 		}
 		out = append(out, x)
 	}

@@ -25,7 +25,7 @@ func TestNobodyIsGreetedInVain(t *testing.T) {
 		{"a network", []Grant{{Access: ReadOnly, Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}, []*transport.Peer{near}, []*transport.Peer{far, alice}},
 		{"a certificate", []Grant{{Access: ReadOnly, CertNames: []string{"x"}}}, []*transport.Peer{alice, near, far}, nil},
 		{"a key, of a network", []Grant{{Access: ReadOnly, PSKs: []string{"x"}, Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}, []*transport.Peer{near}, []*transport.Peer{far}},
-		{"a token", []Grant{{Access: ReadOnly, Tokens: []digest{sha256.Sum256(nil)}}}, []*transport.Peer{alice, far}, nil},
+		{"a token", []Grant{{Access: ReadOnly, Tokens: []Token{{SHA256: sha256.Sum256(nil)}}}}, []*transport.Peer{alice, far}, nil},
 		{"none but some", []Grant{{Access: NoAccess, UIDs: []uint32{8}}, {Access: ReadWrite}}, []*transport.Peer{alice, near}, []*transport.Peer{bob}},
 		{"none with a certificate", []Grant{{Access: NoAccess, CertNames: []string{"x"}}, {Access: ReadWrite}}, []*transport.Peer{alice, far}, nil},
 	} {

@@ -96,10 +96,10 @@ func TestCIDAloneDoesNotWrite(t *testing.T) {
 		{"a CID", &Grant{CIDs: []uint32{guest}}, ReadOnly},
 		{"a lease", &Grant{VMs: []string{"vm"}}, ReadOnly},
 		{"a key", &Grant{PSKs: []string{"id"}}, ReadOnly},
-		{"a token", &Grant{Tokens: []digest{token}}, ReadOnly},
-		{"a CID, a key and a token", &Grant{CIDs: []uint32{guest}, PSKs: []string{"id"}, Tokens: []digest{token}}, ReadOnly},
+		{"a token", &Grant{Tokens: []Token{{SHA256: token}}}, ReadOnly},
+		{"a CID, a key and a token", &Grant{CIDs: []uint32{guest}, PSKs: []string{"id"}, Tokens: []Token{{SHA256: token}}}, ReadOnly},
 		{"a lease and a key", &Grant{VMs: []string{"vm"}, PSKs: []string{"id"}}, ReadWrite},
-		{"a lease and a token", &Grant{VMs: []string{"vm"}, Tokens: []digest{token}}, ReadWrite},
+		{"a lease and a token", &Grant{VMs: []string{"vm"}, Tokens: []Token{{SHA256: token}}}, ReadWrite},
 		{"a lease and a key that it has not", &Grant{VMs: []string{"vm"}, PSKs: []string{"other"}}, NoAccess},
 		{"a lease that it has not, and a key", &Grant{VMs: []string{"other"}, PSKs: []string{"id"}}, NoAccess},
 	} {
@@ -109,7 +109,7 @@ func TestCIDAloneDoesNotWrite(t *testing.T) {
 			s.Grants = []Grant{*tt.grant}
 		}
 		p := &transport.Peer{Kind: transport.VSock, CID: guest, PSK: "id"}
-		known := learnt{token: &token, lease: x}
+		known := learnt{token: &shownToken{digest: token}, lease: x}
 		if got, _ := s.accessOf(p, known); got != tt.want {
 			t.Errorf("%s: access %v, want %v", tt.name, got, tt.want)
 		}

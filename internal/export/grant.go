@@ -31,14 +31,14 @@ type Grant struct {
 	Level     string         // SELinux range, with exactly these categories
 	CertNames []string       // common name, or one of the DNS names
 	PSKs      []string       // identity of the pre-shared key
-	Tokens    []digest       // SHA-256 of a token that came with the name
+	Tokens    []Token        // that came with the name
 	VMs       []string       // machine that has leased the CID
 }
 
 // learnt is what is known of a peer that its connection does not say.
 type learnt struct {
-	token *digest // shown with the name; nil for none
-	lease *lease  // of its CID; nil for none
+	token *shownToken // nil for none
+	lease *lease      // of its CID; nil for none
 }
 
 // matches reports whether p has every fact of g, besides what was learnt.

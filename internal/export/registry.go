@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sort"
 	"sync"
+	"time"
 	"unicode/utf8"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -70,6 +71,7 @@ type Registry struct {
 	opening sync.WaitGroup      // Add is not called once closed is set
 
 	attempts *attempts         // of tokens
+	clock    clock             // guarded by mu; by which tokens expire
 	leases   map[uint32]*lease // guarded by mu; by CID
 
 	// Changed is called after a change of a state, without locks. It is set
@@ -97,7 +99,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts(), leases: map[uint32]*lease{}}
+	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts(), clock: newClock(time.Now), leases: map[uint32]*lease{}}
 }
 
 // check refuses what cannot be sent to a client.
@@ -380,7 +382,10 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 		e = r.defaultLocked(p)
 	}
 	access, byLease := NoAccess, false
-	known := learnt{token, r.leaseLocked(p)}
+	known := learnt{lease: r.leaseLocked(p)}
+	if token != nil {
+		known.token = &shownToken{*token, r.clock.now()}
+	}
 	if e != nil {
 		access, byLease = r.accessLocked(e, p, known)
 	}

@@ -19,6 +19,12 @@ import (
 // digest is the SHA-256 of a token, which is all that is kept of it.
 type digest = [sha256.Size]byte
 
+// Token is what a grant has of a token.
+type Token struct {
+	SHA256  digest
+	Expires time.Time // from then on it is wrong; zero for never
+}
+
 // cutToken takes the token off a name; nil if there is none.
 func cutToken(name string) (string, *digest) {
 	i := strings.LastIndexByte(name, '?')
@@ -33,9 +39,15 @@ func cutToken(name string) (string, *digest) {
 	return name[:i], &d
 }
 
-// hasToken reports whether t is one of the tokens of g, if g names any. It
-// compares all of them.
-func (g *Grant) hasToken(t *digest) bool {
+// shownToken is the token that came with a name, and when.
+type shownToken struct {
+	digest
+	at time.Time // by the clock of the registry
+}
+
+// hasToken reports whether t is one of the tokens of g that have not expired, if
+// g names any. It compares all of them.
+func (g *Grant) hasToken(t *shownToken) bool {
 	if len(g.Tokens) == 0 {
 		return true
 	}
@@ -44,9 +56,37 @@ func (g *Grant) hasToken(t *digest) bool {
 	}
 	same := 0
 	for i := range g.Tokens {
-		same |= subtle.ConstantTimeCompare(g.Tokens[i][:], t[:])
+		x := &g.Tokens[i]
+		is := subtle.ConstantTimeCompare(x.SHA256[:], t.digest[:])
+		if x.Expires.IsZero() || t.at.Before(x.Expires) {
+			same |= is
+		}
 	}
 	return same == 1
+}
+
+// clock never goes back: when the clock of the system is set back, it goes on
+// from where it was, at the pace of the monotonic clock. So a token that was
+// refused once for its age is never taken again.
+type clock struct {
+	read func() time.Time // with a monotonic reading
+	last time.Time        // what read has said last
+	told time.Time        // without a monotonic reading
+}
+
+func newClock(read func() time.Time) clock {
+	now := read()
+	return clock{read, now, now.Round(0)}
+}
+
+func (c *clock) now() time.Time {
+	t := c.read()
+	c.told = c.told.Add(max(0, t.Sub(c.last)))
+	c.last = t
+	if t = t.Round(0); t.After(c.told) {
+		c.told = t
+	}
+	return c.told
 }
 
 // private tells whether a token of p was seen by nobody else: TCP without

@@ -26,7 +26,7 @@ func withToken(t *testing.T) (*Registry, *time.Time) {
 	now := time.Now()
 	r := NewRegistry()
 	r.attempts.now = func() time.Time { return now }
-	grants := []Grant{{Access: ReadWrite, Tokens: []digest{sha256.Sum256([]byte("x")), sha256.Sum256([]byte(goodToken))}}}
+	grants := []Grant{{Access: ReadWrite, Tokens: []Token{{SHA256: sha256.Sum256([]byte("x"))}, {SHA256: sha256.Sum256([]byte(goodToken))}}}}
 	for name, g := range map[string][]Grant{"a": grants, "b": nil, "c?d": grants} {
 		s := Spec{Name: name, Device: mem.New(4096, nil), Settings: Settings{Grants: g}}
 		if err := r.Add(s); err != nil {
@@ -128,6 +128,76 @@ func TestWrongTokensOfManyPeersTakeBoundedMemory(t *testing.T) {
 	}
 	if r.attempts.peers[fmt.Sprint(peers-1)] == nil {
 		t.Error("the newest peer is not counted")
+	}
+}
+
+// TestTokenExpires: from its time on a token is as wrong as any other, and a
+// clock that is set back makes no token good again.
+func TestTokenExpires(t *testing.T) {
+	peer := &transport.Peer{Kind: transport.Unix, UID: 7}
+	start := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	now := start
+	r := NewRegistry()
+	r.clock = newClock(func() time.Time { return now })
+	long := strings.Repeat("c3", 32)
+	grants := []Grant{{Access: ReadWrite, Tokens: []Token{
+		{SHA256: sha256.Sum256([]byte(goodToken)), Expires: start.Add(time.Hour)},
+		{SHA256: sha256.Sum256([]byte(long))},
+	}}}
+	if err := r.Add(Spec{Name: "a", Device: mem.New(4096, nil), Settings: Settings{Grants: grants}}); err != nil {
+		t.Fatal(err)
+	}
+	_, wrong := r.Find("a?"+wrongToken, peer)
+	for _, tt := range []struct {
+		at   time.Duration // of the system's clock, since the start
+		want bool
+	}{
+		{0, true}, {time.Hour - time.Nanosecond, true}, {-24 * time.Hour, true},
+		{time.Hour, false}, {2 * time.Hour, false}, {0, false}, {-24 * time.Hour, false},
+	} {
+		now = start.Add(tt.at)
+		x, err := r.Open(t.Context(), "a?"+goodToken, peer)
+		if (err == nil) != tt.want || err != nil && err != wrong {
+			t.Errorf("after %v: got %v, want it taken: %v, or %v", tt.at, err, tt.want, wrong)
+		}
+		if err == nil {
+			x.Close()
+		}
+		r.attempts = newAttempts()
+		if _, err := r.Find("a?"+long, peer); err != nil {
+			t.Errorf("after %v, a token without an end: %v", tt.at, err)
+		}
+	}
+	now = start.Add(2 * time.Hour)
+	for range limits.TokenAttempts {
+		_, _ = r.Find("a?"+goodToken, peer)
+	}
+	if _, err := r.Find("a?"+long, peer); err == nil {
+		t.Error("expired tokens are not counted as wrong ones")
+	}
+}
+
+// TestClockGoesOnWhenItIsSetBack: by the monotonic clock, which the system's
+// setting does not touch.
+func TestClockGoesOnWhenItIsSetBack(t *testing.T) {
+	real := time.Now()
+	at := real
+	c := newClock(func() time.Time { return at })
+	if got := c.now(); !got.Equal(real) {
+		t.Errorf("at the start: got %v, want %v", got, real)
+	}
+	at = real.Add(time.Minute)
+	c.told = c.told.Add(time.Hour) // as it is when the clock was ahead by an hour
+	if got, want := c.now(), real.Add(time.Hour+time.Minute); !got.Equal(want) {
+		t.Errorf("a minute after it was set back: got %v, want %v", got, want)
+	}
+	at = real.Add(2 * time.Hour)
+	if got, want := c.now(), real.Add(3*time.Hour); !got.Equal(want) {
+		t.Errorf("later: got %v, want %v", got, want)
+	}
+	at = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
+	if got := c.now(); !got.Equal(at) {
+		t.Errorf("set forward: got %v, want %v", got, at)
 	}
 }
 
