@@ -19,7 +19,7 @@ import (
 func newExport() *cobra.Command {
 	return group("export", "Make, look at, change and remove exports of the daemon",
 		newExportList(), newExportShow(), newExportAdd(), newExportRemove(), newExportSet(),
-		newExportPause(), newExportResume(), newExportResize(), newExportSnapshot())
+		newExportPause(), newExportResume(), newExportResize(), newExportSnapshot(), newExportForget())
 }
 
 func newExportList() *cobra.Command {
@@ -263,6 +263,44 @@ the image, unless the guest is frozen meanwhile.`,
 			return f.exportNames(c, args, word)
 		},
 	})
+}
+
+func newExportForget() *cobra.Command {
+	f := &ctlFlags{}
+	force := false
+	c := f.changing(&cobra.Command{
+		Use:   "forget NAME",
+		Short: "Forget the overlay of an export of the configuration",
+		Long: `Forget the overlay that a snapshot has put above the image of an export of the
+configuration file, and which the daemon serves in place of that image. The
+overlay's file stays. The export serves what the configuration names at once, and
+clients of another image are cut off.
+
+Unless the configuration names the overlay itself by now, what guests have
+written since the snapshot may be missing from its image: this is refused without
+--force. Merge the overlay first, as qemu-img commit does while the export is
+removed from the configuration or the daemon is stopped.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+				out, err := cl.Forget(ctx, args[0], force, f.dryRun)
+				if err != nil {
+					return err
+				}
+				will, image := "is", "the configuration does not have it"
+				if out.DryRun {
+					will = "would be"
+				}
+				if out.Image != "" {
+					image = "the configuration names " + shown(out.Image)
+				}
+				return f.did(c, out, "overlay %s of export %s %s forgotten: %s", shown(out.Overlay), shown(args[0]), will, image)
+			})
+		},
+		ValidArgsFunction: f.exportNames,
+	})
+	c.Flags().BoolVar(&force, "force", false, "also if a guest may have written to the overlay")
+	return c
 }
 
 // absolute is the path that the daemon, which has another working directory,

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -137,5 +138,111 @@ func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
 		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "failed" {
 			t.Errorf("%s: %+v, %v", name, x, err)
 		}
+	}
+}
+
+// TestOverlayIsForgottenIfTheOperatorSaysSo: the image of the configuration is
+// served again, at once and after a restart, with what was merged into it. What
+// a guest would lose is refused without force.
+func TestOverlayIsForgottenIfTheOperatorSaysSo(t *testing.T) {
+	s := newService(t, exportA)
+	overlay, image := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "a.img")
+	_, err := s.ctl.Forget(t.Context(), "a", true, false)
+	wantCode(t, "no snapshot yet", err, api.CodeNotFound)
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "0x34", "0")
+	_, err = s.ctl.Forget(t.Context(), "a", false, false)
+	wantCode(t, "an overlay with data", err, api.CodeForbidden)
+	_, err = s.ctl.Forget(t.Context(), "b", true, false)
+	wantCode(t, "another export", err, api.CodeNotFound)
+	want := api.Forgotten{DryRun: true, Overlay: overlay, Image: image}
+	if f, err := s.ctl.Forget(t.Context(), "a", true, true); err != nil || f != want {
+		t.Errorf("dry run: %+v, %v, want %+v", f, err, want)
+	}
+	s.kill()
+	s.start()
+	s.wantBytes("a", "0x34", "0") // so far nothing was forgotten
+	s.stop()
+	if out, err := tool(t, s.dir, "qemu-img", "commit", "-q", "-f", "qcow2", overlay); err != nil {
+		t.Fatalf("qemu-img commit: %v: %s", err, out)
+	}
+	s.start()
+	want.DryRun = false
+	if f, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil || f != want {
+		t.Errorf("forgotten: %+v, %v, want %+v", f, err, want)
+	}
+	for range 2 {
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != image || x.Error != "" {
+			t.Errorf("then: %+v, %v, want %s", x, err, image)
+		}
+		s.wantBytes("a", "0x34", "0")
+		s.kill()
+		s.start()
+	}
+	if _, err := os.Stat(overlay); err != nil {
+		t.Errorf("the overlay's file: %v", err)
+	}
+}
+
+// TestForgettingAnOverlayRepairsAnExport that does not work since: its overlay is
+// gone, what is remembered is damaged, or the file names a third image. One that
+// works by the overlay alone keeps it.
+func TestForgettingAnOverlayRepairsAnExport(t *testing.T) {
+	s := newService(t, exportA)
+	overlay, image := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "a.img")
+	kept := filepath.Join(s.dir, "state/.overlay=a.json")
+	snapshot := func() {
+		t.Helper()
+		if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, spoil := range map[string]func() error{
+		"gone":    func() error { return os.Remove(overlay) },
+		"damaged": func() error { return errors.Join(os.Remove(overlay), os.WriteFile(kept, []byte("{"), 0o600)) },
+	} {
+		snapshot()
+		s.stop()
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		s.start()
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "failed" {
+			t.Errorf("%s: %+v, %v", name, x, err)
+		}
+		_, err := s.ctl.Forget(t.Context(), "a", false, false)
+		wantCode(t, name, err, api.CodeForbidden)
+		if _, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != image || x.State != "ready" {
+			t.Errorf("%s, then: %+v, %v", name, x, err)
+		}
+	}
+	snapshot()
+	s.write("a", "0x35", "0")
+	if err := os.Rename(image, image+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Forget(t.Context(), "a", true, false); err == nil {
+		t.Error("forgotten, and the image is not there")
+	}
+	if err := os.Rename(image+".away", image); err != nil {
+		t.Fatal(err)
+	}
+	s.kill()
+	s.start()
+	s.wantBytes("a", "0x35", "0")
+	s.stop()
+	s.configure(strings.ReplaceAll(exportA, "a.img", "top.qcow2") + "format = \"qcow2\"\nbacking = \"explicit\"\nbacking-files = [\"DIR/a.img:raw\"]\n")
+	s.start()
+	if f, err := s.ctl.Forget(t.Context(), "a", false, false); err != nil || f.Image != overlay {
+		t.Errorf("the file names the overlay itself: %+v, %v", f, err)
+	}
+	s.wantBytes("a", "0x35", "0")
+	if _, err := os.Stat(kept); !os.IsNotExist(err) {
+		t.Errorf("still remembered: %v", err)
 	}
 }

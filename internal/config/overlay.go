@@ -36,14 +36,20 @@ func ImageOf(e Export) Export {
 // a guest has written.
 func (i *Instead) Apply(e Export) (Export, error) {
 	switch {
-	case e.Image == i.Serve.Image && e.Format == i.Serve.Format:
-		return e, nil // by now the file says so itself
+	case i.IsIn(e):
+		return e, nil
 	case e.Image != i.Of.Image || formatOr(e.Format) != formatOr(i.Of.Format) || e.Snapshot != i.Of.Snapshot:
 		return e, fmt.Errorf("the guest has written to overlay %q since a snapshot of %q, and the configuration names neither of them as it was", i.Serve.Image, i.Of.Image)
 	}
 	e.Image, e.Format, e.Snapshot, e.Discard = i.Serve.Image, i.Serve.Format, i.Serve.Snapshot, i.Serve.Discard
 	e.Backing, e.BackingFiles, e.DataFiles = i.Serve.Backing, i.Serve.BackingFiles, i.Serve.DataFiles
 	return e, nil
+}
+
+// IsIn tells whether the file by now names the overlay itself: nothing is lost if
+// i is forgotten.
+func (i *Instead) IsIn(e Export) bool {
+	return e.Image == i.Serve.Image && e.Format == i.Serve.Format
 }
 
 // formatOr is a format, or its default.

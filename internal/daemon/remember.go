@@ -1,9 +1,13 @@
 package daemon
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 )
 
 // errNoState is for a snapshot that would be forgotten.
@@ -55,4 +59,64 @@ func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err er
 		return undo, config.WriteInstead(state, config.Instead{Of: of, Serve: config.ImageOf(cfg)})
 	}
 	return func() error { return nil }, nil
+}
+
+// forgetOverlay forgets the overlay of an export of the configuration, and has the
+// export serve what the file names, cutting its clients off, if that is another
+// image. With force also where a guest may have written to the overlay, and where
+// what is remembered cannot be read. It tells what it does; dry does nothing.
+// An export that cannot be opened without the overlay keeps it. With d.reloading.
+func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool) (api.Forgotten, error) {
+	f := api.Forgotten{DryRun: dry}
+	state := d.conf.Load().Control.State
+	if state == "" {
+		return f, noOverlay(name)
+	}
+	i, err := config.ReadInstead(state, name)
+	switch {
+	case err != nil && !force:
+		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("what is remembered of an overlay cannot be read: %v", err)}
+	case err == nil && i == nil:
+		return f, noOverlay(name)
+	case i != nil:
+		f.Overlay = i.Serve.Image
+	}
+	x, ok := d.configured(name)
+	if ok {
+		f.Image = x.Image
+	}
+	named := i != nil && ok && i.IsIn(x)
+	if !named && !force {
+		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("a guest may have written to %q since a snapshot: what it wrote would be missing from %q", f.Overlay, f.Image)}
+	}
+	if dry {
+		return f, nil
+	}
+	if err := config.RemoveInstead(state, name); err != nil || named || !ok {
+		return f, err
+	}
+	if err := d.reopen(ctx, x, new([]func())); err != nil {
+		if i != nil {
+			err = errors.Join(err, config.WriteInstead(state, *i))
+		}
+		if d.disks.get(name) == nil {
+			d.tryExport(x, fromConfig)
+		}
+		return f, err
+	}
+	return f, nil
+}
+
+// noOverlay is the error for an export without one.
+func noOverlay(name string) error {
+	return &api.Error{Code: api.CodeNotFound, Text: fmt.Sprintf("no overlay is remembered for an export %q of the configuration", name)}
+}
+
+// configured is an export as the configuration file has it.
+func (d *daemon) configured(name string) (x config.Export, ok bool) {
+	c := d.conf.Load()
+	if !slices.ContainsFunc(c.Exports, func(x config.Export) bool { return x.Name == name }) {
+		return x, false
+	}
+	return exportOf(c, name), true
 }

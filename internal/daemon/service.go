@@ -346,6 +346,19 @@ func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, file
 	return s.Export(name)
 }
 
+func (s service) Forget(ctx context.Context, name string, force, dryRun bool) (api.Forgotten, error) {
+	s.d.reloading.Lock()
+	defer s.d.reloading.Unlock()
+	if k := s.d.disks.get(name); k != nil {
+		k.busy.Lock() // a snapshot may be on its way
+		defer k.busy.Unlock()
+	}
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	f, err := s.d.forgetOverlay(ctx, name, force, dryRun)
+	return f, told(err)
+}
+
 func (s service) Clients(name *string) []api.Client {
 	list := []api.Client{}
 	for _, c := range s.d.server.Clients() {

@@ -24,6 +24,8 @@ const Version = "v1"
 //	POST   /v1/exports/{name}/resume
 //	POST   /v1/exports/{name}/resize      Resize -> Export
 //	POST   /v1/exports/{name}/snapshot    Snapshot -> Export
+//	DELETE /v1/exports/{name}/snapshot?force=&dry-run=
+//	                                      Forgotten
 //	GET    /v1/clients?export=            []Client
 //	DELETE /v1/clients/{id}
 //	GET    /v1/stats                      []Stats
@@ -141,6 +143,14 @@ type Resize struct {
 // paused: what is written from then on goes there.
 type Snapshot struct {
 	Overlay string `json:"overlay"` // path, or "fd:0": an empty file
+}
+
+// Forgotten is the overlay that a snapshot has put above an image of the
+// configuration and that is forgotten, or would be. Its file stays.
+type Forgotten struct {
+	DryRun  bool   `json:"dry-run,omitempty"`
+	Overlay string `json:"overlay,omitempty"` // unless what was remembered cannot be read
+	Image   string `json:"image,omitempty"`   // what the configuration names, if it has the export
 }
 
 // Client is a connection.

@@ -112,6 +112,19 @@ func (c *Client) Snapshot(ctx context.Context, name string, s api.Snapshot, file
 	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "snapshot"), body: s, files: files}, &e)
 }
 
+// Forget has the server forget the overlay of an export of its configuration,
+// with force also one that a guest may have written to, or only say which.
+func (c *Client) Forget(ctx context.Context, name string, force, dryRun bool) (f api.Forgotten, err error) {
+	q := url.Values{}
+	if force {
+		q.Set("force", "true")
+	}
+	if dryRun {
+		q.Set("dry-run", "true")
+	}
+	return f, c.call(ctx, request{method: "DELETE", path: exportPath(name, "snapshot"), query: q}, &f)
+}
+
 // Clients are the connections of one export, or all if it is nil.
 func (c *Client) Clients(ctx context.Context, export *string) ([]api.Client, error) {
 	q := url.Values{}

@@ -244,6 +244,17 @@ func (s *Service) Snapshot(_ context.Context, name string, o api.Snapshot, files
 	return e, nil
 }
 
+func (s *Service) Forget(_ context.Context, name string, force, dryRun bool) (api.Forgotten, error) {
+	if err := s.note("forget %q force %t dry %t", name, force, dryRun); err != nil {
+		return api.Forgotten{}, err
+	}
+	e, err := s.change(name, func(*api.Export) {})
+	if err == nil && !force {
+		err = &api.Error{Code: api.CodeForbidden, Text: "a guest may have written to it"}
+	}
+	return api.Forgotten{DryRun: dryRun, Overlay: e.Image + ".qcow2", Image: e.Image}, err
+}
+
 func (s *Service) Clients(export *string) []api.Client {
 	s.mu.Lock()
 	defer s.mu.Unlock()

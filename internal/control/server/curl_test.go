@@ -30,6 +30,7 @@ func TestCurlUsesAllOfIt(t *testing.T) {
 		{[]string{"-XPOST", "http://x/v1/exports/a%2Fb/resume"}, "204"},
 		{[]string{"http://x/v1/exports/a%2Fb/resize", "-d", `{"size":1048576}`}, `{"name":"a/b",`},
 		{[]string{"http://x/v1/exports/a%2Fb/snapshot", "-d", `{"overlay":"/o"}`}, `{"name":"a/b",`},
+		{[]string{"-XDELETE", "http://x/v1/exports/a%2Fb/snapshot"}, `{"code":"forbidden",`},
 		{[]string{"-G", "http://x/v1/clients", "--data-urlencode", "export=a/b"}, "[]\n200"},
 		{[]string{"-XDELETE", "http://x/v1/clients/1"}, `{"code":"not-found",`},
 		{[]string{"http://x/v1/stats"}, `[{"export":"a/b",`},
@@ -45,7 +46,7 @@ func TestCurlUsesAllOfIt(t *testing.T) {
 		}
 	}
 	want := `add "a/b" image "/i" files 0 persist false|add "a/b" image "/i" files 0 persist false|patch "a/b"|` +
-		`pause "a/b" for 0s|pause "a/b" for 1s|resume "a/b"|resize "a/b" to 1048576|snapshot "a/b" overlay "/o" files 0|disconnect 1|reload dry true|remove "a/b" force true`
+		`pause "a/b" for 0s|pause "a/b" for 1s|resume "a/b"|resize "a/b" to 1048576|snapshot "a/b" overlay "/o" files 0|forget "a/b" force false dry false|disconnect 1|reload dry true|remove "a/b" force true`
 	if got := strings.Join(s.Calls(), "|"); got != want {
 		t.Errorf("calls:\n got %s\nwant %s", got, want)
 	}

@@ -140,6 +140,18 @@ func (c *call) snapshot() (any, error) {
 	return whole(c.s.service.Snapshot(c.ctx, c.name, s, c.files))
 }
 
+func (c *call) forget() (any, error) {
+	force, err := c.flag("force")
+	if err != nil {
+		return nil, err
+	}
+	dry, err := c.flag("dry-run")
+	if err != nil {
+		return nil, err
+	}
+	return c.s.service.Forget(c.ctx, c.name, force, dry)
+}
+
 func (c *call) clients() (any, error) {
 	var export *string
 	if v, ok := c.query["export"]; ok {

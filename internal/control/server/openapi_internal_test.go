@@ -58,7 +58,7 @@ func items(v any) []any {
 // bodies those of the requests. They are what the handlers' signatures say.
 var replies = map[string]any{
 	"status": api.Status{}, "exports": []api.Export{}, "add": api.Export{}, "export": api.Export{}, "patch": api.Export{},
-	"remove": nil, "pause": nil, "resume": nil, "resize": api.Export{}, "snapshot": api.Export{}, "clients": []api.Client{},
+	"remove": nil, "pause": nil, "resume": nil, "resize": api.Export{}, "snapshot": api.Export{}, "forget": api.Forgotten{}, "clients": []api.Client{},
 	"disconnect": nil, "leases": []api.Lease{}, "openLease": api.Lease{}, "closeLease": nil, "stats": []api.Stats{}, "events": api.Event{}, "reload": api.Reload{}, "metrics": "",
 }
 

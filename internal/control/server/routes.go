@@ -51,6 +51,7 @@ var routes = []route{
 	{method: "POST", path: api.PathExports + "/{name}/resume", access: Change, do: (*call).resume},
 	{method: "POST", path: api.PathExports + "/{name}/resize", access: Change, body: mustHaveBody, do: (*call).resize},
 	{method: "POST", path: api.PathExports + "/{name}/snapshot", access: Change, body: mustHaveBody, files: true, do: (*call).snapshot},
+	{method: "DELETE", path: api.PathExports + "/{name}/snapshot", access: Change, query: []string{"force", "dry-run"}, do: (*call).forget},
 	{method: "GET", path: api.PathClients, access: Read, query: []string{"export"}, do: (*call).clients},
 	{method: "DELETE", path: api.PathClients + "/{id}", access: Change, do: (*call).disconnect},
 	{method: "GET", path: api.PathLeases, access: Read, do: (*call).leases},

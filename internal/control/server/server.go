@@ -45,6 +45,8 @@ type Service interface {
 	Resume(name string) error
 	Resize(ctx context.Context, name string, size int64) (api.Export, error)
 	Snapshot(ctx context.Context, name string, s api.Snapshot, files []*os.File) (api.Export, error)
+	// Forget forgets the overlay of a snapshot; with force whatever it has.
+	Forget(ctx context.Context, name string, force, dryRun bool) (api.Forgotten, error)
 	// Clients of one export, or of all if it is nil.
 	Clients(export *string) []api.Client
 	Disconnect(id uint64) error

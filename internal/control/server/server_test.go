@@ -65,6 +65,8 @@ func TestEachCallReachesTheServiceAsItWasMade(t *testing.T) {
 	check(t, "resume", w.client.Resume(ctx, "a"), true)
 	e, err = w.client.Snapshot(ctx, "a", api.Snapshot{Overlay: "/o"})
 	check(t, "snapshot", err, e.Image == "/o")
+	f, err := w.client.Forget(ctx, "a", true, true)
+	check(t, "forget", err, f == api.Forgotten{DryRun: true, Overlay: "/o.qcow2", Image: "/o"})
 	cs, err := w.client.Clients(ctx, nil)
 	check(t, "clients", err, len(cs) == 2 && cs[0].Features != nil)
 	cs, err = w.client.Clients(ctx, &a)
@@ -85,7 +87,7 @@ func TestEachCallReachesTheServiceAsItWasMade(t *testing.T) {
 	err = w.client.Metrics(ctx, &m)
 	check(t, "metrics", err, m.String() == "vmdiskd_exports 1\n")
 
-	want := `patch "a"|resume "a"|snapshot "a" overlay "/o" files 0|disconnect 7|open lease 5 of "vm 1" "s?1"|close lease 5 "s?1"|reload dry true`
+	want := `patch "a"|resume "a"|snapshot "a" overlay "/o" files 0|forget "a" force true dry true|disconnect 7|open lease 5 of "vm 1" "s?1"|close lease 5 "s?1"|reload dry true`
 	if got := strings.Join(s.Calls(), "|"); got != want {
 		t.Errorf("calls:\n got %s\nwant %s", got, want)
 	}
@@ -153,6 +155,7 @@ func TestSuccessHasTheStatusThatIsDescribed(t *testing.T) {
 		{post("/v1/exports/a/resume", ""), "204"},
 		{post("/v1/exports/a/resize", `{"size":1}`), "200"},
 		{post("/v1/exports/a/snapshot", `{"overlay":"/o"}`), "200"},
+		{request("DELETE", "/v1/exports/a/snapshot?force", ""), "200"},
 		{request("GET", "/v1/clients", ""), "200"},
 		{request("DELETE", "/v1/clients/1", ""), "204"},
 		{request("GET", "/v1/stats", ""), "200"},
