@@ -17,6 +17,11 @@ const (
 	// old one: a table is moved a few times in an image's life.
 	RefTableGrowth = 150
 
+	// FundClusters is how many clusters get storage on the host in one call,
+	// for tables to come: a table of 64 KiB maps 512 MiB, one of 512 bytes
+	// 32 KiB.
+	FundClusters = 16
+
 	// ExtendPart, ExtendLeast and ExtendMost are the step in which an image
 	// file grows: a part of its size, of at least and at most so many bytes. A
 	// crash leaves that much of a hole at its end.

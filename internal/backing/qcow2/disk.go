@@ -90,6 +90,7 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	if d.space, err = space.New(top.st, h, r, log); err != nil {
 		return nil, err
 	}
+	d.space.Demand()
 	if d.bitmaps, err = bitmaps.Load(ctx, top.st, h, top.size, bitmaps.Options{Log: log}); err != nil {
 		return nil, err
 	}

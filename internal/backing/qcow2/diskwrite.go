@@ -100,13 +100,13 @@ func (d *disk) allocate(ctx context.Context, p []byte, off int64) (int64, error)
 	if err := d.commits.makeRoom(ctx); err != nil {
 		return 0, err
 	}
-	x, err := d.plan(ctx, off, int64(len(p)))
+	x, err := d.planFunded(ctx, off, int64(len(p)))
 	if errors.Is(err, backing.ErrNoSpace) {
 		// What is in quarantine is free after a commit, unless it is in use.
 		if err := d.commits.run(ctx); err != nil {
 			return 0, err
 		}
-		x, err = d.plan(ctx, off, int64(len(p)))
+		x, err = d.planFunded(ctx, off, int64(len(p)))
 	}
 	if err != nil || x == nil {
 		return 0, err
@@ -124,6 +124,19 @@ func (d *disk) allocate(ctx context.Context, p []byte, off int64) (int64, error)
 	}
 	d.link(x, off, end)
 	return end - off, nil
+}
+
+// planFunded is plan with storage for the metadata that it leads to.
+func (d *disk) planFunded(ctx context.Context, off, n int64) (*stretch, error) {
+	for {
+		x, err := d.plan(ctx, off, n)
+		if err == nil {
+			return x, nil
+		}
+		if err := d.funded(ctx, err); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // plan claims the clusters that a write at off begins with, as many as can be

@@ -111,6 +111,9 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 			first++
 		}
 		if err != nil {
+			err = d.funded(ctx, err)
+		}
+		if err != nil {
 			return err
 		}
 	}

@@ -255,11 +255,14 @@ func (d *disk) lockSlice(ctx context.Context, number int64) (*slice, error) {
 		if s := d.m.slices[number]; s != nil {
 			s.touch()
 			err := d.own(number / d.perTable())
-			if err != nil {
-				d.m.mu.Unlock()
+			if err == nil {
+				return s, nil
+			}
+			d.m.mu.Unlock()
+			if err := d.funded(ctx, err); err != nil {
 				return nil, err
 			}
-			return s, nil
+			continue
 		}
 		d.m.mu.Unlock()
 		if err := d.load(ctx, number); err != nil {
@@ -274,7 +277,7 @@ func (d *disk) own(i int64) error {
 	if off != 0 && copied {
 		return nil
 	}
-	r, err := d.space.ReserveMeta(d.g.ClusterSize)
+	r, err := d.space.ReserveTable()
 	if err != nil {
 		return err
 	}
@@ -285,4 +288,14 @@ func (d *disk) own(i int64) error {
 	}
 	d.commits.wind()
 	return nil
+}
+
+// funded gets host storage for metadata where err says that it is missing: nil
+// is to try again. A host that is full is so for the guest's write, and not for
+// the commit.
+func (d *disk) funded(ctx context.Context, err error) error {
+	if err != space.ErrUnfunded {
+		return err
+	}
+	return d.commits.exclusive(func() error { return d.space.Fund(ctx) })
 }

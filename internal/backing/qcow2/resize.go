@@ -120,7 +120,11 @@ func (d *disk) moveL1(ctx context.Context, entries int64) error {
 	if err != nil {
 		return err
 	}
-	if err := d.writeL1(ctx, run); err != nil {
+	err = d.space.Fund(ctx)
+	if err == nil {
+		err = d.writeL1(ctx, run)
+	}
+	if err != nil {
 		d.space.Drop(run.Off, run.Len)
 		return err
 	}

@@ -47,16 +47,18 @@ func (s *Space) Extend(ctx context.Context, end int64) error {
 	return nil
 }
 
-// Trim cuts the file behind the last cluster in use, if Extend grew it. Only
-// when all is written and nothing is in flight: at close.
+// Trim gives back what was set aside, and cuts the file behind the last cluster
+// in use, if Extend grew it. Only when all is written and nothing is in flight:
+// at close.
 func (s *Space) Trim(ctx context.Context) error {
 	s.extendMu.Lock()
 	defer s.extendMu.Unlock()
-	if s.fixed || !s.grown {
-		return nil
-	}
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	s.unsetAside(ctx)
+	if s.fixed || !s.grown {
+		return nil
 	}
 	s.mu.Lock()
 	end, bad := lastIn(s.used, s.top)<<s.g.ClusterBits, s.bad

@@ -39,9 +39,9 @@ type Run struct {
 // Ref is one reference to the bytes [Off, Off+Len) of the file.
 type Ref struct{ Off, Len int64 }
 
-// Space is the account of one image. Reserve, ReserveMeta, Drop, IsMeta,
-// Pending and Extend are for any goroutine; Write, Release and Trim for one at
-// a time, which is called the commit. Lock order: extendMu, mu.
+// Space is the account of one image. Reserve, ReserveMeta, ReserveTable, Drop,
+// IsMeta, Pending and Extend are for any goroutine; Write, Release, Fund and
+// Trim for one at a time, which is called the commit. Lock order: extendMu, mu.
 type Space struct {
 	st    store.Store
 	g     format.Geometry
@@ -67,6 +67,7 @@ type Space struct {
 	spare  int64 // guarded by mu: free clusters kept for refcounts, on a device
 	rest   bool  // guarded by mu: the commit has something to do besides touched
 	bad    error // guarded by mu: the image is corrupt, for good
+	funds  funds // guarded by mu
 
 	extendMu sync.Mutex
 	end      int64 // guarded by extendMu: the file reaches at least this far
@@ -124,8 +125,8 @@ func lastIn(set *clusters.Set, max int64) int64 {
 
 // Reserve takes free clusters for n bytes, or for less: as many as there are
 // in a row, one at least, all of them zeroed or none. Their refcount is 1 from
-// the next Write on. Errors: ErrNoSpace, ErrInvalid, and ErrIO once the image
-// was found to be corrupt.
+// the next Write on. Errors: ErrNoSpace, ErrInvalid, ErrUnfunded after Demand,
+// and ErrIO once the image was found to be corrupt.
 func (s *Space) Reserve(n int64) (Run, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -144,14 +145,24 @@ func (s *Space) Reserve(n int64) (Run, error) {
 			end = e
 		}
 	}
+	end, err := s.fundedLocked(c, end)
+	if err != nil {
+		return Run{}, err
+	}
 	return s.takeLocked(c, end), nil
 }
 
 // ReserveMeta takes free clusters for exactly n bytes, in a row, and marks
-// them as metadata. Errors as of Reserve.
+// them as metadata. They need not have storage, nor what counts them. Errors as
+// of Reserve, without ErrUnfunded.
 func (s *Space) ReserveMeta(n int64) (Run, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.reserveMetaRoomLocked(n)
+}
+
+// reserveMetaRoomLocked leaves what is kept for refcounts.
+func (s *Space) reserveMetaRoomLocked(n int64) (Run, error) {
 	if s.bad == nil && s.g.Clusters(n) > s.roomLocked() {
 		return Run{}, s.noSpace(n)
 	}
@@ -239,6 +250,9 @@ func (s *Space) takeLocked(from, to int64) Run {
 			s.raise.Add(c)
 			s.touched[c/s.g.BlockEntries] = struct{}{}
 		}
+	}
+	for part := from / s.g.BlockEntries; part <= (to-1)/s.g.BlockEntries; part++ {
+		s.oweLocked(part * s.g.BlockEntries)
 	}
 	s.hint, s.top, s.virgin = to, max(s.top, to), max(s.virgin, to)
 	return r

@@ -62,6 +62,7 @@ func (s *Space) countSpare() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.spare = n
+	s.funds.entries = int64(len(t))
 }
 
 // block is the offset of refcount block i, 0 where there is none.
@@ -83,9 +84,9 @@ func (s *Space) block(i int64) (int64, error) {
 // that count what it reserved.
 func (s *Space) newBlock(ctx context.Context, i int64) (more []int64, err error) {
 	if i >= int64(len(s.commit.table)) {
-		return s.grow(i)
+		return s.grow(ctx, i)
 	}
-	run, err := s.blockRun(i)
+	run, aside, err := s.blockRun(i)
 	if err != nil {
 		return nil, err
 	}
@@ -97,11 +98,16 @@ func (s *Space) newBlock(ctx context.Context, i int64) (more []int64, err error)
 			s.commit.fresh[i] = fresh{turn}
 			s.mu.Lock()
 			s.spare = max(0, s.spare-1)
+			s.paidLocked(i, true)
 			s.mu.Unlock()
 			return []int64{own}, nil
 		}
 	}
-	s.Drop(run.Off, run.Len)
+	if aside {
+		s.asideAgain(run)
+	} else {
+		s.Drop(run.Off, run.Len)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -110,21 +116,26 @@ func (s *Space) newBlock(ctx context.Context, i int64) (more []int64, err error)
 	return s.newBlock(ctx, own)
 }
 
-// blockRun reserves a cluster for block i, in its own part if there is room.
-func (s *Space) blockRun(i int64) (Run, error) {
+// blockRun reserves a cluster for block i, in its own part if there is room;
+// of those that are aside if there are.
+func (s *Space) blockRun(i int64) (r Run, aside bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.askLocked(s.g.ClusterSize); err != nil {
-		return Run{}, err
+		return Run{}, false, err
+	}
+	if len(s.funds.aside) > 0 {
+		return s.takeAsideLocked(i), true, nil
 	}
 	end := min((i+1)*s.g.BlockEntries, s.max)
 	if c := s.used.NextAbsent(i*s.g.BlockEntries, end); c < end {
 		hint := s.hint
 		r := s.takeMetaLocked(c, c+1)
 		s.hint = max(s.hint, hint)
-		return r, nil
+		return r, false, nil
 	}
-	return s.reserveMetaLocked(s.g.ClusterSize)
+	r, err = s.reserveMetaLocked(s.g.ClusterSize)
+	return r, false, err
 }
 
 // turn is that of block i when block own counts it; -1 when there is no block
@@ -183,13 +194,18 @@ func (s *Space) hook(ctx context.Context) error {
 	return nil
 }
 
+// tableSize is that of a refcount table with room for block i, in bytes.
+func (s *Space) tableSize(i int64) int64 {
+	entries := max(i+1, int64(len(s.commit.table))*limits.RefTableGrowth/100)
+	return min(s.g.Clusters(entries*pointer)<<s.g.ClusterBits, format.MaxRefTable)
+}
+
 // grow reserves a larger area for the table, with room for block i. It returns
 // the blocks that count the area; where the table has no room for them, it
 // grows once more.
-func (s *Space) grow(i int64) (more []int64, err error) {
+func (s *Space) grow(ctx context.Context, i int64) (more []int64, err error) {
 	k := &s.commit
-	entries := max(i+1, int64(len(k.table))*limits.RefTableGrowth/100)
-	n := min(s.g.Clusters(entries*pointer)<<s.g.ClusterBits, format.MaxRefTable)
+	n := s.tableSize(i)
 	if n/pointer <= i {
 		return nil, s.noSpace(n)
 	}
@@ -197,6 +213,10 @@ func (s *Space) grow(i int64) (more []int64, err error) {
 	run, err := s.reserveMetaLocked(n)
 	s.mu.Unlock()
 	if err != nil {
+		return nil, err
+	}
+	if err := s.fundRun(ctx, run); err != nil {
+		s.Drop(run.Off, run.Len)
 		return nil, err
 	}
 	if k.moved != nil {

@@ -136,6 +136,7 @@ func (s *Space) concerns(i int64) bool {
 		return true
 	}
 	delete(s.touched, i)
+	s.paidLocked(i, false)
 	return false
 }
 

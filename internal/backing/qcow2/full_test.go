@@ -1,0 +1,240 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+)
+
+// TestFullHostFailsWritesAndNoFlush runs scripts on hosts that have room for a
+// part of them: whatever fails, each flush brings what was written, and once
+// there is room everything goes on.
+func TestFullHostFailsWritesAndNoFlush(t *testing.T) {
+	list := append(created(t), compressedImage(t, "", 4096, 256<<10),
+		fromQEMUIO(t, "512,snapshots", "", 512, "1M", "write -P 1 0 700k", "snapshot a", "write -P 2 300k 200k", "snapshot b"),
+		blank(t, "512, larger table", create.Options{Size: 6 << 20, ClusterSize: 512, RefcountBits: 64}))
+	for _, s := range list {
+		if strings.Contains(s.name, "block device") {
+			continue
+		}
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			refused := 0
+			for seed, last := seedOf(t), 0; last < max(1, 6/thinner); last++ {
+				n, err := s.onFullHost(t, seed+uint64(last))
+				if err != nil {
+					t.Fatalf("-disk.seed %d: %v", seed+uint64(last), err)
+				}
+				refused += n
+			}
+			if refused == 0 && s.data == nil { // the table of a data file may be there
+				t.Error("the host was never full")
+			}
+		})
+	}
+}
+
+// onFullHost runs a script on a host of s whose room changes, and says how many
+// times it was full.
+func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error) {
+	ctx, h := t.Context(), s.host()
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	host, err := storetest.NewFull(ctx, h.files[0])
+	if err != nil {
+		return 0, err
+	}
+	f := h.again()
+	f.Image = host
+	dev, err := s.open(ctx, f, false)
+	if err != nil {
+		return 0, err
+	}
+	r := disktest.Run{Dev: dev, Oracle: disktest.NewOracle(bytes.Clone(s.first)), Faulty: true}
+	shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 60, Largest: 256 << 10}
+	for i, batch := range shape.Random(rnd) {
+		if i%4 == 0 {
+			host.SetRoom(rnd.Int64N(512<<10) * rnd.Int64N(2))
+		}
+		if err := r.Carry(ctx, batch); err != nil {
+			return 0, err
+		}
+		done := r.Oracle.BeginFlush()
+		if err := dev.Flush(ctx); err != nil {
+			return 0, errors.Join(errors.New("flush"), err)
+		}
+		done()
+		if _, err := audit(ctx, disktest.Files{Image: h.files[0]}); err != nil {
+			return 0, err
+		}
+		host.SetRoom(0)
+		p := make([]byte, 4096)
+		off := rnd.Int64N(int64(len(s.first)) - 4096)
+		disktest.Fill(p, off, uint32(1<<20+i))
+		c := r.Oracle.Begin(off, 4096, uint32(1<<20+i), false, false)
+		if err := dev.WriteAt(ctx, p, off, 0); err == nil {
+			r.Oracle.End(c)
+		} else if errors.Is(err, backing.ErrNoSpace) {
+			r.Oracle.Fail(c)
+			refused++
+		} else {
+			return 0, err
+		}
+		r.Oracle.Prune()
+	}
+	if err := r.ReadAll(ctx); err != nil {
+		return 0, err
+	}
+	host.SetRoom(1 << 30)
+	r.Faulty = false
+	if err := r.Do(ctx, shape.Random(rnd)); err != nil {
+		return 0, errors.Join(errors.New("with room"), err)
+	}
+	if err := errors.Join(dev.Close(), h.closed(ctx)); err != nil {
+		return 0, err
+	}
+	return refused, reread(ctx, h, r.Oracle)
+}
+
+// smallHost mounts an ext4 of so many bytes, on which only a file of ballast
+// is.
+func smallHost(t *testing.T, size, ballast int64) (dir string) {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "ext4")
+	dir = t.TempDir()
+	err := os.WriteFile(image, nil, 0o600)
+	if err == nil {
+		err = os.Truncate(image, size)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mkfs.ext4", "-q", "-m", "0", image).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
+	}
+	if out, err := exec.Command("mount", "-o", "loop", image, dir).CombinedOutput(); err != nil {
+		t.Skipf("needs root and a loop device to mount: %v\n%s", err, out)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, ballast), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// fileIn is a store of a file that is there.
+func fileIn(t *testing.T, path string, e engine.Engine) store.Store {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := raw.Open(f, e, raw.Options{Path: path, Container: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store.NewFile(d)
+}
+
+// fillUp writes 64 KiB at a time until a write fails.
+func fillUp(ctx context.Context, d backing.Device, from, end int64, version uint32) (to int64, err error) {
+	p := make([]byte, 64<<10)
+	for to = from; to < end && err == nil; {
+		disktest.Fill(p, to, version)
+		if err = d.WriteAt(ctx, p, to, 0); err == nil {
+			to += int64(len(p))
+		}
+	}
+	return to, err
+}
+
+// TestFullFileSystemFailsWritesAndNoFlush is the same on a file system that is
+// full before the first table is written.
+func TestFullFileSystemFailsWritesAndNoFlush(t *testing.T) {
+	const size, ballast, disk = 48 << 20, 16 << 20, 40 << 20
+	ctx := t.Context()
+	for _, cluster := range []int64{512, 64 << 10} {
+		t.Run(fmt.Sprint(cluster), func(t *testing.T) {
+			dir := smallHost(t, size, ballast)
+			e := engine.NewPool(2)
+			defer e.Close()
+			path := filepath.Join(dir, "disk.qcow2")
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			st := fileIn(t, path, e)
+			if err := create.Image(ctx, st, create.Options{Size: disk, ClusterSize: cluster}); err != nil {
+				t.Fatal(err)
+			}
+			d, err := qcow2.Open(ctx, st, quiet())
+			if err != nil {
+				t.Fatal(err)
+			}
+			full, err := fillUp(t.Context(), d, 0, disk, 1)
+			if !errors.Is(err, backing.ErrNoSpace) || full == 0 {
+				t.Fatalf("write to a full file system at %d: got %v, want ErrNoSpace", full, err)
+			}
+			if err := d.Flush(ctx); err != nil {
+				t.Fatalf("flush: %v", err)
+			}
+			wantVersion(t, d, 0, full, 1)
+			image, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := judged(t.TempDir(), image); err != nil {
+				t.Error(err)
+			}
+			if err := os.Remove(filepath.Join(dir, "ballast")); err != nil {
+				t.Fatal(err)
+			}
+			more, err := fillUp(t.Context(), d, full, full+ballast/2, 1)
+			if err := errors.Join(err, d.Flush(ctx)); err != nil {
+				t.Fatalf("with room: %v", err)
+			}
+			wantVersion(t, d, 0, more, 1)
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if image, err = os.ReadFile(path); err != nil {
+				t.Fatal(err)
+			}
+			if leaks, err := judged(t.TempDir(), image); err != nil || leaks {
+				t.Errorf("at the end: leaks %v, %v", leaks, err)
+			}
+		})
+	}
+}
+
+// wantVersion holds a range against what Fill makes.
+func wantVersion(t *testing.T, d backing.Device, from, end int64, version uint32) {
+	t.Helper()
+	p, want := make([]byte, 64<<10), make([]byte, 64<<10)
+	for ; from < end; from += int64(len(p)) {
+		disktest.Fill(want, from, version)
+		if err := d.ReadAt(t.Context(), p, from); err != nil || !bytes.Equal(p, want) {
+			t.Fatalf("read at %d: other bytes than were written, %v", from, err)
+		}
+	}
+}

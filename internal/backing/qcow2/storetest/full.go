@@ -1,0 +1,133 @@
+package storetest
+
+import (
+	"context"
+	"sync"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+)
+
+// hostBlock is the unit in which a Full gives storage.
+const hostBlock = 4096
+
+// Full is a file on a host that has little room: what is written or zeroed
+// where there was a hole takes storage, and fails with ErrNoSpace, untouched,
+// when there is none left. Extents are those of the storage.
+type Full struct {
+	store.Store
+
+	mu   sync.Mutex
+	has  map[int64]bool // guarded by mu; blocks with storage, by number
+	room int64          // guarded by mu; blocks that are left
+}
+
+// NewFull takes st over with the storage that its extents say, on a host with
+// no more room.
+func NewFull(ctx context.Context, st store.Store) (*Full, error) {
+	f := &Full{Store: st, has: map[int64]bool{}}
+	size, err := st.Size()
+	if err != nil {
+		return nil, err
+	}
+	off := int64(0)
+	err = st.Extents(ctx, 0, size, func(e backing.Extent) bool {
+		for i := off / hostBlock; !e.Hole && i <= (off+e.Len-1)/hostBlock; i++ {
+			f.has[i] = true
+		}
+		off += e.Len
+		return true
+	})
+	return f, err
+}
+
+// SetRoom leaves the host with room for so many bytes.
+func (f *Full) SetRoom(n int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.room = n / hostBlock
+}
+
+// take gets storage for a range.
+func (f *Full) take(off, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var missing []int64
+	for i := off / hostBlock; i <= (off+n-1)/hostBlock; i++ {
+		if !f.has[i] {
+			missing = append(missing, i)
+		}
+	}
+	if int64(len(missing)) > f.room {
+		return backing.ErrNoSpace
+	}
+	for _, i := range missing {
+		f.has[i] = true
+	}
+	f.room -= int64(len(missing))
+	return nil
+}
+
+// give frees the storage of the whole blocks of [off, end).
+func (f *Full) give(off, end int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := (off + hostBlock - 1) / hostBlock; i < end/hostBlock; i++ {
+		if f.has[i] {
+			delete(f.has, i)
+			f.room++
+		}
+	}
+}
+
+// WriteAt fails when there is no storage for p.
+func (f *Full) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
+	if err := f.take(off, int64(len(p))); err != nil {
+		return err
+	}
+	return f.Store.WriteAt(ctx, p, off, durable)
+}
+
+// Zero fails when there is no storage for the range.
+func (f *Full) Zero(ctx context.Context, off, n int64) error {
+	if err := f.take(off, n); err != nil {
+		return err
+	}
+	return f.Store.Zero(ctx, off, n)
+}
+
+// Punch gives the host its storage back.
+func (f *Full) Punch(ctx context.Context, off, n int64) error {
+	err := f.Store.Punch(ctx, off, n)
+	if err == nil {
+		f.give(off, off+n)
+	}
+	return err
+}
+
+// Truncate gives back what is cut off, and takes nothing.
+func (f *Full) Truncate(size int64) error {
+	old, err := f.Size()
+	if err == nil {
+		err = f.Store.Truncate(size)
+	}
+	if err == nil && size < old {
+		f.give(size, old+hostBlock-1)
+	}
+	return err
+}
+
+// Extents tells holes by the storage.
+func (f *Full) Extents(_ context.Context, off, n int64, yield func(backing.Extent) bool) error {
+	for end := off + n; off < end; {
+		step := min(end, (off/hostBlock+1)*hostBlock) - off
+		f.mu.Lock()
+		hole := !f.has[off/hostBlock]
+		f.mu.Unlock()
+		if !yield(backing.Extent{Len: step, Hole: hole, Zero: hole}) {
+			break
+		}
+		off += step
+	}
+	return nil
+}
