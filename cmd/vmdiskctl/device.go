@@ -40,7 +40,8 @@ func newDeviceAttach() *cobra.Command {
 
 The kernel speaks to Unix sockets and TCP by itself; this command ends then, and
 nobody makes a new connection when one is lost, unless --persist is given. For
-vsock and TLS, a process stays that holds the connections.`,
+vsock and TLS, a process stays that holds the connections. When that process has
+died, the same command with the name of the device takes the device over.`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error { return f.run(c, args) },
 	}
@@ -120,6 +121,9 @@ func (f *deviceFlags) run(c *cobra.Command, args []string) error {
 	if f.persist && !f.stay {
 		return f.background(c)
 	}
+	if f.stay {
+		config.Holds = holdsFolder
+	}
 	return f.attach(c.Context(), config, c.OutOrStdout())
 }
 
@@ -156,6 +160,9 @@ func (f *deviceFlags) attach(ctx context.Context, config kernel.Config, w io.Wri
 	}
 	defer v.Close()
 	say, err := f.announce(ctx, v, config.URI, w)
+	if err != nil && v.TakenOver {
+		return err // whoever uses it had it before
+	}
 	if err != nil {
 		return errors.Join(err, kernel.Detach(context.WithoutCancel(ctx), driver, config.Sysfs, v.Index(), true))
 	}

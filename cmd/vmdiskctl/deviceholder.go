@@ -22,6 +22,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
 )
 
+// holdsFolder is where processes claim the devices that they hold.
+const holdsFolder = "/run"
+
 // holderError is how the process ended that should hold a device.
 type holderError struct {
 	code int
@@ -111,6 +114,9 @@ func (f *deviceFlags) hold(ctx context.Context, k *kernel.Keeper) error {
 		leave <- unix.SIGTERM
 	}
 	k.Leave = leave
+	if k.Device.TakenOver {
+		k.Say("%s was attached already: taken over", k.Device.Path())
+	}
 	return k.Keep(context.WithoutCancel(ctx))
 }
 

@@ -12,8 +12,11 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// swapOn makes a swap area of a device and uses it.
+// swapOn makes a swap area of a device and uses it, unless it is used already.
 func swapOn(ctx context.Context, device string) error {
+	if on, err := isSwap(device); err != nil || on {
+		return err
+	}
 	if err := runTool(ctx, "mkswap", device); err != nil {
 		return err
 	}
@@ -23,19 +26,24 @@ func swapOn(ctx context.Context, device string) error {
 // swapOff stops swapping to a device, if that is done: a swap device that is
 // taken away kills every process with pages there.
 func swapOff(ctx context.Context, device string) error {
-	f, err := os.Open("/proc/swaps")
-	if os.IsNotExist(err) {
-		return nil // a kernel without swap
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, limits.SwapTable))
-	if err != nil || !swapsOn(string(text), device) {
+	if on, err := isSwap(device); err != nil || !on {
 		return err
 	}
 	return runTool(ctx, "swapoff", device)
+}
+
+// isSwap tells whether the machine swaps to a device.
+func isSwap(device string) (bool, error) {
+	f, err := os.Open("/proc/swaps")
+	if os.IsNotExist(err) {
+		return false, nil // a kernel without swap
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, limits.SwapTable))
+	return err == nil && swapsOn(string(text), device), err
 }
 
 // swapsOn looks for a device in what /proc/swaps shows. The names of devices

@@ -207,6 +207,47 @@ func TestDeviceSurvivesItsServer(t *testing.T) {
 	})
 }
 
+// takenScenario: the process that keeps a device is killed under a writer, and
+// the same command takes the device over: connections that the driver still
+// has, and relays that died with their process.
+const takenScenario = serviceStart + kept + `
+takeover() {
+	kill -9 $holder
+	await '! kill -0 $holder 2>/dev/null'
+	"$@"
+	[ "$(vmdiskctl device attach "$uri" /dev/nbd0 --poll 200ms $options)" = /dev/nbd0 ]
+	holder=$(pidof vmdiskctl)
+	more
+	fails 1 vmdiskctl device attach "$uri" /dev/nbd0 $options
+	grep -q "in use: a process keeps it" /run/out
+	bounce
+	more
+}
+uri='nbd+unix:///disk0?socket=/run/d/nbd'
+options=--persist
+kept "$uri" $options
+fails 1 vmdiskctl device attach "$uri" /dev/nbd0 --persist
+grep -q "in use: a process keeps it" /run/out
+takeover more
+fails 1 vmdiskctl device attach 'nbd+unix:///other?socket=/run/d/nbd' /dev/nbd0 --persist
+grep -q "not attached from" /run/out
+takeover bounce
+left
+uri=nbd+vsock://1:10809/disk0
+options="--connections 2"
+kept "$uri" $options
+takeover true
+left
+[ -z "$(ls /run/*.lock)" ]
+if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
+`
+
+func TestDeviceIsTakenOverFromADeadProcess(t *testing.T) {
+	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+		bootDevice(t, k, takenScenario, "", "vsock_loopback")
+	})
+}
+
 // lostScenario: an export that is taken away under a mounted file system, and
 // relays that are killed, mean errors after the grace, and no task that hangs.
 const lostScenario = serviceStart + `

@@ -53,6 +53,11 @@ type Config struct {
 	Swap bool
 	// Sysfs is where the device's limits are set.
 	Sysfs Sysfs
+	// Holds is a folder in which the process that keeps the device claims it,
+	// or "" for a device that nobody keeps. With it, a device of that Index that
+	// is attached from this URI already, and whose keeper has died, is taken
+	// over: see Device.TakenOver.
+	Holds string
 }
 
 // Device is one that this process has attached.
@@ -61,16 +66,28 @@ type Device struct {
 	config Config
 	setup  Setup
 	links  []*link
+	hold   *hold // nil for a device that nobody keeps
+
+	// TakenOver says that the device was attached by a process that has died.
+	// Then direct connections may be the driver's alone: the links of those are
+	// spare ones, until they are offered to the driver in their place.
+	TakenOver bool
 }
 
 // Attach negotiates the connections and gives them to the driver. The device
-// stays attached when the process ends, if its connections are direct.
+// stays attached when the process ends, if its connections are direct. It fails
+// with ErrBusy for a device that is attached and cannot be taken over.
 func Attach(ctx context.Context, d *Driver, c Config) (*Device, error) {
 	if err := c.Check(); err != nil {
 		return nil, err
 	}
 	v := &Device{driver: d, config: c}
-	err := v.attach(ctx)
+	var err error
+	if now, ok := c.attached(); ok {
+		err = v.takeOver(ctx, now)
+	} else {
+		err = v.attach(ctx)
+	}
 	if err != nil {
 		v.Close()
 		return nil, err
@@ -124,8 +141,11 @@ func (v *Device) attach(ctx context.Context) error {
 	if c.Swap && v.setup.Flags&wire.ReadOnly != 0 {
 		return refused("swap on an export that is read-only")
 	}
-	for _, l := range v.links {
-		v.setup.Sockets = append(v.setup.Sockets, l.file)
+	v.setup.Sockets = v.sockets()
+	if c.Holds != "" {
+		if v.hold, err = claimHold(c.Holds, v.setup.Backend); err != nil {
+			return err
+		}
 	}
 	if v.setup.Index, err = v.driver.Connect(v.setup); err != nil {
 		return err
@@ -134,6 +154,14 @@ func (v *Device) attach(ctx context.Context) error {
 		err = errors.Join(fmt.Errorf("%s: %w", Name(v.setup.Index), err), v.driver.Disconnect(v.setup.Index))
 	}
 	return err
+}
+
+// sockets are those for the driver.
+func (v *Device) sockets() (list []*os.File) {
+	for _, l := range v.links {
+		list = append(list, l.file)
+	}
+	return list
 }
 
 // connectAll makes the connections, which must all find the same export.
@@ -189,6 +217,8 @@ func (v *Device) Close() {
 		l.close()
 	}
 	v.links = nil
+	v.hold.release()
+	v.hold = nil
 }
 
 // backendPrefix begins what the driver remembers of devices attached here; a
@@ -199,8 +229,11 @@ const backendPrefix = "vmdiskctl-"
 func backend(uri string) string {
 	var nonce [8]byte
 	rand.Read(nonce[:]) // never fails
-	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + uri[:min(len(uri), limits.Backend-64)]
+	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + shortURI(uri)
 }
+
+// shortURI is as much of a URI as the driver is told.
+func shortURI(uri string) string { return uri[:min(len(uri), limits.Backend-64)] }
 
 // BackendURI is the URI in what the driver remembers, or all of it when others
 // have attached the device. It is data.

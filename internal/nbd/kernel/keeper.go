@@ -29,6 +29,8 @@ type Keeper struct {
 	// Leave asks the keeper to detach the device. It goes on when that fails.
 	Leave <-chan os.Signal
 
+	unseen  bool          // a connection of a device that was taken over may have died
+	spare   int           // the link that is offered for the next such one
 	said    string        // the failure that was told last
 	pause   time.Duration // before the next attempt to connect; 0 when there was no failure
 	sizes   chan int64    // what the poll found; nil while none runs
@@ -59,11 +61,13 @@ func (k *Keeper) Keep(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case _, ok := <-k.Dead:
+		case index, ok := <-k.Dead:
 			if !ok {
 				k.Dead = nil // the tick is left
 			}
+			k.unseen = k.unseen || ok && index == k.Device.Index()
 		case <-tick.C:
+			k.unseen = k.unseen || k.Dead == nil
 		case <-retry:
 		case <-poll.C:
 			k.ask(ctx)
@@ -96,14 +100,12 @@ func (k *Keeper) ours() bool {
 // server told last. It is false when a dead one is left.
 func (k *Keeper) mend(ctx context.Context) bool {
 	size := int64(-1)
-	for i, l := range k.Device.links {
-		if !l.dead() {
-			continue
-		}
+	for _, i := range k.broken() {
 		var err error
 		if size, err = k.replace(ctx, i); err != nil {
 			k.pause = min(max(2*k.pause, limits.DeviceRetryLeast), limits.DeviceRetryMost)
 			k.fail("connection %d of %s: %w", i+1, k.Device.Path(), err)
+			k.unseen = true
 			return false
 		}
 		k.said, k.pause = "", 0
@@ -113,6 +115,24 @@ func (k *Keeper) mend(ctx context.Context) bool {
 		k.follow(size)
 	}
 	return true
+}
+
+// broken are the links to replace: those that are dead or, when none is but
+// one that only the driver had, the one that has been offered for the longest
+// time. The driver leaves a new one alone for which it has no use.
+func (k *Keeper) broken() (list []int) {
+	v := k.Device
+	for i, l := range v.links {
+		if l.dead() {
+			list = append(list, i)
+		}
+	}
+	if k.unseen && v.TakenOver && len(list) == 0 && v.config.Server.Direct() {
+		list = []int{k.spare}
+		k.spare = (k.spare + 1) % len(v.links)
+	}
+	k.unseen = false
+	return list
 }
 
 // replace makes a new connection and returns the size of the export. A
