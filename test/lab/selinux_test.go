@@ -188,6 +188,14 @@ as s0:c1,c2 own ''
 denied s0:c1,c3 own ''
 ! instance other
 avc 'vmdiskd_t:s0:c1,c2 .*svirt_image_t:s0:c1,c3'`},
+			{Name: "CF-11 permissive is told", Seconds: 180, Script: `
+setenforce 0
+systemctl restart vmdiskd
+vmdiskctl status | grep 'selinux: degraded, SELinux is permissive'
+journalctl --no-pager -u vmdiskd --grep 'labelled for nothing'
+setenforce 1
+systemctl restart vmdiskd
+vmdiskctl status | grep 'selinux: enforced'`},
 			{Name: "it may not do more", Script: `
 cat /sys/fs/selinux/policy >/lab/out/policy
 systemctl stop vmdiskd
