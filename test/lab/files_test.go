@@ -12,8 +12,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-// unpack reads an archive: what is in it, by its path.
-func unpack(t *testing.T, data []byte) map[string]tar.Header {
+// archived reads an archive: what is in it, by its path.
+func archived(t *testing.T, data []byte) map[string]tar.Header {
 	t.Helper()
 	found := map[string]tar.Header{}
 	for r := tar.NewReader(bytes.NewReader(data)); ; {
@@ -43,7 +43,7 @@ func TestFilesOfTheGuestKeepTheirModes(t *testing.T) {
 	if err := a.close(); err != nil {
 		t.Fatal(err)
 	}
-	found := unpack(t, out.Bytes())
+	found := archived(t, out.Bytes())
 	for name, mode := range map[string]int64{
 		"usr/bin/program": 0o750, "etc/a.conf": 0o644, "usr/bin/script": 0o755, "lab/steps/000/script": 0o644,
 	} {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -25,7 +26,7 @@ var imagePackages = []string{
 }
 
 // imageSize is what the file system can hold; the file has holes.
-const imageSize = "700M"
+const imageSize = "1G"
 
 // masked are units that only cost time in a guest that lives for seconds.
 var masked = []string{
@@ -53,8 +54,8 @@ var imageFiles = map[string]string{
 var tools = []string{"mmdebstrap", "mke2fs", "unshare", "tar"}
 
 // unpacked is the archive of the installed packages, before anything of ours.
-func unpacked() (string, error) {
-	dir, err := testenv.Cached("lab-debian-"+digest(suite, imagePackages), func(ctx context.Context, dir string) error {
+func unpacked(packages []string) (string, error) {
+	dir, err := testenv.Cached("lab-debian-"+digest(suite, packages), func(ctx context.Context, dir string) error {
 		if os.Getuid() != 0 {
 			return errors.New("needs root: mmdebstrap installs packages in a folder of its own")
 		}
@@ -62,23 +63,24 @@ func unpacked() (string, error) {
 			`--aptopt=Acquire::Languages "none"`, "--dpkgopt=path-exclude=/usr/share/doc/*",
 			"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
 			`--customize-hook=rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin`,
-			"--include="+strings.Join(imagePackages, ","), suite, "root.tar")
+			"--include="+strings.Join(packages, ","), suite, "root.tar")
 		return err
 	})
 	return filepath.Join(dir, "root.tar"), err
 }
 
-// Build returns the path of the image: an ext4 file system with systemd and
-// SELinux's default policy, every file labelled, and the given policy modules
-// (.pp or .cil files of the host) installed. It is made once for each set of
-// modules and cached; only making it needs root. Nobody writes to it: guests
-// get it with QEMU's snapshot=on.
-func Build(policy ...string) (string, error) {
-	modules, sum, err := readPolicy(policy)
+// build returns the path of the scenario's image: an ext4 file system with
+// systemd and SELinux's default policy, every file labelled, and its packages
+// and policy modules installed. It is made once for each set of them and
+// cached; only making it needs root. Nobody writes to it: guests get it with
+// QEMU's snapshot=on.
+func (s *Scenario) build() (string, error) {
+	modules, sum, err := readPolicy(s.Policy)
 	if err != nil {
 		return "", err
 	}
-	name := "lab-image-" + digest(recipe, suite, imagePackages, masked, imageFiles, imageSize, sum)
+	packages := slices.Concat(imagePackages, s.Packages)
+	name := "lab-image-" + digest(recipe, suite, packages, masked, imageFiles, imageSize, sum)
 	dir, err := testenv.Cached(name, func(ctx context.Context, dir string) error {
 		for _, tool := range tools {
 			if _, err := testenv.Tool(tool); err != nil {
@@ -88,7 +90,7 @@ func Build(policy ...string) (string, error) {
 		if os.Getuid() != 0 {
 			return errors.New("needs root: the files of the image belong to root and have labels")
 		}
-		archive, err := unpacked()
+		archive, err := unpacked(packages)
 		if err != nil {
 			return err
 		}
@@ -131,16 +133,23 @@ chroot . /sbin/setfiles -F /etc/selinux/default/contexts/files/file_contexts /
 umount proc
 `
 
+// unpack makes dir/tree, the root file system of a Debian.
+func unpack(ctx context.Context, archive, dir string) (tree string, err error) {
+	tree = filepath.Join(dir, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return "", err
+	}
+	_, err = testenv.Command(ctx, tree, "tar", "--numeric-owner", "--exclude=./dev/*", "-xf", archive)
+	return tree, err
+}
+
 // makeImage makes dir/root.ext4.
 func makeImage(ctx context.Context, archive, dir string, modules []module) error {
-	tree := filepath.Join(dir, "tree")
-	if err := os.Mkdir(tree, 0o755); err != nil {
+	tree, err := unpack(ctx, archive, dir)
+	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(tree)
-	if _, err := testenv.Command(ctx, tree, "tar", "--numeric-owner", "--exclude=./dev/*", "-xf", archive); err != nil {
-		return err
-	}
 	if err := finish(tree); err != nil {
 		return err
 	}
@@ -152,7 +161,7 @@ func makeImage(ctx context.Context, archive, dir string, modules []module) error
 	if _, err := testenv.Command(ctx, tree, "unshare", "--mount", "sh", "-ec", recipe); err != nil {
 		return err
 	}
-	_, err := testenv.Command(ctx, dir, "mke2fs", "-q", "-t", "ext4", "-L", "root", "-d", tree,
+	_, err = testenv.Command(ctx, dir, "mke2fs", "-q", "-t", "ext4", "-L", "root", "-d", tree,
 		"-E", "root_owner=0:0", "root.ext4", imageSize)
 	return err
 }
@@ -212,11 +221,11 @@ func forget(dir string) {
 	}
 }
 
-// Image is Build for a test, see there. Without what making it needs, the test fails in
+// image is build for a test. Without what making it needs, the test fails in
 // CI; elsewhere it is skipped, and the missing thing named.
-func Image(t testing.TB, policy ...string) string {
+func (s *Scenario) image(t testing.TB) string {
 	t.Helper()
-	image, err := Build(policy...)
+	image, err := s.build()
 	if err != nil {
 		lacks(t, fmt.Errorf("image of the lab guest: %w", err))
 	}

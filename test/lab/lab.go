@@ -86,6 +86,9 @@ type Scenario struct {
 	Text  map[string]string // contents; executable if they begin with "#!"
 	Links map[string]string // target of a symbolic link, such as a unit's enablement
 
+	// Packages are Debian's, installed beside those of every guest. Each set of
+	// them makes an image of its own.
+	Packages []string
 	// Policy are policy modules of the host (.pp, .cil), installed in order.
 	Policy []string
 	// Modules are kernel modules that can be loaded, beside those of Modules.
@@ -144,7 +147,7 @@ func (r Result) Denials() []string {
 func Run(t *testing.T, s Scenario) Result {
 	t.Helper()
 	Require(t)
-	image := Image(t, s.Policy...)
+	image := s.image(t)
 	if err := s.prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -349,7 +352,7 @@ func (r Result) keep(t testing.TB) {
 // returns when it is powered off. Steps are not run. The key sequence Ctrl-A X
 // ends QEMU.
 func Shell(ctx context.Context, s Scenario) error {
-	image, err := Build(s.Policy...)
+	image, err := s.build()
 	if err != nil {
 		return err
 	}
