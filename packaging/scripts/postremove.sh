@@ -17,7 +17,7 @@ if [ "$1" = purge ]; then
 fi
 # Images of guests are never removed, and while there are some their owner
 # stays too.
-rmdir /var/lib/vmdiskd/images /var/lib/vmdiskd 2>/dev/null || true
+rmdir /var/lib/vmdiskd/images /var/lib/vmdiskd/exports /var/lib/vmdiskd/vm /var/lib/vmdiskd 2>/dev/null || true
 if [ "$1" = purge ] && [ ! -e /var/lib/vmdiskd ] && getent passwd vmdiskd >/dev/null; then
 	userdel vmdiskd || true
 	! getent group vmdiskd >/dev/null || groupdel vmdiskd || true

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -9,14 +10,18 @@ import (
 )
 
 // debPackage builds the Debian package.
-func debPackage(t *testing.T) string {
+func debPackage(t *testing.T) string { return builtPackage(t, "0.1.0", "deb") }
+
+// builtPackage builds the packages of a version and returns that of a kind.
+func builtPackage(t *testing.T, version, kind string) string {
 	t.Helper()
 	dir := t.TempDir()
-	out, err := exec.CommandContext(t.Context(), filepath.Join(testenv.Root(), "scripts", "packages.sh"), dir).CombinedOutput()
-	if err != nil {
+	cmd := exec.CommandContext(t.Context(), filepath.Join(testenv.Root(), "scripts", "packages.sh"), dir)
+	cmd.Env = append(os.Environ(), "VERSION="+version)
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("packages.sh: %v\n%s", err, out)
 	}
-	list, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	list, err := filepath.Glob(filepath.Join(dir, "*."+kind))
 	if err != nil || len(list) != 1 {
 		t.Fatalf("packages %q, %v", list, err)
 	}

@@ -149,6 +149,9 @@ func TestPackages(t *testing.T) {
 	t.Run("rpm", func(t *testing.T) {
 		want := wanted(t)
 		want["/usr/share/zsh/site-functions/_vmdiskctl"] = "-rw-r--r-- root/root"
+		for _, dir := range []string{"/usr/share/vmdiskd", "/usr/share/vmdiskd/selinux", "/usr/share/doc/vmdiskd", "/usr/share/doc/vmdiskd/examples"} {
+			want[dir] = "drwxr-xr-x root/root"
+		}
 		compare(t, rpmContent(t, rpm), want)
 		if got := run(t, "rpm", "-qp", "--qf", "%{NAME} %{VERSION} %{RELEASE} %{LICENSE}", rpm); got != "vmdiskd "+version+" 1 MIT" {
 			t.Errorf("header has %q", got)
