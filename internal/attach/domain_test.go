@@ -26,6 +26,8 @@ type host struct {
 	*testenv.Libvirt
 	notes []string
 	*attach.Domain
+
+	newer bool // libvirt 11, which puts no raw node above the client
 }
 
 // domainName is syntax for shells, XML and libvirt's own tools.
@@ -34,6 +36,14 @@ const domainName = `-v,"m'<&1`
 func startHost(t *testing.T) *host {
 	t.Helper()
 	return startHostOf(t, testenv.StartLibvirt(t), libvirtd.Private)
+}
+
+// startNewerHost is startHost with Debian 13's libvirt and QEMU.
+func startNewerHost(t *testing.T) *host {
+	t.Helper()
+	h := startHostOf(t, testenv.StartNewerLibvirt(t), libvirtd.System)
+	h.newer = true
+	return h
 }
 
 // startHostOf is startHost with another libvirt and its driver.
@@ -74,7 +84,7 @@ func (h *host) boot(t *testing.T) {
 // source is an image with a socket that the domain's QEMU may connect to.
 func (h *host) source(image string) attach.Source {
 	s := h.lab.source(image)
-	if s.Mode = "0600"; os.Getuid() == 0 {
+	if s.Mode = "0600"; os.Getuid() == 0 && !h.newer {
 		s.Owner = fmt.Sprintf("%d:%d", testenv.Nobody, testenv.Nobody)
 	}
 	return s
@@ -82,8 +92,13 @@ func (h *host) source(image string) attach.Source {
 
 // TestDiskOfADomain takes a disk through its life in a real libvirt, in the
 // running machine and in its configuration.
-func TestDiskOfADomain(t *testing.T) {
-	h := startHost(t)
+func TestDiskOfADomain(t *testing.T) { diskOfADomain(t, startHost(t)) }
+
+// TestDiskOfADomainOfANewerLibvirt is the same with libvirt 11.
+func TestDiskOfADomainOfANewerLibvirt(t *testing.T) { diskOfADomain(t, startNewerHost(t)) }
+
+func diskOfADomain(t *testing.T, h *host) {
+	t.Helper()
 	ctx := testenv.Context(t)
 	image := h.image(t, oddName, diskSize)
 	o := attach.Options{Model: qmp.SCSIDisk, Serial: "S1"}
@@ -160,7 +175,10 @@ func (h *host) nodes(t *testing.T) (text string) {
 // libvirt has made and knows.
 func (h *host) wantNodes(t *testing.T, size int64) {
 	t.Helper()
-	want := fmt.Sprintf("libvirt-1-format raw %d\nlibvirt-1-storage nbd %d\n", size, size)
+	want := fmt.Sprintf("libvirt-1-storage nbd %d\n", size)
+	if !h.newer {
+		want = fmt.Sprintf("libvirt-1-format raw %d\n", size) + want
+	}
 	if got := h.nodes(t); got != want {
 		t.Errorf("nodes\n%swant\n%s", got, want)
 	}
@@ -253,7 +271,16 @@ func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 // TestResizeOfADomainThatFailsIsDoneByASecond interrupts it in each step: all
 // is as it was, or the guest has the size and the same command does the rest.
 func TestResizeOfADomainThatFailsIsDoneByASecond(t *testing.T) {
-	h := startHost(t)
+	secondResize(t, startHost(t))
+}
+
+// TestResizeByANewerLibvirtThatFailsIsDoneByASecond is the same with libvirt 11.
+func TestResizeByANewerLibvirtThatFailsIsDoneByASecond(t *testing.T) {
+	secondResize(t, startNewerHost(t))
+}
+
+func secondResize(t *testing.T, h *host) {
+	t.Helper()
 	ctx := testenv.Context(t)
 	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
 	do(t, p, err)

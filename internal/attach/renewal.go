@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,10 +15,12 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
 
-// ErrNoRaw is for a libvirt that plugs NBD clients without a node above them.
-var ErrNoRaw = errors.New("this libvirt plugs the client itself, which cannot be exchanged while the machine runs: detach and attach the disk")
+// ErrNodes is for a disk whose nodes are not those that libvirt makes for one of
+// an NBD server.
+var ErrNodes = errors.New("the nodes of the disk are not those of an NBD disk of libvirt: detach and attach it")
 
-// Names that libvirt gives to the nodes of a disk.
+// Names that libvirt gives to the nodes of a disk. 9.0 puts a raw node above the
+// client, 11.3 does not: the device uses the client itself.
 const (
 	rawSuffix    = "-format"
 	clientSuffix = "-storage"
@@ -34,9 +37,11 @@ type renewal struct {
 	size      func() int64 // bytes that the disk must have, once it is known; 0: any
 	always    bool         // whatever the size is
 
-	raw    qmp.Raw
-	client qmp.NBD // as libvirt has it, with the delay
-	next   string  // node of the second client
+	alias  string           // of the guest's device
+	disk   *qmp.BlockDevice // of the guest, as it was found
+	raw    qmp.Raw          // without a Node: the device uses the client itself
+	client qmp.NBD          // as libvirt has it, with the delay
+	next   string           // node of the second client
 	needed bool
 }
 
@@ -52,15 +57,15 @@ func (r *renewal) prepare(ctx context.Context) error {
 	if disk == nil || disk.Alias == nil {
 		return fmt.Errorf("%w: the running domain has no disk %q", ErrNoDisk, r.target)
 	}
-	d, err := find(ctx, r.monitor(), disk.Alias.Name)
+	r.alias = disk.Alias.Name
+	d, err := find(ctx, r.monitor(), r.alias)
 	switch {
 	case err != nil:
 		return err
 	case d == nil || d.Inserted == nil:
-		return fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, disk.Alias.Name)
-	case d.Inserted.Driver != "raw" || !strings.HasSuffix(d.Inserted.Name, rawSuffix):
-		return ErrNoRaw
+		return fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, r.alias)
 	}
+	r.disk = d
 	commands, err := qmp.Commands(ctx, r.monitor())
 	if err != nil {
 		return err
@@ -68,32 +73,87 @@ func (r *renewal) prepare(ctx context.Context) error {
 	if _, ok := commands["blockdev-reopen"]; !ok {
 		return errOldQEMU
 	}
-	return r.describe(ctx, disk, d.Inserted)
+	return r.describe(ctx, disk)
 }
 
 // describe is how the nodes are made again.
-func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk, top *qmp.Node) error {
-	uri := source(disk)
-	if uri.TLS {
-		return fmt.Errorf("%w: a client with TLS has certificates that libvirt holds", ErrLibvirt)
-	}
+func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk) error {
+	uri, top := source(disk), r.disk.Inserted
 	server, err := address(uri.Target)
+	if err != nil {
+		return err
+	}
+	all, err := qmp.QueryNamedBlockNodes(ctx, r.monitor())
+	if err != nil {
+		return err
+	}
+	name, err := r.clientOf(all)
 	if err != nil {
 		return err
 	}
 	passDiscard := disk.Driver != nil && disk.Driver.Discard == "unmap"
 	cache := top.Cache
-	r.raw = qmp.Raw{Node: top.Name, ReadOnly: top.ReadOnly, Discard: passDiscard, Cache: &cache, DetectZeroes: top.DetectZeroes}
-	r.client = nbd(strings.TrimSuffix(top.Name, rawSuffix)+clientSuffix, server, uri.Export, top.ReadOnly, r.reconnect)
+	r.client = nbd(name, server, uri.Export, top.ReadOnly, r.reconnect)
 	r.client.Discard, r.client.Cache = passDiscard, &cache
-	list, err := nodes(ctx, r.monitor(), r.target)
+	r.raw = qmp.Raw{ReadOnly: top.ReadOnly, Discard: passDiscard, Cache: &cache, DetectZeroes: top.DetectZeroes}
+	if top.Driver == "raw" {
+		r.raw.Node = top.Name
+	} else {
+		r.client.DetectZeroes = top.DetectZeroes
+	}
+	if uri.TLS {
+		if err := r.findCreds(ctx); err != nil {
+			return err
+		}
+		r.client.TLSHostname = disk.Source.Network.TLSHostname
+	}
+	prefix := rawNode(false, r.target, uri.String(), top.ReadOnly)
+	number, _ := lastClient(all, prefix)
+	r.next = clientNode(prefix, number+1)
+	return free(number)
+}
+
+// clientOf is the name of the client that libvirt has made. The device uses it,
+// or a raw node that has the name of the disk in common with it, or, after a
+// change that was not finished, a client of ours to the same server.
+func (r *renewal) clientOf(all []qmp.Node) (string, error) {
+	top := r.disk.Inserted
+	name, raw := strings.CutSuffix(top.Name, rawSuffix)
+	switch {
+	case top.Driver == "raw" && raw:
+		return name + clientSuffix, nil
+	case top.Driver != "nbd":
+		return "", ErrNodes
+	case !isNodeOf(top.Name, r.target):
+		return top.Name, nil
+	}
+	for _, n := range all {
+		if n.Driver == "nbd" && n.File == top.File && strings.HasSuffix(n.Name, clientSuffix) {
+			return n.Name, nil
+		}
+	}
+	return "", ErrNodes
+}
+
+// findCreds finds the certificates that libvirt has given its client.
+func (r *renewal) findCreds(ctx context.Context) error {
+	objects, err := qmp.Objects(ctx, r.monitor())
 	if err != nil {
 		return err
 	}
-	prefix := rawNode(false, r.target, uri.String(), top.ReadOnly)
-	number, _ := lastClient(list, prefix)
-	r.next = clientNode(prefix, number+1)
-	return free(number)
+	r.client.TLSCreds = "obj" + r.client.Node + "_tls0"
+	if !slices.Contains(objects, r.client.TLSCreds) {
+		return fmt.Errorf("%w: the machine has no object %s with its certificates", ErrNodes, r.client.TLSCreds)
+	}
+	return nil
+}
+
+// top is the node that the device uses while the client serves it.
+func (r *renewal) top(client string) string {
+	if r.raw.Node != "" {
+		return r.raw.Node
+	}
+	return client
 }
 
 // state is whether libvirt's client is there, how many of ours are, and
@@ -105,8 +165,18 @@ func (r *renewal) state(ctx context.Context) (first bool, more []qmp.Node, sized
 			more = append(more, n)
 		}
 	}
+	if err != nil {
+		return false, nil, false, err
+	}
+	d, err := find(ctx, r.monitor(), r.alias)
+	if err == nil && (d == nil || d.Inserted == nil) {
+		err = fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, r.alias)
+	}
+	if err != nil {
+		return false, nil, false, err
+	}
 	size := r.size()
-	return has(all, r.client.Node), more, size == 0 || bytesOf(all, r.raw.Node) == size, err
+	return has(all, r.client.Node), more, size == 0 || bytesOf(all, d.Inserted.Name) == size, nil
 }
 
 // openStep connects a second time, unless all is as it should be.
@@ -150,7 +220,11 @@ func (r *renewal) below(ctx context.Context, client string) (bool, error) {
 	}
 	ctx, cancel := steady(ctx)
 	defer cancel()
-	err := r.raw.Reopen(ctx, r.monitor(), client)
+	if r.raw.Node != "" {
+		err := r.raw.Reopen(ctx, r.monitor(), client)
+		return maybe(err), err
+	}
+	err := qmp.SetDrive(ctx, r.monitor(), r.disk, client)
 	return maybe(err), err
 }
 
@@ -162,7 +236,11 @@ func (r *renewal) tellStep() Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			if err := qmp.BlockResize(ctx, r.monitor(), r.raw.Node, r.size()); err != nil {
+			client := r.client.Node
+			if r.needed {
+				client = r.next
+			}
+			if err := qmp.BlockResize(ctx, r.monitor(), r.top(client), r.size()); err != nil {
 				return errors.Is(err, qmp.ErrUnanswered), err
 			}
 			_, _, sized, err := r.state(ctx)

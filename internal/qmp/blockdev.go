@@ -83,6 +83,8 @@ type NBD struct {
 	ReadOnly bool
 	Discard  bool       // pass the guest's discards on
 	Cache    *NodeCache // nil: QEMU's default
+
+	DetectZeroes string // "off", "on" or "unmap"; empty: off
 }
 
 // NodeCache is how a node uses the host's page cache, and whether it drops
@@ -108,7 +110,7 @@ func (n *NBD) options() (map[string]any, error) {
 		return nil, err
 	}
 	o := map[string]any{"driver": "nbd", "node-name": n.Node, "server": server, "read-only": n.ReadOnly, "discard": discard(n.Discard)}
-	for name, value := range map[string]string{"export": n.Export, "tls-creds": n.TLSCreds, "tls-hostname": n.TLSHostname} {
+	for name, value := range map[string]string{"export": n.Export, "tls-creds": n.TLSCreds, "tls-hostname": n.TLSHostname, "detect-zeroes": n.DetectZeroes} {
 		if value != "" {
 			o[name] = value
 		}
@@ -186,6 +188,19 @@ func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
 		o["detect-zeroes"] = r.DetectZeroes
 	}
 	return do(ctx, x, "blockdev-reopen", map[string]any{"options": []any{o}})
+}
+
+// SetDrive has a disk of the guest use another node, in place of the one that it
+// has: requests wait meanwhile. QEMU takes it from 6.0 on.
+func SetDrive(ctx context.Context, x Executor, disk *BlockDevice, node string) error {
+	if err := checkNode(node); err != nil {
+		return err
+	}
+	path := disk.QDev
+	if !strings.HasPrefix(path, "/") {
+		path = peripheral + "/" + path
+	}
+	return do(ctx, x, "qom-set", map[string]any{"path": path, "property": "drive", "value": node})
 }
 
 // BlockdevDel removes a node that nothing uses.
@@ -266,8 +281,7 @@ type BlockDevice struct {
 
 // Is reports whether the disk belongs to the device with the id.
 func (b *BlockDevice) Is(id string) bool {
-	const peripheral = "/machine/peripheral/"
-	return id != "" && (b.QDev == id || b.QDev == peripheral+id || b.QDev == peripheral+id+"/virtio-backend")
+	return id != "" && (b.QDev == id || b.QDev == peripheral+"/"+id || b.QDev == peripheral+"/"+id+"/virtio-backend")
 }
 
 // QueryBlock lists the guest's disks, at most limits.QMPItems.

@@ -71,6 +71,16 @@ func TestBlockCommandsAreTypedAsQEMUTakesThem(t *testing.T) {
 			}},
 		{"reopen", "blockdev-reopen", `{"options":[{"driver":"raw","node-name":"d","read-only":true,"discard":"unmap","file":"n2"}]}`,
 			func(x qmp.Executor) error { return qmp.BlockdevReopenRaw(ctx, x, "d", "n2", true, true) }},
+		{"drive of an id", "qom-set", `{"path":"/machine/peripheral/s","property":"drive","value":"n2"}`,
+			func(x qmp.Executor) error { return qmp.SetDrive(ctx, x, &qmp.BlockDevice{QDev: "s"}, "n2") }},
+		{"drive of a path", "qom-set", `{"path":"/machine/peripheral/v/virtio-backend","property":"drive","value":"n2"}`,
+			func(x qmp.Executor) error {
+				return qmp.SetDrive(ctx, x, &qmp.BlockDevice{QDev: "/machine/peripheral/v/virtio-backend"}, "n2")
+			}},
+		{"detect-zeroes", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":false,"discard":"ignore","detect-zeroes":"on","server":{"type":"unix","path":"/s"}}`,
+			func(x qmp.Executor) error {
+				return qmp.BlockdevAddNBDClient(ctx, x, qmp.NBD{Node: "n", Server: qmp.UnixAddress("/s"), DetectZeroes: "on"})
+			}},
 		{"del", "blockdev-del", `{"node-name":"d"}`, func(x qmp.Executor) error { return qmp.BlockdevDel(ctx, x, "d") }},
 		{"resize", "block_resize", `{"node-name":"d","size":1099511627776}`, func(x qmp.Executor) error { return qmp.BlockResize(ctx, x, "d", 1<<40) }},
 		{"virtio-blk", "device_add", `{"driver":"virtio-blk-pci","id":"v","drive":"d","bus":"rp1","serial":"a,\"b'<&-","rerror":"stop","werror":"report"}`,
@@ -132,6 +142,7 @@ func TestWhatCannotBeRightIsNotSent(t *testing.T) {
 		"raw node":          func(x qmp.Executor) error { return qmp.BlockdevAddNBD(ctx, x, "", qmp.NBD{Node: "a", Server: unix}) },
 		"reopen":            func(x qmp.Executor) error { return qmp.BlockdevReopenRaw(ctx, x, "a", "b,c", false, false) },
 		"del":               func(x qmp.Executor) error { return qmp.BlockdevDel(ctx, x, "") },
+		"drive of commas":   func(x qmp.Executor) error { return qmp.SetDrive(ctx, x, &qmp.BlockDevice{QDev: "a"}, "b,c") },
 		"resize of nothing": func(x qmp.Executor) error { return qmp.BlockResize(ctx, x, "", 1) },
 		"negative size":     func(x qmp.Executor) error { return qmp.BlockResize(ctx, x, "a", -1) },
 		"no model":          device(qmp.Device{ID: "a", Node: "b"}),

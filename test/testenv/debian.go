@@ -81,11 +81,17 @@ type DebianTree struct {
 // headers.
 func Trixie(t testing.TB) *DebianTree {
 	t.Helper()
+	return trixie(t, "trixie-1", "libnbd-bin,python3-libnbd,python3-minimal,qemu-utils")
+}
+
+// trixie is packages of Debian 13 with all that they need, cached under a name.
+func trixie(t testing.TB, name, packages string) *DebianTree {
+	t.Helper()
 	Require(t, "mmdebstrap")
-	root, err := Cached("trixie-1", func(ctx context.Context, dir string) error {
+	root, err := Cached(name, func(ctx context.Context, dir string) error {
 		_, err := Command(ctx, dir, "mmdebstrap", "--variant=extract", "--quiet",
 			"--aptopt=Acquire::Languages \"none\"", "--dpkgopt=path-exclude=/usr/share/doc/*",
-			"--include=libnbd-bin,python3-libnbd,python3-minimal,qemu-utils", "trixie", filepath.Join(dir, "root"))
+			"--include="+packages, "trixie", filepath.Join(dir, "root"))
 		return err
 	})
 	if err != nil {
