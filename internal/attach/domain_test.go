@@ -46,12 +46,13 @@ func startNewerHost(t *testing.T) *host {
 	return h
 }
 
-// startHostOf is startHost with another libvirt and its driver.
-func startHostOf(t *testing.T, l *testenv.Libvirt, driver string) *host {
+// startHostOf is startHost with another libvirt and its driver, and more in the
+// configuration of the service.
+func startHostOf(t *testing.T, l *testenv.Libvirt, driver string, conf ...string) *host {
 	t.Helper()
 	h := &host{lab: lab{dir: testenv.TempDir(t)}, Libvirt: l}
 	must(t, os.Chmod(h.dir, 0o755)) // QEMU's user comes through it
-	h.startService(t)
+	h.startService(t, conf...)
 	h.boot(t)
 	s, err := libvirtd.Dial(testenv.Context(t), h.Socket, driver)
 	must(t, err)
@@ -144,7 +145,7 @@ func diskOfADomain(t *testing.T, h *host) {
 		if text := h.Virsh(t, "domblkinfo", "--domain="+domainName, "--device=sda"); !strings.Contains(text, fmt.Sprint(size)) {
 			t.Errorf("domblkinfo after growing to %d: %s", size, text)
 		}
-		h.wantNodes(t, size)
+		h.wantNodes(t, 1, size)
 	}
 	p, err = h.Resize(ctx, target, "", attach.Size{Bytes: 3 * diskSize})
 	if do(t, p, err) {
@@ -172,16 +173,74 @@ func (h *host) nodes(t *testing.T) (text string) {
 }
 
 // wantNodes checks that the machine has the nodes of one disk, those that
-// libvirt has made and knows.
-func (h *host) wantNodes(t *testing.T, size int64) {
+// libvirt has made and knows by its n-th attempt.
+func (h *host) wantNodes(t *testing.T, n int, size int64) {
 	t.Helper()
-	want := fmt.Sprintf("libvirt-1-storage nbd %d\n", size)
+	want := fmt.Sprintf("libvirt-%d-storage nbd %d\n", n, size)
 	if !h.newer {
-		want = fmt.Sprintf("libvirt-1-format raw %d\n", size) + want
+		want = fmt.Sprintf("libvirt-%d-format raw %d\n", n, size) + want
 	}
 	if got := h.nodes(t); got != want {
 		t.Errorf("nodes\n%swant\n%s", got, want)
 	}
+}
+
+// TestDiskOfADomainComesOverTLS has libvirt give QEMU the certificates that its
+// qemu.conf names, for a service that takes nothing but TLS and certificates. The
+// disk gets the reconnect delay that libvirt has forgotten, and grows, with the
+// same certificates.
+func TestDiskOfADomainComesOverTLS(t *testing.T) {
+	dir, port := readable(t, testenv.Certificates(t)), testenv.FreePort(t)
+	h := startHostOf(t, testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir)), libvirtd.Private,
+		fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"", dir, port))
+	ctx := testenv.Context(t)
+	_, err := h.service.Add(ctx, addExport("web", h.image(t, "disk", diskSize)))
+	must(t, err)
+	uri := fmt.Sprintf("nbds://localhost:%d/web", port)
+	plain := attach.Source{URI: strings.Replace(uri, "nbds", "nbd", 1)}
+	p, err := h.Attach(ctx, plain, attach.Options{Model: qmp.SCSIDisk})
+	must(t, err)
+	if _, err := p.Run(ctx); !errors.As(err, new(*libvirtd.Error)) || errors.Is(err, attach.ErrIncomplete) || h.nodes(t) != "" {
+		t.Errorf("without TLS: %v, nodes %s", err, h.nodes(t))
+	}
+	for i, renew := range []bool{false, true} {
+		p, err = h.Attach(ctx, attach.Source{URI: uri}, attach.Options{Model: qmp.SCSIDisk, Renew: renew})
+		do(t, p, err)
+		x, err := h.service.Export(ctx, "web")
+		must(t, err)
+		h.wantNodes(t, i+2, x.Size)
+		if text := h.Virsh(t, "dumpxml", "--domain="+domainName); !strings.Contains(text, "tls='yes'") {
+			t.Errorf("the domain has no disk with TLS:\n%s", text)
+		}
+		list, err := h.service.Clients(ctx, nil)
+		if err != nil || len(list) != 1 || list[0].TLS == "" || list[0].Cert == "" {
+			t.Errorf("clients %+v, %v", list, err)
+		}
+		p, err = h.Resize(ctx, "sda", "web", attach.Size{Bytes: diskSize, More: true})
+		do(t, p, err)
+		h.wantNodes(t, i+2, x.Size+diskSize)
+		p, err = h.Detach(ctx, "sda", false)
+		do(t, p, err)
+		objects, err := qmp.Objects(ctx, h.Session.Monitor(h.Domain.Domain))
+		if err != nil || h.nodes(t) != "" || slices.ContainsFunc(objects, func(o string) bool { return strings.Contains(o, "tls") }) {
+			t.Errorf("left: objects %q, nodes %s, %v", objects, h.nodes(t), err)
+		}
+	}
+}
+
+// readable lets libvirt's user read the files of a folder.
+func readable(t *testing.T, dir string) string {
+	t.Helper()
+	must(t, os.Chmod(dir, 0o755))
+	if os.Getuid() != 0 {
+		return dir
+	}
+	files, err := filepath.Glob(dir + "/*")
+	must(t, err)
+	for _, f := range files {
+		must(t, os.Chown(f, testenv.Nobody, testenv.Nobody))
+	}
+	return dir
 }
 
 // TestDiskOfASystemDomain: the socket of the disk belongs to the user that
@@ -300,7 +359,7 @@ func secondResize(t *testing.T, h *host) {
 		size += diskSize
 		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
 		do(t, p, err)
-		h.wantNodes(t, size)
+		h.wantNodes(t, 1, size)
 	}
 	p, err = h.Detach(ctx, "sda", true)
 	do(t, p, err)

@@ -24,9 +24,9 @@ type Libvirt struct {
 }
 
 // StartLibvirt runs a libvirtd of an ordinary user until the test ends, with
-// its files in a folder of its own. Root lends it to Nobody: a libvirtd of root
-// would be the system's.
-func StartLibvirt(t testing.TB) *Libvirt {
+// its files in a folder of its own, and the lines in its qemu.conf. Root lends it
+// to Nobody: a libvirtd of root would be the system's.
+func StartLibvirt(t testing.TB, conf ...string) *Libvirt {
 	t.Helper()
 	Require(t, "qemu-system-x86_64", "virsh")
 	program := Path(t, "libvirtd")
@@ -35,9 +35,15 @@ func StartLibvirt(t testing.TB) *Libvirt {
 	l.URI = "qemu+unix:///session?socket=" + l.Socket
 	cmd := exec.Command(program)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + dir, "XDG_RUNTIME_DIR=" + dir + "/run", "XDG_CONFIG_HOME=" + dir + "/c", "XDG_CACHE_HOME=" + dir + "/k"}
-	err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(dir, 0o755), os.Mkdir(dir+"/run", 0o700))
+	err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Mkdir(dir, 0o755), os.Mkdir(dir+"/run", 0o700),
+		os.MkdirAll(dir+"/c/libvirt", 0o755))
+	if len(conf) > 0 { // libvirt takes no empty file
+		err = errors.Join(err, os.WriteFile(dir+"/c/libvirt/qemu.conf", []byte(strings.Join(conf, "\n")+"\n"), 0o644))
+	}
 	if os.Getuid() == 0 {
-		err = errors.Join(err, os.Chown(dir, Nobody, Nobody), os.Chown(dir+"/run", Nobody, Nobody))
+		for _, name := range []string{"", "/run", "/c", "/c/libvirt"} {
+			err = errors.Join(err, os.Chown(dir+name, Nobody, Nobody))
+		}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: Nobody, Gid: Nobody}}
 	}
 	if err != nil {
