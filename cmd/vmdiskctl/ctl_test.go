@@ -291,7 +291,9 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 	out := want(t, exitDone, "export", "add", "--json", "--dry-run", "-f", "qcow2", "-r", "--cache=none", "--image-lock=off",
 		"--backing-file=base:raw", "--data-file=data", "--snapshot=1", "--discard=keep", "--lenient", "--partition=2",
 		"--overlay=1G", "--protect=0+4K", "--protect=1M+512", "--description="+nasty, "--default", "--require-tls",
-		"--listen=nbd://[::1]:1", "--grant=rw,uid=1000,uid=1,gid=5", "--grant=ro,label=a:b:c:s0:c1,c2",
+		"--listen=nbd://[::1]:1", "--listen=nbd+unix:///?socket=/s", "--socket-owner=a:b", "--socket-mode=0660",
+		"--selinux-label=a:b:c:s0:c1,c2", "--selinux-path-label=a:b:d:s0:c1,c2", "--grant=rw,uid=1000,uid=1,gid=5",
+		"--grant=ro,label=a:b:c:s0:c1,c2", "--grant=ro,selinux-type=t,selinux-type=u,selinux-level=s0:c1,c2",
 		`--grant={"access":"none","cert-name":["x, y"]}`, "--max-connections=4", "--rate=10M,ops=500,burst=2s",
 		"--rate-group=all", "--log-requests", "--flush-on-close", "--persist", "--", "-name", "image")
 	sameJSON(t, out, api.AddExport{Persist: true, Export: config.Export{
@@ -299,14 +301,28 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 		Backing: "explicit", BackingFiles: []string{filepath.Join(dir, "base:raw")}, DataFiles: []string{filepath.Join(dir, "data")},
 		Snapshot: "1", Discard: "keep", Lenient: true, Window: &config.Window{Partition: 2}, Overlay: &config.Overlay{Quota: 1 << 30},
 		Protect:     []config.Range{{Length: 4096}, {Offset: 1 << 20, Length: 512}},
-		Description: nasty, Default: true, RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://[::1]:1"}},
+		Description: nasty, Default: true, RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://[::1]:1"}, {
+			URI: "nbd+unix:///?socket=/s", Owner: "a:b", Mode: "0660", SELinuxLabel: "a:b:c:s0:c1,c2", SELinuxPathLabel: "a:b:d:s0:c1,c2",
+		}},
 		Grants: []config.Grant{
 			{Access: "rw", UIDs: []uint32{1000, 1}, GIDs: []uint32{5}}, {Access: "ro", Label: "a:b:c:s0:c1,c2"},
+			{Access: "ro", SELinuxTypes: []string{"t", "u"}, SELinuxLevel: "s0:c1,c2"},
 			{Access: "none", CertNames: []string{"x, y"}},
 		},
 		Connections: 4, Rate: &config.Rate{Bytes: 10 << 20, Ops: 500, Burst: config.Duration(2 * time.Second)},
 		RateGroup: "all", LogRequests: true, FlushOnClose: true,
 	}})
+}
+
+func TestWhatIsAskedForASocketIsNotIgnored(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	for _, flag := range []string{"--socket-owner=a", "--socket-mode=0660", "--selinux-label=a:b:c:s0", "--selinux-path-label=a:b:c:s0"} {
+		want(t, exitUsage, "export", "add", flag, "x", "image")
+		want(t, exitUsage, "export", "add", flag, "--listen=nbd://[::1]:1", "x", "image")
+		name, _, _ := strings.Cut(flag, "=")
+		want(t, exitUsage, "export", "add", name+"=", "--listen=nbd+unix:///?socket=/s", "x", "image")
+	}
+	calls(t, s)
 }
 
 func TestExportAddSendsDescriptors(t *testing.T) {

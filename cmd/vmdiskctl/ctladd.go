@@ -24,6 +24,7 @@ type addFlags struct {
 	grants  []string
 	rate    string
 	listen  []string
+	at      config.Listener // what the Unix sockets among them have
 	protect []string
 	part    int
 	quota   byteSize
@@ -90,6 +91,9 @@ func (f *addFlags) addUse(c *cobra.Command) {
 	n.BoolVar(&x.Default, "default", false, "the empty name opens it too")
 	n.BoolVar(&x.RequireTLS, "require-tls", false, "hide it from connections that are not encrypted")
 	n.StringArrayVar(&f.listen, "listen", nil, "`URI` of an address at which only this export is; again for more")
+	for _, s := range f.socketFlags() {
+		n.StringVar(s.to, s.name, "", s.usage)
+	}
 	n.StringArrayVar(&f.grants, "grant", nil, "who may open it, and how, as rw,uid=1000: see export set; again for more, the first that fits decides")
 	n.BoolVar(&x.TrustCID, "vsock-trust-cid", false, "let vsock peers write without a lease, and a key or a token, in their grant")
 	n.IntVar(&x.Connections, "max-connections", 0, "clients at a time; 0 for no bound")
@@ -200,8 +204,8 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 			return usage("--rate: %v", err)
 		}
 	}
-	for _, uri := range f.listen {
-		x.Listeners = append(x.Listeners, config.Listener{URI: uri})
+	if x.Listeners, err = f.listeners(c); err != nil {
+		return err
 	}
 	for _, s := range f.protect {
 		off, length, ok := strings.Cut(s, "+")
@@ -240,6 +244,46 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
 	}
 	return nil
+}
+
+// socketFlag is a flag about the Unix sockets of --listen.
+type socketFlag struct {
+	name, usage string
+	to          *string
+}
+
+func (f *addFlags) socketFlags() []socketFlag {
+	return []socketFlag{
+		{"socket-owner", "`USER[:GROUP]` of the Unix sockets of --listen", &f.at.Owner},
+		{"socket-mode", "their octal `MODE`", &f.at.Mode},
+		{"selinux-label", "SELinux `CONTEXT` of the Unix sockets of --listen", &f.at.SELinuxLabel},
+		{"selinux-path-label", "SELinux `CONTEXT` of their files", &f.at.SELinuxPathLabel},
+	}
+}
+
+// listeners are those of --listen. What is asked for a socket is never ignored.
+func (f *addFlags) listeners(c *cobra.Command) (list []config.Listener, err error) {
+	sockets := 0
+	for _, uri := range f.listen {
+		l := config.Listener{URI: uri}
+		scheme, _, _ := strings.Cut(uri, ":")
+		if strings.HasSuffix(strings.ToLower(scheme), "+unix") {
+			l = f.at
+			l.URI = uri
+			sockets++
+		}
+		list = append(list, l)
+	}
+	for _, s := range f.socketFlags() {
+		switch {
+		case !c.Flags().Changed(s.name):
+		case *s.to == "":
+			return nil, usage("--%s: it is empty", s.name)
+		case sockets == 0:
+			return nil, usage("--%s needs a --listen with the URI of a Unix socket", s.name)
+		}
+	}
+	return list, nil
 }
 
 // parseWindow reads OFFSET or OFFSET+LENGTH.

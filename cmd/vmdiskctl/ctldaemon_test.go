@@ -195,6 +195,28 @@ func TestDaemonWantsProofOfVsockPeers(t *testing.T) {
 	}
 }
 
+// TestDaemonMakesTheSocketThatIsAskedFor with its mode; a label that cannot be
+// had is an error, and nothing is left of the export.
+func TestDaemonMakesTheSocketThatIsAskedFor(t *testing.T) {
+	d := startDaemon(t)
+	path, socket := d.image(t, "a.img"), filepath.Join(d.dir, "own")
+	listen := "--listen=nbd+unix:///?socket=" + socket
+	for _, label := range []string{"no context", "system_u:object_r:no_such_t:s0"} {
+		for _, flag := range []string{"--selinux-label=", "--selinux-path-label="} {
+			if code, _, said := ctl(t, "export", "add", listen, flag+label, "x", path); code == exitDone || !strings.Contains(said, "SELinux") {
+				t.Errorf("%s%s: %d %q", flag, label, code, said)
+			}
+			if _, err := os.Lstat(socket); err == nil {
+				t.Error("the socket is there")
+			}
+		}
+	}
+	want(t, exitDone, "export", "add", listen, "--socket-mode=0640", "x", path)
+	if i, err := os.Lstat(socket); err != nil || i.Mode() != os.ModeSocket|0o640 {
+		t.Errorf("the socket: %v, %v", i, err)
+	}
+}
+
 func TestDaemonTakesDescriptors(t *testing.T) {
 	d := startDaemon(t)
 	away := t.TempDir()

@@ -159,6 +159,21 @@ ls -Z /run/vmdiskd/later.sock | grep svirt_image_t:s0:c5
 ss -xlz | grep 'later.sock.*sock_ctx=system_u:system_r:vmdiskd_t:s0:c5)'
 pid=$(systemctl show -P MainPID vmdiskd)
 [ -z "$(cat /proc/$pid/task/*/attr/sockcreate /proc/$pid/task/*/attr/fscreate)" ]`},
+			{Name: "worker labels what vmdiskctl asks for", Seconds: 240, Script: asMachine + `
+truncate -s 1M /var/lib/vmdiskd/images/d.img
+chown vmdiskd: /var/lib/vmdiskd/images/d.img
+add() {
+	vmdiskctl export add added /var/lib/vmdiskd/images/d.img --listen 'nbd+unix:///?socket=/run/vmdiskd/added.sock' \
+		--socket-mode=0666 --grant=rw,selinux-type=svirt_t,selinux-level=s0:c6,c8 --selinux-path-label=system_u:object_r:svirt_image_t:s0:c6,c8 "$@"
+}
+! add --selinux-label=system_u:system_r:no_such_t:s0
+[ ! -e /run/vmdiskd/added.sock ]
+add --selinux-label=system_u:system_r:vmdiskd_t:s0:c6,c8
+ls -Z /run/vmdiskd/added.sock | grep svirt_image_t:s0:c6,c8
+ss -xlz | grep 'added.sock.*sock_ctx=system_u:system_r:vmdiskd_t:s0:c6,c8)'
+as s0:c6,c8 added added
+denied s0:c6,c9 added added
+vmdiskctl export remove added`},
 			{Name: "CF-05 unknown type is named", Script: `
 truncate -s 1M /tmp/d
 for option in --selinux-label --selinux-path-label; do
