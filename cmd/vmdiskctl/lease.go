@@ -38,7 +38,8 @@ daemon's grants with vm = ["VM"] are for connections from that CID in the
 meantime, and those connections end with the lease.
 
 VM is the name that the grants have. If it is the path of a QMP socket, it has a
-slash, and QEMU says its CID and who it is; otherwise --cid and --pid do.
+slash, and QEMU says its CID and who it is: then the machine has also ended when
+that socket has gone. Otherwise --cid and --pid say it.
 Runs until then, as a service would.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -68,6 +69,12 @@ func (f *leaseFlags) run(c *cobra.Command, vm string) error {
 	if err != nil {
 		return err
 	}
+	var monitor os.FileInfo
+	if f.pid == 0 || f.cid == 0 {
+		if monitor, err = os.Stat(vm); err != nil {
+			return err
+		}
+	}
 	if f.pid == 0 {
 		if f.pid, err = qemuAt(c.Context(), vm); err != nil {
 			return plugError(err)
@@ -78,6 +85,7 @@ func (f *leaseFlags) run(c *cobra.Command, vm string) error {
 		return err
 	}
 	defer p.close()
+	p.monitor = monitor
 	if f.cid == 0 {
 		if f.cid, err = cidOf(c.Context(), vm); err != nil {
 			return plugError(err)
@@ -129,8 +137,19 @@ func cidOf(ctx context.Context, path string) (uint32, error) {
 
 // process is a process whose number cannot become another's unnoticed.
 type process struct {
-	fd    int    // pidfd
-	start string // tells it from all others since the machine has started
+	fd      int         // pidfd
+	start   string      // tells it from all others since the machine has started
+	monitor os.FileInfo // its QMP socket, if it was asked there
+}
+
+// has tells whether the QMP socket at path is still that of the process, which
+// takes it away when it ends.
+func (p *process) has(path string) bool {
+	if p.monitor == nil {
+		return true
+	}
+	now, err := os.Stat(path)
+	return err == nil && os.SameFile(now, p.monitor)
 }
 
 func watchProcess(pid int) (*process, error) {
@@ -186,7 +205,8 @@ type leaseHolder struct {
 // ends within that time after its machine.
 const leaseLook = 100 * time.Millisecond
 
-// hold returns when the process has ended or ctx has, and the lease is closed.
+// hold returns when the process or its QMP socket has gone, or ctx has ended, and
+// the lease is closed.
 // A daemon that does not answer is asked again; one that does not want the
 // lease ends it.
 func (h *leaseHolder) hold(ctx context.Context) error {
@@ -196,7 +216,7 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 	defer h.close()
 	h.note(fmt.Sprintf("CID %d is leased to %q", h.lease.CID, h.lease.VM))
 	next, lost := time.Now().Add(h.third()), false
-	for ctx.Err() == nil && !h.process.wait(leaseLook) {
+	for ctx.Err() == nil && !h.process.wait(leaseLook) && h.process.has(h.lease.VM) {
 		if time.Now().Before(next) {
 			continue
 		}

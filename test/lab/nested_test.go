@@ -51,7 +51,7 @@ format = "raw"
 
 [[export.grant]]
 access = "rw"
-vm = ["tenant"]
+vm = ["tenant", "/run/qmp"]
 token-sha256 = ["SUM"]
 `
 
@@ -79,7 +79,7 @@ done
 # start runs a guest with a CID and a part of the scenario.
 start() {
 	/usr/bin/qemu-system-x86_64 -L /usr/share/qemu -L /usr/share/seabios -accel kvm -cpu host -smp 1 -m 384 \
-		-machine q35 -device vhost-vsock-pci,guest-cid=$1 -nodefaults -display none -serial stdio -no-reboot \
+		-machine q35 -device vhost-vsock-pci,guest-cid=$1 -nodefaults -display none -serial stdio -no-reboot -qmp unix:/run/qmp,server=on,wait=off \
 		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 lab=$2" </dev/null >/run/inner 2>&1 &
 	qemu=$!
 }
@@ -99,14 +99,14 @@ grep -q "$(cut -d' ' -f1 /run/before)" /run/inner
 [ "$(tail -c 1024 /run/images/disk.img | head -n 1)" = "written by its kernel" ]
 
 # A lease lets the machine in, its end puts it out, and the end of the machine
-# is the end of the lease.
-lease() { vmdiskctl vm lease tenant --socket /run/control.sock --cid 6 --pid $qemu & holder=$!; }
+# is the end of the lease, whether we say its CID and process or QEMU does.
+lease() { vmdiskctl vm lease "$@" --socket /run/control.sock & holder=$!; }
 start 6 tenant
-lease
+lease tenant --cid 6 --pid $qemu
 said "tenant: has the disk"
 kill $holder
 said "tenant: has lost the disk"
-lease
+lease /run/qmp
 said "tenant: has the disk again"
 kill -9 $qemu
 wait $holder || true
