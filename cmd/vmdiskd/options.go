@@ -77,7 +77,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVarP(&r.only6, "ipv6-only", "6", false, "listen on IPv6 only")
 	f.BoolVar(&r.vsock, "vsock", false, "listen on AF_VSOCK instead of TCP")
 	f.BoolVar(&r.local, "vsock-local", false, "with --vsock: serve not only guests (CIDs 0, 1 and 2, too)")
-	f.BoolVar(&r.trustCID, "vsock-trust-cid", false, "let everybody write who comes over vsock; without it that needs --readonly, or a --config with leases and keys")
+	f.BoolVar(&r.trustCID, "vsock-trust-cid", false, "let everybody write who comes over vsock (else: --readonly, or --config with grants that ask for leases and keys)")
 	f.StringVar(&r.unixMode, "unix-mode", "0600", "`MODE` of the Unix socket")
 	f.StringVar(&r.unixOwner, "unix-owner", "", "`USER[:GROUP]` that owns the Unix socket")
 	f.StringVar(&r.label, "selinux-label", "", "SELinux `CONTEXT` of the Unix socket, with the categories of the machine that connects")

@@ -233,6 +233,25 @@ func TestTokensOfAGrant(t *testing.T) {
 	}
 }
 
+func TestExportMayBeReadOnlyOverVsock(t *testing.T) {
+	for text, want := range map[string]bool{
+		"":                              true,
+		"grant = [{ access = \"rw\" }]": true,
+		"grant = [{ access = \"rw\", psk = [\"a\"] }]":               true,
+		"grant = [{ access = \"rw\", uid = [1] }]":                   false,
+		"grant = [{ access = \"rw\", address = [\"::1\"] }]":         false,
+		"grant = [{ access = \"ro\", cid = [3] }]":                   false,
+		"grant = [{ access = \"rw\", vm = [\"a\"], psk = [\"a\"] }]": false,
+		"readonly = true":        false,
+		"vsock-trust-cid = true": false,
+	} {
+		c := parsed(t, "[[export]]\nname = \"a\"\nimage = \"/a\"\n"+text)
+		if got := c.Exports[0].ReadOnlyOverVsock(); got != want {
+			t.Errorf("%q: got %v", text, got)
+		}
+	}
+}
+
 // TestWritingOverVsockNeedsProof: a CID is an address and proves nothing.
 // Grants that others match as well are valid: vsock peers only read by them.
 func TestWritingOverVsockNeedsProof(t *testing.T) {

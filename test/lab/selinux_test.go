@@ -144,6 +144,16 @@ nbdinfo --size "nbd+unix:///all?socket=/run/vmdiskd/any.sock"
 			{Name: "AU-07 peer without a label is denied", Seconds: 180, Script: `
 nbdinfo --size nbd+vsock://1:10809/all
 ! nbdinfo --size nbd+vsock://1:10809/level`},
+			{Name: "CID alone reads what others write", Seconds: 180, Script: `
+nbdinfo --json nbd+vsock://1:10809/all | grep '"is_read_only": true'
+nbdinfo --json 'nbd+unix:///all?socket=/run/vmdiskd/any.sock' | grep '"is_read_only": false'
+truncate -s 1M /tmp/zeroes
+fails nbdcopy /tmp/zeroes nbd+vsock://1:10809/all
+vmdiskctl export set all vsock-trust-cid=true
+nbdcopy /tmp/zeroes nbd+vsock://1:10809/all
+vmdiskctl export set all vsock-trust-cid=false
+nbdinfo --json nbd+vsock://1:10809/all | grep '"is_read_only": true'
+journalctl --boot --no-pager -u vmdiskd --grep 'read-only over vsock.*export=all'`},
 			{Name: "worker labels what comes later", Seconds: 180, Script: asMachine + `
 cat >>/etc/vmdiskd/vmdiskd.toml <<end
 [[export.listener]]
@@ -166,7 +176,7 @@ add() {
 	vmdiskctl export add added /var/lib/vmdiskd/images/d.img --listen 'nbd+unix:///?socket=/run/vmdiskd/added.sock' \
 		--socket-mode=0666 --grant=rw,selinux-type=svirt_t,selinux-level=s0:c6,c8 --selinux-path-label=system_u:object_r:svirt_image_t:s0:c6,c8 "$@"
 }
-! add --selinux-label=system_u:system_r:no_such_t:s0
+fails add --selinux-label=system_u:system_r:no_such_t:s0
 [ ! -e /run/vmdiskd/added.sock ]
 add --selinux-label=system_u:system_r:vmdiskd_t:s0:c6,c8
 ls -Z /run/vmdiskd/added.sock | grep svirt_image_t:s0:c6,c8
