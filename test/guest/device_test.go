@@ -1,8 +1,12 @@
 package guest
 
 import (
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -246,6 +250,67 @@ func TestDeviceIsTakenOverFromADeadProcess(t *testing.T) {
 	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, takenScenario, "", "vsock_loopback")
 	})
+}
+
+// securedScenario: the driver takes no TLS, so relays speak it: with certificates
+// over TCP, with a pre-shared key over vsock. The service dies under each.
+const securedScenario = serviceStart + kept + `
+ip link set lo up
+truncate -s 64M /run/d/secret.img
+kill $server
+wait $server || :
+cat >>/run/conf <<END
+[[listener]]
+uri = "nbds://127.0.0.1:10810"
+[[listener]]
+uri = "nbds+vsock://1:10811"
+[tls]
+certificates = "/pki"
+psk = "/pki/keys.psk"
+[[export]]
+name = "secret"
+image = "/run/d/secret.img"
+require-tls = true
+vsock-trust-cid = true
+[[export.grant]]
+access = "rw"
+cert-name = ["client"]
+[[export.grant]]
+access = "rw"
+psk = ["vm1"]
+END
+serve
+fails 1 vmdiskctl device attach 'nbd+unix:///secret?socket=/run/d/nbd' /dev/nbd0
+fails 1 vmdiskctl device attach 'nbds+vsock://vm1@1:10811/secret?tls-psk-file=/pki/wrong.psk' /dev/nbd0
+for uri in 'nbds://127.0.0.1:10810/secret?tls-certificates=/pki' 'nbds+vsock://vm1@1:10811/secret?tls-psk-file=/pki/keys.psk'; do
+	kept "$uri" --connections 2
+	bounce
+	more
+	left
+done
+if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
+`
+
+func TestDeviceIsEncryptedToItsServer(t *testing.T) {
+	onlyVmdiskd(t)
+	requireGuest(t)
+	if err := psk.Supported(); err != nil {
+		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
+	}
+	in := inGuest(t, testenv.CloudKernel(t, kernels[0]), securedScenario, "", []string{"nbd", "ext4", "vsock_loopback"}, []string{"mke2fs", "e2fsck"})
+	pki := testenv.Certificates(t)
+	for _, name := range []string{"ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem"} {
+		b, err := os.ReadFile(filepath.Join(pki, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		in.addFile("pki/"+name, 0o600, b)
+	}
+	in.addFile("pki/keys.psk", 0o600, []byte("vm1:"+strings.Repeat("1a", 32)+"\n"))
+	in.addFile("pki/wrong.psk", 0o600, []byte("vm1:"+strings.Repeat("3c", 32)+"\n"))
+	if console := mustBoot(t, in, 768); testing.Verbose() {
+		t.Log(console)
+	}
 }
 
 // lostScenario: an export that is taken away under a mounted file system, and
