@@ -53,7 +53,8 @@ func (e *estate) bootDomain(t *testing.T, l *testenv.Libvirt) {
 	l.Virsh(t, "define", e.dir+"/domain")
 	l.Virsh(t, "start", "--domain="+domainName)
 	t.Cleanup(func() { l.Virsh(t, "destroy", "--domain="+domainName) })
-	e.vm, e.flags = domainName, []string{"--libvirt-socket=" + l.Socket, "--libvirt-uri=qemu:///session"}
+	driver, _, _ := strings.Cut(strings.Replace(l.URI, "+unix", "", 1), "?")
+	e.vm, e.flags = domainName, []string{"--libvirt-socket=" + l.Socket, "--libvirt-uri=" + driver}
 	e.expect(t, "ready")
 	e.await(t, "the agent answers", func() bool {
 		return exec.Command("virsh", "-c", l.URI, "qemu-agent-command", "--domain="+domainName, `{"execute": "guest-ping"}`).Run() == nil
@@ -102,24 +103,37 @@ func inside(t *testing.T, l *testenv.Libvirt, command string) string {
 // and a mounted one stays.
 func TestGuestOfLibvirtUsesItsDisks(t *testing.T) {
 	t.Parallel()
-	l := testenv.StartLibvirt(t)
+	owner := fmt.Sprint(os.Getuid())
+	if os.Getuid() == 0 {
+		owner = fmt.Sprintf("%d:%d", testenv.Nobody, testenv.Nobody)
+	}
+	usesDisksOf(t, testenv.StartLibvirt(t), owner, "raw")
+}
+
+// TestGuestOfANewerLibvirtUsesItsDisks is the same with libvirt 11, which keeps
+// the reconnect delay and has the device use the client itself.
+func TestGuestOfANewerLibvirtUsesItsDisks(t *testing.T) {
+	t.Parallel()
+	usesDisksOf(t, testenv.StartNewerLibvirt(t), fmt.Sprint(testenv.SystemQEMU), "nbd")
+}
+
+// usesDisksOf gives sockets to the user that runs QEMU. driver is that of the
+// node that devices use.
+func usesDisksOf(t *testing.T, l *testenv.Libvirt, owner, driver string) {
+	t.Helper()
 	e := newEstate(t)
 	e.bootDomain(t, l)
-	owner := "--socket-owner=" + fmt.Sprint(os.Getuid())
-	if os.Getuid() == 0 {
-		owner = fmt.Sprintf("--socket-owner=%d:%d", testenv.Nobody, testenv.Nobody)
-	}
 	serials := []string{"LV0", "LV1", "IDLE2"}
 	var disks []string
 	for i, bus := range []string{"virtio", "scsi", "virtio"} {
-		out := e.run(t, "attach", e.image(t, fmt.Sprintf("d%d.img", i), 16<<20), "--persist", "--keep-reconnect", owner, "--bus="+bus, "--serial="+serials[i])
+		out := e.run(t, "attach", e.image(t, fmt.Sprintf("d%d.img", i), 16<<20), "--persist", "--keep-reconnect", "--socket-owner="+owner, "--bus="+bus, "--serial="+serials[i])
 		disks = append(disks, out.Disk)
 		e.expect(t, serials[i]+" appears")
 	}
 	for _, s := range serials[:2] {
 		e.load(t, s, 1)
 	}
-	e.shown(t, l, disks)
+	e.shown(t, l, disks, driver)
 	e.restart(t)
 	for i, s := range serials[:2] {
 		e.load(t, s, 2)
@@ -148,7 +162,7 @@ func TestGuestOfLibvirtUsesItsDisks(t *testing.T) {
 }
 
 // shown checks what vmdiskctl tells of the domain against virsh.
-func (e *estate) shown(t *testing.T, l *testenv.Libvirt, disks []string) {
+func (e *estate) shown(t *testing.T, l *testenv.Libvirt, disks []string, driver string) {
 	t.Helper()
 	var rows []struct{ VM, UUID, State string }
 	list := testenv.Run(t, append([]string{e.ctl, "vm", "list", "--json"}, e.flags...)...)
@@ -168,7 +182,7 @@ func (e *estate) shown(t *testing.T, l *testenv.Libvirt, disks []string) {
 		t.Errorf("vm show: %s, %v", show, err)
 	}
 	for _, d := range vm.Disks {
-		if d.Size != 16<<20 || d.Driver != "raw" {
+		if d.Size != 16<<20 || d.Driver != driver {
 			t.Errorf("vm show: disk %+v", d)
 		}
 	}

@@ -16,9 +16,9 @@ import (
 // root's.
 const Nobody = 65534
 
-// Libvirt is a libvirtd of a test's own, without privileges.
+// Libvirt is a libvirtd of a test's own.
 type Libvirt struct {
-	Dir    string // of its files, with a short name; its QEMU can write there
+	Dir    string // with a short name; its QEMU can write there
 	Socket string
 	URI    string // for virsh
 }
@@ -133,7 +133,10 @@ func startSystemLibvirt(t testing.TB, usr ...string) *Libvirt {
 	cmd := exec.Command(Path(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", systemLibvirt, "sh", program)
 	cmd.Args = append(cmd.Args, usr...)
 	startLibvirtd(t, cmd)
-	l := &Libvirt{}
+	l := &Libvirt{Dir: TempDir(t)}
+	if err := os.Chown(l.Dir, SystemQEMU, SystemQEMU); err != nil {
+		t.Fatal(err)
+	}
 	if err := Await(Context(t), func() bool {
 		pid := cmd.Process.Pid
 		children, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
