@@ -14,7 +14,8 @@ import (
 
 var _ backing.Resizer = (*disk)(nil)
 
-// Resize makes the disk larger, to a multiple of 512 bytes.
+// Resize makes the disk larger, to a multiple of 512 bytes. The bitmaps grow
+// with it; whoever finds the image before it was closed does not believe them.
 func (d *disk) Resize(ctx context.Context, size int64) error {
 	d.resizing.Lock()
 	defer d.resizing.Unlock()
@@ -23,7 +24,10 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 	if err != nil || size == old {
 		return d.wrap("resize", size, 0, err)
 	}
-	err = d.commits.exclusive(func() error { return d.growL1(ctx, size) })
+	err = d.commits.exclusive(func() error { return d.bitmaps.BeginGrowth(ctx, size) })
+	if err == nil {
+		err = d.commits.exclusive(func() error { return d.growL1(ctx, size) })
+	}
 	if err == nil {
 		err = d.clearTail(ctx, old, size)
 	}
@@ -40,6 +44,7 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 		d.reach.Store(old)
 		return d.wrap("resize", size, 0, err)
 	}
+	d.bitmaps.Grown(size)
 	d.size.Store(size)
 	return nil
 }
@@ -51,14 +56,15 @@ func (d *disk) canResize(ctx context.Context, old, size int64) error {
 	switch {
 	case size < old:
 		why = errors.New("a disk cannot shrink")
-	case len(d.bitmaps.Names()) > 0:
-		why = errors.New("the image has bitmaps, which are of the old size")
 	case h.Version < 3 && h.Snapshots > 0:
 		why = errors.New("the image is of version 2 and has snapshots, which have no size of their own")
 	case size%512 != 0:
 		return invalid(d.path, "size %d is not a multiple of 512", size)
 	case d.g.L1Size(size) > format.MaxL1/8:
 		return invalid(d.path, "size %d is too large for clusters of %d bytes", size, d.g.ClusterSize)
+	}
+	if why == nil {
+		why = d.bitmaps.CanGrow(size)
 	}
 	if why == nil {
 		why = d.noVMState(ctx, size)

@@ -26,7 +26,7 @@ func (s *Set) Add(name string, granularityBits uint8, auto bool) error {
 	if err := s.checkNew(name, granularityBits); err != nil {
 		return err
 	}
-	n := s.bitsOf(granularityBits)
+	n := bitsOf(s.size, granularityBits)
 	m := &bitmap{name: name, granularity: granularityBits, bits: newBitset(n), full: auto, fixed: fixedCost(n)}
 	m.auto.Store(auto)
 	if err := s.memory.take(m.fixed); err != nil {
@@ -59,7 +59,7 @@ func (s *Set) checkNew(name string, granularity uint8) error {
 		return invalid("there is a bitmap %q already", name)
 	case len(s.all()) == format.MaxBitmaps:
 		return invalid("there are %d bitmaps already", format.MaxBitmaps)
-	case s.g.Clusters(bytesOf(s.bitsOf(granularity)))<<s.g.ClusterBits > format.MaxBitmapData:
+	case s.g.Clusters(bytesOf(bitsOf(s.size, granularity)))<<s.g.ClusterBits > format.MaxBitmapData:
 		return invalid("bitmap %q: more than %d bytes of bits", name, format.MaxBitmapData)
 	}
 	return s.checkDirectory(name)

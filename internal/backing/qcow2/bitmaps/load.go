@@ -107,10 +107,10 @@ func (s *Set) checkEntry(e *format.Bitmap, end int64) error {
 	return nil
 }
 
-// bitsOf is how many bits cover the disk.
-func (s *Set) bitsOf(granularity uint8) int64 {
+// bitsOf is how many bits cover a disk of size bytes.
+func bitsOf(size int64, granularity uint8) int64 {
 	gran := int64(1) << granularity
-	return s.size/gran + min(1, s.size%gran)
+	return size/gran + min(1, size%gran)
 }
 
 // fixedCost is the memory of a bitmap without any page: what describes it, and
@@ -119,7 +119,7 @@ func fixedCost(n int64) int64 { return 512 + pagesOf(n)*8 }
 
 // loadBits reads the table and the bits of m.
 func (s *Set) loadBits(ctx context.Context, m *bitmap, end int64) error {
-	n := s.bitsOf(m.granularity)
+	n := bitsOf(s.size, m.granularity)
 	m.fixed = fixedCost(n) + int64(m.stored.entry.TableEntries)*8
 	if err := s.memory.take(m.fixed); err != nil {
 		return err

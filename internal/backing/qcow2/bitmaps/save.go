@@ -28,11 +28,10 @@ func (s *Set) Begin(ctx context.Context) error {
 	if s.failed != nil {
 		return s.failed
 	}
-	return backing.Wrap("bitmaps", -1, 0, s.begin(ctx))
+	return backing.Wrap("bitmaps", -1, 0, s.begin(ctx, s.toMark(false)))
 }
 
-func (s *Set) begin(ctx context.Context) error {
-	marks := s.toMark()
+func (s *Set) begin(ctx context.Context, marks map[*stored]bool) error {
 	if len(marks) == 0 {
 		s.begun.Store(true)
 		return nil
@@ -66,12 +65,13 @@ func (s *Set) begin(ctx context.Context) error {
 	return nil
 }
 
-// toMark are the bitmaps in the file that are to be kept up to date, by what
-// the file says or by what was said since, and that are not marked.
-func (s *Set) toMark() map[*stored]bool {
+// toMark are the bitmaps in the file that are not marked and, unless all are
+// asked for, are to be kept up to date, by what the file says or by what was
+// said since.
+func (s *Set) toMark(all bool) map[*stored]bool {
 	marks := map[*stored]bool{}
 	for _, e := range s.file {
-		if e.entry.Auto && !e.entry.InUse {
+		if (all || e.entry.Auto) && !e.entry.InUse {
 			marks[e] = true
 		}
 	}
@@ -391,5 +391,5 @@ func (v *saver) adopt() {
 			m.bits.changed.Store(false)
 		}
 	}
-	s.begun.Store(len(s.toMark()) == 0)
+	s.begun.Store(len(s.toMark(false)) == 0)
 }

@@ -35,16 +35,20 @@ type Options struct {
 // Set is the bitmaps of an image. All methods may be called at any time from
 // any goroutine, unless they say otherwise.
 type Set struct {
-	st   store.Store
-	g    format.Geometry
-	size int64 // of the disk in bytes
-	log  *slog.Logger
+	st  store.Store
+	g   format.Geometry
+	log *slog.Logger
 
 	list  atomic.Pointer[[]*bitmap] // in the order of the directory
 	auto  atomic.Pointer[[]*bitmap] // those of list that Mark changes
 	begun atomic.Bool
 
-	mu      sync.Mutex // held by everything that changes the list or the file
+	// sizeMu guards size and the length of all bitmaps. Who holds mu may read
+	// them without; both are held to change them.
+	sizeMu sync.RWMutex
+	size   int64 // of the disk in bytes
+
+	mu      sync.Mutex // held by everything that changes the list or the file; before sizeMu
 	h       *format.Header
 	file    []*stored // guarded by mu: the directory in the file
 	changed bool      // guarded by mu: list is not what the directory says
@@ -114,7 +118,7 @@ func (s *Set) setList(list []*bitmap) {
 	}
 	s.list.Store(&list)
 	s.auto.Store(&auto)
-	s.begun.Store(len(s.toMark()) == 0)
+	s.begun.Store(len(s.toMark(false)) == 0)
 }
 
 // all is the list; nobody changes it.
@@ -201,11 +205,16 @@ func (s *Set) Describe(name string, off, n int64, yield func(backing.Status) boo
 	if err != nil {
 		return err
 	}
-	if off < 0 || n < 0 || off > s.size-n {
+	s.sizeMu.RLock()
+	out := off < 0 || n < 0 || off > s.size-n
+	s.sizeMu.RUnlock()
+	if out {
 		return backing.ErrOutOfRange
 	}
 	for end := off + n; off < end; {
+		s.sizeMu.RLock()
 		bit, set := m.bits.run(off>>m.granularity, (end-1)>>m.granularity+1)
+		s.sizeMu.RUnlock()
 		stop := min(end, bit<<m.granularity)
 		var value uint32
 		if set {
@@ -231,6 +240,8 @@ func (s *Set) Mark(off, n int64) {
 	if off < 0 && n > 0 {
 		off, n = 0, n+off
 	}
+	s.sizeMu.RLock()
+	defer s.sizeMu.RUnlock()
 	if n <= 0 || off >= s.size {
 		return
 	}
