@@ -13,7 +13,8 @@ var zeroBlock [64 << 10]byte
 
 // Zero makes a range read as zeroes, by its mapping as far as it has whole
 // subclusters. ErrNotSupported, with nothing changed, where the image cannot
-// say so: version 2 above a backing file.
+// say so: version 2 above a backing file, and a data file that would have to be
+// written.
 func (d *disk) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
 	err := d.begin(ctx)
 	if err == nil {
@@ -32,28 +33,35 @@ func (d *disk) zero(ctx context.Context, off, n int64, f backing.Flags) error {
 		return d.zeroBytes(ctx, off, off+n)
 	}
 	keep := f&backing.NoHole != 0
-	if !d.canZero(keep) {
-		return backing.ErrNotSupported
-	}
-	if err := d.zeroBytes(ctx, off, from); err != nil {
+	if err := d.zeroWhole(ctx, from, to, keep, f&backing.FastZero != 0); err != nil {
 		return err
 	}
-	absent := func(off int64) bool { return !keep && d.belowHas(off) == 0 }
-	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
-		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
-			return d.zeroed(old, subs, keep)
-		})
-	})
-	if err != nil {
+	if err := d.zeroBytes(ctx, off, from); err != nil {
 		return err
 	}
 	return d.zeroBytes(ctx, to, off+n)
 }
 
+// zeroWhole is zero for whole subclusters.
+func (d *disk) zeroWhole(ctx context.Context, from, to int64, keep, fast bool) error {
+	switch {
+	case d.g.DataFile && keep && fast && d.data.Fixed(), !d.canZero(keep):
+		return backing.ErrNotSupported
+	case d.g.DataFile:
+		return d.zeroData(ctx, from, to, keep)
+	}
+	absent := func(off int64) bool { return !keep && d.belowHas(off) == 0 }
+	return d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
+			return d.zeroed(old, subs, keep)
+		})
+	})
+}
+
 // canZero reports whether an entry can say that a cluster reads as zeroes, with
 // keep one that has a host cluster.
 func (d *disk) canZero(keep bool) bool {
-	return !d.g.DataFile && (d.g.Version > 2 || d.below == nil && !keep)
+	return d.g.Version > 2 || d.below == nil && !keep
 }
 
 // inner is what there is of whole subclusters in [off, end). The last one of

@@ -274,6 +274,8 @@ func created(t *testing.T) (list []*specimen) {
 		{"512,refcounts of 64 bits", create.Options{ClusterSize: 512, RefcountBits: 64}, 0},
 		{"1k,refcounts of 2 bits", create.Options{ClusterSize: 1024, RefcountBits: 2}, 0},
 		{"4k,data file", create.Options{ClusterSize: 4096, DataFile: "data"}, 0},
+		{"4k,data file,overlay", create.Options{ClusterSize: 4096, DataFile: "data"}, 2<<20 + 512},
+		{"16k,subclusters,data file,overlay", create.Options{ClusterSize: 16 << 10, ExtendedL2: true, DataFile: "data"}, size},
 		{"64k,raw data file", create.Options{DataFile: "data", DataFileRaw: true}, 0},
 		{"16k,preallocated", create.Options{ClusterSize: 16 << 10, Preallocation: create.Metadata}, 0},
 	} {

@@ -1,0 +1,263 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+)
+
+// dataSize of the disks of this file, which ends in the middle of a cluster.
+const dataSize = 3<<20 + 5*512
+
+// withData is an image with a data file, both empty.
+func withData(t *testing.T, o create.Options) *specimen {
+	t.Helper()
+	s := &specimen{name: "data", dir: t.TempDir(), cluster: 4096, image: storetest.New(nil), data: storetest.New(nil),
+		first: make([]byte, dataSize)}
+	o.Size, o.ClusterSize, o.DataFile, o.Data = dataSize, s.cluster, "data", s.data
+	if err := create.Image(t.Context(), s.image, o); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// TestPowerCutLeavesTheRawFileTheDisk: a raw data file that is read without its
+// image has what was flushed too, zeroes not the least.
+func TestPowerCutLeavesTheRawFileTheDisk(t *testing.T) {
+	raw := disktest.Format{Open: func(ctx context.Context, f disktest.Files, readOnly bool) (backing.Device, error) {
+		below, err := qcow2.NewRawLayer(f.Data)
+		if err != nil {
+			return nil, err
+		}
+		image := storetest.New(nil)
+		o := create.Options{Size: dataSize, Backing: "data", BackingFormat: "raw"}
+		if err := create.Image(ctx, image, o); err != nil {
+			return nil, err
+		}
+		opt := quiet()
+		opt.ReadOnly, opt.Backing = readOnly, below
+		return qcow2.Open(ctx, image, opt)
+	}}
+	s := withData(t, create.Options{DataFileRaw: true})
+	share, seed, states := max(1, *crashStates/8), seedOf(t), 0
+	for ; states < share; seed++ {
+		ctx, h, rnd := t.Context(), s.host(), rand.New(rand.NewPCG(seed, 0))
+		dev, err := s.open(ctx, h.again(), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := disktest.Run{Dev: dev, Oracle: disktest.NewOracle(bytes.Clone(s.first))}
+		cuts := disktest.PowerCuts{Format: raw, Oracle: r.Oracle, Files: h.files, PerSync: 5}
+		cuts.Start(rnd, share-states)
+		shape := disktest.Shape{Size: dataSize, Cluster: s.cluster, Ops: 40, Largest: 40 * s.cluster}
+		script := shape.Random(rnd)
+		err = r.Do(ctx, script)
+		n, broken := cuts.Stop()
+		if err := errors.Join(err, broken, dev.Close()); err != nil {
+			t.Fatalf("-disk.seed %d: %v\n%s", seed, err, script)
+		}
+		if err := r.Oracle.Resolve(h.files[1].Contents(), 0); err != nil {
+			t.Fatalf("-disk.seed %d: the raw file at the end: %v\n%s", seed, err, script)
+		}
+		states += n + 1
+	}
+}
+
+// halfWritten is the disk of an image with a data file whose first half was
+// written, and that file.
+func halfWritten(t *testing.T, o create.Options) (d backing.Device, image, data *storetest.Mem) {
+	t.Helper()
+	s := withData(t, o)
+	h := s.host()
+	opt := quiet()
+	opt.DataFile = h.files[1]
+	d, err := qcow2.Open(t.Context(), h.files[0], opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.WriteAt(t.Context(), bytes.Repeat([]byte{7}, dataSize/2), 0, backing.FUA); err != nil {
+		t.Fatal(err)
+	}
+	return d, h.files[0].Mem, h.files[1].Mem
+}
+
+// TestZeroOfADataFileIsDoneInTheFile: by its punch, or with NoHole by its zero,
+// and by no write; and where the file can do neither only the mapping may say
+// so, if that is enough.
+func TestZeroOfADataFileIsDoneInTheFile(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		raw    bool
+		unable bool
+		flags  backing.Flags
+		want   backing.Kind
+		op     storetest.Op
+	}{
+		{"raw", true, false, backing.FastZero, "", storetest.Punch},
+		{"raw, no hole", true, false, backing.FastZero | backing.NoHole, "", storetest.Zero},
+		{"raw, unable", true, true, 0, backing.ErrNotSupported, storetest.Punch},
+		{"raw, no hole, unable", true, true, backing.NoHole, backing.ErrNotSupported, storetest.Zero},
+		{"plain", false, false, backing.FastZero, "", storetest.Punch},
+		{"plain, no hole", false, false, backing.FastZero | backing.NoHole, "", storetest.Zero},
+		{"plain, unable", false, true, backing.FastZero, "", storetest.Punch},
+		{"plain, no hole, unable", false, true, backing.NoHole, backing.ErrNotSupported, storetest.Zero},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx := t.Context()
+			d, _, data := halfWritten(t, create.Options{DataFileRaw: tt.raw})
+			defer d.Close()
+			want := make([]byte, dataSize)
+			if err := d.ReadAt(ctx, want, 0); err != nil {
+				t.Fatal(err)
+			}
+			const off, n = 64 << 10, 1 << 20
+			if tt.unable {
+				for i := range 8 {
+					data.FailOp(tt.op, i+1, backing.ErrNotSupported)
+				}
+			}
+			writes, calls := data.Count(storetest.Write), data.Count(tt.op)
+			err := d.Zero(ctx, off, n, tt.flags)
+			if tt.want == "" && err != nil || tt.want != "" && !errors.Is(err, tt.want) {
+				t.Fatalf("zero: got %v, want %q", err, tt.want)
+			}
+			if data.Count(storetest.Write) != writes || data.Count(tt.op) == calls {
+				t.Errorf("data file: %d writes and %d of %q, want none and some", data.Count(storetest.Write)-writes,
+					data.Count(tt.op)-calls, tt.op)
+			}
+			if err == nil {
+				clear(want[off : off+n])
+			}
+			mustMatch(t, d, 0, want)
+			if got := data.Contents(); tt.raw && !bytes.Equal(got, want) {
+				t.Error("the raw file has other contents")
+			}
+			// What is around survives a write to a part of what is zero.
+			if err := d.WriteAt(ctx, []byte{9}, off+5000, 0); err != nil {
+				t.Fatal(err)
+			}
+			want[off+5000] = 9
+			mustMatch(t, d, 0, want)
+		})
+	}
+}
+
+// TestFastZeroOfADataDeviceDoesNotWrite: a device may have to write zeroes where
+// it shall not unmap.
+func TestFastZeroOfADataDeviceDoesNotWrite(t *testing.T) {
+	d, _, data := halfWritten(t, create.Options{})
+	defer d.Close()
+	data.SetFixed(true)
+	before := data.Calls()
+	if err := d.Zero(t.Context(), 0, 1<<20, backing.FastZero|backing.NoHole); !errors.Is(err, backing.ErrNotSupported) {
+		t.Errorf("got %v, want %v", err, backing.ErrNotSupported)
+	}
+	if got := data.Calls(); got != before {
+		t.Errorf("%d calls to the device, want none", got-before)
+	}
+}
+
+// TestQEMUReadsTheZeroesOfADataFile: the mapping that a zero leaves is one that
+// QEMU knows, with what is written on top of it.
+func TestQEMUReadsTheZeroesOfADataFile(t *testing.T) {
+	for _, raw := range []bool{false, true} {
+		d, image, data := halfWritten(t, create.Options{DataFileRaw: raw})
+		for i, f := range []backing.Flags{0, backing.NoHole, backing.FastZero} {
+			for _, at := range []int64{100 << 10, 2 << 20} { // what is written and what is not
+				at += int64(i) * 128 << 10
+				err := d.Zero(t.Context(), at, 100<<10, f)
+				if err == nil {
+					err = d.WriteAt(t.Context(), []byte{1, 2, 3}, at+50<<10, 0)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		want := make([]byte, dataSize)
+		if err := errors.Join(d.ReadAt(t.Context(), want, 0), d.Close()); err != nil {
+			t.Fatal(err)
+		}
+		dir := t.TempDir()
+		for name, b := range map[string][]byte{"t": image.Contents(), "data": data.Contents(), "want": want} {
+			if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		qemu(t, dir, "qemu-img", "check", "-q", "-f", "qcow2", "t")
+		qemu(t, dir, "qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", "t", "want")
+		if raw {
+			qemu(t, dir, "qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", "data", "want")
+		}
+	}
+}
+
+// waiting tells when somebody waits for its end.
+type waiting struct {
+	context.Context
+	asked chan struct{}
+	once  sync.Once
+}
+
+func (w *waiting) Done() <-chan struct{} {
+	w.once.Do(func() { close(w.asked) })
+	return w.Context.Done()
+}
+
+// TestNoFillComesBetweenTheZeroesAndTheMapping: a write that fills its cluster
+// with what is below, while a zero has cleared the data file and has not yet
+// changed the mapping, waits.
+func TestNoFillComesBetweenTheZeroesAndTheMapping(t *testing.T) {
+	s := withData(t, create.Options{Backing: "below", BackingFormat: "raw"})
+	below, err := qcow2.NewRawLayer(storetest.New(bytes.Repeat([]byte{5}, dataSize)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, opt := s.host(), quiet()
+	opt.DataFile, opt.Backing = h.files[1], below
+	d, err := qcow2.Open(t.Context(), h.files[0], opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	if err := d.WriteAt(t.Context(), []byte{1}, 1<<20, 0); err != nil { // there is a table
+		t.Fatal(err)
+	}
+	ctx := &waiting{Context: t.Context(), asked: make(chan struct{})}
+	written := make(chan error, 1)
+	h.files[1].SetHook(func(c storetest.Call) {
+		if c.Op != storetest.Punch || !c.Done {
+			return
+		}
+		done := make(chan struct{})
+		go func() {
+			written <- d.WriteAt(ctx, []byte{9}, 0, 0)
+			close(done)
+		}()
+		select {
+		case <-ctx.asked:
+		case <-done:
+		}
+	})
+	err = d.Zero(t.Context(), 0, s.cluster, 0)
+	h.files[1].SetHook(nil)
+	if err := errors.Join(err, <-written); err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, s.cluster)
+	got := mustRead(t, d, 1, s.cluster-1)
+	if !bytes.Equal(got, want[1:]) {
+		t.Error("what is below has come back")
+	}
+}
