@@ -58,9 +58,9 @@ nbdinfo --size nbd+vsock://1:10809/a
 vmdiskctl export add b /var/lib/vmdiskd/images/b.img --persist --listen 'nbd+unix:///?socket=/run/vmdiskd/b.sock'
 systemctl restart vmdiskd
 nbdinfo --size 'nbd+unix:///b?socket=/run/vmdiskd/b.sock'
-! journalctl -b -k --quiet --no-pager --grep 'apparmor="DENIED".*profile="vmdiskd"'`},
+fails journalctl -b -k --quiet --no-pager --grep 'apparmor="DENIED".*profile="vmdiskd"'`},
 			{Name: "it opens nothing else", Seconds: 180, Script: `
-! vmdiskctl export add c /srv/c.img --readonly
+fails vmdiskctl export add c /srv/c.img --readonly
 journalctl -b -k --no-pager --grep 'apparmor="DENIED".*profile="vmdiskd".*/srv'
 systemctl stop vmdiskd`},
 		},

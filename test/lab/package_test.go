@@ -88,7 +88,7 @@ func packageSteps() []Step {
 				id vmdiskd | grep '(kvm)'
 				[ "$(stat -c '%U %G %a' /run/vmdiskd)" = 'vmdiskd kvm 2755' ]
 				[ "$(stat -c '%U %a' /var/lib/vmdiskd/images)" = 'vmdiskd 750' ]
-				! systemctl is-enabled vmdiskd.service vmdiskd.socket`},
+				fails systemctl is-enabled vmdiskd.service vmdiskd.socket`},
 		{Name: "serve", Script: `
 				for x in a b; do
 					truncate -s 64M /var/lib/vmdiskd/images/$x.img
@@ -103,7 +103,7 @@ func packageSteps() []Step {
 				cat /proc/$pid/task/*/status >/root/status
 				tasks=$(grep -c '^Tgid:' /root/status)
 				[ $(grep -cE '^(NoNewPrivs:	1|Seccomp:	2|Cap(Eff|Prm|Bnd):	0{16})$' /root/status) = $((tasks * 5)) ]
-				! grep '^Uid:	0' /root/status
+				fails grep '^Uid:	0' /root/status
 				vmdiskctl status`},
 		{Name: "exports made while it runs", Script: `
 				truncate -s 64M /var/lib/vmdiskd/images/c.img /root/d.img
@@ -158,13 +158,13 @@ func packageSteps() []Step {
 				rm /etc/vmdiskd/swap/s1.conf`},
 		{Name: "remove and purge", Script: `
 				dpkg -r vmdiskd
-				! systemctl is-active vmdiskd.service vmdiskd.socket vmdiskd@vm1.service
+				fails systemctl is-active vmdiskd.service vmdiskd.socket vmdiskd@vm1.service
 				[ -e /etc/vmdiskd/vmdiskd.toml ]
 				[ -e /var/lib/vmdiskd/images/a.img ]
 				rm /var/lib/vmdiskd/images/* /etc/vmdiskd/vm/vm1.toml
 				dpkg --purge vmdiskd
-				! getent passwd vmdiskd; ! getent group vmdiskd
+				fails getent passwd vmdiskd; fails getent group vmdiskd
 				find / -xdev -name '*vmdiskd*' ! -path '/proc/*' ! -path '/lab/*' >/root/after
-				! grep -vxF -f /root/before /root/after`},
+				fails grep -vxF -f /root/before /root/after`},
 	}
 }
