@@ -11,17 +11,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-// block returns the code between ``` that follows a marker in README.md.
-func block(t *testing.T, readme, name string) string {
-	t.Helper()
-	_, rest, ok := strings.Cut(readme, "<!-- "+name+" -->\n```\n")
-	code, _, closed := strings.Cut(rest, "\n```\n")
-	if !ok || !closed || strings.TrimSpace(code) == "" {
-		t.Fatalf("README.md has no code below the marker %q", name)
-	}
-	return code
-}
-
 // quickStart runs what README.md prints, in folders /run and /srv of its own:
 // QEMU with the printed options, the first two commands in one terminal, the
 // third in another when the service answers. The words in capitals are put in.
@@ -50,13 +39,9 @@ func TestQuickStartOfTheReadme(t *testing.T) {
 		t.Skipf("is about vmdiskd, not %s", k.Name)
 	}
 	testenv.Require(t, "unshare")
-	text, err := os.ReadFile(filepath.Join(testenv.Root(), "README.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	readme, dir := string(text), testenv.TempDir(t)
+	dir := testenv.TempDir(t)
 	for _, name := range []string{"machine", "service", "attach"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(block(t, readme, name)), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(testenv.Printed(t, name)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
