@@ -30,7 +30,8 @@
 // does always.
 //
 // The image is made by mmdebstrap, which needs root and about 40 s, and cached
-// in .cache; a set of policy modules makes an image of its own in about 8 s.
+// in .cache; a set of policy modules makes an image of its own in about 8 s, one of
+// packages in about a minute.
 // Everything else needs no root. When a scenario fails, what the guest said is
 // in .cache/lab-logs/ under the name of the test.
 //

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"errors"
 	"os"
 	"testing"
 
@@ -70,7 +71,7 @@ func TestRPMFromInstallationToErase(t *testing.T) {
 	Require(t)
 	testenv.Require(t, "rpm", "unshare")
 	if os.Getuid() != 0 {
-		t.Skip("needs root: files of packages belong to root")
+		lacks(t, errors.New("needs root: files of packages belong to root"))
 	}
 	old, next := builtPackage(t, "0.1.0", "rpm"), builtPackage(t, "0.2.0", "rpm")
 	archive, err := unpacked(imagePackages)
