@@ -190,9 +190,26 @@ func (h *host) wantNodes(t *testing.T, n int, size int64) {
 // disk gets the reconnect delay that libvirt has forgotten, and grows, with the
 // same certificates.
 func TestDiskOfADomainComesOverTLS(t *testing.T) {
-	dir, port := readable(t, testenv.Certificates(t)), testenv.FreePort(t)
-	h := startHostOf(t, testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir)), libvirtd.Private,
-		fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"", dir, port))
+	dir := readable(t, testenv.Certificates(t), testenv.Nobody)
+	l := testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir))
+	overTLS(t, dir, func(conf string) *host { return startHostOf(t, l, libvirtd.Private, conf) })
+}
+
+// TestDiskOfANewerLibvirtComesOverTLS is the same with libvirt 11.
+func TestDiskOfANewerLibvirtComesOverTLS(t *testing.T) {
+	dir := readable(t, testenv.Certificates(t), testenv.SystemQEMU)
+	l := testenv.StartNewerLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir))
+	overTLS(t, dir, func(conf string) *host {
+		h := startHostOf(t, l, libvirtd.System, conf)
+		h.newer = true
+		return h
+	})
+}
+
+func overTLS(t *testing.T, dir string, start func(conf string) *host) {
+	t.Helper()
+	port := testenv.FreePort(t)
+	h := start(fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"", dir, port))
 	ctx := testenv.Context(t)
 	_, err := h.service.Add(ctx, addExport("web", h.image(t, "disk", diskSize)))
 	must(t, err)
@@ -228,8 +245,8 @@ func TestDiskOfADomainComesOverTLS(t *testing.T) {
 	}
 }
 
-// readable lets libvirt's user read the files of a folder.
-func readable(t *testing.T, dir string) string {
+// readable lets a user, whom root lends them to, read the files of a folder.
+func readable(t *testing.T, dir string, user int) string {
 	t.Helper()
 	must(t, os.Chmod(dir, 0o755))
 	if os.Getuid() != 0 {
@@ -238,7 +255,7 @@ func readable(t *testing.T, dir string) string {
 	files, err := filepath.Glob(dir + "/*")
 	must(t, err)
 	for _, f := range files {
-		must(t, os.Chown(f, testenv.Nobody, testenv.Nobody))
+		must(t, os.Chown(f, user, user))
 	}
 	return dir
 }

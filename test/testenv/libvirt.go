@@ -98,8 +98,8 @@ for d in /etc/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt; do
 done
 [ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
 printf '%s\n' 'namespaces = []' 'cgroup_controllers = []' 'security_driver = "none"' \
-	'stdio_handler = "file"' 'remember_owner = 0' >/etc/libvirt/qemu.conf
-[ -z "${2-}" ] || mount --bind "$2" /usr
+	'stdio_handler = "file"' 'remember_owner = 0' "$3" >/etc/libvirt/qemu.conf
+[ -z "$2" ] || mount --bind "$2" /usr
 "$1" &
 wait $! # as the first process it takes in what QEMU leaves behind
 `
@@ -108,30 +108,29 @@ wait $! # as the first process it takes in what QEMU leaves behind
 // another user, SystemQEMU. It takes root, and skips the test without.
 func StartSystemLibvirt(t testing.TB) *Libvirt {
 	t.Helper()
-	return startSystemLibvirt(t)
+	return startSystemLibvirt(t, "", nil)
 }
 
 // StartNewerLibvirt is StartSystemLibvirt with libvirt 11 and QEMU 10 of Debian
-// 13 in place of all of the host's /usr.
-func StartNewerLibvirt(t testing.TB) *Libvirt {
+// 13 in place of all of the host's /usr, and the lines in its qemu.conf.
+func StartNewerLibvirt(t testing.TB, conf ...string) *Libvirt {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
 	d := trixie(t, "trixie-libvirt-1", "libvirt-daemon,libvirt-daemon-driver-qemu,qemu-system-x86")
-	return startSystemLibvirt(t, filepath.Join(d.root, "usr"))
+	return startSystemLibvirt(t, filepath.Join(d.root, "usr"), conf)
 }
 
 // startSystemLibvirt takes the folder that stands for /usr, if not the host's.
-func startSystemLibvirt(t testing.TB, usr ...string) *Libvirt {
+func startSystemLibvirt(t testing.TB, usr string, conf []string) *Libvirt {
 	t.Helper()
 	Require(t, "qemu-system-x86_64", "virsh", "unshare")
 	program := Path(t, "libvirtd")
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
-	cmd := exec.Command(Path(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", systemLibvirt, "sh", program)
-	cmd.Args = append(cmd.Args, usr...)
+	cmd := exec.Command(Path(t, "unshare"), "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", systemLibvirt, "sh", program, usr, strings.Join(conf, "\n"))
 	startLibvirtd(t, cmd)
 	l := &Libvirt{Dir: TempDir(t)}
 	if err := os.Chown(l.Dir, SystemQEMU, SystemQEMU); err != nil {
