@@ -20,8 +20,9 @@ var ErrUnfunded = errors.New("metadata has no storage")
 // gets its first cluster, a cluster for its refcount block is owed, and as many
 // as are owed are set aside. A part is what one refcount block counts.
 type funds struct {
-	strict bool // refuse what is not funded
-	begun  bool // the metadata that was there at first has its storage
+	strict bool  // refuse what is not funded
+	begun  bool  // the metadata that was there at first has its storage
+	old    int64 // that before this cluster has; the commit's own
 
 	aside   []int64      // clusters of used with storage, all zero, without a reference
 	counted clusters.Set // parts that have a refcount block, by index
@@ -167,6 +168,10 @@ func (s *Space) Fund(ctx context.Context) error {
 
 func (s *Space) fundAll(ctx context.Context) error {
 	if !s.funds.begun {
+		// A host that is full, or cannot at all, says so before the search.
+		if err := s.fill(ctx, slack); err != nil {
+			return err
+		}
 		if err := s.fundOld(ctx); err != nil {
 			return err
 		}
@@ -216,9 +221,9 @@ func (s *Space) fundOld(ctx context.Context) error {
 	if err := s.Extend(ctx, end<<s.g.ClusterBits); err != nil {
 		return err
 	}
-	for c := int64(0); ; {
+	for old := &s.funds.old; ; {
 		s.mu.Lock()
-		from := s.meta.Next(c, end)
+		from := s.meta.Next(*old, end)
 		to := s.meta.NextAbsent(from, end)
 		s.mu.Unlock()
 		if from == end {
@@ -227,7 +232,7 @@ func (s *Space) fundOld(ctx context.Context) error {
 		if err := s.fundHoles(ctx, from<<s.g.ClusterBits, to<<s.g.ClusterBits); err != nil {
 			return err
 		}
-		c = to
+		*old = to
 	}
 }
 
