@@ -279,6 +279,34 @@ func TestFlushJoinsOnlyALaterSync(t *testing.T) {
 	}
 }
 
+// TestFailedSyncFailsEveryFlushThatWaits: the kernel tells of the loss once.
+func TestFailedSyncFailsEveryFlushThatWaits(t *testing.T) {
+	const flushes = 8
+	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
+	gate := backingtest.NewGate()
+	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Gate: gate, Fault: backingtest.Fault{Errno: syscall.EIO}})
+	first := make(chan error, 1)
+	go func() { first <- d.Flush(t.Context()) }()
+	<-gate.Arrived
+	rest := make(chan error, flushes)
+	for range flushes {
+		go func() { rest <- d.Flush(t.Context()) }()
+	}
+	waitBlocked(t, flushes, "select", "raw.(*Device).Flush(")
+	gate.Open()
+	if err := <-first; !errors.Is(err, backing.ErrIO) {
+		t.Errorf("flush: got %v, want %v", err, backing.ErrIO)
+	}
+	for range flushes {
+		if err := <-rest; !errors.Is(err, backing.ErrPoisoned) {
+			t.Errorf("flush that waited: got %v, want %v", err, backing.ErrPoisoned)
+		}
+	}
+	if n := f.Clear(); n != 1 {
+		t.Errorf("got %d fdatasyncs, want no other after the one that failed", n)
+	}
+}
+
 func TestFlushGivesUpWaitingForItsTurn(t *testing.T) {
 	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
 	gate := backingtest.NewGate()
