@@ -47,6 +47,18 @@ func Describe(f *os.File) (direct bool, align int, err error) {
 	return true, fallbackAlign, nil
 }
 
+// diskOf is the number of the device that f is on, or is.
+func diskOf(f *os.File) uint64 {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return 0 // shared with others of which nothing is known
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return st.Rdev
+	}
+	return st.Dev
+}
+
 // cachedChunk bounds one copy out of the page cache: the goroutine cannot be
 // preempted in it, and a collection waits for it (a tenth of a millisecond).
 const cachedChunk = 1 << 20

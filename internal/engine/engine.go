@@ -29,12 +29,13 @@ func (o Op) String() string { return opNames[o] }
 // IO is one transfer. The caller owns it, and may reuse it, before Submit
 // and after Done; in between it and Buf belong to the engine.
 type IO struct {
-	Op   Op
-	FUA  bool // OpWrite: durable before Done (RWF_DSYNC)
-	File *File
-	Buf  []byte // OpRead, OpWrite; for a direct file aligned as File.Align says
-	Off  int64  // bytes
-	Len  int64  // OpPunch, OpZero: bytes; ignored for the others
+	Op    Op
+	FUA   bool // OpWrite: durable before Done (RWF_DSYNC)
+	File  *File
+	Owner Owner  // whose share of the engine it takes
+	Buf   []byte // OpRead, OpWrite; for a direct file aligned as File.Align says
+	Off   int64  // bytes
+	Len   int64  // OpPunch, OpZero: bytes; ignored for the others
 
 	// Done is called once, from any goroutine, when the transfer is over.
 	// It must not block.
@@ -55,6 +56,7 @@ type IO struct {
 	// Engine-private state while the IO is submitted.
 	Next *IO
 	Slot uint32
+	flow *flow
 }
 
 // Flusher sends on what several Done have gathered.
@@ -77,6 +79,8 @@ type File struct {
 	Direct bool // opened with O_DIRECT: the page cache is not consulted
 	Align  int  // Direct: alignment of buffer address, offset and length
 
+	disk uint64 // number of the device that it is on, or is
+
 	// Index is the engine's registration of the file, or -1.
 	Index int32
 	close func() error
@@ -85,7 +89,7 @@ type File struct {
 // NewFile is for implementations of Engine. closer undoes the registration
 // and may be nil; the os.File is closed after it.
 func NewFile(f *os.File, direct bool, align int, closer func() error) *File {
-	return &File{OS: f, FD: f.Fd(), Direct: direct, Align: align, Index: -1, close: closer}
+	return &File{OS: f, FD: f.Fd(), Direct: direct, Align: align, disk: diskOf(f), Index: -1, close: closer}
 }
 
 // Close gives the file back to the system. No IO on it may be in flight.
@@ -147,7 +151,7 @@ func (w *waiter) finish(*IO) {
 	}
 }
 
-// Do submits the batch, sets each Done, waits for all of it and returns the
+// Do submits the batch, sets each Done, and the Owner of each to that of ctx, waits for all of it and returns the
 // first error in batch order. ctx is looked at before the batch is submitted
 // only: buffers that the kernel works on cannot be taken back.
 func Do(ctx context.Context, e Engine, batch ...*IO) error {
@@ -159,8 +163,9 @@ func Do(ctx context.Context, e Engine, batch ...*IO) error {
 	}
 	w := waiters.Get().(*waiter)
 	w.left = len(batch)
+	by := owner(ctx)
 	for _, io := range batch {
-		io.Done = w.fn
+		io.Done, io.Owner = w.fn, by
 	}
 	e.Submit(batch)
 	<-w.done

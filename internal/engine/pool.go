@@ -12,7 +12,7 @@ import (
 )
 
 // Pool is the engine on plain system calls: a bounded set of goroutines,
-// started as they are needed, takes transfers from one queue.
+// started as they are needed, takes transfers from a Queue.
 type Pool struct {
 	max     int
 	inline  bool // Submit makes the last transfer of a batch itself
@@ -20,11 +20,10 @@ type Pool struct {
 
 	mu      sync.Mutex
 	wake    sync.Cond
-	head    *IO  // guarded by mu; queue linked by IO.Next
-	tail    *IO  // guarded by mu
-	started int  // guarded by mu
-	idle    int  // guarded by mu; waiting workers that nobody signalled yet
-	closing bool // guarded by mu
+	waiting *Queue // guarded by mu
+	started int    // guarded by mu
+	idle    int    // guarded by mu; waiting workers that nobody signalled yet
+	closing bool   // guarded by mu
 }
 
 // NewPool makes a pool of at most workers goroutines; 0 or less means
@@ -33,7 +32,7 @@ func NewPool(workers int) *Pool {
 	if workers <= 0 {
 		workers = limits.PoolWorkers
 	}
-	p := &Pool{max: workers}
+	p := &Pool{max: workers, waiting: NewQueue(workers)}
 	p.wake.L = &p.mu
 	return p
 }
@@ -93,20 +92,11 @@ func (p *Pool) queue(batch []*IO) {
 	if len(batch) == 0 {
 		return
 	}
-	for i, io := range batch[1:] {
-		batch[i].Next = io
-	}
-	last := batch[len(batch)-1]
-	last.Next = nil
-
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.tail == nil {
-		p.head = batch[0]
-	} else {
-		p.tail.Next = batch[0]
+	for _, io := range batch {
+		p.waiting.Push(io)
 	}
-	p.tail = last
 	woken := min(p.idle, len(batch))
 	p.idle -= woken
 	for range woken {
@@ -131,33 +121,36 @@ func (p *Pool) Close() error {
 
 // work lives until Close and runs one transfer after the other.
 func (p *Pool) work() {
-	for {
-		io := p.take()
-		if io == nil {
-			return
-		}
+	for io := p.take(nil, 0); io != nil; {
+		of, cost := io.flow, io.cost()
 		run(io)
 		io.finish()
+		io = p.take(of, cost)
 	}
 }
 
-// take waits for a transfer; nil says that the pool is closing.
-func (p *Pool) take() *IO {
+// take ends the worker's last transfer, if there was one, and waits for
+// another; nil says that the pool is closing.
+func (p *Pool) take(of *flow, cost int64) *IO {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for p.head == nil {
-		if p.closing {
+	if of != nil {
+		p.waiting.leave(of, cost)
+	}
+	io := p.waiting.Pop()
+	for ; io == nil; io = p.waiting.Pop() {
+		if p.closing && p.waiting.Waiting() == 0 {
+			p.wake.Broadcast() // to those who waited for this
 			return nil
 		}
 		p.idle++
 		p.wake.Wait()
 	}
-	io := p.head
-	p.head = io.Next
-	if p.head == nil {
-		p.tail = nil
+	// What left, or did not come for long, may let more than one begin.
+	if p.idle > 0 && p.waiting.Ready() {
+		p.idle--
+		p.wake.Signal()
 	}
-	io.Next = nil
 	return io
 }
 

@@ -60,6 +60,7 @@ var claims = []struct {
 	{"ErrorsAreTheKernelsNumbers", errorsAreTheKernelsNumbers},
 	{"FullFilesystemIsENOSPC", fullFilesystemIsENOSPC},
 	{"OneFailureLeavesTheRestOfTheBatchAlone", oneFailureLeavesTheRest},
+	{"NeighboursReadIsNotBehindALongQueue", neighboursRead},
 	{"SubmitFromDoneDoesNotDeadlock", submitFromDone},
 	{"CloseWaitsForEverything", closeWaitsForEverything},
 	{"BufferBelongsToTheCallerAfterDone", bufferBelongsToTheCallerAfterDone},

@@ -84,16 +84,6 @@ func (l *list) append(o list) {
 	l.tail = o.tail
 }
 
-func (l *list) pop() *engine.IO {
-	io := l.head
-	l.head = io.Next
-	if l.head == nil {
-		l.tail = nil
-	}
-	io.Next = nil
-	return io
-}
-
 // New makes an engine, or tells why this kernel, or what confines the
 // process, does not let it.
 func New(o Options) (*Engine, error) { return newEngine(o, 0, limits.RingEntries, limits.RingFiles) }

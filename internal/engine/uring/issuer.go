@@ -31,9 +31,9 @@ type issuer struct {
 	e        *Engine
 	r        *ring
 	slots    []slot
-	free     []uint32 // slots without a transfer
-	again    []uint32 // slots whose transfer has another call to make
-	backlog  list     // taken from the queue, without a slot
+	free     []uint32      // slots without a transfer
+	again    []uint32      // slots whose transfer has another call to make
+	backlog  *engine.Queue // taken from the queue, without a slot; what it lets go has one
 	after    []engine.Flusher
 	controls []*control
 	armed    bool   // the eventfd is being read
@@ -45,7 +45,7 @@ type issuer struct {
 func newIssuer(e *Engine, r *ring) *issuer {
 	// Every call in flight has room for its completion, and the eventfd too.
 	n := len(r.cqes) - 1
-	s := &issuer{e: e, r: r, slots: make([]slot, n), free: make([]uint32, 0, n), again: make([]uint32, 0, n)}
+	s := &issuer{e: e, r: r, slots: make([]slot, n), free: make([]uint32, 0, n), again: make([]uint32, 0, n), backlog: engine.NewQueue(n)}
 	for i := range n {
 		s.free = append(s.free, uint32(n-1-i))
 	}
@@ -78,12 +78,18 @@ func (s *issuer) loop() {
 func (s *issuer) gather() (closing bool) {
 	e := s.e
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	s.backlog.append(e.queue)
+	came := e.queue
 	e.queue = list{}
 	s.controls, e.controls = e.controls, s.controls[:0]
 	e.asleep.Store(true)
-	return e.closing
+	closing = e.closing
+	e.mu.Unlock()
+	for io := came.head; io != nil; {
+		next := io.Next
+		s.backlog.Push(io)
+		io = next
+	}
+	return closing
 }
 
 // control changes the tables. The read of the eventfd then starts anew:
@@ -104,7 +110,7 @@ func (s *issuer) control() {
 
 // idle tells that nothing is left to do.
 func (s *issuer) idle() bool {
-	return s.backlog.head == nil && len(s.free) == len(s.slots)
+	return s.backlog.Waiting() == 0 && len(s.free) == len(s.slots)
 }
 
 // fill queues a call for each transfer that has one to make, as far as there
@@ -120,11 +126,14 @@ func (s *issuer) fill() (full bool) {
 		}
 		s.again = s.again[:n-1]
 	}
-	for s.backlog.head != nil && len(s.free) > 0 {
+	for s.backlog.Waiting() > 0 {
 		if s.r.queued() == uint32(len(s.r.sqes)) {
 			return true
 		}
-		io := s.backlog.pop()
+		io := s.backlog.Pop()
+		if io == nil {
+			break
+		}
 		i := s.free[len(s.free)-1]
 		sl := &s.slots[i]
 		if !sl.t.Start(io) {
@@ -257,6 +266,7 @@ func (s *issuer) finish(c cqe) {
 
 // done gives io back and remembers what is to be flushed for it.
 func (s *issuer) done(io *engine.IO) {
+	s.backlog.Leave(io)
 	after := io.After
 	io.Done(io)
 	if after != nil && !slices.Contains(s.after, after) {

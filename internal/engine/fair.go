@@ -1,0 +1,251 @@
+package engine
+
+import (
+	"context"
+	"hash/maphash"
+	"slices"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// Owner is on whose behalf a transfer is made. Owners share an engine; the
+// zero value is the program itself, which is never held back.
+type Owner uint64
+
+var ownerSeed = maphash.MakeSeed()
+
+// OwnerOf is the owner that name stands for, never the zero value. It means
+// something within this process only.
+func OwnerOf(name string) Owner { return Owner(maphash.String(ownerSeed, name) | 1) }
+
+// ownerKey is the key of the owner in a context.
+type ownerKey struct{}
+
+// WithOwner makes o the owner of all that Do is given with the context.
+func WithOwner(ctx context.Context, o Owner) context.Context {
+	return context.WithValue(ctx, ownerKey{}, o)
+}
+
+// owner is whom ctx works for.
+func owner(ctx context.Context) Owner {
+	o, _ := ctx.Value(ownerKey{}).(Owner)
+	return o
+}
+
+// cost is what io takes from its owner's share.
+func (io *IO) cost() int64 {
+	if io.Op == OpRead || io.Op == OpWrite {
+		return limits.ShareOp + int64(len(io.Buf))
+	}
+	return limits.ShareSync
+}
+
+// Queue holds the transfers that wait for a place in flight, and decides whose
+// comes next: by deficit round robin among the owners. It is for
+// implementations of Engine and not safe for concurrent use.
+//
+// Turns alone would not help a guest with one request at a time: what the
+// neighbour has in flight stands before it in the queue of the disk. So, while
+// several owners use a disk, each has a part of limits.ShareFlying in flight
+// there. And an owner always leaves some places free, so that storage that
+// hangs does not hang what others have elsewhere.
+type Queue struct {
+	places  int // bound of the transfers in flight
+	flying  int
+	waiting int
+
+	house flow // of those without an owner
+	flows map[flowKey]*flow
+	disks map[uint64]*disk
+	last  *flow   // that of the last Push: the next one often has the same
+	ready []*flow // with something waiting
+	turn  int     // place in ready of the one whose turn it is
+	spare []*flow
+}
+
+type flowKey struct {
+	owner Owner
+	disk  uint64
+}
+
+// flow is what one owner has on one disk.
+type flow struct {
+	key        flowKey
+	disk       *disk // nil for the house
+	head, tail *IO   // waiting, linked by Next
+	flying     int
+	cost       int64 // of those in flight
+	credit     int64 // what it may still start in this round
+	seen       int64 // disk.moved when it was last heard of
+}
+
+// disk is what the queue knows of a disk that has owners.
+type disk struct {
+	flows []*flow
+	moved int64 // cost of all that was started
+	look  int64 // moved when idle owners are looked for again
+}
+
+// NewQueue makes a queue for an engine with that many places in flight.
+func NewQueue(places int) *Queue {
+	q := &Queue{places: places, flows: map[flowKey]*flow{}, disks: map[uint64]*disk{}}
+	q.last = &q.house
+	return q
+}
+
+// Waiting is the number of transfers that wait.
+func (q *Queue) Waiting() int { return q.waiting }
+
+// Push takes io, whose Next it uses.
+func (q *Queue) Push(io *IO) {
+	f := q.last
+	if io.Owner != f.key.owner || f.disk != nil && io.File.disk != f.key.disk {
+		f = q.find(io)
+		q.last = f
+	}
+	io.flow, io.Next = f, nil
+	if f.tail == nil {
+		f.head = io
+		q.ready = append(q.ready, f)
+	} else {
+		f.tail.Next = io
+	}
+	f.tail = io
+	q.waiting++
+	if f.disk != nil {
+		f.seen = f.disk.moved
+	}
+}
+
+// Pop returns the transfer to start next, or nil: then none waits, or those
+// that do have to wait until another one has left. It is in flight until Leave.
+func (q *Queue) Pop() *IO {
+	if q.flying >= q.places {
+		return nil
+	}
+	for held := 0; held < len(q.ready); {
+		f := q.ready[q.turn]
+		switch {
+		case !q.may(f):
+			held++
+			q.pass()
+		case len(q.ready) > 1 && f.credit < f.head.cost():
+			held = 0
+			f.credit += limits.ShareTurn
+			q.pass()
+		default:
+			return q.start(f)
+		}
+	}
+	return nil
+}
+
+// Ready reports whether Pop would return a transfer.
+func (q *Queue) Ready() bool { return q.flying < q.places && slices.ContainsFunc(q.ready, q.may) }
+
+// pass gives the turn to the next one.
+func (q *Queue) pass() {
+	if q.turn++; q.turn >= len(q.ready) {
+		q.turn = 0
+	}
+}
+
+// may tells whether f may have one more in flight. Who has none may, as long
+// as there is a place.
+func (q *Queue) may(f *flow) bool {
+	if f.disk == nil || f.flying == 0 {
+		return true
+	}
+	if f.flying >= (limits.ShareSpare-1)*(q.places-q.flying) {
+		return false
+	}
+	n := int64(len(f.disk.flows))
+	return n == 1 || f.cost < limits.ShareFlying/n
+}
+
+// start takes the first transfer of f.
+func (q *Queue) start(f *flow) *IO {
+	io := f.head
+	f.head, io.Next = io.Next, nil
+	cost := io.cost()
+	f.credit -= cost
+	if f.head == nil {
+		f.tail, f.credit = nil, 0
+		q.ready = slices.Delete(q.ready, q.turn, q.turn+1)
+		if q.turn >= len(q.ready) {
+			q.turn = 0
+		}
+	} else if len(q.ready) == 1 {
+		f.credit = 0
+	}
+	q.waiting--
+	q.flying++
+	f.flying++
+	f.cost += cost
+	if d := f.disk; d != nil {
+		if d.moved += cost; d.moved >= d.look {
+			q.forget(d, limits.ShareIdle)
+		}
+	}
+	return io
+}
+
+// Leave ends what Pop began. It is called before Done.
+func (q *Queue) Leave(io *IO) { q.leave(io.flow, io.cost()) }
+
+// leave is Leave for an IO that has gone back to its owner.
+func (q *Queue) leave(f *flow, cost int64) {
+	q.flying--
+	f.flying--
+	f.cost -= cost
+	if f.disk != nil {
+		f.seen = f.disk.moved
+	}
+}
+
+// find is the flow of io, a new one if need be.
+func (q *Queue) find(io *IO) *flow {
+	if io.Owner == 0 {
+		return &q.house
+	}
+	key := flowKey{io.Owner, io.File.disk}
+	if f := q.flows[key]; f != nil {
+		return f
+	}
+	d := q.disks[key.disk]
+	if d == nil {
+		d = new(disk)
+		q.disks[key.disk] = d
+	}
+	if len(d.flows) >= limits.ShareOwners {
+		q.forget(d, 0)
+	}
+	f := new(flow)
+	if n := len(q.spare); n > 0 {
+		f, q.spare = q.spare[n-1], q.spare[:n-1]
+	}
+	*f = flow{key: key, disk: d}
+	d.flows = append(d.flows, f)
+	q.flows[key] = f
+	return f
+}
+
+// forget drops the owners that have nothing to do and were not heard of while
+// others moved more than idle. One that is alone disturbs nobody and stays.
+func (q *Queue) forget(d *disk, idle int64) {
+	d.look = d.moved + limits.ShareIdle/8
+	if len(d.flows) == 1 {
+		return
+	}
+	d.flows = slices.DeleteFunc(d.flows, func(f *flow) bool {
+		if f.head != nil || f.flying > 0 || d.moved-f.seen <= idle {
+			return false
+		}
+		delete(q.flows, f.key)
+		if q.last == f {
+			q.last = &q.house
+		}
+		q.spare = append(q.spare, f)
+		return true
+	})
+}

@@ -1,0 +1,343 @@
+package engine
+
+import (
+	"context"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+const (
+	alice Owner = 1
+	bob   Owner = 2
+)
+
+// fakeDisk is a disk that serves transfers in the order in which it gets them,
+// as many at a time as the queue lets it have.
+type fakeDisk struct {
+	q    *Queue
+	has  []*IO
+	file *File
+}
+
+func newFakeDisk(places int) *fakeDisk {
+	return &fakeDisk{q: NewQueue(places), file: &File{disk: 7}}
+}
+
+func (d *fakeDisk) io(o Owner, op Op, n int) *IO {
+	return &IO{Op: op, Owner: o, File: d.file, Buf: make([]byte, n)}
+}
+
+// push has n transfers of one owner wait.
+func (d *fakeDisk) push(n int, o Owner, op Op, size int) {
+	for range n {
+		d.q.Push(d.io(o, op, size))
+	}
+}
+
+// fill gives the disk all that it may have.
+func (d *fakeDisk) fill() {
+	for io := d.q.Pop(); io != nil; io = d.q.Pop() {
+		d.has = append(d.has, io)
+	}
+}
+
+// serve ends the transfer that the disk has had for longest.
+func (d *fakeDisk) serve() *IO {
+	d.fill()
+	if len(d.has) == 0 {
+		return nil
+	}
+	io := d.has[0]
+	d.has = d.has[1:]
+	d.q.Leave(io)
+	return io
+}
+
+func TestOwnerWhoIsAloneIsServedInOrder(t *testing.T) {
+	for _, o := range []Owner{0, alice} {
+		d := newFakeDisk(256)
+		for i := range 1000 {
+			io := d.io(o, OpWrite, 4096)
+			io.Off = int64(i)
+			d.q.Push(io)
+		}
+		d.fill()
+		want := 256
+		if o != 0 {
+			want -= 256 / limits.ShareSpare
+		}
+		if len(d.has) != want {
+			t.Errorf("owner %d: %d in flight, want %d", o, len(d.has), want)
+		}
+		for i := range 1000 {
+			if io := d.serve(); io == nil || io.Off != int64(i) || io.Next != nil {
+				t.Fatalf("owner %d, transfer %d: got %+v", o, i, io)
+			}
+		}
+		if d.serve() != nil || d.q.Waiting() != 0 {
+			t.Errorf("owner %d: there is more than was pushed", o)
+		}
+	}
+}
+
+// TestReadsAreNotBehindTheNeighboursQueue is LM-04 on a disk without a clock:
+// between two reads of one guest it serves a handful of the neighbour's
+// requests, however many of them wait.
+func TestReadsAreNotBehindTheNeighboursQueue(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		op   Op
+		size int
+		most int
+	}{
+		{"small writes", OpWrite, 4096, 8},
+		{"large writes", OpWrite, 1 << 20, 1},
+		{"flushes", OpSync, 0, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newFakeDisk(511)
+			d.push(1023, alice, tt.op, tt.size)
+			d.fill()
+			d.push(1, bob, OpRead, 4096)
+			between, reads := 0, 0
+			for reads < 1000 {
+				switch io := d.serve(); {
+				case io == nil:
+					t.Fatalf("after %d reads: nothing is in flight", reads)
+				case io.Owner == alice:
+					between++
+					d.push(1, alice, tt.op, tt.size)
+				default:
+					// The first one finds what was there before anybody had
+					// heard of bob.
+					if reads > 0 && between > tt.most {
+						t.Fatalf("before read %d: %d of the neighbour's, want at most %d", reads, between, tt.most)
+					}
+					reads++
+					between = 0
+					d.push(1, bob, OpRead, 4096)
+				}
+			}
+		})
+	}
+}
+
+// TestTurnsAreWorthTheSame has one place, for which owners with transfers of
+// all sizes wait.
+func TestTurnsAreWorthTheSame(t *testing.T) {
+	kinds := []struct {
+		op   Op
+		size int
+	}{{OpRead, 4096}, {OpWrite, 1 << 20}, {OpSync, 0}, {OpRead, 64 << 10}}
+	d := newFakeDisk(1)
+	spent := make([]int64, len(kinds))
+	again := func(k int) { d.push(1, Owner(k+1), kinds[k].op, kinds[k].size) }
+	for k := range kinds {
+		again(k)
+		again(k)
+	}
+	largest := (&IO{Op: OpWrite, Buf: make([]byte, 1<<20)}).cost()
+	for i := range 10_000 {
+		io := d.serve()
+		k := int(io.Owner - 1)
+		spent[k] += io.cost()
+		again(k)
+		for k, s := range spent {
+			if ahead := s - spent[(k+1)%len(kinds)]; ahead > largest+2*limits.ShareTurn {
+				t.Fatalf("after %d transfers owner %d is %d ahead: %v", i, k, ahead, spent)
+			}
+		}
+	}
+}
+
+func TestOwnerWhoIsSilentDoesNotCount(t *testing.T) {
+	d := newFakeDisk(511)
+	d.push(1, bob, OpRead, 4096)
+	d.serve()
+	d.push(600, alice, OpWrite, 4096)
+	d.fill()
+	if n := len(d.has); n != 8 {
+		t.Errorf("beside one who was there: %d in flight, want 8", n)
+	}
+	for moved := int64(0); moved <= limits.ShareIdle+limits.ShareIdle/4; {
+		moved += d.serve().cost()
+		d.push(1, alice, OpWrite, 4096)
+	}
+	d.fill()
+	if n := len(d.has); n < 400 {
+		t.Errorf("alone again: %d in flight, want most of 511", n)
+	}
+}
+
+// TestHangingStorageLeavesPlaces has owners whose transfers never end.
+func TestHangingStorageLeavesPlaces(t *testing.T) {
+	for places, hanging := range map[int]int{limits.PoolWorkers: 1, 511: 2} {
+		q := NewQueue(places)
+		for o := range Owner(hanging) {
+			for range 2 * places {
+				q.Push(&IO{Owner: 100 + o, File: &File{disk: uint64(o)}})
+			}
+			for q.Pop() != nil {
+			}
+		}
+		for range 100 {
+			q.Push(&IO{Owner: bob, File: &File{disk: 99}})
+			io := q.Pop()
+			if io == nil || io.Owner != bob {
+				t.Fatalf("%d places, %d owners hang: got %+v", places, hanging, io)
+			}
+			q.Leave(io)
+		}
+	}
+}
+
+// TestProgramIsNeverHeldBack, nor does it hold an owner back.
+func TestProgramIsNeverHeldBack(t *testing.T) {
+	d := newFakeDisk(64)
+	d.push(60, alice, OpWrite, 4096)
+	d.push(60, 0, OpWrite, 4096)
+	d.fill()
+	var mine int
+	for _, io := range d.has {
+		if io.Owner == 0 {
+			mine++
+		}
+	}
+	if len(d.has) != 64 || mine < 28 || mine > 36 {
+		t.Errorf("%d in flight, %d of them the program's; want 64, and some half of them", len(d.has), mine)
+	}
+}
+
+// TestOtherDisksAreNotShared: each neighbour has a disk of its own.
+func TestOtherDisksAreNotShared(t *testing.T) {
+	q := NewQueue(256)
+	for i := range 256 {
+		q.Push(&IO{Owner: 1 + Owner(i%2), File: &File{disk: uint64(i % 2)}, Buf: make([]byte, 4096)})
+	}
+	n := 0
+	for q.Pop() != nil {
+		n++
+	}
+	if n < 200 {
+		t.Errorf("%d in flight, want nearly 256", n)
+	}
+}
+
+// TestOwnersComeAndGo: what is kept of them is bounded.
+func TestOwnersComeAndGo(t *testing.T) {
+	d := newFakeDisk(16)
+	for o := range Owner(10_000) {
+		d.push(1, o+1, OpRead, 4096)
+		if io := d.serve(); io == nil || io.Owner != o+1 {
+			t.Fatalf("owner %d: got %+v", o+1, io)
+		}
+	}
+	if n := len(d.q.flows); n > limits.ShareOwners || n != len(d.q.disks[7].flows) {
+		t.Errorf("%d owners are remembered, %d of the disk", n, len(d.q.disks[7].flows))
+	}
+}
+
+// TestNothingIsLostInTheQueue pushes, pops and ends at random.
+func TestNothingIsLostInTheQueue(t *testing.T) {
+	seed := rand.Uint64()
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	q := NewQueue(1 + rnd.IntN(20))
+	var waiting, flying int
+	var has []*IO
+	for step := range 200_000 {
+		switch rnd.IntN(5) {
+		case 0, 1:
+			if waiting > 300 {
+				continue
+			}
+			q.Push(&IO{Owner: Owner(rnd.IntN(6)), Op: Op(rnd.IntN(5)), File: &File{disk: rnd.Uint64N(3)}, Buf: make([]byte, rnd.IntN(1<<19))})
+			waiting++
+		case 2, 3:
+			ready := q.Ready()
+			io := q.Pop()
+			if ready != (io != nil) || io == nil && waiting > 0 && flying == 0 {
+				t.Fatalf("seed %d, step %d: ready %v, got %v; %d wait, %d in flight", seed, step, ready, io, waiting, flying)
+			}
+			if io != nil {
+				has = append(has, io)
+				waiting--
+				flying++
+			}
+		case 4:
+			if flying > 0 {
+				i := rnd.IntN(flying)
+				q.Leave(has[i])
+				has[i] = has[flying-1]
+				has = has[:flying-1]
+				flying--
+			}
+		}
+		if q.Waiting() != waiting || q.flying != flying || flying > q.places {
+			t.Fatalf("seed %d, step %d: %d wait, %d in flight of %d; want %d and %d", seed, step, q.Waiting(), q.flying, q.places, waiting, flying)
+		}
+	}
+}
+
+func TestQueueDoesNotAllocate(t *testing.T) {
+	q, f := NewQueue(64), &File{disk: 1}
+	var ios [90]IO
+	if n := testing.AllocsPerRun(1000, func() {
+		for i := range ios {
+			ios[i] = IO{Owner: Owner(i % 3), File: f}
+			q.Push(&ios[i])
+		}
+		for q.Waiting() > 0 {
+			q.Leave(q.Pop())
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations for 90 transfers of three owners", n)
+	}
+}
+
+// noted keeps the owner of what is submitted.
+type noted struct {
+	Engine
+	owner Owner
+}
+
+func (n *noted) Submit(batch []*IO) {
+	n.owner = batch[0].Owner
+	for _, io := range batch {
+		io.finish()
+	}
+}
+
+func TestOwnerComesWithTheContext(t *testing.T) {
+	e := new(noted)
+	ctx, cancel := context.WithCancel(WithOwner(context.Background(), OwnerOf("guest")))
+	defer cancel()
+	if err := Do(context.WithoutCancel(ctx), e, &IO{}); err != nil || e.owner != OwnerOf("guest") || e.owner == 0 {
+		t.Errorf("owner is %d, %v; want %d", e.owner, err, OwnerOf("guest"))
+	}
+	if err := Do(context.Background(), e, &IO{Owner: bob}); err != nil || e.owner != 0 {
+		t.Errorf("without one: owner is %d, %v", e.owner, err)
+	}
+	if OwnerOf("guest") == OwnerOf("other") {
+		t.Error("two guests are one")
+	}
+}
+
+// BenchmarkQueue is what the queue costs a transfer of one owner.
+func BenchmarkQueue(b *testing.B) {
+	q, f := NewQueue(511), &File{disk: 1}
+	var ios [32]IO
+	for i := range ios {
+		ios[i] = IO{Owner: alice, File: f}
+	}
+	for b.Loop() {
+		for i := range ios {
+			q.Push(&ios[i])
+		}
+		for range ios {
+			q.Leave(q.Pop())
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*len(ios)), "ns/transfer")
+}

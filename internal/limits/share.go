@@ -1,0 +1,37 @@
+package limits
+
+// How those who use one process share its storage. What a transfer costs is
+// told in bytes that the storage could move meanwhile.
+const (
+	// ShareOp is what a transfer costs beyond its bytes: a disk that reads 1.5
+	// GB/s in large pieces makes some 45000 transfers of 4 KiB a second.
+	ShareOp = 32 << 10
+
+	// ShareSync is the cost of what moves no bytes of ours: a sync, the
+	// release or zeroing of a range. It is bounded so that a guest that
+	// flushes a lot is served the less, and yet served.
+	ShareSync = 128 << 10
+
+	// ShareTurn is what an owner may spend in one round of those that wait.
+	ShareTurn = 64 << 10
+
+	// ShareFlying is the cost of what is in flight on one disk while several
+	// owners use it, divided among them: the disk has a queue of its own,
+	// which is not fair, and what is in it stands before whatever comes. One
+	// neighbour of a guest with one read at a time has 8 small transfers in
+	// flight; with twice as many, less than three tenths of the guest's reads
+	// are left.
+	ShareFlying = 512 << 10
+
+	// ShareIdle is what others have moved on a disk since an owner's last
+	// request when that owner does not count any more: some 50 ms.
+	ShareIdle = 32 << 20
+
+	// ShareSpare is the part of the places of an engine that the owner who has
+	// most of them leaves free, if its storage hangs: one in so many.
+	ShareSpare = 8
+
+	// ShareOwners bounds the owners that are remembered for one disk while
+	// they have nothing to do.
+	ShareOwners = 64
+)
