@@ -17,7 +17,8 @@ import (
 
 var (
 	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
-	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, or one beside reads of the page cache")
+	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, one beside reads of the page cache (cache), or four beside them (hard)")
+	swapBoth     = flag.Bool("swap.both", false, "put other pressure on a machine that swaps on both kernels, not on the first only")
 	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
 )
 
@@ -62,10 +63,8 @@ stop() {
 }
 `
 
-// swapScenario: the guest's memory goes to its own server and comes back
-// whole, while the server needs none and cannot be stopped. The kernel's side is
-// vmdiskctl's.
-const swapScenario = swapPrelude + `
+// swapPlug is the kernel's side by vmdiskctl.
+const swapPlug = swapPrelude + `
 plug() {
 	vmdiskctl device attach 'nbd+unix:///?socket=/run/s' /dev/nbd0 --swap --swapon
 	grep "^/dev/nbd0 " /proc/swaps
@@ -76,28 +75,40 @@ unplug() {
 	vmdiskctl device detach /dev/nbd0
 	if grep "^/dev/nbd0 " /proc/swaps; then return 1; fi
 }
+# served: swapping went on, and the server needed nothing for it.
+served() {
+	grep -E 'VmLck|VmRSS|VmSwap|Threads' /proc/$server/status
+	grep -E 'pswp(in|out)' /proc/vmstat
+	[ "$(sed -n 's/^pswpout //p' /proc/vmstat)" -gt $1 ]
+	[ "$(faults)" = "$before" ]
+	[ "$(field Threads)" = "$threads" ]
+	[ "$(field VmSwap)" = 0 ]
+}
+begin() {
+	sysctl -w vm.min_free_kbytes=8192
+	OPTIONS=--swap
+	start
+	threads=$(field Threads)
+	before=$(faults)
+	/hog watch 60 >/dev/console &
+	watcher=$!
+}
+`
+
+// swapScenario: the guest's memory goes to its own server and comes back
+// whole, while the server needs none and cannot be stopped.
+const swapScenario = swapPlug + `
 rc=0; vmdiskd --swap -U /run/s /dev/vda 2>/run/refused || rc=$?
 cat /run/refused
 [ $rc = 1 ]
 grep -q "sysctl -w vm.min_free_kbytes=8192" /run/refused
-sysctl -w vm.min_free_kbytes=8192
-OPTIONS=--swap
-start
-threads=$(field Threads)
-before=$(faults)
+begin
 kill $server
-/hog watch 60 >/dev/console &
-watcher=$!
 LOAD
 kill $watcher
 grep "not stopping: the machine swaps to this disk" /run/server.log
-grep -E 'VmLck|VmRSS|VmSwap|Threads' /proc/$server/status
-grep -E 'pswp(in|out)' /proc/vmstat
 echo "ticks of the server, user and system: $(sed 's/.*) //' /proc/$server/stat | cut -d' ' -f12,13); of all: $(head -n 1 /proc/stat)"
-[ "$(sed -n 's/^pswpout //p' /proc/vmstat)" -gt 30000 ]
-[ "$(faults)" = "$before" ]
-[ "$(field Threads)" = "$threads" ]
-[ "$(field VmSwap)" = 0 ]
+served 30000
 stop
 `
 
@@ -105,7 +116,46 @@ stop
 var swapLoads = map[string]string{
 	"one":   "/hog HOG 1",
 	"four":  "pids=; for i in 1 2 3 4; do /hog $((HOG / 4)) 1 & pids=\"$pids $!\"; done; for p in $pids; do wait $p; done",
-	"cache": "(while :; do dd if=/dev/vda of=/dev/null bs=1M 2>/dev/null; done) & reads=$!; /hog HOG 1; kill $reads",
+	"cache": "(while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) & reads=$!; /hog HOG 1; kill $reads",
+	// For the ablation: reclaim by several tasks, and little of it from clean pages.
+	"hard": "(while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) & reads=$!; pids=; for i in 1 2 3 4; do /hog $((HOG / 4)) 2 & pids=\"$pids $!\"; done; for p in $pids; do wait $p; done; kill $reads",
+}
+
+// swapPressed are machines that swap while something else presses on their
+// memory.
+var swapPressed = []struct{ name, scenario string }{
+	// Reads through the page cache take each page that swapping gives.
+	{"by reads of the page cache", swapPlug + `
+begin
+(while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
+reads=$!
+/hog 200 1
+[ -d /proc/$reads ]
+kill $reads
+kill $watcher
+served 15000
+stop
+`},
+	// What a program uses all the while comes back from the device, and the
+	// device goes, although the page cache takes what it can get.
+	{"by swapoff", swapPlug + `
+begin
+/hog keep 16 &
+kept=$!
+/hog 200 1
+(while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
+reads=$!
+grep "^/dev/nbd0 " /proc/swaps
+kill $watcher
+swapoff /dev/nbd0
+[ -d /proc/$reads ]
+kill $reads
+if grep "^/dev/nbd0 " /proc/swaps; then exit 9; fi
+kill $kept
+wait $kept
+served 15000
+stop
+`},
 }
 
 // swapBare has only the least to tell life from death: no headroom.
@@ -141,7 +191,7 @@ func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initra
 	if !ok {
 		t.Fatalf("-swap.load=%q is not known", *swapLoad)
 	}
-	script := strings.NewReplacer("LOAD", strings.ReplaceAll(load, "HOG", strconv.Itoa(swapHog))).Replace(scenario)
+	script := strings.NewReplacer("HOG", strconv.Itoa(swapHog)).Replace(strings.ReplaceAll(scenario, "LOAD", load))
 	in, err := newInitramfs(ctx, k, script, "virtio_pci", "virtio_blk", "nbd")
 	if err != nil {
 		t.Fatal(err)
@@ -161,20 +211,24 @@ func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initra
 	return in
 }
 
-// swapBoot boots a guest with an empty disk.
+// swapBoot boots a guest with two empty disks: one to swap to, and one to read.
 func swapBoot(t *testing.T, ctx context.Context, in *initramfs) (console string, code int, err error) {
 	t.Helper()
-	disk := filepath.Join(testenv.TempDir(t), "swap.img")
-	if err := os.WriteFile(disk, nil, 0o600); err != nil {
-		t.Fatal(err)
+	var drives []string
+	for _, name := range []string{"swap", "other"} {
+		disk := filepath.Join(testenv.TempDir(t), name+".img")
+		if err := os.WriteFile(disk, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(disk, swapDisk<<20); err != nil {
+			t.Fatal(err)
+		}
+		defer os.Remove(disk)
+		drives = append(drives, "-drive", "if=virtio,format=raw,cache=unsafe,file="+disk)
 	}
-	if err := os.Truncate(disk, swapDisk<<20); err != nil {
-		t.Fatal(err)
-	}
-	defer os.Remove(disk)
 	ctx, cancel := context.WithTimeout(ctx, swapPatience)
 	defer cancel()
-	return bootUntil(ctx, in, swapMemory, "-drive", "if=virtio,format=raw,cache=unsafe,file="+disk)
+	return bootUntil(ctx, in, swapMemory, drives...)
 }
 
 // TestMachineSwapsToItsOwnServer: -swap.runs times on each kernel.
@@ -197,6 +251,29 @@ func TestMachineSwapsToItsOwnServer(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestMachineSwapsUnderOtherPressure(t *testing.T) {
+	onlyVmdiskd(t)
+	requireGuest(t)
+	testenv.Require(t, "nbd-client")
+	on := kernels[:1]
+	if *swapBoth {
+		on = kernels
+	}
+	for _, tt := range swapPressed {
+		for _, meta := range on {
+			t.Run(tt.name+" "+meta, func(t *testing.T) {
+				console, code, err := swapBoot(t, t.Context(), swapGuest(t, testenv.CloudKernel(t, meta), tt.scenario, ""))
+				if err != nil || code != 0 {
+					t.Fatalf("status %d, %v; console:\n%s", code, err, console)
+				}
+				if testing.Verbose() {
+					t.Log(console)
+				}
+			})
+		}
+	}
 }
 
 // swapPatience ends a guest whose watcher is stuck too.

@@ -6,15 +6,19 @@
 // Memory that was swapped out has to come back as it was. It ends with status
 // 2 when a word is not what was written.
 //
+// "hog keep MIB" goes on with that until SIGTERM, and to the end of a pass.
+//
 // "hog watch SECONDS" says STUCK on the kernel's console and ends the machine
 // when for so long no page was swapped in or out.
 package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"strconv"
 	"time"
 	"unsafe"
@@ -31,24 +35,30 @@ func main() {
 
 func run(args []string) error {
 	if len(args) != 2 {
-		return errors.New("want MIB PASSES, or watch SECONDS")
+		return errors.New("want MIB PASSES, keep MIB, or watch SECONDS")
 	}
 	n, err := strconv.Atoi(args[1])
 	if err != nil {
 		return err
 	}
-	if args[0] == "watch" {
+	switch args[0] {
+	case "watch":
 		return watch(n)
+	case "keep":
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+		defer stop()
+		return fill(n, func(int) bool { return ctx.Err() == nil })
 	}
 	mib, err := strconv.Atoi(args[0])
 	if err != nil {
 		return err
 	}
-	return fill(mib, n)
+	return fill(mib, func(passes int) bool { return passes < n })
 }
 
-// fill takes memory and verifies it.
-func fill(mib, passes int) error {
+// fill takes memory and verifies it for as long as more wants a pass after so
+// many.
+func fill(mib int, more func(passes int) bool) error {
 	mem, err := unix.Mmap(-1, 0, mib<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return err
@@ -58,17 +68,16 @@ func fill(mib, passes int) error {
 		words[i] = value(i, 0)
 	}
 	fmt.Println("hog: filled", mib, "MiB")
-	for p := range passes {
+	p := 0
+	for ; more(p); p++ {
 		for i := range words {
 			if words[i] != value(i, p) {
 				return fmt.Errorf("pass %d: word %d is %#x, want %#x", p, i, words[i], value(i, p))
 			}
-			if p+1 < passes {
-				words[i] = value(i, p+1)
-			}
+			words[i] = value(i, p+1)
 		}
-		fmt.Println("hog: pass", p+1, "verified")
 	}
+	fmt.Println("hog:", p, "passes verified")
 	return nil
 }
 
@@ -101,8 +110,20 @@ func watch(seconds int) error {
 		}
 		if still++; still >= seconds {
 			fmt.Println("\nSTUCK: for", seconds, "seconds no page was swapped:", last)
-			return os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0)
+			return end()
 		}
+	}
+	return nil
+}
+
+// end has the kernel tell of its memory and of tasks that wait, and ends the
+// machine.
+func end() error {
+	for _, key := range "mwlb" {
+		if err := os.WriteFile("/proc/sysrq-trigger", []byte(string(key)), 0); err != nil {
+			return err
+		}
+		time.Sleep(time.Second) // a serial console is slow
 	}
 	return nil
 }
