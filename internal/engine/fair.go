@@ -54,13 +54,14 @@ type Queue struct {
 	flying  int
 	waiting int
 
-	house flow // of those without an owner
-	flows map[flowKey]*flow
-	disks map[uint64]*disk
-	last  *flow   // that of the last Push: the next one often has the same
-	ready []*flow // with something waiting
-	turn  int     // place in ready of the one whose turn it is
-	spare []*flow
+	house  flow // of those without an owner
+	flows  map[flowKey]*flow
+	disks  map[uint64]*disk
+	last   *flow   // that of the last Push: the next one often has the same
+	ready  []*flow // with something waiting
+	turn   int     // place in ready of the one whose turn it is
+	spare  []*flow
+	unused *disk // the first disk to come, then nil
 }
 
 type flowKey struct {
@@ -86,12 +87,22 @@ type disk struct {
 	look  int64 // moved when idle owners are looked for again
 }
 
-// NewQueue makes a queue for an engine with that many places in flight.
+// NewQueue makes a queue for an engine with that many places in flight. It has
+// all that one owner on one disk needs: who serves swap must not allocate then.
 func NewQueue(places int) *Queue {
-	q := &Queue{places: places, flows: map[flowKey]*flow{}, disks: map[uint64]*disk{}}
+	q := &Queue{
+		places: places,
+		flows:  make(map[flowKey]*flow, limits.ShareOwners),
+		disks:  make(map[uint64]*disk, limits.ShareOwners),
+		ready:  make([]*flow, 0, limits.ShareOwners),
+		spare:  []*flow{new(flow)},
+		unused: newDisk(),
+	}
 	q.last = &q.house
 	return q
 }
+
+func newDisk() *disk { return &disk{flows: make([]*flow, 0, limits.ShareOwners)} }
 
 // Waiting is the number of transfers that wait.
 func (q *Queue) Waiting() int { return q.waiting }
@@ -214,15 +225,19 @@ func (q *Queue) find(io *IO) *flow {
 	}
 	d := q.disks[key.disk]
 	if d == nil {
-		d = new(disk)
+		if d, q.unused = q.unused, nil; d == nil {
+			d = newDisk()
+		}
 		q.disks[key.disk] = d
 	}
 	if len(d.flows) >= limits.ShareOwners {
 		q.forget(d, 0)
 	}
-	f := new(flow)
+	var f *flow
 	if n := len(q.spare); n > 0 {
 		f, q.spare = q.spare[n-1], q.spare[:n-1]
+	} else {
+		f = new(flow)
 	}
 	*f = flow{key: key, disk: d}
 	d.flows = append(d.flows, f)

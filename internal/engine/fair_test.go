@@ -280,6 +280,26 @@ func TestNothingIsLostInTheQueue(t *testing.T) {
 	}
 }
 
+// TestFirstOwnerCostsNoMemory: what serves swap has one, on one disk.
+func TestFirstOwnerCostsNoMemory(t *testing.T) {
+	var queues [12]*Queue // AllocsPerRun has one run more
+	for i := range queues {
+		queues[i] = NewQueue(limits.PoolWorkers)
+	}
+	ios := [2]IO{{File: &File{disk: 1}}, {Owner: alice, File: &File{disk: 1}}}
+	next := 0
+	if n := testing.AllocsPerRun(len(queues)-1, func() {
+		q := queues[next]
+		next++
+		q.Push(&ios[0])
+		q.Push(&ios[1])
+		q.Leave(q.Pop())
+		q.Leave(q.Pop())
+	}); n != 0 {
+		t.Errorf("%v allocations in a new queue", n)
+	}
+}
+
 func TestQueueDoesNotAllocate(t *testing.T) {
 	q, f := NewQueue(64), &File{disk: 1}
 	var ios [90]IO
