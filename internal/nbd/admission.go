@@ -141,6 +141,8 @@ func (b *budget) full() bool {
 	return b.requests.Load() >= b.maxRequests || b.bytes.Load() >= b.maxBytes
 }
 
+func (b *budget) empty() bool { return b.requests.Load() == 0 && b.bytes.Load() == 0 }
+
 // wait returns when there is room, or stop says so; whoever makes stop true
 // calls wake.
 func (b *budget) wait(stop func() bool) {

@@ -85,6 +85,32 @@ func gateRig(t *testing.T) (*rig, *gate) {
 	return newRig(t, g, engine.NewPool(1), bufpool.New(limits.BufferBudget)), g
 }
 
+// TestPeersBudgetLeavesEveryConnectionOne: guests of one user share the bound of
+// what a peer has in flight, and none of them can use it up.
+func TestPeersBudgetLeavesEveryConnectionOne(t *testing.T) {
+	r, g := gateRig(t)
+	defer g.release()
+	for sent := 0; sent < limits.RequestsPerPeer; sent += limits.RequestsPerConn {
+		c := r.simple()
+		for i := range uint64(limits.RequestsPerConn) {
+			r.send(c, message(wire.CmdFlush, i, 0, 0))
+		}
+	}
+	for range limits.RequestsPerPeer {
+		<-g.entered
+	}
+	c := r.simple()
+	if e := r.ask(c, wire.CmdRead, 0, 4096); e != wire.OK {
+		t.Errorf("read of another connection: got %v", e)
+	}
+	r.send(c, message(wire.CmdFlush, 1, 0, 0))
+	<-g.entered
+	g.release()
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 1 {
+		t.Errorf("flush of another connection: got %v for %d, want OK for 1", e, cookie)
+	}
+}
+
 func TestDrainFinishesWhatIsInFlight(t *testing.T) {
 	r, g := gateRig(t)
 	c := r.simple()

@@ -59,6 +59,7 @@ type session struct {
 	sender sender         // see there
 	own    budget         // what this connection has in flight
 	peer   *budget        // what its peer has
+	owner  engine.Owner   // of all transfers
 	work   sync.WaitGroup // requests, queued turns, writeLoop
 
 	// For whoever wants to know; requests are those of former turns.
@@ -106,6 +107,7 @@ func newSession(srv *Server, n *negotiation) *session {
 		extended:   n.agreed.extended,
 		contexts:   n.agreed.meta.forExport(n.export.Name),
 		peer:       &n.slot.peer.budget,
+		owner:      engine.OwnerOf(n.conn.Peer().Guest()),
 	}
 	if s.dev.Info().Caps.Has(backing.CanFUA) {
 		// proto.md, "Command flags": on every command once it is offered.
@@ -117,7 +119,7 @@ func newSession(srv *Server, n *negotiation) *session {
 	s.sender.init(s, newLink(n.conn, &s.poll, 4*s.keeps()))
 	s.batch = make([]*engine.IO, 0, s.keeps())
 	s.in.init(s, n.early())
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ctx, s.cancel = context.WithCancel(engine.WithOwner(context.Background(), s.owner))
 	return s
 }
 
@@ -259,17 +261,25 @@ func (s *session) park() error {
 }
 
 // waitForRoom bounds what is in flight: the next request is not looked at
-// before there is room for it.
+// before there is room for it. A connection with nothing in flight does not
+// wait for the others of its peer, who may be other guests of one user.
 func (s *session) waitForRoom() error {
 	for _, b := range [...]*budget{&s.own, s.peer} {
 		if !b.full() {
+			continue
+		}
+		stop := s.dead.Load
+		if b == s.peer {
+			stop = s.unbound
+		}
+		if stop() {
 			continue
 		}
 		if err := s.endTurn(); err != nil {
 			return err
 		}
 		s.tell()
-		b.wait(s.dead.Load)
+		b.wait(stop)
 		s.poll.mark = 0
 	}
 	if s.dead.Load() {
@@ -277,6 +287,10 @@ func (s *session) waitForRoom() error {
 	}
 	return nil
 }
+
+// unbound tells that the connection need not wait for its peer's budget. What
+// it has in flight it gives back to that one last, which wakes who waits.
+func (s *session) unbound() bool { return s.dead.Load() || s.own.empty() }
 
 func (s *session) take(requests, bytes int) {
 	s.own.take(requests, bytes)

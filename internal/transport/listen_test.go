@@ -2,6 +2,7 @@ package transport_test
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -57,6 +58,26 @@ func TestUnixPeerOfAnotherUser(t *testing.T) {
 	}
 	if p.Key() != "uid:65534" {
 		t.Errorf("key is %q", p.Key())
+	}
+	if want := fmt.Sprintf("uid:65534,pid:%d", cmd.Process.Pid); p.Guest() != want {
+		t.Errorf("guest is %q, want %q", p.Guest(), want)
+	}
+}
+
+// TestGuestIsNamedByTheBestThatIsKnown: one address, or one user, may be that of
+// many.
+func TestGuestIsNamedByTheBestThatIsKnown(t *testing.T) {
+	key := transport.Peer{Kind: transport.TCP, Addr: "192.0.2.1:7"}
+	psk, cert, other := key, key, key
+	psk.PSK = "vm1"
+	cert.Cert = &x509.Certificate{RawSubject: []byte("vm1")}
+	other.Addr = "192.0.2.1:8"
+	names := map[string]bool{}
+	for _, p := range []transport.Peer{key, psk, cert, {Kind: transport.VSock, CID: 3}, {Kind: transport.VSock, CID: 4}} {
+		names[p.Guest()] = true
+	}
+	if len(names) != 5 || key.Guest() != other.Guest() {
+		t.Errorf("five guests have %d names: %v; the other port is %q", len(names), names, other.Guest())
 	}
 }
 

@@ -73,6 +73,21 @@ func (p *Peer) Key() string {
 	return string(p.Kind) + ":" + p.Addr
 }
 
+// Guest names, as closely as is known, the machine that the peer works for:
+// what has one name shares the storage as one. Many guests may have one Key, as
+// QEMUs of one user or of one host do.
+func (p *Peer) Guest() string {
+	switch {
+	case p.PSK != "":
+		return "psk:" + p.PSK
+	case p.Cert != nil:
+		return "cert:" + string(p.Cert.RawSubject)
+	case p.Kind == Unix:
+		return fmt.Sprintf("%s,pid:%d", p.Key(), p.PID)
+	}
+	return p.Key()
+}
+
 // String is for logs.
 func (p *Peer) String() string {
 	switch p.Kind {

@@ -64,7 +64,7 @@ func (d *Device) roundLocked(ctx context.Context) error {
 	s.running = true
 	s.started++
 	s.mu.Unlock()
-	err := d.fdatasync()
+	err := d.fdatasync(context.WithoutCancel(ctx))
 	s.mu.Lock()
 	s.running = false
 	if err == nil {
@@ -77,10 +77,11 @@ func (d *Device) roundLocked(ctx context.Context) error {
 	return err
 }
 
-// fdatasync does not look at any context: others may wait for its result.
-func (d *Device) fdatasync() error {
+// fdatasync is given a context that does not end: others may wait for its
+// result.
+func (d *Device) fdatasync(ctx context.Context) error {
 	id := d.durables.begin()
-	err := d.al.Do(context.Background(), engine.OpSync, 0, 0)
+	err := d.al.Do(ctx, engine.OpSync, 0, 0)
 	if err != nil {
 		d.lost("flush", err)
 	}
