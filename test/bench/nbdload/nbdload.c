@@ -7,7 +7,8 @@
 //   nbdload -u SOCKET | -T ADDRESS:PORT | -K CID:PORT
 //           [-e EXPORT] [-o read|write|randread|randwrite|mix|idle]
 //           [-b BLOCK] [-q DEPTH] [-c CONNECTIONS] [-t SECONDS] [-w WARMUP]
-//           [-l BYTES] [-p SERVERPID] [-j MILLISECONDS] [-s] [-V]
+//           [-l BYTES] [-p SERVERPID] [-j MILLISECONDS] [-f PERCENT]
+//           [-B ADDRESS] [-s] [-V]
 //
 // -s asks for structured replies, -l uses the first BYTES of the export only,
 // -V compares what is read with the benchmark's pattern: each aligned 8 bytes
@@ -15,7 +16,8 @@
 // reads and 30 % random writes. "idle" opens the connections, prints "ready"
 // and keeps them open until standard input ends. -j looks at what comes in
 // within windows of so many milliseconds, and prints the least and the most as
-// parts of their mean.
+// parts of their mean. -f makes so many of a hundred requests flushes, -B is
+// the address that a TCP connection comes from.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -53,7 +55,7 @@ enum {
 	BUCKETS = 64 << SUB_BITS,
 };
 
-enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2 };
+enum { CMD_READ = 0, CMD_WRITE = 1, CMD_DISC = 2, CMD_FLUSH = 3 };
 enum { OPT_GO = 7, OPT_STRUCTURED = 8 };
 enum { REP_ACK = 1, REP_INFO = 3, INFO_EXPORT = 0 };
 enum { CHUNK_DATA = 1, CHUNK_HOLE = 2, CHUNK_ERROR = 1 << 15, CHUNK_DONE = 1 };
@@ -68,7 +70,7 @@ static const uint64_t PATTERN_FACTOR = 0x9e3779b97f4a7c15;
 struct slot {
 	uint64_t off;
 	uint64_t sent_ns;
-	bool write;
+	bool data; // its reply carries data
 };
 
 // A reply in progress: its payload may arrive in many pieces.
@@ -97,11 +99,11 @@ struct conn {
 };
 
 static struct {
-	const char *unix_path, *tcp, *vsock, *export_name, *op;
+	const char *unix_path, *tcp, *vsock, *from, *export_name, *op;
 	uint32_t block, depth, connections;
 	double seconds, warmup;
 	uint64_t limit;
-	uint32_t window_ms;
+	uint32_t window_ms, flushes;
 	int pid;
 	bool structured, verify;
 } opt = {
@@ -120,7 +122,7 @@ static struct {
 } window;
 
 static bool random_offsets;
-static int write_percent;
+static uint32_t write_percent;
 static uint64_t now_ns; // read once per turn of the loop
 static bool stopping;   // no new requests
 
@@ -189,9 +191,21 @@ static void read_all(int fd, void *buf, size_t n)
 	}
 }
 
+// come_from binds a TCP socket to the address of -B.
+static void come_from(int fd)
+{
+	struct sockaddr_in a = {.sin_family = AF_INET};
+	if (inet_pton(AF_INET, opt.from, &a.sin_addr) != 1)
+		die("\"%s\" is no IPv4 address", opt.from);
+	if (bind(fd, (const struct sockaddr *)&a, sizeof a) < 0)
+		die("bind: %s", strerror(errno));
+}
+
 static int connect_to(int family, const void *addr, socklen_t len)
 {
 	int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd >= 0 && family == AF_INET && opt.from)
+		come_from(fd);
 	if (fd < 0 || connect(fd, addr, len) < 0)
 		die("connect: %s", strerror(errno));
 	return fd;
@@ -343,6 +357,12 @@ static uint64_t next_offset(struct conn *c)
 	return n % blocks * opt.block;
 }
 
+// percent is true in n of a hundred cases.
+static bool percent(struct conn *c, uint32_t n)
+{
+	return n == 100 || (n && (uint32_t)(next_random(c) >> 32) % 100 < n);
+}
+
 static void put_request(char *p, uint16_t type, uint64_t cookie, uint64_t off, uint32_t len)
 {
 	put32(p, REQUEST_MAGIC);
@@ -363,10 +383,15 @@ static void fill(struct conn *c)
 		struct slot *s = &c->slots[id];
 		s->off = next_offset(c);
 		s->sent_ns = now_ns;
-		s->write = write_percent == 100 ||
-			(write_percent && (int)(next_random(c) >> 32) % 100 < write_percent);
-		put_request(c->out + c->out_len, s->write ? CMD_WRITE : CMD_READ, id, s->off, opt.block);
-		c->out_len += REQUEST_SIZE + (s->write ? opt.block : 0);
+		s->data = false;
+		if (percent(c, opt.flushes)) {
+			put_request(c->out + c->out_len, CMD_FLUSH, id, 0, 0);
+			c->out_len += REQUEST_SIZE;
+			continue;
+		}
+		s->data = !percent(c, write_percent);
+		put_request(c->out + c->out_len, s->data ? CMD_READ : CMD_WRITE, id, s->off, opt.block);
+		c->out_len += REQUEST_SIZE + (s->data ? 0 : opt.block);
 	}
 }
 
@@ -495,7 +520,7 @@ static size_t take_simple(struct conn *c, const char *p)
 		stats.errors++;
 	c->reply = (struct incoming){
 		.active = true, .last = true, .data = true, .slot = (uint32_t)cookie,
-		.off = s->off, .left = error || s->write ? 0 : opt.block,
+		.off = s->off, .left = error || !s->data ? 0 : opt.block,
 	};
 	return SIMPLE_SIZE;
 }
@@ -723,7 +748,7 @@ static void close_conn(struct conn *c)
 
 static void choose_op(void)
 {
-	static const struct { const char *name; bool random; int writes; } ops[] = {
+	static const struct { const char *name; bool random; uint32_t writes; } ops[] = {
 		{"read", false, 0}, {"write", false, 100}, {"randread", true, 0},
 		{"randwrite", true, 100}, {"mix", true, 30}, {"idle", false, 0},
 	};
@@ -739,11 +764,12 @@ static void choose_op(void)
 
 static void parse_options(int argc, char **argv)
 {
-	for (int o; (o = getopt(argc, argv, "u:T:K:e:o:b:q:c:t:w:l:p:j:sV")) != -1;) {
+	for (int o; (o = getopt(argc, argv, "u:T:K:B:e:o:b:q:c:t:w:l:p:j:f:sV")) != -1;) {
 		switch (o) {
 		case 'u': opt.unix_path = optarg; break;
 		case 'T': opt.tcp = optarg; break;
 		case 'K': opt.vsock = optarg; break;
+		case 'B': opt.from = optarg; break;
 		case 'e': opt.export_name = optarg; break;
 		case 'o': opt.op = optarg; break;
 		case 'b': opt.block = (uint32_t)strtoul(optarg, NULL, 0); break;
@@ -754,6 +780,7 @@ static void parse_options(int argc, char **argv)
 		case 'l': opt.limit = strtoull(optarg, NULL, 0); break;
 		case 'p': opt.pid = atoi(optarg); break;
 		case 'j': opt.window_ms = (uint32_t)strtoul(optarg, NULL, 0); break;
+		case 'f': opt.flushes = (uint32_t)strtoul(optarg, NULL, 0); break;
 		case 's': opt.structured = true; break;
 		case 'V': opt.verify = true; break;
 		default: exit(2);
@@ -767,6 +794,8 @@ static void parse_options(int argc, char **argv)
 		die("depth must be 1 to %d", MAX_DEPTH);
 	if (opt.connections == 0 || opt.connections > MAX_CONNECTIONS)
 		die("connections must be 1 to %d", MAX_CONNECTIONS);
+	if (opt.flushes > 100)
+		die("flushes are more than 100 %%");
 	choose_op();
 	if (opt.verify && write_percent)
 		die("-V is for reads");
