@@ -4,6 +4,7 @@ import (
 	"context"
 	"hash/maphash"
 	"slices"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -46,8 +47,8 @@ func (io *IO) cost() int64 {
 //
 // Turns alone would not help a guest with one request at a time: what the
 // neighbour has in flight stands before it in the queue of the disk. So, while
-// several owners use a disk, each has a part of limits.ShareFlying in flight
-// there. And an owner always leaves some places free, so that storage that
+// several owners use a disk, each has a part of what the disk moves in
+// limits.ShareDelay in flight there, so that a fast disk has more. And an owner always leaves some places free, so that storage that
 // hangs does not hang what others have elsewhere.
 type Queue struct {
 	places  int // bound of the transfers in flight
@@ -62,6 +63,7 @@ type Queue struct {
 	turn   int     // place in ready of the one whose turn it is
 	spare  []*flow
 	unused *disk // the first disk to come, then nil
+	now    func() time.Time
 }
 
 type flowKey struct {
@@ -84,7 +86,11 @@ type flow struct {
 type disk struct {
 	flows []*flow
 	moved int64 // cost of all that was started
-	look  int64 // moved when idle owners are looked for again
+	look  int64 // moved when measure comes again
+	bound int64 // cost of what several owners may have in flight
+
+	measured int64     // moved when measure came last
+	since    time.Time // when that was
 }
 
 // NewQueue makes a queue for an engine with that many places in flight. It has
@@ -97,12 +103,26 @@ func NewQueue(places int) *Queue {
 		ready:  make([]*flow, 0, limits.ShareOwners),
 		spare:  []*flow{new(flow)},
 		unused: newDisk(),
+		now:    time.Now,
 	}
 	q.last = &q.house
 	return q
 }
 
-func newDisk() *disk { return &disk{flows: make([]*flow, 0, limits.ShareOwners)} }
+func newDisk() *disk {
+	return &disk{flows: make([]*flow, 0, limits.ShareOwners), bound: limits.ShareFlying}
+}
+
+// measure follows what the disk moves. A pause counts as slow: what is learned
+// then is forgotten as soon as there is much to do again.
+func (d *disk) measure(now time.Time) {
+	if took := now.Sub(d.since); took > 0 {
+		moves := (d.moved - d.measured) * int64(limits.ShareDelay) / int64(took)
+		d.bound = max(limits.ShareFlying, d.bound+(moves-d.bound)/4)
+	}
+	d.measured, d.since = d.moved, now
+	d.look = d.moved + limits.ShareLook
+}
 
 // Waiting is the number of transfers that wait.
 func (q *Queue) Waiting() int { return q.waiting }
@@ -171,7 +191,7 @@ func (q *Queue) may(f *flow) bool {
 		return false
 	}
 	n := int64(len(f.disk.flows))
-	return n == 1 || f.cost < limits.ShareFlying/n
+	return n == 1 || f.cost < f.disk.bound/n
 }
 
 // start takes the first transfer of f.
@@ -195,6 +215,7 @@ func (q *Queue) start(f *flow) *IO {
 	f.cost += cost
 	if d := f.disk; d != nil {
 		if d.moved += cost; d.moved >= d.look {
+			d.measure(q.now())
 			q.forget(d, limits.ShareIdle)
 		}
 	}
@@ -248,7 +269,6 @@ func (q *Queue) find(io *IO) *flow {
 // forget drops the owners that have nothing to do and were not heard of while
 // others moved more than idle. One that is alone disturbs nobody and stays.
 func (q *Queue) forget(d *disk, idle int64) {
-	d.look = d.moved + limits.ShareIdle/8
 	if len(d.flows) == 1 {
 		return
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"testing"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -19,10 +20,14 @@ type fakeDisk struct {
 	q    *Queue
 	has  []*IO
 	file *File
+
+	clock time.Time // does not go by itself
 }
 
 func newFakeDisk(places int) *fakeDisk {
-	return &fakeDisk{q: NewQueue(places), file: &File{disk: 7}}
+	d := &fakeDisk{q: NewQueue(places), file: &File{disk: 7}}
+	d.q.now = func() time.Time { return d.clock }
+	return d
 }
 
 func (d *fakeDisk) io(o Owner, op Op, n int) *IO {
@@ -121,6 +126,36 @@ func TestReadsAreNotBehindTheNeighboursQueue(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestFastDiskHasMoreInFlight has two owners with as much as they can have,
+// on disks that take so long for each transfer.
+func TestFastDiskHasMoreInFlight(t *testing.T) {
+	for _, tt := range []struct {
+		each        time.Duration
+		least, most int
+	}{{time.Microsecond, 200, 300}, {2 * time.Microsecond, 100, 150}, {11 * time.Microsecond, 18, 26}, {time.Millisecond, 16, 16}} {
+		d := newFakeDisk(511)
+		again := func(io *IO) { d.push(1, io.Owner, OpWrite, 4096) }
+		d.push(512, alice, OpWrite, 4096)
+		d.push(512, bob, OpWrite, 4096)
+		for range 20_000 {
+			d.clock = d.clock.Add(tt.each)
+			again(d.serve())
+		}
+		d.fill()
+		if n := len(d.has); n < tt.least || n > tt.most {
+			t.Errorf("%v each: %d in flight, want %d to %d", tt.each, n, tt.least, tt.most)
+		}
+		for range 2_000 { // slower by now
+			d.clock = d.clock.Add(time.Millisecond)
+			again(d.serve())
+		}
+		d.fill()
+		if n := len(d.has); n > 16 {
+			t.Errorf("%v each, then slow: %d in flight", tt.each, n)
+		}
 	}
 }
 

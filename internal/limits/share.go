@@ -1,5 +1,7 @@
 package limits
 
+import "time"
+
 // How those who use one process share its storage. What a transfer costs is
 // told in bytes that the storage could move meanwhile.
 const (
@@ -15,13 +17,20 @@ const (
 	// ShareTurn is what an owner may spend in one round of those that wait.
 	ShareTurn = 64 << 10
 
-	// ShareFlying is the cost of what is in flight on one disk while several
-	// owners use it, divided among them: the disk has a queue of its own,
-	// which is not fair, and what is in it stands before whatever comes. One
-	// neighbour of a guest with one read at a time has 8 small transfers in
-	// flight; with twice as many, less than three tenths of the guest's reads
-	// are left.
+	// ShareDelay is how long a disk may work at what several owners have in
+	// flight there, divided among them: the disk has a queue of its own, which
+	// is not fair, and what is in it stands before whatever comes. Beside a
+	// guest with one read at a time on a disk of 75000 requests a second, a
+	// neighbour has some 10 in flight; with 16 less than a third of the
+	// guest's reads are left. A disk that does more has more in flight.
+	ShareDelay = 250 * time.Microsecond
+
+	// ShareFlying is the least cost of that: 16 small transfers of two. A disk of
+	// which nothing is known yet has it.
 	ShareFlying = 512 << 10
+
+	// ShareLook is how much a disk moves between two looks at the clock.
+	ShareLook = 4 << 20
 
 	// ShareIdle is what others have moved on a disk since an owner's last
 	// request when that owner does not count any more: some 50 ms.
