@@ -34,6 +34,7 @@ func greetingChecks(s *Server) []check {
 			for range 1000 {
 				_ = c.dial().raw.Close()
 			}
+			c.awaitAdmission()
 			c.haggle().usable()
 		}},
 		{id: "HS-06", claim: "without fixed newstyle an option but EXPORT_NAME ends the connection", negative: true, run: func(c *script) {

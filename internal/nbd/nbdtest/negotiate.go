@@ -2,7 +2,9 @@ package nbdtest
 
 import (
 	"encoding/binary"
+	"io"
 	"slices"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -30,6 +32,23 @@ func (c *script) connect() *peer {
 		c.failf("handshake flags %#x, want fixed newstyle", p.serverFlags)
 	}
 	return p
+}
+
+// awaitAdmission waits until a connection is greeted: a server that bounds them
+// may turn one away before it has noticed that others have gone.
+func (c *script) awaitAdmission() {
+	for end := time.Now().Add(c.patience); ; time.Sleep(10 * time.Millisecond) {
+		p := c.dial()
+		_ = p.conn.SetReadDeadline(end)
+		_, err := io.ReadFull(p.conn, make([]byte, 1))
+		_ = p.conn.Close()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			c.failf("no connection is greeted: %v", err)
+		}
+	}
 }
 
 // flags sends client flags.
