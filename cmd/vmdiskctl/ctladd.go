@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -106,6 +107,9 @@ func (f *addFlags) addUse(c *cobra.Command) {
 }
 
 func (f *addFlags) run(c *cobra.Command, name, image string) error {
+	if err := f.checkSockets(c); err != nil {
+		return err
+	}
 	a, err := f.request(c, name, image)
 	if err != nil {
 		return err
@@ -204,9 +208,7 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 			return usage("--rate: %v", err)
 		}
 	}
-	if x.Listeners, err = f.listeners(c); err != nil {
-		return err
-	}
+	x.Listeners = f.listeners()
 	for _, s := range f.protect {
 		off, length, ok := strings.Cut(s, "+")
 		var r config.Range
@@ -261,29 +263,37 @@ func (f *addFlags) socketFlags() []socketFlag {
 	}
 }
 
-// listeners are those of --listen. What is asked for a socket is never ignored.
-func (f *addFlags) listeners(c *cobra.Command) (list []config.Listener, err error) {
-	sockets := 0
+// listeners are those of --listen.
+func (f *addFlags) listeners() (list []config.Listener) {
 	for _, uri := range f.listen {
 		l := config.Listener{URI: uri}
-		scheme, _, _ := strings.Cut(uri, ":")
-		if strings.HasSuffix(strings.ToLower(scheme), "+unix") {
+		if ofUnix(uri) {
 			l = f.at
 			l.URI = uri
-			sockets++
 		}
 		list = append(list, l)
 	}
+	return list
+}
+
+// ofUnix tells whether a URI is one of a Unix socket.
+func ofUnix(uri string) bool {
+	scheme, _, _ := strings.Cut(uri, ":")
+	return strings.HasSuffix(strings.ToLower(scheme), "+unix")
+}
+
+// checkSockets: what is asked for a socket of --listen is never ignored.
+func (f *addFlags) checkSockets(c *cobra.Command) error {
 	for _, s := range f.socketFlags() {
 		switch {
 		case !c.Flags().Changed(s.name):
 		case *s.to == "":
-			return nil, usage("--%s: it is empty", s.name)
-		case sockets == 0:
-			return nil, usage("--%s needs a --listen with the URI of a Unix socket", s.name)
+			return usage("--%s: it is empty", s.name)
+		case !slices.ContainsFunc(f.listen, ofUnix):
+			return usage("--%s needs a --listen with the URI of a Unix socket", s.name)
 		}
 	}
-	return list, nil
+	return nil
 }
 
 // parseWindow reads OFFSET or OFFSET+LENGTH.
