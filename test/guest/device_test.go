@@ -247,7 +247,7 @@ if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
 `
 
 func TestDeviceIsTakenOverFromADeadProcess(t *testing.T) {
-	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, takenScenario, "", "vsock_loopback")
 	})
 }

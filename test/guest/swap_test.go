@@ -18,7 +18,6 @@ import (
 var (
 	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
 	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, one beside reads of the page cache (cache), or four beside them (hard)")
-	swapBoth     = flag.Bool("swap.both", false, "put other pressure on a machine that swaps on both kernels, not on the first only")
 	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
 )
 
@@ -255,16 +254,11 @@ func TestMachineSwapsToItsOwnServer(t *testing.T) {
 
 func TestMachineSwapsUnderOtherPressure(t *testing.T) {
 	onlyVmdiskd(t)
-	requireGuest(t)
 	testenv.Require(t, "nbd-client")
-	on := kernels[:1]
-	if *swapBoth {
-		on = kernels
-	}
-	for _, tt := range swapPressed {
-		for _, meta := range on {
-			t.Run(tt.name+" "+meta, func(t *testing.T) {
-				console, code, err := swapBoot(t, t.Context(), swapGuest(t, testenv.CloudKernel(t, meta), tt.scenario, ""))
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+		for _, tt := range swapPressed {
+			t.Run(tt.name, func(t *testing.T) {
+				console, code, err := swapBoot(t, t.Context(), swapGuest(t, k, tt.scenario, ""))
 				if err != nil || code != 0 {
 					t.Fatalf("status %d, %v; console:\n%s", code, err, console)
 				}
@@ -273,7 +267,7 @@ func TestMachineSwapsUnderOtherPressure(t *testing.T) {
 				}
 			})
 		}
-	}
+	})
 }
 
 // swapPatience ends a guest whose watcher is stuck too.

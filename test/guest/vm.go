@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"regexp"
@@ -74,10 +75,29 @@ func mustBoot(t testing.TB, in *initramfs, memoryMiB int, devices ...string) (co
 	return console
 }
 
+var kernelsAll = flag.Bool("kernels.all", false, "boot every kernel also where the first is enough for a short run")
+
 // eachKernel runs a scenario with every kernel.
 func eachKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
+	t.Helper()
+	onKernels(t, kernels, scenario)
+}
+
+// firstKernel is eachKernel for scenarios that are long and in which kernels
+// differ little: the others take -kernels.all.
+func firstKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
+	t.Helper()
+	on := kernels
+	if !*kernelsAll {
+		on = on[:1]
+	}
+	onKernels(t, on, scenario)
+}
+
+func onKernels(t *testing.T, list []string, scenario func(t *testing.T, k testenv.Kernel)) {
+	t.Helper()
 	requireGuest(t)
-	for _, meta := range kernels {
+	for _, meta := range list {
 		t.Run(meta, func(t *testing.T) {
 			t.Parallel()
 			scenario(t, testenv.CloudKernel(t, meta))
