@@ -1,8 +1,9 @@
 #!/bin/sh
-# fuzz.sh SECONDS: runs every fuzz target of the module for that long, one
-# after the other. A finding stays in the package's testdata/fuzz.
+# fuzz.sh TIME: runs every fuzz target of the module for that long, a count like
+# 2000x or a time like 60s, one after the other. A finding stays in the package's
+# testdata/fuzz.
 set -eu
-seconds=${1:?usage: fuzz.sh SECONDS}
+time=${1:?usage: fuzz.sh TIME}
 list=$(mktemp)
 trap 'rm -f "$list"' EXIT
 
@@ -13,7 +14,7 @@ awk '/^Fuzz/ { name[n++] = $1 } /^ok/ { for (i = 0; i < n; i++) print $2, name[i
 {
 	while read -r package name; do
 		echo "fuzz $package $name"
-		go test -run '^$' -fuzz "^$name\$" -fuzztime "${seconds}s" "$package" </dev/null || failed=1
+		go test -run '^$' -fuzz "^$name\$" -fuzztime "$time" "$package" </dev/null || failed=1
 	done
 	exit $failed
 }
