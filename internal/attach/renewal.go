@@ -58,14 +58,9 @@ func (r *renewal) prepare(ctx context.Context) error {
 		return fmt.Errorf("%w: the running domain has no disk %q", ErrNoDisk, r.target)
 	}
 	r.alias = disk.Alias.Name
-	d, err := find(ctx, r.monitor(), r.alias)
-	switch {
-	case err != nil:
+	if r.disk, err = r.inserted(ctx); err != nil {
 		return err
-	case d == nil || d.Inserted == nil:
-		return fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, r.alias)
 	}
-	r.disk = d
 	commands, err := qmp.Commands(ctx, r.monitor())
 	if err != nil {
 		return err
@@ -74,6 +69,15 @@ func (r *renewal) prepare(ctx context.Context) error {
 		return errOldQEMU
 	}
 	return r.describe(ctx, disk)
+}
+
+// inserted is the guest's device with its medium.
+func (r *renewal) inserted(ctx context.Context) (*qmp.BlockDevice, error) {
+	d, err := find(ctx, r.monitor(), r.alias)
+	if err == nil && (d == nil || d.Inserted == nil) {
+		return nil, fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, r.alias)
+	}
+	return d, err
 }
 
 // describe is how the nodes are made again.
@@ -168,10 +172,7 @@ func (r *renewal) state(ctx context.Context) (first bool, more []qmp.Node, sized
 	if err != nil {
 		return false, nil, false, err
 	}
-	d, err := find(ctx, r.monitor(), r.alias)
-	if err == nil && (d == nil || d.Inserted == nil) {
-		err = fmt.Errorf("%w: QEMU has no disk %q", ErrNoDisk, r.alias)
-	}
+	d, err := r.inserted(ctx)
 	if err != nil {
 		return false, nil, false, err
 	}
