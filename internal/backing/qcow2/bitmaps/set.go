@@ -237,6 +237,9 @@ func (s *Set) Tracking() bool { return len(*s.auto.Load()) > 0 }
 // none. It does not allocate where bits of the neighbourhood are set. Parts of
 // the range that do not lie in the disk are ignored.
 func (s *Set) Mark(off, n int64) {
+	if !s.Tracking() {
+		return
+	}
 	if off < 0 && n > 0 {
 		off, n = 0, n+off
 	}
