@@ -44,6 +44,12 @@ func (s *Space) Demand() {
 	s.funds.strict = !s.fixed
 }
 
+func (s *Space) isStrict() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.funds.strict
+}
+
 // ReserveTable is ReserveMeta for one cluster that has its storage.
 func (s *Space) ReserveTable() (Run, error) {
 	s.mu.Lock()
@@ -146,10 +152,7 @@ func (s *Space) addAsideLocked(from, to int64) {
 // commit. Errors: ErrNoSpace when the host is full, with nothing changed for
 // others, and those of the file.
 func (s *Space) Fund(ctx context.Context) error {
-	s.mu.Lock()
-	strict := s.funds.strict
-	s.mu.Unlock()
-	if !strict {
+	if !s.isStrict() {
 		return nil
 	}
 	if err := s.begin(ctx); err != nil {
@@ -258,10 +261,7 @@ func (s *Space) fundHoles(ctx context.Context, off, end int64) error {
 // fundRun gets storage for clusters that are metadata to come, if they must
 // have it.
 func (s *Space) fundRun(ctx context.Context, r Run) error {
-	s.mu.Lock()
-	strict := s.funds.strict
-	s.mu.Unlock()
-	if !strict {
+	if !s.isStrict() {
 		return nil
 	}
 	return s.st.Zero(ctx, r.Off, r.Len)
