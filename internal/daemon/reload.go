@@ -90,7 +90,8 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 		}
 	}
 	for _, name := range reopen {
-		if err := d.reopen(ctx, exportOf(c, name), &undo); err != nil {
+		x, _ := exportOf(c, name) // reopened names exports of c
+		if err := d.reopen(ctx, x, &undo); err != nil {
 			return fmt.Errorf("export %q: %w", name, err)
 		}
 	}
@@ -128,9 +129,13 @@ func reopened(change *config.Change) (list []string) {
 	return list
 }
 
-func exportOf(c *config.Config, name string) config.Export {
+// exportOf is an export as the configuration has it.
+func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
 	i := slices.IndexFunc(c.Exports, func(x config.Export) bool { return x.Name == name })
-	return c.Exports[i]
+	if i < 0 {
+		return x, false
+	}
+	return c.Exports[i], true
 }
 
 // reopen closes an export and opens it as x says; if that fails, as it was.

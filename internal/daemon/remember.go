@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -55,7 +54,8 @@ func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err er
 			}
 			return config.RemoveInstead(state, cfg.Name)
 		}
-		of := config.ImageOf(exportOf(d.conf.Load(), cfg.Name))
+		x, _ := exportOf(d.conf.Load(), cfg.Name) // fromConfig says that it is there
+		of := config.ImageOf(x)
 		return undo, config.WriteInstead(state, config.Instead{Of: of, Serve: config.ImageOf(cfg)})
 	}
 	return func() error { return nil }, nil
@@ -81,7 +81,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	case i != nil:
 		f.Overlay = i.Serve.Image
 	}
-	x, ok := d.configured(name)
+	x, ok := exportOf(d.conf.Load(), name)
 	if ok {
 		f.Image = x.Image
 	}
@@ -110,13 +110,4 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 // noOverlay is the error for an export without one.
 func noOverlay(name string) error {
 	return &api.Error{Code: api.CodeNotFound, Text: fmt.Sprintf("no overlay is remembered for an export %q of the configuration", name)}
-}
-
-// configured is an export as the configuration file has it.
-func (d *daemon) configured(name string) (x config.Export, ok bool) {
-	c := d.conf.Load()
-	if !slices.ContainsFunc(c.Exports, func(x config.Export) bool { return x.Name == name }) {
-		return x, false
-	}
-	return exportOf(c, name), true
 }
