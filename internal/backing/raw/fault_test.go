@@ -240,6 +240,24 @@ func TestWritethroughMakesEveryWriteDurable(t *testing.T) {
 	}
 }
 
+// flushDuring begins a flush that gate holds, and n more while it is held. What
+// the flushes end with comes from the channels.
+func flushDuring(t *testing.T, d *raw.Device, gate *backingtest.Gate, n int) (first, rest <-chan error) {
+	t.Helper()
+	flush := func(n int) <-chan error {
+		ends := make(chan error, n)
+		for range n {
+			go func() { ends <- d.Flush(t.Context()) }()
+		}
+		return ends
+	}
+	first = flush(1)
+	<-gate.Arrived
+	rest = flush(n)
+	waitBlocked(t, n, "select", "raw.(*Device).Flush(")
+	return first, rest
+}
+
 // TestFlushJoinsOnlyALaterSync holds an fdatasync, lets flushes arrive
 // meanwhile, and counts: they share one fdatasync, and it is not that one.
 func TestFlushJoinsOnlyALaterSync(t *testing.T) {
@@ -249,15 +267,7 @@ func TestFlushJoinsOnlyALaterSync(t *testing.T) {
 	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Gate: gate})
 	second := backingtest.NewGate()
 	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Gate: second, Times: -1})
-
-	first := make(chan error, 1)
-	go func() { first <- d.Flush(t.Context()) }()
-	<-gate.Arrived
-	rest := make(chan error, flushes)
-	for range flushes {
-		go func() { rest <- d.Flush(t.Context()) }()
-	}
-	waitBlocked(t, flushes, "select", "raw.(*Device).Flush(")
+	first, rest := flushDuring(t, d, gate, flushes)
 	gate.Open()
 	if err := <-first; err != nil {
 		t.Errorf("flush: %v", err)
@@ -285,14 +295,7 @@ func TestFailedSyncFailsEveryFlushThatWaits(t *testing.T) {
 	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
 	gate := backingtest.NewGate()
 	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Gate: gate, Fault: backingtest.Fault{Errno: syscall.EIO}})
-	first := make(chan error, 1)
-	go func() { first <- d.Flush(t.Context()) }()
-	<-gate.Arrived
-	rest := make(chan error, flushes)
-	for range flushes {
-		go func() { rest <- d.Flush(t.Context()) }()
-	}
-	waitBlocked(t, flushes, "select", "raw.(*Device).Flush(")
+	first, rest := flushDuring(t, d, gate, flushes)
 	gate.Open()
 	if err := <-first; !errors.Is(err, backing.ErrIO) {
 		t.Errorf("flush: got %v, want %v", err, backing.ErrIO)
