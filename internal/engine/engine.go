@@ -151,9 +151,10 @@ func (w *waiter) finish(*IO) {
 	}
 }
 
-// Do submits the batch, sets each Done, and the Owner of each to that of ctx, waits for all of it and returns the
-// first error in batch order. ctx is looked at before the batch is submitted
-// only: buffers that the kernel works on cannot be taken back.
+// Do submits the batch, sets each Done, and the Owner of each to that of ctx,
+// waits for all of it and returns the first error in batch order. ctx is looked
+// at before the batch is submitted only: buffers that the kernel works on
+// cannot be taken back.
 func Do(ctx context.Context, e Engine, batch ...*IO) error {
 	if err := ctx.Err(); err != nil {
 		return err

@@ -48,8 +48,9 @@ func (io *IO) cost() int64 {
 // Turns alone would not help a guest with one request at a time: what the
 // neighbour has in flight stands before it in the queue of the disk. So, while
 // several owners use a disk, each has a part of what the disk moves in
-// limits.ShareDelay in flight there, so that a fast disk has more. And an owner always leaves some places free, so that storage that
-// hangs does not hang what others have elsewhere.
+// limits.ShareDelay in flight there, so that a fast disk has more. And an owner
+// always leaves some places free, so that storage that hangs does not hang what
+// others have elsewhere.
 type Queue struct {
 	places  int // bound of the transfers in flight
 	flying  int
