@@ -155,8 +155,7 @@ func (a *Aligned) readPart(ctx context.Context, p []byte, off int64) (want, n in
 // stable storage before it returns.
 func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
 	if a.align == 1 {
-		_, err := a.do(ctx, engine.OpWrite, p, off, fua)
-		return err
+		return a.writeCached(ctx, p, off, fua)
 	}
 	for len(p) > 0 {
 		var n int64
@@ -173,6 +172,18 @@ func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64, fua bool) er
 		p, off = p[n:], off+n
 	}
 	return nil
+}
+
+// writeCached writes p to a file in the page cache.
+func (a *Aligned) writeCached(ctx context.Context, p []byte, off int64, fua bool) error {
+	if !fua {
+		n := a.eng.WriteNow(a.file, p, off)
+		if p, off = p[n:], off+int64(n); len(p) == 0 {
+			return nil
+		}
+	}
+	_, err := a.do(ctx, engine.OpWrite, p, off, fua)
+	return err
 }
 
 // writeBlocks writes whole blocks.

@@ -118,6 +118,13 @@ type Engine interface {
 	// returns 0 for direct files.
 	ReadNow(f *File, p []byte, off int64) int
 
+	// WriteNow copies p to the page cache, for a caller who waits anyway: it
+	// may wait itself, as write(2) does when too much is dirty. It returns how
+	// much of p it wrote from the front; anything short of len(p) is not an
+	// error but work for Submit, which also finds out about errors. It returns
+	// 0 for direct files, and while limits.CachedWriters others write so.
+	WriteNow(f *File, p []byte, off int64) int
+
 	// Submit hands over the batch. It does not wait for transfers; it may
 	// wait for room in the queue.
 	Submit(batch []*IO)

@@ -3,6 +3,7 @@ package engine
 import (
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +18,7 @@ type Pool struct {
 	max     int
 	inline  bool // Submit makes the last transfer of a batch itself
 	workers sync.WaitGroup
+	writers atomic.Int64 // calls of WriteNow
 
 	mu      sync.Mutex
 	wake    sync.Cond
@@ -70,6 +72,16 @@ func (p *Pool) Open(f *os.File) (*File, error) {
 
 // ReadNow fills p from the page cache.
 func (p *Pool) ReadNow(f *File, b []byte, off int64) int { return ReadCached(f, b, off) }
+
+// WriteNow writes p to the page cache.
+func (p *Pool) WriteNow(f *File, b []byte, off int64) int {
+	defer p.writers.Add(-1)
+	if p.writers.Add(1) > limits.CachedWriters || f.Direct {
+		return 0
+	}
+	n, _ := f.WriteCached(b, off)
+	return n
+}
 
 // Submit queues the batch. Unless the pool is inline it never waits. It may be
 // called from Done.

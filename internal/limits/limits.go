@@ -212,6 +212,11 @@ const (
 	// run blocking calls for the ring engine.
 	PoolWorkers = 16
 
+	// CachedWriters bounds the callers of one engine that write to the page
+	// cache themselves. Each has a thread while the kernel slows writers down;
+	// what others write goes to the engine's own.
+	CachedWriters = 16
+
 	// IORetries bounds how often in a row one call of a transfer is made again
 	// because it was interrupted or moved nothing. The Go runtime's own
 	// signals interrupt slow fallocate calls several times.

@@ -93,6 +93,9 @@ func (f *FaultEngine) Clear() int {
 // ReadNow finds nothing.
 func (f *FaultEngine) ReadNow(*engine.File, []byte, int64) int { return 0 }
 
+// WriteNow leaves every write to Submit too.
+func (f *FaultEngine) WriteNow(*engine.File, []byte, int64) int { return 0 }
+
 // Submit applies the rules and hands over the rest as one batch.
 func (f *FaultEngine) Submit(batch []*engine.IO) {
 	var healthy []*engine.IO

@@ -67,6 +67,7 @@ var claims = []struct {
 	{"TransferStaysInsideItsBuffer", transferStaysInsideItsBuffer},
 	{"ReadNowAnswersFromThePageCache", readNowAnswersFromThePageCache},
 	{"ReadNowDoesNotAllocate", readNowDoesNotAllocate},
+	{"WriteNowWritesToThePageCache", writeNowWritesToThePageCache},
 	{"SubmitDoesNotAllocate", submitDoesNotAllocate},
 	{"OnlyFilesAndBlockDevicesAreOpened", onlyFilesAndBlockDevicesAreOpened},
 	{"FilesComeAndGoWhileOthersWork", filesComeAndGo},

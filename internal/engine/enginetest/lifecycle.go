@@ -239,6 +239,24 @@ func readNowAnswersFromThePageCache(e *env) {
 	}
 }
 
+func writeNowWritesToThePageCache(e *env) {
+	f := e.create(make([]byte, 4*blockBytes))
+	data := pattern(2*blockBytes, 13)
+	want := len(data)
+	if e.direct {
+		want = 0
+	}
+	if got := e.eng.WriteNow(f, data, blockBytes); got != want {
+		e.Errorf("WriteNow of %d bytes = %d, want %d", len(data), got, want)
+	} else if now := e.contents(f); !bytes.Equal(now[blockBytes:][:want], data[:want]) || len(now) != 4*blockBytes {
+		e.Error("WriteNow wrote other bytes")
+	}
+	refused := e.open(e.path(), unix.O_RDONLY|unix.O_CREAT)
+	if got := e.eng.WriteNow(refused, data, 0); got != 0 {
+		e.Errorf("WriteNow to a file that is open for reading = %d, want 0", got)
+	}
+}
+
 func readNowDoesNotAllocate(e *env) {
 	f := e.create(make([]byte, 16*blockBytes))
 	buf := make([]byte, blockBytes)

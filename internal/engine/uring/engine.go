@@ -274,6 +274,12 @@ func (e *Engine) ReadNow(f *engine.File, p []byte, off int64) int {
 	return engine.ReadCached(f, p, off)
 }
 
+// WriteNow writes p to the page cache. On file systems that cannot promise not
+// to wait, as ext4, the ring would have a thread of the kernel do the same.
+func (e *Engine) WriteNow(f *engine.File, p []byte, off int64) int {
+	return e.pool.WriteNow(f, p, off)
+}
+
 // Submit queues the batch. It never waits and may be called from Done.
 func (e *Engine) Submit(batch []*engine.IO) {
 	var l list
