@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -68,10 +67,16 @@ func (c *credentials) read(uri *transport.URI) error {
 		}
 	}
 	c.identity = cmp.Or(given.identity, uri.User)
+	c.setHostname(uri)
+	return nil
+}
+
+// setHostname has a certificate from an address that names no host be for this
+// one, unless another is known.
+func (c *credentials) setHostname(uri *transport.URI) {
 	if uri.TLS && c.hostname == "" && !c.keys && uri.Kind != transport.TCP {
 		c.hostname = "localhost"
 	}
-	return nil
 }
 
 // check holds what is known by now against the URI.
@@ -112,11 +117,17 @@ func (s *Source) remote(text string) (uri transport.URI, c credentials, err erro
 // credsID is the object of a machine that holds the credentials of a disk.
 func credsID(id string) string { return "vmt" + nodesOf(id) + "tls" }
 
+// Types of that object.
+const (
+	certificates = "tls-creds-x509"
+	sharedKey    = "tls-creds-psk"
+)
+
 // object is that object, for object-add.
 func (c *credentials) object(id string) map[string]any {
-	o := map[string]any{"qom-type": "tls-creds-x509", "id": id, "endpoint": "client", "dir": c.dir, "verify-peer": true}
+	o := map[string]any{"qom-type": certificates, "id": id, "endpoint": "client", "dir": c.dir, "verify-peer": true}
 	if c.keys {
-		o["qom-type"], o["username"] = "tls-creds-psk", c.identity
+		o["qom-type"], o["username"] = sharedKey, c.identity
 	}
 	return o
 }
@@ -137,8 +148,8 @@ func (p *plug) credsStep() Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			there, err := p.hasCreds(ctx, p.id)
-			if err != nil || there {
+			kind, err := p.hasCreds(ctx, p.id)
+			if err != nil || kind != "" {
 				return false, err
 			}
 			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(id))
@@ -148,14 +159,14 @@ func (p *plug) credsStep() Step {
 	}
 }
 
-// hasCreds tells whether the machine has credentials for the disk. One that
-// does not say which objects it has was given none.
-func (m *Machine) hasCreds(ctx context.Context, id string) (bool, error) {
-	names, err := qmp.Objects(ctx, m.Monitor)
+// hasCreds is the type of the credentials that the machine has for the disk, ""
+// without any. One that does not say which objects it has was given none.
+func (m *Machine) hasCreds(ctx context.Context, id string) (kind string, err error) {
+	objects, err := qmp.Objects(ctx, m.Monitor)
 	if errors.As(err, new(*qmp.Error)) {
-		return false, nil
+		return "", nil
 	}
-	return slices.Contains(names, credsID(id)), err
+	return objects[credsID(id)], err
 }
 
 // deleteCreds deletes credentials that may be gone already. An attempt to
@@ -164,8 +175,8 @@ func (m *Machine) deleteCreds(ctx context.Context, id string) error {
 	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
 	defer cancel()
 	for {
-		there, err := m.hasCreds(ctx, id)
-		if err != nil || !there {
+		kind, err := m.hasCreds(ctx, id)
+		if err != nil || kind == "" {
 			return err
 		}
 		_, err = m.Monitor.Execute(ctx, "object-del", map[string]any{"id": credsID(id)})
@@ -184,11 +195,12 @@ func (m *Machine) forgetStep(id string) Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			there, err := m.hasCreds(ctx, id)
-			if err == nil && there {
-				err = m.deleteCreds(ctx, id)
+			kind, err := m.hasCreds(ctx, id)
+			if err != nil || kind == "" {
+				return false, err
 			}
-			return there && err == nil, err
+			err = m.deleteCreds(ctx, id)
+			return err == nil, err
 		},
 	}
 }

@@ -2,7 +2,8 @@ package attach_test
 
 import (
 	"errors"
-	"slices"
+	"fmt"
+	"maps"
 	"strings"
 	"testing"
 
@@ -52,7 +53,7 @@ func TestDiskComesOverTLS(t *testing.T) {
 		if err := attached(s); !errors.As(err, new(*qmp.Error)) || errors.Is(err, attach.ErrIncomplete) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !slices.Equal(left, objects) || l.state(t, m.Monitor) != before {
+		if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
 			t.Errorf("%s: left %q, %v", name, left, err)
 		}
 	}
@@ -63,7 +64,29 @@ func TestDiskComesOverTLS(t *testing.T) {
 	}
 	p, err := m.Detach(ctx, "d0", true)
 	do(t, p, err)
-	if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !slices.Equal(left, objects) || l.state(t, m.Monitor) != before {
+	if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
 		t.Errorf("left after detach: %q, %v", left, err)
 	}
+}
+
+// TestExportComesOverTLSByASocket: there is no name of a host on the way, the
+// certificate is for localhost. The disk grows by a second client.
+func TestExportComesOverTLSByASocket(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	dir := testenv.Certificates(t)
+	l.startService(t, fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds+unix:///?socket=%s/sock\"", dir, l.dir))
+	l.startMachine(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk.img", diskSize)
+	_, err := l.service.Add(ctx, addExport("web", image))
+	must(t, err)
+	p, err := m.Attach(ctx, attach.Source{Export: "web", Certificates: dir}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	l.wantCopied(t, m.Monitor, image)
+	p, err = m.Resize(ctx, "d0", "web", attach.Size{Bytes: diskSize, More: true})
+	do(t, p, err)
+	l.wantCopied(t, m.Monitor, image)
+	p, err = m.Detach(ctx, "d0", true)
+	do(t, p, err)
 }

@@ -30,9 +30,9 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 		})
 	}
 	plan.Steps = append(plan.Steps, m.unplugStep(id), m.nodesStep(id))
-	if there, err := m.hasCreds(ctx, id); err != nil {
+	if kind, err := m.hasCreds(ctx, id); err != nil {
 		return nil, err
-	} else if there {
+	} else if kind != "" {
 		plan.Steps = append(plan.Steps, m.forgetStep(id))
 	}
 	if own {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -239,7 +240,7 @@ func overTLS(t *testing.T, dir string, start func(conf string) *host) {
 		p, err = h.Detach(ctx, "sda", false)
 		do(t, p, err)
 		objects, err := qmp.Objects(ctx, h.Session.Monitor(h.Domain.Domain))
-		if err != nil || h.nodes(t) != "" || slices.ContainsFunc(objects, func(o string) bool { return strings.Contains(o, "tls") }) {
+		if err != nil || h.nodes(t) != "" || slices.ContainsFunc(slices.Collect(maps.Values(objects)), func(kind string) bool { return strings.Contains(kind, "tls") }) {
 			t.Errorf("left: objects %q, nodes %s, %v", objects, h.nodes(t), err)
 		}
 	}

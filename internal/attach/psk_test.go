@@ -5,9 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -62,7 +62,7 @@ func TestDiskComesWithAPreSharedKey(t *testing.T) {
 			p, err = m.Detach(ctx, "d0", true)
 			do(t, p, err)
 			left, err := qmp.Objects(ctx, m.Monitor)
-			if err != nil || !slices.Equal(left, objects) || strings.Contains(l.state(t, m.Monitor), "node") {
+			if err != nil || !maps.Equal(left, objects) || strings.Contains(l.state(t, m.Monitor), "node") {
 				t.Errorf("left after detach: %q, %v; %s", left, err, l.state(t, m.Monitor))
 			}
 		})

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -146,7 +145,7 @@ func (r *renewal) findCreds(ctx context.Context) error {
 		return err
 	}
 	r.client.TLSCreds = "obj" + r.client.Node + "_tls0"
-	if !slices.Contains(objects, r.client.TLSCreds) {
+	if objects[r.client.TLSCreds] == "" {
 		return fmt.Errorf("%w: the machine has no object %s with its certificates", ErrNodes, r.client.TLSCreds)
 	}
 	return nil

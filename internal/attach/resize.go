@@ -94,14 +94,17 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 		return ErrRigid
 	}
 	uri, err := reachable(x, false)
+	var creds credentials
 	if err != nil {
-		tls, e := g.hasCreds(ctx, g.id)
-		if e != nil || !tls {
+		kind, e := g.hasCreds(ctx, g.id)
+		if e != nil || kind == "" {
 			return errors.Join(err, e)
 		}
 		if uri, err = reachable(x, true); err != nil {
 			return err
 		}
+		creds.keys = kind == sharedKey
+		creds.setHostname(&uri)
 	}
 	server, err := address(uri.Target)
 	if err != nil {
@@ -116,7 +119,7 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	g.old = old
 	g.next = nbd(clientNode(g.raw, number+1), server, uri.Export, d.Inserted.ReadOnly, 0)
 	if uri.TLS {
-		g.next.TLSCreds = credsID(g.id)
+		g.next.TLSCreds, g.next.TLSHostname = credsID(g.id), creds.hostname
 	}
 	return free(number)
 }

@@ -135,6 +135,7 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	}
 	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}
 	if uri.TLS {
+		creds.setHostname(&uri)
 		v.creds, v.uri.User = creds, creds.identity
 		err = creds.check(&uri)
 	}

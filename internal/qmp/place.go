@@ -167,17 +167,17 @@ func qomList(ctx context.Context, x Executor, path string) ([]item, error) {
 	return items, nil
 }
 
-// Objects are the names of the objects that the machine was given by
-// object-add or its command line, at most limits.QMPItems.
-func Objects(ctx context.Context, x Executor) ([]string, error) {
+// Objects are the objects that the machine was given by object-add or its
+// command line, at most limits.QMPItems: the type of each by its name.
+func Objects(ctx context.Context, x Executor) (map[string]string, error) {
 	items, err := qomList(ctx, x, "/objects")
-	var names []string
+	types := map[string]string{}
 	for _, i := range items {
-		if _, ok := i.child(); ok {
-			names = append(names, i.Name)
+		if kind, ok := i.child(); ok {
+			types[i.Name] = kind
 		}
 	}
-	return names, err
+	return types, err
 }
 
 // byNumber compares names so that rp2 is before rp10.
