@@ -1,8 +1,8 @@
 // Skipcheck runs `go test -json` and makes its output readable: one line per
 // package as it ends, the full output of what failed, then a summary with the
-// slowest packages and every skip with its reason. With CI=true a skip that
-// the list of allowed ones does not name is a failure: there, a missing tool
-// must not turn a test into nothing.
+// slowest packages and tests, and every skip with its reason. With CI=true a
+// skip that the list of allowed ones does not name is a failure: there, a
+// missing tool must not turn a test into nothing.
 //
 //	skipcheck [-allowed FILE] [-strict] -- go test -json ./...
 package main

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -20,8 +21,11 @@ type event struct {
 	Output     string
 }
 
-// slowest is how many packages the summary names.
-const slowest = 5
+// How many of the slowest packages and tests the summary names.
+const (
+	slowPackages = 5
+	slowTests    = 12
+)
 
 // maxLine bounds one line of JSON: a line of output, escaped.
 const maxLine = 16 << 20
@@ -34,7 +38,7 @@ type skip struct {
 }
 
 type timing struct {
-	pkg     string
+	test
 	seconds float64
 }
 
@@ -46,7 +50,7 @@ type report struct {
 	passed, skipped int
 	failed          []test
 	skips           []skip
-	times           []timing
+	packages, tests []timing // tests without those within them
 }
 
 func newReport(out io.Writer) *report {
@@ -80,6 +84,9 @@ func (r *report) add(e event) {
 			r.endPackage(e)
 		} else {
 			r.endTest(t, e.Action)
+			if !strings.Contains(e.Test, "/") {
+				r.tests = append(r.tests, timing{t, e.Elapsed})
+			}
 		}
 	}
 }
@@ -124,7 +131,7 @@ func (r *report) endPackage(e event) {
 		}
 	}
 	io.WriteString(r.out, closing(r.text(whole)))
-	r.times = append(r.times, timing{e.Package, e.Elapsed})
+	r.packages = append(r.packages, timing{whole, e.Elapsed})
 	for _, t := range r.order[e.Package] {
 		delete(r.output, t)
 	}
@@ -164,23 +171,23 @@ func reason(text string) string {
 	return last
 }
 
+// slowest prints the first n of the list, the slowest first.
+func (r *report) slowest(list []timing, n int) {
+	slices.SortFunc(list, func(a, b timing) int {
+		return cmp.Or(cmp.Compare(b.seconds, a.seconds), strings.Compare(a.pkg, b.pkg), strings.Compare(a.name, b.name))
+	})
+	for _, t := range list[:min(n, len(list))] {
+		fmt.Fprintf(r.out, "  %7.1f s  %s\n", t.seconds, strings.TrimSpace(t.pkg+" "+t.name))
+	}
+}
+
 // summary prints the end of the report and returns how many skips the list
 // does not allow.
 func (r *report) summary(allowed []rule) (unknown int) {
-	slices.SortFunc(r.times, func(a, b timing) int {
-		switch {
-		case a.seconds > b.seconds:
-			return -1
-		case a.seconds < b.seconds:
-			return 1
-		}
-		return strings.Compare(a.pkg, b.pkg)
-	})
 	fmt.Fprintf(r.out, "\n%d passed, %d failed, %d skipped in %d packages\n",
-		r.passed, len(r.failed), r.skipped, len(r.times))
-	for _, t := range r.times[:min(slowest, len(r.times))] {
-		fmt.Fprintf(r.out, "  %7.1f s  %s\n", t.seconds, t.pkg)
-	}
+		r.passed, len(r.failed), r.skipped, len(r.packages))
+	r.slowest(r.packages, slowPackages)
+	r.slowest(r.tests, slowTests)
 	for _, s := range r.skips {
 		mark := "not allowed in CI"
 		if allows(allowed, s.test) {

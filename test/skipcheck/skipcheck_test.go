@@ -42,7 +42,7 @@ func TestOnlyFailuresShowTheirOutput(t *testing.T) {
 	text, _ := reportOf(t, stream)
 	for _, want := range []string{
 		"got 1, want 2", "FAIL\tm/a\t2.500s\n", "ok  \tm/b\t0.100s\n",
-		"1 passed, 1 failed, 1 skipped in 2 packages", "2.5 s  m/a",
+		"1 passed, 1 failed, 1 skipped in 2 packages\n      2.5 s  m/a\n      0.1 s  m/b\n      0.1 s  m/a TestGood\n",
 		"m/a TestLazy: needs fio (package fio)", "FAILED: m/a TestBad",
 	} {
 		if !strings.Contains(text, want) {
