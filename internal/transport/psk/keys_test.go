@@ -2,6 +2,7 @@ package psk
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -119,6 +120,59 @@ func TestKeyFileThatOthersReachIsRefused(t *testing.T) {
 		if _, err := Load(path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %q", path, err, want)
 		}
+	}
+}
+
+// TestSwappedKeyFileIsNotFollowed is CF-08: the file is exchanged for a link to
+// another one, and back, while it is read.
+func TestSwappedKeyFileIsNotFollowed(t *testing.T) {
+	path := keyFile(t, "vm1:"+hexKey(32, 1)+"\n", 0o600)
+	other := keyFile(t, "vm2:"+hexKey(32, 2)+"\n", 0o600)
+	kept, link := path+".kept", path+".link"
+	if err := errors.Join(os.Link(path, kept), os.Symlink(other, link)); err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan bool), make(chan error)
+	go func() {
+		next := path + ".next"
+		for {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			if err := errors.Join(os.Symlink(other, next), os.Rename(next, path), os.Link(kept, next), os.Rename(next, path)); err != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	k, err := Load(kept)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.path = path
+	var links, files int
+	for n := 0; links == 0 || files < 100; n++ {
+		if n == 1<<20 {
+			t.Fatalf("met the link %d times, the file %d times", links, files)
+		}
+		switch err := k.Reload(); {
+		case err == nil:
+			files++
+		case strings.Contains(err.Error(), "symbolic link"):
+			links++
+		default:
+			t.Fatal(err)
+		}
+		if name, _ := k.find([]byte("vm2")); name != "" {
+			t.Fatal("the keys are those of the file that the link names")
+		}
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 
