@@ -116,10 +116,10 @@ func watch(seconds int) error {
 	return nil
 }
 
-// end has the kernel tell of its memory and of tasks that wait, and ends the
-// machine.
+// end has the kernel tell of its memory and of tasks that wait, all of it on the
+// console (9), and ends the machine.
 func end() error {
-	for _, key := range "mwlb" {
+	for _, key := range "9mwlb" {
 		if err := os.WriteFile("/proc/sysrq-trigger", []byte(string(key)), 0); err != nil {
 			return err
 		}
