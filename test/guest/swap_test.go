@@ -111,7 +111,8 @@ served 30000
 stop
 `
 
-// swapLoads are the values of -swap.load; HOG is in mebibytes.
+// swapLoads are the values of -swap.load; HOG is in mebibytes. What they read is
+// not the disk of the server: see vmdiskd(8).
 var swapLoads = map[string]string{
 	"one":   "/hog HOG 1",
 	"four":  "pids=; for i in 1 2 3 4; do /hog $((HOG / 4)) 1 & pids=\"$pids $!\"; done; for p in $pids; do wait $p; done",
