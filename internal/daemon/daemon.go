@@ -275,8 +275,8 @@ func (d *daemon) openExports() error {
 	if d.engine, err = d.newEngine(); err != nil {
 		return err
 	}
-	if runtime.GOMAXPROCS(0) < minProcs {
-		runtime.GOMAXPROCS(minProcs)
+	if n := d.minProcs(); runtime.GOMAXPROCS(0) < n {
+		runtime.GOMAXPROCS(n)
 	}
 	d.exports = export.NewRegistry()
 	d.tellStates()
@@ -289,10 +289,18 @@ func (d *daemon) openExports() error {
 // served tells whether this is a service, whose exports can be worked on.
 func (d *daemon) served() bool { return d.conf.Load() != nil }
 
-// minProcs lets a connection run on a single CPU while a ring's thread sits in
-// the kernel: with one processor Go would wait some 20 µs, often much longer,
-// before it took it away from that thread.
-const minProcs = 2
+// minProcs is how many processors Go shall see. Two let a connection run on a
+// single CPU while a ring's thread sits in the kernel: with one, Go would wait
+// some 20 µs, often much longer, before it took it away from that thread. The
+// workers of a pool come back from the kernel all the time, and one that finds
+// no processor waits behind all that can run, as the request of a guest does
+// whose neighbours have many.
+func (d *daemon) minProcs() int {
+	if !d.cfg.Swap.On && d.engine.Name() == "pool" {
+		return limits.PoolProcs
+	}
+	return limits.MinProcs
+}
 
 func (d *daemon) dropPrivileges() error {
 	if d.cfg.User == "" && d.cfg.Group == "" || d.cfg.Handed != nil {

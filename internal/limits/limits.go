@@ -212,6 +212,11 @@ const (
 	// run blocking calls for the ring engine.
 	PoolWorkers = 16
 
+	// MinProcs and PoolProcs are how many processors the Go runtime uses at
+	// least, with a ring and with the pool engine, however few there are.
+	MinProcs  = 2
+	PoolProcs = 8
+
 	// CachedWriters bounds the callers of one engine that write to the page
 	// cache themselves. Each has a thread while the kernel slows writers down;
 	// what others write goes to the engine's own.
