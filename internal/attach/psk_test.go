@@ -28,13 +28,8 @@ func TestDiskComesWithAPreSharedKey(t *testing.T) {
 	l := &lab{dir: testenv.TempDir(t)}
 	keys, port := filepath.Join(l.dir, "keys.psk"), testenv.FreePort(t)
 	must(t, os.WriteFile(keys, []byte("vm1:"+strings.Repeat("1a", 32)+"\n"), 0o600))
-	l.startService(t, fmt.Sprintf("[tls]\npsk = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"\n[[listener]]\nuri = \"nbds+unix:///?socket=%s/sock\"", keys, port, l.dir))
-	l.startMachine(t, q35...)
-	m := l.machine(t, l.monitor, nil)
+	m, image := l.startWeb(t, fmt.Sprintf("[tls]\npsk = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"\n[[listener]]\nuri = \"nbds+unix:///?socket=%s/sock\"", keys, port, l.dir))
 	ctx := testenv.Context(t)
-	image := l.image(t, "disk.img", diskSize)
-	_, err := l.service.Add(ctx, addExport("web", image))
-	must(t, err)
 	objects, err := qmp.Objects(ctx, m.Monitor)
 	must(t, err)
 	for name, s := range map[string]attach.Source{
@@ -55,12 +50,7 @@ func TestDiskComesWithAPreSharedKey(t *testing.T) {
 			if do(t, again, err) {
 				t.Error("the second attach changed something")
 			}
-			l.wantCopied(t, m.Monitor, image)
-			p, err = m.Resize(ctx, "d0", "web", attach.Size{Bytes: diskSize, More: true})
-			do(t, p, err)
-			l.wantCopied(t, m.Monitor, image)
-			p, err = m.Detach(ctx, "d0", true)
-			do(t, p, err)
+			l.wantUsable(t, m, image)
 			left, err := qmp.Objects(ctx, m.Monitor)
 			if err != nil || !maps.Equal(left, objects) || strings.Contains(l.state(t, m.Monitor), "node") {
 				t.Errorf("left after detach: %q, %v; %s", left, err, l.state(t, m.Monitor))
@@ -103,6 +93,31 @@ func TestDiskComesWithAPreSharedKey(t *testing.T) {
 func addExport(name, image string) (a api.AddExport) {
 	a.Name, a.Image = name, image
 	return a
+}
+
+// startWeb starts a service with the configuration, whose export web has the
+// image, and a machine.
+func (l *lab) startWeb(t *testing.T, conf string) (m *attach.Machine, image string) {
+	t.Helper()
+	l.startService(t, conf)
+	l.startMachine(t, q35...)
+	image = l.image(t, "disk.img", diskSize)
+	_, err := l.service.Add(testenv.Context(t), addExport("web", image))
+	must(t, err)
+	return l.machine(t, l.monitor, nil), image
+}
+
+// wantUsable checks that the disk d0 of the machine is that of the export web,
+// grows with it, and goes.
+func (l *lab) wantUsable(t *testing.T, m *attach.Machine, image string) {
+	t.Helper()
+	ctx := testenv.Context(t)
+	l.wantCopied(t, m.Monitor, image)
+	p, err := m.Resize(ctx, "d0", "web", attach.Size{Bytes: diskSize, More: true})
+	do(t, p, err)
+	l.wantCopied(t, m.Monitor, image)
+	p, err = m.Detach(ctx, "d0", true)
+	do(t, p, err)
 }
 
 // wantCopied has QEMU copy its only disk, which must be the image.
