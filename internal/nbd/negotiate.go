@@ -217,11 +217,11 @@ func (n *negotiation) early() []byte {
 }
 
 // close ends a negotiation that does not lead to transmission.
-func (n *negotiation) close() {
+func (n *negotiation) close(orderly bool) {
 	if n.export != nil {
 		n.export.Close()
 	}
-	n.conn.Close()
+	part(n.conn, orderly)
 }
 
 // quietEOF makes leaving between messages, and in the middle of one, io.EOF.

@@ -9,10 +9,13 @@ package nbd
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -217,7 +220,7 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 	n := newNegotiation(&s.opt, c, slot, mode)
 	err = n.run(ctx)
 	if err != nil || n.export == nil {
-		n.close()
+		n.close(err == nil)
 		return err
 	}
 	slot.established()
@@ -226,7 +229,8 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 
 // transmit runs the session that was negotiated.
 func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) error {
-	defer n.conn.Close()
+	orderly := false
+	defer func() { part(n.conn, orderly) }()
 	defer n.export.Close()
 	if err := n.conn.SetDeadline(time.Time{}); err != nil {
 		return err
@@ -243,9 +247,29 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 	}
 	s.mu.Unlock()
 	left := sess.announce()
-	err := sess.serve(ctx)
+	orderly, err := sess.serve(ctx)
 	left(err)
 	return err
+}
+
+// part closes a connection. At an orderly end it shuts only its own side
+// first and waits a moment for the peer to shut the other: a connection closed
+// on bytes that nobody will read is reset, and what the peer has not taken yet
+// is lost; a vsock closed before the peer shuts its side down answers the
+// peer's next read with ENOTCONN, not with the end of the stream. A Unix peer
+// can be kept from sending more instead of being waited for.
+func part(c transport.Conn, orderly bool) {
+	defer c.Close()
+	if !orderly {
+		return
+	}
+	if rc := c.Raw(); rc != nil && c.Peer().Kind == transport.Unix {
+		rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	} else {
+		c.CloseWrite()
+	}
+	c.SetReadDeadline(time.Now().Add(limits.Linger))
+	io.Copy(io.Discard, io.LimitReader(c, limits.MaxIO))
 }
 
 var errDraining = errors.New("server is shutting down")

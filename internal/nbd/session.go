@@ -11,8 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -127,11 +125,12 @@ func newSession(srv *Server, n *negotiation) *session {
 func (s *session) keeps() int { return min(s.opt.Keep, s.opt.Requests) }
 
 // serve answers requests until the peer disconnects. What is in flight then is
-// finished and sent before it returns.
-func (s *session) serve(ctx context.Context) error {
+// finished and sent before it returns. orderly tells that both sides know of
+// the end: the connection can linger.
+func (s *session) serve(ctx context.Context) (orderly bool, err error) {
 	stop := context.AfterFunc(ctx, s.drain)
 	defer stop()
-	err := s.readLoop()
+	err = s.readLoop()
 	if e := s.endTurn(); err == nil {
 		err = e
 	}
@@ -144,16 +143,11 @@ func (s *session) serve(ctx context.Context) error {
 
 	switch {
 	case s.dead.Load():
-		return s.why()
-	case err == nil, errors.Is(err, io.EOF):
-		return nil
-	case s.leaving.Load():
-		s.linger()
-		return nil
-	case errors.Is(err, errTooLong):
-		s.linger()
+		return false, s.why()
+	case err == nil, errors.Is(err, io.EOF), s.leaving.Load():
+		return true, nil
 	}
-	return err
+	return errors.Is(err, errTooLong), err
 }
 
 // magicSize is the size of a request's magic.
@@ -430,17 +424,4 @@ func (s *session) abandon() {
 		s.sender.push(segment{head: h})
 	}
 	s.sender.Flush()
-}
-
-// linger lets the peer take the last replies before the connection is closed
-// on bytes that it sent and nobody will read, which resets it. A Unix peer can
-// be kept from sending more; any other gets a moment to notice.
-func (s *session) linger() {
-	if rc := s.conn.Raw(); rc != nil && s.conn.Peer().Kind == transport.Unix {
-		rc.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	} else {
-		s.conn.CloseWrite()
-	}
-	s.conn.SetReadDeadline(time.Now().Add(limits.Linger))
-	io.Copy(io.Discard, io.LimitReader(s.conn, limits.MaxIO))
 }

@@ -54,16 +54,9 @@ kill $server
 wait $server || [ $? = 143 ]
 `
 
-// vsockScenario connects to the server through the loopback transport. When
-// both sides close at once, 6.12 now and then answers the client's last read
-// with ENOTCONN instead of the end of the stream, whichever the server; what
-// was copied is compared all the same.
+// vsockScenario connects to the server through the loopback transport, often
+// enough to meet what the two ends of a vsock make of each other's leaving.
 const vsockScenario = startServer + `
-copy() {
-	nbdcopy --connections=4 "$@" 2>/run/error && return
-	cat /run/error
-	grep -q 'nbd_shutdown: recv: Transport endpoint is not connected' /run/error
-}
 uri=nbd+vsock://1:10809/
 i=0
 until nbdinfo --size $uri 2>/dev/null; do
@@ -75,9 +68,10 @@ done
 nbdinfo $uri | cat
 [ ! -e /usr/bin/vmdiskctl ] || vmdiskctl info $uri
 dd if=/dev/urandom of=/run/a bs=1M count=32 2>/dev/null
-copy --flush /run/a $uri
-copy $uri /run/b
+nbdcopy --connections=4 --flush /run/a $uri
+nbdcopy --connections=4 $uri /run/b
 cmp -n 33554432 /run/a /run/b
+for i in $(seq 100); do nbdinfo --size $uri >/dev/null; done
 kill $server
 wait $server || [ $? = 143 ]
 `

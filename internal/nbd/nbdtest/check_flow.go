@@ -208,6 +208,16 @@ func closeChecks(s *Server) []check {
 		p.sent(wait)
 		p.wantEOF("DISC")
 	})
+	l = append(l, perForm(s, check{id: "TX-27/late", claim: "DISC, the server's end, then more from the client: no reset"}, func(c *script, f form) {
+		p := c.open(f)
+		p.send(p.encode(wire.Request{Cmd: wire.CmdDisc}, nil))
+		p.wantEOF("DISC")
+		p.trySend([]byte{0}) // over a Unix socket the server may refuse it
+		if w, ok := p.conn.(interface{ CloseWrite() error }); ok {
+			_ = w.CloseWrite()
+		}
+		p.wantEOF("DISC and the client's end")
+	})...)
 	l = append(l, perForm(s, check{id: "TX-28", claim: "half-close with requests in flight: all answered, then the end"}, func(c *script, f form) {
 		p := c.open(f)
 		b := newBatch(p, fill(p))
