@@ -68,10 +68,11 @@ func (h *host) boot(t *testing.T) {
 	t.Helper()
 	x := libvirtxml.Domain{
 		Type: "qemu", Name: domainName, Memory: &libvirtxml.DomainMemory{Value: 64, Unit: "MiB"},
-		OS: &libvirtxml.DomainOS{Type: &libvirtxml.DomainOSType{Arch: "x86_64", Machine: "q35", Type: "hvm"}},
+		OS:        &libvirtxml.DomainOS{Type: &libvirtxml.DomainOSType{Arch: "x86_64", Machine: "q35", Type: "hvm"}},
+		IOThreads: 1,
 		Devices: &libvirtxml.DomainDeviceList{Emulator: "/usr/bin/qemu-system-x86_64", MemBalloon: &libvirtxml.DomainMemBalloon{Model: "none"},
 			Controllers: []libvirtxml.DomainController{
-				{Type: "pci", Model: "pcie-root"}, {Type: "scsi", Model: "virtio-scsi"}, {Type: "usb", Model: "none"},
+				{Type: "pci", Model: "pcie-root"}, {Type: "scsi", Model: "virtio-scsi", Driver: &libvirtxml.DomainControllerDriver{IOThread: 1}}, {Type: "usb", Model: "none"},
 			}},
 	}
 	text, err := x.Marshal()
@@ -379,9 +380,47 @@ func secondResize(t *testing.T, h *host) {
 		do(t, p, err)
 		h.wantNodes(t, 1, size)
 	}
+	for at := 0; at <= last; at++ {
+		size += diskSize
+		p, err := h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+		must(t, err)
+		killed(t, p, at)
+		if h.newer {
+			h.leaveCarrier(t)
+		}
+		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+		do(t, p, err)
+		h.wantNodes(t, 1, size)
+	}
 	p, err = h.Detach(ctx, "sda", true)
 	do(t, p, err)
 	h.wantNothing(t)
+}
+
+// killed runs a plan to the end of a step, and what has begun stays.
+func killed(t *testing.T, p *attach.Plan, at int) {
+	t.Helper()
+	for _, s := range p.Steps[:at+1] {
+		if _, err := s.Do(testenv.Context(t)); err != nil {
+			t.Fatalf("%s: %v", s.Name, err)
+		}
+	}
+}
+
+// leaveCarrier leaves what a resize has above the disk's client for a moment, if
+// one was begun.
+func (h *host) leaveCarrier(t *testing.T) {
+	t.Helper()
+	monitor := h.Session.Monitor(h.Domain.Domain)
+	disks, err := qmp.QueryBlock(testenv.Context(t), monitor)
+	must(t, err)
+	list, err := qmp.QueryNamedBlockNodes(testenv.Context(t), monitor)
+	must(t, err)
+	for _, n := range list {
+		if prefix, second := strings.CutSuffix(n.Name, "-1"); second {
+			must(t, qmp.Raw{Node: prefix, ReadOnly: true}.Add(testenv.Context(t), monitor, disks[0].Inserted.Name))
+		}
+	}
 }
 
 // TestElementOfADomain names what Attach would make, and makes nothing.

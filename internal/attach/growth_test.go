@@ -15,6 +15,17 @@ import (
 // TestGuestWritesOnWhileItsDiskChanges has a guest write to its disk, and read
 // back, while the disk grows twice with a snapshot between.
 func TestGuestWritesOnWhileItsDiskChanges(t *testing.T) {
+	guestWritesOn(t, qmp.VirtIOBlk, "-device", "pcie-root-port,id=rp1,chassis=1")
+}
+
+// TestGuestWritesOnThroughAThreadOfItsDisks is the same with a controller that
+// has an iothread, to which QEMU moves the nodes of its disks.
+func TestGuestWritesOnThroughAThreadOfItsDisks(t *testing.T) {
+	guestWritesOn(t, qmp.SCSIDisk, "-object", "iothread,id=io0", "-device", "virtio-scsi-pci,id=scsi0,iothread=io0")
+}
+
+func guestWritesOn(t *testing.T, model qmp.Model, machine ...string) {
+	t.Helper()
 	testenv.Require(t, "qemu-system-x86_64", "busybox", "depmod")
 	l := &lab{dir: testenv.TempDir(t)}
 	ctx := testenv.Context(t)
@@ -22,9 +33,9 @@ func TestGuestWritesOnWhileItsDiskChanges(t *testing.T) {
 	l.startService(t)
 	l.monitor = filepath.Join(l.dir, "qmp")
 	console := filepath.Join(l.dir, "console")
-	run(t, testenv.Path(t, "qemu-system-x86_64"), "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none",
+	run(t, testenv.Path(t, "qemu-system-x86_64"), append(machine, "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none",
 		"-no-reboot", "-serial", "file:"+console, "-kernel", l.dir+"/kernel", "-initrd", l.dir+"/initrd", "-append", "console=ttyS0 quiet panic=-1",
-		"-device", "pcie-root-port,id=rp1,chassis=1", "-qmp", "unix:"+l.monitor+",server=on,wait=off")
+		"-qmp", "unix:"+l.monitor+",server=on,wait=off")...)
 	said := func() string {
 		b, _ := os.ReadFile(console) // it may not be there yet
 		return string(b)
@@ -46,7 +57,7 @@ func TestGuestWritesOnWhileItsDiskChanges(t *testing.T) {
 	m := l.machine(t, l.monitor, nil)
 	const mib = 1 << 20
 	image := l.image(t, "disk", 8*mib)
-	p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.VirtIOBlk})
+	p, err := m.Attach(ctx, l.source(image), attach.Options{Model: model})
 	do(t, p, err)
 	id := p.Disk
 	says("the disk has 8 MiB", "the last MiB of 8 too")

@@ -40,6 +40,7 @@ type renewal struct {
 	disk   *qmp.BlockDevice // of the guest, as it was found
 	raw    qmp.Raw          // without a Node: the device uses the client itself
 	client qmp.NBD          // as libvirt has it, with the delay
+	prefix string           // of the names of our nodes
 	next   string           // node of the second client
 	needed bool
 }
@@ -110,9 +111,9 @@ func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk) err
 		}
 		r.client.TLSHostname = disk.Source.Network.TLSHostname
 	}
-	prefix := rawNode(false, r.target, uri.String(), top.ReadOnly)
-	number, _ := lastClient(all, prefix)
-	r.next = clientNode(prefix, number+1)
+	r.prefix = rawNode(false, r.target, uri.String(), top.ReadOnly)
+	number, _ := lastClient(all, r.prefix)
+	r.next = clientNode(r.prefix, number+1)
 	return free(number)
 }
 
@@ -224,8 +225,35 @@ func (r *renewal) below(ctx context.Context, client string) (bool, error) {
 		err := r.raw.Reopen(ctx, r.monitor(), client)
 		return maybe(err), err
 	}
-	err := qmp.SetDrive(ctx, r.monitor(), r.disk, client)
-	return maybe(err), err
+	return r.drive(ctx, client)
+}
+
+// drive has the device use the client itself. A device with an iothread takes
+// only nodes of its thread, and a new client is of the main loop. A raw node
+// above what the device uses is of the device's thread, and takes along what is
+// put below it.
+func (r *renewal) drive(ctx context.Context, client string) (changed bool, err error) {
+	list, err := nodes(ctx, r.monitor(), r.target)
+	if err != nil {
+		return false, err
+	}
+	carrier := qmp.Raw{Node: r.prefix, ReadOnly: true}
+	if !has(list, carrier.Node) { // one is left where an earlier attempt was killed
+		d, err := r.inserted(ctx)
+		if err == nil {
+			err = carrier.Add(ctx, r.monitor(), d.Inserted.Name)
+		}
+		if err != nil {
+			return maybe(err), err
+		}
+	}
+	defer func() {
+		changed, err = true, errors.Join(err, deleteNode(ctx, r.monitor(), r.target, carrier.Node))
+	}()
+	if err := carrier.Reopen(ctx, r.monitor(), client); err != nil {
+		return true, err
+	}
+	return true, qmp.SetDrive(ctx, r.monitor(), r.disk, client)
 }
 
 // tellStep has QEMU tell the guest of its size.

@@ -173,11 +173,28 @@ type Raw struct {
 	DetectZeroes      string     // "off", "on" or "unmap"; empty: off
 }
 
+// Add adds the raw node above the node file.
+func (r Raw) Add(ctx context.Context, x Executor, file string) error {
+	o, err := r.options(file)
+	if err != nil {
+		return err
+	}
+	return do(ctx, x, "blockdev-add", o)
+}
+
 // Reopen is BlockdevReopenRaw.
 func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
+	o, err := r.options(file)
+	if err != nil {
+		return err
+	}
+	return do(ctx, x, "blockdev-reopen", map[string]any{"options": []any{o}})
+}
+
+func (r Raw) options(file string) (map[string]any, error) {
 	for _, name := range []string{r.Node, file} {
 		if err := checkNode(name); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	o := map[string]any{"driver": "raw", "node-name": r.Node, "read-only": r.ReadOnly, "discard": discard(r.Discard), "file": file}
@@ -187,11 +204,12 @@ func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
 	if r.DetectZeroes != "" {
 		o["detect-zeroes"] = r.DetectZeroes
 	}
-	return do(ctx, x, "blockdev-reopen", map[string]any{"options": []any{o}})
+	return o, nil
 }
 
 // SetDrive has a disk of the guest use another node, in place of the one that it
-// has: requests wait meanwhile. QEMU takes it from 6.0 on.
+// has: requests wait meanwhile. The node must be of the same iothread. QEMU takes
+// it from 6.0 on.
 func SetDrive(ctx context.Context, x Executor, disk *BlockDevice, node string) error {
 	if err := checkNode(node); err != nil {
 		return err

@@ -17,8 +17,6 @@ import (
 // waits for nothing, so that there is always a request in flight.
 const watcher = `
 say() { printf 'guest: %s\n' "$*"; }
-disk=/dev/vda
-sys=/sys/block/vda
 
 # failed ends a round: a request that fails while the disk is taken out is not
 # lost, its guest has let go of it.
@@ -55,8 +53,9 @@ rounds() {
 
 say "ready"
 while :; do
-	while [ ! -b $disk ]; do sleep 0.1; done
-	say "a disk appears, serial number $(cat $sys/serial)"
+	until disk=$(ls /dev/[sv]da 2>/dev/null); do sleep 0.1; done
+	sys=/sys/block/${disk#/dev/}
+	say "a disk appears, serial number $(cat $sys/serial 2>/dev/null)"
 	echo "This line was written by the guest." | dd of=$disk bs=512 conv=sync,notrunc,fsync 2>/dev/null
 	(rounds) || :
 	while [ -e $sys ]; do sleep 0.1; done
@@ -72,7 +71,7 @@ func WriteWatcher(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	in, err := newInitramfs(ctx, kernel, watcher, "virtio_pci", "virtio_blk")
+	in, err := newInitramfs(ctx, kernel, watcher, "virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod")
 	if err != nil {
 		return err
 	}
