@@ -190,7 +190,7 @@ func (p *plug) clientStep() Step {
 			if err != nil || has(list, p.raw) || has(list, p.client.Node) {
 				return false, err
 			}
-			err = qmp.BlockdevAddNBDClient(ctx, p.Monitor, p.client)
+			err = p.client.Add(ctx, p.Monitor)
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.client.Node) },
@@ -207,13 +207,7 @@ func (p *plug) rawStep() Step {
 			if err != nil || has(list, p.raw) {
 				return false, err
 			}
-			discard := "unmap"
-			if p.readOnly {
-				discard = "ignore"
-			}
-			_, err = p.Monitor.Execute(ctx, "blockdev-add", map[string]any{
-				"driver": "raw", "node-name": p.raw, "read-only": p.readOnly, "discard": discard, "file": p.client.Node,
-			})
+			err = qmp.Raw{Node: p.raw, ReadOnly: p.readOnly, Discard: !p.readOnly}.Add(ctx, p.Monitor, p.client.Node)
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.raw) },

@@ -196,7 +196,7 @@ func (r *renewal) openStep() Step {
 			}
 			second := r.client
 			second.Node = r.next
-			err = qmp.BlockdevAddNBDClient(ctx, r.monitor(), second)
+			err = second.Add(ctx, r.monitor())
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return deleteNode(ctx, r.monitor(), r.target, r.next) },
@@ -297,14 +297,14 @@ func (r *renewal) returnStep() Step {
 			if err != nil {
 				return maybe(err), err
 			}
-			return true, qmp.BlockdevAddNBDClient(ctx, r.monitor(), r.client)
+			return true, r.client.Add(ctx, r.monitor())
 		},
 		Undo: func(ctx context.Context) error {
 			first, _, _, err := r.state(ctx)
 			if err != nil || first {
 				return err
 			}
-			return qmp.BlockdevAddNBDClient(ctx, r.monitor(), r.client)
+			return r.client.Add(ctx, r.monitor())
 		},
 	}
 }

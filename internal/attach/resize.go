@@ -164,7 +164,7 @@ func (g *growth) clientStep() Step {
 				return false, err
 			}
 			g.exchange = true
-			err = qmp.BlockdevAddNBDClient(ctx, g.Monitor, g.next)
+			err = g.next.Add(ctx, g.Monitor)
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.id, g.next.Node) },
@@ -193,7 +193,7 @@ func (g *growth) reopenStep() Step {
 }
 
 func (g *growth) below(ctx context.Context, client string) error {
-	return qmp.BlockdevReopenRaw(ctx, g.Monitor, g.raw, client, g.next.ReadOnly, g.next.Discard)
+	return qmp.Raw{Node: g.raw, ReadOnly: g.next.ReadOnly, Discard: g.next.Discard}.Reopen(ctx, g.Monitor, client)
 }
 
 // resizeStep has QEMU tell the guest. That the node has the size already says

@@ -293,13 +293,3 @@ func countOf(ctx context.Context, a Executor, command string) (int, error) {
 	}
 	return n, err
 }
-
-// GuestFrozen reports whether the guest's file systems are frozen.
-func GuestFrozen(ctx context.Context, a Executor) (bool, error) {
-	const command = "guest-fsfreeze-status"
-	s, err := ask[string](ctx, a, command, nil)
-	if err == nil && s != "frozen" && s != "thawed" {
-		err = fmt.Errorf("%s: %w: %q", command, ErrProtocol, head([]byte(s)))
-	}
-	return s == "frozen", err
-}

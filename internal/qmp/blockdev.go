@@ -133,24 +133,8 @@ func discard(pass bool) string {
 	return "ignore"
 }
 
-// BlockdevAddNBD adds a raw node above an NBD client, both or none. A device
-// uses the raw node, so that BlockdevReopenRaw can put another client below
-// it. BlockdevDel of the raw node removes both.
-func BlockdevAddNBD(ctx context.Context, x Executor, raw string, n NBD) error {
-	if err := checkNode(raw); err != nil {
-		return err
-	}
-	file, err := n.options()
-	if err != nil {
-		return err
-	}
-	return do(ctx, x, "blockdev-add", map[string]any{
-		"driver": "raw", "node-name": raw, "read-only": n.ReadOnly, "discard": discard(n.Discard), "file": file,
-	})
-}
-
-// BlockdevAddNBDClient adds an NBD client alone.
-func BlockdevAddNBDClient(ctx context.Context, x Executor, n NBD) error {
+// Add adds the NBD client alone.
+func (n NBD) Add(ctx context.Context, x Executor) error {
 	options, err := n.options()
 	if err != nil {
 		return err
@@ -158,14 +142,9 @@ func BlockdevAddNBDClient(ctx context.Context, x Executor, n NBD) error {
 	return do(ctx, x, "blockdev-add", options)
 }
 
-// BlockdevReopenRaw puts the node file below the raw node in place of the one
-// it has. It needs QEMU 6.1: Monitor.Supports("blockdev-reopen").
-func BlockdevReopenRaw(ctx context.Context, x Executor, raw, file string, readOnly, passDiscard bool) error {
-	return Raw{Node: raw, ReadOnly: readOnly, Discard: passDiscard}.Reopen(ctx, x, file)
-}
-
 // Raw is a raw node with the options that it has: those that are left out when
-// it is opened again become QEMU's defaults.
+// it is opened again become QEMU's defaults. A device uses one, so that another
+// client can be put below it.
 type Raw struct {
 	Node              string
 	ReadOnly, Discard bool
@@ -182,7 +161,8 @@ func (r Raw) Add(ctx context.Context, x Executor, file string) error {
 	return do(ctx, x, "blockdev-add", o)
 }
 
-// Reopen is BlockdevReopenRaw.
+// Reopen puts the node file below the raw node in place of the one it has. It
+// needs QEMU 6.1: Monitor.Supports("blockdev-reopen").
 func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
 	o, err := r.options(file)
 	if err != nil {

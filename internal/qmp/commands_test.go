@@ -51,26 +51,30 @@ func TestBlockCommandsAreTypedAsQEMUTakesThem(t *testing.T) {
 		name, command, arguments string
 		do                       func(x qmp.Executor) error
 	}{
-		{"unix with all", "blockdev-add", `{"driver":"raw","node-name":"d","read-only":false,"discard":"unmap","file":{"driver":"nbd","node-name":"d-nbd","read-only":false,"discard":"unmap",
-			"server":{"type":"unix","path":"/run/a,b\"c'<d\n"},"export":"-e,\"x","tls-creds":"tls0","tls-hostname":"h","reconnect-delay":30,"open-timeout":2}}`,
+		{"unix with all", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":false,"discard":"unmap",
+			"server":{"type":"unix","path":"/run/a,b\"c'<d\n"},"export":"-e,\"x","tls-creds":"tls0","tls-hostname":"h","reconnect-delay":30,"open-timeout":2}`,
 			func(x qmp.Executor) error {
-				return qmp.BlockdevAddNBD(ctx, x, "d", qmp.NBD{Node: "d-nbd", Server: qmp.UnixAddress("/run/a,b\"c'<d\n"), Export: "-e,\"x", TLSCreds: "tls0",
-					TLSHostname: "h", ReconnectDelay: 30 * time.Second, OpenTimeout: 1500 * time.Millisecond, Discard: true})
+				return qmp.NBD{Node: "n", Server: qmp.UnixAddress("/run/a,b\"c'<d\n"), Export: "-e,\"x", TLSCreds: "tls0",
+					TLSHostname: "h", ReconnectDelay: 30 * time.Second, OpenTimeout: 1500 * time.Millisecond, Discard: true}.Add(ctx, x)
 			}},
 		{"inet, read-only", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":true,"discard":"ignore","server":{"type":"inet","host":"::1","port":"10809"}}`,
 			func(x qmp.Executor) error {
-				return qmp.BlockdevAddNBDClient(ctx, x, qmp.NBD{Node: "n", Server: qmp.InetAddress{Host: "::1", Port: 10809}, ReadOnly: true})
+				return qmp.NBD{Node: "n", Server: qmp.InetAddress{Host: "::1", Port: 10809}, ReadOnly: true}.Add(ctx, x)
 			}},
 		{"vsock", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":false,"discard":"ignore","server":{"type":"vsock","cid":"4294967294","port":"10809"}}`,
 			func(x qmp.Executor) error {
-				return qmp.BlockdevAddNBDClient(ctx, x, qmp.NBD{Node: "n", Server: qmp.VSockAddress{CID: 4294967294, Port: 10809}})
+				return qmp.NBD{Node: "n", Server: qmp.VSockAddress{CID: 4294967294, Port: 10809}}.Add(ctx, x)
 			}},
 		{"fd", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":false,"discard":"ignore","server":{"type":"fd","str":"sock-1"}}`,
 			func(x qmp.Executor) error {
-				return qmp.BlockdevAddNBDClient(ctx, x, qmp.NBD{Node: "n", Server: qmp.FDAddress("sock-1")})
+				return qmp.NBD{Node: "n", Server: qmp.FDAddress("sock-1")}.Add(ctx, x)
 			}},
 		{"reopen", "blockdev-reopen", `{"options":[{"driver":"raw","node-name":"d","read-only":true,"discard":"unmap","file":"n2"}]}`,
-			func(x qmp.Executor) error { return qmp.BlockdevReopenRaw(ctx, x, "d", "n2", true, true) }},
+			func(x qmp.Executor) error {
+				return qmp.Raw{Node: "d", ReadOnly: true, Discard: true}.Reopen(ctx, x, "n2")
+			}},
+		{"raw", "blockdev-add", `{"driver":"raw","node-name":"d","read-only":false,"discard":"ignore","file":"n"}`,
+			func(x qmp.Executor) error { return qmp.Raw{Node: "d"}.Add(ctx, x, "n") }},
 		{"drive of an id", "qom-set", `{"path":"/machine/peripheral/s","property":"drive","value":"n2"}`,
 			func(x qmp.Executor) error { return qmp.SetDrive(ctx, x, &qmp.BlockDevice{QDev: "s"}, "n2") }},
 		{"drive of a path", "qom-set", `{"path":"/machine/peripheral/v/virtio-backend","property":"drive","value":"n2"}`,
@@ -79,7 +83,7 @@ func TestBlockCommandsAreTypedAsQEMUTakesThem(t *testing.T) {
 			}},
 		{"detect-zeroes", "blockdev-add", `{"driver":"nbd","node-name":"n","read-only":false,"discard":"ignore","detect-zeroes":"on","server":{"type":"unix","path":"/s"}}`,
 			func(x qmp.Executor) error {
-				return qmp.BlockdevAddNBDClient(ctx, x, qmp.NBD{Node: "n", Server: qmp.UnixAddress("/s"), DetectZeroes: "on"})
+				return qmp.NBD{Node: "n", Server: qmp.UnixAddress("/s"), DetectZeroes: "on"}.Add(ctx, x)
 			}},
 		{"del", "blockdev-del", `{"node-name":"d"}`, func(x qmp.Executor) error { return qmp.BlockdevDel(ctx, x, "d") }},
 		{"resize", "block_resize", `{"node-name":"d","size":1099511627776}`, func(x qmp.Executor) error { return qmp.BlockResize(ctx, x, "d", 1<<40) }},
@@ -115,7 +119,7 @@ func TestWhatCannotBeRightIsNotSent(t *testing.T) {
 	unix := qmp.UnixAddress("/s")
 	long := strings.Repeat("n", limits.NodeName+1)
 	nbd := func(n qmp.NBD) func(qmp.Executor) error {
-		return func(x qmp.Executor) error { return qmp.BlockdevAddNBDClient(ctx, x, n) }
+		return func(x qmp.Executor) error { return n.Add(ctx, x) }
 	}
 	device := func(d qmp.Device) func(qmp.Executor) error {
 		return func(x qmp.Executor) error { return qmp.DeviceAdd(ctx, x, d) }
@@ -139,8 +143,8 @@ func TestWhatCannotBeRightIsNotSent(t *testing.T) {
 		"negative delay":    nbd(qmp.NBD{Node: "a", Server: unix, ReconnectDelay: -1}),
 		"endless delay":     nbd(qmp.NBD{Node: "a", Server: unix, ReconnectDelay: limits.NBDReconnect + 1}),
 		"long open timeout": nbd(qmp.NBD{Node: "a", Server: unix, OpenTimeout: limits.NBDOpen + 1}),
-		"raw node":          func(x qmp.Executor) error { return qmp.BlockdevAddNBD(ctx, x, "", qmp.NBD{Node: "a", Server: unix}) },
-		"reopen":            func(x qmp.Executor) error { return qmp.BlockdevReopenRaw(ctx, x, "a", "b,c", false, false) },
+		"raw node":          func(x qmp.Executor) error { return qmp.Raw{}.Add(ctx, x, "a") },
+		"reopen":            func(x qmp.Executor) error { return qmp.Raw{Node: "a"}.Reopen(ctx, x, "b,c") },
 		"del":               func(x qmp.Executor) error { return qmp.BlockdevDel(ctx, x, "") },
 		"drive of commas":   func(x qmp.Executor) error { return qmp.SetDrive(ctx, x, &qmp.BlockDevice{QDev: "a"}, "b,c") },
 		"resize of nothing": func(x qmp.Executor) error { return qmp.BlockResize(ctx, x, "", 1) },

@@ -70,9 +70,19 @@ func q35(n int) []string {
 // add gives the machine a node of the server's disk.
 func add(t *testing.T, m *qmp.Monitor, node, socket string) {
 	t.Helper()
-	if err := qmp.BlockdevAddNBD(testContext(t), m, node, qmp.NBD{
-		Node: node + "-nbd", Server: qmp.UnixAddress(socket), ReconnectDelay: 20 * time.Second, OpenTimeout: 5 * time.Second, Discard: true,
-	}); err != nil {
+	addTo(t, m, node, qmp.NBD{
+		Server: qmp.UnixAddress(socket), ReconnectDelay: 20 * time.Second, OpenTimeout: 5 * time.Second, Discard: true,
+	})
+}
+
+// addTo gives the machine a raw node above the client n, which it names.
+func addTo(t *testing.T, m *qmp.Monitor, node string, n qmp.NBD) {
+	t.Helper()
+	n.Node = node + "-nbd"
+	if err := n.Add(testContext(t), m); err != nil {
+		t.Fatal(err)
+	}
+	if err := (qmp.Raw{Node: node, Discard: n.Discard}).Add(testContext(t), m, n.Node); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -124,8 +134,10 @@ func TestDiskIsPluggedAndUnplugged(t *testing.T) {
 			if present, err := qmp.DevicePresent(ctx, m, "d0"); err != nil || present {
 				t.Errorf("present %v, %v", present, err)
 			}
-			if err := qmp.BlockdevDel(ctx, m, "n0"); err != nil {
-				t.Error(err)
+			for _, node := range []string{"n0", "n0-nbd"} {
+				if err := qmp.BlockdevDel(ctx, m, node); err != nil {
+					t.Error(err)
+				}
 			}
 			if names := nodeNames(t, m); len(names) != 0 {
 				t.Errorf("nodes left: %v", names)
@@ -323,9 +335,7 @@ func TestDiskOverAPassedSocket(t *testing.T) {
 	if err := m.GetFD(ctx, "disk-1", f); err != nil {
 		t.Fatal(err)
 	}
-	if err := qmp.BlockdevAddNBD(ctx, m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.FDAddress("disk-1")}); err != nil {
-		t.Fatal(err)
-	}
+	addTo(t, m, "n0", qmp.NBD{Server: qmp.FDAddress("disk-1")})
 	if names := nodeNames(t, m); !slices.Equal(names, []string{"n0", "n0-nbd"}) {
 		t.Errorf("nodes %v", names)
 	}
@@ -354,13 +364,16 @@ func TestServerIsExchangedUnderARunningDisk(t *testing.T) {
 	if err := qmp.BlockResize(ctx, m, "n0", 2*diskSize); !qmp.HasClass(err, qmp.ClassGeneric) {
 		t.Errorf("resize beyond the server: %v", err)
 	}
-	if err := qmp.BlockdevAddNBDClient(ctx, m, qmp.NBD{Node: "n1-nbd", Server: qmp.UnixAddress(large.Socket), Discard: true}); err != nil {
+	if err := (qmp.NBD{Node: "n1-nbd", Server: qmp.UnixAddress(large.Socket), Discard: true}).Add(ctx, m); err != nil {
 		t.Fatal(err)
 	}
-	if err := qmp.BlockdevReopenRaw(ctx, m, "n0", "n1-nbd", false, true); err != nil {
+	if err := (qmp.Raw{Node: "n0", Discard: true}).Reopen(ctx, m, "n1-nbd"); err != nil {
 		t.Fatal(err)
 	}
 	if err := qmp.BlockResize(ctx, m, "n0", 2*diskSize); err != nil {
+		t.Error(err)
+	}
+	if err := qmp.BlockdevDel(ctx, m, "n0-nbd"); err != nil {
 		t.Error(err)
 	}
 	nodes, err := qmp.QueryNamedBlockNodes(ctx, m)
@@ -376,7 +389,7 @@ func TestServerIsExchangedUnderARunningDisk(t *testing.T) {
 
 func TestServerThatIsNotThereLeavesNoNode(t *testing.T) {
 	m := machine(t, "-machine", "q35")
-	err := qmp.BlockdevAddNBD(testContext(t), m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(filepath.Join(t.TempDir(), "none"))})
+	err := qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(filepath.Join(t.TempDir(), "none"))}.Add(testContext(t), m)
 	if !qmp.HasClass(err, qmp.ClassGeneric) {
 		t.Errorf("error %v", err)
 	}
@@ -393,9 +406,7 @@ func TestNamesInPathsAreData(t *testing.T) {
 	if err := os.Symlink(s.Socket, odd); err != nil {
 		t.Fatal(err)
 	}
-	if err := qmp.BlockdevAddNBD(testContext(t), m, "n0", qmp.NBD{Node: "n0-nbd", Server: qmp.UnixAddress(odd), Export: `-x,"y'<` + "\n"}); err != nil {
-		t.Error(err)
-	}
+	addTo(t, m, "n0", qmp.NBD{Server: qmp.UnixAddress(odd), Export: `-x,"y'<` + "\n"})
 }
 
 // TestRealGuestAgentAnswers runs a guest agent on this machine. It is not
@@ -429,8 +440,8 @@ func TestRealGuestAgentAnswers(t *testing.T) {
 	if _, err := qmp.FreezeGuest(ctx, a); err == nil {
 		t.Error("the agent obeys a command that it may not")
 	}
-	if frozen, err := qmp.GuestFrozen(ctx, a); err != nil || frozen {
-		t.Errorf("frozen %v, %v", frozen, err)
+	if status, err := a.Execute(ctx, "guest-fsfreeze-status", nil); err != nil || string(status) != `"thawed"` {
+		t.Errorf("frozen %s, %v", status, err)
 	}
 	if _, err := qmp.GuestFilesystems(ctx, a); err != nil {
 		t.Errorf("file systems: %v", err)

@@ -8,7 +8,6 @@
 package bitmaps
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -252,23 +251,4 @@ func (s *Set) Mark(off, n int64) {
 	for _, m := range *s.auto.Load() {
 		m.bits.mark(off>>m.granularity, (end-1)>>m.granularity+1)
 	}
-}
-
-// Drop declares that the image in st has no bitmaps, so that it can be written
-// to without keeping them; it is durable when it returns. What they took in the
-// file leaks. h is changed accordingly.
-func Drop(ctx context.Context, st store.Store, h *format.Header) error {
-	if h.Autoclear&format.AutoclearBitmaps == 0 {
-		return nil
-	}
-	head, err := readHead(ctx, st, 1<<h.ClusterBits)
-	if err != nil {
-		return err
-	}
-	if err := head.setValid(false); err != nil {
-		return err
-	}
-	h.Autoclear &^= format.AutoclearBitmaps
-	h.StaleBitmaps, h.Bitmaps, h.BitmapsErr = true, nil, nil
-	return nil
 }
