@@ -16,6 +16,18 @@ import (
 // and certificates, and leaves none of them behind.
 func TestDiskComesOverTLS(t *testing.T) {
 	t.Parallel() // it waits for QEMU to give up
+	for range 3 {
+		if diskComesOverTLS(t) {
+			return
+		}
+	}
+	t.Error("QEMU dies of a handshake that fails, three times of three")
+}
+
+// diskComesOverTLS reports false if QEMU has died of a handshake that failed: see
+// vmdiskctl(1). It does so rarely.
+func diskComesOverTLS(t *testing.T) bool {
+	t.Helper()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -50,10 +62,16 @@ func TestDiskComesOverTLS(t *testing.T) {
 		"no such folder":    {URI: uri, Certificates: dir + "/none"},
 		"another host":      {URI: uri + "&tls-hostname=other.example", Certificates: dir},
 	} {
-		if err := attached(s); !errors.As(err, new(*qmp.Error)) || errors.Is(err, attach.ErrIncomplete) {
-			t.Errorf("%s: %v", name, err)
+		refused := attached(s)
+		left, err := qmp.Objects(ctx, m.Monitor)
+		if errors.Is(errors.Join(refused, err), qmp.ErrLost) {
+			t.Logf("%s: %v, %v", name, refused, err)
+			return false
 		}
-		if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
+		if !errors.As(refused, new(*qmp.Error)) || errors.Is(refused, attach.ErrIncomplete) {
+			t.Errorf("%s: %v", name, refused)
+		}
+		if err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
 			t.Errorf("%s: left %q, %v", name, left, err)
 		}
 	}
@@ -67,6 +85,7 @@ func TestDiskComesOverTLS(t *testing.T) {
 	if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
 		t.Errorf("left after detach: %q, %v", left, err)
 	}
+	return true
 }
 
 // TestExportComesOverTLSByASocket: there is no name of a host on the way, the
