@@ -66,7 +66,8 @@ plain:
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)
 
-# Two packages at a time: the guest of one seldom keeps two processors busy.
+# Two packages at a time: test/guest has a guest for each processor, the lab one
+# more; each waits for something half of its time.
 endtoend:
 	$(GOTEST) -count=1 -timeout 30m $$($(GO) list ./... | grep $(E2E))
 

@@ -6,7 +6,6 @@
 // guest before its systemd starts, and steps, each of which becomes a subtest:
 //
 //	func TestUnitServes(t *testing.T) {
-//		t.Parallel()
 //		lab.Run(t, lab.Scenario{
 //			Enforcing: true,
 //			Files:     map[string]string{"/etc/systemd/system/x.service": testenv.Root() + "/systemd/x.service"},
