@@ -264,17 +264,19 @@ func TestSecondReleasePanics(t *testing.T) {
 }
 
 func TestPoisonShowsUseAfterRelease(t *testing.T) {
-	p := New(1 << 20)
-	p.SetPoison(true)
-	b := mustGet(t, p, 5000)
-	stale := b.Bytes()
-	clear(stale)
-	b.Release()
-	if want := bytes.Repeat([]byte{poison}, len(stale)); !bytes.Equal(stale, want) {
-		t.Error("released buffer still shows its data")
+	for _, at := range []int{0, 1, 2500, 4998, 4999} {
+		p := New(1 << 20)
+		p.SetPoison(true)
+		b := mustGet(t, p, 5000)
+		stale := b.Bytes()
+		clear(stale)
+		b.Release()
+		if want := bytes.Repeat([]byte{poison}, len(stale)); !bytes.Equal(stale, want) {
+			t.Error("released buffer still shows its data")
+		}
+		stale[at] = 1
+		mustPanic(t, "after it was released", func() { p.TryGet(5000) })
 	}
-	stale[4999] = 1
-	mustPanic(t, "after it was released", func() { p.TryGet(5000) })
 }
 
 func TestCloseRefusesWhileBuffersAreLent(t *testing.T) {
