@@ -66,8 +66,8 @@ plain:
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)
 
-# Two packages at a time: test/guest has a guest for each processor, the lab one
-# more; each waits for something half of its time.
+# Two packages at a time: test/guest has a guest for each processor, and leaves a
+# third of their time; the lab has one more.
 endtoend:
 	$(GOTEST) -count=1 -timeout 30m $$($(GO) list ./... | grep $(E2E))
 

@@ -18,13 +18,13 @@ import (
 var (
 	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
 	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, one beside reads of the page cache (cache), or four beside them (hard)")
-	swapHog      = flag.Int("swap.hog", 240, "mebibytes that what takes the memory writes to")
 	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
 )
 
-// Mebibytes of a guest.
+// A guest of so much memory uses half as much again.
 const (
 	swapMemory = 192
+	swapHog    = 300
 	swapDisk   = 512
 )
 
@@ -107,7 +107,7 @@ LOAD
 kill $watcher
 grep "not stopping: the machine swaps to this disk" /run/server.log
 echo "ticks of the server, user and system: $(sed 's/.*) //' /proc/$server/stat | cut -d' ' -f12,13); of all: $(head -n 1 /proc/stat)"
-served 20000
+served 30000
 stop
 `
 
@@ -191,7 +191,7 @@ func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initra
 	if !ok {
 		t.Fatalf("-swap.load=%q is not known", *swapLoad)
 	}
-	script := strings.NewReplacer("HOG", strconv.Itoa(*swapHog)).Replace(strings.ReplaceAll(scenario, "LOAD", load))
+	script := strings.NewReplacer("HOG", strconv.Itoa(swapHog)).Replace(strings.ReplaceAll(scenario, "LOAD", load))
 	in, err := newInitramfs(ctx, k, script, "virtio_pci", "virtio_blk", "nbd")
 	if err != nil {
 		t.Fatal(err)

@@ -18,6 +18,8 @@ import (
 const watcher = `
 say() { printf 'guest: %s\n' "$*"; }
 
+found() { for disk in /dev/vda /dev/sda; do [ ! -b $disk ] || return 0; done; return 1; }
+
 # failed ends a round: a request that fails while the disk is taken out is not
 # lost, its guest has let go of it.
 failed() {
@@ -53,7 +55,7 @@ rounds() {
 
 say "ready"
 while :; do
-	until disk=$(ls /dev/[sv]da 2>/dev/null); do sleep 0.1; done
+	until found; do sleep 0.1; done
 	sys=/sys/block/${disk#/dev/}
 	say "a disk appears, serial number $(cat $sys/serial 2>/dev/null)"
 	echo "This line was written by the guest." | dd of=$disk bs=512 conv=sync,notrunc,fsync 2>/dev/null
