@@ -232,7 +232,7 @@ func (r *renewal) below(ctx context.Context, client string) (bool, error) {
 // only nodes of its thread, and a new client is of the main loop. A raw node
 // above what the device uses is of the device's thread, and takes along what is
 // put below it.
-func (r *renewal) drive(ctx context.Context, client string) (changed bool, err error) {
+func (r *renewal) drive(ctx context.Context, client string) (bool, error) {
 	list, err := nodes(ctx, r.monitor(), r.target)
 	if err != nil {
 		return false, err
@@ -247,13 +247,11 @@ func (r *renewal) drive(ctx context.Context, client string) (changed bool, err e
 			return maybe(err), err
 		}
 	}
-	defer func() {
-		changed, err = true, errors.Join(err, deleteNode(ctx, r.monitor(), r.target, carrier.Node))
-	}()
-	if err := carrier.Reopen(ctx, r.monitor(), client); err != nil {
-		return true, err
+	err = carrier.Reopen(ctx, r.monitor(), client)
+	if err == nil {
+		err = qmp.SetDrive(ctx, r.monitor(), r.disk, client)
 	}
-	return true, qmp.SetDrive(ctx, r.monitor(), r.disk, client)
+	return true, errors.Join(err, deleteNode(ctx, r.monitor(), r.target, carrier.Node))
 }
 
 // tellStep has QEMU tell the guest of its size.
