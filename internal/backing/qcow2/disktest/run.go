@@ -1,13 +1,13 @@
 package disktest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
 // readStep is how much of a disk is read at once.
@@ -168,7 +168,7 @@ func extents(ctx context.Context, d backing.Device, p []byte) error {
 		switch {
 		case x.Len <= 0 || x.Len > int64(len(p))-at:
 			wrong = fmt.Errorf("extent of %d bytes at %d of %d", x.Len, at, len(p))
-		case x.Zero && !zero(p[at:at+x.Len]):
+		case x.Zero && !storetest.AllZero(p[at:at+x.Len]):
 			wrong = fmt.Errorf("extent %d+%d is said to be zero and is not", at, x.Len)
 		}
 		at += x.Len
@@ -179,6 +179,3 @@ func extents(ctx context.Context, d backing.Device, p []byte) error {
 	}
 	return errors.Join(err, wrong)
 }
-
-// zero takes one step: the race detector stops at each.
-func zero(p []byte) bool { return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1]) }

@@ -257,7 +257,7 @@ func (m *Mem) putLocked(p []byte, off int64) {
 // is a new one: others may hold the old one.
 func (m *Mem) putPageLocked(p []byte, i, at int64) {
 	old := m.pages[i]
-	if old == nil && allZero(p) {
+	if old == nil && AllZero(p) {
 		return
 	}
 	page := new([pageSize]byte)
@@ -268,11 +268,9 @@ func (m *Mem) putPageLocked(p []byte, i, at int64) {
 	m.pages[i] = page
 }
 
-var zeroPage [pageSize]byte
-
-// allZero is for at most a page. It takes one step: the race detector stops at
-// each.
-func allZero(p []byte) bool { return bytes.Equal(p, zeroPage[:len(p)]) }
+// AllZero reports whether p is nothing but zeroes. It takes one step: the race
+// detector stops at each.
+func AllZero(p []byte) bool { return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1]) }
 
 // Sync does nothing; once it was made to fail, the file is poisoned.
 func (m *Mem) Sync(ctx context.Context) error {
