@@ -89,3 +89,19 @@ func (s *Set) scan(from, to int64, flip uint64) int64 {
 	}
 	return to
 }
+
+// Last is the last cluster of the set below to, or -1. It takes a step for
+// each stretch that has memory.
+func (s *Set) Last(to int64) int64 {
+	last := int64(-1)
+	for i, k := range s.chunks {
+		base := i << chunkBits
+		for w := min(to-base+63, 1<<chunkBits)>>6 - 1; w >= 0 && base+w<<6+63 > last; w-- {
+			over := max(0, base+(w+1)<<6-to)
+			if word := k[w] << over >> over; word != 0 {
+				last = base + w<<6 + int64(bits.Len64(word)) - 1
+			}
+		}
+	}
+	return last
+}

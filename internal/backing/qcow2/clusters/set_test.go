@@ -22,7 +22,7 @@ func TestSetAgreesWithMap(t *testing.T) {
 		if i%3 == 0 {
 			c = chunkWords*64 - 40 + r.Int64N(80) // around a chunk's end
 		}
-		switch r.IntN(5) {
+		switch r.IntN(6) {
 		case 0, 1:
 			if got, want := s.Add(c), !model[c]; got != want {
 				t.Fatalf("seed %d: Add(%d) = %v, want %v", seed, c, got, want)
@@ -46,6 +46,13 @@ func TestSetAgreesWithMap(t *testing.T) {
 			if got, want := s.NextAbsent(c, to), scan(c, to, false); got != want {
 				t.Fatalf("seed %d: NextAbsent(%d, %d) = %d, want %d", seed, c, to, got, want)
 			}
+		case 5:
+			want := c - 1
+			for ; want >= 0 && !model[want]; want-- {
+			}
+			if got := s.Last(c); got != want {
+				t.Fatalf("seed %d: Last(%d) = %d, want %d", seed, c, got, want)
+			}
 		}
 		if s.Has(c) != model[c] || s.Len() != int64(len(model)) {
 			t.Fatalf("seed %d: Has(%d) = %v, Len %d; want %v, %d", seed, c, s.Has(c), s.Len(), model[c], len(model))
@@ -55,7 +62,8 @@ func TestSetAgreesWithMap(t *testing.T) {
 
 func TestEmptySetHasNothing(t *testing.T) {
 	var s Set
-	if s.Has(1<<60) || s.Remove(5) || s.Len() != 0 || s.Next(0, 1<<40) != 1<<40 || s.NextAbsent(7, 9) != 7 {
+	if s.Has(1<<60) || s.Remove(5) || s.Len() != 0 || s.Next(0, 1<<40) != 1<<40 ||
+		s.NextAbsent(7, 9) != 7 || s.Last(1<<40) != -1 {
 		t.Error("the zero Set is not empty")
 	}
 }

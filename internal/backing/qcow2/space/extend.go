@@ -61,7 +61,7 @@ func (s *Space) Trim(ctx context.Context) error {
 		return nil
 	}
 	s.mu.Lock()
-	end, bad := lastIn(s.used, s.top)<<s.g.ClusterBits, s.bad
+	end, bad := (s.used.Last(s.top)+1)<<s.g.ClusterBits, s.bad
 	s.mu.Unlock()
 	if bad != nil || end >= s.end {
 		return bad

@@ -219,7 +219,7 @@ func (s *Space) beginFunds() {
 // and stay so.
 func (s *Space) fundOld(ctx context.Context) error {
 	s.mu.Lock()
-	end := lastIn(s.meta, s.top)
+	end := s.meta.Last(s.top) + 1
 	s.mu.Unlock()
 	if err := s.Extend(ctx, end<<s.g.ClusterBits); err != nil {
 		return err

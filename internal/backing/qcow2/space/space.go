@@ -99,28 +99,12 @@ func New(st store.Store, h *format.Header, r *check.Report, log *slog.Logger) (*
 		s.max = min(s.max, size>>s.g.ClusterBits)
 		s.virgin = s.max
 	}
-	s.top = lastIn(s.used, s.limit)
+	s.top = s.used.Last(s.limit) + 1
 	s.commit = newCommit(Ref{int64(h.RefTableOffset), int64(h.RefTableClusters) << s.g.ClusterBits})
 	s.spare = s.spareFor(s.commit.area.Len/pointer, func(i int64) bool {
 		return s.used.HasAny(i*s.g.BlockEntries, s.g.BlockEntries)
 	})
 	return s, nil
-}
-
-// lastIn is the cluster after the last one below max that is in set.
-func lastIn(set *clusters.Set, max int64) int64 {
-	const step = 1 << 15
-	for end := max; end > 0; {
-		from := (end - 1) / step * step
-		if set.HasAny(from, end-from) {
-			for !set.Has(end - 1) {
-				end--
-			}
-			return end
-		}
-		end = from
-	}
-	return 0
 }
 
 // Reserve takes free clusters for n bytes, or for less: as many as there are
