@@ -3,11 +3,6 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
-	"errors"
-	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -72,34 +67,15 @@ func (f *connectFlags) server(uri string) (*server, error) {
 	if host == "" {
 		host = "localhost"
 	}
-	s.tls, err = tlsConfig(dir, host)
-	return s, err
-}
-
-// tlsConfig trusts the authority in dir, or those of the system, for a
-// certificate of host.
-func tlsConfig(dir, host string) (*tls.Config, error) {
-	c := &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
-	if dir == "" {
-		return c, nil
+	s.tls = &tls.Config{ServerName: host}
+	if dir != "" {
+		creds, err := transport.LoadCredentials(dir, transport.TLSOptions{Client: true})
+		if err != nil {
+			return nil, err
+		}
+		s.tls = creds.ClientConfig(host)
 	}
-	ca := filepath.Join(dir, "ca-cert.pem")
-	pem, err := os.ReadFile(ca)
-	if err != nil {
-		return nil, err
-	}
-	c.RootCAs = x509.NewCertPool()
-	if !c.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%q holds no certificate", ca)
-	}
-	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem"))
-	switch {
-	case err == nil:
-		c.Certificates = []tls.Certificate{cert}
-	case !errors.Is(err, os.ErrNotExist):
-		return nil, fmt.Errorf("client certificate in %q: %w", dir, err)
-	}
-	return c, nil
+	return s, nil
 }
 
 // open connects and opens the export of the URI.

@@ -71,15 +71,15 @@ type credentialSet struct {
 	given  map[string]*os.File // only while they are loaded
 	stamps map[string]stamp
 	own    *tls.Certificate // nil for a client without one
-	roots  *x509.CertPool   // nil without ca-cert.pem
+	roots  *x509.CertPool   // nil for a server without ca-cert.pem
 	crls   revocations      // nil without ca-crl.pem
 	server *tls.Config      // nil for a client
 }
 
 // LoadCredentials reads the certificates in dir. A server needs its
 // certificate and key; with ca-cert.pem it demands certificates of its
-// clients, and with ca-crl.pem it refuses revoked ones. A client without
-// ca-cert.pem trusts the system's authorities.
+// clients, and with ca-crl.pem it refuses revoked ones. A client needs
+// ca-cert.pem: who names a folder does not mean the system's authorities.
 //
 // Once loaded, ca-cert.pem and ca-crl.pem may change but not vanish: that
 // would silently open what they close.
@@ -193,7 +193,7 @@ func loadSet(dir string, o TLSOptions) (*credentialSet, error) {
 	if err := s.loadOwn(dir, o); err != nil {
 		return nil, err
 	}
-	authorities, err := s.loadCA(dir)
+	authorities, err := s.loadCA(dir, o)
 	if err != nil {
 		return nil, err
 	}
@@ -248,8 +248,11 @@ func (s *credentialSet) loadOwn(dir string, o TLSOptions) error {
 }
 
 // loadCA reads the authorities, if there are any.
-func (s *credentialSet) loadCA(dir string) ([]*x509.Certificate, error) {
+func (s *credentialSet) loadCA(dir string, o TLSOptions) ([]*x509.Certificate, error) {
 	data, err := s.read(dir, caFile, limits.CertificateFile)
+	if err == nil && data == nil && o.Client {
+		err = fmt.Errorf("%q: %w", caFile, fs.ErrNotExist)
+	}
 	if err != nil || data == nil {
 		return nil, err
 	}

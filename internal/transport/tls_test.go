@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math/big"
 	"net"
@@ -396,6 +397,16 @@ func TestClientHonoursTheRevocationList(t *testing.T) {
 	_, _, _, cerr := handshake(t, p.load(t, transport.TLSOptions{}).ServerConfig(), creds.ClientConfig("server"))
 	if cerr == nil || !strings.Contains(cerr.Error(), "revoked") {
 		t.Errorf("client of a revoked server: %v", cerr)
+	}
+}
+
+// TestClientNeedsAnAuthority: a folder that has none, or is none, is a mistake.
+func TestClientNeedsAnAuthority(t *testing.T) {
+	dir := t.TempDir()
+	for _, dir := range []string{dir, filepath.Join(dir, "none")} {
+		if _, err := transport.LoadCredentials(dir, transport.TLSOptions{Client: true}); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%q: %v", dir, err)
+		}
 	}
 }
 
