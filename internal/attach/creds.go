@@ -3,11 +3,13 @@ package attach
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"path/filepath"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	nbdclient "github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
@@ -140,18 +142,58 @@ func (c *credentials) String() string {
 	return fmt.Sprintf("the certificates in %q", c.dir)
 }
 
+// config is what a client of Go's makes of them.
+func (c *credentials) config(uri *transport.URI) (*tls.Config, error) {
+	if c.keys {
+		return psk.ClientConfig(filepath.Join(c.dir, keysFile), c.identity)
+	}
+	creds, err := transport.LoadCredentials(c.dir, transport.TLSOptions{Client: true})
+	if err != nil {
+		return nil, err
+	}
+	return creds.ClientConfig(cmp.Or(c.hostname, uri.Address)), nil
+}
+
+// try shakes hands with the server as the machine will, and fails if that does:
+// QEMU 7.2 was seen to abort, with its guest, of a handshake that failed. What
+// only the machine can read or reach nobody tries.
+func (p *plug) try(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, limits.Handshake)
+	defer cancel()
+	config, err := p.creds.config(&p.uri)
+	var conn transport.Conn
+	if err == nil {
+		conn, err = transport.Dial(ctx, p.uri.Target)
+	}
+	if err != nil {
+		p.note("nobody tried %s before the machine does: %v", &p.creds, err)
+		return nil
+	}
+	s, err := nbdclient.Negotiate(ctx, conn, nbdclient.Options{TLS: config})
+	if err == nil {
+		_ = s.Abort(ctx) // what it says to that is for the machine to hear
+	}
+	if errors.Is(err, nbdclient.ErrTLS) {
+		return err
+	}
+	return nil
+}
+
 // credsStep gives the machine credentials for its client.
 func (p *plug) credsStep() Step {
 	id := credsID(p.id)
 	return Step{
-		Name: fmt.Sprintf("give the machine %s, as object %s", &p.creds, id),
+		Name: fmt.Sprintf("give the machine %s after a trial, as object %s", &p.creds, id),
 		Do: func(ctx context.Context) (bool, error) {
-			ctx, cancel := steady(ctx)
-			defer cancel()
 			kind, err := p.hasCreds(ctx, p.id)
 			if err != nil || kind != "" {
 				return false, err
 			}
+			if err := p.try(ctx); err != nil {
+				return false, err
+			}
+			ctx, cancel := steady(ctx)
+			defer cancel()
 			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(id))
 			return maybe(err), err
 		},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -84,6 +85,13 @@ func TestDiskComesWithAPreSharedKey(t *testing.T) {
 		if left := l.state(t, m.Monitor); !errors.As(err, new(*qmp.Error)) || errors.Is(err, attach.ErrIncomplete) || left != before {
 			t.Errorf("as %q: %v, left %s", identity, err, left)
 		}
+	}
+	wrong := filepath.Join(testenv.TempDir(t), "keys.psk")
+	must(t, os.WriteFile(wrong, []byte("vm1:"+strings.Repeat("2b", 32)+"\n"), 0o600))
+	p, err := m.Attach(ctx, attach.Source{URI: tcp, Keys: wrong, Identity: "vm1"}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	must(t, err)
+	if _, err := p.Run(ctx); !errors.Is(err, client.ErrTLS) || errors.As(err, new(*qmp.Error)) || l.state(t, m.Monitor) != before {
+		t.Errorf("with another key: %v, left %s", err, l.state(t, m.Monitor))
 	}
 	if _, err := attach.Element(attach.Source{URI: tcp, Keys: keys}, attach.Options{Model: qmp.VirtIOBlk, ID: "vda"}); !errors.Is(err, attach.ErrLibvirt) || !strings.Contains(err.Error(), "pre-shared") {
 		t.Errorf("an element for libvirt: %v", err)

@@ -71,7 +71,7 @@ var mayImport = map[string][]string{
 	"internal/control/server":          {"internal/config", "internal/control/api", "internal/limits"},
 	"internal/control/client":          {"internal/config", "internal/control/api", "internal/limits"},
 	"internal/control/controltest":     {"internal/control/api", "internal/control/server"},
-	"internal/attach":                  {"internal/confine/selinux", "internal/config", "internal/control/api", "internal/control/client", "internal/limits", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk"},
+	"internal/attach":                  {"internal/confine/selinux", "internal/config", "internal/control/api", "internal/control/client", "internal/limits", "internal/nbd/client", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk"},
 	"internal/daemon": {"internal/backing", "internal/backing/layer", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/confine/selinux", "internal/engine",
 		"internal/config", "internal/control/api", "internal/control/server", "internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/transport/psk"},

@@ -20,6 +20,11 @@ var (
 	// ErrNoTLS is returned when TLS was asked for and the server cannot
 	// offer it. There is no way on without TLS.
 	ErrNoTLS = errors.New("server does not offer TLS")
+
+	// ErrTLS is returned when the TLS handshake fails. In TLS 1.3 a server
+	// refuses a client's certificate only after it: then the next step
+	// fails, otherwise.
+	ErrTLS = errors.New("tls handshake")
 )
 
 // OptionError is a server's refusal of one option. The session goes on.

@@ -170,7 +170,7 @@ func (s *Session) startTLS(ctx context.Context, config *tls.Config) error {
 	config.MinVersion = max(config.MinVersion, tls.VersionTLS12)
 	conn := tls.Client(s.raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("tls: %w", err)
+		return fmt.Errorf("%w: %w", ErrTLS, err)
 	}
 	s.conn, s.tls = conn, true
 	s.br.Reset(conn)
