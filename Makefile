@@ -23,6 +23,8 @@ OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
 OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || echo failed)
 $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
+# Two packages for each processor: daemons, guests and time limits are waited for.
+PACKAGES  := $(shell echo $$((2 * $$(nproc))))
 GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
 
 help: ## list the targets
@@ -55,13 +57,13 @@ lint:
 	$(GO) test ./internal/lint/...
 
 unit: ## unit tests
-	$(GOTEST) $(UNIT)
+	$(GOTEST) -p $(PACKAGES) $(UNIT)
 
 race: ## unit tests with the race detector
-	$(GOTEST) -race -timeout 20m $(RACE)
+	$(GOTEST) -race -p $(PACKAGES) -timeout 20m $(RACE)
 
 plain:
-	$(GOTEST) $(PLAIN)
+	$(GOTEST) -p $(PACKAGES) $(PLAIN)
 
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)
