@@ -46,7 +46,7 @@ func TestGrowthIsSoundAtEveryInstant(t *testing.T) {
 			r.watch(1)
 			runs := r.reserveAll(tt.want)
 			r.commit()
-			if moved := r.header(r.tape.image(false)).RefTableOffset != table; moved != tt.moves {
+			if moved := r.header(r.tape.Clone()).RefTableOffset != table; moved != tt.moves {
 				t.Errorf("the refcount table moved: %v, want %v", moved, tt.moves)
 			}
 			for _, run := range runs {
@@ -126,8 +126,5 @@ func (origin *rig) failOnce(n int, cause error, want, more int64) bool {
 // reopen is a crash and what comes after.
 func (r *rig) reopen() {
 	r.Helper()
-	step := r.tape.step
-	r.tape = newTape(r.tape.image(true), r.rnd)
-	r.tape.step = step
-	r.open()
+	r.load(r.crash())
 }

@@ -4,10 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
-	"slices"
-	"sync"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
@@ -18,143 +15,26 @@ import (
 
 var ctx = context.Background()
 
-const sector = 512
-
-// tape is a file in memory that knows what would be left of it after a crash:
-// all that was there at the last Sync, and any of the sectors written since.
+// tape is a file whose writes may land although they fail.
 type tape struct {
-	*storetest.Mem
-	rnd  *rand.Rand
-	step func() // after every call that changes something; may be nil
-
-	mu      sync.Mutex
-	cur     map[int64][sector]byte // guarded by mu: the file, without zeroes
-	old     map[int64][sector]byte // guarded by mu: before the last Sync, of dirty
-	dirty   map[int64]bool         // guarded by mu: sectors written since
-	size    int64                  // guarded by mu
-	oldSize int64                  // guarded by mu
+	*storetest.Crash
+	rnd *rand.Rand
 }
 
-func newTape(m *storetest.Mem, rnd *rand.Rand) *tape {
-	t := &tape{Mem: m, rnd: rnd, cur: map[int64][sector]byte{}}
-	t.patch(m.Contents(), 0)
-	t.settle()
-	return t
-}
-
-// settle makes everything durable.
-func (t *tape) settle() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.old, t.dirty, t.oldSize = map[int64][sector]byte{}, map[int64]bool{}, t.size
-}
-
-// patch writes into the file beside the store; it is durable with the next Sync.
-func (t *tape) patch(p []byte, off int64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.size = max(t.size, off+int64(len(p)))
-	for len(p) > 0 {
-		i, at := off/sector, off%sector
-		n := min(sector-at, int64(len(p)))
-		if !t.dirty[i] && t.dirty != nil {
-			t.dirty[i], t.old[i] = true, t.cur[i]
-		}
-		s := t.cur[i]
-		copy(s[at:], p[:n])
-		t.cur[i] = s
-		if s == [sector]byte{} {
-			delete(t.cur, i)
-		}
-		p, off = p[n:], off+n
+func (t tape) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
+	err := t.Crash.WriteAt(ctx, p, off, durable)
+	if err != nil && t.rnd.IntN(2) == 0 {
+		t.Patch(off, p)
 	}
-}
-
-func (t *tape) stepped() {
-	if t.step != nil {
-		t.step()
-	}
-}
-
-// WriteAt may land although it fails.
-func (t *tape) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
-	err := t.Mem.WriteAt(ctx, p, off, durable)
-	if err == nil || t.rnd.IntN(2) == 0 {
-		t.Mem.Patch(off, p)
-		t.patch(p, off)
-	}
-	t.stepped()
 	return err
-}
-
-func (t *tape) Sync(ctx context.Context) error {
-	err := t.Mem.Sync(ctx)
-	if err == nil {
-		t.settle()
-	}
-	t.stepped()
-	return err
-}
-
-func (t *tape) Punch(ctx context.Context, off, n int64) error {
-	err := t.Mem.Punch(ctx, off, n)
-	if err == nil {
-		t.mu.Lock()
-		n = min(n, max(0, t.size-off))
-		t.mu.Unlock()
-		t.patch(make([]byte, n), off)
-	}
-	t.stepped()
-	return err
-}
-
-func (t *tape) Truncate(size int64) error {
-	err := t.Mem.Truncate(size)
-	if err == nil {
-		t.mu.Lock()
-		for i, s := range t.cur {
-			if i*sector >= size {
-				t.dirty[i], t.old[i] = true, s
-				delete(t.cur, i)
-			}
-		}
-		t.size = size
-		t.mu.Unlock()
-	}
-	t.stepped()
-	return err
-}
-
-// image is the file as it stands, or what a crash leaves of it.
-func (t *tape) image(crash bool) *storetest.Mem {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	m := storetest.New(nil)
-	size := t.size
-	if crash && t.rnd.IntN(2) == 0 {
-		size = t.oldSize
-	}
-	m.Cut(size)
-	for i, s := range t.cur {
-		if !t.dirty[i] {
-			m.Patch(i*sector, s[:])
-		}
-	}
-	for _, i := range slices.Sorted(maps.Keys(t.dirty)) {
-		s := t.cur[i]
-		if crash && t.rnd.IntN(2) == 0 {
-			s = t.old[i]
-		}
-		m.Patch(i*sector, s[:])
-	}
-	return m
 }
 
 // rig is an image on a tape with its Space, and its guest's mapping.
 type rig struct {
 	testing.TB
 	rnd  *rand.Rand
-	tape *tape
+	tape tape
+	hook func(storetest.Call) // of the tape; may be nil
 	h    *format.Header
 	g    format.Geometry
 	s    *Space
@@ -185,13 +65,36 @@ func newRig(t testing.TB, clusterSize, bits, guest int64, mode create.Preallocat
 func rigOf(t testing.TB, m *storetest.Mem, seed uint64) *rig {
 	t.Helper()
 	r := &rig{TB: t, rnd: rand.New(rand.NewPCG(seed, 0))}
-	r.tape = newTape(m, r.rnd)
-	r.open()
+	r.load(m)
 	return r
 }
 
+// load goes on with m, which it takes over.
+func (r *rig) load(m *storetest.Mem) {
+	r.Helper()
+	r.tape = tape{storetest.NewCrash(m), r.rnd}
+	r.tape.SetHook(r.hook)
+	r.open()
+}
+
 // clone is a rig of the image as it stands.
-func (r *rig) clone() *rig { return rigOf(r.TB, r.tape.image(false), r.rnd.Uint64()) }
+func (r *rig) clone() *rig { return rigOf(r.TB, r.tape.Clone(), r.rnd.Uint64()) }
+
+// crash is what a crash now may leave of the image.
+func (r *rig) crash() (left *storetest.Mem) {
+	for _, left = range r.tape.Crashes(r.rnd, 1) {
+	}
+	return left
+}
+
+// device makes the image a block device of size bytes.
+func (r *rig) device(size int64) {
+	r.Helper()
+	m := r.tape.Clone()
+	m.Cut(size)
+	m.SetFixed(true)
+	r.load(m)
+}
 
 func (r *rig) header(m *storetest.Mem) *format.Header {
 	r.Helper()
@@ -210,7 +113,7 @@ func (r *rig) header(m *storetest.Mem) *format.Header {
 // open makes a new Space of the image as it stands.
 func (r *rig) open() {
 	r.Helper()
-	m := r.tape.image(false)
+	m := r.tape.Clone()
 	r.h = r.header(m)
 	r.g = r.h.Geometry()
 	s, err := New(r.tape, r.h, r.judge(m), slog.New(slog.DiscardHandler))
@@ -234,10 +137,7 @@ func (r *rig) open() {
 
 // word is 8 bytes of the file.
 func (r *rig) word(off int64) uint64 {
-	r.tape.mu.Lock()
-	defer r.tape.mu.Unlock()
-	s := r.tape.cur[off/sector]
-	return binary.BigEndian.Uint64(s[off%sector:])
+	return binary.BigEndian.Uint64(r.tape.Peek(off, 8))
 }
 
 // entry is where the L2 entry of guest cluster i lies, if there is a table.
@@ -265,7 +165,7 @@ func (r *rig) judge(m *storetest.Mem) *check.Report {
 
 func (r *rig) check() *check.Report {
 	r.Helper()
-	return r.judge(r.tape.image(false))
+	return r.judge(r.tape.Clone())
 }
 
 // sound is check without leaks.
@@ -279,14 +179,15 @@ func (r *rig) sound() {
 // watch holds the image, and what crashes would leave of it, for sound but
 // for leaks, after one call of every n from now on, at random.
 func (r *rig) watch(n int) {
-	r.tape.step = func() {
+	r.hook = func(x storetest.Call) {
 		r.Helper()
-		if r.rnd.IntN(n) > 0 {
+		if !x.Done || r.rnd.IntN(n) > 0 {
 			return
 		}
-		r.judge(r.tape.image(false))
-		r.judge(r.tape.image(true))
+		r.judge(r.tape.Clone())
+		r.judge(r.crash())
 	}
+	r.tape.SetHook(r.hook)
 }
 
 // commit writes and syncs.
@@ -347,12 +248,8 @@ func (r *rig) examine(run Run, n int64) {
 
 func (r *rig) zeroed(run Run) {
 	r.Helper()
-	r.tape.mu.Lock()
-	defer r.tape.mu.Unlock()
-	for i := run.Off / sector; i < (run.Off+run.Len)/sector; i++ {
-		if _, ok := r.tape.cur[i]; ok {
-			r.Fatalf("%+v is not zero in sector %d", run, i)
-		}
+	if !storetest.AllZero(r.tape.Peek(run.Off, run.Len)) {
+		r.Fatalf("%+v is not zero", run)
 	}
 }
 
@@ -365,9 +262,7 @@ func (r *rig) extend(run Run) {
 
 // patch puts 8 bytes into the file.
 func (r *rig) patch(off int64, n uint64) {
-	b := binary.BigEndian.AppendUint64(nil, n)
-	r.tape.Mem.Patch(off, b)
-	r.tape.patch(b, off)
+	r.tape.Patch(off, binary.BigEndian.AppendUint64(nil, n))
 }
 
 // link maps guest clusters to a run that is counted.
@@ -391,8 +286,7 @@ func (r *rig) table(i int64) {
 		return
 	}
 	run := r.reserveMeta(r.g.ClusterSize)
-	r.tape.Mem.Patch(run.Off, make([]byte, run.Len))
-	r.tape.patch(make([]byte, run.Len), run.Off)
+	r.tape.Patch(run.Off, make([]byte, run.Len))
 	r.commit()
 	r.patch(int64(r.h.L1Offset)+i/r.g.L2Entries*8, format.EncodeL1(run.Off, true))
 }

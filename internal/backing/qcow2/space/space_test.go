@@ -128,10 +128,7 @@ func TestFullDeviceCanBeCounted(t *testing.T) {
 			r := newRig(t, tt.clusterSize, tt.bits, 200, create.Off)
 			size, _ := r.tape.Size()
 			size += tt.more*tt.clusterSize + 100
-			r.tape.Cut(size)
-			r.tape.SetFixed(true)
-			r.tape.size = size
-			r.open()
+			r.device(size)
 			free := size/tt.clusterSize - r.s.used.Len()
 			taken := int64(0)
 			for again := true; again; {

@@ -123,6 +123,17 @@ func (c *Crash) WriteAt(ctx context.Context, p []byte, off int64, durable bool) 
 	})
 }
 
+// Patch writes p beside the calls, as the Patch of Mem does. It is no more
+// durable than a write.
+func (c *Crash) Patch(off int64, p []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls++
+	c.Mem.Patch(off, p)
+	c.recordLocked(Write, off, int64(len(p)))
+	c.boundLocked()
+}
+
 // lastMoveLocked is the last call in the log that moved the end, 0 for none.
 func (c *Crash) lastMoveLocked() int {
 	for _, u := range slices.Backward(c.log) {

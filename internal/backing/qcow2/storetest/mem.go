@@ -128,6 +128,16 @@ func (m *Mem) Contents() []byte {
 	return p
 }
 
+// Peek is a copy of n bytes at off; behind the end there are zeroes. It is no
+// call that is counted or can fail.
+func (m *Mem) Peek(off, n int64) []byte {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := make([]byte, n)
+	m.getLocked(p, off)
+	return p
+}
+
 // Patch overwrites bytes behind the back of whoever uses the file: it is not
 // counted and does not fail.
 func (m *Mem) Patch(off int64, p []byte) { m.put(p, off) }
