@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -277,28 +278,15 @@ func (c *copying) zero(ctx context.Context, off, n int64) error {
 // prefix is the longest beginning of p, in whole granules of g bytes and the
 // rest at its end, that is zero or has no zero granule.
 func prefix(p []byte, g int) (n int, zero bool) {
-	zero = isZero(p[:min(g, len(p))])
+	zero = backing.AllZero(p[:min(g, len(p))])
 	for n < len(p) {
 		end := min(n+g, len(p))
-		if isZero(p[n:end]) != zero {
+		if backing.AllZero(p[n:end]) != zero {
 			break
 		}
 		n = end
 	}
 	return n, zero
-}
-
-var zeroes [granule]byte
-
-func isZero(p []byte) bool {
-	for len(p) > 0 {
-		n := min(len(p), len(zeroes))
-		if !bytes.Equal(p[:n], zeroes[:n]) {
-			return false
-		}
-		p = p[n:]
-	}
-	return true
 }
 
 // comparePiece reads both sides in halves of the buffer.

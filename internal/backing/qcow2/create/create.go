@@ -105,7 +105,7 @@ func (w *writer) put(cluster int64, p []byte) error {
 	if err := w.ctx.Err(); err != nil {
 		return err
 	}
-	if !w.st.Fixed() && allZero(p) {
+	if !w.st.Fixed() && backing.AllZero(p) {
 		return nil
 	}
 	return w.st.WriteAt(w.ctx, p, cluster<<w.plan.geo.ClusterBits, false)
@@ -227,15 +227,6 @@ func fill(ctx context.Context, st store.Store, off, n int64, mode Preallocation)
 		off, n = off+step, n-step
 	}
 	return nil
-}
-
-func allZero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // Raw makes a raw image of size bytes in st, an empty file, and makes it

@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
-	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
 // readStep is how much of a disk is read at once.
@@ -168,7 +167,7 @@ func extents(ctx context.Context, d backing.Device, p []byte) error {
 		switch {
 		case x.Len <= 0 || x.Len > int64(len(p))-at:
 			wrong = fmt.Errorf("extent of %d bytes at %d of %d", x.Len, at, len(p))
-		case x.Zero && !storetest.AllZero(p[at:at+x.Len]):
+		case x.Zero && !backing.AllZero(p[at:at+x.Len]):
 			wrong = fmt.Errorf("extent %d+%d is said to be zero and is not", at, x.Len)
 		}
 		at += x.Len

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
@@ -248,7 +249,7 @@ func (r *rig) examine(run Run, n int64) {
 
 func (r *rig) zeroed(run Run) {
 	r.Helper()
-	if !storetest.AllZero(r.tape.Peek(run.Off, run.Len)) {
+	if !backing.AllZero(r.tape.Peek(run.Off, run.Len)) {
 		r.Fatalf("%+v is not zero", run)
 	}
 }

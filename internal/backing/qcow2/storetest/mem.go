@@ -3,7 +3,6 @@
 package storetest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"maps"
@@ -267,7 +266,7 @@ func (m *Mem) putLocked(p []byte, off int64) {
 // is a new one: others may hold the old one.
 func (m *Mem) putPageLocked(p []byte, i, at int64) {
 	old := m.pages[i]
-	if old == nil && AllZero(p) {
+	if old == nil && backing.AllZero(p) {
 		return
 	}
 	page := new([pageSize]byte)
@@ -277,10 +276,6 @@ func (m *Mem) putPageLocked(p []byte, i, at int64) {
 	copy(page[at:], p)
 	m.pages[i] = page
 }
-
-// AllZero reports whether p is nothing but zeroes. It takes one step: the race
-// detector stops at each.
-func AllZero(p []byte) bool { return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1]) }
 
 // Sync does nothing; once it was made to fail, the file is poisoned.
 func (m *Mem) Sync(ctx context.Context) error {
