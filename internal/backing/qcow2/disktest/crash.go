@@ -55,6 +55,8 @@ type PowerCuts struct {
 	states int        // guarded by mu
 	most   int        // guarded by mu
 	err    error      // guarded by mu
+
+	first, again []byte // guarded by mu: what a state reads as
 }
 
 // Start begins to take up to most states, at calls that rnd picks.
@@ -141,7 +143,8 @@ func (k *PowerCuts) verify(files []*storetest.Mem, m Moment) error {
 	if err != nil {
 		return fmt.Errorf("open for reading: %w", err)
 	}
-	p, err := contents(ctx, dev)
+	p, err := contents(ctx, dev, k.first)
+	k.first = p
 	if err = errors.Join(err, dev.Close()); err != nil {
 		return err
 	}
@@ -163,7 +166,8 @@ func (k *PowerCuts) goOn(ctx context.Context, files []*storetest.Mem, p []byte) 
 	if err != nil {
 		return fmt.Errorf("open for writing: %w", err)
 	}
-	again, err := contents(ctx, dev)
+	again, err := contents(ctx, dev, k.again)
+	k.again = again
 	if err == nil && !bytes.Equal(again, p) {
 		err = errors.New("for writing it has other contents than for reading")
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -135,7 +136,7 @@ func (r *Run) excuse(err error) error {
 // ReadAll reads the whole disk, holds it against the oracle and against what
 // the disk says is zero. No operation may be in flight.
 func (r *Run) ReadAll(ctx context.Context) error {
-	p, err := contents(ctx, r.Dev)
+	p, err := contents(ctx, r.Dev, nil)
 	if err != nil {
 		return err
 	}
@@ -148,9 +149,11 @@ func (r *Run) ReadAll(ctx context.Context) error {
 	return extents(ctx, r.Dev, p)
 }
 
-// contents are all bytes of a disk.
-func contents(ctx context.Context, d backing.Device) ([]byte, error) {
-	p := make([]byte, d.Info().Size)
+// contents are all bytes of a disk, in p if there is room. Each new buffer costs
+// the race detector new shadow memory.
+func contents(ctx context.Context, d backing.Device, p []byte) ([]byte, error) {
+	size := int(d.Info().Size)
+	p = slices.Grow(p[:0], size)[:size]
 	for off := 0; off < len(p); off += readStep {
 		if err := d.ReadAt(ctx, p[off:min(off+readStep, len(p))], int64(off)); err != nil {
 			return nil, fmt.Errorf("read at %d: %w", off, err)
