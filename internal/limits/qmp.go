@@ -62,6 +62,11 @@ const (
 	// guest-sync-delimited: old replies to clients that have gone.
 	AgentNoise = 8 << 20
 
+	// AgentStale bounds the delimited replies among it: one for each client
+	// that asked guest-sync-delimited and left. Reading more is a guest's way
+	// to keep its host busy.
+	AgentStale = 4096
+
 	// LibvirtMessage bounds one message from libvirt: its own
 	// VIR_NET_MESSAGE_MAX with the header.
 	LibvirtMessage = 32<<20 + 64

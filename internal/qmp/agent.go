@@ -131,7 +131,8 @@ func (a *Agent) synchronise(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrNoAgent, err)
 	}
 	defer until(ctx, a.conn.SetReadDeadline)()
-	for noise := 0; ; {
+	noise := 0
+	for range limits.AgentStale {
 		n, err := skipTo(a.lines.r, 0xff, limits.AgentNoise-noise)
 		noise += n
 		if err != nil {
@@ -149,6 +150,7 @@ func (a *Agent) synchronise(ctx context.Context) error {
 			return nil
 		}
 	}
+	return fmt.Errorf("%w: %w: nothing but %d replies to others", ErrNoAgent, ErrProtocol, limits.AgentStale)
 }
 
 // skipTo reads up to the byte and with it, at most max bytes.

@@ -163,7 +163,7 @@ func TestHostileAgentEndsInAnError(t *testing.T) {
 		{"noise for ever", func(c *qmptest.Conn) { c.Next(); flood(c, kilo, 2*limits.AgentNoise); c.Hold() }, qmp.ErrProtocol},
 		{"delimiters for ever", func(c *qmptest.Conn) {
 			c.Next()
-			flood(c, strings.Repeat("\xff{\"return\":0}\n", 1<<10), 2*limits.AgentNoise)
+			flood(c, strings.Repeat("\xff{\"return\":0}\n", 1<<10), 32*limits.AgentStale)
 			c.Hold()
 		}, qmp.ErrProtocol},
 		{"delimited line without end", func(c *qmptest.Conn) { c.Next(); c.Write([]byte{0xff}); flood(c, kilo, 2*limits.AgentLine); c.Hold() }, qmp.ErrProtocol},
