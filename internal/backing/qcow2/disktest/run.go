@@ -26,6 +26,8 @@ type Run struct {
 	Faulty bool
 
 	Batch int // that is being carried out
+
+	all []byte // what the disk was read as
 }
 
 // Do carries out s and reads the whole disk at its end. It fails with the
@@ -136,7 +138,8 @@ func (r *Run) excuse(err error) error {
 // ReadAll reads the whole disk, holds it against the oracle and against what
 // the disk says is zero. No operation may be in flight.
 func (r *Run) ReadAll(ctx context.Context) error {
-	p, err := contents(ctx, r.Dev, nil)
+	p, err := contents(ctx, r.Dev, r.all)
+	r.all = p
 	if err != nil {
 		return err
 	}
