@@ -16,7 +16,6 @@ import (
 // TestDiskComesOverTLS attaches a disk of a server that takes nothing but TLS
 // and certificates, and leaves none of them behind.
 func TestDiskComesOverTLS(t *testing.T) {
-	t.Parallel() // it waits for QEMU to give up
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)

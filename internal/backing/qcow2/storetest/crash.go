@@ -45,7 +45,7 @@ type Unit struct {
 // and what was written behind an end that moved back is only kept with that
 // move. After a failed Sync nothing becomes durable any more.
 //
-// The embedded Mem shall only be used for faults and counts.
+// The embedded Mem shall only be used for faults and counts, and to look.
 type Crash struct {
 	*Mem
 
