@@ -67,15 +67,12 @@ func (f *connectFlags) server(uri string) (*server, error) {
 	if host == "" {
 		host = "localhost"
 	}
-	s.tls = &tls.Config{ServerName: host}
-	if dir != "" {
-		creds, err := transport.LoadCredentials(dir, transport.TLSOptions{Client: true})
-		if err != nil {
-			return nil, err
-		}
-		s.tls = creds.ClientConfig(host)
+	if dir == "" {
+		s.tls = &tls.Config{ServerName: host}
+		return s, nil
 	}
-	return s, nil
+	s.tls, err = transport.ClientConfig(dir, host)
+	return s, err
 }
 
 // open connects and opens the export of the URI.

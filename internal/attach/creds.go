@@ -147,11 +147,7 @@ func (c *credentials) config(uri *transport.URI) (*tls.Config, error) {
 	if c.keys {
 		return psk.ClientConfig(filepath.Join(c.dir, keysFile), c.identity)
 	}
-	creds, err := transport.LoadCredentials(c.dir, transport.TLSOptions{Client: true})
-	if err != nil {
-		return nil, err
-	}
-	return creds.ClientConfig(cmp.Or(c.hostname, uri.Address)), nil
+	return transport.ClientConfig(c.dir, cmp.Or(c.hostname, uri.Address))
 }
 
 // try shakes hands with the server as the machine will, and fails if that does:

@@ -141,6 +141,16 @@ func (c *Credentials) ClientConfig(serverName string) *tls.Config {
 	return cfg
 }
 
+// ClientConfig is for connections to the server that is called serverName, with
+// the certificates in dir: LoadCredentials and Credentials.ClientConfig.
+func ClientConfig(dir, serverName string) (*tls.Config, error) {
+	c, err := LoadCredentials(dir, TLSOptions{Client: true})
+	if err != nil {
+		return nil, err
+	}
+	return c.ClientConfig(serverName), nil
+}
+
 // current returns the newest set that is in order.
 func (c *Credentials) current() *credentialSet {
 	c.mu.Lock()
