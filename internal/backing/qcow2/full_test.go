@@ -61,6 +61,7 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 	if err != nil {
 		return 0, err
 	}
+	host.CannotZero = seed%2 == 0
 	f := h.again()
 	f.Image = host
 	dev, err := s.open(ctx, f, false)
@@ -113,24 +114,21 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 	return refused, reread(ctx, h, r.Oracle)
 }
 
-// smallHost mounts an ext4 of so many bytes, on which only a file of ballast
-// is.
-func smallHost(t *testing.T, size, ballast int64) (dir string) {
+// smallHost mounts an ext4 or a tmpfs, which cannot zero in place, of so many
+// bytes, on which only a file of ballast is.
+func smallHost(t *testing.T, kind string, size, ballast int64) (dir string) {
 	t.Helper()
-	image := filepath.Join(t.TempDir(), "ext4")
 	dir = t.TempDir()
-	err := os.WriteFile(image, nil, 0o600)
-	if err == nil {
-		err = os.Truncate(image, size)
+	mount := []string{"-t", kind, "-o", fmt.Sprint("size=", size), "none", dir}
+	if kind == "ext4" {
+		image := filepath.Join(t.TempDir(), "ext4")
+		if out, err := exec.Command("mkfs.ext4", "-q", "-m", "0", image, fmt.Sprint(size>>10, "k")).CombinedOutput(); err != nil {
+			t.Fatalf("mkfs.ext4: %v\n%s", err, out)
+		}
+		mount = []string{"-o", "loop", image, dir}
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("mkfs.ext4", "-q", "-m", "0", image).CombinedOutput(); err != nil {
-		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
-	}
-	if out, err := exec.Command("mount", "-o", "loop", image, dir).CombinedOutput(); err != nil {
-		t.Skipf("needs root and a loop device to mount: %v\n%s", err, out)
+	if out, err := exec.Command("mount", mount...).CombinedOutput(); err != nil {
+		t.Skipf("needs root to mount, and a loop device: %v\n%s", err, out)
 	}
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
@@ -169,62 +167,73 @@ func fillUp(ctx context.Context, d backing.Device, from, end int64, version uint
 	return to, err
 }
 
-// TestFullFileSystemFailsWritesAndNoFlush is the same on a file system that is
+// TestFullFileSystemFailsWritesAndNoFlush is the same on file systems that are
 // full before the first table is written.
 func TestFullFileSystemFailsWritesAndNoFlush(t *testing.T) {
-	const size, ballast, disk = 48 << 20, 16 << 20, 40 << 20
-	ctx := t.Context()
-	for _, cluster := range []int64{512, 64 << 10} {
-		t.Run(fmt.Sprint(cluster), func(t *testing.T) {
-			dir := smallHost(t, size, ballast)
-			e := engine.NewPool(2)
-			defer e.Close()
-			path := filepath.Join(dir, "disk.qcow2")
-			if err := os.WriteFile(path, nil, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			st := fileIn(t, path, e)
-			if err := create.Image(ctx, st, create.Options{Size: disk, ClusterSize: cluster}); err != nil {
-				t.Fatal(err)
-			}
-			d, err := qcow2.Open(ctx, st, quiet())
-			if err != nil {
-				t.Fatal(err)
-			}
-			full, err := fillUp(t.Context(), d, 0, disk, 1)
-			if !errors.Is(err, backing.ErrNoSpace) || full == 0 {
-				t.Fatalf("write to a full file system at %d: got %v, want ErrNoSpace", full, err)
-			}
-			if err := d.Flush(ctx); err != nil {
-				t.Fatalf("flush: %v", err)
-			}
-			wantVersion(t, d, 0, full, 1)
-			image, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := judged(t.TempDir(), image); err != nil {
-				t.Error(err)
-			}
-			if err := os.Remove(filepath.Join(dir, "ballast")); err != nil {
-				t.Fatal(err)
-			}
-			more, err := fillUp(t.Context(), d, full, full+ballast/2, 1)
-			if err := errors.Join(err, d.Flush(ctx)); err != nil {
-				t.Fatalf("with room: %v", err)
-			}
-			wantVersion(t, d, 0, more, 1)
-			if err := d.Close(); err != nil {
-				t.Fatal(err)
-			}
-			if image, err = os.ReadFile(path); err != nil {
-				t.Fatal(err)
-			}
-			if leaks, err := judged(t.TempDir(), image); err != nil || leaks {
-				t.Errorf("at the end: leaks %v, %v", leaks, err)
-			}
-		})
+	const size, ballast = 48 << 20, 16 << 20
+	for _, kind := range []string{"ext4", "tmpfs"} {
+		for _, cluster := range []int64{512, 64 << 10} {
+			t.Run(fmt.Sprint(kind, ",", cluster), func(t *testing.T) {
+				dir := smallHost(t, kind, size, ballast)
+				fillTwice(t, filepath.Join(dir, "disk.qcow2"), cluster, filepath.Join(dir, "ballast"), ballast)
+			})
+		}
 	}
+}
+
+// fillTwice writes an image until its host is full, and goes on when the file
+// of ballast is gone.
+func fillTwice(t *testing.T, path string, cluster int64, ballast string, size int64) {
+	const disk = 40 << 20
+	ctx := t.Context()
+	e := engine.NewPool(2)
+	defer e.Close()
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st := fileIn(t, path, e)
+	if err := create.Image(ctx, st, create.Options{Size: disk, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	d, err := qcow2.Open(ctx, st, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	full, err := fillUp(ctx, d, 0, disk, 1)
+	if !errors.Is(err, backing.ErrNoSpace) || full == 0 {
+		t.Fatalf("write to a full file system at %d: got %v, want ErrNoSpace", full, err)
+	}
+	if err := d.Flush(ctx); err != nil {
+		t.Fatalf("flush: %v", err)
+	}
+	wantVersion(t, d, 0, full, 1)
+	if _, err := judgedFile(t, path); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	more, err := fillUp(ctx, d, full, full+size/2, 1)
+	if err := errors.Join(err, d.Flush(ctx)); err != nil {
+		t.Fatalf("with room: %v", err)
+	}
+	wantVersion(t, d, 0, more, 1)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if leaks, err := judgedFile(t, path); err != nil || leaks {
+		t.Errorf("at the end: leaks %v, %v", leaks, err)
+	}
+}
+
+// judgedFile is judged of what a file says now.
+func judgedFile(t *testing.T, path string) (leaks bool, err error) {
+	t.Helper()
+	image, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return judged(t.TempDir(), image)
 }
 
 // wantVersion holds a range against what Fill makes.

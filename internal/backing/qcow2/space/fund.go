@@ -36,8 +36,8 @@ type funds struct {
 const slack = 2
 
 // Demand has Reserve and ReserveTable answer ErrUnfunded from now on where the
-// host may have no storage for the tables that this takes. On a file that
-// cannot be given storage in advance, and on a device, they never do.
+// host may have no storage for the tables that this takes. On a device they
+// never do.
 func (s *Space) Demand() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,28 +159,11 @@ func (s *Space) Fund(ctx context.Context) error {
 		return err
 	}
 	defer s.settle()
-	err := s.fundAll(ctx)
-	if errors.Is(err, backing.ErrNotSupported) {
-		s.mu.Lock()
-		s.funds.strict = false
-		s.mu.Unlock()
-		return nil
-	}
-	return err
-}
-
-func (s *Space) fundAll(ctx context.Context) error {
-	if !s.funds.begun {
-		// A host that is full, or cannot at all, says so before the search.
-		if err := s.fill(ctx, slack); err != nil {
-			return err
-		}
-		if err := s.fundOld(ctx); err != nil {
-			return err
-		}
-		s.beginFunds()
-	}
+	// A host that is full says so before the metadata that is there is searched.
 	if err := s.fill(ctx, slack); err != nil {
+		return err
+	}
+	if err := s.beginFunds(ctx); err != nil {
 		return err
 	}
 	for {
@@ -198,8 +181,20 @@ func (s *Space) fundAll(ctx context.Context) error {
 	}
 }
 
-// beginFunds begins to count what is owed.
-func (s *Space) beginFunds() {
+// beginFunds gets storage for the metadata that is there, and begins to count
+// what is owed.
+func (s *Space) beginFunds(ctx context.Context) error {
+	if s.funds.begun {
+		return nil
+	}
+	if err := s.fundOld(ctx); err != nil {
+		return err
+	}
+	s.countOwed()
+	return s.fill(ctx, slack)
+}
+
+func (s *Space) countOwed() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f := &s.funds
@@ -252,7 +247,7 @@ func (s *Space) fundHoles(ctx context.Context, off, end int64) error {
 	})
 	for _, h := range holes {
 		if err == nil {
-			err = s.st.Zero(ctx, h.Off, h.Len)
+			err = s.store(ctx, h)
 		}
 	}
 	return err
@@ -264,8 +259,26 @@ func (s *Space) fundRun(ctx context.Context, r Run) error {
 	if !s.isStrict() {
 		return nil
 	}
-	return s.st.Zero(ctx, r.Off, r.Len)
+	return s.store(ctx, Ref{r.Off, r.Len})
 }
+
+// store makes a range zero that has storage then: where the file cannot do it
+// in place, such as on tmpfs, by writing.
+func (s *Space) store(ctx context.Context, r Ref) error {
+	err := s.st.Zero(ctx, r.Off, r.Len)
+	if !errors.Is(err, backing.ErrNotSupported) {
+		return err
+	}
+	for end := r.Off + r.Len; r.Off < end; r.Off += int64(len(zeroes)) {
+		if err := s.st.WriteAt(ctx, zeroes[:min(int64(len(zeroes)), end-r.Off)], r.Off, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// zeroes is what store writes.
+var zeroes [64 << 10]byte
 
 // fill sets clusters aside until there are extra ones more than needed.
 func (s *Space) fill(ctx context.Context, extra int64) error {
@@ -306,7 +319,7 @@ func (s *Space) setAside(ctx context.Context, n int64) error {
 
 	err := s.Extend(ctx, (c+n)<<s.g.ClusterBits)
 	if err == nil {
-		err = s.st.Zero(ctx, c<<s.g.ClusterBits, n<<s.g.ClusterBits)
+		err = s.store(ctx, Ref{c << s.g.ClusterBits, n << s.g.ClusterBits})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -16,6 +16,7 @@ const hostBlock = 4096
 // when there is none left. Extents are those of the storage.
 type Full struct {
 	store.Store
+	CannotZero bool // Zero is not supported
 
 	mu   sync.Mutex
 	has  map[int64]bool // guarded by mu; blocks with storage, by number
@@ -90,6 +91,9 @@ func (f *Full) WriteAt(ctx context.Context, p []byte, off int64, durable bool) e
 
 // Zero fails when there is no storage for the range.
 func (f *Full) Zero(ctx context.Context, off, n int64) error {
+	if f.CannotZero {
+		return backing.ErrNotSupported
+	}
 	if err := f.take(off, n); err != nil {
 		return err
 	}
