@@ -64,11 +64,20 @@ func TestToolsReadWithAPreSharedKey(t *testing.T) {
 		testenv.Run(t, append(args, "-O", "raw", out)...)
 		sameFiles(t, image, out, -1)
 	})
-	wrongDir, wrong := pskDir(t, "vm1:"+strings.Repeat("3c", 32), "vm3:"+strings.Repeat("1a", 32))
+	other := "vm1:" + strings.Repeat("3c", 32)
+	wrongDir, wrong := pskDir(t, other, "vm3:"+strings.Repeat("1a", 32))
+	firstDir, first := pskDir(t, good, other)
+	secondDir, second := pskDir(t, other, good)
+	t.Run("the first of two keys", func(t *testing.T) { // as psk.ClientConfig does
+		testenv.Run(t, "nbdinfo", uri("vm1", first))
+		testenv.Run(t, append([]string{"qemu-img", "info"}, qemu(firstDir, "vm1")...)...)
+	})
 	for name, argv := range map[string][]string{
 		"nbdinfo, wrong key":         {"nbdinfo", uri("vm1", wrong)},
 		"nbdinfo, unknown identity":  {"nbdinfo", uri("vm3", wrong)},
 		"nbdinfo, certificates only": {"nbdinfo", fmt.Sprintf("nbds://127.0.0.1:%d/?tls-certificates=%s", port, testenv.Certificates(t))},
+		"nbdinfo, second key":        {"nbdinfo", uri("vm1", second)},
+		"qemu-img, second key":       append([]string{"qemu-img", "info"}, qemu(secondDir, "vm1")...),
 		"qemu-img, wrong key":        append([]string{"qemu-img", "info"}, qemu(wrongDir, "vm1")...),
 		"qemu-img, unknown identity": append([]string{"qemu-img", "info"}, qemu(wrongDir, "vm3")...),
 	} {

@@ -16,7 +16,7 @@ import (
 // Listed is what may be told of an identity.
 type Listed struct {
 	Identity string `json:"identity"`
-	Bytes    []int  `json:"key-bytes"` // length of each key, the oldest first
+	Bytes    []int  `json:"key-bytes"` // length of each key, in the order of the file
 }
 
 // List describes the identities of a key file, in its order.
@@ -42,8 +42,8 @@ func List(path string) ([]Listed, error) {
 
 // Add puts a new random key of n bytes for an identity into a key file, which
 // is made with mode 0600 if it is not there, and replaced as a whole. Without
-// only the key that the identity has stays beside the new one; an identity
-// with limits.PSKKeys keys gets no more.
+// only the key that the identity has stays behind the new one, which clients
+// take; an identity with limits.PSKKeys keys gets no more.
 func Add(path, name string, n int, only bool) error {
 	if err := CheckIdentity(name); err != nil {
 		return err
@@ -69,20 +69,31 @@ func Add(path, name string, n int, only bool) error {
 	return replace(path, text, fresh)
 }
 
-// with is the text of a key file with one line more; only takes away the
-// other lines of the identity.
+// with is the text of a key file with one line more, before those of its
+// identity; only takes those away.
 func with(old []byte, name string, key []byte, only bool) []byte {
 	text := make([]byte, 0, len(old)+len(name)+2*len(key)+3)
-	for line := range bytes.Lines(old) {
-		if user, _, _ := bytes.Cut(line, []byte{':'}); only && string(user) == name {
-			continue
+	added := false
+	add := func() {
+		if !added {
+			text = fmt.Appendf(text, "%s:%x\n", name, key)
 		}
-		text = append(text, line...)
+		added = true
+	}
+	for line := range bytes.Lines(old) {
+		user, _, _ := bytes.Cut(line, []byte{':'})
+		if string(user) == name {
+			add()
+		}
+		if string(user) != name || !only {
+			text = append(text, line...)
+		}
 	}
 	if len(text) > 0 && text[len(text)-1] != '\n' {
 		text = append(text, '\n')
 	}
-	return fmt.Appendf(text, "%s:%x\n", name, key)
+	add()
+	return text
 }
 
 // replace writes a file in one step. It keeps its owner.

@@ -1,6 +1,7 @@
 package psk
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,10 +11,16 @@ import (
 func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "keys.psk")
 	add := func(name string, only bool) error { return Add(path, name, 32, only) }
-	for _, name := range []string{"vm1", "vm2", "vm1"} {
-		if err := add(name, false); err != nil {
-			t.Fatal(err)
-		}
+	if err := errors.Join(add("vm0", false), add("vm1", false), add("vm2", false)); err != nil {
+		t.Fatal(err)
+	}
+	first, err := os.ReadFile(path)
+	if err := errors.Join(err, add("vm1", false)); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.SplitAfter(string(first), "\n")
+	if both, err := os.ReadFile(path); err != nil || !strings.HasPrefix(string(both), lines[0]+"vm1:") || !strings.HasSuffix(string(both), lines[1]+lines[2]) {
+		t.Errorf("the new key does not stand before the old one: %v", err)
 	}
 	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("got %v, %v; want mode 0600", fi.Mode(), err)
@@ -30,8 +37,8 @@ func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	list, err := List(path)
-	if err != nil || len(list) != 2 || len(list[1].Bytes) != 1 || list[1].Identity != "vm1" || list[1].Bytes[0] != 32 {
-		t.Errorf("got %+v, %v; want vm2 and then vm1 with one key", list, err)
+	if err != nil || len(list) != 3 || len(list[1].Bytes) != 1 || list[1].Identity != "vm1" || list[1].Bytes[0] != 32 {
+		t.Errorf("got %+v, %v; want vm1 between the others, with one key", list, err)
 	}
 	if err := k.Reload(); err != nil {
 		t.Fatal(err)

@@ -6,9 +6,9 @@ import (
 )
 
 // ClientConfig is for connections to servers that know the key of an identity:
-// the newest that the key file has for it. A server that does not prove that
-// key is refused, whatever certificate it has. The file is held to the same
-// rules as a server's.
+// the first that the key file has for it, which QEMU and libnbd take too. A
+// server that does not prove that key is refused, whatever certificate it has.
+// The file is held to the same rules as a server's.
 func ClientConfig(path, identity string) (*tls.Config, error) {
 	if err := Supported(); err != nil {
 		return nil, err
@@ -30,7 +30,7 @@ func ClientConfig(path, identity string) (*tls.Config, error) {
 		if err != nil {
 			return nil, err
 		}
-		return clientConfig(identity, id.keys[len(id.keys)-1], cert)
+		return clientConfig(identity, id.keys[0], cert)
 	}
 	return nil, fmt.Errorf("key file %q has no identity %q", path, identity)
 }

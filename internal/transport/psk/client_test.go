@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-func TestClientTakesTheNewestKeyOfItsIdentity(t *testing.T) {
+func TestClientTakesTheFirstKeyOfItsIdentity(t *testing.T) {
 	needBuild(t)
 	path := keyFile(t, "vm1:"+hexKey(32, 1)+"\nvm2:"+hexKey(32, 2)+"\nvm1:"+hexKey(32, 3), 0o600)
 	cfg, err := ClientConfig(path, "vm1")
@@ -20,7 +20,7 @@ func TestClientTakesTheNewestKeyOfItsIdentity(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 { // a configuration is good for many connections
-		if got, serverErr, clientErr := meet(t, someKeys(t, "vm1:"+hexKey(32, 3)), cfg, nil); got != "vm1" || serverErr != nil || clientErr != nil {
+		if got, serverErr, clientErr := meet(t, someKeys(t, "vm1:"+hexKey(32, 1)), cfg, nil); got != "vm1" || serverErr != nil || clientErr != nil {
 			t.Errorf("got %q, %v, %v; want vm1", got, serverErr, clientErr)
 		}
 	}
