@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	nbdclient "github.com/vmdiskd/vmdiskd/internal/nbd/client"
@@ -116,8 +117,18 @@ func (s *Source) remote(text string) (uri transport.URI, c credentials, err erro
 	return uri, c, err
 }
 
-// credsID is the object of a machine that holds the credentials of a disk.
+// credsID begins the name of the object of a machine that holds the credentials
+// of a disk.
 func credsID(id string) string { return "vmt" + nodesOf(id) + "tls" }
+
+// objectID is that object. QEMU does not tell which host a client wants a
+// certificate for: the name of the object does, unless QEMU does not take it.
+func (c *credentials) objectID(id string) string {
+	if c.hostname == "" || strings.ContainsFunc(c.hostname, odd) {
+		return credsID(id)
+	}
+	return credsID(id) + "." + c.hostname
+}
 
 // Types of that object.
 const (
@@ -125,9 +136,9 @@ const (
 	sharedKey    = "tls-creds-psk"
 )
 
-// object is that object, for object-add.
+// object describes it for object-add.
 func (c *credentials) object(id string) map[string]any {
-	o := map[string]any{"qom-type": certificates, "id": id, "endpoint": "client", "dir": c.dir, "verify-peer": true}
+	o := map[string]any{"qom-type": certificates, "id": c.objectID(id), "endpoint": "client", "dir": c.dir, "verify-peer": true}
 	if c.keys {
 		o["qom-type"], o["username"] = sharedKey, c.identity
 	}
@@ -144,25 +155,28 @@ func (c *credentials) String() string {
 
 // config is what a client of Go's makes of them.
 func (c *credentials) config(uri *transport.URI) (*tls.Config, error) {
+	if !filepath.IsAbs(c.dir) {
+		return nil, fmt.Errorf("folder %q: not an absolute path", c.dir)
+	}
 	if c.keys {
 		return psk.ClientConfig(filepath.Join(c.dir, keysFile), c.identity)
 	}
 	return transport.ClientConfig(c.dir, cmp.Or(c.hostname, uri.Address))
 }
 
-// try shakes hands with the server as the machine will, and fails if that does:
+// try shakes hands with a server as the machine will, and fails if that does:
 // QEMU 7.2 was seen to abort, with its guest, of a handshake that failed. What
 // only the machine can read or reach nobody tries.
-func (p *plug) try(ctx context.Context) error {
+func (m *Machine) try(ctx context.Context, c *credentials, uri *transport.URI) error {
 	ctx, cancel := context.WithTimeout(ctx, limits.Handshake)
 	defer cancel()
-	config, err := p.creds.config(&p.uri)
+	config, err := c.config(uri)
 	var conn transport.Conn
 	if err == nil {
-		conn, err = transport.Dial(ctx, p.uri.Target)
+		conn, err = transport.Dial(ctx, uri.Target)
 	}
 	if err != nil {
-		p.note("nobody tried %s before the machine does: %v", &p.creds, err)
+		m.note("nobody tried %s before the machine does: %v", c, err)
 		return nil
 	}
 	s, err := nbdclient.Negotiate(ctx, conn, nbdclient.Options{TLS: config})
@@ -177,34 +191,50 @@ func (p *plug) try(ctx context.Context) error {
 
 // credsStep gives the machine credentials for its client.
 func (p *plug) credsStep() Step {
-	id := credsID(p.id)
 	return Step{
-		Name: fmt.Sprintf("give the machine %s after a trial, as object %s", &p.creds, id),
+		Name: fmt.Sprintf("give the machine %s after a trial, as object %s", &p.creds, p.client.TLSCreds),
 		Do: func(ctx context.Context) (bool, error) {
-			kind, err := p.hasCreds(ctx, p.id)
-			if err != nil || kind != "" {
+			object, _, err := p.heldCreds(ctx, p.id)
+			if err != nil || object == p.client.TLSCreds {
 				return false, err
 			}
-			if err := p.try(ctx); err != nil {
+			if err := p.try(ctx, &p.creds, &p.uri); err != nil {
 				return false, err
 			}
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(id))
+			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(p.id))
 			return maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return p.deleteCreds(ctx, p.id) },
 	}
 }
 
-// hasCreds is the type of the credentials that the machine has for the disk, ""
-// without any. One that does not say which objects it has was given none.
-func (m *Machine) hasCreds(ctx context.Context, id string) (kind string, err error) {
+// heldCreds is the object with the credentials that the machine has for the
+// disk, and its type, "" without any. One that does not say which objects it has
+// was given none.
+func (m *Machine) heldCreds(ctx context.Context, id string) (object, kind string, err error) {
 	objects, err := qmp.Objects(ctx, m.Monitor)
 	if errors.As(err, new(*qmp.Error)) {
-		return "", nil
+		return "", "", nil
 	}
-	return objects[credsID(id)], err
+	for name, kind := range objects {
+		if name == credsID(id) || strings.HasPrefix(name, credsID(id)+".") {
+			return name, kind, err
+		}
+	}
+	return "", "", err
+}
+
+// readCreds is what the machine was given as an object.
+func (m *Machine) readCreds(ctx context.Context, object, kind string) (c credentials, err error) {
+	c.keys = kind == sharedKey
+	_, c.hostname, _ = strings.Cut(object, ".")
+	path := "/objects/" + object
+	if c.dir, err = m.property(ctx, path, "dir"); err == nil && c.keys {
+		c.identity, err = m.property(ctx, path, "username")
+	}
+	return c, err
 }
 
 // deleteCreds deletes credentials that may be gone already. An attempt to
@@ -213,15 +243,17 @@ func (m *Machine) deleteCreds(ctx context.Context, id string) error {
 	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
 	defer cancel()
 	for {
-		kind, err := m.hasCreds(ctx, id)
-		if err != nil || kind == "" {
+		object, _, err := m.heldCreds(ctx, id)
+		if err != nil || object == "" {
 			return err
 		}
-		_, err = m.Monitor.Execute(ctx, "object-del", map[string]any{"id": credsID(id)})
-		if !qmp.HasClass(err, qmp.ClassGeneric) || wait.Err() != nil {
+		_, err = m.Monitor.Execute(ctx, "object-del", map[string]any{"id": object})
+		if err != nil && !qmp.HasClass(err, qmp.ClassGeneric) || wait.Err() != nil {
 			return err
 		}
-		pause(wait, limits.AttachPoll)
+		if err != nil {
+			pause(wait, limits.AttachPoll)
+		}
 	}
 }
 
@@ -233,8 +265,8 @@ func (m *Machine) forgetStep(id string) Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			kind, err := m.hasCreds(ctx, id)
-			if err != nil || kind == "" {
+			object, _, err := m.heldCreds(ctx, id)
+			if err != nil || object == "" {
 				return false, err
 			}
 			err = m.deleteCreds(ctx, id)

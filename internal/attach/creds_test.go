@@ -10,6 +10,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -81,12 +82,40 @@ func TestDiskComesOverTLS(t *testing.T) {
 }
 
 // TestExportComesOverTLSByASocket: there is no name of a host on the way, the
-// certificate is for localhost. The disk grows by a second client.
+// certificate is for localhost or for a host that is said. The disk grows by a
+// second client, unless that could not shake hands.
 func TestExportComesOverTLSByASocket(t *testing.T) {
 	l := &lab{dir: testenv.TempDir(t)}
-	dir := testenv.Certificates(t)
+	dir := testenv.TempDir(t)
+	ca := transporttest.NewCA(t, "test authority")
+	serverFor := func(name string) {
+		transporttest.WriteServer(t, dir, ca, ca.IssueServer(name, transporttest.Names(name)))
+	}
+	serverFor("localhost")
+	transporttest.WriteClient(t, dir, ca, ca.IssueClient("client"))
 	m, image := l.startWeb(t, fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds+unix:///?socket=%s/sock\"", dir, l.dir))
-	p, err := m.Attach(testenv.Context(t), attach.Source{Export: "web", Certificates: dir}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
-	do(t, p, err)
+	objects, err := qmp.Objects(testenv.Context(t), m.Monitor)
+	must(t, err)
+	attached := func(s attach.Source) {
+		s.Certificates = dir
+		p, err := m.Attach(testenv.Context(t), s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		do(t, p, err)
+	}
+	attached(attach.Source{Export: "web"})
 	l.wantUsable(t, m, image)
+
+	serverFor("disks.example")
+	attached(attach.Source{URI: fmt.Sprintf("nbds+unix:///web?socket=%s/sock&tls-hostname=disks.example", l.dir)})
+	serverFor("other.example")
+	before := l.state(t, m.Monitor)
+	p, err := m.Resize(testenv.Context(t), "d0", "web", attach.Size{Bytes: diskSize, More: true})
+	must(t, err)
+	if _, err := p.Run(testenv.Context(t)); !errors.Is(err, client.ErrTLS) || errors.Is(err, attach.ErrIncomplete) || l.state(t, m.Monitor) != before {
+		t.Errorf("a certificate for another host: %v, left %s", err, l.state(t, m.Monitor))
+	}
+	serverFor("disks.example")
+	l.wantUsable(t, m, image)
+	if left, err := qmp.Objects(testenv.Context(t), m.Monitor); err != nil || !maps.Equal(left, objects) {
+		t.Errorf("left after detach: %q, %v", left, err)
+	}
 }

@@ -30,9 +30,9 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 		})
 	}
 	plan.Steps = append(plan.Steps, m.unplugStep(id), m.nodesStep(id))
-	if kind, err := m.hasCreds(ctx, id); err != nil {
+	if object, _, err := m.heldCreds(ctx, id); err != nil {
 		return nil, err
-	} else if kind != "" {
+	} else if object != "" {
 		plan.Steps = append(plan.Steps, m.forgetStep(id))
 	}
 	if own {

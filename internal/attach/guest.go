@@ -90,7 +90,7 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 		m.note(unchecked + "no guest agent is known")
 		return nil
 	}
-	serial, err := m.property(ctx, id, "serial")
+	serial, err := m.property(ctx, device(id), "serial")
 	if err != nil {
 		return err
 	}
@@ -119,14 +119,17 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 	return nil
 }
 
-// property asks the machine for a text of a device; empty if there is none.
-func (m *Machine) property(ctx context.Context, id, name string) (string, error) {
-	out, err := m.Monitor.Execute(ctx, "qom-get", map[string]any{"path": "/machine/peripheral/" + id, "property": name})
+// device is where the machine has what was plugged.
+func device(id string) (path string) { return "/machine/peripheral/" + id }
+
+// property asks the machine for a text of an object; empty if there is none.
+func (m *Machine) property(ctx context.Context, path, name string) (string, error) {
+	out, err := m.Monitor.Execute(ctx, "qom-get", map[string]any{"path": path, "property": name})
 	if errors.As(err, new(*qmp.Error)) {
 		return "", nil
 	}
 	var s string
-	if err == nil && (json.Unmarshal(out, &s) != nil || len(s) > limits.QMPName) {
+	if err == nil && (json.Unmarshal(out, &s) != nil || len(s) > limits.MaxString) {
 		err = fmt.Errorf("qom-get: %w: property %s", qmp.ErrProtocol, name)
 	}
 	return s, err

@@ -83,7 +83,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 		if v.creds.dir == "" {
 			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
 		}
-		p.client.TLSCreds, p.client.TLSHostname = credsID(o.ID), v.creds.hostname
+		p.client.TLSCreds, p.client.TLSHostname = v.creds.objectID(o.ID), v.creds.hostname
 		v.steps = append(v.steps, p.credsStep())
 	}
 	place, err := p.preflight(ctx)

@@ -33,12 +33,17 @@ func DiskID(image string) string { return "disk-" + key(12, image) }
 // checkID holds the name of a disk to QEMU's rule for ids, before anything is
 // done for it.
 func checkID(id string) error {
-	letter := func(c rune) bool { return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' }
-	odd := func(c rune) bool { return !letter(c) && (c < '0' || c > '9') && !strings.ContainsRune("-._", c) }
 	if id == "" || len(id) > limits.DeviceID || !letter(rune(id[0])) || strings.ContainsFunc(id, odd) {
 		return fmt.Errorf("%w name of a disk %q: a letter, then letters, digits, '-', '.' or '_', at most %d in all", qmp.ErrInvalid, id, limits.DeviceID)
 	}
 	return nil
+}
+
+func letter(c rune) bool { return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' }
+
+// odd characters stand in no name that QEMU takes.
+func odd(c rune) bool {
+	return !letter(c) && (c < '0' || c > '9') && !strings.ContainsRune("-._", c)
 }
 
 // ExportName is the name of the export of a machine's disk. It follows from

@@ -9,6 +9,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // ErrSmaller is for disks that would lose what a guest has at their end.
@@ -47,6 +48,10 @@ type growth struct {
 	old     string // node of the client that has the old size
 	next    qmp.NBD
 
+	object string // credentials of the machine; "" without TLS
+	creds  credentials
+	uri    transport.URI
+
 	exchange bool // the machine had another size, next takes the place of old
 }
 
@@ -67,11 +72,12 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 	if err := g.prepare(ctx, x); err != nil {
 		return nil, err
 	}
-	return &Plan{
-		Aim:   fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size),
-		Disk:  id,
-		Steps: []Step{g.exportStep(x.Name), g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep()},
-	}, nil
+	plan := &Plan{Aim: fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size), Disk: id}
+	if g.object != "" {
+		plan.Steps = append(plan.Steps, g.tryStep())
+	}
+	plan.Steps = append(plan.Steps, g.exportStep(x.Name), g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep())
+	return plan, nil
 }
 
 // prepare finds the nodes of the disk.
@@ -86,7 +92,7 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
 		return errors.Join(err, errOldQEMU)
 	}
-	model, err := g.property(ctx, g.id, "type")
+	model, err := g.property(ctx, device(g.id), "type")
 	if err != nil {
 		return err
 	}
@@ -94,17 +100,10 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 		return ErrRigid
 	}
 	uri, err := reachable(x, false)
-	var creds credentials
 	if err != nil {
-		kind, e := g.hasCreds(ctx, g.id)
-		if e != nil || kind == "" {
-			return errors.Join(err, e)
-		}
-		if uri, err = reachable(x, true); err != nil {
+		if uri, err = g.encrypted(ctx, x, err); err != nil {
 			return err
 		}
-		creds.keys = kind == sharedKey
-		creds.setHostname(&uri)
 	}
 	server, err := address(uri.Target)
 	if err != nil {
@@ -118,10 +117,35 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	number, old := lastClient(list, g.raw)
 	g.old = old
 	g.next = nbd(clientNode(g.raw, number+1), server, uri.Export, d.Inserted.ReadOnly, 0)
-	if uri.TLS {
-		g.next.TLSCreds, g.next.TLSHostname = credsID(g.id), creds.hostname
-	}
+	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
 	return free(number)
+}
+
+// encrypted is the URI of an export that has none without TLS, for which the
+// machine has credentials; else it is the error given.
+func (g *growth) encrypted(ctx context.Context, x api.Export, plain error) (uri transport.URI, err error) {
+	object, kind, err := g.heldCreds(ctx, g.id)
+	if err != nil || object == "" {
+		return uri, errors.Join(plain, err)
+	}
+	if uri, err = reachable(x, true); err != nil {
+		return uri, err
+	}
+	if g.creds, err = g.readCreds(ctx, object, kind); err == nil {
+		g.creds.setHostname(&uri)
+		g.object, g.uri = object, uri
+	}
+	return uri, err
+}
+
+// tryStep shakes hands with a server that takes TLS only.
+func (g *growth) tryStep() Step {
+	return Step{
+		Name: fmt.Sprintf("try %s of the machine, as object %s", &g.creds, g.object),
+		Do: func(ctx context.Context) (bool, error) {
+			return false, g.try(ctx, &g.creds, &g.uri)
+		},
+	}
 }
 
 // grown reports whether the machine has the size already.

@@ -299,12 +299,17 @@ func (s *credentialSet) loadCRL(dir string, authorities []*x509.Certificate) err
 // open opens a file, or gives what was opened already.
 func (s *credentialSet) open(dir, name string) (*os.File, error) {
 	if s.given == nil {
-		return os.Open(filepath.Join(dir, name))
+		return openFile(dir, name)
 	}
 	if f := s.given[name]; f != nil {
 		return f, nil
 	}
 	return nil, fs.ErrNotExist
+}
+
+// openFile is not held up by a FIFO; read refuses it.
+func openFile(dir, name string) (*os.File, error) {
+	return os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
 }
 
 // OpenCredentials opens the files that LoadCredentials would read, for a
@@ -313,8 +318,7 @@ func OpenCredentials(dir string, o TLSOptions) (map[string]*os.File, error) {
 	cert, key := o.ownFiles()
 	all := map[string]*os.File{}
 	for _, name := range [...]string{cert, key, caFile, crlFile} {
-		// A FIFO does not hold us up; read refuses it.
-		f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		f, err := openFile(dir, name)
 		switch {
 		case err == nil:
 			all[name] = f
