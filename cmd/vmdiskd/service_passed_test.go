@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 )
 
 // manager is the service manager of a test: it keeps what it is given, as
@@ -251,6 +254,10 @@ func TestSocketsOfSystemdAreNamedByTheConfiguration(t *testing.T) {
 	uri := "nbd+unix:///a?socket=" + path
 	if got := s.size(uri); got != "1048576" {
 		t.Errorf("size by the passed socket is %q", got)
+	}
+	second := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img"), Listeners: []config.Listener{{URI: "systemd:nbd"}}}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: second}); err == nil || !strings.Contains(err.Error(), "another one has its sockets") {
+		t.Errorf("another listener with these sockets: %v", err)
 	}
 	s.configure(exportA)
 	if _, err := s.ctl.Reload(t.Context(), false); err != nil {

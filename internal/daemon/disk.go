@@ -14,13 +14,9 @@ import (
 )
 
 // specOf is what the registry has to know of an export.
-func (d *daemon) specOf(x *config.Export) (export.Spec, error) {
+func specOf(x *config.Export) (export.Spec, error) {
 	settings, err := settingsOf(x)
-	s := export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, FlushOnLeave: x.FlushOnClose, Settings: settings}
-	for _, l := range x.Listeners {
-		s.Via = append(s.Via, l.URI)
-	}
-	return s, err
+	return export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, FlushOnLeave: x.FlushOnClose, Settings: settings}, err
 }
 
 // settingsOf is what may change while an export is in use.

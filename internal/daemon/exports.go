@@ -107,7 +107,7 @@ func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, 
 			undo[i]()
 		}
 	}()
-	spec, err := d.specOf(&x)
+	spec, err := specOf(&x)
 	if err == nil {
 		k.doors, err = d.openDoors(ctx, &x)
 	}
@@ -115,6 +115,9 @@ func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, 
 		return err
 	}
 	undo = append(undo, func() { d.closeDoors(k.doors) })
+	for _, o := range k.doors {
+		spec.At = append(spec.At, &o.scope)
+	}
 	d.warnVsock(k, &x)
 	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
 		s, err := d.build(ctx, &x, files)
@@ -165,20 +168,22 @@ func (d *daemon) openDoors(ctx context.Context, x *config.Export) (list []*door,
 		}
 		for _, o := range more {
 			o.own = true
+			o.scope.Show(x.Name)
 		}
-		d.exports.Restrict(l.URI, []string{x.Name})
 		d.doors.add(more...)
 		list = append(list, more...)
 	}
 	return list, nil
 }
 
+// closeDoors closes listeners. Who came in by them and has opened no export
+// finds none.
 func (d *daemon) closeDoors(list []*door) {
+	for _, o := range list {
+		o.scope.Show()
+	}
 	d.forget(list)
 	d.doors.remove(list)
-	for _, o := range list {
-		d.exports.Restrict(o.name, nil)
-	}
 }
 
 // removeExport takes an export away when its clients have finished what they
@@ -207,9 +212,6 @@ func (d *daemon) addConfigured() error {
 	c := d.conf.Load()
 	if err := d.groups.set(c.Groups); err != nil {
 		return err
-	}
-	for _, l := range c.Listeners {
-		d.exports.Restrict(l.URI, l.Exports)
 	}
 	for i := range c.Exports {
 		d.tryExport(c.Exports[i], fromConfig)

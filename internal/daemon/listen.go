@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,6 +24,8 @@ type door struct {
 	spec config.Listener // zero for one of the command line
 	own  bool            // of a single export
 	kept string          // the name under which it waits for the next start, or ""
+
+	scope transport.Scope
 
 	once   sync.Once
 	closed error
@@ -117,13 +120,20 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 	if mode != nbd.TLSOff && d.creds == nil && d.keys == nil {
 		return nil, fmt.Errorf("listener %q: certificates and keys are loaded at the start only: restart", l.URI)
 	}
+	if strings.HasPrefix(l.URI, config.SystemdScheme) && len(d.doors.named(l.URI)) > 0 {
+		return nil, fmt.Errorf("listener %q: another one has its sockets", l.URI)
+	}
 	ls, kept, err := d.bind(ctx, l)
 	if err != nil {
 		return nil, fmt.Errorf("listener %q: %w", l.URI, err)
 	}
 	var list []*door
 	for _, x := range ls {
-		list = append(list, &door{Listener: x, name: l.URI, tls: mode, spec: l, kept: kept})
+		o := &door{Listener: x, name: l.URI, tls: mode, spec: l, kept: kept}
+		if len(l.Exports) > 0 {
+			o.scope.Show(l.Exports...)
+		}
+		list = append(list, o)
 	}
 	return list, nil
 }
@@ -176,7 +186,7 @@ func (d *daemon) acceptLoop(x *door) {
 		c, err := x.Accept(d.ctx)
 		switch {
 		case err == nil:
-			c.Peer().Via = x.name
+			c.Peer().Via, c.Peer().Scope = x.name, &x.scope
 			d.accepted.Add(1)
 			go func() {
 				defer d.accepted.Done()

@@ -203,7 +203,6 @@ func (d *daemon) share(ctx context.Context, l config.Listener) error {
 	if err != nil {
 		return err
 	}
-	d.exports.Restrict(l.URI, l.Exports)
 	d.doors.add(list...)
 	for _, o := range list {
 		d.accept(o)

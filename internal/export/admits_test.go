@@ -56,11 +56,13 @@ func TestPeerIsAdmittedForWhatItsListenerShows(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.Restrict("front", []string{"a"})
-	r.Restrict("empty", []string{"c"})
-	for via, want := range map[string]bool{"": true, "front": false, "empty": true} {
-		if got := r.Admits(&transport.Peer{Kind: transport.Unix, UID: 8, Via: via}); got != want {
-			t.Errorf("user 8 at %q: admitted %v, want %v", via, got, want)
+	var all, front, empty transport.Scope
+	front.Show("a")
+	empty.Show("c")
+	for at, want := range map[*transport.Scope]bool{nil: true, &all: true, &front: false, &empty: true} {
+		if got := r.Admits(&transport.Peer{Kind: transport.Unix, UID: 8, Scope: at}); got != want {
+			names, _ := at.Names()
+			t.Errorf("user 8 at a listener of %q: admitted %v, want %v", names, got, want)
 		}
 	}
 }

@@ -63,7 +63,7 @@ func (r *Registry) Admits(p *transport.Peer) bool {
 	x := r.leaseLocked(p)
 	alone := true
 	for _, e := range r.byName {
-		if !r.showsLocked(e, p) {
+		if !e.shownTo(p) {
 			continue
 		}
 		if alone = false; admits(e.spec.Grants, p, x) {

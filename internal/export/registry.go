@@ -43,9 +43,9 @@ type Spec struct {
 	// Stats counts the requests; Add makes one if it is nil.
 	Stats *obs.ExportStats
 
-	// Via are the listeners at which it can be seen and nowhere else, as
-	// transport.Peer calls them; none is all that Restrict allows.
-	Via []string
+	// At are the listeners at which it can be seen and nowhere else; none is
+	// for all that show it.
+	At []*transport.Scope
 
 	Settings
 }
@@ -64,11 +64,10 @@ type Settings struct {
 // Registry is safe for concurrent use.
 type Registry struct {
 	mu      sync.Mutex
-	byName  map[string]*entry   // guarded by mu
-	dfault  *entry              // guarded by mu; what "" stands for, or nil
-	visible map[string][]string // guarded by mu; by listener: the only exports there
-	closed  bool                // guarded by mu
-	opening sync.WaitGroup      // Add is not called once closed is set
+	byName  map[string]*entry // guarded by mu
+	dfault  *entry            // guarded by mu; what "" stands for, or nil
+	closed  bool              // guarded by mu
+	opening sync.WaitGroup    // Add is not called once closed is set
 
 	attempts *attempts         // of tokens
 	clock    clock             // guarded by mu; by which tokens expire
@@ -99,7 +98,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, visible: map[string][]string{}, attempts: newAttempts(), clock: newClock(time.Now), leases: map[uint32]*lease{}}
+	return &Registry{byName: map[string]*entry{}, attempts: newAttempts(), clock: newClock(time.Now), leases: map[uint32]*lease{}}
 }
 
 // check refuses what cannot be sent to a client.
@@ -165,18 +164,6 @@ func (r *Registry) publish(e *entry, dev backing.Device) error {
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Ready)
 	return nil
-}
-
-// Restrict lets a listener show the named exports only, or all again for no
-// names. The first of them that there is opens for the empty name.
-func (r *Registry) Restrict(via string, names []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if len(names) == 0 {
-		delete(r.visible, via)
-		return
-	}
-	r.visible[via] = slices.Clone(names)
 }
 
 // forget takes e out of the registry.
@@ -401,13 +388,18 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 	return e, access, known.lease, nil
 }
 
-// defaultLocked is what the empty name opens for p.
+// defaultLocked is what the empty name opens for p: where a listener shows some
+// exports, the first of them that there is for p.
 func (r *Registry) defaultLocked(p *transport.Peer) *entry {
-	if p == nil || r.visible[p.Via] == nil {
+	if p == nil {
+		return r.dfault
+	}
+	names, all := p.Scope.Names()
+	if all {
 		return r.dfault
 	}
 	known := learnt{lease: r.leaseLocked(p)}
-	for _, name := range r.visible[p.Via] {
+	for _, name := range names {
 		e := r.byName[name]
 		if e == nil {
 			continue
@@ -425,17 +417,17 @@ func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (acce
 	if r.closed || e.state != Ready {
 		return NoAccess, false
 	}
-	if p != nil && !r.showsLocked(e, p) {
+	if p != nil && !e.shownTo(p) {
 		return NoAccess, false
 	}
 	return e.spec.accessOf(p, known)
 }
 
-// showsLocked reports whether e is to be found at the listener of p.
-func (r *Registry) showsLocked(e *entry, p *transport.Peer) bool {
-	only := r.visible[p.Via]
-	return (only == nil || slices.Contains(only, e.spec.Name)) &&
-		(len(e.spec.Via) == 0 || slices.Contains(e.spec.Via, p.Via))
+// shownTo reports whether e is to be found at the listener of p.
+func (e *entry) shownTo(p *transport.Peer) bool {
+	names, all := p.Scope.Names()
+	return (all || slices.Contains(names, e.spec.Name)) &&
+		(len(e.spec.At) == 0 || slices.Contains(e.spec.At, p.Scope))
 }
 
 func (e *entry) info() nbd.ExportInfo {

@@ -195,19 +195,24 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 }
 
 // TestListenerOfAnExportShowsNothingElse: and the export is not to be seen at
-// others.
+// others. Who came in by a listener that is closed sees nothing.
 func TestListenerOfAnExportShowsNothingElse(t *testing.T) {
 	r := NewRegistry()
+	var l1, l2, closed transport.Scope
+	l1.Show("own")
+	closed.Show()
 	add(t, r, Spec{Name: "common"})
-	add(t, r, Spec{Name: "own", Via: []string{"l1"}})
-	r.Restrict("l1", []string{"own"})
-	for via, want := range map[string]string{"l1": "own", "l2": "common"} {
-		p := &transport.Peer{Via: via}
-		if got := names(r, p); got != want {
-			t.Errorf("at %s: got %q, want %q", via, got, want)
+	add(t, r, Spec{Name: "own", At: []*transport.Scope{&l1}})
+	for i, tt := range []struct {
+		at   *transport.Scope
+		want string
+	}{{&l1, "own"}, {&l2, "common"}, {nil, "common"}, {&closed, ""}} {
+		p := &transport.Peer{Scope: tt.at}
+		if got := names(r, p); got != tt.want {
+			t.Errorf("listener %d: got %q, want %q", i, got, tt.want)
 		}
-		if x, err := r.Find("", p); err != nil || x.Name != want {
-			t.Errorf("default at %s: got %q, %v, want %q", via, x.Name, err, want)
+		if x, err := r.Find("", p); x.Name != tt.want || (err == nil) != (tt.want != "") {
+			t.Errorf("default at listener %d: got %q, %v, want %q", i, x.Name, err, tt.want)
 		}
 	}
 }

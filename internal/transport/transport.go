@@ -32,6 +32,9 @@ type Peer struct {
 	// Via names the listener that it came in by, as the server calls that.
 	Via string
 
+	// Scope is which exports that listener shows, nil for all.
+	Scope *Scope
+
 	// CID and Port are the context ID and port of a vsock peer; a CID is an
 	// address, not an identity.
 	CID, Port uint32

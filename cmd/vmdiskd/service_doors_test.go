@@ -1,0 +1,105 @@
+package main
+
+import (
+	"encoding/binary"
+	"io"
+	"net"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+)
+
+// greeted is a connection that has said nothing but its flags.
+func greeted(t *testing.T, path string) net.Conn {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	greeting := make([]byte, 18) // proto.md, "Newstyle negotiation": two magics, flags
+	if _, err := io.ReadFull(c, greeting); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(binary.BigEndian.AppendUint32(nil, 3)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// listed are the exports that the server tells c of.
+func listed(t *testing.T, c net.Conn) (names []string) {
+	t.Helper()
+	if _, err := c.Write(wire.AppendOption(nil, wire.OptList, nil)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		head := make([]byte, 20) // proto.md, "Option negotiation": magic, option, type, length
+		if _, err := io.ReadFull(c, head); err != nil {
+			t.Fatal(err)
+		}
+		data := make([]byte, binary.BigEndian.Uint32(head[16:]))
+		if _, err := io.ReadFull(c, data); err != nil {
+			t.Fatal(err)
+		}
+		if wire.Rep(binary.BigEndian.Uint32(head[12:])) != wire.RepServer {
+			return names
+		}
+		names = append(names, string(data[4:4+binary.BigEndian.Uint32(data)]))
+	}
+}
+
+// TestClosedListenerShowsNothing: also not to those who came in by it before
+// and have opened no export yet.
+func TestClosedListenerShowsNothing(t *testing.T) {
+	const shared = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/some\"\nexports = [\"a\"]\n"
+	s := newService(t, exportA+shared)
+	own := filepath.Join(s.dir, "own")
+	x := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img"), Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + own}}}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
+		t.Fatal(err)
+	}
+	at := map[net.Conn]string{greeted(t, own): "b", greeted(t, filepath.Join(s.dir, "some")): "a"}
+	for c, want := range at {
+		if got := listed(t, c); len(got) != 1 || got[0] != want {
+			t.Errorf("before: got %q, want %s", got, want)
+		}
+	}
+	if err := s.ctl.Remove(t.Context(), "b", true, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	s.configure(exportA)
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	for c, name := range at {
+		if got := listed(t, c); got != nil {
+			t.Errorf("who came in to see %s sees %q", name, got)
+		}
+	}
+	s.stop()
+}
+
+// TestListenersOfOneURIAreTwo: the kernel gives each its own port.
+func TestListenersOfOneURIAreTwo(t *testing.T) {
+	const own = "[[export.listener]]\nuri = \"nbd://127.0.0.1:0\"\n"
+	s := newService(t, exportA+own+"[[export]]\nname = \"b\"\nimage = \"8M\"\nformat = \"mem\"\n"+own)
+	for name, want := range map[string]string{"a": "1048576", "b": "8388608"} {
+		x, err := s.ctl.Export(t.Context(), name)
+		if err != nil || len(x.URIs) != 1 {
+			t.Fatalf("export %s: %q, %v; want one URI", name, x.URIs, err)
+		}
+		if got := s.size(strings.TrimSuffix(x.URIs[0], name)); got != want {
+			t.Errorf("the default at %s: got %q, want %q", x.URIs[0], got, want)
+		}
+	}
+	s.stop()
+}

@@ -1,0 +1,31 @@
+package transport
+
+import (
+	"slices"
+	"sync/atomic"
+)
+
+// Scope is which exports a listener shows, to those too that came in by it
+// before it was changed. The zero value shows all. Safe for concurrent use.
+type Scope struct {
+	names atomic.Pointer[[]string] // nil: all
+}
+
+// Show has the listener show the named exports and no others.
+func (s *Scope) Show(names ...string) {
+	names = slices.Clone(names)
+	s.names.Store(&names)
+}
+
+// Names are the exports that are shown, in the order of Show. all says that
+// there is no such list; so does a nil Scope.
+func (s *Scope) Names() (names []string, all bool) {
+	if s == nil {
+		return nil, true
+	}
+	p := s.names.Load()
+	if p == nil {
+		return nil, true
+	}
+	return *p, false
+}
