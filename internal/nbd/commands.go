@@ -271,8 +271,7 @@ func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) 
 	case owner:
 		s.sender.yield(s.takeOut(len(s.out)-left), g)
 	default:
-		s.sender.push(s.takeOut(len(s.out) - left))
-		s.sender.push(g)
+		s.sender.push(s.takeOut(len(s.out)-left), g)
 	}
 	return nil
 }

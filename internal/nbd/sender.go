@@ -82,16 +82,18 @@ func (o *sender) yield(rest ...segment) {
 	o.mu.Unlock()
 }
 
-// push queues a segment; it never waits, and does not send: Flush does. On a
-// broken connection the segment ends at once.
-func (o *sender) push(g segment) {
+// push queues segments, with none of others between them: the parts of one
+// reply go in one call (proto.md, "Transmission": replies are not interleaved).
+// It never waits, and does not send: Flush does. On a broken connection the
+// segments end at once.
+func (o *sender) push(list ...segment) {
 	o.mu.Lock()
 	if o.err != nil {
 		o.mu.Unlock()
-		o.end(&g)
+		o.endAll(list)
 		return
 	}
-	o.q = append(o.q, g)
+	o.q = append(o.q, list...)
 	o.mu.Unlock()
 }
 
