@@ -1,10 +1,16 @@
 package interop
 
 import (
+	"crypto"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
 	"fmt"
 	"path/filepath"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -38,6 +44,34 @@ func TestToolsReadThroughTLS(t *testing.T) {
 		python(t, s.URI, "simple")
 		python(t, s.URI, "in_flight")
 	})
+}
+
+// TestClientCertificatesOfAllKinds: GnuTLS is particular about what a server
+// says that it takes.
+func TestClientCertificatesOfAllKinds(t *testing.T) {
+	testenv.Require(t, "nbdinfo", "qemu-img")
+	needOverlay(t)
+	ca := transporttest.NewCA(t, "test authority")
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, edKey, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, key := range map[string]crypto.Signer{"RSA": rsaKey, "Ed25519": edKey} {
+		t.Run(name, func(t *testing.T) {
+			certs := testenv.TempDir(t)
+			transporttest.WriteServer(t, certs, ca, ca.IssueServer("localhost"))
+			transporttest.WriteClient(t, certs, ca, ca.Issue("client", key, transporttest.Usage(x509.ExtKeyUsageClientAuth)))
+			port := testenv.FreePort(t)
+			s := serve(t, testenv.Options{Image: testenv.PatternImage(t, diskSize), TLSDir: certs, Port: port})
+			testenv.Run(t, "nbdinfo", s.URI)
+			testenv.Run(t, "qemu-img", "info", "--object", "tls-creds-x509,id=tls0,endpoint=client,dir="+certs,
+				"--image-opts", fmt.Sprintf("driver=nbd,server.type=inet,server.host=127.0.0.1,server.port=%d,tls-creds=tls0", port))
+		})
+	}
 }
 
 func TestPlainClientIsRefusedWhereTLSIsRequired(t *testing.T) {
