@@ -61,6 +61,10 @@ const (
 	// half sent.
 	Stall = 60 * time.Second
 
+	// StallBytes of a payload, or its end, have to come within Stall: whoever
+	// sends less keeps memory from others of its peer.
+	StallBytes = 2 << 20
+
 	// Drain bounds how long requests in flight are waited for after SIGTERM.
 	Drain = 25 * time.Second
 

@@ -131,6 +131,19 @@ func (b *budget) take(requests, bytes int) {
 	b.bytes.Add(int64(bytes))
 }
 
+// reserve takes bytes unless the budget is full. The last one may exceed it.
+func (b *budget) reserve(bytes int) bool {
+	for {
+		old := b.bytes.Load()
+		if old >= b.maxBytes {
+			return false
+		}
+		if b.bytes.CompareAndSwap(old, old+int64(bytes)) {
+			return true
+		}
+	}
+}
+
 func (b *budget) give(requests, bytes int) {
 	b.requests.Add(int64(-requests))
 	b.bytes.Add(int64(-bytes))

@@ -279,7 +279,14 @@ func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) 
 // readLater gives the read a buffer of its own, fills what the page cache
 // has and leaves the rest to the engine.
 func (s *session) readLater(req *wire.Request, n int) error {
-	r := s.newRequest(req, n, false)
+	if n > limits.TurnBuffer && s.peer.full() { // wait without the mapping's lease
+		s.m.Release()
+		return s.background(req)
+	}
+	r, err := s.newBuffered(req, n)
+	if err != nil {
+		return err
+	}
 	r.m, s.m = s.m, backing.Mapping{}
 	if err := r.lend(n); err != nil {
 		r.finish()
@@ -369,7 +376,10 @@ func (s *session) writeCached(req *wire.Request, m *backing.Mapping, p []byte) e
 // the page cache goes to the engine if it can be mapped, and to a goroutine if
 // not, or if it must be durable.
 func (s *session) writeLater(req *wire.Request, n int) error {
-	r := s.newRequest(req, n, false)
+	r, err := s.newBuffered(req, n)
+	if err != nil {
+		return err
+	}
 	if err := r.lend(n); err != nil {
 		r.finish()
 		return err
@@ -423,7 +433,10 @@ func (s *session) background(req *wire.Request) error {
 	if req.Cmd == wire.CmdRead {
 		n = int(req.Len)
 	}
-	r := s.newRequest(req, n, false)
+	r, err := s.newBuffered(req, n)
+	if err != nil {
+		return err
+	}
 	if n > 0 {
 		if err := r.lend(n); err != nil {
 			r.finish()

@@ -129,7 +129,7 @@ func (i *input) payload(p []byte) error {
 		}
 		i.p = i.p[k:]
 		i.s.tally.in += uint64(k)
-		if steady += k; steady >= progressBytes || len(i.p) == 0 {
+		if steady += k; steady >= limits.StallBytes || len(i.p) == 0 {
 			steady = 0
 			i.s.moved()
 		}
@@ -137,10 +137,6 @@ func (i *input) payload(p []byte) error {
 	i.p = nil
 	return nil
 }
-
-// progressBytes of a payload count as a sign of life; a peer that sends less
-// within limits.Stall is dropped.
-const progressBytes = 64 << 10
 
 // discard skips n bytes of payload that nobody wants.
 func (i *input) discard(n int) error {

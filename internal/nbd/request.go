@@ -8,6 +8,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
@@ -97,6 +98,18 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	s.flying = r
 	s.mu.Unlock()
 	return r
+}
+
+// newBuffered is newRequest for one with a buffer of n bytes. It may wait for
+// the peer's budget.
+func (s *session) newBuffered(req *wire.Request, n int) (*request, error) {
+	if n > limits.TurnBuffer {
+		if err := s.waitForBytes(n); err != nil {
+			return nil, err
+		}
+		defer s.peer.give(0, n) // newRequest has taken them too
+	}
+	return s.newRequest(req, n, false), nil
 }
 
 // finish gives back all that r holds, after its reply has left.

@@ -111,6 +111,29 @@ func TestPeersBudgetLeavesEveryConnectionOne(t *testing.T) {
 	}
 }
 
+// TestPeersBudgetBoundsLargeRequests: of a peer that begins a large write on
+// each of many connections, and finishes none. Others go on.
+func TestPeersBudgetBoundsLargeRequests(t *testing.T) {
+	r := memRig(t, limits.MaxIO)
+	const hogs = 2 * limits.BytesPerPeer / limits.MaxIO
+	for i := range uint64(hogs) {
+		r.send(r.simple(), message(wire.CmdWrite, i, 0, limits.MaxIO))
+	}
+	c := r.simple()
+	for used := int64(0); used < limits.BytesPerPeer; _, used = r.opt.Buffers.Outstanding() {
+		time.Sleep(time.Millisecond)
+	}
+	for range 50 { // all the while
+		if e := r.ask(c, wire.CmdRead, 0, 4096); e != wire.OK {
+			t.Fatalf("a small read: got %v", e)
+		}
+		if _, used := r.opt.Buffers.Outstanding(); used > limits.BytesPerPeer+limits.MaxIO {
+			t.Fatalf("the peer has buffers of %d bytes, want no more than %d and one request", used, limits.BytesPerPeer)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 func TestDrainFinishesWhatIsInFlight(t *testing.T) {
 	r, g := gateRig(t)
 	c := r.simple()

@@ -256,7 +256,8 @@ func (s *session) park() error {
 
 // waitForRoom bounds what is in flight: the next request is not looked at
 // before there is room for it. A connection with nothing in flight does not
-// wait for the others of its peer, who may be other guests of one user.
+// wait for the others of its peer, who may be other guests of one user; but see
+// waitForBytes.
 func (s *session) waitForRoom() error {
 	for _, b := range [...]*budget{&s.own, s.peer} {
 		if !b.full() {
@@ -278,6 +279,23 @@ func (s *session) waitForRoom() error {
 	}
 	if s.dead.Load() {
 		return net.ErrClosed
+	}
+	return nil
+}
+
+// waitForBytes takes n bytes of the peer's budget, and waits until there are
+// any. waitForRoom lets a connection with nothing in flight pass, and a peer has
+// many: what is large would be all of the memory.
+func (s *session) waitForBytes(n int) error {
+	for !s.peer.reserve(n) {
+		if err := s.endTurn(); err != nil {
+			return err
+		}
+		s.tell()
+		s.peer.wait(s.dead.Load)
+		if s.dead.Load() {
+			return net.ErrClosed
+		}
 	}
 	return nil
 }
