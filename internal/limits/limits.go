@@ -61,6 +61,10 @@ const (
 	// half sent.
 	Stall = 60 * time.Second
 
+	// Unread is how long a reply that is sent from the page cache holds its
+	// part of the disk while the peer does not take it.
+	Unread = time.Second
+
 	// StallBytes of a payload, or its end, have to come within Stall: whoever
 	// sends less keeps memory from others of its peer.
 	StallBytes = 2 << 20

@@ -271,7 +271,10 @@ func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) 
 	case owner:
 		s.sender.yield(s.takeOut(len(s.out)-left), g)
 	default:
-		s.sender.push(s.takeOut(len(s.out)-left), g)
+		if head := s.takeOut(len(s.out) - left); !s.sender.pushFile(head, g) {
+			g.req.copyFile(&g)
+			s.sender.push(head, g)
+		}
 	}
 	return nil
 }

@@ -28,11 +28,12 @@ type link interface {
 	// send sends all of bufs, waiting as long as it takes.
 	send(bufs [][]byte) error
 
-	// sendFile sends [off, off+n) of a file whole; tryFile what fits without
-	// waiting for the peer. Both fail with errShortFile when the file ends
-	// early. They are for links whose zeroCopy is true.
+	// sendFile sends [off, off+n) of a file, waiting as long as the deadline
+	// of the connection lets it; tryFile what fits without waiting for the
+	// peer. Both return how much that was, and fail with errShortFile when the
+	// file ends early. They are for links whose zeroCopy is true.
 	zeroCopy() bool
-	sendFile(f *engine.File, off int64, n int) error
+	sendFile(f *engine.File, off int64, n int) (int, error)
 	tryFile(f *engine.File, off int64, n int) (int, error)
 }
 
@@ -246,12 +247,12 @@ func (l *socketLink) tryFile(f *engine.File, off int64, n int) (int, error) {
 	return l.sn, l.serr
 }
 
-func (l *socketLink) sendFile(f *engine.File, off int64, n int) error {
+func (l *socketLink) sendFile(f *engine.File, off int64, n int) (int, error) {
 	l.setFile(f, off, n)
 	if err := l.rc.Write(l.fileFn); err != nil {
-		return err
+		return l.sn, err
 	}
-	return l.serr
+	return l.sn, l.serr
 }
 
 func (l *socketLink) doTryFile(fd uintptr) { l.doFile(fd) }
@@ -340,5 +341,5 @@ func (l *streamLink) writeJoined() error {
 	return err
 }
 
-func (l *streamLink) sendFile(*engine.File, int64, int) error       { return errors.ErrUnsupported }
-func (l *streamLink) tryFile(*engine.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
+func (l *streamLink) sendFile(*engine.File, int64, int) (int, error) { return 0, errors.ErrUnsupported }
+func (l *streamLink) tryFile(*engine.File, int64, int) (int, error)  { return 0, errors.ErrUnsupported }

@@ -157,6 +157,25 @@ func (r *request) lend(n int) error {
 	return nil
 }
 
+// copyFile makes the range of a file in g, which answers r, a body, if there is
+// memory for it, and ends the lease. A file that cannot be read is left to be
+// sent.
+func (r *request) copyFile(g *segment) {
+	b := r.s.opt.Buffers.TryGet(g.n)
+	if b == nil {
+		return
+	}
+	t := &engine.IO{Op: engine.OpRead, File: g.file, Buf: b.Bytes()[:g.n], Off: g.off}
+	if engine.Do(r.s.ctx, r.s.opt.Engine, t) != nil || t.N < g.n {
+		b.Release()
+		return
+	}
+	r.buf, r.charge = b, r.charge+g.n
+	r.s.take(0, g.n)
+	g.body, g.n = t.Buf, 0
+	r.m.Release()
+}
+
 // transfer queues I/O i of r for the end of the turn: bytes [from, to) of the
 // payload, at off of file f.
 func (r *request) transfer(i int, op engine.Op, f *engine.File, from, to, off int64) {
@@ -211,6 +230,7 @@ func (r *request) answer(err error) {
 		return
 	}
 	r.landed(err != nil)
+	r.m.Release() // the peer may leave the reply unread
 	g := segment{req: r}
 	switch {
 	case err != nil:

@@ -1,9 +1,12 @@
 package nbd
 
 import (
+	"errors"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -43,10 +46,11 @@ type sender struct {
 	s    *session
 	loop func() // writeLoop, made once
 
-	mu   sync.Mutex
-	q    []segment // guarded by mu
-	busy bool      // guarded by mu; somebody owns the socket
-	err  error     // guarded by mu; nothing is sent any more
+	mu     sync.Mutex
+	q      []segment // guarded by mu
+	busy   bool      // guarded by mu; somebody owns the socket
+	unread bool      // guarded by mu; the peer takes its time
+	err    error     // guarded by mu; nothing is sent any more
 
 	waiting atomic.Bool // writeLoop is in the hands of the peer
 
@@ -95,6 +99,18 @@ func (o *sender) push(list ...segment) {
 	}
 	o.q = append(o.q, list...)
 	o.mu.Unlock()
+}
+
+// pushFile is push for the range of a file, while the peer takes what it is
+// sent: else nothing is queued, and it reports false.
+func (o *sender) pushFile(list ...segment) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.unread || o.err != nil {
+		return false
+	}
+	o.q = append(o.q, list...)
+	return true
 }
 
 // Flush sends what is queued, as far as the peer takes it at once, and leaves
@@ -208,6 +224,7 @@ func (o *sender) writeLoop() {
 	defer o.s.work.Done()
 	for {
 		o.mu.Lock()
+		o.unread = false
 		if len(o.q) == 0 {
 			o.busy = false
 			o.mu.Unlock()
@@ -217,7 +234,7 @@ func (o *sender) writeLoop() {
 		o.mu.Unlock()
 
 		o.waiting.Store(true)
-		err := o.sendAll(batch)
+		batch, err := o.sendAll(batch)
 		o.waiting.Store(false)
 		o.endAll(batch)
 		o.spare = batch[:0]
@@ -230,7 +247,8 @@ func (o *sender) writeLoop() {
 // sendPiece bounds what is sent between two signs of progress.
 const sendPiece = 1 << 20
 
-func (o *sender) sendAll(batch []segment) error {
+// sendAll sends batch, and returns it with what it has taken from the queue.
+func (o *sender) sendAll(batch []segment) ([]segment, error) {
 	o.bufs = o.bufs[:0]
 	defer func() { clear(o.bufs); o.bufs = o.bufs[:0] }()
 	queued := 0
@@ -254,35 +272,78 @@ func (o *sender) sendAll(batch []segment) error {
 		}
 		return nil
 	}
-	for i := range batch {
+	for i := 0; i < len(batch); i++ {
 		g := &batch[i]
 		if err := add(g.head); err != nil {
-			return err
+			return batch, err
 		}
 		if err := add(g.body); err != nil {
-			return err
+			return batch, err
 		}
-		if g.n > 0 {
-			if err := flush(); err != nil {
-				return err
+		if g.n == 0 {
+			continue
+		}
+		if err := flush(); err != nil {
+			return batch, err
+		}
+		err := o.sendFile(g, time.Now().Add(limits.Unread))
+		if errors.Is(err, os.ErrDeadlineExceeded) && !o.s.dead.Load() {
+			batch = o.copyFiles(batch, i)
+			if g = &batch[i]; g.n > 0 {
+				err = o.sendFile(g, time.Time{})
+			} else {
+				err = add(g.body)
 			}
-			if err := o.sendFile(g); err != nil {
-				return err
-			}
+		}
+		if err != nil {
+			return batch, err
 		}
 	}
-	return flush()
+	return batch, flush()
 }
 
-func (o *sender) sendFile(g *segment) error {
-	for off, n := g.off, g.n; n > 0; {
-		k := min(n, sendPiece)
-		if err := o.link.sendFile(g.file, off, k); err != nil {
+// sendFile sends the range of a file, for as long as until, which may be never.
+func (o *sender) sendFile(g *segment, until time.Time) error {
+	o.setDeadline(until)
+	defer o.setDeadline(time.Time{})
+	for g.n > 0 {
+		k, err := o.link.sendFile(g.file, g.off, min(g.n, sendPiece))
+		g.off, g.n = g.off+int64(k), g.n-k
+		if k > 0 {
+			o.s.bytesOut.Add(uint64(k))
+			o.s.moved()
+		}
+		if err != nil {
 			return err
 		}
-		off, n = off+int64(k), n-k
-		o.s.bytesOut.Add(uint64(k))
-		o.s.moved()
 	}
 	return nil
+}
+
+// setDeadline bounds the next sends, unless the session has failed meanwhile:
+// its deadline is over.
+func (o *sender) setDeadline(t time.Time) {
+	o.s.conn.SetWriteDeadline(t)
+	if o.s.dead.Load() {
+		o.s.conn.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+// copyFiles exchanges the ranges of files that are still to be sent, from
+// segment i on, for copies: the peer takes its time, and a pause of the disk,
+// with all its clients, would wait for their leases. What there is no memory for
+// stays.
+func (o *sender) copyFiles(batch []segment, i int) []segment {
+	o.mu.Lock()
+	o.unread = true
+	batch = append(batch, o.q...)
+	clear(o.q)
+	o.q = o.q[:0]
+	o.mu.Unlock()
+	for ; i < len(batch); i++ {
+		if g := &batch[i]; g.n > 0 {
+			g.req.copyFile(g)
+		}
+	}
+	return batch
 }
