@@ -203,17 +203,16 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 	}
 	defer slot.leave()
 
-	k := &connection{conn: c}
-	if !s.register(k) {
-		return errDraining
-	}
-	defer s.unregister(k)
-
 	over := time.NewTimer(s.opt.Handshake)
 	defer over.Stop()
 	if err := c.SetDeadline(time.Now().Add(s.opt.Handshake)); err != nil {
 		return err
 	}
+	k := &connection{conn: c}
+	if !s.register(k) { // from here on a shutdown moves the deadline
+		return errDraining
+	}
+	defer s.unregister(k)
 	if err := slot.handshake(over.C, s.quit); err != nil {
 		return err
 	}

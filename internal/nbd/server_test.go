@@ -17,6 +17,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // simple opens a session with simple replies.
@@ -155,6 +156,47 @@ func TestDrainFinishesWhatIsInFlight(t *testing.T) {
 	c.Close()
 	if !<-down {
 		t.Error("shutdown reports that requests were given up")
+	}
+}
+
+// lateConn calls before where its first deadline is set.
+type lateConn struct {
+	transport.Conn
+	before func()
+}
+
+func (c *lateConn) SetDeadline(t time.Time) error {
+	if f := c.before; f != nil {
+		c.before = nil
+		f()
+	}
+	return c.Conn.SetDeadline(t)
+}
+
+// TestShutdownDoesNotWaitForANewcomer who says nothing.
+func TestShutdownDoesNotWaitForANewcomer(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Handshake = time.Hour
+	for range 40 { // what is chosen from may be chosen by chance
+		srv := NewServer(r.opt)
+		ours, theirs := socketpair(t)
+		defer ours.Close()
+		c, err := transport.FileConn(theirs)
+		theirs.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		down := make(chan bool, 1)
+		go srv.Serve(context.Background(), &lateConn{Conn: c, before: func() {
+			go func() { down <- srv.Shutdown(context.Background()) }()
+			<-srv.quit
+			time.Sleep(time.Millisecond) // for all to be told that are there
+		}})
+		select {
+		case <-down:
+		case <-time.After(hangLimit):
+			t.Fatal("the shutdown waits for a client that says nothing")
+		}
 	}
 }
 
