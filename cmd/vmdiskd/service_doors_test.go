@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/binary"
+	"fmt"
 	"io"
 	"net"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -99,6 +101,26 @@ func TestListenersOfOneURIAreTwo(t *testing.T) {
 		}
 		if got := s.size(strings.TrimSuffix(x.URIs[0], name)); got != want {
 			t.Errorf("the default at %s: got %q, want %q", x.URIs[0], got, want)
+		}
+	}
+	s.stop()
+}
+
+// TestToolsListManyExports: they ask about each of them on one connection.
+func TestToolsListManyExports(t *testing.T) {
+	var exports strings.Builder
+	const many = 100
+	for i := range many {
+		fmt.Fprintf(&exports, "[[export]]\nname = \"e%d\"\nimage = \"1M\"\nformat = \"mem\"\n", i)
+	}
+	s := newService(t, exports.String())
+	for _, argv := range [][]string{
+		{"nbdinfo", "--list", s.uri("")},
+		{"qemu-nbd", "-L", "-k", filepath.Join(s.dir, "nbd")},
+	} {
+		out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
+		if n := strings.Count(string(out), "1048576"); err != nil || n < many {
+			t.Errorf("%s: %v, %d exports, want %d\n%s", argv[0], err, n, many, out)
 		}
 	}
 	s.stop()

@@ -21,8 +21,11 @@ const (
 	// hundred queries fits many times over.
 	MaxOption = 64 << 10
 
-	// MaxOptions bounds how many options one connection may send.
+	// MaxOptions bounds how many options of one connection are refused, or list
+	// all exports. MaxInfos bounds all of its options: clients ask some about
+	// each of the exports, and the time of the handshake bounds that too.
 	MaxOptions = 64
+	MaxInfos   = 4 * MaxListed
 
 	// MaxMetaQueries bounds the queries of LIST_META_CONTEXT and
 	// SET_META_CONTEXT.

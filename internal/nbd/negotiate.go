@@ -46,6 +46,7 @@ type negotiation struct {
 	noZeroes bool
 	secure   bool // inside TLS
 	agreed   agreed
+	asked    int // options that limits.MaxOptions bounds
 
 	// export is set when the client may start transmission.
 	export *Export
@@ -77,7 +78,10 @@ func (n *negotiation) run(ctx context.Context) error {
 	if err := n.greet(); err != nil {
 		return err
 	}
-	for range limits.MaxOptions {
+	for range limits.MaxInfos {
+		if n.asked == limits.MaxOptions {
+			return errOptionCount
+		}
 		v, err := n.option(ctx)
 		if ferr := n.flush(); err == nil {
 			err = ferr
@@ -178,6 +182,7 @@ func (n *negotiation) ack(o wire.Opt) verdict {
 
 // fail ends option o with an error; the text is for people.
 func (n *negotiation) fail(o wire.Opt, r wire.Rep, text string) verdict {
+	n.asked++
 	n.opt.Log.Debug("option refused", "peer", n.conn.Peer(), "option", o.String(), "reply", r.String(), "reason", text)
 	n.reply(o, r, []byte(text))
 	return again

@@ -69,6 +69,7 @@ func (n *negotiation) optAbort(_ context.Context, o wire.Opt, _ []byte) (verdict
 
 // optList sends one reply per export that the peer may see.
 func (n *negotiation) optList(_ context.Context, o wire.Opt, _ []byte) (verdict, error) {
+	n.asked++
 	for i, x := range n.opt.Exports.List(n.conn.Peer()) {
 		if i == limits.MaxListed {
 			break
