@@ -44,19 +44,30 @@ func listed(t *testing.T, c net.Conn) (names []string) {
 		t.Fatal(err)
 	}
 	for {
-		head := make([]byte, 20) // proto.md, "Option negotiation": magic, option, type, length
-		if _, err := io.ReadFull(c, head); err != nil {
-			t.Fatal(err)
-		}
-		data := make([]byte, binary.BigEndian.Uint32(head[16:]))
-		if _, err := io.ReadFull(c, data); err != nil {
-			t.Fatal(err)
-		}
-		if wire.Rep(binary.BigEndian.Uint32(head[12:])) != wire.RepServer {
+		rep, data := option(t, c)
+		if rep != wire.RepServer {
 			return names
 		}
 		names = append(names, string(data[4:4+binary.BigEndian.Uint32(data)]))
 	}
+}
+
+// option reads one reply to an option.
+func option(t *testing.T, c net.Conn) (wire.Rep, []byte) {
+	t.Helper()
+	head := make([]byte, wire.OptReplyHeaderSize)
+	if _, err := io.ReadFull(c, head); err != nil {
+		t.Fatal(err)
+	}
+	r, err := wire.DecodeOptReply(head)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, r.Len)
+	if _, err := io.ReadFull(c, data); err != nil {
+		t.Fatal(err)
+	}
+	return r.Rep, data
 }
 
 // TestClosedListenerShowsNothing: also not to those who came in by it before

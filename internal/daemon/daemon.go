@@ -412,6 +412,9 @@ func (d *daemon) close() error {
 	if d.passed != nil {
 		d.passed.Close()
 	}
+	for _, k := range d.disks.all() {
+		d.unpause(k)
+	}
 	if d.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), d.drain())
 		clean = d.server.Shutdown(ctx)
@@ -423,14 +426,22 @@ func (d *daemon) close() error {
 		d.accepted.Wait()
 		err = d.closeDisk()
 	} else {
-		d.log.Error("storage did not answer in time, requests were given up", "limit", d.drain())
-		err = errGaveUp
+		err = d.closeRest()
 	}
 	d.removePIDFile()
 	if d.logs != nil {
 		d.logs.Close()
 	}
 	return err
+}
+
+// closeRest closes what can be closed after a drain that took too long: a guest
+// does not keep the data of others from being flushed.
+func (d *daemon) closeRest() error {
+	d.log.Error("storage did not answer in time, requests were given up", "limit", d.drain())
+	ctx, cancel := context.WithTimeout(context.Background(), limits.LastClose)
+	defer cancel()
+	return errors.Join(errGaveUp, d.exports.Close(ctx))
 }
 
 var errGaveUp = errors.New("requests were given up")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -62,6 +63,13 @@ func (s *disks) forget(k *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.byName, k.cfg.Name)
+}
+
+// all are those in any state.
+func (s *disks) all() []*disk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.byName))
 }
 
 // find is an export that is open, or nil.
@@ -193,6 +201,7 @@ func (d *daemon) removeExport(ctx context.Context, name string, force bool) erro
 	if k == nil {
 		return nbd.ErrUnknownExport
 	}
+	d.unpause(k)
 	err := d.exports.Remove(ctx, name, force)
 	if errors.Is(err, export.ErrInUse) {
 		return err
@@ -200,6 +209,14 @@ func (d *daemon) removeExport(ctx context.Context, name string, force bool) erro
 	d.closeDoors(k.doors)
 	d.disks.forget(k)
 	return err
+}
+
+// unpause ends a pause of the API: requests that wait for its end would keep an
+// export from leaving, and so would its last flush.
+func (d *daemon) unpause(k *disk) {
+	if hold := d.disks.unhold(k); hold != nil {
+		_ = hold.Resume() // it may have ended
+	}
 }
 
 // openTimeout bounds the opening of an image that a reload or the API wants.

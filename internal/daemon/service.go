@@ -303,14 +303,19 @@ func (s service) Resume(name string) error {
 	if k == nil {
 		return unknownExport(name)
 	}
-	s.d.disks.mu.Lock()
-	hold := k.hold
-	k.hold = nil
-	s.d.disks.mu.Unlock()
+	hold := s.d.disks.unhold(k)
 	if hold == nil {
 		return &api.Error{Code: api.CodeInvalid, Text: "the export is not paused"}
 	}
 	return told(hold.Resume())
+}
+
+// unhold takes the pause that was made by the API, nil if there is none.
+func (s *disks) unhold(k *disk) (hold *layer.Hold) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	hold, k.hold = k.hold, nil
+	return hold
 }
 
 func (s service) Resize(ctx context.Context, name string, size int64) (api.Export, error) {

@@ -87,6 +87,8 @@ type entry struct {
 
 	gone  context.Context // ends when connections shall leave
 	leave context.CancelFunc
+	cut   context.Context // ends when they are not waited for any more
+	sever context.CancelFunc
 }
 
 // Errors of the registry. ErrInUse is also that of a Remove that may not wait.
@@ -130,6 +132,7 @@ func (r *Registry) AddOpening(s Spec, open func() (backing.Device, error)) error
 	}
 	e := &entry{spec: s, state: Opening}
 	e.gone, e.leave = context.WithCancel(context.Background())
+	e.cut, e.sever = context.WithCancel(context.Background())
 	r.mu.Lock()
 	if _, ok := r.byName[s.Name]; ok || r.closed {
 		r.mu.Unlock()
@@ -207,9 +210,10 @@ func (r *Registry) Update(name string, f func(*Settings)) error {
 
 // Remove takes an export away: no peer sees it any more, and those that use it
 // leave when what they have in flight is finished. Without force an export in
-// use stays: ErrInUse. When all have left, the disk is flushed and closed. If
-// ctx ends before that, the export stays in the state Draining, and Remove can
-// be called again.
+// use stays: ErrInUse. With it, what is in flight when ctx ends is given up. When
+// all have left, the disk is flushed and closed. If the storage still has
+// requests then, the export stays in the state Draining, and Remove can be
+// called again.
 func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 	r.mu.Lock()
 	e := r.byName[name]
@@ -228,7 +232,16 @@ func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 		r.tell(name, Draining)
 	}
 	e.leave()
-	if err := r.wait(ctx, e); err != nil {
+	err := r.wait(ctx, e)
+	if err != nil && force {
+		e.sever()
+		after, cancel := context.WithTimeout(context.WithoutCancel(ctx), limits.Sever)
+		defer cancel()
+		if r.wait(after, e) == nil {
+			err = nil
+		}
+	}
+	if err != nil {
 		return err
 	}
 	return r.shut(ctx, e)
@@ -325,6 +338,7 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		ExportInfo: e.info(),
 		Device:     dev,
 		Gone:       gone,
+		Cut:        e.cut,
 		Stats:      e.spec.Stats,
 		Close: sync.OnceFunc(func() {
 			forget()
@@ -486,7 +500,8 @@ func (e *entry) status() Status {
 }
 
 // Close waits until no connection uses an export any more, flushes the
-// writable ones and closes all. It returns all errors.
+// writable ones and closes all. It returns all errors. If ctx ends before that,
+// the others are flushed and closed, and ErrInUse is among the errors.
 func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
@@ -495,13 +510,30 @@ func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Lock()
 	all := slices.Collect(maps.Values(r.byName))
 	r.mu.Unlock()
-	var errs []error
+	ended := make(chan error, len(all))
 	for _, e := range all {
-		err := r.wait(ctx, e)
-		if err == nil {
-			err = r.shut(ctx, e)
+		go func() {
+			err := r.wait(ctx, e)
+			if err == nil {
+				err = r.shut(ctx, e)
+			}
+			ended <- err
+		}()
+	}
+	var errs []error
+	for range all {
+		select {
+		case err := <-ended:
+			errs = append(errs, err)
+		case <-ctx.Done():
+			// Those that wait end now; a flush takes as long as its storage.
+			select {
+			case err := <-ended:
+				errs = append(errs, err)
+			case <-time.After(limits.Sever):
+				return errors.Join(append(errs, fmt.Errorf("%w: its storage does not answer", ErrInUse))...)
+			}
 		}
-		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -75,6 +75,12 @@ const (
 	// Drain bounds how long requests in flight are waited for after SIGTERM.
 	Drain = 25 * time.Second
 
+	// Sever is how long clients may take to leave when what they have in
+	// flight is not waited for any more; LastClose, after a drain that took
+	// too long, how long the disks of others may take to be flushed.
+	Sever     = 2 * time.Second
+	LastClose = 8 * time.Second
+
 	// Linger bounds the wait for a peer to take the last bytes of a
 	// connection that is being closed.
 	Linger = 500 * time.Millisecond

@@ -67,14 +67,20 @@ func (s *Server) sessions() []*session {
 }
 
 // Disconnect makes one connection leave: it reads no further requests, is
-// answered those in flight and is closed. It does not wait for that. It
-// reports whether there is a connection with that ID.
+// answered those in flight and is closed. It does not wait for that; a second
+// call gives up what is in flight. It reports whether there is a connection with
+// that ID.
 func (s *Server) Disconnect(id uint64) bool {
 	for _, x := range s.sessions() {
-		if x.id == id {
-			x.drain()
-			return true
+		if x.id != id {
+			continue
 		}
+		if x.leaving.Load() {
+			x.abandon()
+		} else {
+			x.drain()
+		}
+		return true
 	}
 	return false
 }

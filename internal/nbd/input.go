@@ -1,6 +1,8 @@
 package nbd
 
 import (
+	"net"
+
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -52,7 +54,8 @@ func (i *input) free() []byte {
 	return i.b[i.w:min(len(i.b), i.w+i.want)]
 }
 
-// hold makes sure that there is a buffer, with room behind w.
+// hold makes sure that there is a buffer, with room behind w, unless the session
+// is given up.
 func (i *input) hold() {
 	if i.buf == nil {
 		b, err := i.s.opt.Buffers.Get(i.s.ctx, limits.TurnBuffer)
@@ -143,7 +146,9 @@ func (i *input) discard(n int) error {
 	k := min(n, i.w-i.r)
 	i.skip(k)
 	for n -= k; n > 0; n -= k {
-		i.hold()
+		if i.hold(); i.buf == nil {
+			return net.ErrClosed
+		}
 		k = min(n, len(i.b))
 		i.r, i.w = 0, 0
 		if err := i.payload(i.b[:k]); err != nil {

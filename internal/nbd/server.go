@@ -49,6 +49,10 @@ type Export struct {
 	// nil is never.
 	Gone context.Context
 
+	// Cut ends when what is in flight is not waited for any more, after Gone:
+	// it is answered with ESHUTDOWN; nil is never.
+	Cut context.Context
+
 	// Stats counts its requests, over all of its connections; nil for none.
 	Stats *obs.ExportStats
 
@@ -236,8 +240,10 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 	}
 	sess := newSession(s, n)
 	if gone := n.export.Gone; gone != nil {
-		stop := context.AfterFunc(gone, sess.drain)
-		defer stop()
+		defer context.AfterFunc(gone, sess.drain)()
+	}
+	if cut := n.export.Cut; cut != nil {
+		defer context.AfterFunc(cut, sess.abandon)()
 	}
 	s.mu.Lock()
 	k.session = sess

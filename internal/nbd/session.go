@@ -421,9 +421,11 @@ func (s *session) drain() {
 }
 
 // abandon is a forced stop: what has not been answered gets ESHUTDOWN
-// (proto.md, "Terminating the transmission phase"), and whatever the storage
-// still says is not waited for.
+// (proto.md, "Terminating the transmission phase"), what waits for its turn is
+// given up, and whatever the storage still says is not waited for.
 func (s *session) abandon() {
+	s.drain()
+	defer s.cancel()
 	s.mu.Lock()
 	var late []*request
 	for r := s.flying; r != nil; r = r.next {
