@@ -59,10 +59,13 @@ func (s *disks) claim(k *disk) error {
 	return nil
 }
 
+// forget frees the name of k, unless it is another's by now.
 func (s *disks) forget(k *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.byName, k.cfg.Name)
+	if s.byName[k.cfg.Name] == k {
+		delete(s.byName, k.cfg.Name)
+	}
 }
 
 // all are those in any state.
@@ -203,8 +206,8 @@ func (d *daemon) removeExport(ctx context.Context, name string, force bool) erro
 	}
 	d.unpause(k)
 	err := d.exports.Remove(ctx, name, force)
-	if errors.Is(err, export.ErrInUse) {
-		return err
+	if _, stays := d.exports.StatusOf(name); stays || errors.Is(err, nbd.ErrUnknownExport) {
+		return err // it is in use, or opening, or another removal has taken it away
 	}
 	d.closeDoors(k.doors)
 	d.disks.forget(k)

@@ -85,6 +85,9 @@ type entry struct {
 	users int
 	idle  chan struct{} // not nil while somebody waits for users to be 0
 
+	shut    chan struct{} // not nil once the disk is being closed, closed when it is
+	shutErr error         // of that; set before shut is closed
+
 	gone  context.Context // ends when connections shall leave
 	leave context.CancelFunc
 	cut   context.Context // ends when they are not waited for any more
@@ -266,23 +269,33 @@ func (r *Registry) wait(ctx context.Context, e *entry) error {
 	}
 }
 
-// shut flushes and closes the disk of e, which nobody uses. One of several who
-// call it does so.
+// shut flushes and closes the disk of e, which nobody uses, and forgets e. The
+// first who calls it does so; the others wait for that until ctx ends, and get
+// the same error.
 func (r *Registry) shut(ctx context.Context, e *entry) error {
 	r.mu.Lock()
+	first := e.shut == nil
+	if first {
+		e.shut = make(chan struct{})
+	}
 	dev := e.spec.Device
 	e.spec.Device = nil
 	r.mu.Unlock()
-	if dev == nil {
-		return nil
+	if !first {
+		select {
+		case <-e.shut:
+			return e.shutErr
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %q is being closed: %w", ErrInUse, e.spec.Name, ctx.Err())
+		}
 	}
-	var err error
+	defer close(e.shut)
 	if dev.Info().Caps.Has(backing.CanWrite) {
-		err = dev.Flush(context.WithoutCancel(ctx))
+		e.shutErr = dev.Flush(context.WithoutCancel(ctx))
 	}
-	err = errors.Join(err, dev.Close())
+	e.shutErr = errors.Join(e.shutErr, dev.Close())
 	r.forget(e)
-	return err
+	return e.shutErr
 }
 
 // List implements nbd.Exports, sorted by name.

@@ -1,0 +1,53 @@
+package daemon
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
+)
+
+// TestLateRemovalForgetsNoOther: the name of what it removed may be another
+// export's by then.
+func TestLateRemovalForgetsNoOther(t *testing.T) {
+	var s disks
+	first, second := &disk{cfg: config.Export{Name: "a"}}, &disk{cfg: config.Export{Name: "a"}}
+	if err := s.claim(first); err != nil {
+		t.Fatal(err)
+	}
+	s.forget(first)
+	if err := s.claim(second); err != nil {
+		t.Fatal(err)
+	}
+	s.forget(first)
+	if s.get("a") != second {
+		t.Error("the second export of the name is forgotten with the first")
+	}
+}
+
+// TestExportBeingPublishedIsNotForgotten: a removal that comes when the image is
+// open and the export not ready yet is refused, and leaves it as it is.
+func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
+	d := &daemon{exports: export.NewRegistry()}
+	k := &disk{cfg: config.Export{Name: "a"}}
+	if err := d.disks.claim(k); err != nil {
+		t.Fatal(err)
+	}
+	err := d.exports.AddOpening(export.Spec{Name: "a"}, func() (backing.Device, error) {
+		k.stack = &stack{}
+		if err := d.removeExport(t.Context(), "a", true); !errors.Is(err, nbd.ErrUnknownExport) {
+			t.Errorf("removal before it is ready: got %v, want %v", err, nbd.ErrUnknownExport)
+		}
+		return mem.New(4096, nil), nil
+	})
+	if err != nil || d.disks.get("a") != k {
+		t.Fatalf("afterwards: got %p, %v, want the export", d.disks.get("a"), err)
+	}
+	if err := d.removeExport(t.Context(), "a", true); err != nil || d.disks.get("a") != nil {
+		t.Errorf("removal of what is ready: got %v", err)
+	}
+}
