@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 )
@@ -35,8 +36,10 @@ type disk struct {
 	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
 	failed error       // guarded by disks.mu; why it could not be opened
 
-	// busy is held by whoever changes the export.
-	busy sync.Mutex
+	// busy is held by whoever changes the export. Removals hold it while they
+	// begin and while they end, not while they wait for clients and storage.
+	busy    sync.Mutex
+	leaving int // guarded by busy; removals under way, meanwhile nobody begins to change it
 }
 
 // disks are the exports of the daemon, those included that are being opened.
@@ -197,19 +200,60 @@ func (d *daemon) closeDoors(list []*door) {
 	d.doors.remove(list)
 }
 
+// beginChange finds the export called name for somebody who changes it, and
+// holds its busy for them: it is there and ready, and stays until they are done.
+func (d *daemon) beginChange(name string) (*disk, error) {
+	k := d.disks.find(name)
+	if k == nil {
+		return nil, unknownExport(name)
+	}
+	k.busy.Lock()
+	err := error(nil)
+	switch x, _ := d.exports.StatusOf(name); {
+	case d.disks.get(name) != k:
+		err = unknownExport(name)
+	case k.leaving > 0 || x.State != export.Ready:
+		err = &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be changed: it is being opened or removed", name)}
+	}
+	if err != nil {
+		k.busy.Unlock()
+		return nil, err
+	}
+	return k, nil
+}
+
+// leave adds n to the removals of k that are under way.
+func (k *disk) leave(n int) {
+	k.busy.Lock()
+	defer k.busy.Unlock()
+	k.leaving += n
+}
+
 // removeExport takes an export away when its clients have finished what they
-// have in flight, and its listeners with it.
+// have in flight, and its listeners with it. One that is kept stays so.
 func (d *daemon) removeExport(ctx context.Context, name string, force bool) error {
 	k := d.disks.find(name)
 	if k == nil {
 		return nbd.ErrUnknownExport
 	}
+	return d.takeAway(ctx, k, name, force, func() error { return nil })
+}
+
+// takeAway is removeExport of k, which has that name. When it has left, and
+// before its name is free, gone is called with k.busy.
+func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, gone func() error) error {
 	d.unpause(k)
+	k.leave(1) // who changes it has finished
 	err := d.exports.Remove(ctx, name, force)
-	if _, stays := d.exports.StatusOf(name); stays || errors.Is(err, nbd.ErrUnknownExport) {
+	k.busy.Lock()
+	defer k.busy.Unlock()
+	k.leaving--
+	_, stays := d.exports.StatusOf(name)
+	if stays || errors.Is(err, nbd.ErrUnknownExport) || d.disks.get(name) != k {
 		return err // it is in use, or opening, or another removal has taken it away
 	}
 	d.closeDoors(k.doors)
+	err = errors.Join(err, gone())
 	d.disks.forget(k)
 	return err
 }

@@ -154,7 +154,7 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 		err = s.d.addExport(ctx, x, origin, files)
 	}
 	if err == nil && a.Persist {
-		if err = config.WriteExport(s.d.conf.Load().Control.State, x); err != nil {
+		if err = s.d.keepExport(x.Name); err != nil {
 			err = errors.Join(err, s.d.removeExport(ctx, x.Name, true))
 		}
 	}
@@ -162,6 +162,17 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 		return api.Export{}, told(err)
 	}
 	return s.Export(x.Name)
+}
+
+// keepExport writes the file of an export that was added to be kept, unless somebody
+// takes it away already.
+func (d *daemon) keepExport(name string) error {
+	k, err := d.beginChange(name)
+	if err != nil {
+		return err
+	}
+	defer k.busy.Unlock()
+	return config.WriteExport(d.conf.Load().Control.State, k.cfg)
 }
 
 // mayAdd refuses exports that the API cannot make.
@@ -182,11 +193,10 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 }
 
 func (s service) Patch(_ context.Context, name string, p api.Patch) (api.Export, error) {
-	k := s.d.disks.find(name)
-	if k == nil {
-		return api.Export{}, unknownExport(name)
+	k, err := s.d.beginChange(name)
+	if err != nil {
+		return api.Export{}, err
 	}
-	k.busy.Lock()
 	defer k.busy.Unlock()
 	if err := s.d.patch(k, p); err != nil {
 		return api.Export{}, told(err)
@@ -269,15 +279,21 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	if k == nil {
 		return unknownExport(name)
 	}
-	if _, _, failed := s.d.disks.look(k); failed != nil {
+	forget := func() error {
+		if k.origin != fromState {
+			return nil
+		}
+		return config.RemoveExport(s.d.conf.Load().Control.State, name)
+	}
+	_, now, failed := s.d.disks.look(k)
+	switch {
+	case failed != nil:
 		s.d.disks.dropFailed(name)
-	} else if err := s.d.removeExport(ctx, name, force); err != nil {
-		return told(err)
+		return told(forget())
+	case now == nil: // it is being opened
+		return unknownExport(name)
 	}
-	if k.origin == fromState {
-		return told(config.RemoveExport(s.d.conf.Load().Control.State, name))
-	}
-	return nil
+	return told(s.d.takeAway(ctx, k, name, force, forget))
 }
 
 func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {
@@ -319,16 +335,15 @@ func (s *disks) unhold(k *disk) (hold *layer.Hold) {
 }
 
 func (s service) Resize(ctx context.Context, name string, size int64) (api.Export, error) {
-	k := s.d.disks.find(name)
-	if k == nil {
-		return api.Export{}, unknownExport(name)
+	k, err := s.d.beginChange(name)
+	if err != nil {
+		return api.Export{}, err
 	}
+	defer k.busy.Unlock()
 	r, ok := k.stack.top.(backing.Resizer)
 	if !ok {
 		return api.Export{}, told(backing.ErrNotSupported)
 	}
-	k.busy.Lock()
-	defer k.busy.Unlock()
 	if err := r.Resize(ctx, size); err != nil {
 		return api.Export{}, told(err)
 	}
@@ -336,15 +351,14 @@ func (s service) Resize(ctx context.Context, name string, size int64) (api.Expor
 }
 
 func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, files []*os.File) (api.Export, error) {
-	k := s.d.disks.find(name)
-	switch {
-	case k == nil:
-		return api.Export{}, unknownExport(name)
-	case len(files) > 0:
+	k, err := s.d.beginChange(name)
+	if err != nil {
+		return api.Export{}, err
+	}
+	defer k.busy.Unlock()
+	if len(files) > 0 {
 		return api.Export{}, &api.Error{Code: api.CodeUnsupported, Text: "an overlay cannot come as a descriptor: its image would have no name for it"}
 	}
-	k.busy.Lock()
-	defer k.busy.Unlock()
 	if err := s.d.snapshot(ctx, k, a.Overlay); err != nil {
 		return api.Export{}, told(err)
 	}
@@ -355,8 +369,8 @@ func (s service) Forget(ctx context.Context, name string, force, dryRun bool) (a
 	s.d.reloading.Lock()
 	defer s.d.reloading.Unlock()
 	if k := s.d.disks.get(name); k != nil {
-		k.busy.Lock() // a snapshot may be on its way
-		defer k.busy.Unlock()
+		k.leave(1) // a snapshot may be on its way, and none must begin
+		defer k.leave(-1)
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// kept are the names of the files in the folder of kept exports that export
+// something.
+func (s *testService) kept() (list []string) {
+	s.Helper()
+	all, err := os.ReadDir(filepath.Join(s.dir, "state"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, f := range all {
+		if f.Name()[0] != '.' {
+			list = append(list, f.Name())
+		}
+	}
+	return list
+}
+
+// keep adds an export of memory that is kept.
+func (s *testService) keep(name string, faults ...config.Fault) {
+	s.Helper()
+	x := config.Export{Name: name, Format: "mem", Image: "1M", Faults: faults}
+	if _, err := s.ctl.Add(s.Context(), api.AddExport{Export: x, Persist: true}); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestRemovedExportStaysRemoved: also if it is changed at the same time.
+func TestRemovedExportStaysRemoved(t *testing.T) {
+	s := newService(t, "")
+	for round := range 50 {
+		s.keep("a")
+		changed := make(chan error, 1)
+		go func() {
+			text := "changed"
+			ctl := control.Dial(filepath.Join(s.dir, "control"))
+			_, err := ctl.Patch(t.Context(), "a", api.Patch{Description: &text})
+			changed <- err
+		}()
+		if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		err := <-changed
+		if got := s.kept(); len(got) != 0 {
+			t.Fatalf("round %d: kept after it was removed: %q (the change ended with %v)", round, got, err)
+		}
+	}
+	s.stop()
+}
+
+// TestExportThatLeavesIsNotChanged: who asks for that is told at once, and not
+// when the last client has left.
+func TestExportThatLeavesIsNotChanged(t *testing.T) {
+	s := newService(t, "")
+	held := config.Fault{Ops: []string{"flush"}, Delay: config.Duration(limits.InjectDelay)}
+	s.keep("a", held)
+	removed := make(chan error, 1)
+	go func() {
+		removed <- control.Dial(filepath.Join(s.dir, "control")).Remove(t.Context(), "a", true, time.Minute)
+	}()
+	s.await("the export leaves", func() bool { return slices.Equal(s.states(), []string{"a draining"}) })
+	text := "changed"
+	_, err := s.ctl.Patch(t.Context(), "a", api.Patch{Description: &text})
+	wantCode(t, "change", err, api.CodeInUse)
+	_, err = s.ctl.Resize(t.Context(), "a", 2<<20)
+	wantCode(t, "resize", err, api.CodeInUse)
+	_, err = s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "o")})
+	wantCode(t, "snapshot", err, api.CodeInUse)
+	select {
+	case err := <-removed:
+		t.Errorf("the removal did not last as long as this test needs it: %v", err)
+	default:
+	}
+}
