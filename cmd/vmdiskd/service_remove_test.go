@@ -85,3 +85,68 @@ func TestExportThatLeavesIsNotChanged(t *testing.T) {
 	default:
 	}
 }
+
+// TestExportIsForgottenAlthoughItsFlushFails: the failure is told, once, and the
+// export does not come back.
+func TestExportIsForgottenAlthoughItsFlushFails(t *testing.T) {
+	s := newService(t, "")
+	s.keep("a", config.Fault{Ops: []string{"flush"}, Error: "EIO"})
+	wantCode(t, "removal", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeFailed)
+	if got := s.kept(); len(got) != 0 {
+		t.Errorf("kept after it was removed: got %q, want nothing", got)
+	}
+	wantCode(t, "a second removal", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeNotFound)
+	s.stop()
+}
+
+// TestExportThatCannotBeForgottenIsShown: until it can be. It is closed.
+func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
+	s := newService(t, "")
+	s.keep("a")
+	state := filepath.Join(s.dir, "state")
+	rename := func(from, to string) {
+		t.Helper()
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename(state, state+"2")
+	for range 2 {
+		if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err == nil {
+			t.Error("removal without the folder of its file: no error")
+		}
+		if got := s.states(); !slices.Equal(got, []string{"a failed"}) {
+			t.Errorf("afterwards: got %q, want it failed", got)
+		}
+	}
+	if got := s.size(s.uri("a")); got != "" {
+		t.Errorf("its size: got %q, want that it is not served", got)
+	}
+	rename(state+"2", state)
+	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+		t.Error(err)
+	}
+	if got, files := s.states(), s.kept(); len(got)+len(files) != 0 {
+		t.Errorf("after the next: got %q and %q, want nothing", got, files)
+	}
+	s.stop()
+}
+
+// TestFileOfNoExportIsRemoved: one that an export of the configuration hides.
+func TestFileOfNoExportIsRemoved(t *testing.T) {
+	s := newService(t, "")
+	s.keep("a")
+	s.stop()
+	s.configure(exportA)
+	s.start()
+	for _, what := range []string{"the export of the configuration", "the file that it has hidden"} {
+		if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err != nil {
+			t.Errorf("remove %s: %v", what, err)
+		}
+	}
+	if got := s.kept(); len(got) != 0 {
+		t.Errorf("kept afterwards: got %q, want nothing", got)
+	}
+	wantCode(t, "remove what is not there", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeNotFound)
+	s.stop()
+}

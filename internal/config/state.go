@@ -126,6 +126,13 @@ func removeFile(name string) error {
 	return nil
 }
 
+// HasExport tells whether dir has a file for the export called name, whatever
+// is in it.
+func HasExport(dir, name string) bool {
+	_, err := os.Lstat(filepath.Join(dir, stateFile(name)))
+	return err == nil
+}
+
 // RemoveExport forgets the export called name. That none is kept is no error.
 func RemoveExport(dir, name string) error {
 	d, err := openState(dir)

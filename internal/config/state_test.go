@@ -69,6 +69,9 @@ func TestAnyNameIsKeptInTheFolder(t *testing.T) {
 		if !got[name] {
 			t.Errorf("%.50q did not come back", name)
 		}
+		if !config.HasExport(dir, name) {
+			t.Errorf("%.50q is said not to be kept", name)
+		}
 		if err := config.RemoveExport(dir, name); err != nil {
 			t.Error(err)
 		}
@@ -76,8 +79,8 @@ func TestAnyNameIsKeptInTheFolder(t *testing.T) {
 	if got := files(t, dir); got != nil {
 		t.Errorf("left: %q", got)
 	}
-	if err := config.RemoveExport(dir, "a"); err != nil {
-		t.Errorf("removed twice: %v", err)
+	if err := config.RemoveExport(dir, "a"); err != nil || config.HasExport(dir, "a") {
+		t.Errorf("removed twice: %v, or it is kept all the same", err)
 	}
 }
 

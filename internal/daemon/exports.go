@@ -78,6 +78,13 @@ func (s *disks) all() []*disk {
 	return slices.Collect(maps.Values(s.byName))
 }
 
+// fail puts an export that failed in the place of k.
+func (s *disks) fail(k *disk, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.byName[k.cfg.Name] = &disk{cfg: k.cfg, origin: k.origin, failed: err}
+}
+
 // find is an export that is open, or nil.
 func (s *disks) find(name string) *disk {
 	s.mu.Lock()
@@ -240,8 +247,9 @@ func (d *daemon) removeExport(ctx context.Context, name string, force bool) erro
 }
 
 // takeAway is removeExport of k, which has that name. When it has left, and
-// before its name is free, gone is called with k.busy.
-func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, gone func() error) error {
+// before its name is free, forget is called with k.busy; if that fails, the
+// export is known as one that failed.
+func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() error) error {
 	d.unpause(k)
 	k.leave(1) // who changes it has finished
 	err := d.exports.Remove(ctx, name, force)
@@ -253,9 +261,13 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 		return err // it is in use, or opening, or another removal has taken it away
 	}
 	d.closeDoors(k.doors)
-	err = errors.Join(err, gone())
-	d.disks.forget(k)
-	return err
+	kept := forget()
+	if kept != nil {
+		d.disks.fail(k, kept)
+	} else {
+		d.disks.forget(k)
+	}
+	return errors.Join(err, kept)
 }
 
 // unpause ends a pause of the API: requests that wait for its end would keep an
@@ -311,6 +323,20 @@ func (s *disks) dropFailed(name string) {
 	if k := s.byName[name]; k != nil && k.failed != nil {
 		delete(s.byName, name)
 	}
+}
+
+// removeFailed forgets k, which does not work, if forget can.
+func (s *disks) removeFailed(k *disk, name string, forget func() error) error {
+	k.busy.Lock()
+	defer k.busy.Unlock()
+	if s.get(name) != k {
+		return unknownExport(name)
+	}
+	if err := forget(); err != nil {
+		return err
+	}
+	s.forget(k)
+	return nil
 }
 
 // failed are the exports that do not work.

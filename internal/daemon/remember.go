@@ -111,3 +111,26 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 func noOverlay(name string) error {
 	return &api.Error{Code: api.CodeNotFound, Text: fmt.Sprintf("no overlay is remembered for an export %q of the configuration", name)}
 }
+
+// forgetKept removes the file of k, if it is an export that is kept.
+func (d *daemon) forgetKept(k *disk, name string) error {
+	if k.origin != fromState {
+		return nil
+	}
+	return config.RemoveExport(d.conf.Load().Control.State, name)
+}
+
+// removeFile removes the file of an export that is kept and not there: one that
+// could not be read, or in whose place the configuration had another.
+func (d *daemon) removeFile(name string) error {
+	state := d.conf.Load().Control.State
+	if state == "" || !config.HasExport(state, name) {
+		return unknownExport(name)
+	}
+	k := &disk{cfg: config.Export{Name: name}, origin: fromState}
+	if err := d.disks.claim(k); err != nil { // somebody adds it
+		return told(err)
+	}
+	defer d.disks.forget(k)
+	return told(d.forgetKept(k, name))
+}

@@ -277,19 +277,13 @@ func (d *daemon) change(k *disk, x config.Export) error {
 func (s service) Remove(ctx context.Context, name string, force bool) error {
 	k := s.d.disks.get(name)
 	if k == nil {
-		return unknownExport(name)
+		return s.d.removeFile(name)
 	}
-	forget := func() error {
-		if k.origin != fromState {
-			return nil
-		}
-		return config.RemoveExport(s.d.conf.Load().Control.State, name)
-	}
+	forget := func() error { return s.d.forgetKept(k, name) }
 	_, now, failed := s.d.disks.look(k)
 	switch {
 	case failed != nil:
-		s.d.disks.dropFailed(name)
-		return told(forget())
+		return told(s.d.disks.removeFailed(k, name, forget))
 	case now == nil: // it is being opened
 		return unknownExport(name)
 	}
