@@ -150,3 +150,44 @@ func TestFileOfNoExportIsRemoved(t *testing.T) {
 	wantCode(t, "remove what is not there", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeNotFound)
 	s.stop()
 }
+
+// TestFailedExportKeepsItsName: until it is removed, or another is kept in its
+// place. Nothing that is not served comes back with the next start.
+func TestFailedExportKeepsItsName(t *testing.T) {
+	s := newService(t, "")
+	image, away := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "away")
+	add := func(image string, persist bool) error {
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "a", Image: image}, Persist: persist})
+		return err
+	}
+	if err := add(image, true); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	if err := os.Rename(image, away); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	other, nothing := filepath.Join(s.dir, "b.img"), filepath.Join(s.dir, "nothing")
+	wantCode(t, "another that is not kept", add(other, false), api.CodeExists)
+	wantCode(t, "another that cannot be opened", add(nothing, true), api.CodeInvalid)
+	x, err := s.ctl.Export(t.Context(), "a")
+	if err != nil || x.State != "failed" || x.Image != image {
+		t.Errorf("after both: got %+v, %v, want the first one, failed", x, err)
+	}
+	if err := add(other, true); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || x.Image != other {
+		t.Errorf("kept in its place: got %+v, %v, want %s", x, err, other)
+	}
+	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+		t.Error(err)
+	}
+	if got := s.kept(); len(got) != 0 {
+		t.Errorf("kept after it was removed: got %q, want nothing", got)
+	}
+	s.stop()
+}

@@ -36,6 +36,10 @@ type disk struct {
 	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
 	failed error       // guarded by disks.mu; why it could not be opened
 
+	// inPlaceOf is a kept export that failed, whose file is still there: it has
+	// the name again if this one goes. Guarded by disks.mu.
+	inPlaceOf *disk
+
 	// busy is held by whoever changes the export. Removals hold it while they
 	// begin and while they end, not while they wait for clients and storage.
 	busy    sync.Mutex
@@ -48,14 +52,21 @@ type disks struct {
 	byName map[string]*disk // guarded by mu
 }
 
-// claim takes a name.
+// claim takes a name. One of a kept export that failed is for another that is
+// kept: its file takes the place of the other's.
 func (s *disks) claim(k *disk) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.byName == nil {
 		s.byName = map[string]*disk{}
 	}
-	if s.byName[k.cfg.Name] != nil {
+	old := s.byName[k.cfg.Name]
+	switch {
+	case old != nil && old.failed != nil && old.origin == fromState && k.origin == fromState:
+		k.inPlaceOf = old
+	case old != nil && old.failed != nil:
+		return fmt.Errorf("%w: %q, which failed: remove it first", export.ErrExists, k.cfg.Name)
+	case old != nil:
 		return fmt.Errorf("%w: %q", export.ErrExists, k.cfg.Name)
 	}
 	s.byName[k.cfg.Name] = k
@@ -66,7 +77,11 @@ func (s *disks) claim(k *disk) error {
 func (s *disks) forget(k *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.byName[k.cfg.Name] == k {
+	switch {
+	case s.byName[k.cfg.Name] != k:
+	case k.inPlaceOf != nil:
+		s.byName[k.cfg.Name] = k.inPlaceOf
+	default:
 		delete(s.byName, k.cfg.Name)
 	}
 }
@@ -76,6 +91,13 @@ func (s *disks) all() []*disk {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Values(s.byName))
+}
+
+// settle is when the file of the export is that of k, or gone.
+func (s *disks) settle(k *disk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k.inPlaceOf = nil
 }
 
 // fail puts an export that failed in the place of k.

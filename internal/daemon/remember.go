@@ -117,7 +117,11 @@ func (d *daemon) forgetKept(k *disk, name string) error {
 	if k.origin != fromState {
 		return nil
 	}
-	return config.RemoveExport(d.conf.Load().Control.State, name)
+	if err := config.RemoveExport(d.conf.Load().Control.State, name); err != nil {
+		return err
+	}
+	d.disks.settle(k)
+	return nil
 }
 
 // removeFile removes the file of an export that is kept and not there: one that

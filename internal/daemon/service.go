@@ -150,7 +150,6 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 		origin = fromState
 	}
 	if err == nil {
-		s.d.disks.dropFailed(x.Name)
 		err = s.d.addExport(ctx, x, origin, files)
 	}
 	if err == nil && a.Persist {
@@ -172,7 +171,11 @@ func (d *daemon) keepExport(name string) error {
 		return err
 	}
 	defer k.busy.Unlock()
-	return config.WriteExport(d.conf.Load().Control.State, k.cfg)
+	if err := config.WriteExport(d.conf.Load().Control.State, k.cfg); err != nil {
+		return err
+	}
+	d.disks.settle(k)
+	return nil
 }
 
 // mayAdd refuses exports that the API cannot make.
