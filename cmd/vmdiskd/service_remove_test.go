@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -188,6 +189,33 @@ func TestFailedExportKeepsItsName(t *testing.T) {
 	}
 	if got := s.kept(); len(got) != 0 {
 		t.Errorf("kept after it was removed: got %q, want nothing", got)
+	}
+	s.stop()
+}
+
+// TestDamagedFileHoldsUpNoOther: the service starts without it, says so, and
+// removes it when it is told to.
+func TestDamagedFileHoldsUpNoOther(t *testing.T) {
+	s := newService(t, exportA)
+	s.keep("b")
+	s.stop()
+	damaged := filepath.Join(s.dir, "state", "zz.json")
+	if err := os.WriteFile(damaged, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	if got := s.states(); !slices.Equal(got, []string{"a ready", "b ready"}) {
+		t.Errorf("got %q, want a and b", got)
+	}
+	x, err := s.ctl.Status(t.Context())
+	if err != nil || !strings.Contains(x.Notes["state"], damaged) || !strings.Contains(s.log(), damaged) {
+		t.Errorf("status: got notes %q, %v, want that they and the log name %s", x.Notes, err, damaged)
+	}
+	if err := s.ctl.Remove(t.Context(), "zz", false, 0); err != nil {
+		t.Error(err)
+	}
+	if got := s.kept(); !slices.Equal(got, []string{"b.json"}) {
+		t.Errorf("kept after the damaged one was removed: got %q, want b.json", got)
 	}
 	s.stop()
 }

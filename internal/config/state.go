@@ -146,9 +146,18 @@ func RemoveExport(dir, name string) error {
 	return d.Sync()
 }
 
+// FileErrors are errors about single files of a folder of kept exports.
+type FileErrors []error
+
+func (e FileErrors) Error() string { return errors.Join(e...).Error() }
+
+// Unwrap makes errors.Is and errors.As find each of them.
+func (e FileErrors) Unwrap() []error { return e }
+
 // ReadExports returns what WriteExport kept in dir, in the order of the files'
 // names, at most limits.ConfigExports. Files that cannot be read do not hide
-// the others: the error, beside the exports, names them all.
+// the others: the error, beside the exports, is of type FileErrors and names
+// them all.
 func ReadExports(dir string) ([]Export, error) {
 	d, err := openState(dir)
 	if err != nil {
@@ -163,14 +172,17 @@ func ReadExports(dir string) ([]Export, error) {
 	}
 	slices.Sort(names)
 	var list []Export
-	var problems []error
+	var problems FileErrors
+	if len(names) > 4*limits.ConfigExports {
+		problems = append(problems, fmt.Errorf("%q has more than %d files: some are not looked at", dir, 4*limits.ConfigExports))
+	}
 	for _, name := range names {
 		if strings.HasPrefix(name, ".") { // of an interrupted write, or of an overlay
 			continue
 		}
 		e, err := readExport(dir, name)
 		if err == nil && len(list) == limits.ConfigExports {
-			problems = append(problems, fmt.Errorf("%q has more than %d exports", dir, limits.ConfigExports))
+			problems = append(problems, fmt.Errorf("%q has more than %d exports: from %q on none is looked at", dir, limits.ConfigExports, name))
 			break
 		}
 		if err != nil {
@@ -179,7 +191,10 @@ func ReadExports(dir string) ([]Export, error) {
 		}
 		list = append(list, e)
 	}
-	return list, errors.Join(problems...)
+	if problems != nil {
+		return list, problems
+	}
+	return list, nil
 }
 
 // readExport reads one file of dir, which must be that of its export.

@@ -39,6 +39,7 @@ type daemon struct {
 	engine    engine.Engine
 	exports   *export.Registry
 	disks     disks
+	unread    string // what could not be read of kept exports; set by the start
 	groups    groups
 	started   time.Time
 	bus       obs.Bus

@@ -16,6 +16,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 )
 
@@ -115,6 +116,13 @@ func (s *disks) find(name string) *disk {
 		return k
 	}
 	return nil
+}
+
+// len is the number of exports, in any state.
+func (s *disks) len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.byName)
 }
 
 // look is what an export is like now.
@@ -317,9 +325,22 @@ func (d *daemon) addConfigured() error {
 	if c.Control.State == "" {
 		return nil
 	}
-	kept, err := config.ReadExports(c.Control.State)
-	if err != nil {
+	return d.addKept(c.Control.State)
+}
+
+// addKept opens the exports that were kept in a folder. A file that cannot be
+// read holds up no other.
+func (d *daemon) addKept(state string) error {
+	kept, err := config.ReadExports(state)
+	var bad config.FileErrors
+	if err != nil && !errors.As(err, &bad) {
 		return err
+	}
+	for _, err := range bad[:min(len(bad), limits.ConfigProblems)] {
+		d.log.Error("kept export cannot be read", "error", err)
+	}
+	if len(bad) > 0 {
+		d.unread = fmt.Sprintf("%d files of kept exports could not be read at the start, the first: %v", len(bad), bad[0])
 	}
 	for i := range kept {
 		d.tryExport(kept[i], fromState)

@@ -2,12 +2,15 @@ package daemon
 
 import (
 	"errors"
+	"strconv"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 )
 
@@ -49,5 +52,25 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	}
 	if err := d.removeExport(t.Context(), "a", true); err != nil || d.disks.get("a") != nil {
 		t.Errorf("removal of what is ready: got %v", err)
+	}
+}
+
+// TestExportsAreBounded: what is added in excess would not come back.
+func TestExportsAreBounded(t *testing.T) {
+	d := &daemon{}
+	d.conf.Store(&config.Config{})
+	x := config.Export{Name: "x", Format: "mem", Image: "1M"}
+	x.SetDefaults()
+	for i := range limits.ConfigExports {
+		if err := d.mayAdd(&x, false, 0); err != nil {
+			t.Fatalf("with %d exports: %v", i, err)
+		}
+		if err := d.disks.claim(&disk{cfg: config.Export{Name: strconv.Itoa(i)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var e *api.Error
+	if err := d.mayAdd(&x, false, 0); !errors.As(err, &e) || e.Code != api.CodeInUse {
+		t.Errorf("with %d exports: got %v, want an error with code %s", limits.ConfigExports, err, api.CodeInUse)
 	}
 }

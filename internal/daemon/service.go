@@ -73,6 +73,9 @@ func (s service) Status() api.Status {
 	for _, x := range d.doors.all() {
 		t.Listeners = append(t.Listeners, x.URI("", x.tls == nbd.TLSRequire))
 	}
+	if d.unread != "" {
+		t.Notes["state"] = d.unread
+	}
 	for _, k := range d.disks.failed() {
 		cfg, _, err := d.disks.look(k)
 		t.Notes["export "+cfg.Name] = err.Error()
@@ -180,6 +183,9 @@ func (d *daemon) keepExport(name string) error {
 
 // mayAdd refuses exports that the API cannot make.
 func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
+	if n := limits.ConfigExports; d.disks.len() >= n {
+		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("there are %d exports already, and no more can be", n)}
+	}
 	why, c := "", d.conf.Load()
 	switch err := x.Validate(c.APIScope(files)); {
 	case err != nil:
