@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -216,6 +217,36 @@ func TestDamagedFileHoldsUpNoOther(t *testing.T) {
 	}
 	if got := s.kept(); !slices.Equal(got, []string{"b.json"}) {
 		t.Errorf("kept after the damaged one was removed: got %q, want b.json", got)
+	}
+	s.stop()
+}
+
+// TestChangeThatCannotBeKeptIsNone: as a whole or not at all.
+func TestChangeThatCannotBeKeptIsNone(t *testing.T) {
+	s := newService(t, "")
+	s.keep("a")
+	before, err := s.ctl.Export(t.Context(), "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := filepath.Join(s.dir, "state")
+	if err := os.Rename(state, state+"2"); err != nil {
+		t.Fatal(err)
+	}
+	yes, text := true, "changed"
+	p := api.Patch{ReadOnly: &yes, Description: &text, LogRequests: &yes, Rate: &config.Rate{Ops: 1}, Faults: &[]config.Fault{{Ops: []string{"read"}, Error: "EIO"}}}
+	if _, err := s.ctl.Patch(t.Context(), "a", p); err == nil {
+		t.Error("a change without the folder of its file: no error")
+	}
+	after, err := s.ctl.Export(t.Context(), "a")
+	if err != nil || !reflect.DeepEqual(before, after) {
+		t.Errorf("afterwards: got %+v, %v, want %+v", after, err, before)
+	}
+	// Twice, so that one of them would have waited for the rate.
+	for range 2 {
+		if out, err := tool(t, s.dir, "qemu-io", "-f", "raw", "-c", "write -P 5 0 4k", "-c", "read -P 5 0 4k", s.uri("a")); err != nil || strings.Contains(out, "failed") {
+			t.Errorf("write and read: %v: %s", err, out)
+		}
 	}
 	s.stop()
 }

@@ -236,13 +236,24 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 		return &api.Error{Code: api.CodeUnsupported,
 			Text: "the image is open read-only: remove the export and add it again, or change the configuration and reload it"}
 	}
-	if err := d.change(k, x); err != nil {
+	old := k.cfg
+	if err := d.rewrite(k, x); err != nil {
+		_ = d.rewrite(k, old) // the error may have come when the file was new already
 		return err
 	}
-	if k.origin == fromState {
-		return config.WriteExport(d.conf.Load().Control.State, x)
+	if err := d.change(k, x); err != nil {
+		_ = d.change(k, old) // what was done of it; the rest fails again
+		return errors.Join(err, d.rewrite(k, old))
 	}
 	return nil
+}
+
+// rewrite writes x to the file of k, if it is an export that is kept. With k.busy.
+func (d *daemon) rewrite(k *disk, x config.Export) error {
+	if k.origin != fromState {
+		return nil
+	}
+	return config.WriteExport(d.conf.Load().Control.State, x)
 }
 
 func set[T any](to *T, from *T) {
