@@ -250,3 +250,32 @@ func TestChangeThatCannotBeKeptIsNone(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestStateIsForOneService: another would remove what the first has kept.
+func TestStateIsForOneService(t *testing.T) {
+	s := newService(t, "")
+	s.keep("a")
+	b, err := os.ReadFile(filepath.Join(s.dir, "conf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	text := strings.NewReplacer(s.dir+"/control", dir+"/control", s.dir+"/nbd", dir+"/nbd").Replace(string(b))
+	conf := filepath.Join(dir, "conf")
+	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, confine := range []string{"auto", "off"} {
+		fails(t, program("--config", conf, "--confine="+confine), "another daemon keeps its exports there")
+	}
+	all, err := os.ReadDir(dir)
+	if err != nil || len(all) != 1 {
+		t.Errorf("files of the second: got %v, %v, want its configuration alone", all, err)
+	}
+	s.stop()
+	s.start()
+	if got := s.states(); !slices.Equal(got, []string{"a ready"}) {
+		t.Errorf("the first again: got %q, want a", got)
+	}
+	s.stop()
+}

@@ -39,7 +39,8 @@ type daemon struct {
 	engine    engine.Engine
 	exports   *export.Registry
 	disks     disks
-	unread    string // what could not be read of kept exports; set by the start
+	unread    string   // what could not be read of kept exports; set by the start
+	stateLock *os.File // held until the process ends; nil without such a folder
 	groups    groups
 	started   time.Time
 	bus       obs.Bus
@@ -123,6 +124,7 @@ func (d *daemon) start() error {
 		d.watchParent,
 		d.loadTLS,
 		d.listen,
+		d.lockState,
 		d.openExports,
 		d.settlePassed,
 		d.writePIDFile,

@@ -12,6 +12,22 @@ import (
 // errNoState is for a snapshot that would be forgotten.
 var errNoState = errors.New("the configuration file names the image of this export, and there is no folder (control.state) to remember the overlay in: after a restart the image would be served without it")
 
+// lockState takes the folder of kept exports for this daemon alone: two would
+// serve and forget the same exports.
+func (d *daemon) lockState() (err error) {
+	c := d.conf.Load()
+	if c == nil || c.Control.State == "" {
+		return nil
+	}
+	if d.stateLock, err = config.LockState(c.Control.State); err != nil {
+		if d.cfg.Handed != nil {
+			d.cfg.Handed.closeRest()
+		}
+		return fmt.Errorf("control.state: %w", err)
+	}
+	return nil
+}
+
 // placed is an export of the configuration with the overlay that a snapshot has
 // put above its image.
 func (d *daemon) placed(x config.Export) (config.Export, error) {

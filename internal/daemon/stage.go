@@ -92,6 +92,7 @@ func (d *daemon) becomeWorker(signals *signals) error {
 		d.watchParent,
 		s.checkSwap,
 		s.openLog,
+		s.checkState,
 		s.openTLS,
 		s.listenAll,
 		s.openControl,
@@ -159,6 +160,16 @@ func (s *stage0) openLog() error {
 		return err
 	}
 	s.out.Log = s.hand(f)
+	return nil
+}
+
+// checkState refuses a folder of kept exports that another daemon has, before
+// anything is made. The worker, whose user it belongs to, takes it.
+func (s *stage0) checkState() error {
+	c := s.conf.Load()
+	if c != nil && c.Control.State != "" && config.StateInUse(c.Control.State) {
+		return fmt.Errorf("control.state: %q: %w", c.Control.State, config.ErrStateInUse)
+	}
 	return nil
 }
 
