@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 )
 
@@ -245,4 +246,49 @@ func TestForgettingAnOverlayRepairsAnExport(t *testing.T) {
 	if _, err := os.Stat(kept); !os.IsNotExist(err) {
 		t.Errorf("still remembered: %v", err)
 	}
+}
+
+// TestRefusedSnapshotLeavesNoOverlay: it can be asked for again.
+func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
+	s := newService(t, "")
+	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	overlay, state := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "state")
+	refused := func(why string) {
+		t.Helper()
+		if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err == nil {
+			t.Errorf("snapshot of %s: no error", why)
+		}
+		if exists(overlay) {
+			t.Errorf("snapshot of %s: the overlay is there", why)
+		}
+	}
+	if err := s.ctl.Pause(t.Context(), "a", 0); err != nil {
+		t.Fatal(err)
+	}
+	refused("a disk that is paused")
+	if err := s.ctl.Resume(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(state, state+"2"); err != nil {
+		t.Fatal(err)
+	}
+	refused("a disk whose overlay cannot be remembered")
+	if err := os.Rename(state+"2", state); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "1", "0")
+	if x, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil || x.Image != overlay {
+		t.Errorf("asked for again: got %+v, %v", x, err)
+	}
+	s.wantBytes("a", "1", "0")
+	if err := os.WriteFile(overlay+"3", []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay + "3"}); err == nil || !exists(overlay+"3") {
+		t.Errorf("snapshot to a file that is there: %v, or the file is gone", err)
+	}
+	s.stop()
 }

@@ -60,8 +60,7 @@ func formatOr(s string) string {
 	return s
 }
 
-// WriteInstead keeps i in the folder dir, as WriteExport keeps exports. With an
-// error it may be kept or not.
+// WriteInstead keeps i in the folder dir, as WriteExport keeps exports.
 func WriteInstead(dir string, i Instead) error {
 	b, err := json.Marshal(i)
 	var again Instead
@@ -80,8 +79,12 @@ func WriteInstead(dir string, i Instead) error {
 	return nil
 }
 
+// ErrUnsynced is that a file was written, and may be the one before it again
+// after a crash.
+var ErrUnsynced = errors.New("it may not be on stable storage")
+
 // replaceFile puts a file in place of the one of its name, if there is one,
-// atomically and durably.
+// atomically and durably. But for ErrUnsynced an error changes nothing.
 func replaceFile(dir, name string, b []byte) error {
 	d, err := openState(dir)
 	if err != nil {
@@ -95,7 +98,10 @@ func replaceFile(dir, name string, b []byte) error {
 	if err := os.Rename(temp, filepath.Join(dir, name)); err != nil {
 		return errors.Join(err, removeFile(temp))
 	}
-	return d.Sync()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnsynced, err)
+	}
+	return nil
 }
 
 // ReadInstead is what WriteInstead has kept of the export called name, or nil.

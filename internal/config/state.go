@@ -68,8 +68,8 @@ func openState(dir string) (*os.File, error) {
 
 // WriteExport keeps e in the folder dir, which exists, and which nobody but root
 // and this user can write to. When it returns without an error, e is on stable
-// storage; with one, it may be what was kept under its name before. Calls for
-// one folder exclude each other.
+// storage; with one, what was kept under its name before still is, unless the
+// error is ErrUnsynced. Calls for one folder exclude each other.
 func WriteExport(dir string, e Export) error {
 	b, err := encodeState(e)
 	if err != nil {

@@ -237,8 +237,10 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 			Text: "the image is open read-only: remove the export and add it again, or change the configuration and reload it"}
 	}
 	old := k.cfg
-	if err := d.rewrite(k, x); err != nil {
-		_ = d.rewrite(k, old) // the error may have come when the file was new already
+	switch err := d.rewrite(k, x); {
+	case errors.Is(err, config.ErrUnsynced):
+		return errors.Join(err, d.rewrite(k, old))
+	case err != nil:
 		return err
 	}
 	if err := d.change(k, x); err != nil {

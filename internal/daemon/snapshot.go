@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
@@ -14,7 +15,7 @@ import (
 
 // snapshot puts a new overlay, which must not be there yet, above the image of
 // an export. Its clients wait meanwhile and see no error: where it fails the
-// image goes on as it was.
+// image goes on as it was, and the overlay is gone.
 func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	ctx, cancel := context.WithTimeout(ctx, limits.PauseLongest/2)
 	defer cancel()
@@ -29,37 +30,50 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	if err := d.createOverlay(ctx, &s.x, &next, s.swap.Info().Size); err != nil {
 		return err
 	}
+	named, err := d.putAbove(ctx, k, next)
+	if err != nil && !named {
+		err = errors.Join(err, os.Remove(next.Image))
+	}
+	return err
+}
+
+// putAbove opens an overlay above the image of an export, as next says, and has
+// the export go on with it. With an error the overlay is not in use; named tells
+// that the export may be opened with it after a restart all the same.
+func (d *daemon) putAbove(ctx context.Context, k *disk, next config.Export) (named bool, err error) {
+	s := k.stack
 	hold, err := s.pause.Pause(ctx, limits.PauseLongest)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer hold.Resume() // an error is that it ended by itself
 	// An image is open once only: what is the top must be closed before it can
 	// be below.
 	old := s.swap.Below()
 	if err := old.Close(); err != nil {
-		return errors.Join(err, d.goOn(s, &s.x))
+		return false, errors.Join(err, d.goOn(s, &s.x))
 	}
 	dev, err := d.openImage(ctx, &next, nil)
 	if err != nil {
-		return errors.Join(err, d.goOn(s, &s.x))
+		return false, errors.Join(err, d.goOn(s, &s.x))
 	}
 	cfg := k.cfg // with k.busy
 	cfg.Image, cfg.Format, cfg.Snapshot, cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
 	cfg.Backing, cfg.BackingFiles = next.Backing, next.BackingFiles
 	undo, err := d.remember(k, cfg)
 	if err != nil {
-		if undo != nil {
-			err = errors.Join(err, undo())
+		if errors.Is(err, config.ErrUnsynced) {
+			undone := undo()
+			named, err = undone != nil, errors.Join(err, undone)
 		}
-		return errors.Join(err, dev.Close(), d.goOn(s, &s.x))
+		return named, errors.Join(err, dev.Close(), d.goOn(s, &s.x))
 	}
 	s.swap.To(dev)
 	s.x = next
 	d.disks.mu.Lock()
 	k.cfg = cfg
 	d.disks.mu.Unlock()
-	return nil
+	return false, nil
 }
 
 // goOn opens an image again that was closed.
