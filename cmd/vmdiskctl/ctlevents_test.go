@@ -21,13 +21,13 @@ type eventful struct {
 	then   func(chan api.Event)
 }
 
-func (e *eventful) Subscribe(int) (<-chan api.Event, func()) {
+func (e *eventful) Subscribe(int) (<-chan api.Event, func(), error) {
 	ch := make(chan api.Event, len(e.events))
 	for _, x := range e.events {
 		ch <- x
 	}
 	e.then(ch)
-	return ch, func() {}
+	return ch, func() {}, nil
 }
 
 // stay leaves a stream as it is.

@@ -74,3 +74,20 @@ func TestExportsAreBounded(t *testing.T) {
 		t.Errorf("with %d exports: got %v, want an error with code %s", limits.ConfigExports, err, api.CodeInUse)
 	}
 }
+
+// TestListenersAreBounded: who is one too many is told so, and does not get a
+// stream that ends.
+func TestListenersAreBounded(t *testing.T) {
+	s := service{&daemon{ctx: t.Context()}}
+	for range limits.EventSubscribers {
+		_, cancel, err := s.Subscribe(limits.EventQueue)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cancel()
+	}
+	var e *api.Error
+	if _, _, err := s.Subscribe(limits.EventQueue); !errors.As(err, &e) || e.Code != api.CodeInUse {
+		t.Errorf("one more: got %v, want an error with code %s", err, api.CodeInUse)
+	}
+}

@@ -29,6 +29,7 @@ var codes = []struct {
 	{nbd.ErrUnknownExport, api.CodeNotFound},
 	{export.ErrExists, api.CodeExists},
 	{export.ErrInUse, api.CodeInUse},
+	{obs.ErrTooManySubscribers, api.CodeInUse},
 	{export.ErrLeased, api.CodeInUse},
 	{export.ErrLease, api.CodeNotFound},
 	{export.ErrInvalid, api.CodeInvalid},
@@ -443,13 +444,12 @@ func (s service) Stats() []api.Stats {
 }
 
 // Subscribe gives the events of the bus, which has its own bound.
-func (s service) Subscribe(int) (<-chan api.Event, func()) {
-	out := make(chan api.Event)
+func (s service) Subscribe(int) (<-chan api.Event, func(), error) {
 	sub, err := s.d.bus.Subscribe()
 	if err != nil {
-		close(out)
-		return out, func() {}
+		return nil, nil, told(err)
 	}
+	out := make(chan api.Event)
 	ctx, cancel := context.WithCancel(s.d.ctx)
 	go func() {
 		defer close(out)
@@ -468,7 +468,7 @@ func (s service) Subscribe(int) (<-chan api.Event, func()) {
 			}
 		}
 	}()
-	return out, cancel
+	return out, cancel, nil
 }
 
 // eventsOf are events as the API has them.

@@ -12,6 +12,12 @@ const (
 	// copied to each.
 	EventSubscribers = 32
 
+	// EventReaders bounds those among them who may only read, and
+	// EventsPerReader those of one user: the others are for who may change
+	// things.
+	EventReaders    = EventSubscribers / 2
+	EventsPerReader = EventReaders / 2
+
 	// AcceptFailures is how often a listener that cannot accept is said to: a
 	// client that holds all descriptors must not fill the journal.
 	AcceptFailures = time.Minute

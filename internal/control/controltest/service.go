@@ -92,13 +92,16 @@ func (s *Service) Close() {
 }
 
 // Subscribe is as in server.Service, but that nobody is told of lost events.
-func (s *Service) Subscribe(n int) (<-chan api.Event, func()) {
+func (s *Service) Subscribe(n int) (<-chan api.Event, func(), error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.Fail != nil {
+		return nil, nil, s.Fail
+	}
 	l := make(chan api.Event, n)
 	if s.closed {
 		close(l)
-		return l, func() {}
+		return l, func() {}, nil
 	}
 	if s.listeners == nil {
 		s.listeners = map[chan api.Event]struct{}{}
@@ -111,7 +114,7 @@ func (s *Service) Subscribe(n int) (<-chan api.Event, func()) {
 			delete(s.listeners, l)
 			close(l)
 		}
-	}
+	}, nil
 }
 
 func (s *Service) note(format string, a ...any) error {

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func TestEventsArriveInOrderUntilTheServerEnds(t *testing.T) {
@@ -95,5 +97,58 @@ func TestCloseEndsStreamsAndListenersLeave(t *testing.T) {
 	}
 	for e, err := range second {
 		t.Errorf("after the end: got %+v, %v", e, err)
+	}
+}
+
+// TestReadersLeaveRoomForOthers: one user who may only look does not take all
+// streams, and is told why there is none for it.
+func TestReadersLeaveRoomForOthers(t *testing.T) {
+	var changes atomic.Bool
+	w := startWith(t, &controltest.Service{}, func(server.Peer) server.Access {
+		if changes.Load() {
+			return server.Change
+		}
+		return server.Read
+	})
+	leaving, leave := context.WithCancel(testContext(t))
+	for i := range limits.EventsPerReader {
+		ctx := testContext(t)
+		if i == 0 {
+			ctx = leaving
+		}
+		if _, err := w.client.Events(ctx); err != nil {
+			t.Fatalf("stream %d: %v", i+1, err)
+		}
+	}
+	_, err := w.client.Events(testContext(t))
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != api.CodeInUse {
+		t.Errorf("one more: got %v, want an error with code %s", err, api.CodeInUse)
+	}
+	changes.Store(true)
+	for i := range limits.EventsPerReader {
+		if _, err := w.client.Events(testContext(t)); err != nil {
+			t.Errorf("stream %d of who may change things: %v", i+1, err)
+		}
+	}
+	changes.Store(false)
+	leave()
+	for ctx := testContext(t); ; {
+		_, err := w.client.Events(ctx)
+		if err == nil {
+			break
+		}
+		if !errors.As(err, &e) || e.Code != api.CodeInUse {
+			t.Fatalf("after one has left: %v", err)
+		}
+	}
+}
+
+func TestServiceWithoutRoomSaysSo(t *testing.T) {
+	s := &controltest.Service{Fail: &api.Error{Code: api.CodeInUse, Text: "no room"}}
+	w := start(t, s, server.Change)
+	var e *api.Error
+	if _, err := w.client.Events(testContext(t)); !errors.As(err, &e) || e.Code != api.CodeInUse {
+		t.Errorf("got %v, want an error with code %s", err, api.CodeInUse)
 	}
 }

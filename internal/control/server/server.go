@@ -56,8 +56,9 @@ type Service interface {
 	Stats() []api.Stats
 	// Subscribe gives the events from now on. At most n of them wait; of later
 	// ones an event of kind "lost" tells the number. The channel is closed
-	// after cancel, which must be called once, or when the service ends.
-	Subscribe(n int) (events <-chan api.Event, cancel func())
+	// after cancel, which must be called once, or when the service ends. With
+	// an error there is neither.
+	Subscribe(n int) (events <-chan api.Event, cancel func(), err error)
 	Reload(ctx context.Context, dryRun bool) (api.Reload, error)
 	MetricsSource
 }
@@ -89,6 +90,7 @@ type Server struct {
 	routes    []route
 	http      http.Server
 	conns     connTable
+	readers   connTable // streams of events of those who may only read
 
 	ending sync.Once
 	ended  chan struct{}      // closed by Close: streams of events end
