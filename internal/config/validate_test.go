@@ -133,6 +133,7 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 		{a + "[[export]]\nname = \"a\"\nimage = \"/b\"", in("") + "export 1 has the same name"},
 		{a + "default = true\n[[export]]\nname = \"b\"\nimage = \"/b\"\ndefault = true", `export "b": export "a" is the default already`},
 		{"[[export]]\nname = \"a\\nb\"\nimage = \"/a\"", `export "a\nb": name: "a\nb" has a control character`},
+		{"[[export]]\nname = \"a?" + strings.Repeat("aB0", 21) + "9\"\nimage = \"/a\"", `export "a?aB0` + strings.Repeat("aB0", 20) + `9": name: it ends like one with a token`},
 		{"[[export]]\nname = \"a\"\nimage = \"a\"", in("") + `image: "a" is not an absolute path`},
 		{"[[export]]\nname = \"a\"", in("") + "image: it needs a path"},
 		{"[[export]]\nname = \"a\"\nimage = \"fd:0\"", in("") + `image: "fd:0" is not an absolute path`},
@@ -470,5 +471,17 @@ func TestRangesDoNotOverflow(t *testing.T) {
 	got := texts(t, e.Validate(config.Scope{Anywhere: true}))
 	if len(got) != 1 || !strings.HasPrefix(got[0], `export "a", protect 2: offset`) {
 		t.Errorf("got %q", got)
+	}
+}
+
+// TestNamesThatAreAlmostLikeTokens are taken, as those of the server are.
+func TestNamesThatAreAlmostLikeTokens(t *testing.T) {
+	digits := strings.Repeat("a", limits.TokenDigits)
+	for _, name := range []string{"a?", digits, "a?" + digits[1:], "a?a" + digits, "a?g" + digits[1:], "a?" + digits + "?", "a?" + digits + " "} {
+		x := config.Export{Name: name, Format: "mem", Image: "1M"}
+		x.SetDefaults()
+		if err := x.Validate(config.Scope{}); err != nil {
+			t.Errorf("%q: %v", name, err)
+		}
 	}
 }

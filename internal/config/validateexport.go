@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/hex"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,6 +14,9 @@ import (
 // check looks at everything of an export but its listeners.
 func (e *Export) check(k checker, s Scope) {
 	k.name(e.Name)
+	if endsInToken(e.Name) {
+		k.fail("name: it ends like one with a token, in \"?\" and %d hexadecimal digits", limits.TokenDigits)
+	}
 	k.text("description", e.Description, limits.MaxString, "\n\t")
 	k.word("format", e.Format, "raw", "qcow2", "mem", "null")
 	k.word("cache", e.Cache, "writeback", "none", "writethrough", "directsync", "unsafe")
@@ -28,6 +32,17 @@ func (e *Export) check(k checker, s Scope) {
 		e.checkGrants(k, s.onlyVsock(e))
 	}
 	e.checkLayers(k, s)
+}
+
+// endsInToken tells whether a client that asks for the name would show a token by
+// it, so that no server has an export of that name.
+func endsInToken(name string) bool {
+	i := strings.LastIndexByte(name, '?')
+	if i < 0 || len(name)-i-1 != limits.TokenDigits {
+		return false
+	}
+	_, err := hex.DecodeString(name[i+1:])
+	return err == nil
 }
 
 func (e *Export) checkImage(k checker, s Scope) {
