@@ -279,3 +279,24 @@ func TestStateIsForOneService(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestExportThatCannotBeKeptIsNotAdded: and can be added when it can.
+func TestExportThatCannotBeKeptIsNotAdded(t *testing.T) {
+	s := newService(t, "")
+	state := filepath.Join(s.dir, "state")
+	if err := os.Rename(state, state+"2"); err != nil {
+		t.Fatal(err)
+	}
+	x := config.Export{Name: "a", Format: "mem", Image: "1M"}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x, Persist: true}); err == nil {
+		t.Error("add without the folder of its file: no error")
+	}
+	if got := s.states(); len(got) != 0 {
+		t.Errorf("afterwards: got %q, want nothing", got)
+	}
+	if err := os.Rename(state+"2", state); err != nil {
+		t.Fatal(err)
+	}
+	s.keep("a")
+	s.stop()
+}

@@ -38,7 +38,8 @@ type disk struct {
 	failed error       // guarded by disks.mu; why it could not be opened
 
 	// inPlaceOf is a kept export that failed, whose file is still there: it has
-	// the name again if this one goes. Guarded by disks.mu.
+	// the name again if this one goes. Guarded by disks.mu; changed with busy
+	// held too.
 	inPlaceOf *disk
 
 	// busy is held by whoever changes the export. Removals hold it while they
@@ -141,14 +142,20 @@ func (s *disks) get(name string) *disk {
 
 // addExport opens an export and publishes it; what fails leaves nothing
 // behind. files are what the words "fd:N" in x stand for; they are closed.
-func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, files []*os.File) (err error) {
+func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, files []*os.File) error {
+	return d.addDisk(ctx, &disk{cfg: x, origin: origin}, files)
+}
+
+// addDisk is addExport of a disk that has only its configuration and its origin.
+func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err error) {
 	defer closeFiles(files)
-	if origin == fromConfig {
+	x := k.cfg
+	if k.origin == fromConfig {
 		if x, err = d.placed(x); err != nil {
 			return err
 		}
+		k.cfg = x
 	}
-	k := &disk{cfg: x, origin: origin}
 	if err := d.disks.claim(k); err != nil {
 		return err
 	}
@@ -244,8 +251,12 @@ func (d *daemon) beginChange(name string) (*disk, error) {
 	if k == nil {
 		return nil, unknownExport(name)
 	}
+	return k, d.hold(k, name)
+}
+
+// hold is beginChange of k, which had that name when it was found.
+func (d *daemon) hold(k *disk, name string) (err error) {
 	k.busy.Lock()
-	err := error(nil)
 	switch x, _ := d.exports.StatusOf(name); {
 	case d.disks.get(name) != k:
 		err = unknownExport(name)
@@ -254,9 +265,8 @@ func (d *daemon) beginChange(name string) (*disk, error) {
 	}
 	if err != nil {
 		k.busy.Unlock()
-		return nil, err
 	}
-	return k, nil
+	return err
 }
 
 // leave adds n to the removals of k that are under way.

@@ -153,13 +153,12 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 	if a.Persist {
 		origin = fromState
 	}
+	k := &disk{cfg: x, origin: origin}
 	if err == nil {
-		err = s.d.addExport(ctx, x, origin, files)
+		err = s.d.addDisk(ctx, k, files)
 	}
 	if err == nil && a.Persist {
-		if err = s.d.keepExport(x.Name); err != nil {
-			err = errors.Join(err, s.d.removeExport(ctx, x.Name, true))
-		}
+		err = s.d.keepAdded(ctx, k, x.Name)
 	}
 	if err != nil {
 		return api.Export{}, told(err)
@@ -167,19 +166,37 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 	return s.Export(x.Name)
 }
 
-// keepExport writes the file of an export that was added to be kept, unless somebody
-// takes it away already.
-func (d *daemon) keepExport(name string) error {
-	k, err := d.beginChange(name)
-	if err != nil {
+// keepAdded writes the file of an export that was added to be kept, or takes it
+// away again.
+func (d *daemon) keepAdded(ctx context.Context, k *disk, name string) error {
+	err := d.writeAdded(k, name)
+	if err == nil {
+		return nil
+	}
+	away := d.takeAway(ctx, k, name, true, func() error { return nil })
+	if errors.Is(away, nbd.ErrUnknownExport) { // by somebody else
+		return err
+	}
+	return errors.Join(err, away)
+}
+
+// writeAdded is the first part of keepAdded. With an error the file is as it was
+// before.
+func (d *daemon) writeAdded(k *disk, name string) error {
+	if err := d.hold(k, name); err != nil {
 		return err
 	}
 	defer k.busy.Unlock()
-	if err := config.WriteExport(d.conf.Load().Control.State, k.cfg); err != nil {
-		return err
+	err := d.rewrite(k, k.cfg)
+	switch {
+	case err == nil:
+		d.disks.settle(k)
+	case errors.Is(err, config.ErrUnsynced) && k.inPlaceOf != nil:
+		err = errors.Join(err, d.rewrite(k, k.inPlaceOf.cfg))
+	case errors.Is(err, config.ErrUnsynced):
+		err = errors.Join(err, d.forgetKept(k, name))
 	}
-	d.disks.settle(k)
-	return nil
+	return err
 }
 
 // mayAdd refuses exports that the API cannot make.
