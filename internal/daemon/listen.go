@@ -31,6 +31,15 @@ type door struct {
 	closed error
 }
 
+// show has the door show some exports, or all if none is named.
+func (o *door) show(exports []string) {
+	if len(exports) == 0 {
+		o.scope.ShowAll()
+	} else {
+		o.scope.Show(exports...)
+	}
+}
+
 // Close stops accepting; it may be called again.
 func (o *door) Close() error {
 	o.once.Do(func() { o.closed = o.Listener.Close() })
@@ -76,10 +85,16 @@ func (s *doors) named(name string) (list []*door) {
 	return list
 }
 
+// sharedAt are the doors of a name that exports share.
+func (s *doors) sharedAt(name string) []*door {
+	return slices.DeleteFunc(s.named(name), func(o *door) bool { return o.own })
+}
+
 // shared are the doors at which an export without its own can be found.
 func (s *doors) shared(name string) (list []*door) {
 	for _, o := range s.all() {
-		if !o.own && (len(o.spec.Exports) == 0 || slices.Contains(o.spec.Exports, name)) {
+		names, all := o.scope.Names()
+		if !o.own && (all || slices.Contains(names, name)) {
 			list = append(list, o)
 		}
 	}
@@ -130,9 +145,7 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 	var list []*door
 	for _, x := range ls {
 		o := &door{Listener: x, name: l.URI, tls: mode, spec: l, kept: kept}
-		if len(l.Exports) > 0 {
-			o.scope.Show(l.Exports...)
-		}
+		o.show(l.Exports)
 		list = append(list, o)
 	}
 	return list, nil

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -16,8 +15,8 @@ import (
 
 // Reload applies what has changed in the configuration file. What comes is
 // opened before anything is taken away, and goes again if the rest fails. An
-// export that must be closed to be changed is opened as it was if it cannot be
-// opened as it shall be.
+// export or a listener that must be closed to be changed is opened as it was if
+// it cannot be opened as it shall be.
 func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	d := s.d
 	d.reloading.Lock()
@@ -52,50 +51,126 @@ var levels = map[string]slog.Level{
 // its clients.
 const reloadTimeout = 5 * time.Minute
 
-// apply does a reload: what comes, what changes, what goes.
-func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) (err error) {
-	var undo []func()
-	defer func() {
-		for i := len(undo) - 1; err != nil && i >= 0; i-- {
-			undo[i]()
+// reload is one that is under way.
+type reload struct {
+	d      *daemon
+	c      *config.Config // as it shall be
+	change *config.Change
+	undo   []func(context.Context) // of what is done, in its order
+	fresh  []*door                 // open; nothing is accepted at them before the end
+	late   []config.Listener       // added ones whose addresses were in use
+}
+
+// apply does a reload: what comes, what changes, and when all that is done, what
+// goes. If a step fails, those before it are undone.
+func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) error {
+	r := &reload{d: d, c: c, change: change}
+	for _, step := range [...]func(context.Context) error{
+		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
+	} {
+		if err := step(ctx); err != nil {
+			r.takeBack(ctx)
+			return err
 		}
-	}()
-	if err := d.groups.set(c.Groups); err != nil {
+	}
+	r.finish(ctx)
+	return nil
+}
+
+// takeBack undoes what was done, also after ctx has ended.
+func (r *reload) takeBack(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
+	defer cancel()
+	for _, undo := range slices.Backward(r.undo) {
+		undo(ctx)
+	}
+}
+
+func (r *reload) onError(undo func(context.Context)) { r.undo = append(r.undo, undo) }
+
+func (r *reload) setRates(context.Context) error {
+	if err := r.d.groups.set(r.c.Groups); err != nil {
 		return err
 	}
-	undo = append(undo, func() { _ = d.groups.set(d.conf.Load().Groups) }) // they were valid
-	rules, err := rulesOf(&c.Control)
+	r.onError(func(context.Context) { _ = r.d.groups.set(r.d.conf.Load().Groups) }) // they were valid
+	return nil
+}
+
+func (r *reload) setRules(context.Context) error {
+	rules, err := rulesOf(&r.c.Control)
 	if err != nil {
 		return err
 	}
-	old := d.rules.Swap(rules)
-	undo = append(undo, func() { d.rules.Store(old) })
-	for _, x := range change.Exports {
+	old := r.d.rules.Swap(rules)
+	r.onError(func(context.Context) { r.d.rules.Store(old) })
+	return nil
+}
+
+func (r *reload) addExports(ctx context.Context) error {
+	for _, x := range r.change.Exports {
 		if x.What != config.Add {
 			continue
 		}
-		if err := d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
+		if err := r.d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
-		undo = append(undo, func() { _ = d.removeExport(context.Background(), x.Name, true) })
+		r.onError(func(ctx context.Context) { _ = r.d.removeExport(ctx, x.Name, true) })
 	}
-	reopen := reopened(change)
-	for _, x := range change.Exports {
-		if k := d.disks.find(x.Name); x.What == config.Alter && k != nil && !slices.Contains(reopen, x.Name) {
-			old, err := d.exchange(k, *x.New)
-			if err != nil {
-				return fmt.Errorf("export %q: %w", x.Name, err)
-			}
-			undo = append(undo, func() { _, _ = d.exchange(k, old) }) // it was valid
+	return nil
+}
+
+// changeExports changes those that stay open.
+func (r *reload) changeExports(context.Context) error {
+	reopen := reopened(r.change)
+	for _, x := range r.change.Exports {
+		k := r.d.disks.find(x.Name)
+		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
+			continue
 		}
+		old, err := r.d.exchange(k, *x.New)
+		if err != nil {
+			return fmt.Errorf("export %q: %w", x.Name, err)
+		}
+		r.onError(func(context.Context) { _, _ = r.d.exchange(k, old) }) // it was valid
 	}
-	for _, name := range reopen {
-		x, _ := exportOf(c, name) // reopened names exports of c
-		if err := d.reopen(ctx, x, &undo); err != nil {
+	return nil
+}
+
+// reopenExports changes those that must be closed for it.
+func (r *reload) reopenExports(ctx context.Context) error {
+	for _, name := range reopened(r.change) {
+		x, _ := exportOf(r.c, name) // reopened names exports of c
+		undo, err := r.d.reopen(ctx, x)
+		if err != nil {
 			return fmt.Errorf("export %q: %w", name, err)
 		}
+		r.onError(undo)
 	}
-	return d.applyListeners(ctx, c, change)
+	return nil
+}
+
+// finish makes the new configuration the one that is served, and takes away what
+// goes. It cannot fail: what is left of an export that goes is logged.
+func (r *reload) finish(ctx context.Context) {
+	d := r.d
+	for _, o := range r.fresh {
+		d.accept(o)
+	}
+	d.conf.Store(r.c)
+	d.server.SetSlow(d.slow())
+	d.logs.SetLevel(levels[r.c.Log.Level])
+	for _, l := range r.listeners(config.Remove) {
+		d.closeDoors(d.doors.named(l.Old.URI))
+	}
+	for _, x := range r.change.Exports {
+		if x.What != config.Remove {
+			continue
+		}
+		d.disks.dropFailed(x.Name)
+		if err := d.removeExport(ctx, x.Name, true); err != nil {
+			d.log.Warn("export was not removed in good order", "export", x.Name, "error", err)
+		}
+	}
 }
 
 // exchange is change for who does not hold k.busy. It returns what was before.
@@ -138,74 +213,28 @@ func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
 	return c.Exports[i], true
 }
 
-// reopen closes an export and opens it as x says; if that fails, as it was.
-func (d *daemon) reopen(ctx context.Context, x config.Export, undo *[]func()) error {
+// reopen closes an export and opens it as x says; if that fails, as it was. It
+// returns what takes it back.
+func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context.Context), err error) {
+	remove := func(ctx context.Context) error { return d.removeExport(ctx, x.Name, true) }
 	k := d.disks.find(x.Name)
 	if k == nil {
 		d.disks.dropFailed(x.Name)
-		return d.addExport(ctx, x, fromConfig, nil)
+		return func(ctx context.Context) { _ = remove(ctx) }, d.addExport(ctx, x, fromConfig, nil)
 	}
 	old, _, _ := d.disks.look(k)
 	origin := k.origin
-	if err := d.removeExport(ctx, x.Name, true); err != nil {
-		return err
+	if err := remove(ctx); err != nil {
+		return nil, err
 	}
 	back := func() { d.tryExport(old, origin) }
 	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
 		back()
-		return err
+		return nil, err
 	}
-	*undo = append(*undo, func() {
-		if d.removeExport(context.Background(), x.Name, true) == nil {
+	return func(ctx context.Context) {
+		if remove(ctx) == nil {
 			back()
 		}
-	})
-	return nil
-}
-
-// applyListeners makes the shared listeners what c says, and takes away the
-// exports that go. From here on nothing is undone but a listener that cannot be
-// opened again.
-func (d *daemon) applyListeners(ctx context.Context, c *config.Config, change *config.Change) error {
-	var errs []error
-	for _, l := range change.Listeners {
-		if l.Export != "" {
-			continue
-		}
-		if l.What != config.Add {
-			d.closeDoors(d.doors.named(l.Old.URI))
-		}
-		if l.What != config.Remove {
-			errs = append(errs, d.share(ctx, *l.New))
-		}
-	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	d.conf.Store(c)
-	d.server.SetSlow(d.slow())
-	d.logs.SetLevel(levels[c.Log.Level])
-	for _, x := range change.Exports {
-		if x.What != config.Remove {
-			continue
-		}
-		d.disks.dropFailed(x.Name)
-		if err := d.removeExport(ctx, x.Name, true); err != nil {
-			d.log.Warn("export was not removed in good order", "export", x.Name, "error", err)
-		}
-	}
-	return nil
-}
-
-// share opens a listener that exports share.
-func (d *daemon) share(ctx context.Context, l config.Listener) error {
-	list, err := d.openDoor(ctx, l)
-	if err != nil {
-		return err
-	}
-	d.doors.add(list...)
-	for _, o := range list {
-		d.accept(o)
-	}
-	return nil
+	}, nil
 }

@@ -111,7 +111,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	if err := config.RemoveInstead(state, name); err != nil || named || !ok {
 		return f, err
 	}
-	if err := d.reopen(ctx, x, new([]func())); err != nil {
+	if _, err := d.reopen(ctx, x); err != nil {
 		if i != nil {
 			err = errors.Join(err, config.WriteInstead(state, *i))
 		}

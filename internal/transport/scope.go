@@ -17,6 +17,9 @@ func (s *Scope) Show(names ...string) {
 	s.names.Store(&names)
 }
 
+// ShowAll has the listener show all exports.
+func (s *Scope) ShowAll() { s.names.Store(nil) }
+
 // Names are the exports that are shown, in the order of Show. all says that
 // there is no such list; so does a nil Scope.
 func (s *Scope) Names() (names []string, all bool) {

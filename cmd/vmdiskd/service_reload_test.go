@@ -1,0 +1,130 @@
+package main
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// reload gives the service another configuration and has it read.
+func (s *testService) reload(more string) error {
+	s.Helper()
+	s.configure(more)
+	_, err := s.ctl.Reload(s.Context(), false)
+	return err
+}
+
+// answers tells whether a Unix socket of the service does.
+func (s *testService) answers(name string) bool {
+	c, err := net.Dial("unix", filepath.Join(s.dir, name))
+	if err != nil {
+		return false
+	}
+	return c.Close() == nil
+}
+
+func (s *testService) wantAnswers(when string, want map[string]bool) {
+	s.Helper()
+	for name, want := range want {
+		if got := s.answers(name); got != want {
+			s.Errorf("%s: %s answers: got %t, want %t", when, name, got, want)
+		}
+	}
+}
+
+// unixListener is a listener of a configuration.
+func unixListener(name, more string) string {
+	return "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/" + name + "\"\n" + more
+}
+
+// TestFailedReloadChangesNoListener: what goes and what changes is there as it
+// was, what came has gone, and the file can be mended without a restart.
+func TestFailedReloadChangesNoListener(t *testing.T) {
+	s := newService(t, exportA+unixListener("one", ""))
+	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := exportA + unixListener("two", "") + unixListener("busy", "")
+	if err := s.reload(next); err == nil {
+		t.Error("a listener was opened where another server listens")
+	}
+	s.wantAnswers("one goes, busy cannot come", map[string]bool{"one": true, "two": false})
+	if err := s.reload(exportA + unixListener("one", "owner = \"no-such-user\"\n")); err == nil {
+		t.Error("a listener was given to a user that there is not")
+	}
+	s.wantAnswers("one cannot be changed", map[string]bool{"one": true, "nbd": true})
+	if got := s.size("nbd+unix:///a?socket=" + filepath.Join(s.dir, "one")); got != "1048576" {
+		t.Errorf("size at what was opened again: got %q, want 1048576", got)
+	}
+	if err := busy.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(next); err != nil {
+		t.Errorf("when the cause is mended: %v", err)
+	}
+	s.wantAnswers("one has gone", map[string]bool{"one": false, "two": true, "busy": true})
+	s.stop()
+}
+
+// TestExportsOfAListenerChangeInUse: the socket stays the same one.
+func TestExportsOfAListenerChangeInUse(t *testing.T) {
+	s := newService(t, exportA+exportB+unixListener("one", "exports = [\"a\"]\n"))
+	path := filepath.Join(s.dir, "one")
+	before, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportA + exportB + unixListener("one", "exports = [\"b\"]\n")); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) || !after.ModTime().Equal(before.ModTime()) {
+		t.Errorf("socket: got %v, %v, want the one that was there", after, err)
+	}
+	for name, want := range map[string]string{"a": "", "b": "1048576"} {
+		if got := s.size("nbd+unix:///" + name + "?socket=" + path); got != want {
+			t.Errorf("size of %s: got %q, want %q", name, got, want)
+		}
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || strings.Contains(strings.Join(x.URIs, " "), path) {
+		t.Errorf("a: got %+v, %v, want none of its addresses at the listener", x, err)
+	}
+	s.stop()
+}
+
+// TestListenerTakesTheAddressOfAnother: of one that goes, and of one whose export
+// keeps it no more. If it cannot, the other stays.
+func TestListenerTakesTheAddressOfAnother(t *testing.T) {
+	addr, one := tcpListener(t)
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := "[[listener]]\nuri = \"nbd://0.0.0.0:" + port + "\"\n"
+	own := exportA + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
+	s := newService(t, one+own)
+	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer busy.Close()
+	if err := s.reload(all + own + unixListener("busy", "")); err == nil {
+		t.Error("a listener was opened where another server listens")
+	}
+	if c, err := net.Dial("tcp", addr); err != nil {
+		t.Errorf("after a reload that failed: %v", err)
+	} else {
+		c.Close()
+	}
+	if err := s.reload(all + exportA + unixListener("own", "")); err != nil {
+		t.Fatal(err)
+	}
+	for _, uri := range []string{"nbd://127.0.0.2:" + port + "/a", "nbd+unix:///a?socket=" + filepath.Join(s.dir, "own")} {
+		if got := s.size(uri); got != "1048576" {
+			t.Errorf("size at %s: got %q, want 1048576", uri, got)
+		}
+	}
+	s.stop()
+}
