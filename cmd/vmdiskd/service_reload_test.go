@@ -4,8 +4,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
 // reload gives the service another configuration and has it read.
@@ -127,4 +132,113 @@ func TestListenerTakesTheAddressOfAnother(t *testing.T) {
 		}
 	}
 	s.stop()
+}
+
+// hangingReload begins a reload that removes the export b and waits for a read of
+// it, until b is resumed.
+func (s *testService) hangingReload() {
+	s.Helper()
+	if err := s.ctl.Pause(s.Context(), "b", 0); err != nil {
+		s.Fatal(err)
+	}
+	reader := s.open("b")
+	reader.request(wire.CmdRead, 1, 0, 512, nil)
+	s.await("the read hangs", func() bool {
+		all, err := s.ctl.Clients(s.Context(), new(string("b")))
+		return err == nil && len(all) == 1 && all[0].InFlight == 1
+	})
+	s.configure(exportA)
+	s.signal(syscall.SIGHUP)
+	s.await("the reload waits", func() bool { return slices.Contains(s.states(), "b draining") })
+}
+
+func (s *testService) signal(sig syscall.Signal) {
+	s.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// hearManager notes the words of the service manager that the next service of
+// the test says, in order, and returns them when that has ended.
+func hearManager(t *testing.T) (end func() []string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "notify")
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NOTIFY_SOCKET", path)
+	var said []string
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for b := make([]byte, 4096); ; {
+			n, err := c.Read(b)
+			if err != nil {
+				return
+			}
+			if word, _, ok := strings.Cut(string(b[:n]), "=1\n"); ok {
+				if said = append(said, word); word == "STOPPING" {
+					return
+				}
+			}
+		}
+	}()
+	t.Cleanup(func() { c.Close(); <-done })
+	return func() []string {
+		select {
+		case <-done:
+		case <-time.After(hangLimit):
+			c.Close()
+			<-done
+		}
+		return said
+	}
+}
+
+// TestStopDoesNotWaitForAReload: the end begins while a reload waits for a
+// client, and a second signal ends the service at once.
+func TestStopDoesNotWaitForAReload(t *testing.T) {
+	said := hearManager(t)
+	s := newService(t, exportA+exportB)
+	s.hangingReload()
+	s.signal(syscall.SIGTERM)
+	s.await("the end begins", func() bool { return !exists(filepath.Join(s.dir, "nbd")) })
+	s.signal(syscall.SIGTERM)
+	select {
+	case <-s.done:
+		if got := s.cmd.ProcessState.ExitCode(); got != 1 {
+			t.Errorf("exit status: got %d, want 1", got)
+		}
+	case <-time.After(hangLimit):
+		t.Fatal("the service does not end")
+	}
+	if got, want := said(), []string{"READY", "RELOADING", "STOPPING"}; !slices.Equal(got, want) {
+		t.Errorf("the service manager was told %q, want %q", got, want)
+	}
+}
+
+// TestReloadsTakeTurns: signals that come during a reload are one more of them.
+func TestReloadsTakeTurns(t *testing.T) {
+	said := hearManager(t)
+	s := newService(t, exportA+exportB)
+	s.hangingReload()
+	s.configure(exportA + "[[export]]\nname = \"c\"\nimage = \"1M\"\nformat = \"mem\"\n")
+	for range 5 {
+		s.signal(syscall.SIGHUP)
+	}
+	s.open("a").works()
+	if got := s.states(); !slices.Equal(got, []string{"a ready", "b draining"}) {
+		t.Errorf("exports during the first reload: got %q", got)
+	}
+	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	s.await("the second reload is done", func() bool { return slices.Equal(s.states(), []string{"a ready", "c ready"}) })
+	s.await("it is told", func() bool { return strings.Count(s.log(), "reloaded") == 2 })
+	s.stop()
+	if got, want := said(), []string{"READY", "RELOADING", "READY", "RELOADING", "READY", "STOPPING"}; !slices.Equal(got, want) {
+		t.Errorf("the service manager was told %q, want %q", got, want)
+	}
 }

@@ -60,6 +60,8 @@ type daemon struct {
 
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
+	stopping context.Context // ends when the daemon begins to stop: what changes it is given up
+	stop     context.CancelFunc
 	accepted sync.WaitGroup // accept loops and the connections they made
 	refused  atomic.Uint64  // connections that no export is for
 	finished chan error     // a captive command or the one stdio client ended
@@ -83,6 +85,7 @@ func Run(cfg Config) (status int, err error) {
 	d.conf.Store(cfg.Service)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	defer d.cancel()
+	d.stopping, d.stop = context.WithCancel(d.ctx)
 	signals := catchSignals()
 	defer signals.stop()
 
@@ -367,9 +370,19 @@ func (d *daemon) serveStdio() error {
 }
 
 // wait blocks until a signal, the captive command or the stdio client ends
-// the run.
+// the run. Nothing reloads any more when it returns, unless what a reload waits
+// for does not answer.
 func (d *daemon) wait(signals *signals) (int, error) {
+	var reloaded chan struct{} // closed by the reload that runs; nil if none does
+	defer func() {
+		d.stop()
+		d.leaveReload(reloaded)
+	}()
 	for {
+		hup := signals.reload
+		if reloaded != nil {
+			hup = nil // one that comes now waits in its channel
+		}
 		select {
 		case sig := <-signals.stopping:
 			if d.refuseStop(sig) {
@@ -379,8 +392,13 @@ func (d *daemon) wait(signals *signals) (int, error) {
 			_ = d.boss.Stopping("finishing what is in flight") // it has sent the signal
 			signals.exitOnNext(d.lastResort)
 			return 0, nil
-		case <-signals.reload:
-			d.reload()
+		case <-hup:
+			_ = d.boss.Reloading() // its own error is in the log of the service manager
+			reloaded = make(chan struct{})
+			go d.reload(reloaded)
+		case <-reloaded:
+			reloaded = nil
+			_ = d.boss.Ready(d.summary())
 		case err := <-d.finished:
 			var exit exitStatus
 			if errors.As(err, &exit) {
@@ -391,19 +409,31 @@ func (d *daemon) wait(signals *signals) (int, error) {
 	}
 }
 
-// reload is SIGHUP. Each handshake looks whether certificates have changed;
-// the signal does it at once and shows mistakes in the log.
-func (d *daemon) reload() {
-	_ = d.boss.Reloading() // its own error is in the log of the service manager
+// reload is SIGHUP; it closes done. Each handshake looks whether certificates
+// have changed; the signal does it at once and shows mistakes in the log.
+func (d *daemon) reload(done chan<- struct{}) {
+	defer close(done)
 	if d.conf.Load() != nil {
-		r, err := service{d}.Reload(d.ctx, false)
+		r, err := service{d}.Reload(d.stopping, false)
 		d.log.Info("reloaded", "changes", r.Changes, "error", err)
 	}
-	_ = d.boss.Ready(d.summary())
 	if d.creds != nil {
 		d.creds.ServerConfig()
 	}
 	d.reloadKeys()
+}
+
+// leaveReload waits for the end of a reload that was given up. done is nil if
+// there is none.
+func (d *daemon) leaveReload(done <-chan struct{}) {
+	if done == nil {
+		return
+	}
+	select {
+	case <-done:
+	case <-time.After(d.drain()):
+		d.log.Error("a reload does not end", "limit", d.drain())
+	}
 }
 
 // close takes down what start has built: no new clients, requests in flight

@@ -69,7 +69,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
 	} {
 		if err := step(ctx); err != nil {
-			r.takeBack(ctx)
+			r.takeBack()
 			return err
 		}
 	}
@@ -77,10 +77,14 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	return nil
 }
 
-// takeBack undoes what was done, also after ctx has ended.
-func (r *reload) takeBack(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
+// takeBack undoes what was done. A daemon that stops takes down all there is, so
+// that nothing has to come back.
+func (r *reload) takeBack() {
+	ctx, cancel := context.WithTimeout(r.d.stopping, openTimeout)
 	defer cancel()
+	if ctx.Err() != nil {
+		return
+	}
 	for _, undo := range slices.Backward(r.undo) {
 		undo(ctx)
 	}

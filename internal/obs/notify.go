@@ -83,7 +83,7 @@ func (s *Supervisor) Ready(status string) error {
 }
 
 // Reloading says that the configuration is read anew. Ready ends it, whatever
-// comes of it.
+// comes of it, and so does Stopping.
 func (s *Supervisor) Reloading() error {
 	return s.tell(daemon.SdNotifyReloading, strings.TrimSpace(daemon.SdNotifyMonotonicUsec()))
 }
