@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
@@ -134,19 +137,25 @@ func TestListenerTakesTheAddressOfAnother(t *testing.T) {
 	s.stop()
 }
 
+// hang has a client of an export that waits for a read, until the export is
+// resumed.
+func (s *testService) hang(name string) {
+	s.Helper()
+	if err := s.ctl.Pause(s.Context(), name, 0); err != nil {
+		s.Fatal(err)
+	}
+	s.open(name).request(wire.CmdRead, 1, 0, 512, nil)
+	s.await("the read hangs", func() bool {
+		all, err := s.ctl.Clients(s.Context(), &name)
+		return err == nil && len(all) == 1 && all[0].InFlight == 1
+	})
+}
+
 // hangingReload begins a reload that removes the export b and waits for a read of
 // it, until b is resumed.
 func (s *testService) hangingReload() {
 	s.Helper()
-	if err := s.ctl.Pause(s.Context(), "b", 0); err != nil {
-		s.Fatal(err)
-	}
-	reader := s.open("b")
-	reader.request(wire.CmdRead, 1, 0, 512, nil)
-	s.await("the read hangs", func() bool {
-		all, err := s.ctl.Clients(s.Context(), new(string("b")))
-		return err == nil && len(all) == 1 && all[0].InFlight == 1
-	})
+	s.hang("b")
 	s.configure(exportA)
 	s.signal(syscall.SIGHUP)
 	s.await("the reload waits", func() bool { return slices.Contains(s.states(), "b draining") })
@@ -241,4 +250,62 @@ func TestReloadsTakeTurns(t *testing.T) {
 	if got, want := said(), []string{"READY", "RELOADING", "READY", "RELOADING", "READY", "STOPPING"}; !slices.Equal(got, want) {
 		t.Errorf("the service manager was told %q, want %q", got, want)
 	}
+}
+
+// leave has a caller leave while what it asked for waits for the clients of b.
+func (s *testService) leave(ask func(context.Context) error) {
+	s.Helper()
+	ctx, cancel := context.WithCancel(s.Context())
+	defer cancel()
+	left := make(chan error, 1)
+	go func() { left <- ask(ctx) }()
+	s.await("b waits for its client", func() bool { return slices.Contains(s.states(), "b draining") })
+	cancel()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		s.Errorf("caller that left: got %v, want %v", err, context.Canceled)
+	}
+}
+
+// TestReloadDoesNotEndWithItsCaller: it is done when the client has left.
+func TestReloadDoesNotEndWithItsCaller(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	s.hang("b")
+	s.configure(exportA + exportB + "flush-on-close = true\n")
+	s.leave(func(ctx context.Context) error { _, err := s.ctl.Reload(ctx, false); return err })
+	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	s.await("b is as the file says", func() bool {
+		x, err := s.ctl.Export(t.Context(), "b")
+		return err == nil && x.State == "ready" && x.FlushOnClose
+	})
+	s.open("b").reads(1)
+	s.stop()
+}
+
+// TestExportWhoseClientsDoNotLeaveStays: when nobody waits any more for its end
+// it is served as it was, and its overlay is not forgotten.
+func TestExportWhoseClientsDoNotLeaveStays(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	overlay := filepath.Join(s.dir, "top.qcow2")
+	if _, err := s.ctl.Snapshot(t.Context(), "b", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	s.hang("b")
+	s.leave(func(ctx context.Context) error { _, err := s.ctl.Forget(ctx, "b", true, false); return err })
+	s.await("b can be opened", func() bool { return !slices.Contains(s.states(), "b draining") })
+	next := s.open("b")
+	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	next.reads(1)
+	if x, err := s.ctl.Export(t.Context(), "b"); err != nil || x.State != "ready" || x.Image != overlay {
+		t.Errorf("b: got %+v, %v, want it with its overlay", x, err)
+	}
+	s.stop()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "b"); err != nil || x.Image != overlay {
+		t.Errorf("b after a restart: got %+v, %v, want it with its overlay", x, err)
+	}
+	s.stop()
 }

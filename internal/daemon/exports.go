@@ -360,7 +360,7 @@ func (d *daemon) addKept(state string) error {
 
 // tryExport opens an export, or notes why it does not work.
 func (d *daemon) tryExport(x config.Export, origin string) {
-	ctx, cancel := context.WithTimeout(d.ctx, openTimeout)
+	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
 	if err := d.addExport(ctx, x, origin, nil); err != nil {
 		d.log.Error("export cannot be opened", "export", x.Name, "error", err)

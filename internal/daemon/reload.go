@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -10,14 +11,16 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
 // Reload applies what has changed in the configuration file. What comes is
 // opened before anything is taken away, and goes again if the rest fails. An
 // export or a listener that must be closed to be changed is opened as it was if
-// it cannot be opened as it shall be.
-func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
+// it cannot be opened as it shall be. A reload that has begun does not end with
+// its caller, but with the daemon.
+func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	d := s.d
 	d.reloading.Lock()
 	defer d.reloading.Unlock()
@@ -33,7 +36,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	case change.Restart():
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + change.String()}
 	}
-	ctx, cancel := context.WithTimeout(ctx, reloadTimeout)
+	ctx, cancel := context.WithTimeout(d.stopping, reloadTimeout)
 	defer cancel()
 	if err := d.apply(ctx, c, change); err != nil {
 		return api.Reload{}, told(err)
@@ -118,7 +121,7 @@ func (r *reload) addExports(ctx context.Context) error {
 		if err := r.d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
-		r.onError(func(ctx context.Context) { _ = r.d.removeExport(ctx, x.Name, true) })
+		r.onError(func(ctx context.Context) { r.d.retire(ctx, x.Name) })
 	}
 	return nil
 }
@@ -171,9 +174,25 @@ func (r *reload) finish(ctx context.Context) {
 			continue
 		}
 		d.disks.dropFailed(x.Name)
-		if err := d.removeExport(ctx, x.Name, true); err != nil {
-			d.log.Warn("export was not removed in good order", "export", x.Name, "error", err)
-		}
+		d.retire(ctx, x.Name)
+	}
+}
+
+// retire removes an export. Where clients hold that up beyond ctx, it is done
+// when they have left.
+func (d *daemon) retire(ctx context.Context, name string) {
+	err := d.removeExport(ctx, name, true)
+	if !errors.Is(err, export.ErrInUse) || d.stopping.Err() != nil {
+		d.tellRetired(name, err)
+		return
+	}
+	d.log.Warn("export is removed when its clients have left", "export", name)
+	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, name, true)) })
+}
+
+func (d *daemon) tellRetired(name string, err error) {
+	if err != nil {
+		d.log.Warn("export was not removed in good order", "export", name, "error", err)
 	}
 }
 
@@ -220,25 +239,39 @@ func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
 // reopen closes an export and opens it as x says; if that fails, as it was. It
 // returns what takes it back.
 func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context.Context), err error) {
-	remove := func(ctx context.Context) error { return d.removeExport(ctx, x.Name, true) }
 	k := d.disks.find(x.Name)
 	if k == nil {
 		d.disks.dropFailed(x.Name)
-		return func(ctx context.Context) { _ = remove(ctx) }, d.addExport(ctx, x, fromConfig, nil)
+		return func(ctx context.Context) { d.retire(ctx, x.Name) }, d.addExport(ctx, x, fromConfig, nil)
 	}
 	old, _, _ := d.disks.look(k)
-	origin := k.origin
-	if err := remove(ctx); err != nil {
+	back := func() { d.tryExport(old, k.origin) }
+	if err := d.makeRoom(ctx, x.Name); err != nil {
+		if d.disks.get(x.Name) == nil {
+			back()
+		}
 		return nil, err
 	}
-	back := func() { d.tryExport(old, origin) }
 	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
 		back()
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		if remove(ctx) == nil {
+		if err := d.makeRoom(ctx, x.Name); err != nil {
+			d.log.Error("export stays changed", "export", x.Name, "error", err)
+		}
+		if d.disks.get(x.Name) == nil {
 			back()
 		}
 	}, nil
+}
+
+// makeRoom removes an export that comes back. If its clients do not leave before
+// ctx ends, it stays.
+func (d *daemon) makeRoom(ctx context.Context, name string) error {
+	err := d.removeExport(ctx, name, true)
+	if errors.Is(err, export.ErrInUse) {
+		d.exports.Readmit(name)
+	}
+	return err
 }

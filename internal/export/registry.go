@@ -80,10 +80,11 @@ type Registry struct {
 
 // entry is an export; its fields are guarded by Registry.mu.
 type entry struct {
-	spec  Spec
-	state State
-	users int
-	idle  chan struct{} // not nil while somebody waits for users to be 0
+	spec     Spec
+	state    State
+	users    int
+	removing int           // Removes that are under way
+	idle     chan struct{} // not nil while somebody waits for users to be 0
 
 	shut    chan struct{} // not nil once the disk is being closed, closed when it is
 	shutErr error         // of that; set before shut is closed
@@ -92,6 +93,12 @@ type entry struct {
 	leave context.CancelFunc
 	cut   context.Context // ends when they are not waited for any more
 	sever context.CancelFunc
+}
+
+// welcome is for connections that nobody has told to leave.
+func (e *entry) welcome() {
+	e.gone, e.leave = context.WithCancel(context.Background())
+	e.cut, e.sever = context.WithCancel(context.Background())
 }
 
 // Errors of the registry. ErrInUse is also that of a Remove that may not wait.
@@ -134,8 +141,7 @@ func (r *Registry) AddOpening(s Spec, open func() (backing.Device, error)) error
 		s.Stats = new(obs.ExportStats)
 	}
 	e := &entry{spec: s, state: Opening}
-	e.gone, e.leave = context.WithCancel(context.Background())
-	e.cut, e.sever = context.WithCancel(context.Background())
+	e.welcome()
 	r.mu.Lock()
 	if _, ok := r.byName[s.Name]; ok || r.closed {
 		r.mu.Unlock()
@@ -216,7 +222,7 @@ func (r *Registry) Update(name string, f func(*Settings)) error {
 // use stays: ErrInUse. With it, what is in flight when ctx ends is given up. When
 // all have left, the disk is flushed and closed. If the storage still has
 // requests then, the export stays in the state Draining, and Remove can be
-// called again.
+// called again, or Readmit.
 func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 	r.mu.Lock()
 	e := r.byName[name]
@@ -230,7 +236,9 @@ func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 	}
 	first := e.state == Ready
 	e.state = Draining
+	e.removing++
 	r.mu.Unlock()
+	defer r.removed(e)
 	if first {
 		r.tell(name, Draining)
 	}

@@ -1,0 +1,25 @@
+package export
+
+// Readmit makes an export ready again that a Remove has left in the state
+// Draining, and tells whether there is such a one. Clients that were told to
+// leave still do. While another Remove waits, that one has its way.
+func (r *Registry) Readmit(name string) bool {
+	r.mu.Lock()
+	e := r.byName[name]
+	if e == nil || e.state != Draining || e.removing > 0 || e.spec.Device == nil {
+		r.mu.Unlock()
+		return false
+	}
+	e.state = Ready
+	e.welcome()
+	r.mu.Unlock()
+	r.tell(name, Ready)
+	return true
+}
+
+// removed is the end of a Remove that found e.
+func (r *Registry) removed(e *entry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e.removing--
+}
