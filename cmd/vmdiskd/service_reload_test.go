@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -307,5 +308,83 @@ func TestExportWhoseClientsDoNotLeaveStays(t *testing.T) {
 	if x, err := s.ctl.Export(t.Context(), "b"); err != nil || x.Image != overlay {
 		t.Errorf("b after a restart: got %+v, %v, want it with its overlay", x, err)
 	}
+	s.stop()
+}
+
+// wantExports compares the names, states and origins of all exports.
+func (s *testService) wantExports(when string, want ...string) {
+	s.Helper()
+	all, err := s.ctl.Exports(s.Context())
+	if err != nil {
+		s.Fatal(err)
+	}
+	var got []string
+	for _, x := range all {
+		got = append(got, strings.Join([]string{x.Name, x.State, x.Origin}, " "))
+	}
+	if !slices.Equal(got, want) {
+		s.Errorf("%s: got the exports %q, want %q", when, got, want)
+	}
+}
+
+const exportLost = "[[export]]\nname = \"lost\"\nimage = \"DIR/lost.img\"\n"
+
+// TestFailedExportsComeBack: one that is changed and fails again is still known,
+// and each reload tries it, whether it is changed or not.
+func TestFailedExportsComeBack(t *testing.T) {
+	s := newService(t, exportA+exportLost)
+	image := filepath.Join(s.dir, "lost.img")
+	if err := s.reload(exportA + exportLost + "cache = \"none\"\n"); err == nil {
+		t.Error("an export without an image was changed")
+	}
+	s.wantExports("after a reload that failed", "a ready config", "lost failed config")
+	if err := s.reload(exportA + exportLost + "description = \"new\"\n"); err != nil {
+		t.Errorf("a change of what does not concern the image: %v", err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "lost"); err != nil || x.Description != "new" || x.State != "failed" {
+		t.Errorf("lost: got %+v, %v, want it failed with its description", x, err)
+	}
+	if err := os.WriteFile(image, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, dry := range []bool{true, false} {
+		r, err := s.ctl.Reload(t.Context(), dry)
+		if want := []string{`try export "lost" again`}; err != nil || !slices.Equal(r.Changes, want) {
+			t.Errorf("reload when the image is there: got %q, %v, want %q", r.Changes, err, want)
+		}
+	}
+	s.wantExports("when the image is there", "a ready config", "lost ready config")
+	if got := s.size(s.uri("lost")); got != "4096" {
+		t.Errorf("size: got %q, want 4096", got)
+	}
+	if r, err := s.ctl.Reload(t.Context(), false); err != nil || len(r.Changes) > 0 {
+		t.Errorf("when all are open: got %q, %v, want no changes", r.Changes, err)
+	}
+	s.stop()
+}
+
+// TestReloadTouchesNoExportOfTheAPI, also if it has taken the name of one of the
+// configuration.
+func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
+	s := newService(t, exportLost)
+	x := config.Export{Name: "lost", Image: filepath.Join(s.dir, "a.img")}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x, Persist: true}); err != nil {
+		t.Fatal(err)
+	}
+	reader := s.open("lost")
+	for _, more := range []string{"description = \"new\"\n", "cache = \"none\"\n"} {
+		wantCode(t, "a change of what has another's name", s.reload(exportLost+more), api.CodeExists)
+	}
+	if err := s.reload(""); err != nil {
+		t.Error(err)
+	}
+	s.wantExports("when the configuration drops its own", "lost ready state")
+	if x, err := s.ctl.Export(t.Context(), "lost"); err != nil || x.Description != "" {
+		t.Errorf("got %+v, %v, want no description", x, err)
+	}
+	reader.reads(1)
+	s.stop()
+	s.start()
+	s.wantExports("after a restart", "lost ready state")
 	s.stop()
 }

@@ -15,11 +15,11 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
-// Reload applies what has changed in the configuration file. What comes is
-// opened before anything is taken away, and goes again if the rest fails. An
-// export or a listener that must be closed to be changed is opened as it was if
-// it cannot be opened as it shall be. A reload that has begun does not end with
-// its caller, but with the daemon.
+// Reload applies what has changed in the configuration file, and tries again to
+// open exports that have failed. What comes is opened before anything is taken
+// away, and goes again if the rest fails. An export or a listener that must be
+// closed to be changed is opened as it was if it cannot be opened as it shall
+// be. A reload that has begun does not end with its caller, but with the daemon.
 func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	d := s.d
 	d.reloading.Lock()
@@ -29,9 +29,9 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
 	change := config.Diff(d.conf.Load(), c)
-	r := api.Reload{DryRun: dryRun, Changes: change.Lines()}
+	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(change)...)}
 	switch {
-	case dryRun || change.Empty():
+	case dryRun || len(r.Changes) == 0:
 		return r, nil
 	case change.Restart():
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + change.String()}
@@ -41,6 +41,7 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.apply(ctx, c, change); err != nil {
 		return api.Reload{}, told(err)
 	}
+	d.retry(ctx)
 	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: strings.Join(r.Changes, "; ")})
 	return r, nil
 }
@@ -130,7 +131,7 @@ func (r *reload) addExports(ctx context.Context) error {
 func (r *reload) changeExports(context.Context) error {
 	reopen := reopened(r.change)
 	for _, x := range r.change.Exports {
-		k := r.d.disks.find(x.Name)
+		k := r.d.disks.find(x.Name) // retry opens what has failed
 		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
 			continue
 		}
@@ -173,8 +174,39 @@ func (r *reload) finish(ctx context.Context) {
 		if x.What != config.Remove {
 			continue
 		}
-		d.disks.dropFailed(x.Name)
-		d.retire(ctx, x.Name)
+		switch k := d.disks.get(x.Name); {
+		case k == nil || k.origin != fromConfig: // another has taken the name
+		case d.disks.find(x.Name) == nil:
+			d.disks.dropFailed(x.Name)
+		default:
+			d.retire(ctx, x.Name)
+		}
+	}
+}
+
+// retries are the lines of a reload for what it tries to open again.
+func (d *daemon) retries(change *config.Change) (lines []string) {
+	for _, k := range d.disks.failed() {
+		x, _, _ := d.disks.look(k)
+		if !slices.ContainsFunc(change.Exports, func(c config.ExportChange) bool { return c.Name == x.Name }) {
+			lines = append(lines, fmt.Sprintf("try export %q again", x.Name))
+		}
+	}
+	return lines
+}
+
+// retry tries to open what could not be opened: its image may have been mended.
+func (d *daemon) retry(ctx context.Context) {
+	for _, k := range d.disks.failed() {
+		x, _, _ := d.disks.look(k)
+		known := true
+		if k.origin == fromConfig {
+			x, known = exportOf(d.conf.Load(), x.Name)
+		}
+		if known && ctx.Err() == nil {
+			d.disks.dropFailed(x.Name)
+			d.tryExport(x, k.origin)
+		}
 	}
 }
 
@@ -201,13 +233,18 @@ func (d *daemon) exchange(k *disk, x config.Export) (old config.Export, err erro
 	k.busy.Lock()
 	defer k.busy.Unlock()
 	old = k.cfg
-	if k.origin == fromConfig {
-		if x, err = d.placed(x); err != nil {
-			return old, err
-		}
+	if k.origin != fromConfig {
+		return old, errTaken
+	}
+	if x, err = d.placed(x); err != nil {
+		return old, err
 	}
 	return old, d.change(k, x)
 }
+
+// errTaken is for an export of the configuration that cannot be changed: it had
+// failed or was removed, and another has its name.
+var errTaken = fmt.Errorf("%w: one of the control API has taken the name", export.ErrExists)
 
 // reopened are the exports that must be closed to be changed: also those that
 // get other listeners.
@@ -239,10 +276,12 @@ func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
 // reopen closes an export and opens it as x says; if that fails, as it was. It
 // returns what takes it back.
 func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context.Context), err error) {
-	k := d.disks.find(x.Name)
-	if k == nil {
-		d.disks.dropFailed(x.Name)
-		return func(ctx context.Context) { d.retire(ctx, x.Name) }, d.addExport(ctx, x, fromConfig, nil)
+	k := d.disks.get(x.Name)
+	switch {
+	case k != nil && k.origin != fromConfig:
+		return nil, errTaken
+	case d.disks.find(x.Name) == nil:
+		return d.openAgain(ctx, x, k)
 	}
 	old, _, _ := d.disks.look(k)
 	back := func() { d.tryExport(old, k.origin) }
@@ -263,6 +302,25 @@ func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context
 		if d.disks.get(x.Name) == nil {
 			back()
 		}
+	}, nil
+}
+
+// openAgain opens an export that has failed, or for nil one that was removed. If
+// it fails again, it stays what it was.
+func (d *daemon) openAgain(ctx context.Context, x config.Export, failed *disk) (undo func(context.Context), err error) {
+	d.disks.dropFailed(x.Name)
+	back := func() {
+		if failed != nil {
+			_ = d.disks.claim(failed) // a name that is taken has its own export
+		}
+	}
+	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
+		back()
+		return nil, err
+	}
+	return func(ctx context.Context) {
+		d.retire(ctx, x.Name)
+		back()
 	}, nil
 }
 
