@@ -326,7 +326,7 @@ const openTimeout = time.Minute
 // other guests do not depend on it.
 func (d *daemon) addConfigured() error {
 	c := d.conf.Load()
-	if err := d.groups.set(c.Groups); err != nil {
+	if _, err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
 	for i := range c.Exports {

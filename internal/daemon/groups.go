@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"maps"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
@@ -21,24 +22,50 @@ func (g *groups) find(name string) *layer.Limiter {
 	return g.byName[name]
 }
 
-// set makes the groups those of the configuration. What stays changes for the
-// exports that use it; what goes limits them as long as they are open.
-func (g *groups) set(rates map[string]config.Rate) error {
+// set gives the groups of a configuration their rates, also for the exports that
+// use them, and adds those that there are not. What the configuration does not
+// have stays until keep, so that exports can be taken out of it, and put back by
+// undo: that leaves every group the limiter and the rates that it had.
+func (g *groups) set(rates map[string]config.Rate) (undo func(), err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	next := map[string]*layer.Limiter{}
+	old, before := maps.Clone(g.byName), map[*layer.Limiter]layer.Rates{}
+	undoLocked := func() {
+		g.byName = old
+		for l, r := range before {
+			_ = l.Set(r) // they were valid
+		}
+	}
+	if g.byName == nil {
+		g.byName = map[string]*layer.Limiter{}
+	}
 	for name, r := range rates {
 		l, err := g.byName[name], error(nil)
 		if l == nil {
 			l, err = layer.NewLimiter(ratesOf(&r))
 		} else {
+			before[l] = l.Rates()
 			err = l.Set(ratesOf(&r))
 		}
 		if err != nil {
-			return fmt.Errorf("rate group %q: %w", name, err)
+			undoLocked()
+			return nil, fmt.Errorf("rate group %q: %w", name, err)
 		}
-		next[name] = l
+		g.byName[name] = l
 	}
-	g.byName = next
-	return nil
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		undoLocked()
+	}, nil
+}
+
+// keep forgets the groups that a configuration does not have.
+func (g *groups) keep(rates map[string]config.Rate) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	maps.DeleteFunc(g.byName, func(name string, _ *layer.Limiter) bool {
+		_, has := rates[name]
+		return !has
+	})
 }

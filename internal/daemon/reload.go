@@ -97,11 +97,11 @@ func (r *reload) takeBack() {
 func (r *reload) onError(undo func(context.Context)) { r.undo = append(r.undo, undo) }
 
 func (r *reload) setRates(context.Context) error {
-	if err := r.d.groups.set(r.c.Groups); err != nil {
-		return err
+	undo, err := r.d.groups.set(r.c.Groups)
+	if err == nil {
+		r.onError(func(context.Context) { undo() })
 	}
-	r.onError(func(context.Context) { _ = r.d.groups.set(r.d.conf.Load().Groups) }) // they were valid
-	return nil
+	return err
 }
 
 func (r *reload) setRules(context.Context) error {
@@ -165,6 +165,7 @@ func (r *reload) finish(ctx context.Context) {
 		d.accept(o)
 	}
 	d.conf.Store(r.c)
+	d.groups.keep(r.c.Groups)
 	d.server.SetSlow(d.slow())
 	d.logs.SetLevel(levels[r.c.Log.Level])
 	for _, l := range r.listeners(config.Remove) {
