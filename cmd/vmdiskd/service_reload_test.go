@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -386,5 +387,54 @@ func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
 	s.stop()
 	s.start()
 	s.wantExports("after a restart", "lost ready state")
+	s.stop()
+}
+
+// TestRateGroupOfAnExportChangesInUse: into a group whose second write waits for
+// more than an hour, and out of it.
+func TestRateGroupOfAnExportChangesInUse(t *testing.T) {
+	const still, quick = "[rate-group.g]\nwrite-bytes = 1\n", "[rate-group.g]\nwrite-bytes = \"1G\"\n"
+	s := newService(t, still+exportA)
+	k := s.open("a")
+	write := func(cookie uint64) { k.request(wire.CmdWrite, cookie, 0, 4096, make([]byte, 4096)) }
+	answered := func(want uint64) {
+		t.Helper()
+		if e, got := k.reply(); e != wire.OK || got != want {
+			t.Fatalf("got %v for %d, want OK for %d", e, got, want)
+		}
+	}
+	for cookie := range uint64(3) {
+		write(1000 + cookie)
+		answered(1000 + cookie)
+	}
+	if err := s.reload(still + exportA + "rate-group = \"g\"\n"); err != nil {
+		t.Fatal(err)
+	}
+	write(2000)
+	answered(2000)
+	write(2001)
+	k.reads(100) // nothing else is answered meanwhile
+	text := "new"
+	if x, err := s.ctl.Patch(t.Context(), "a", api.Patch{Description: &text}); err != nil || x.RateGroup != "g" {
+		t.Errorf("patch: got %+v, %v, want it in its group", x, err)
+	}
+	write(2002)
+	k.reads(100)
+	if err := s.reload(still + exportA); err != nil {
+		t.Fatal(err)
+	}
+	write(3000)
+	answered(3000)
+	if err := s.reload(quick + exportA); err != nil { // those that wait are let go
+		t.Fatal(err)
+	}
+	got := map[uint64]wire.Errno{}
+	for range 2 {
+		e, cookie := k.reply()
+		got[cookie] = e
+	}
+	if want := map[uint64]wire.Errno{2001: wire.OK, 2002: wire.OK}; !maps.Equal(got, want) {
+		t.Errorf("those that waited: got %v, want %v", got, want)
+	}
 	s.stop()
 }

@@ -288,6 +288,10 @@ func (d *daemon) change(k *disk, x config.Export) error {
 	if err != nil {
 		return err
 	}
+	limiters, err := d.limitersOf(k.stack, &x)
+	if err != nil {
+		return err
+	}
 	faults, err := faultsOf(x.Faults)
 	switch {
 	case err != nil:
@@ -299,7 +303,7 @@ func (d *daemon) change(k *disk, x config.Export) error {
 	case len(faults) > 0:
 		return &api.Error{Code: api.CodeForbidden, Text: "the daemon was started without --enable-fault-injection"}
 	}
-	if err := k.stack.rate.Set(ratesOf(x.Rate)); err != nil {
+	if err := errors.Join(k.stack.own.Set(ratesOf(x.Rate)), k.stack.rate.Set(limiters)); err != nil {
 		return err
 	}
 	k.stack.log.Set(x.LogRequests)

@@ -17,7 +17,8 @@ import (
 type stack struct {
 	top   backing.Device
 	swap  *layer.Swap // the image is below it
-	rate  *layer.Limiter
+	rate  *layer.RateLimit
+	own   *layer.Limiter // one of those of rate; the other is that of the group
 	log   *layer.RequestLog
 	fault *layer.Faults // only with --enable-fault-injection
 	pause *layer.Pause
@@ -205,23 +206,33 @@ func (d *daemon) putRate(s *stack, x *config.Export) (err error) {
 	if !d.served() {
 		return nil
 	}
-	if s.rate, err = layer.NewLimiter(ratesOf(x.Rate)); err != nil {
+	if s.own, err = layer.NewLimiter(ratesOf(x.Rate)); err != nil {
 		return fmt.Errorf("rate: %w", err)
 	}
-	o := layer.RateOptions{Limiters: []*layer.Limiter{s.rate}}
-	if x.RateGroup != "" {
-		g := d.groups.find(x.RateGroup)
-		if g == nil {
-			return fmt.Errorf("there is no rate group %q", x.RateGroup)
-		}
-		o.Limiters = append(o.Limiters, g)
+	o, err := d.limitersOf(s, x)
+	if err != nil {
+		return err
 	}
 	l, err := layer.NewRateLimit(s.top, o)
 	if err != nil {
 		return fmt.Errorf("rate: %w", err)
 	}
-	s.top = l
+	s.rate, s.top = l, l
 	return nil
+}
+
+// limitersOf are the disk's own limiter and that of the group that x names.
+func (d *daemon) limitersOf(s *stack, x *config.Export) (o layer.RateOptions, err error) {
+	o.Limiters = append(o.Limiters, s.own)
+	if x.RateGroup == "" {
+		return o, nil
+	}
+	g := d.groups.find(x.RateGroup)
+	if g == nil {
+		return o, fmt.Errorf("there is no rate group %q", x.RateGroup)
+	}
+	o.Limiters = append(o.Limiters, g)
+	return o, nil
 }
 
 // ratesOf are the limits of the configuration as the layer wants them; nil is

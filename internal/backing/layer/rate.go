@@ -2,6 +2,7 @@ package layer
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -105,6 +106,10 @@ type RateOptions struct {
 	Limiters []*Limiter
 }
 
+// limiters of a disk at one time: what a request takes from them it puts back
+// into them, whatever limits the disk then.
+type limiters []*Limiter
+
 // RateLimit makes requests wait until all limiters have tokens for them. A
 // read or a write counts with its bytes; so does zeroing where the disk has to
 // write the zeroes. All others count as requests only.
@@ -113,24 +118,34 @@ type RateOptions struct {
 // follows waits the longer.
 type RateLimit struct {
 	backing.Passthrough
-	limiters []*Limiter
+	limiters atomic.Pointer[limiters]
 	fastZero bool
 }
 
 // NewRateLimit stands on dev. No more than limits.RateGroups limiters, else
 // ErrInvalid.
 func NewRateLimit(dev backing.Device, o RateOptions) (*RateLimit, error) {
-	if len(o.Limiters) > 1+limits.RateGroups {
-		return nil, invalid("limit rate", "more than %d groups", limits.RateGroups)
-	}
 	l := &RateLimit{Passthrough: backing.Passthrough{Next: dev}, fastZero: dev.Info().Caps.Has(backing.CanFastZero)}
-	l.limiters = append(l.limiters, o.Limiters...)
+	if err := l.Set(o); err != nil {
+		return nil, err
+	}
 	return l, nil
 }
 
+// Set changes the limiters for requests that come. Those that wait do so where
+// they are. Too many are ErrInvalid, as for NewRateLimit, and change nothing.
+func (l *RateLimit) Set(o RateOptions) error {
+	if len(o.Limiters) > 1+limits.RateGroups {
+		return invalid("limit rate", "more than %d groups", limits.RateGroups)
+	}
+	all := limiters(slices.Clone(o.Limiters))
+	l.limiters.Store(&all)
+	return nil
+}
+
 // try takes all tokens of a request, or none.
-func (l *RateLimit) try(write bool, n int64) bool {
-	for i, lim := range l.limiters {
+func (l limiters) try(write bool, n int64) bool {
+	for i, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
@@ -138,7 +153,7 @@ func (l *RateLimit) try(write bool, n int64) bool {
 		for j, s := range shares {
 			if !s.b.try(s.n) {
 				putBack(shares[:j])
-				l.putBack(write, n, i)
+				l[:i].putBack(write, n)
 				return false
 			}
 		}
@@ -147,8 +162,8 @@ func (l *RateLimit) try(write bool, n int64) bool {
 }
 
 // take waits for the tokens of a request.
-func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
-	for i, lim := range l.limiters {
+func (l limiters) take(ctx context.Context, write bool, n int64) error {
+	for i, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
@@ -156,7 +171,7 @@ func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
 		for j, s := range shares {
 			if err := s.b.take(ctx, s.n); err != nil {
 				putBack(shares[:j])
-				l.putBack(write, n, i)
+				l[:i].putBack(write, n)
 				return err
 			}
 		}
@@ -164,9 +179,9 @@ func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
 	return nil
 }
 
-// putBack returns what a request took from the first limiters.
-func (l *RateLimit) putBack(write bool, n int64, count int) {
-	for _, lim := range l.limiters[:count] {
+// putBack returns what a request took.
+func (l limiters) putBack(write bool, n int64) {
+	for _, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
@@ -179,6 +194,10 @@ func putBack(shares []share) {
 	for _, s := range shares {
 		s.b.putBack(s.n)
 	}
+}
+
+func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
+	return l.limiters.Load().take(ctx, write, n)
 }
 
 func (l *RateLimit) ReadAt(ctx context.Context, p []byte, off int64) error {
@@ -251,11 +270,12 @@ func (l *RateLimit) Extents(ctx context.Context, off, n int64, f backing.Flags, 
 // Map forwards while there are tokens.
 func (l *RateLimit) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	write := op != engine.OpRead
-	if !l.try(write, n) {
+	all := *l.limiters.Load()
+	if !all.try(write, n) {
 		return backing.ErrNotMappable
 	}
 	if err := l.Next.Map(op, off, n, m); err != nil {
-		l.putBack(write, n, len(l.limiters))
+		all.putBack(write, n)
 		return err
 	}
 	return nil

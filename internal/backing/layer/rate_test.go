@@ -361,3 +361,60 @@ func TestRateLimitMapsWithoutAllocating(t *testing.T) {
 		t.Errorf("map: got %v allocations, want none", n)
 	}
 }
+
+// TestLimitersChangeInUse: what comes is limited by the new ones; what waits does
+// so where it is.
+func TestLimitersChangeInUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow := must(layer.NewLimiter(layer.Rates{Write: layer.Rate{Bytes: 1000}}))
+		slower := must(layer.NewLimiter(layer.Rates{Write: layer.Rate{Bytes: 100}}))
+		d := limited(mem.Null(1 << 30))
+		write := func() error { return d.WriteAt(t.Context(), make([]byte, 10000), 0, 0) }
+		for _, tt := range []struct {
+			limiters []*layer.Limiter
+			want     time.Duration // of what waits behind a write
+		}{{[]*layer.Limiter{slow}, 10 * time.Second}, {[]*layer.Limiter{slow, slower}, 100 * time.Second}, {nil, 0}} {
+			if err := d.Set(layer.RateOptions{Limiters: tt.limiters}); err != nil {
+				t.Fatal(err)
+			}
+			if err := write(); err != nil {
+				t.Fatal(err)
+			}
+			if got := elapsed(t, write); got < tt.want*9/10 || got > tt.want*11/10 {
+				t.Errorf("with %d limiters a write waits %v, want %v", len(tt.limiters), got, tt.want)
+			}
+		}
+		isKind(t, "groups", d.Set(layer.RateOptions{Limiters: make([]*layer.Limiter, limits.RateGroups+2)}), backing.ErrInvalid)
+		if got := elapsed(t, write); got != 0 {
+			t.Errorf("after limiters that were refused a write waits %v", got)
+		}
+	})
+}
+
+// changing has its limiters changed by each Map, which it refuses.
+type changing struct {
+	backing.Device
+	change func()
+}
+
+func (c *changing) Map(engine.Op, int64, int64, *backing.Mapping) error {
+	c.change()
+	return backing.ErrNotMappable
+}
+
+func TestTokensGoBackWhereTheyCameFrom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lim := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Ops: 1, Burst: 3 * time.Second}}))
+		all := layer.RateOptions{Limiters: []*layer.Limiter{lim}}
+		dev := &changing{Device: mem.Null(1 << 20)}
+		d := must(layer.NewRateLimit(dev, all))
+		dev.change = func() { must(0, d.Set(layer.RateOptions{})) }
+		isKind(t, "map", d.Map(engine.OpRead, 0, 10, new(backing.Mapping)), backing.ErrNotMappable)
+		must(0, d.Set(all))
+		for range 3 {
+			if got := elapsed(t, func() error { return d.ReadAt(t.Context(), make([]byte, 10), 0) }); got != 0 {
+				t.Errorf("a read of a burst of 3 waited %v", got)
+			}
+		}
+	})
+}
