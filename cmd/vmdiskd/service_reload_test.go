@@ -438,3 +438,36 @@ func TestRateGroupOfAnExportChangesInUse(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestRateGroupInUseStays: a reload that removes the group of an export of the
+// API is refused whole. Those of the configuration leave theirs with it.
+func TestRateGroupInUseStays(t *testing.T) {
+	const group = "[rate-group.g]\nops = 1000\n"
+	s := newService(t, group+exportA+"rate-group = \"g\"\n")
+	kept := config.Export{Name: "k", Image: filepath.Join(s.dir, "b.img"), RateGroup: "g"}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: kept, Persist: true}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.reload(exportA + "description = \"new\"\n")
+	wantCode(t, "a reload without the group of k", err, api.CodeInUse)
+	if err != nil && !strings.Contains(err.Error(), `export "k"`) {
+		t.Errorf("got %q, want the export named", err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.RateGroup != "g" || x.Description != "" {
+		t.Errorf("a: got %+v, %v, want it as it was", x, err)
+	}
+	if _, err := s.ctl.Reload(t.Context(), true); err == nil {
+		t.Error("a dry run does not tell")
+	}
+	s.stop()
+	s.configure(group + exportA)
+	s.start()
+	s.wantExports("after a restart", "a ready config", "k ready state")
+	if err := s.ctl.Remove(t.Context(), "k", true, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportA); err != nil {
+		t.Errorf("when k has gone: %v", err)
+	}
+	s.stop()
+}

@@ -405,3 +405,15 @@ func (s *disks) failed() []*disk {
 	slices.SortFunc(list, func(a, b *disk) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
 	return list
 }
+
+// usesGroup names an export in a rate group, the configuration's own aside.
+func (s *disks) usesGroup(group string) (name string, used bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range s.byName {
+		if k.origin != fromConfig && k.cfg.RateGroup == group {
+			return k.cfg.Name, true
+		}
+	}
+	return "", false
+}

@@ -29,6 +29,9 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
 	change := config.Diff(d.conf.Load(), c)
+	if err := d.mayDrop(change); err != nil {
+		return api.Reload{}, err
+	}
 	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(change)...)}
 	switch {
 	case dryRun || len(r.Changes) == 0:
@@ -44,6 +47,20 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	d.retry(ctx)
 	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: strings.Join(r.Changes, "; ")})
 	return r, nil
+}
+
+// mayDrop refuses to remove a rate group that an export uses which does not come
+// from the configuration: if it is kept, a restart could not open it.
+func (d *daemon) mayDrop(change *config.Change) error {
+	for _, g := range change.Groups {
+		if g.What != config.Remove {
+			continue
+		}
+		if name, used := d.disks.usesGroup(g.Name); used {
+			return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("rate group %q cannot be removed: export %q, which was added by the control API, is in it", g.Name, name)}
+		}
+	}
+	return nil
 }
 
 // levels are the words of the configuration.
