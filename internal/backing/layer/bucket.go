@@ -62,7 +62,7 @@ func (b *bucket) fillLocked(now time.Time) {
 
 // takeLocked takes n tokens, or tells how long it will be until they are there.
 func (b *bucket) takeLocked(n float64) (wait time.Duration) {
-	if b.rate == 0 || n == 0 {
+	if b.rate == 0 {
 		return 0
 	}
 	b.fillLocked(time.Now())
@@ -79,8 +79,12 @@ func waitFor(seconds float64) time.Duration {
 	return max(time.Duration(min(seconds, time.Hour.Seconds())*float64(time.Second)), 1)
 }
 
-// try takes n tokens if they are there and nobody waits for any.
+// try takes n tokens if they are there and nobody waits for any. Who takes none
+// waits for nobody.
 func (b *bucket) try(n int64) bool {
+	if n == 0 {
+		return true
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.rate == 0 {

@@ -418,3 +418,39 @@ func TestTokensGoBackWhereTheyCameFrom(t *testing.T) {
 		}
 	})
 }
+
+// TestWhatHasNoBytesWaitsForNone: a flush covers what is written, not what waits
+// to be written. Where requests count it has its turn among them.
+func TestWhatHasNoBytesWaitsForNone(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		rates layer.Rates
+		want  time.Duration
+	}{
+		{"bytes", layer.Rates{Write: layer.Rate{Bytes: 1000}}, 0},
+		{"bytes of all", layer.Rates{Total: layer.Rate{Bytes: 1000}}, 0},
+		{"requests", layer.Rates{Total: layer.Rate{Ops: 1}}, 2 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := limited(mem.Null(1<<30), tt.rates)
+				write := func() error { return d.WriteAt(t.Context(), make([]byte, 10000), 0, 0) }
+				if err := write(); err != nil {
+					t.Fatal(err)
+				}
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					if err := write(); err != nil {
+						t.Errorf("write that waits: %v", err)
+					}
+				})
+				synctest.Wait()
+				got := elapsed(t, func() error { return d.Flush(t.Context()) })
+				if got < tt.want*95/100 || got > tt.want {
+					t.Errorf("flush beside a write that waits: took %v, want %v", got, tt.want)
+				}
+				wg.Wait()
+			})
+		})
+	}
+}
