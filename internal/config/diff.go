@@ -13,8 +13,9 @@ import (
 // What says what becomes of a thing in a reload.
 type What uint8
 
-// Values of What, in the order in which they are done: what goes makes room
-// for what comes.
+// Values of What, in the order of the lists. They are done in the reverse: what
+// comes is open before anything is taken away. So an image cannot go from one
+// export to another in a single reload.
 const (
 	Remove What = iota
 	Alter
