@@ -89,7 +89,11 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	for _, step := range [...]func(context.Context) error{
 		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
 	} {
-		if err := step(ctx); err != nil {
+		err := ctx.Err()
+		if err == nil {
+			err = step(ctx)
+		}
+		if err != nil {
 			r.takeBack()
 			return err
 		}

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -50,5 +51,19 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	}
 	if got := said.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "when its clients have left") {
 		t.Errorf("log: got %q, want one line", got)
+	}
+}
+
+// TestReloadThatComesTooLateDoesNothing: what stops opens no sockets any more.
+func TestReloadThatComesTooLateDoesNothing(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	d := &daemon{stopping: over}
+	c := &config.Config{Groups: map[string]config.Rate{"g": {Ops: 1}}}
+	if err := d.apply(over, c, config.Diff(&config.Config{}, c)); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want %v", err, context.Canceled)
+	}
+	if d.groups.find("g") != nil || d.conf.Load() != nil {
+		t.Error("the configuration was applied")
 	}
 }
