@@ -471,3 +471,32 @@ func TestRateGroupInUseStays(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestListenerIsTheSameHoweverItIsSpelt: it can be changed and removed after a
+// reload in which its address was written in another way.
+func TestListenerIsTheSameHoweverItIsSpelt(t *testing.T) {
+	s := newService(t, exportA+unixListener("one", ""))
+	path := filepath.Join(s.dir, "one")
+	again := func(more string) string {
+		return strings.Replace(unixListener("one", more), "nbd+unix:///?", "NBD+UNIX://?", 1)
+	}
+	for _, tt := range []struct {
+		conf string
+		mode os.FileMode
+	}{
+		{exportA + "flush-on-close = true\n" + again(""), 0o600},
+		{exportA + again("mode = \"0660\"\n"), 0o660},
+		{exportA + unixListener("one", "mode = \"0640\"\n"), 0o640},
+	} {
+		if err := s.reload(tt.conf); err != nil {
+			t.Errorf("with mode %v: %v", tt.mode, err)
+		}
+		if fi, err := os.Lstat(path); err != nil || fi.Mode().Perm() != tt.mode {
+			t.Errorf("socket: got %v, %v, want the mode %v", fi, err, tt.mode)
+		}
+	}
+	if err := s.reload(exportA); err != nil || exists(path) {
+		t.Errorf("when it goes: %v, and the socket is there: %t", err, exists(path))
+	}
+	s.stop()
+}

@@ -194,6 +194,18 @@ func (c *Config) listeners() map[place]*Listener {
 	return m
 }
 
+// SpellAs gives the listeners that old has too the URIs that they have there. A
+// listener that is open goes by the URI by which it was opened, and one address
+// can be written in several ways.
+func (c *Config) SpellAs(old *Config) {
+	there := old.listeners()
+	for at, l := range c.listeners() {
+		if o := there[at]; o != nil {
+			l.URI = o.URI
+		}
+	}
+}
+
 func diffListeners(oldConfig, newConfig *Config) (list []ListenerChange) {
 	old, new := oldConfig.listeners(), newConfig.listeners()
 	m := match(old, new)

@@ -52,7 +52,7 @@ func (r *reload) share(ctx context.Context, l config.Listener) error {
 // moment.
 func (r *reload) changeListeners(ctx context.Context) error {
 	for _, l := range r.listeners(config.Alter) {
-		if l.Live && l.Old.URI == l.New.URI {
+		if l.Live {
 			r.show(l)
 			continue
 		}

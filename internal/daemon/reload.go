@@ -28,6 +28,7 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
+	c.SpellAs(d.conf.Load())
 	change := config.Diff(d.conf.Load(), c)
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
