@@ -21,9 +21,8 @@ type door struct {
 	transport.Listener
 	name string // what transport.Peer calls it
 	tls  nbd.TLSMode
-	spec config.Listener // zero for one of the command line
-	own  bool            // of a single export
-	kept string          // the name under which it waits for the next start, or ""
+	own  bool   // of a single export
+	kept string // the name under which it waits for the next start, or ""
 
 	scope transport.Scope
 
@@ -144,7 +143,7 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 	}
 	var list []*door
 	for _, x := range ls {
-		o := &door{Listener: x, name: l.URI, tls: mode, spec: l, kept: kept}
+		o := &door{Listener: x, name: l.URI, tls: mode, kept: kept}
 		o.show(l.Exports)
 		list = append(list, o)
 	}
