@@ -245,11 +245,11 @@ func (a *Aligned) modify(ctx context.Context, p []byte, off int64, fua bool) err
 func (a *Aligned) writeTail(ctx context.Context, p []byte, off int64, fua bool) (err error) {
 	a.tailMu.Lock()
 	defer a.tailMu.Unlock()
-	if err := setDirect(a.file.FD, false); err != nil {
+	if err := setDirect(a.file.FD(), false); err != nil {
 		return err
 	}
 	defer func() {
-		if e := setDirect(a.file.FD, true); err == nil {
+		if e := setDirect(a.file.FD(), true); err == nil {
 			err = e
 		}
 	}()

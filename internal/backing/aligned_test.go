@@ -141,7 +141,7 @@ func TestAlignedTailWriteKeepsSizeAndDirectness(t *testing.T) {
 		copy(want[r[0]:], p)
 		d.wantContents(t, want)
 	}
-	if fl, err := unix.FcntlInt(d.file.FD, unix.F_GETFL, 0); err != nil || fl&unix.O_DIRECT == 0 {
+	if fl, err := unix.FcntlInt(d.file.FD(), unix.F_GETFL, 0); err != nil || fl&unix.O_DIRECT == 0 {
 		t.Errorf("flags afterwards: got %#x, %v, want O_DIRECT", fl, err)
 	}
 }

@@ -71,7 +71,7 @@ func ReadCached(f *File, p []byte, off int64) int {
 	}
 	n := 0
 	for n < len(p) {
-		m, e := sysio.TryPread(f.FD, p[n:min(len(p), n+cachedChunk)], off+int64(n))
+		m, e := sysio.TryPread(f.FD(), p[n:min(len(p), n+cachedChunk)], off+int64(n))
 		if e != 0 || m == 0 {
 			break
 		}

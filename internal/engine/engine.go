@@ -8,6 +8,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"sync/atomic"
 )
 
 // Op says what an IO does.
@@ -72,28 +73,52 @@ func (io *IO) finish() {
 	}
 }
 
-// File is a file that an engine may work on. It stays valid until Close.
+// File is a file that an engine may work on. It stays valid until Close; what is
+// done with it after that fails with EBADF.
 type File struct {
 	OS     *os.File
-	FD     uintptr
 	Direct bool // opened with O_DIRECT: the page cache is not consulted
 	Align  int  // Direct: alignment of buffer address, offset and length
 
 	disk uint64 // number of the device that it is on, or is
 
-	// Index is the engine's registration of the file, or -1.
-	Index int32
+	// Both are NoFile when the file is closed: what had their values is then
+	// another file's.
+	fd    atomic.Uintptr
+	index atomic.Int32
 	close func() error
 }
 
-// NewFile is for implementations of Engine. closer undoes the registration
-// and may be nil; the os.File is closed after it.
-func NewFile(f *os.File, direct bool, align int, closer func() error) *File {
-	return &File{OS: f, FD: f.Fd(), Direct: direct, Align: align, disk: diskOf(f), Index: -1, close: closer}
+// NoFile is the descriptor of a closed file, which the kernel refuses, and the
+// registration of one that has none.
+const NoFile = -1
+
+// NewFile is for implementations of Engine. index is the engine's registration
+// of the file, or NoFile; closer undoes it and may be nil. The os.File is closed
+// after it.
+func NewFile(f *os.File, direct bool, align int, index int32, closer func() error) *File {
+	file := &File{OS: f, Direct: direct, Align: align, disk: diskOf(f), close: closer}
+	file.fd.Store(f.Fd())
+	file.index.Store(index)
+	return file
 }
 
-// Close gives the file back to the system. No IO on it may be in flight.
+// FD is the descriptor of the file, and one that is never open once the file is
+// closed. It is for one system call and not to be kept.
+func (f *File) FD() uintptr { return f.fd.Load() }
+
+// Index is the engine's registration of the file, or NoFile.
+func (f *File) Index() int32 { return f.index.Load() }
+
+// Close gives the file back to the system, once: further calls do nothing. No IO
+// on it may be in flight: a system call that has begun, with the number in its
+// hand, is not waited for.
 func (f *File) Close() error {
+	const closed = ^uintptr(0) // NoFile
+	if f.fd.Swap(closed) == closed {
+		return nil
+	}
+	f.index.Store(NoFile)
 	var err error
 	if f.close != nil {
 		err = f.close()

@@ -13,7 +13,7 @@ import (
 func (f *File) WriteCached(p []byte, off int64) (int, error) {
 	done := 0
 	for done < len(p) {
-		n, e := sysio.Pwrite(f.FD, p[done:], off+int64(done), false)
+		n, e := sysio.Pwrite(f.FD(), p[done:], off+int64(done), false)
 		switch {
 		case e == syscall.EINTR || e == syscall.EAGAIN:
 		case e != 0:
@@ -36,6 +36,6 @@ func (f *File) Cached(off, n int64) bool {
 	if f.Direct || n <= 0 {
 		return false
 	}
-	pages, e := sysio.TryCached(f.FD, off, n)
+	pages, e := sysio.TryCached(f.FD(), off, n)
 	return e == 0 && pages >= (off+n-1)/pageSize-off/pageSize+1
 }

@@ -67,7 +67,7 @@ func (p *Pool) Open(f *os.File) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return NewFile(f, direct, align, nil), nil
+	return NewFile(f, direct, align, NoFile, nil), nil
 }
 
 // ReadNow fills p from the page cache.
@@ -170,7 +170,7 @@ func (p *Pool) take(of *flow, cost int64) *IO {
 func run(io *IO) {
 	var t Transfer
 	for more := t.Start(io); more; {
-		n, e := syscallFor(io.File.FD, t.Next())
+		n, e := syscallFor(io.File.FD(), t.Next())
 		more = !t.Finish(n, e)
 	}
 }

@@ -260,7 +260,7 @@ func (l *socketLink) doTryFile(fd uintptr) { l.doFile(fd) }
 // doFile reports false when the socket is full.
 func (l *socketLink) doFile(fd uintptr) bool {
 	for l.sn < l.want {
-		n, e := sysio.TrySendfile(fd, l.file.FD, l.off+int64(l.sn), l.want-l.sn)
+		n, e := sysio.TrySendfile(fd, l.file.FD(), l.off+int64(l.sn), l.want-l.sn)
 		switch {
 		case e == syscall.EINTR:
 		case e == syscall.EAGAIN:

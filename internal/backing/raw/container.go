@@ -18,7 +18,7 @@ func (d *Device) Fixed() bool { return d.geo.block }
 
 // End asks the file where it ends now.
 func (d *Device) End() (int64, error) {
-	n, err := currentSize(d.file.FD, d.geo.block)
+	n, err := currentSize(d.file.FD(), d.geo.block)
 	return n, d.failed("size", -1, 0, err)
 }
 
@@ -81,7 +81,7 @@ func (d *Device) Truncate(size int64) error {
 	}
 	defer d.seen.changed()
 	for {
-		err := unix.Ftruncate(int(d.file.FD), size)
+		err := unix.Ftruncate(int(d.file.FD()), size)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}

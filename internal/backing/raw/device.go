@@ -127,7 +127,7 @@ func (d *Device) capabilities() backing.Caps {
 		return c
 	}
 	c |= backing.CanWrite | backing.CanFUA | backing.CanTrim | backing.CanZero
-	if d.geo.block && d.geo.fastZero || !d.geo.block && punches(d.file.FD) {
+	if d.geo.block && d.geo.fastZero || !d.geo.block && punches(d.file.FD()) {
 		c |= backing.CanFastZero
 	}
 	return c
@@ -136,7 +136,7 @@ func (d *Device) capabilities() backing.Caps {
 // Info asks the file for its size again: growth is adopted. A file that
 // shrank keeps its size here, and reads beyond its end fail.
 func (d *Device) Info() backing.Info {
-	if now, err := currentSize(d.file.FD, d.geo.block); err == nil {
+	if now, err := currentSize(d.file.FD(), d.geo.block); err == nil {
 		for old := d.size.Load(); now > old && !d.size.CompareAndSwap(old, now); old = d.size.Load() {
 		}
 	}
@@ -176,7 +176,7 @@ func (d *Device) Cache(_ context.Context, off, n int64) error {
 	if d.geo.direct {
 		return backing.ErrNotSupported
 	}
-	err := unix.Fadvise(int(d.file.FD), off, n, unix.FADV_WILLNEED)
+	err := unix.Fadvise(int(d.file.FD()), off, n, unix.FADV_WILLNEED)
 	return d.failed("cache", off, n, err)
 }
 

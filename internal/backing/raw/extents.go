@@ -101,7 +101,7 @@ func (d *Device) runAt(off, end int64) (run, error) {
 		}
 	}
 	gen := d.seen.gen.Load()
-	r, err := seekRun(d.file.FD, off, end)
+	r, err := seekRun(d.file.FD(), off, end)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 		d.noSeek.Store(true)
 		return run{off, end, false}, nil
@@ -127,7 +127,7 @@ func (d *Device) stands(r run) bool {
 	if !r.hole {
 		return true
 	}
-	size, err := currentSize(d.file.FD, false)
+	size, err := currentSize(d.file.FD(), false)
 	return err == nil && size >= r.hi
 }
 

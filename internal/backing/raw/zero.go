@@ -194,7 +194,7 @@ func (d *Device) trim(ctx context.Context, off, n int64) error {
 	if l != nil {
 		defer l.Release()
 	}
-	if e := sysio.BlockDiscard(d.file.FD, lo, hi-lo); e != 0 {
+	if e := sysio.BlockDiscard(d.file.FD(), lo, hi-lo); e != 0 {
 		if e == unix.EOPNOTSUPP {
 			d.noDiscard.Store(true)
 		}

@@ -71,6 +71,7 @@ var claims = []struct {
 	{"SubmitDoesNotAllocate", submitDoesNotAllocate},
 	{"OnlyFilesAndBlockDevicesAreOpened", onlyFilesAndBlockDevicesAreOpened},
 	{"FilesComeAndGoWhileOthersWork", filesComeAndGo},
+	{"ClosedFileIsNotTheNextOne", closedFileIsNotTheNextOne},
 }
 
 // blockBytes is the grain of every offset and length in the suite, aligned

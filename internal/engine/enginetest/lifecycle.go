@@ -356,3 +356,39 @@ func filesComeAndGo(e *env) {
 	close(stop)
 	wg.Wait()
 }
+
+// closedFileIsNotTheNextOne opens a file in the place of one that was closed,
+// and makes every call on the closed one: what has its number now, or its place
+// in a table, is not what the caller means. So is closing it again.
+func closedFileIsNotTheNextOne(e *env) {
+	gone := e.openFile(e.create(pattern(blockBytes, 14)).OS.Name(), os.O_RDWR)
+	if err := gone.Close(); err != nil {
+		e.Fatal(err)
+	}
+	data := pattern(4*blockBytes, 15)
+	next := e.create(data)
+	for _, op := range []engine.Op{engine.OpRead, engine.OpWrite, engine.OpSync, engine.OpPunch, engine.OpZero} {
+		io := &engine.IO{Op: op, File: gone, Buf: e.buf(blockBytes), Len: blockBytes}
+		if err := engine.Do(e.Context(), e.eng, io); !errors.Is(err, syscall.EBADF) || io.N != 0 {
+			e.Errorf("%v of a closed file: %d bytes, %v, want %v", op, io.N, err, syscall.EBADF)
+		}
+	}
+	buf := make([]byte, blockBytes)
+	if n := e.eng.ReadNow(gone, buf, 0); n != 0 {
+		e.Errorf("ReadNow of a closed file = %d, want 0", n)
+	}
+	if n := e.eng.WriteNow(gone, buf, 0); n != 0 {
+		e.Errorf("WriteNow to a closed file = %d, want 0", n)
+	}
+	if gone.Cached(0, blockBytes) {
+		e.Error("the page cache has a closed file")
+	}
+	if err := gone.Close(); err != nil {
+		e.Errorf("closing a closed file: %v", err)
+	}
+	io := &engine.IO{Op: engine.OpRead, File: next, Buf: e.buf(len(data))}
+	e.do(io)
+	if !bytes.Equal(io.Buf, data) || !bytes.Equal(e.contents(next), data) {
+		e.Error("the next file has other bytes")
+	}
+}

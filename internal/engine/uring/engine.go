@@ -189,14 +189,12 @@ func (e *Engine) Open(f *os.File) (*engine.File, error) {
 		}
 	}
 	if index < 0 {
-		return engine.NewFile(f, direct, align, nil), nil
+		return engine.NewFile(f, direct, align, engine.NoFile, nil), nil
 	}
 	if direct {
 		e.pinArena()
 	}
-	file := engine.NewFile(f, direct, align, func() error { return e.forget(index) })
-	file.Index = index
-	return file, nil
+	return engine.NewFile(f, direct, align, index, func() error { return e.forget(index) }), nil
 }
 
 // forget empties a place of the file table: only then does closing the file
@@ -284,7 +282,7 @@ func (e *Engine) WriteNow(f *engine.File, p []byte, off int64) int {
 func (e *Engine) Submit(batch []*engine.IO) {
 	var l list
 	for i, io := range batch {
-		if io.File.Index < 0 {
+		if io.File.Index() < 0 {
 			e.pool.Submit(batch[i : i+1])
 			continue
 		}

@@ -79,8 +79,8 @@ func TestFilesBeyondTheTableWork(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if inTable := f.Index >= 0; inTable != (i < 2) {
-			t.Errorf("file %d has index %d", i, f.Index)
+		if inTable := f.Index() >= 0; inTable != (i < 2) {
+			t.Errorf("file %d has index %d", i, f.Index())
 		}
 		files = append(files, f)
 	}
@@ -97,8 +97,8 @@ func TestFilesBeyondTheTableWork(t *testing.T) {
 		}
 	}
 	f, err := e.Open(tempFile(t, 4096, os.O_RDWR))
-	if err != nil || f.Index < 0 {
-		t.Errorf("after all were closed a file has index %d, %v", f.Index, err)
+	if err != nil || f.Index() < 0 {
+		t.Errorf("after all were closed a file has index %d, %v", f.Index(), err)
 	}
 	f.Close()
 }

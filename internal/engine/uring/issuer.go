@@ -168,7 +168,7 @@ func (s *issuer) queue(i uint32) bool {
 	sl := &s.slots[i]
 	file := sl.t.IO.File
 	c := sl.t.Next()
-	q.flags, q.fd = sqeFixedFile, file.Index
+	q.flags, q.fd = sqeFixedFile, file.Index()
 	q.userData = uint64(sl.gen)<<32 | uint64(i)
 	q.off = uint64(c.Off)
 	switch c.Op {
