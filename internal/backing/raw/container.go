@@ -18,6 +18,9 @@ func (d *Device) Fixed() bool { return d.geo.block }
 
 // End asks the file where it ends now.
 func (d *Device) End() (int64, error) {
+	if err := d.usable(); err != nil {
+		return 0, err
+	}
 	n, err := currentSize(d.file.FD(), d.geo.block)
 	return n, d.failed("size", -1, 0, err)
 }
@@ -27,6 +30,9 @@ func (d *Device) End() (int64, error) {
 func (d *Device) ReadSome(ctx context.Context, p []byte, off int64) (int, error) {
 	if err := inRange(off, int64(len(p))); err != nil {
 		return 0, d.failed("read", off, int64(len(p)), err)
+	}
+	if err := d.usable(); err != nil {
+		return 0, err
 	}
 	n, err := d.al.ReadAt(ctx, p, off)
 	return n, d.failed("read", off, int64(len(p)), err)

@@ -59,6 +59,7 @@ type Device struct {
 	size   atomic.Int64 // bytes, never falls
 	shrunk atomic.Bool  // a read found the file shorter than size; said once
 	tail   atomic.Bool  // direct: parts of blocks were written at a moving end
+	closed atomic.Bool
 
 	sync     syncer
 	durables durables
@@ -145,6 +146,9 @@ func (d *Device) Info() backing.Info {
 
 // ReadAt fills p. What lies beyond the end of a file that shrank is ErrIO.
 func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := d.usable(); err != nil {
+		return err
+	}
 	n, err := d.al.ReadAt(ctx, p, off)
 	if err == nil && n < len(p) {
 		err = io.ErrUnexpectedEOF
@@ -176,6 +180,9 @@ func (d *Device) Cache(_ context.Context, off, n int64) error {
 	if d.geo.direct {
 		return backing.ErrNotSupported
 	}
+	if err := d.usable(); err != nil {
+		return err
+	}
 	err := unix.Fadvise(int(d.file.FD()), off, n, unix.FADV_WILLNEED)
 	return d.failed("cache", off, n, err)
 }
@@ -184,6 +191,9 @@ func (d *Device) Cache(_ context.Context, off, n int64) error {
 func (d *Device) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	if size := d.size.Load(); off < 0 || n <= 0 || off > size || n > size-off || !d.al.Fits(off, n) {
 		return backing.ErrNotMappable
+	}
+	if err := d.usable(); err != nil {
+		return err
 	}
 	var lease backing.Lease
 	if op != engine.OpRead {
@@ -224,17 +234,32 @@ func (l *mappedWrite) Release() {
 	l.seen.mapped.Add(-1)
 }
 
-// Close gives up the locks and the file. It does not flush.
+// Close gives up the locks and the file, once: further calls do nothing. It does
+// not flush. All else that is called later fails, but for Info.
 func (d *Device) Close() error {
+	if d.closed.Swap(true) {
+		return nil
+	}
 	d.al.Close()
 	d.unlock()
 	return d.file.Close()
+}
+
+// usable tells that the device was closed, or nil.
+func (d *Device) usable() error {
+	if d.closed.Load() {
+		return &backing.Error{Op: "use", Path: d.opt.Path, Off: -1, Kind: backing.ErrIO, Err: os.ErrClosed}
+	}
+	return nil
 }
 
 // writable tells why the device takes no writes, or nil.
 func (d *Device) writable() error {
 	if d.opt.ReadOnly {
 		return backing.ErrReadOnly
+	}
+	if err := d.usable(); err != nil {
+		return err
 	}
 	return d.poisoned()
 }

@@ -328,3 +328,65 @@ func TestOddSizesKeepTheirSize(t *testing.T) {
 		}
 	})
 }
+
+// TestClosedDeviceIsNotTheNextOne: what is done with a device that was closed
+// fails, and has nothing to do with the one that serves the image after it.
+func TestClosedDeviceIsNotTheNextOne(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		e, path := newEngine(t, k.engine), tempImage(t, 64<<10)
+		var told error
+		gone := openRaw(t, path, e, k.direct, raw.Options{Poisoned: func(err error) { told = err }})
+		if err := gone.Close(); err != nil {
+			t.Fatal(err)
+		}
+		next := openRaw(t, path, e, k.direct, raw.Options{})
+		closeAfter(t, next)
+		for name, err := range callAll(gone) {
+			if !errors.Is(err, os.ErrClosed) || backing.KindOf(err) != backing.ErrIO {
+				t.Errorf("%s of a closed device: %v, want %v", name, err, os.ErrClosed)
+			}
+		}
+		if told != nil {
+			t.Errorf("a closed device tells of lost writes: %v", told)
+		}
+		if size := gone.Info().Size; size != 64<<10 {
+			t.Errorf("size of a closed device: %d", size)
+		}
+		if err := gone.Close(); err != nil {
+			t.Errorf("closing a closed device: %v", err)
+		}
+		if d, err := tryRaw(t, path, e, k.direct, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+			t.Errorf("another device of the same image: %v, want %v", err, backing.ErrLocked)
+			if err == nil {
+				_ = d.Close()
+			}
+		}
+		if err := next.WriteAt(t.Context(), []byte("next"), 0, backing.FUA); err != nil {
+			t.Errorf("write to the next one: %v", err)
+		}
+	})
+}
+
+// callAll has the errors of all calls that may fail.
+func callAll(d *raw.Device) map[string]error {
+	ctx, p := context.Background(), make([]byte, 4096)
+	var m backing.Mapping
+	_, end := d.End()
+	_, some := d.ReadSome(ctx, p[:100], 0)
+	all := map[string]error{
+		"ReadAt":   d.ReadAt(ctx, p[:100], 0),
+		"WriteAt":  d.WriteAt(ctx, p[:100], 0, 0),
+		"FUA":      d.WriteAt(ctx, p, 0, backing.FUA),
+		"Zero":     d.Zero(ctx, 0, 4096, 0),
+		"Trim":     d.Trim(ctx, 0, 4096, 0),
+		"Flush":    d.Flush(ctx),
+		"Extents":  d.Extents(ctx, 0, 4096, 0, func(backing.Extent) bool { return true }),
+		"read map": d.Map(engine.OpRead, 0, 4096, &m), "write map": d.Map(engine.OpWrite, 0, 4096, &m),
+		"Resize": d.Resize(ctx, 128<<10), "Truncate": d.Truncate(0), "Append": d.Append(ctx, p, 64<<10, 0),
+		"Punch": d.Punch(ctx, 0, 4096), "End": end, "ReadSome": some,
+	}
+	if d.Info().Caps.Has(backing.CanCache) {
+		all["Cache"] = d.Cache(ctx, 0, 4096)
+	}
+	return all
+}

@@ -73,6 +73,9 @@ func (x *extents) keep(r run, gen uint64) {
 // system that knows no holes, and what lies beyond the end of a file that
 // shrank: who reads that finds out.
 func (d *Device) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	if err := d.usable(); err != nil {
+		return err
+	}
 	for end := off + n; off < end; {
 		if err := ctx.Err(); err != nil {
 			return err

@@ -22,8 +22,8 @@ type syncer struct {
 // Flush makes all writes durable that were answered before it. After a
 // failure, it fails for ever.
 func (d *Device) Flush(ctx context.Context) error {
-	if d.opt.ReadOnly {
-		return nil
+	if err := d.usable(); err != nil || d.opt.ReadOnly {
+		return err
 	}
 	s := &d.sync
 	s.mu.Lock()
