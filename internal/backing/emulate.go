@@ -3,6 +3,8 @@ package backing
 import (
 	"context"
 	"errors"
+	"os"
+	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -12,10 +14,12 @@ var zeroes [256 << 10]byte
 
 // Emulate gives a format what it lacks: zeroing by writes, FUA by flush, one
 // data extent for a device that knows no holes, and a Trim and Cache that do
-// nothing. Info shows the sum.
+// nothing. Info shows the sum. It also gives it an end: what is called after Close
+// fails, and Close works once, whatever the format has in memory.
 type Emulate struct {
 	Passthrough
 	native Caps
+	closed atomic.Bool
 }
 
 // NewEmulate stands above the format.
@@ -33,12 +37,51 @@ func (e *Emulate) Info() Info {
 	return i
 }
 
+// Close closes the format, once.
+func (e *Emulate) Close() error {
+	if e.closed.Swap(true) {
+		return nil
+	}
+	return e.Next.Close()
+}
+
+// errClosed is the answer of a disk that was closed.
+var errClosed error = &Error{Op: "use", Off: -1, Kind: ErrIO, Err: os.ErrClosed}
+
+// usable is errClosed after Close.
+func (e *Emulate) usable() error {
+	if e.closed.Load() {
+		return errClosed
+	}
+	return nil
+}
+
 // Map forwards: emulation changes no bytes.
 func (e *Emulate) Map(op engine.Op, off, n int64, m *Mapping) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	return e.Next.Map(op, off, n, m)
 }
 
+func (e *Emulate) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
+	return e.Next.ReadAt(ctx, p, off)
+}
+
+func (e *Emulate) Flush(ctx context.Context) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
+	return e.Next.Flush(ctx)
+}
+
 func (e *Emulate) WriteAt(ctx context.Context, p []byte, off int64, f Flags) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	if f&FUA == 0 || e.native.Has(CanFUA) {
 		return e.Next.WriteAt(ctx, p, off, f)
 	}
@@ -50,6 +93,9 @@ func (e *Emulate) WriteAt(ctx context.Context, p []byte, off int64, f Flags) err
 
 // Zero falls back to writing zeroes, unless the caller wanted it fast.
 func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	var err error = ErrNotSupported
 	if e.native.Has(CanZero) {
 		fua := f & FUA
@@ -81,6 +127,9 @@ func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
 
 // Trim is a hint: what the device cannot do is done by doing nothing.
 func (e *Emulate) Trim(ctx context.Context, off, n int64, f Flags) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	if e.native.Has(CanTrim) {
 		fua := f & FUA
 		if !e.native.Has(CanFUA) {
@@ -100,6 +149,9 @@ func (e *Emulate) Trim(ctx context.Context, off, n int64, f Flags) error {
 
 // Cache is a hint too.
 func (e *Emulate) Cache(ctx context.Context, off, n int64) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	if !e.native.Has(CanCache) {
 		return nil
 	}
@@ -110,9 +162,26 @@ func (e *Emulate) Cache(ctx context.Context, off, n int64) error {
 }
 
 func (e *Emulate) Extents(ctx context.Context, off, n int64, f Flags, yield func(Extent) bool) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
 	if !e.native.Has(CanExtents) {
 		yield(Extent{Len: n})
 		return nil
 	}
 	return e.Next.Extents(ctx, off, n, f, yield)
+}
+
+func (e *Emulate) Describe(ctx context.Context, name string, off, n int64, f Flags, yield func(Status) bool) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
+	return e.Passthrough.Describe(ctx, name, off, n, f, yield)
+}
+
+func (e *Emulate) Resize(ctx context.Context, size int64) error {
+	if err := e.usable(); err != nil {
+		return err
+	}
+	return e.Passthrough.Resize(ctx, size)
 }

@@ -34,6 +34,9 @@ type Maker struct {
 
 	// Forgets: writes are dropped.
 	Forgets bool
+
+	// Ends: what is called after Close fails, and a second Close does nothing.
+	Ends bool
 }
 
 // Run checks everything that backing.Device promises.
@@ -60,6 +63,7 @@ func Run(t *testing.T, m Maker) {
 		{"NeighboursDoNotDisturbEachOther", neighbours},
 		{"EverythingAtOnce", everythingAtOnce},
 		{"ContentsOutliveReopen", outliveReopen},
+		{"ClosedDeviceFails", closedFails},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.fn(t, newFixture(t, m)) })
 	}
@@ -598,4 +602,38 @@ func outliveReopen(t *testing.T, f *fixture) {
 		t.Fatalf("size after reopen: got %d, want %d", f.info.Size, size)
 	}
 	f.sameAll()
+}
+
+// closedFails asks for what the device may have in memory: a part that was
+// never written, and one that was.
+func closedFails(t *testing.T, f *fixture) {
+	if !f.maker.Ends {
+		t.Skip("no image to close")
+	}
+	off, n := f.fit(0, 4096)
+	p := f.bytes(n)
+	f.must(f.dev.WriteAt(f.ctx(), p, off, 0), "write", off, n)
+	f.must(f.dev.ReadAt(f.ctx(), p, off), "read", off, n)
+	f.must(f.dev.Close(), "close", 0, 0)
+	var m backing.Mapping
+	last, tail := f.fit(f.info.Size-4096, 4096)
+	for name, err := range map[string]error{
+		"read":       f.dev.ReadAt(f.ctx(), p, off),
+		"empty read": f.dev.ReadAt(f.ctx(), p[:tail], last),
+		"write":      f.dev.WriteAt(f.ctx(), p, off, 0),
+		"zero":       f.dev.Zero(f.ctx(), off, n, 0),
+		"trim":       f.dev.Trim(f.ctx(), off, n, 0),
+		"flush":      f.dev.Flush(f.ctx()),
+		"cache":      f.dev.Cache(f.ctx(), off, n),
+		"extents":    f.dev.Extents(f.ctx(), off, n, 0, func(backing.Extent) bool { return true }),
+		"map":        f.dev.Map(engine.OpRead, last, tail, &m),
+	} {
+		if backing.KindOf(err) != backing.ErrIO {
+			t.Errorf("%s after close: got error %v, want %v", name, err, backing.ErrIO)
+		}
+	}
+	if got := f.dev.Info(); got != f.info {
+		t.Errorf("info after close: got %+v, want %+v", got, f.info)
+	}
+	f.must(f.dev.Close(), "close again", 0, 0)
 }

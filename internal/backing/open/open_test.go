@@ -65,7 +65,7 @@ func mustOpen(t testing.TB, s open.Spec) backing.Device {
 func TestEveryCacheModeConforms(t *testing.T) {
 	for _, cache := range []string{"", open.CacheWriteback, open.CacheNone, open.CacheWritethrough, open.CacheDirectSync, open.CacheUnsafe} {
 		t.Run("cache="+cache, func(t *testing.T) {
-			backingtest.Run(t, backingtest.Maker{New: func(t testing.TB, size int64) backing.Device {
+			backingtest.Run(t, backingtest.Maker{Ends: cache != open.CacheUnsafe, New: func(t testing.TB, size int64) backing.Device {
 				s, _ := newSpec(t)
 				s.Path, s.Format, s.Cache = image(t, size), "raw", cache
 				return mustOpen(t, s)

@@ -75,7 +75,7 @@ func (w writable) maker() backingtest.Maker {
 		return d
 	}
 	return backingtest.Maker{
-		Granule: 512,
+		Granule: 512, Ends: w.cache != open.CacheUnsafe, // that one answers flushes
 		New: func(t testing.TB, size int64) backing.Device {
 			root = folder(t, w.disk)
 			s = open.Spec{Path: filepath.Join(root, "top.qcow2"), Format: "qcow2", Cache: w.cache, Backing: open.Policy{Mode: open.SameDir},

@@ -141,6 +141,7 @@ func rawMaker(k kind, o raw.Options) backingtest.Maker {
 		return backing.NewEmulate(open)
 	}
 	return backingtest.Maker{
+		Ends: true,
 		New: func(t testing.TB, size int64) backing.Device {
 			eng = newEngine(t, k.engine)
 			path = tempImage(t, size)
