@@ -1,6 +1,6 @@
 package export
 
-// Readmit makes an export ready again that a Remove has left in the state
+// Readmit makes an export again what it was that a Remove has left in the state
 // Draining, and tells whether there is such a one. Clients that were told to
 // leave still do. While another Remove waits, that one has its way.
 func (r *Registry) Readmit(name string) bool {
@@ -10,10 +10,14 @@ func (r *Registry) Readmit(name string) bool {
 		r.mu.Unlock()
 		return false
 	}
-	e.state = Ready
+	state := Ready
+	if e.lost {
+		state = Failed
+	}
+	e.state = state
 	e.welcome()
 	r.mu.Unlock()
-	r.tell(name, Ready)
+	r.tell(name, state)
 	return true
 }
 

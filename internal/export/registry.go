@@ -26,6 +26,7 @@ type State string
 const (
 	Opening  State = "opening"  // its name is taken; no peer sees it
 	Ready    State = "ready"    // it can be opened
+	Failed   State = "failed"   // its disk has gone; those that use it stay, no other sees it
 	Draining State = "draining" // its connections leave; no peer sees it
 	Closed   State = "closed"   // it is in no registry any more
 )
@@ -82,6 +83,7 @@ type Registry struct {
 type entry struct {
 	spec     Spec
 	state    State
+	lost     bool // the disk has failed: there is nothing to flush
 	users    int
 	removing int           // Removes that are under way
 	idle     chan struct{} // not nil while somebody waits for users to be 0
@@ -217,6 +219,21 @@ func (r *Registry) Update(name string, f func(*Settings)) error {
 	return nil
 }
 
+// Fail makes an export Failed that is Ready: its device fails everything from now
+// on. It can only be removed.
+func (r *Registry) Fail(name string) {
+	r.mu.Lock()
+	e := r.byName[name]
+	ready := e != nil && e.state == Ready
+	if ready {
+		e.state, e.lost = Failed, true
+	}
+	r.mu.Unlock()
+	if ready {
+		r.tell(name, Failed)
+	}
+}
+
 // Remove takes an export away: no peer sees it any more, and those that use it
 // leave when what they have in flight is finished. Without force an export in
 // use stays: ErrInUse. With it, what is in flight when ctx ends is given up. When
@@ -234,7 +251,7 @@ func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 		r.mu.Unlock()
 		return fmt.Errorf("%w: %q", ErrInUse, name)
 	}
-	first := e.state == Ready
+	first := e.state != Draining
 	e.state = Draining
 	e.removing++
 	r.mu.Unlock()
@@ -286,7 +303,7 @@ func (r *Registry) shut(ctx context.Context, e *entry) error {
 	if first {
 		e.shut = make(chan struct{})
 	}
-	dev := e.spec.Device
+	dev, lost := e.spec.Device, e.lost
 	e.spec.Device = nil
 	r.mu.Unlock()
 	if !first {
@@ -298,7 +315,7 @@ func (r *Registry) shut(ctx context.Context, e *entry) error {
 		}
 	}
 	defer close(e.shut)
-	if dev.Info().Caps.Has(backing.CanWrite) {
+	if !lost && dev.Info().Caps.Has(backing.CanWrite) {
 		e.shutErr = dev.Flush(context.WithoutCancel(ctx))
 	}
 	e.shutErr = errors.Join(e.shutErr, dev.Close())
@@ -478,7 +495,7 @@ type Status struct {
 	Spec    Spec
 	State   State
 	Clients int
-	Info    backing.Info // zero unless Ready or Draining
+	Info    backing.Info // zero unless Ready, Failed or Draining
 }
 
 // Status describes all exports, sorted by name. The devices in it may be closed

@@ -256,6 +256,42 @@ func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 	add(t, r, Spec{Name: "a"}) // the name is free again
 }
 
+// TestFailedExportStaysWithItsUsers: until it is removed, without a flush that
+// could only fail.
+func TestFailedExportStaysWithItsUsers(t *testing.T) {
+	r := NewRegistry()
+	var states []string
+	r.Changed = func(_ string, s State) { states = append(states, string(s)) }
+	dev := &recorder{Device: mem.New(1, nil)}
+	add(t, r, Spec{Name: "a", Device: dev})
+	x, err := r.Open(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Fail("a")
+	r.Fail("a")
+	r.Fail("b")
+	if x.Gone.Err() != nil {
+		t.Error("the user was told to leave")
+	}
+	if s, ok := r.StatusOf("a"); !ok || s.State != Failed || s.Clients != 1 || s.Info.Size != 1 {
+		t.Errorf("status: got %+v, %v", s, ok)
+	}
+	if _, err := r.Open(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("open: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+	x.Close()
+	if err := r.Remove(t.Context(), "a", false); err != nil {
+		t.Error(err)
+	}
+	if got := strings.Join(dev.calls, " "); got != "close" {
+		t.Errorf("device: got %q, want close", got)
+	}
+	if got := strings.Join(states, " "); got != "opening ready failed draining closed" {
+		t.Errorf("states: got %q", got)
+	}
+}
+
 func TestSettingsChangeWhileInUse(t *testing.T) {
 	r := NewRegistry()
 	add(t, r, Spec{Name: "a"})
