@@ -169,6 +169,7 @@ func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, err
 	if err != nil {
 		return nil, err
 	}
+	ch.spec.opened(f)
 	return store.NewFile(dev), nil
 }
 
@@ -186,10 +187,14 @@ func idOf(f *os.File) (fileID, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return fileID{}, err
 	}
+	return idIn(&st), nil
+}
+
+func idIn(st *unix.Stat_t) fileID {
 	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
-		return fileID{block: true, dev: st.Rdev}, nil
+		return fileID{block: true, dev: st.Rdev}
 	}
-	return fileID{dev: st.Dev, ino: st.Ino}, nil
+	return fileID{dev: st.Dev, ino: st.Ino}
 }
 
 // files names the files of the chain, top first.

@@ -159,7 +159,7 @@ func (g *gate) unused() error {
 
 // openNamed opens a file that the operator named, wherever it is.
 func (g *gate) openNamed(path string, w wish) (*os.File, string, error) {
-	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Roots: g.top.Roots, Table: g.top.Table}
+	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Known: g.top.Known, Roots: g.top.Roots, Table: g.top.Table}
 	f, err := openFile(s, cacheMode{direct: g.direct})
 	return f, path, err
 }
@@ -210,6 +210,9 @@ func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
 		return f, nil
 	}
 	f, err := g.openRel(w, rel)
+	if err != nil {
+		f, err = known(g.top.Known, r, err)
+	}
 	return g.top.Table.keep(r, f, err)
 }
 

@@ -27,6 +27,9 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 		return adopt(f, s, c)
 	}
 	f, err := openAnywhere(s, c)
+	if err != nil {
+		f, err = known(s.Known, r, err)
+	}
 	return s.Table.keep(r, f, err)
 }
 

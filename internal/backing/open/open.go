@@ -48,6 +48,14 @@ type Spec struct {
 	// from it; the caller closes it.
 	Table *Table
 
+	// Opened, if not nil, is called with each file of an image that was opened.
+	// It stays the device's.
+	Opened func(f *os.File)
+
+	// Known are open files of the same image, each of which stands for its path
+	// where there is no right to open that.
+	Known []*os.File
+
 	// Roots, if not nil, are the folders beneath which everything must lie
 	// that is named and is not among Files. Paths are absolute then, and
 	// symbolic links within the folders are not followed.
@@ -143,10 +151,22 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return raw.Open(f, s.Engine, raw.Options{
+	dev, err := raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
 		Lock: s.Lock, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
 	})
+	if err != nil {
+		return nil, err
+	}
+	s.opened(f)
+	return dev, nil
+}
+
+// opened tells of a file that a device has now.
+func (s *Spec) opened(f *os.File) {
+	if s.Opened != nil {
+		s.Opened(f)
+	}
 }
 
 // openAnywhere opens a regular file or block device. Other kinds are refused

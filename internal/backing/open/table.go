@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -70,6 +71,40 @@ func NewTable(files map[Request]*os.File, dirs map[string]string) *Table {
 // Contents are the files, which stay the table's, and the folders.
 func (t *Table) Contents() (files map[Request]*os.File, dirs map[string]string) {
 	return t.files, t.dirs
+}
+
+// Others are the paths of the files that are none of known.
+func (t *Table) Others(known []*os.File) (paths []string) {
+	for r, f := range t.files {
+		if id, err := idOf(f); err != nil || among(known, id) == nil {
+			paths = append(paths, r.Path)
+		}
+	}
+	return paths
+}
+
+// among is one of files that is the file id, or nil.
+func among(files []*os.File, id fileID) *os.File {
+	for _, f := range files {
+		if of, err := idOf(f); err == nil && of == id {
+			return f
+		}
+	}
+	return nil
+}
+
+// known is what r wants if that is open already, for one who had not the right to
+// open it: err is why r could not be opened. The descriptor is another one of the
+// same open file.
+func known(files []*os.File, r Request, err error) (*os.File, error) {
+	var st unix.Stat_t
+	if len(files) == 0 || !errors.Is(err, fs.ErrPermission) || unix.Stat(r.Path, &st) != nil {
+		return nil, err
+	}
+	if f := among(files, idIn(&st)); f != nil {
+		return adopt(f, Spec{Path: r.Path, ReadOnly: r.ReadOnly}, cacheMode{direct: r.Direct})
+	}
+	return nil, err
 }
 
 // Close closes what nobody took.

@@ -5,10 +5,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 )
 
@@ -99,4 +102,122 @@ func TestGatherRefusesWhatOpenRefuses(t *testing.T) {
 	if _, err := open.Gather(t.Context(), s); err == nil {
 		t.Error("a FIFO was gathered")
 	}
+}
+
+// asNobody runs f on a thread that has no more rights to files than others have.
+func asNobody(t *testing.T, f func()) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		f()
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends
+		if err := unix.Setfsuid(65534); err != nil {
+			t.Error(err)
+			return
+		}
+		f()
+	}()
+	<-done
+}
+
+// TestKnownFileStandsForItsPath puts an overlay above an image that is open, and
+// may not be opened again.
+func TestKnownFileStandsForItsPath(t *testing.T) {
+	for _, roots := range []bool{false, true} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "disk.img")
+		err := errors.Join(os.Chmod(filepath.Dir(dir), 0o755), os.Chmod(dir, 0o755), os.WriteFile(path, make([]byte, 1<<20), 0o600))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var files []*os.File
+		s, _ := newSpec(t)
+		s.Path, s.Format, s.Opened = path, "raw", func(f *os.File) { files = append(files, f) }
+		if roots {
+			s.Roots = []string{dir}
+		}
+		d := mustOpen(t, s)
+		if err := d.WriteAt(t.Context(), []byte("before"), 0, 0); err != nil || len(files) != 1 {
+			t.Fatalf("write: %v, files %v", err, files)
+		}
+		next := s
+		next.Path, next.Format, next.Opened = filepath.Join(dir, "top.qcow2"), "qcow2", nil
+		next.Backing = open.Policy{Mode: open.Explicit, Files: []open.File{{Path: path, Format: "raw"}}}
+		err = errors.Join(open.CreateOverlay(t.Context(), next, 1<<20, "disk.img", "raw"),
+			os.Chmod(path, 0), os.Chmod(next.Path, 0o666))
+		if err != nil {
+			t.Fatal(err)
+		}
+		asNobody(t, func() {
+			if table, err := open.Gather(t.Context(), next); !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("gathered without the right to: %v, %v", table, err)
+			}
+			next.Known, s.Known = files, files
+			for _, x := range []open.Spec{next, s} {
+				table, err := open.Gather(t.Context(), x)
+				if err != nil {
+					t.Errorf("%s: %v", x.Path, err)
+					continue
+				}
+				if got := table.Others(files); x.Path == path && len(got) != 0 || x.Path != path && !slices.Equal(got, []string{next.Path}) {
+					t.Errorf("other files of %s: %q", x.Path, got)
+				}
+				if x.Path == next.Path {
+					next.Table = table
+				} else {
+					table.Close()
+				}
+			}
+		})
+		if next.Table == nil {
+			continue
+		}
+		if _, err := open.Open(t.Context(), next); !errors.Is(err, backing.ErrLocked) {
+			t.Errorf("overlay above an image in use: %v, want %v", err, backing.ErrLocked)
+		}
+		asNobody(t, func() { next.Table, err = open.Gather(t.Context(), next) })
+		if err := errors.Join(err, d.Close()); err != nil {
+			t.Fatal(err)
+		}
+		above := mustOpen(t, next)
+		p := make([]byte, 6)
+		if err := above.ReadAt(t.Context(), p, 0); err != nil || string(p) != "before" {
+			t.Errorf("read: %q, %v", p, err)
+		}
+		next.Table.Close()
+	}
+}
+
+// TestFileInTheWayIsNotKnown: another file at the path of one that is open is
+// neither it, nor opened in its place.
+func TestFileInTheWayIsNotKnown(t *testing.T) {
+	path := image(t, 4096)
+	var files []*os.File
+	s, _ := newSpec(t)
+	s.Path, s.Format, s.Opened = path, "raw", func(f *os.File) { files = append(files, f) }
+	mustOpen(t, s)
+	if err := errors.Join(os.Rename(path, path+".moved"), os.WriteFile(path, make([]byte, 4096), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s.Known, s.Opened = files, nil
+	table, err := open.Gather(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := table.Others(files); !slices.Equal(got, []string{path}) {
+		t.Errorf("other files: got %q, want the image", got)
+	}
+	table.Close()
+	if err := os.Chmod(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	asNobody(t, func() {
+		if table, err := open.Gather(t.Context(), s); !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("gathered another file's: %v, %v", table, err)
+		}
+	})
 }
