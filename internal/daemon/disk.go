@@ -40,19 +40,53 @@ func (d *daemon) roots() []string {
 	return d.conf.Load().Images.Roots
 }
 
+// image is an image that is open.
+type image struct {
+	dev   backing.Device
+	files []*os.File // of the device, which closes them
+}
+
 // openImage opens the image of an export. files are what the words "fd:N" in x
 // stand for.
-func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.File) (backing.Device, error) {
+func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.File) (image, error) {
 	s, err := d.imageSpec(x, files)
+	if err != nil {
+		return image{}, err
+	}
+	if s.Table, err = d.cfg.Handed.images(x); err != nil {
+		return image{}, err
+	}
+	defer s.Table.Close()
+	return d.openSpec(ctx, s)
+}
+
+// openSpec opens an image.
+func (d *daemon) openSpec(ctx context.Context, s open.Spec) (i image, err error) {
+	s.Log = d.logs.For("backing")
+	s.Opened = func(f *os.File) { i.files = append(i.files, f) }
+	i.dev, err = open.Open(ctx, s)
+	return i, err
+}
+
+// openGathered opens an image whose files are in t.
+func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Table) (image, error) {
+	s, err := d.imageSpec(x, nil)
+	if err != nil {
+		return image{}, err
+	}
+	s.Table = t
+	return d.openSpec(ctx, s)
+}
+
+// gather opens the files of an image without locking them, while those in known
+// are open that are its too.
+func (d *daemon) gather(ctx context.Context, x *config.Export, known []*os.File) (*open.Table, error) {
+	s, err := d.imageSpec(x, nil)
 	if err != nil {
 		return nil, err
 	}
-	s.Log = d.logs.For("backing")
-	if s.Table, err = d.cfg.Handed.images(x); err != nil {
-		return nil, err
-	}
-	defer s.Table.Close()
-	return open.Open(ctx, s)
+	s.Log, s.Known = d.logs.For("backing"), known
+	return open.Gather(ctx, s)
 }
 
 // imageSpec is how the image of an export is opened.

@@ -35,7 +35,7 @@ type disk struct {
 	doors  []*door     // its own
 	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
 	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
-	failed error       // guarded by disks.mu; why it could not be opened
+	failed error       // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 
 	// inPlaceOf is a kept export that failed, whose file is still there: it has
 	// the name again if this one goes. Guarded by disks.mu; changed with busy
@@ -369,11 +369,12 @@ func (d *daemon) tryExport(x config.Export, origin string) {
 	}
 }
 
-// dropFailed makes room for another attempt with an export that does not work.
+// dropFailed makes room for another attempt with an export that could not be
+// opened.
 func (s *disks) dropFailed(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if k := s.byName[name]; k != nil && k.failed != nil {
+	if k := s.byName[name]; k != nil && k.failed != nil && k.stack == nil {
 		delete(s.byName, name)
 	}
 }

@@ -90,7 +90,9 @@ func (s service) Exports() []api.Export {
 		list = append(list, s.d.describe(x))
 	}
 	for _, k := range s.d.disks.failed() {
-		list = append(list, s.d.describeFailed(k))
+		if _, open, _ := s.d.disks.look(k); open == nil {
+			list = append(list, s.d.describeFailed(k))
+		}
 	}
 	return list
 }
@@ -129,8 +131,12 @@ func (d *daemon) describe(x export.Status) api.Export {
 		return out
 	}
 	var now *stack
-	out.Export, now, _ = d.disks.look(k)
+	var failed error
+	out.Export, now, failed = d.disks.look(k)
 	out.Origin = k.origin
+	if failed != nil {
+		out.Error = failed.Error()
+	}
 	if now != nil && now.pause != nil && now.pause.Paused() && x.State == export.Ready {
 		out.State = statePaused
 	}
@@ -324,9 +330,8 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 		return s.d.removeFile(name)
 	}
 	forget := func() error { return s.d.forgetKept(k, name) }
-	_, now, failed := s.d.disks.look(k)
-	switch {
-	case failed != nil:
+	switch _, now, failed := s.d.disks.look(k); {
+	case now == nil && failed != nil:
 		return told(s.d.disks.removeFailed(k, name, forget))
 	case now == nil: // it is being opened
 		return unknownExport(name)

@@ -24,16 +24,17 @@ type stack struct {
 	pause *layer.Pause
 	ro    *layer.ReadOnly
 	x     config.Export // how the image was opened last
+	files []*os.File    // of the image; with disk.busy
 }
 
 // build opens the image of an export and puts its layers on it. What fails
 // leaves nothing open.
 func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File) (*stack, error) {
-	dev, err := d.openImage(ctx, x, files)
+	i, err := d.openImage(ctx, x, files)
 	if err != nil {
 		return nil, err
 	}
-	s := &stack{swap: layer.NewSwap(dev), x: *x}
+	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files}
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
