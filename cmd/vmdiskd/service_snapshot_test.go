@@ -151,7 +151,8 @@ assert h.pread(8192, 0) == b"1" * 4096 + b"2" * 4096
 	s.stop()
 }
 
-// TestSnapshotOfAnImageThatTheWorkerMayNotOpen: stage 0 opened it.
+// TestSnapshotOfAnImageThatTheWorkerMayNotOpen: stage 0 opened it, in this process
+// and again in the next, which finds the overlays.
 func TestSnapshotOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
@@ -185,6 +186,17 @@ assert h.pread(8192, 0) == b"1" * 4096 + b"2" * 4096
 assert snapshot("two.qcow2")
 h.pwrite(b"3" * 4096, 8192)
 assert h.pread(12288, 0) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096
+`)
+		s.stop()
+		s.start()
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || x.Image != filepath.Join(s.dir, "two.qcow2") {
+			t.Errorf("%safter a restart: %+v, %v", more, x, err)
+		}
+		s.client(`
+assert h.pread(12288, 0) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096
+assert snapshot("three.qcow2")
+h.pwrite(b"4" * 4096, 12288)
+assert h.pread(16384, 0) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096 + b"4" * 4096
 `)
 		s.stop()
 		base, err := os.ReadFile(filepath.Join(s.dir, "a.img"))

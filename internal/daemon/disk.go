@@ -53,10 +53,11 @@ func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.Fi
 	if err != nil {
 		return image{}, err
 	}
-	if s.Table, err = d.cfg.Handed.images(x); err != nil {
+	if err := d.cfg.Handed.images(x, &s); err != nil {
 		return image{}, err
 	}
 	defer s.Table.Close()
+	defer closeFiles(s.Known)
 	return d.openSpec(ctx, s)
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -112,26 +113,33 @@ func (t *Handed) metrics() (net.Listener, error) {
 	return net.FileListener(f)
 }
 
-// images are the files of the image of an export, for the first time that it is
-// opened.
-func (t *Handed) images(x *config.Export) (*open.Table, error) {
+// images gives s the files of the image of an export, for the first time that it
+// is opened. The caller closes them. Stage 0 opens no overlay that the worker
+// remembers: it trusts the configuration only. Above an image of that the files
+// are known to be a part of it.
+func (t *Handed) images(x *config.Export, s *open.Spec) error {
 	if t == nil {
-		return nil, nil
+		return nil
 	}
 	h, ok := t.in.Images[x.Name]
-	if !ok || h.Image != x.Image {
-		return nil, nil
+	if !ok {
+		return nil
 	}
 	delete(t.in.Images, x.Name)
 	files := map[open.Request]*os.File{}
 	for _, x := range h.Files {
 		f, err := file(x.FD, x.Path)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		files[open.Request{Path: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct}] = f
 	}
-	return open.NewTable(files, h.Dirs), nil
+	if h.Image != x.Image {
+		s.Known = slices.Collect(maps.Values(files))
+		return nil
+	}
+	s.Table = open.NewTable(files, h.Dirs)
+	return nil
 }
 
 // closeRest closes listeners and images that nobody has asked for: those of an
