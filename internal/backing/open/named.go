@@ -23,8 +23,10 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 	}
 	r := Request{Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct}
 	if f := s.Table.take(r); f != nil {
-		defer f.Close() // adopt has its own
-		return adopt(f, s, c)
+		if err := suits(f, s, c); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
 	}
 	f, err := openAnywhere(s, c)
 	if err != nil {
@@ -36,26 +38,38 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 // adopt looks at a descriptor that somebody else has opened. The file that it
 // returns is another descriptor of the same open file.
 func adopt(f *os.File, s Spec, c cacheMode) (*os.File, error) {
-	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
-	if err != nil {
+	if err := suits(f, s, c); err != nil {
 		return nil, err
-	}
-	mode := flags & unix.O_ACCMODE
-	switch {
-	case flags&unix.O_PATH != 0:
-		return nil, invalid(s, errors.New("the descriptor was opened with O_PATH, which allows no I/O"))
-	case mode == unix.O_WRONLY, mode == unix.O_RDONLY && !s.ReadOnly:
-		return nil, invalid(s, errors.New("the descriptor does not allow what is to be done with the image"))
-	case flags&unix.O_APPEND != 0:
-		return nil, invalid(s, errors.New("the descriptor was opened with O_APPEND"))
-	case (flags&unix.O_DIRECT != 0) != c.direct:
-		return nil, invalid(s, errors.New("the descriptor's O_DIRECT is not that of the cache mode"))
 	}
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
 	return admitted(fd, s.Path, func(mode uint32) error { return checkKind(s, mode) })
+}
+
+// suits refuses a descriptor that is not what s would open.
+func suits(f *os.File, s Spec, c cacheMode) error {
+	var st unix.Stat_t
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	if err == nil {
+		err = unix.Fstat(int(f.Fd()), &st)
+	}
+	if err != nil {
+		return err
+	}
+	mode := flags & unix.O_ACCMODE
+	switch {
+	case flags&unix.O_PATH != 0:
+		return invalid(s, errors.New("the descriptor was opened with O_PATH, which allows no I/O"))
+	case mode == unix.O_WRONLY, mode == unix.O_RDONLY && !s.ReadOnly:
+		return invalid(s, errors.New("the descriptor does not allow what is to be done with the image"))
+	case flags&unix.O_APPEND != 0:
+		return invalid(s, errors.New("the descriptor was opened with O_APPEND"))
+	case (flags&unix.O_DIRECT != 0) != c.direct:
+		return invalid(s, errors.New("the descriptor's O_DIRECT is not that of the cache mode"))
+	}
+	return checkKind(s, st.Mode)
 }
 
 // openInRoots opens a file beneath one of the folders that are allowed. No

@@ -221,3 +221,42 @@ func TestFileInTheWayIsNotKnown(t *testing.T) {
 		}
 	})
 }
+
+// TestTableNeedsNoFurtherDescriptor: who has gathered a table, and then closed
+// something, can open it whatever became of the descriptor.
+func TestTableNeedsNoFurtherDescriptor(t *testing.T) {
+	dir := t.TempDir()
+	chainIn(t, dir)
+	for _, roots := range [][]string{nil, {dir}} {
+		for _, format := range []string{"qcow2", "raw"} {
+			s := chainSpec(t, filepath.Join(dir, "top.qcow2"), open.Policy{})
+			s.Format = format
+			if format == "qcow2" {
+				s.Backing.Mode = open.SameDir
+			}
+			s.Roots = roots
+			table, err := open.Gather(t.Context(), s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var lim unix.Rlimit
+			if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: lim.Max}); err != nil {
+				t.Fatal(err)
+			}
+			s.Table = table
+			d, err := open.Open(t.Context(), s)
+			if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &lim); err != nil {
+				t.Fatal(err)
+			}
+			if err != nil {
+				t.Errorf("%s, roots %q: %v", format, roots, err)
+			} else if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+			table.Close()
+		}
+	}
+}
