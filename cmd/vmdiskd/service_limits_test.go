@@ -187,9 +187,6 @@ func TestHangingImageHangsNobodyElse(t *testing.T) {
 	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "c", Image: "1M", Format: "mem"}}); err != nil {
 		t.Errorf("add an export: %v", err)
 	}
-	if err := s.ctl.Remove(t.Context(), "a", true, time.Second); err == nil {
-		t.Error("the export that hangs was removed")
-	}
 	b.works()
 	for range 2 {
 		if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {

@@ -100,6 +100,24 @@ func TestForceCutsOffWhoWaits(t *testing.T) {
 	s.stop()
 }
 
+// TestForceRemovesWhatHangs, and says that it could not flush.
+func TestForceRemovesWhatHangs(t *testing.T) {
+	s := newService(t, exportA+"[[export.fault]]\ndelay = \"10m\"\n")
+	c := opened(t, filepath.Join(s.dir, "nbd"), "a")
+	ask(t, c, wire.Request{Cmd: wire.CmdWrite, Len: 512}, make([]byte, 512))
+	s.await("it hangs", func() bool {
+		list, err := s.ctl.Clients(t.Context(), nil)
+		return err == nil && len(list) == 1 && list[0].InFlight == 1
+	})
+	if err := s.ctl.Remove(t.Context(), "a", true, time.Millisecond); err == nil {
+		t.Error("an export that cannot be flushed was removed in good order")
+	}
+	if got := s.states(); len(got) != 0 {
+		t.Errorf("left are %q", got)
+	}
+	s.stop()
+}
+
 // TestStuckGuestLosesNobodysData: a guest that does not let the service end in
 // good order is no reason not to flush the disks of others.
 func TestStuckGuestLosesNobodysData(t *testing.T) {

@@ -316,11 +316,23 @@ func (r *Registry) shut(ctx context.Context, e *entry) error {
 	}
 	defer close(e.shut)
 	if !lost && dev.Info().Caps.Has(backing.CanWrite) {
-		e.shutErr = dev.Flush(context.WithoutCancel(ctx))
+		e.shutErr = e.flush(ctx, dev)
 	}
 	e.shutErr = errors.Join(e.shutErr, dev.Close())
 	r.forget(e)
 	return e.shutErr
+}
+
+// flush is the last one of e. It waits for its turn, not as long as who was given
+// up for waiting, and for the storage without an end.
+func (e *entry) flush(ctx context.Context, dev backing.Device) error {
+	turn := limits.CloseFlush
+	if e.cut.Err() != nil {
+		turn = limits.Sever
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), turn)
+	defer cancel()
+	return dev.Flush(ctx)
 }
 
 // List implements nbd.Exports, sorted by name.
