@@ -75,7 +75,7 @@ type Spec struct {
 	Lenient bool
 
 	// Poisoned, if not nil, is that of raw.Options, of each file that is open
-	// for writing.
+	// for writing, and that of qcow2.Options.
 	Poisoned func(err error)
 }
 

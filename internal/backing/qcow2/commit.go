@@ -19,7 +19,8 @@ type commits struct {
 	d *disk
 
 	// one is held by who writes what only the commit writes. Before mu.
-	one sync.Mutex
+	one  sync.Mutex
+	lost error // guarded by one; why there is no commit any more
 
 	mu      sync.Mutex
 	next    *turn       // guarded by mu; who waits for the next commit
@@ -87,10 +88,14 @@ func (c *commits) work() {
 	}
 }
 
-// exclusive calls f while no commit is running.
+// exclusive calls f while no commit is running. It fails when there is none
+// any more.
 func (c *commits) exclusive(f func() error) error {
 	c.one.Lock()
 	defer c.one.Unlock()
+	if c.lost != nil {
+		return c.lost
+	}
 	return f()
 }
 

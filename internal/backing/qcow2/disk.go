@@ -39,6 +39,7 @@ type disk struct {
 	below    *chainDevice // nil for nothing
 	clusters *clusterCache
 	discard  Discard
+	poisoned func(error) // may be nil
 
 	resizing sync.Mutex
 	size     atomic.Int64 // of the disk in bytes
@@ -84,7 +85,7 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	}
 	d := &disk{
 		described: described{path: o.Path}, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
-		clusters: newClusterCache(o.ClusterBytes), discard: o.Discard,
+		clusters: newClusterCache(o.ClusterBytes), discard: o.Discard, poisoned: o.Poisoned,
 		claims: map[int64]*claim{}, epoch: new(epoch),
 	}
 	if d.space, err = space.New(top.st, h, r, log); err != nil {

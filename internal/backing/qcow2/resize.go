@@ -33,11 +33,7 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 	}
 	if err == nil {
 		err = d.commits.exclusive(func() error {
-			p := binary.BigEndian.AppendUint64(nil, uint64(size))
-			if err := d.st.WriteAt(ctx, p, format.OffSize, false); err != nil {
-				return err
-			}
-			return d.st.Sync(ctx)
+			return d.writeHeader(ctx, binary.BigEndian.AppendUint64(nil, uint64(size)), format.OffSize)
 		})
 	}
 	if err != nil {
@@ -136,14 +132,34 @@ func (d *disk) moveL1(ctx context.Context, entries int64) error {
 	}
 	p := binary.BigEndian.AppendUint32(nil, uint32(entries))
 	p = binary.BigEndian.AppendUint64(p, uint64(run.Off))
-	if err := d.st.WriteAt(ctx, p, format.OffL1, false); err != nil {
+	if err := d.writeHeader(ctx, p, format.OffL1); err != nil {
 		return err // the header may name it or not: a leak
 	}
-	if err := d.st.Sync(ctx); err != nil {
-		return err
-	}
 	d.header.L1Offset, d.header.L1Size = uint64(run.Off), uint32(entries)
-	return d.space.Release(ctx, []space.Ref{old})
+	return d.space.Release(context.WithoutCancel(ctx), []space.Ref{old})
+}
+
+// writeHeader makes p, which lies in one sector, a durable part of the header,
+// also for a caller who gives up. After an error nobody knows what the header
+// says. A commit could go to tables that it does not name, so there are no more.
+// With commits.one.
+func (d *disk) writeHeader(ctx context.Context, p []byte, off int64) error {
+	ctx = context.WithoutCancel(ctx)
+	err := d.st.WriteAt(ctx, p, off, false)
+	if err == nil {
+		err = d.st.Sync(ctx)
+	}
+	if err == nil {
+		return nil
+	}
+	lost := &backing.Error{Op: "write header", Path: d.path, Off: -1, Kind: backing.ErrPoisoned, Err: err}
+	d.log.Error("it is not known what the header says, image takes no more writes until it is opened anew",
+		"path", d.path, "err", err)
+	d.commits.lost = lost
+	if d.poisoned != nil {
+		d.poisoned(lost)
+	}
+	return err
 }
 
 // writeL1 makes a copy of the L1 table in the file durable.

@@ -2,16 +2,20 @@ package qcow2_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"syscall"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
@@ -166,4 +170,76 @@ func TestPowerCutDuringGrowth(t *testing.T) {
 	if states < 50 {
 		t.Errorf("got %d states, want 50 at least", states)
 	}
+}
+
+// interrupted is a file of which a write to one place is carried out and then
+// answers what then says.
+type interrupted struct {
+	store.Store
+	at   int64
+	then func() error
+}
+
+func (s *interrupted) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
+	err := s.Store.WriteAt(ctx, p, off, durable)
+	if err == nil && off == s.at {
+		err = s.then()
+	}
+	return err
+}
+
+// TestGrowthCutOffAtTheHeader: what is flushed afterwards is in the image,
+// whatever its header says; where nobody knows that, no flush is acknowledged.
+func TestGrowthCutOffAtTheHeader(t *testing.T) {
+	for name, at := range map[string]int64{"L1 table": format.OffL1, "size": format.OffSize} {
+		for _, fails := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, write fails %v", name, fails), func(t *testing.T) {
+				st := storetest.New(emptyMarked(t))
+				ctx, leave := context.WithCancel(t.Context())
+				x := &interrupted{Store: st, at: at, then: func() error { leave(); return nil }}
+				if fails {
+					x.then = func() error { return syscall.EIO }
+				}
+				d, err := qcow2.Open(t.Context(), x, quiet())
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = d.(backing.Resizer).Resize(ctx, 64<<20)
+				if leave(); fails && !errors.Is(err, syscall.EIO) {
+					t.Errorf("resize: got %v, want %v", err, syscall.EIO)
+				}
+				want := bytes.Repeat([]byte{0xab}, 256<<10)
+				if err := d.WriteAt(t.Context(), want, 512<<10, 0); err != nil {
+					t.Fatal(err)
+				}
+				err = d.Flush(t.Context())
+				closed := d.Close()
+				if lost := errors.Is(err, backing.ErrPoisoned) && closed != nil; lost != fails || !fails && err != nil {
+					t.Errorf("flush: got %v, close: got %v, want them to fail: %v", err, closed, fails)
+				}
+				st.Reopen()
+				wantSound(t, st, 1<<20)
+				d = openQuiet(t, st, false)
+				defer d.Close()
+				if err == nil {
+					mustMatch(t, d, 512<<10, want)
+				}
+			})
+		}
+	}
+}
+
+// emptyMarked is an image of 1 MiB without data, with a bitmap.
+func emptyMarked(t *testing.T) []byte {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "t")
+	if err := os.WriteFile(path, made(t, "cluster_size=512", "1M"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	qemu(t, "", "qemu-img", "bitmap", "--add", "-g", "512", path, "on")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }

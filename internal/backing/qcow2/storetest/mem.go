@@ -277,11 +277,14 @@ func (m *Mem) putPageLocked(p []byte, i, at int64) {
 	m.pages[i] = page
 }
 
-// Sync does nothing; once it was made to fail, the file is poisoned.
+// Sync does nothing; once it was made to fail, the file is poisoned. A caller
+// who gives up is told so and no more.
 func (m *Mem) Sync(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := m.begin(ctx, Sync, 0); err != nil {
+	if err := m.begin(ctx, Sync, 0); backing.GaveUp(err) {
+		return err
+	} else if err != nil {
 		m.failed = err
 	}
 	if m.failed != nil {
