@@ -45,6 +45,10 @@ type disk struct {
 	size     atomic.Int64 // of the disk in bytes
 	reach    atomic.Int64 // up to where the mapping goes: size, or what it will be
 
+	// ends is held, all of [0, 1), by who makes reach larger, and shared by who
+	// takes the last subcluster of the disk for whole. Before commits.one.
+	ends backing.RangeLocks
+
 	m        mapping
 	claims   map[int64]*claim // guarded by m.mu; by guest cluster
 	epoch    *epoch           // guarded by m.mu

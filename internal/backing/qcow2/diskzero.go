@@ -28,7 +28,11 @@ func (d *disk) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
 }
 
 func (d *disk) zero(ctx context.Context, off, n int64, f backing.Flags) error {
-	from, to := d.inner(off, off+n)
+	from, to, last, err := d.inner(ctx, off, off+n)
+	if err != nil {
+		return err
+	}
+	defer last.Release()
 	if from >= to {
 		return d.zeroBytes(ctx, off, off+n)
 	}
@@ -65,15 +69,28 @@ func (d *disk) canZero(keep bool) bool {
 }
 
 // inner is what there is of whole subclusters in [off, end). The last one of
-// the disk counts as whole.
-func (d *disk) inner(off, end int64) (from, to int64) {
+// the disk counts as whole: where the disk ends within one it does not grow
+// before the lease is released.
+func (d *disk) inner(ctx context.Context, off, end int64) (from, to int64, l backing.Lease, err error) {
 	mask := d.g.SubSize - 1
 	from, to = (off+mask)&^mask, end&^mask
+	if to == end || end != d.reach.Load() {
+		return from, to, noLease{}, nil
+	}
+	if l, err = d.ends.Lock(ctx, 0, 1, false); err != nil {
+		return 0, 0, nil, err
+	}
 	if end == d.reach.Load() {
 		to = (end + mask) &^ mask
 	}
-	return from, to
+	return from, to, l, nil
 }
+
+// noLease keeps nothing.
+type noLease struct{}
+
+// Release does nothing.
+func (noLease) Release() {}
 
 // zeroBytes writes zeroes to a range of less than two subclusters, unless it is
 // zero.
@@ -198,7 +215,11 @@ func (d *disk) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
 }
 
 func (d *disk) trim(ctx context.Context, off, n int64) error {
-	from, to := d.inner(off, off+n)
+	from, to, last, err := d.inner(ctx, off, off+n)
+	if err != nil {
+		return err
+	}
+	defer last.Release()
 	if from >= to || d.discard == IgnoreTrim {
 		return nil
 	}
@@ -206,7 +227,7 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 		return d.punchData(ctx, from, min(to, d.reach.Load()))
 	}
 	absent := func(int64) bool { return true }
-	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+	err = d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
 		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.trimmed(old, subs), nil
 		})

@@ -26,7 +26,7 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 	}
 	err = d.commits.exclusive(func() error { return d.bitmaps.BeginGrowth(ctx, size) })
 	if err == nil {
-		err = d.commits.exclusive(func() error { return d.growL1(ctx, size) })
+		err = d.moveEnd(ctx, size)
 	}
 	if err == nil {
 		err = d.clearTail(ctx, old, size)
@@ -88,6 +88,17 @@ func (d *disk) noVMState(ctx context.Context, size int64) error {
 		from, n = from+int64(len(words)), n-int64(len(words))
 	}
 	return nil
+}
+
+// moveEnd makes the mapping go up to size. It waits for those who count on the
+// end that the disk has.
+func (d *disk) moveEnd(ctx context.Context, size int64) error {
+	l, err := d.ends.Lock(ctx, 0, 1, true)
+	if err != nil {
+		return err
+	}
+	defer l.Release()
+	return d.commits.exclusive(func() error { return d.growL1(ctx, size) })
 }
 
 // growL1 gives the mapping the entries that a disk of size bytes needs, in the

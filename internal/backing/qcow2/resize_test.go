@@ -243,3 +243,106 @@ func emptyMarked(t *testing.T) []byte {
 	}
 	return b
 }
+
+// patient is a context of which asked learns that somebody may wait for its end.
+type patient struct {
+	context.Context
+	asked func()
+}
+
+func (p patient) Done() <-chan struct{} {
+	p.asked()
+	return p.Context.Done()
+}
+
+// TestZeroInFlightDoesNotReachIntoWhatIsNew: the last cluster is whole only as
+// long as the disk ends there.
+func TestZeroInFlightDoesNotReachIntoWhatIsNew(t *testing.T) {
+	const old = 256<<10 + 512
+	ops := map[string]func(ctx context.Context, d backing.Device) error{
+		"zero": func(ctx context.Context, d backing.Device) error { return d.Zero(ctx, 0, old, 0) },
+		"trim": func(ctx context.Context, d backing.Device) error { return d.Trim(ctx, 0, old, 0) },
+	}
+	for name, op := range ops {
+		for _, data := range []bool{false, true} {
+			if data && name == "trim" {
+				continue // it waits for nobody
+			}
+			t.Run(fmt.Sprintf("%s, data file %v", name, data), func(t *testing.T) {
+				image, file := storetest.NewCrash(storetest.New(nil)), storetest.NewCrash(storetest.New(nil))
+				o, opt, guest := create.Options{Size: old, ClusterSize: 64 << 10}, quiet(), image
+				if data {
+					o.DataFile, o.Data, opt.DataFile, guest = "data", file, file, file
+				}
+				if err := create.Image(t.Context(), image, o); err != nil {
+					t.Fatal(err)
+				}
+				image.Reopen()
+				d, err := qcow2.Open(t.Context(), image, opt)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer d.Close()
+				want := bytes.Repeat([]byte{0xee}, 512)
+				if err := d.WriteAt(t.Context(), want, old-512, backing.FUA); err != nil {
+					t.Fatal(err)
+				}
+				gate, zeroes := held(t, d, guest, op)
+
+				// The growth waits, before it makes a new L1 table, or a write to
+				// what is new comes before the rest.
+				calls := image.Calls()
+				waits, grown := make(chan struct{}, 1), make(chan error, 1)
+				ctx := patient{t.Context(), func() {
+					if image.Calls() == calls {
+						select {
+						case waits <- struct{}{}:
+						default:
+						}
+					}
+				}}
+				grow := func() error {
+					err := d.(backing.Resizer).Resize(ctx, 1<<30)
+					if err == nil {
+						err = d.WriteAt(t.Context(), want, old, backing.FUA)
+					}
+					return err
+				}
+				go func() { grown <- grow() }()
+				select {
+				case <-waits:
+					close(gate)
+					err = <-grown
+				case err = <-grown:
+					close(gate)
+				}
+				if err := errors.Join(err, <-zeroes, <-zeroes); err != nil {
+					t.Fatal(err)
+				}
+				mustMatch(t, d, old-512, append(make([]byte, 512), want...))
+			})
+		}
+	}
+}
+
+// held has a write to the first cluster of a disk, whose data are in file, wait
+// until gate is closed, and op wait for that. Both tell when they are done.
+func held(t *testing.T, d backing.Device, file *storetest.Crash, op func(context.Context, backing.Device) error) (gate chan struct{}, done chan error) {
+	t.Helper()
+	gate, done = make(chan struct{}), make(chan error, 2)
+	hit := make(chan struct{})
+	p := bytes.Repeat([]byte{0x77}, 64<<10)
+	file.SetHook(func(c storetest.Call) {
+		if c.Op == storetest.Write && c.Len == int64(len(p)) && !c.Done {
+			hit <- struct{}{}
+			<-gate
+		}
+	})
+	go func() { done <- d.WriteAt(t.Context(), p, 0, 0) }()
+	<-hit
+	file.SetHook(nil)
+	ctx := &waiting{Context: t.Context(), asked: make(chan struct{})}
+	go func() { done <- op(ctx, d) }()
+	<-ctx.asked
+	return gate, done
+}
