@@ -203,6 +203,74 @@ func TestQEMUReadsTheZeroesOfADataFile(t *testing.T) {
 	}
 }
 
+// TestRawDataFileIsTheDiskThatGrew: whatever the file had behind the disk, and
+// before any image has the new size.
+func TestRawDataFileIsTheDiskThatGrew(t *testing.T) {
+	const behind, end = 4 << 20, 5 << 20
+	for _, tt := range []struct {
+		name   string
+		via    int64 // a size in between, 0 for none
+		size   int64
+		fixed  bool
+		unable []storetest.Op
+	}{
+		{"within the file", 0, behind, false, nil},
+		{"beyond the file", 0, end + 512, false, nil},
+		{"on a device", 0, behind, true, nil},
+		{"whole clusters of a device", behind - 1<<20 + 4096, behind, true, nil},
+		{"without holes", 0, behind, true, []storetest.Op{storetest.Punch}},
+		{"without zeroes", 0, behind, false, []storetest.Op{storetest.Punch, storetest.Zero}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := withData(t, create.Options{DataFileRaw: true})
+			s.data.Patch(dataSize, bytes.Repeat([]byte{0xbb}, end-dataSize))
+			s.data.SetFixed(tt.fixed)
+			h, opt := s.host(), quiet()
+			image, data := h.files[0], h.files[1]
+			opt.DataFile = data
+			d, err := qcow2.Open(t.Context(), image, opt)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			want := make([]byte, tt.size)
+			copy(want[dataSize-512:], bytes.Repeat([]byte{7}, 512))
+			if err := d.WriteAt(t.Context(), want[dataSize-512:dataSize], dataSize-512, backing.FUA); err != nil {
+				t.Fatal(err)
+			}
+			if tt.via > 0 {
+				resize(t, d, tt.via)
+			}
+			for _, op := range tt.unable {
+				data.FailOp(op, 1, backing.ErrNotSupported)
+			}
+			rnd, grown := rand.New(rand.NewPCG(1, 2)), 0
+			image.SetHook(func(storetest.Call) {
+				cuts := storetest.CutPower(image, data)
+				for name, m := range cuts[0].Crashes(rnd, 8) {
+					h, err := qcow2.ReadHeader(t.Context(), m)
+					if err == nil && int64(h.Size) != tt.size {
+						continue
+					}
+					grown++
+					if got := cuts[1].State(nil).Contents(); err != nil || !bytes.HasPrefix(got, want) {
+						t.Errorf("%s: header: %v, and the raw file is not the disk", name, err)
+					}
+				}
+			})
+			resize(t, d, tt.size)
+			image.SetHook(nil)
+			if grown == 0 {
+				t.Error("no state has the new size")
+			}
+			mustMatch(t, d, 0, want)
+			if got := data.Contents(); !bytes.HasPrefix(got, want) || len(got) != len(want) && !tt.fixed {
+				t.Errorf("the raw file has %d bytes and not those of the disk", len(got))
+			}
+		})
+	}
+}
+
 // waiting tells when somebody waits for its end.
 type waiting struct {
 	context.Context

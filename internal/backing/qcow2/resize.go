@@ -25,6 +25,9 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 		return d.wrap("resize", size, 0, err)
 	}
 	err = d.commits.exclusive(func() error { return d.bitmaps.BeginGrowth(ctx, size) })
+	if err == nil && d.g.DataFile {
+		err = d.growData(ctx, old, size)
+	}
 	if err == nil {
 		err = d.moveEnd(ctx, size)
 	}
@@ -90,6 +93,41 @@ func (d *disk) noVMState(ctx context.Context, size int64) error {
 	return nil
 }
 
+// growData makes the data file as long as the disk is to be, durably. What a
+// raw one has behind the old end becomes zero: the new size makes it the disk's.
+func (d *disk) growData(ctx context.Context, old, size int64) error {
+	end, err := d.data.Size()
+	if n := min(end, size) - old; err == nil && n > 0 && d.rawData() {
+		err = d.clearData(ctx, old, n)
+	}
+	if err == nil && !d.data.Fixed() {
+		err = d.data.Truncate(size)
+	}
+	if err != nil {
+		return err
+	}
+	return d.data.Sync(ctx)
+}
+
+// clearData makes a range of the data file zero, in the quickest way that it
+// knows.
+func (d *disk) clearData(ctx context.Context, off, n int64) error {
+	err := d.data.Punch(ctx, off, n)
+	if errors.Is(err, backing.ErrNotSupported) {
+		err = d.data.Zero(ctx, off, n)
+	}
+	if !errors.Is(err, backing.ErrNotSupported) {
+		return err
+	}
+	for end := off + n; off < end; off += n {
+		n = min(end-off, int64(len(zeroBlock)))
+		if err := d.data.WriteAt(ctx, zeroBlock[:n], off, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // moveEnd makes the mapping go up to size. It waits for those who count on the
 // end that the disk has.
 func (d *disk) moveEnd(ctx context.Context, size int64) error {
@@ -104,11 +142,6 @@ func (d *disk) moveEnd(ctx context.Context, size int64) error {
 // growL1 gives the mapping the entries that a disk of size bytes needs, in the
 // file first. With commits.one.
 func (d *disk) growL1(ctx context.Context, size int64) error {
-	if d.g.DataFile && !d.data.Fixed() {
-		if err := d.data.Truncate(size); err != nil {
-			return err
-		}
-	}
 	entries := d.g.L1Size(size)
 	if entries > int64(d.header.L1Size) {
 		if err := d.moveL1(ctx, entries); err != nil {
