@@ -60,7 +60,8 @@ type Extent struct {
 	Zero bool // reads as zeroes
 }
 
-// Run is one stretch of a host file. A nil File stands for zeroes.
+// Run is one stretch of a host file. A nil File stands for zeroes. Of a direct
+// file it has the alignment, and begins at a multiple of that in the Mapping.
 type Run struct {
 	File *engine.File
 	Off  int64

@@ -385,11 +385,17 @@ func writeEndsHole(t *testing.T, f *fixture) {
 }
 
 func mapMatchesRead(t *testing.T, f *fixture) {
-	f.write(0, f.bytes(f.info.Size/2/f.info.MinBlock*f.info.MinBlock), 0)
+	const piece = 64 << 10
+	for at := int64(piece); at+piece <= f.info.Size; at += 2 * piece {
+		f.write(at, f.bytes(piece), 0)
+	}
 	var m backing.Mapping
 	mapped := 0
-	for range 100 {
+	for i := range int64(100) {
 		off, n := f.somewhere()
+		if hole := 2 * piece * (i / 4 % 8); i%4 == 0 { // nearly all of it, and what follows
+			off, n = f.fit(hole+1, 2*piece-1)
+		}
 		err := f.c.Map(engine.OpRead, off, n, &m)
 		if errors.Is(err, backing.ErrNotMappable) {
 			continue
@@ -419,20 +425,37 @@ func aligned(t testing.TB, n int) []byte {
 // readRuns reads what a mapping of n bytes names.
 func (f *fixture) readRuns(m *backing.Mapping, n int64) []byte {
 	f.t.Helper()
-	var got []byte
-	for _, r := range m.Runs[:m.N] {
-		p := aligned(f.t, int(r.Len))
-		if r.File != nil {
-			if k, err := r.File.OS.ReadAt(p, r.Off); err != nil {
-				f.t.Fatalf("read run at %d+%d: %d bytes, %v", r.Off, r.Len, k, err)
-			}
+	p := aligned(f.t, int(n))
+	f.eachRun(m, p, func(r *backing.Run, p []byte) {
+		if r.File == nil {
+			return
 		}
-		got = append(got, p...)
+		if k, err := r.File.OS.ReadAt(p, r.Off); err != nil {
+			f.t.Fatalf("read run at %d+%d: %d bytes, %v", r.Off, r.Len, k, err)
+		}
+	})
+	return p
+}
+
+// eachRun calls fn for each run of a mapping with its part of p, the buffer of
+// the request, which suits the file of the run.
+func (f *fixture) eachRun(m *backing.Mapping, p []byte, fn func(r *backing.Run, p []byte)) {
+	f.t.Helper()
+	at := int64(0)
+	for i := range m.Runs[:m.N] {
+		r := &m.Runs[i]
+		if r.File != nil && r.File.Direct && (at|r.Off|r.Len)%int64(r.File.Align) != 0 {
+			f.t.Fatalf("run at %d+%d for byte %d of a request: not aligned to %d", r.Off, r.Len, at, r.File.Align)
+		}
+		if r.Len > int64(len(p))-at {
+			f.t.Fatalf("mapping: runs have more than %d bytes", len(p))
+		}
+		fn(r, p[at:at+r.Len])
+		at += r.Len
 	}
-	if int64(len(got)) != n {
-		f.t.Fatalf("mapping: runs have %d bytes, want %d", len(got), n)
+	if at != int64(len(p)) {
+		f.t.Fatalf("mapping: runs have %d bytes, want %d", at, len(p))
 	}
-	return got
 }
 
 func mappedWrite(t *testing.T, f *fixture) {
@@ -458,13 +481,13 @@ func mappedWrite(t *testing.T, f *fixture) {
 
 func (f *fixture) writeRuns(m *backing.Mapping, data []byte) {
 	f.t.Helper()
-	for _, r := range m.Runs[:m.N] {
-		p := aligned(f.t, int(r.Len))
-		data = data[copy(p, data):]
+	buf := aligned(f.t, len(data))
+	copy(buf, data)
+	f.eachRun(m, buf, func(r *backing.Run, p []byte) {
 		if _, err := r.File.OS.WriteAt(p, r.Off); err != nil {
 			f.t.Fatalf("write run at %d+%d: %v", r.Off, r.Len, err)
 		}
-	}
+	})
 }
 
 func cacheChangesNothing(_ *testing.T, f *fixture) {

@@ -175,6 +175,7 @@ func (d *chainDevice) Map(op engine.Op, off, n int64, m *backing.Mapping) error 
 // whole.
 type join struct {
 	sum, part backing.Mapping
+	size      int64 // bytes of sum
 	leases    [backing.MaxRuns + 1]backing.Lease
 	n         int // number of leases
 
@@ -226,8 +227,13 @@ func (j *join) keep(l backing.Lease) bool {
 	return true
 }
 
-// run appends r, or makes the last run longer.
+// run appends r, or makes the last run longer. Memory that suits a direct file
+// for the first byte has to do so where r begins.
 func (j *join) run(r backing.Run) bool {
+	if r.File != nil && r.File.Direct && j.size&int64(r.File.Align-1) != 0 {
+		return false
+	}
+	j.size += r.Len
 	if k := j.sum.N; k > 0 {
 		last := &j.sum.Runs[k-1]
 		if last.File == r.File && (r.File == nil || last.Off+last.Len == r.Off) {
