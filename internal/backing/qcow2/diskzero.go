@@ -116,6 +116,7 @@ func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
 // them it did; what it cannot do is written as zeroes. Where there is no L2
 // table and absent says that none is needed, f is not called.
 func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
+	full := int64(-1) // the last cluster for which there was no room
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		if off := first << d.g.ClusterBits; absent(off) && d.noTable(off) {
 			first = (off/d.g.L2Coverage + 1) * d.g.L2Entries
@@ -125,11 +126,10 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 			return err
 		}
 		s, n, err := d.lockClusters(ctx, first, end-first)
-		if err != nil {
-			return err
+		if err == nil {
+			n, err = f(s, first, n)
+			d.m.mu.Unlock()
 		}
-		n, err = f(s, first, n)
-		d.m.mu.Unlock()
 		if first += n; err == errCompressed {
 			at := first << d.g.ClusterBits
 			err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()))
@@ -137,6 +137,9 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 		}
 		if err != nil {
 			err = d.funded(ctx, err)
+		}
+		if errors.Is(err, backing.ErrNoSpace) && first > full {
+			full, err = first, d.commits.run(ctx) // as in allocate
 		}
 		if err != nil {
 			return err

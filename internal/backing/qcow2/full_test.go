@@ -114,6 +114,38 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 	return refused, reread(ctx, h, r.Oracle)
 }
 
+// TestZeroesFindWhatWasTrimmed: on a device that is full, a zero that needs host
+// clusters has those that are free after a commit, as a write does.
+func TestZeroesFindWhatWasTrimmed(t *testing.T) {
+	const cluster, trimmed, size = 4096, 16 * 4096, 2 << 20
+	st := blank(t, "device", create.Options{Size: size, ClusterSize: cluster}).image
+	st.Cut(1 << 20)
+	st.SetFixed(true)
+	d := openQuiet(t, st, false)
+	end, err := fillUp(t.Context(), d, 0, size-trimmed, 1)
+	if !errors.Is(err, backing.ErrNoSpace) {
+		t.Fatalf("filling the device: got %v, want %v", err, backing.ErrNoSpace)
+	}
+	for _, f := range []func() error{
+		func() error { return d.Flush(t.Context()) },
+		func() error { return d.Trim(t.Context(), 0, trimmed, 0) },
+		func() error { return d.Zero(t.Context(), size-trimmed, trimmed, backing.NoHole) },
+	} {
+		if err := f(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err = d.Zero(t.Context(), end+64<<10, size-trimmed-end-64<<10, backing.NoHole)
+	if !errors.Is(err, backing.ErrNoSpace) {
+		t.Errorf("zero without room: got %v, want %v", err, backing.ErrNoSpace)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	st.Reopen()
+	wantSound(t, st, 0)
+}
+
 // smallHost mounts an ext4 or a tmpfs, which cannot zero in place, of so many
 // bytes, on which only a file of ballast is.
 func smallHost(t *testing.T, kind string, size, ballast int64) (dir string) {
