@@ -52,16 +52,21 @@ func (f *vmFlags) addVM(c *cobra.Command) {
 	f.libvirt.add(c)
 }
 
-// machine connects to a VM that find has found; the path of a QMP socket has a slash, and the name
-// of a domain has none. close ends the connections.
-func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close func(), err error) {
-	via := f.via
-	if via == "" {
-		if via = viaLibvirt; strings.Contains(name, "/") {
-			via = viaQMP
-		}
+// way is how to reach a VM that find has found: the path of a QMP socket has a
+// slash, and the name of a domain has none.
+func (f *vmFlags) way(name string) string {
+	switch {
+	case f.via != "":
+		return f.via
+	case strings.Contains(name, "/"):
+		return viaQMP
 	}
-	switch via {
+	return viaLibvirt
+}
+
+// machine connects to a VM that find has found. close ends the connections.
+func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close func(), err error) {
+	switch via := f.way(name); via {
 	case viaQMP:
 		q, err := f.overQMP(ctx, name)
 		if err != nil {
@@ -77,8 +82,9 @@ func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close fu
 			return nil, nil, err
 		}
 		return d, done, nil
+	default:
+		return nil, nil, usage("--via: %q is neither qmp nor libvirt", via)
 	}
-	return nil, nil, usage("--via: %q is neither qmp nor libvirt", via)
 }
 
 // overQMP connects to a monitor, and to an agent if one was named.
@@ -371,7 +377,7 @@ func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Sourc
 	if s.Owner == "" {
 		s.Owner = f.vmFlags.owner
 	}
-	if s.Owner == "" {
+	if s.Owner == "" && f.way(vm) == viaQMP {
 		s.Owner = ownerOf(vm)
 	}
 	if f.image.send {

@@ -195,6 +195,32 @@ func TestAttachThatFailsSaysHow(t *testing.T) {
 	}
 }
 
+// TestFileNamedAsADomainOwnsNoSocket: whoever can write to the working directory
+// has no say in whose the socket of a domain's disk is. That of a machine over
+// QMP belongs to the owner of its monitor.
+func TestFileNamedAsADomainOwnsNoSocket(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, os.WriteFile("web", nil, 0o600))
+	owner := fmt.Sprintf("%d:%d", os.Getuid(), os.Getgid())
+	if os.Getuid() == 0 {
+		must(t, os.Chown("web", testenv.Nobody, testenv.Nobody))
+		owner = fmt.Sprintf("%d:%d", testenv.Nobody, testenv.Nobody)
+	}
+	for _, tt := range []struct{ vm, via, want string }{
+		{vm: "web"},
+		{vm: "./web", via: viaLibvirt},
+		{vm: "./web", want: owner},
+		{vm: "web", via: viaQMP, want: owner},
+	} {
+		f := &attachFlags{}
+		f.via = tt.via
+		s, err := f.source(newAttach(), tt.vm, "/disk.img")
+		if err != nil || s.Owner != tt.want {
+			t.Errorf("VM %q, --via=%s: owner %q, %v, want %q", tt.vm, tt.via, s.Owner, err, tt.want)
+		}
+	}
+}
+
 func TestMachinesAreListed(t *testing.T) {
 	vm := startQEMU(t)
 	dir := filepath.Dir(vm)
