@@ -286,6 +286,8 @@ func (d *Domain) renewSteps(give *Step, target string, delay time.Duration) []St
 	open := r.openStep()
 	renew := open.Do
 	open.Do = func(ctx context.Context) (bool, error) {
+		ctx, cancel := steady(ctx)
+		defer cancel()
 		_, disk, err := d.find(ctx, target)
 		if err != nil || disk == nil || libvirtd.ReconnectDelay(disk) > 0 {
 			return false, err
@@ -299,6 +301,8 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 	return Step{
 		Name: "see the disk in libvirt's description",
 		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
 			all, err := d.describe(ctx)
 			if err != nil {
 				return false, err

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -344,6 +347,106 @@ func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 	}
 	_, err := p.Run(ctx)
 	return err
+}
+
+// tap passes on what a session with libvirt says, and calls heard before each
+// message.
+type tap struct {
+	mu    sync.Mutex
+	heard func() // guarded by mu
+}
+
+// hear makes f what the tap calls, nil for nothing.
+func (p *tap) hear(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.heard = f
+}
+
+// tapped has the host's domain speak to libvirt through a tap.
+func (h *host) tapped(t *testing.T) *tap {
+	t.Helper()
+	path := filepath.Join(testenv.TempDir(t), "tap")
+	l, err := net.Listen("unix", path)
+	must(t, err)
+	var all sync.WaitGroup
+	t.Cleanup(func() { l.Close(); all.Wait() })
+	p := &tap{}
+	all.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			all.Go(func() { p.serve(c, h.Socket) })
+		}
+	})
+	h.Session, err = libvirtd.Dial(testenv.Context(t), path, libvirtd.Private)
+	must(t, err)
+	t.Cleanup(func() { h.Session.Close() })
+	return p
+}
+
+func (p *tap) serve(c net.Conn, to string) {
+	defer c.Close()
+	l, err := net.Dial("unix", to)
+	if err != nil {
+		return
+	}
+	answers := make(chan struct{})
+	go func() {
+		defer close(answers)
+		io.Copy(c, l)
+	}()
+	defer func() { l.Close(); <-answers }()
+	for b := make([]byte, 64<<10); ; {
+		n, err := c.Read(b)
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		if p.heard != nil {
+			p.heard()
+		}
+		p.mu.Unlock()
+		if _, err := l.Write(b[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// TestInterruptWhileLibvirtIsAskedLeavesNothing has the user interrupt an attach
+// at each of its messages to libvirt in turn, before libvirt has it.
+func TestInterruptWhileLibvirtIsAskedLeavesNothing(t *testing.T) {
+	h := startHost(t)
+	p := h.tapped(t)
+	image := h.image(t, "disk", diskSize)
+	at := 1
+	for ; ; at++ {
+		plan, err := h.Attach(testenv.Context(t), h.source(image), attach.Options{Model: qmp.SCSIDisk, Renew: true})
+		must(t, err)
+		ctx, cancel := context.WithCancel(testenv.Context(t))
+		defer cancel()
+		said := 0
+		p.hear(func() {
+			if said++; said == at {
+				cancel()
+			}
+		})
+		_, err = plan.Run(ctx)
+		p.hear(nil)
+		if err == nil { // nothing was left to be done
+			break
+		}
+		if !errors.Is(err, context.Canceled) || errors.Is(err, attach.ErrIncomplete) {
+			t.Fatalf("interrupted at message %d: %v", at, err)
+		}
+		h.wantNothing(t)
+	}
+	list, err := h.service.Exports(testenv.Context(t))
+	if err != nil || len(list) != 1 || at < 10 || !strings.Contains(h.Virsh(t, "dumpxml", "--domain="+domainName), "protocol='nbd'") {
+		t.Errorf("done in spite of an interrupt at message %d: exports %+v, %v", at, list, err)
+	}
 }
 
 // TestResizeOfADomainThatFailsIsDoneByASecond interrupts it in each step: all

@@ -9,7 +9,6 @@ import (
 
 	"libvirt.org/go/libvirtxml"
 
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
@@ -331,7 +330,7 @@ func (r *renewal) endStep() Step {
 			if !r.needed {
 				return false, nil
 			}
-			ctx, cancel := context.WithTimeout(ctx, limits.AttachCall)
+			ctx, cancel := steady(ctx)
 			defer cancel()
 			_, more, _, err := r.state(ctx)
 			for _, n := range more {
