@@ -184,32 +184,58 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 }
 
 // exportStep adds an export, or gives the one that is there the rate that is
-// wanted, and learns its size.
+// wanted, and learns its size. Its undo leaves an export that is in use:
+// somebody has found it there meanwhile.
 func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64) Step {
-	undo := func(ctx context.Context) error { return removeExport(ctx, c, a.Name, true) }
+	undo := func(ctx context.Context) error { return removeExport(ctx, c, a.Name, false) }
 	return Step{
 		Do: func(ctx context.Context) (bool, error) {
-			ctx, cancel := steady(ctx)
-			defer cancel()
-			x, err := c.Export(ctx, a.Name)
-			if err == nil {
-				*size = x.Size
-				if err := same(x, a); err != nil || sameRate(x.Rate, a.Rate) {
-					return false, err
-				}
-				undo = func(ctx context.Context) error { return setRate(ctx, c, a.Name, x.Rate) }
-				err = setRate(ctx, c, a.Name, a.Rate)
-				return made(err), err
+			x, added, err := addOrFind(ctx, c, a, files)
+			*size = x.Size
+			if err != nil || added {
+				return added, err
 			}
-			if !hasCode(err, api.CodeNotFound) {
+			if err := same(x, a); err != nil || sameRate(x.Rate, a.Rate) {
 				return false, err
 			}
-			x, err = c.Add(ctx, a, files...)
-			*size = x.Size
+			undo = func(ctx context.Context) error { return setRate(ctx, c, a.Name, x.Rate) }
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			err = setRate(ctx, c, a.Name, a.Rate)
 			return made(err), err
 		},
 		Undo: func(ctx context.Context) error { return undo(ctx) },
 	}
+}
+
+// States of an export that somebody is just adding or removing.
+const (
+	opening  = "opening"
+	draining = "draining"
+)
+
+// addOrFind adds an export that is not there; one that somebody is just adding
+// or removing is waited for. added says that it was, or with an error may have
+// been, added.
+func addOrFind(ctx context.Context, c *client.Client, a api.AddExport, files []*os.File) (x api.Export, added bool, err error) {
+	call, cancel := steady(ctx)
+	defer cancel()
+	for ctx.Err() == nil {
+		x, err = c.Export(call, a.Name)
+		changing := err == nil && (x.State == opening || x.State == draining)
+		if hasCode(err, api.CodeNotFound) {
+			x, err = c.Add(call, a, files...)
+			if !hasCode(err, api.CodeExists) {
+				return x, made(err), err
+			}
+			changing = true
+		}
+		if !changing {
+			return x, false, err
+		}
+		pause(ctx, limits.AttachPoll)
+	}
+	return x, false, ctx.Err()
 }
 
 // made reports whether a change with the error may have been made: only what

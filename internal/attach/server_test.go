@@ -1,0 +1,125 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
+	ctlserver "github.com/vmdiskd/vmdiskd/internal/control/server"
+)
+
+// busyService has exports that others change and use.
+type busyService struct {
+	controltest.Service
+	looks []string // states of the export at each look; "": there is none yet
+	inUse bool
+}
+
+func (s *busyService) Export(name string) (api.Export, error) {
+	if len(s.looks) == 0 {
+		return s.Service.Export(name)
+	}
+	state := s.looks[0]
+	s.looks = s.looks[1:]
+	if state == "" {
+		return api.Export{}, &api.Error{Code: api.CodeNotFound, Text: "no export"}
+	}
+	x, err := s.Service.Export(name)
+	if x.State = state; state == opening {
+		x.Size = 0
+	}
+	return x, err
+}
+
+func (s *busyService) Remove(ctx context.Context, name string, force bool) error {
+	if s.inUse && !force {
+		return &api.Error{Code: api.CodeInUse, Text: "in use"}
+	}
+	return s.Service.Remove(ctx, name, force)
+}
+
+// answer has the service answer until the test ends.
+func (s *busyService) answer(t *testing.T) *client.Client {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "control")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := ctlserver.New(ctlserver.Config{
+		Service: s, Log: slog.New(slog.DiscardHandler),
+		Authorize: func(ctlserver.Peer) ctlserver.Access { return ctlserver.Change },
+	})
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(l) }()
+	t.Cleanup(func() {
+		if err := errors.Join(server.Close(context.Background()), <-done); err != nil {
+			t.Error(err)
+		}
+		s.Close()
+	})
+	return client.Dial(path)
+}
+
+// wanted is an export that the service can be asked for.
+func wanted() api.AddExport {
+	return api.AddExport{Export: config.Export{Name: "d", Image: "/d.img", Listeners: []config.Listener{{URI: "nbd+unix:///?socket=/d.sock"}}}}
+}
+
+// TestExportThatAnotherAddsIsWaitedFor: two attaches of one disk at a time look
+// for its export, and only one adds it.
+func TestExportThatAnotherAddsIsWaitedFor(t *testing.T) {
+	s := &busyService{looks: []string{"", draining, "", opening, "ready"}}
+	s.Put(api.Export{Export: wanted().Export, State: "ready", Size: 4096})
+	var size int64
+	step := exportStep(s.answer(t), wanted(), nil, &size)
+	if changed, err := step.Do(t.Context()); changed || err != nil || size != 4096 {
+		t.Errorf("changed %v, size %d, %v", changed, size, err)
+	}
+	if len(s.looks) != 0 {
+		t.Errorf("not looked at in the states %q", s.looks)
+	}
+}
+
+// TestWaitForAnExportEndsByAnInterrupt and adds nothing.
+func TestWaitForAnExportEndsByAnInterrupt(t *testing.T) {
+	s := &busyService{}
+	s.Put(api.Export{Export: wanted().Export, State: draining})
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if changed, err := exportStep(s.answer(t), wanted(), nil, new(int64)).Do(ctx); changed || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("changed %v, %v", changed, err)
+	}
+}
+
+// TestUndoLeavesAnExportThatIsInUse: whoever has found it since has a disk in
+// it.
+func TestUndoLeavesAnExportThatIsInUse(t *testing.T) {
+	for _, inUse := range []bool{true, false} {
+		s := &busyService{inUse: inUse}
+		step := exportStep(s.answer(t), wanted(), nil, new(int64))
+		if changed, err := step.Do(t.Context()); !changed || err != nil {
+			t.Fatalf("changed %v, %v", changed, err)
+		}
+		ctx := t.Context()
+		if inUse {
+			var cancel func()
+			ctx, cancel = context.WithTimeout(ctx, 200*time.Millisecond)
+			defer cancel()
+		}
+		if err := step.Undo(ctx); (err != nil) != inUse {
+			t.Errorf("in use: %v, undo: %v", inUse, err)
+		}
+		if left := len(s.Exports()) == 1; left != inUse {
+			t.Errorf("in use: %v, left: %v", inUse, left)
+		}
+	}
+}
