@@ -153,6 +153,7 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 		}
 	} else {
 		out.Changed, err = p.Run(c.Context())
+		out.Disk = p.Disk
 	}
 	out.Notes = f.notes
 	if err != nil {

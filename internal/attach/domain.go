@@ -189,11 +189,12 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
+	g := &gift{Domain: d, served: v, disk: disk, wanted: o.ID, scope: scope}
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
-	give := d.attachStep(disk, v, scope)
+	give := g.step(plan)
 	var renew []Step
 	if o.Renew && scope&libvirtd.Live != 0 {
-		renew = d.renewSteps(&give, target, o.Reconnect)
+		renew = d.renewSteps(&give, disk, o.Reconnect)
 	}
 	plan.Steps = append(append(v.steps, give), renew...)
 	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, o.Renew))
@@ -238,26 +239,68 @@ func ownerOf(x *libvirtxml.Domain) string {
 	return ""
 }
 
-func (d *Domain) attachStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope) Step {
-	missing := scope
+// gift is a disk that a domain is being given.
+type gift struct {
+	*Domain
+	*served
+	disk    *libvirtxml.DomainDisk // its target may change until it is there
+	wanted  string                 // target that the user wants; "": any
+	scope   libvirtd.Scope         // where the disk shall be
+	missing libvirtd.Scope         // where it was not
+}
+
+// step gives the domain the disk of the plan.
+func (g *gift) step(plan *Plan) Step {
 	return Step{
-		Name: fmt.Sprintf("give the domain disk %s, on bus %s, from %s", disk.Target.Dev, disk.Target.Bus, v.uri),
+		Name: fmt.Sprintf("give the domain disk %s, on bus %s, from %s", g.disk.Target.Dev, g.disk.Target.Bus, g.uri),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			all, err := d.describe(ctx)
-			if err != nil {
-				return false, err
-			}
-			in, _ := all.scope(from(v.uri))
-			if missing = scope &^ in; missing == 0 {
-				return false, nil
-			}
-			err = d.Session.AttachDisk(ctx, d.Domain, disk, missing)
-			return err == nil || !errors.As(err, new(*libvirtd.Error)), err
+			changed, err := g.give(ctx)
+			plan.Disk = g.disk.Target.Dev
+			return changed, err
 		},
-		Undo: func(ctx context.Context) error { return d.detach(ctx, disk, v.uri, missing) },
+		Undo: func(ctx context.Context) error { return g.detach(ctx, g.disk, g.uri, g.missing) },
 	}
+}
+
+// give tries targets that are free: others may take them meanwhile, or give the
+// domain the same disk.
+func (g *gift) give(ctx context.Context) (bool, error) {
+	var refused error
+	for range limits.AttachPlaces {
+		changed, err := g.look(ctx)
+		switch {
+		case err != nil || g.missing == 0:
+			return false, err
+		case refused != nil && !changed:
+			return false, refused
+		}
+		refused = g.Session.AttachDisk(ctx, g.Domain.Domain, g.disk, g.missing)
+		if refused == nil || !errors.As(refused, new(*libvirtd.Error)) {
+			return true, refused
+		}
+	}
+	return false, refused
+}
+
+// look finds out where the disk is missing, and another target if its own is
+// another disk's by now. changed says that either is not as it was.
+func (g *gift) look(ctx context.Context) (changed bool, err error) {
+	all, err := g.describe(ctx)
+	if err != nil {
+		return false, err
+	}
+	in, _ := all.scope(from(g.uri))
+	missing, target := g.scope&^in, g.disk.Target.Dev
+	if _, taken := all.scope(isTarget(target)); in != 0 || taken != nil {
+		if target, err = g.target(all, g.served, g.disk.Target.Bus, g.wanted); err != nil {
+			return false, err
+		}
+	}
+	changed = missing != g.missing || target != g.disk.Target.Dev
+	g.missing, g.disk.Target.Dev = missing, target
+	return changed, nil
 }
 
 // detach takes the disk out of the states that have it.
@@ -275,12 +318,12 @@ func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri tr
 
 // renewSteps give a disk that the step has plugged the delay that libvirt has
 // forgotten.
-func (d *Domain) renewSteps(give *Step, target string, delay time.Duration) []Step {
-	r := &renewal{Domain: d, target: target, reconnect: delay, size: func() int64 { return 0 }}
+func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.Duration) []Step {
+	r := &renewal{Domain: d, target: disk.Target.Dev, reconnect: delay, size: func() int64 { return 0 }}
 	attach := give.Do
 	give.Do = func(ctx context.Context) (bool, error) {
 		changed, err := attach(ctx)
-		r.always = changed
+		r.always, r.target = changed, disk.Target.Dev
 		return changed, err
 	}
 	open := r.openStep()
@@ -288,8 +331,8 @@ func (d *Domain) renewSteps(give *Step, target string, delay time.Duration) []St
 	open.Do = func(ctx context.Context) (bool, error) {
 		ctx, cancel := steady(ctx)
 		defer cancel()
-		_, disk, err := d.find(ctx, target)
-		if err != nil || disk == nil || libvirtd.ReconnectDelay(disk) > 0 {
+		_, there, err := d.find(ctx, r.target)
+		if err != nil || there == nil || libvirtd.ReconnectDelay(there) > 0 {
 			return false, err
 		}
 		return renew(ctx)

@@ -449,6 +449,59 @@ func TestInterruptWhileLibvirtIsAskedLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestAttachesAtOneTime has another attach be done while one is under way, before
+// each of its messages to libvirt: of the same disk, which is there then, and of
+// another, which has the target that both were planned for.
+func TestAttachesAtOneTime(t *testing.T) {
+	h := startHost(t)
+	other := *h.Domain
+	p := h.tapped(t)
+	for _, same := range []bool{true, false} {
+		for at := 1; at <= 4; at++ {
+			t.Run(fmt.Sprintf("same disk %v, before message %d", same, at), func(t *testing.T) {
+				ctx := testenv.Context(t)
+				mine := h.image(t, "mine", diskSize)
+				theirs := mine
+				if !same {
+					theirs = h.image(t, "theirs", diskSize)
+				}
+				first, err := h.Attach(ctx, h.source(mine), attach.Options{Model: qmp.SCSIDisk})
+				must(t, err)
+				second, err := other.Attach(ctx, h.source(theirs), attach.Options{Model: qmp.SCSIDisk})
+				must(t, err)
+				said, inTheirs := 0, errors.New("not done")
+				p.hear(func() {
+					if said++; said == at {
+						_, inTheirs = second.Run(ctx)
+					}
+				})
+				_, err = first.Run(ctx)
+				p.hear(nil)
+				if err := errors.Join(err, inTheirs); err != nil {
+					t.Fatal(err)
+				}
+				if (first.Disk == second.Disk) != same {
+					t.Errorf("attached as %q and %q", first.Disk, second.Disk)
+				}
+				for i, image := range []string{mine, theirs} {
+					target, err := h.Resolve(ctx, image)
+					if want := []string{first.Disk, second.Disk}[i]; err != nil || target != want {
+						t.Errorf("%q is %q, %v, want %q", image, target, err, want)
+					}
+					if _, err := h.service.Export(ctx, attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(image))); err != nil {
+						t.Error(err)
+					}
+				}
+				for _, target := range []string{first.Disk, second.Disk} {
+					plan, err := h.Detach(ctx, target, false)
+					do(t, plan, err)
+				}
+				h.wantNothing(t)
+			})
+		}
+	}
+}
+
 // TestResizeOfADomainThatFailsIsDoneByASecond interrupts it in each step: all
 // is as it was, or the guest has the size and the same command does the rest.
 func TestResizeOfADomainThatFailsIsDoneByASecond(t *testing.T) {

@@ -40,7 +40,7 @@ type Step struct {
 type Plan struct {
 	// Aim says in one line what the plan is for.
 	Aim string
-	// Disk is the name by which the disk is found again.
+	// Disk is the name by which the disk is found again. A step may change it.
 	Disk  string
 	Steps []Step
 }
