@@ -367,7 +367,8 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 }
 
 // Resolve finds the target of a disk that its user names so, or by its image,
-// export or URI as Attach got it.
+// export or URI as Attach got it. A name that several disks have is
+// qmp.ErrInvalid.
 func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
@@ -380,16 +381,58 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	own := ExportName(d.Domain.UUID, DiskID(path))
 	uri, uriErr := transport.ParseURI(word)
-	_, disk := all.scope(func(x *libvirtxml.DomainDisk) bool {
-		u := source(x)
-		return u.Kind != "" && x.Target != nil && (u.Export == ExportName(d.Domain.UUID, DiskID(path)) || u.Export == word ||
-			uriErr == nil && u.String() == uri.String())
+	targets := all.targets(func(u transport.URI) bool {
+		return u.Export == own || uriErr == nil && u.String() == uri.String()
 	})
-	if disk == nil {
-		return "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+	if len(targets) == 0 {
+		targets = d.ofExport(ctx, all, word)
 	}
-	return disk.Target.Dev, nil
+	switch len(targets) {
+	case 0:
+		return "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+	case 1:
+		return targets[0], nil
+	}
+	return "", fmt.Errorf("%w name of a disk %q: the domain has it as %q, which are names too", qmp.ErrInvalid, strings.ToValidUTF8(word, "?"), targets)
+}
+
+// ofExport are the targets of the disks that are at an address of the daemon's
+// export or, if none is, of all disks with an export of the name: other servers
+// may have one too.
+func (d *Domain) ofExport(ctx context.Context, all states, name string) []string {
+	named := func(u transport.URI) bool { return u.Export == name }
+	if d.Server == nil {
+		return all.targets(named)
+	}
+	x, err := d.Server.Export(ctx, name)
+	if err != nil {
+		return all.targets(named)
+	}
+	ours := all.targets(func(u transport.URI) bool {
+		return named(u) && slices.ContainsFunc(x.URIs, func(text string) bool {
+			uri, err := transport.ParseURI(text)
+			uri.Export, uri.User, uri.Params = name, "", nil
+			return err == nil && uri.String() == u.String()
+		})
+	})
+	if len(ours) == 0 {
+		return all.targets(named)
+	}
+	return ours
+}
+
+// targets are those of the NBD disks with a source that fits, each once.
+func (s states) targets(fits func(transport.URI) bool) (found []string) {
+	s.scope(func(disk *libvirtxml.DomainDisk) bool {
+		u := source(disk)
+		if u.Kind != "" && disk.Target != nil && fits(u) && !slices.Contains(found, disk.Target.Dev) {
+			found = append(found, disk.Target.Dev)
+		}
+		return false
+	})
+	return found
 }
 
 // find is the NBD disk with the target, and where it is.

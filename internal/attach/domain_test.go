@@ -18,6 +18,7 @@ import (
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -576,6 +577,37 @@ func (h *host) leaveCarrier(t *testing.T) {
 		if prefix, second := strings.CutSuffix(n.Name, "-1"); second {
 			must(t, qmp.Raw{Node: prefix, ReadOnly: true}.Add(testenv.Context(t), monitor, disks[0].Inserted.Name))
 		}
+	}
+}
+
+// TestDisksWithOneNameAreToldApart: two servers have an export of one name. That
+// of the daemon which is asked is meant, and without one neither.
+func TestDisksWithOneNameAreToldApart(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	theirs := &lab{dir: testenv.TempDir(t)}
+	must(t, os.Chmod(theirs.dir, 0o755))
+	theirs.startService(t)
+	uris := map[*lab]string{}
+	for _, l := range []*lab{&h.lab, theirs} {
+		socket := filepath.Join(l.dir, "own.sock")
+		x := addExport("disk0", l.image(t, "disk", diskSize))
+		x.Listeners = []config.Listener{{URI: "nbd+unix:///?socket=" + socket, Mode: "0666"}}
+		_, err := l.service.Add(ctx, x)
+		must(t, err)
+		uris[l] = "nbd+unix:///disk0?socket=" + socket
+		p, err := h.Attach(ctx, attach.Source{URI: uris[l]}, attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+	}
+	for word, want := range map[string]string{"disk0": "sda", uris[&h.lab]: "sda", uris[theirs]: "sdb", "sdb": "sdb"} {
+		if target, err := h.Resolve(ctx, word); err != nil || target != want {
+			t.Errorf("%q is %q, %v, want %q", word, target, err, want)
+		}
+	}
+	alone := *h.Domain
+	alone.Server = nil
+	if target, err := alone.Resolve(ctx, "disk0"); !errors.Is(err, qmp.ErrInvalid) || !strings.Contains(err.Error(), `"sda" "sdb"`) {
+		t.Errorf("without a daemon: %q, %v", target, err)
 	}
 }
 
