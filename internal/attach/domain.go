@@ -368,7 +368,7 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 
 // Resolve finds the target of a disk that its user names so, or by its image,
 // export or URI as Attach got it. A name that several disks have is
-// qmp.ErrInvalid.
+// qmp.ErrInvalid. A disk that the domain has no more may have an export left.
 func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
@@ -391,7 +391,7 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	}
 	switch len(targets) {
 	case 0:
-		return "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+		return d.left(ctx, all, word, DiskID(path))
 	case 1:
 		return targets[0], nil
 	}
@@ -421,6 +421,38 @@ func (d *Domain) ofExport(ctx context.Context, all states, name string) []string
 		return all.targets(named)
 	}
 	return ours
+}
+
+// left finds a disk that the domain has no more, but its export: by the id that
+// follows from its image, by the export or, as exports do not know targets, by
+// the name of any target if there is one such disk only.
+func (d *Domain) left(ctx context.Context, all states, word, id string) (string, error) {
+	none := fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+	if d.Server == nil {
+		return "", none
+	}
+	list, err := d.Server.Exports(ctx)
+	if err != nil {
+		return "", errors.Join(none, err)
+	}
+	var ids, names []string
+	for _, x := range list {
+		one, own := strings.CutPrefix(x.Name, ExportName(d.Domain.UUID, ""))
+		switch {
+		case !own || len(all.targets(func(u transport.URI) bool { return u.Export == x.Name })) > 0:
+		case one == id || one == word || x.Name == word:
+			return one, nil
+		default:
+			ids, names = append(ids, one), append(names, x.Name)
+		}
+	}
+	switch {
+	case len(ids) == 0 || !libvirtd.IsTarget(word):
+		return "", none
+	case len(ids) == 1:
+		return ids[0], nil
+	}
+	return "", fmt.Errorf("%w; of disks that it had exports are left, which are names too: %q", none, names)
 }
 
 // targets are those of the NBD disks with a source that fits, each once.
@@ -470,7 +502,8 @@ func (d *Domain) serving(ctx context.Context, target, named string) (libvirtd.Sc
 	return in, disk, named, nil
 }
 
-// Detach is as Machine's, of the running machine and of its configuration.
+// Detach is as Machine's, of the running machine and of its configuration. Of a
+// disk that neither has it removes the export.
 func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, error) {
 	in, disk, err := d.find(ctx, target)
 	if err != nil {
@@ -478,6 +511,9 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	}
 	plan := &Plan{Aim: fmt.Sprintf("detach %s from domain %q", target, d.Domain.Name), Disk: target}
 	if disk == nil {
+		if m := d.machine(nil); m.serves(ctx, target) {
+			plan.Steps = []Step{m.removeStep(ExportName(m.Name, target), force)}
+		}
 		return plan, nil
 	}
 	uri := source(disk)

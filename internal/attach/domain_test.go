@@ -611,6 +611,55 @@ func TestDisksWithOneNameAreToldApart(t *testing.T) {
 	}
 }
 
+// TestExportOfADiskThatIsGoneIsRemoved has exports left of disks that the domain
+// has no more, as after a detach that could not remove one, and after the
+// domain's end.
+func TestExportOfADiskThatIsGoneIsRemoved(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	image := h.image(t, "disk", diskSize)
+	id := attach.DiskID(image)
+	export := attach.ExportName(h.Domain.Domain.UUID, id)
+	leave := func(image string) {
+		t.Helper()
+		p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+		p, err = h.Detach(ctx, p.Disk, true)
+		must(t, err)
+		p.Steps = p.Steps[:len(p.Steps)-1] // the export stays
+		do(t, p, nil)
+	}
+	for _, word := range []string{image, id, export, "sda"} {
+		leave(image)
+		got, err := h.Resolve(ctx, word)
+		if err != nil || got != id {
+			t.Fatalf("%q is %q, %v, want %q", word, got, err, id)
+		}
+		p, err := h.Detach(ctx, got, false)
+		if !do(t, p, err) {
+			t.Errorf("%q: nothing was removed", word)
+		}
+		h.wantNothing(t)
+		p, err = h.Detach(ctx, got, false)
+		if do(t, p, err) {
+			t.Errorf("%q: the second detach changed something", word)
+		}
+	}
+	leave(image)
+	if got, err := h.Resolve(ctx, image+"2"); !errors.Is(err, attach.ErrNoDisk) {
+		t.Errorf("an image that was never attached is %q, %v", got, err)
+	}
+	leave(h.image(t, "another", diskSize))
+	if got, err := h.Resolve(ctx, "sda"); !errors.Is(err, attach.ErrNoDisk) || !strings.Contains(err.Error(), export) {
+		t.Errorf("with two exports left sda is %q, %v", got, err)
+	}
+	p, err := h.Attach(ctx, h.source(h.image(t, "third", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	if got, err := h.Resolve(ctx, attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(filepath.Join(h.dir, "third")))); err != nil || got != p.Disk {
+		t.Errorf("a disk that is there is %q, %v", got, err)
+	}
+}
+
 // TestElementOfADomain names what Attach would make, and makes nothing.
 func TestElementOfADomain(t *testing.T) {
 	h := startHost(t)

@@ -382,6 +382,14 @@ func TestFreeTargetIsTheFirst(t *testing.T) {
 		if got, err := libvirtd.FreeTarget(tt.bus, tt.x...); err != nil || got != tt.want {
 			t.Errorf("%s: %q, %v, want %q", tt.bus, got, err, tt.want)
 		}
+		if !libvirtd.IsTarget(tt.want) {
+			t.Errorf("%q is no target", tt.want)
+		}
+	}
+	for _, name := range []string{"", "sd", "sda1", "sdA", "disk", "/sda"} {
+		if libvirtd.IsTarget(name) {
+			t.Errorf("%q is a target", name)
+		}
 	}
 	if _, err := libvirtd.FreeTarget("floppy"); !errors.Is(err, qmp.ErrInvalid) {
 		t.Errorf("floppy: %v", err)

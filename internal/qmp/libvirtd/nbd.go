@@ -3,6 +3,7 @@ package libvirtd
 import (
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"libvirt.org/go/libvirtxml"
@@ -108,6 +109,16 @@ next:
 		return target, nil
 	}
 	return "", fmt.Errorf("%w: %d disks on bus %s", qmp.ErrTooMany, limits.DiskTargets, bus)
+}
+
+// IsTarget tells names that FreeTarget may give.
+func IsTarget(name string) bool {
+	for _, prefix := range prefixes {
+		if rest, ok := strings.CutPrefix(name, prefix); ok && rest != "" && strings.Trim(rest, "abcdefghijklmnopqrstuvwxyz") == "" {
+			return true
+		}
+	}
+	return false
 }
 
 // letters counts a to z, aa to zz and on.
