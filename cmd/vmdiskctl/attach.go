@@ -315,6 +315,7 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	if err != nil {
 		return err
 	}
+	o.AnyModel = !c.Flags().Changed("bus")
 	found, err := f.find(vm)
 	if err != nil {
 		return err

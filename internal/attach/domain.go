@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -180,16 +181,21 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if scope == 0 {
 		return nil, errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
 	}
-	target, err := d.target(all, v, bus, o.ID)
+	g := &gift{Domain: d, served: v, wanted: o, scope: scope}
+	target, err := g.place(all, bus)
 	if err != nil {
 		return nil, err
+	}
+	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
+		bus = there.Target.Bus
+		o.Serial = cmp.Or(o.Serial, there.Serial)
 	}
 	d.number(&o, s)
 	disk, err := element(v, target, bus, o)
 	if err != nil {
 		return nil, err
 	}
-	g := &gift{Domain: d, served: v, disk: disk, wanted: o.ID, scope: scope}
+	g.disk = disk
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
 	give := g.step(plan)
 	var renew []Step
@@ -244,7 +250,7 @@ type gift struct {
 	*Domain
 	*served
 	disk    *libvirtxml.DomainDisk // its target may change until it is there
-	wanted  string                 // target that the user wants; "": any
+	wanted  Options                // as the user has said
 	scope   libvirtd.Scope         // where the disk shall be
 	missing libvirtd.Scope         // where it was not
 }
@@ -294,13 +300,46 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 	in, _ := all.scope(from(g.uri))
 	missing, target := g.scope&^in, g.disk.Target.Dev
 	if _, taken := all.scope(isTarget(target)); in != 0 || taken != nil {
-		if target, err = g.target(all, g.served, g.disk.Target.Bus, g.wanted); err != nil {
+		if target, err = g.place(all, g.disk.Target.Bus); err != nil {
 			return false, err
 		}
 	}
 	changed = missing != g.missing || target != g.disk.Target.Dev
 	g.missing, g.disk.Target.Dev = missing, target
 	return changed, nil
+}
+
+// place is the target of the disk, of which what is there already must be as the
+// user wants it.
+func (g *gift) place(all states, bus string) (string, error) {
+	var is string
+	_, there := all.scope(func(disk *libvirtxml.DomainDisk) bool {
+		if !from(g.uri)(disk) || disk.Target == nil {
+			return false
+		}
+		is = g.otherwise(disk)
+		return is != ""
+	})
+	if there != nil {
+		return "", fmt.Errorf("%w: the domain has the disk as %q, %s: detach it first", ErrDiffers, there.Target.Dev, is)
+	}
+	return g.target(all, g.served, bus, g.wanted.ID)
+}
+
+// otherwise says what of a disk that is there is not as the user wants it.
+func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
+	bus, err := busOf(g.wanted.Model)
+	switch {
+	case disk.ReadOnly != nil && !g.readOnly:
+		return "read-only"
+	case disk.ReadOnly == nil && g.readOnly:
+		return "writable"
+	case err == nil && disk.Target.Bus != bus && !g.wanted.AnyModel:
+		return "on bus " + disk.Target.Bus
+	case g.wanted.Serial != "" && disk.Serial != g.wanted.Serial:
+		return fmt.Sprintf("with serial number %q", disk.Serial)
+	}
+	return ""
 }
 
 // detach takes the disk out of the states that have it.

@@ -611,6 +611,62 @@ func TestDisksWithOneNameAreToldApart(t *testing.T) {
 	}
 }
 
+// TestDiskThatIsThereOtherwiseIsRefused: what the user has said of a disk is
+// compared with the disk that the domain has, when the plan is made and when it
+// runs. What was not said is as it is there.
+func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	readOnly := attach.Source{URI: "nbd+unix:///" + attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(s.Image)) +
+		"?socket=" + h.dir + "/none.sock", ReadOnly: true}
+	plan, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	do(t, plan, err)
+	sockets, err := filepath.Glob(h.dir + "/*.sock")
+	must(t, err)
+	readOnly.URI = strings.Replace(readOnly.URI, h.dir+"/none.sock", sockets[0], 1)
+	for name, tt := range map[string]struct {
+		s    attach.Source
+		o    attach.Options
+		says string
+	}{
+		"read-only":      {readOnly, attach.Options{Model: qmp.SCSIDisk}, `"sda", writable`},
+		"another bus":    {s, attach.Options{Model: qmp.VirtIOBlk}, `on bus scsi`},
+		"another serial": {s, attach.Options{Model: qmp.SCSIDisk, Serial: "ABC"}, `with serial number "VMD`},
+	} {
+		if _, err := h.Attach(ctx, tt.s, tt.o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s: got %v, want ErrDiffers with %s", name, err, tt.says)
+		}
+	}
+	keep := s
+	keep.Add.Persist = true
+	plan, err = h.Attach(ctx, keep, attach.Options{Model: qmp.SCSIDisk, Persist: true})
+	must(t, err)
+	if _, err := plan.Run(ctx); !errors.Is(err, attach.ErrDiffers) || strings.Contains(h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName), "nbd") {
+		t.Errorf("an export that is not kept: %v", err)
+	}
+	anyBus := attach.Options{Model: qmp.VirtIOBlk, AnyModel: true, Persist: true}
+	if plan, err = h.Attach(ctx, s, anyBus); !do(t, plan, err) {
+		t.Error("nothing was put into the configuration")
+	}
+	if plan, err = h.Attach(ctx, s, anyBus); do(t, plan, err) {
+		t.Error("the second attach changed something")
+	}
+	text := h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName)
+	if !strings.Contains(text, "<target dev='sda' bus='scsi'/>") || strings.Contains(text, "'virtio'/>") {
+		t.Errorf("the configuration has another disk than the machine:\n%s", text)
+	}
+	plan, err = h.Detach(ctx, "sda", false)
+	do(t, plan, err)
+	early, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Serial: "EARLY"})
+	must(t, err)
+	plan, err = h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	do(t, plan, err)
+	if changed, err := early.Run(ctx); changed || !errors.Is(err, attach.ErrDiffers) {
+		t.Errorf("a plan that was made before the disk was there: changed %v, %v", changed, err)
+	}
+}
+
 // TestExportOfADiskThatIsGoneIsRemoved has exports left of disks that the domain
 // has no more, as after a detach that could not remove one, and after the
 // domain's end.

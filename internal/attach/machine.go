@@ -37,6 +37,7 @@ type Options struct {
 	// first free target.
 	ID        string
 	Model     qmp.Model
+	AnyModel  bool          // a disk that a libvirt domain has already may be another Model
 	Serial    string        // empty: one that follows from the names
 	Reconnect time.Duration // 0: limits.AttachReconnect
 	Persist   bool          // in the configuration of a libvirt domain too

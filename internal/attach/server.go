@@ -195,7 +195,7 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 			if err != nil || added {
 				return added, err
 			}
-			if err := same(x, a); err != nil || sameRate(x.Rate, a.Rate) {
+			if err := errors.Join(same(x, a), kept(x, a)); err != nil || sameRate(x.Rate, a.Rate) {
 				return false, err
 			}
 			undo = func(ctx context.Context) error { return setRate(ctx, c, a.Name, x.Rate) }
@@ -280,6 +280,15 @@ func same(x api.Export, a api.AddExport) error {
 		return fmt.Errorf("%w: export %q has a socket with other SELinux labels than the machine needs now: detach it first", ErrDiffers, x.Name)
 	case x.Error != "":
 		return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
+	}
+	return nil
+}
+
+// kept refuses an export that ends with the daemon where one that is kept is
+// wanted: the daemon does not keep one later.
+func kept(x api.Export, a api.AddExport) error {
+	if a.Persist && x.Origin == "api" {
+		return fmt.Errorf("%w: export %q is not kept when the daemon ends: detach it first", ErrDiffers, x.Name)
 	}
 	return nil
 }
