@@ -24,6 +24,10 @@ import (
 // ErrLibvirt is for what has no way through libvirt.
 var ErrLibvirt = errors.New("libvirt has no way to it")
 
+// ErrUnowned is for a domain that is off and of which libvirt does not say whom
+// it will run it as: its QEMU could not connect.
+var ErrUnowned = errors.New("the socket would be the daemon's own")
+
 // Domain is a machine that libvirt runs.
 type Domain struct {
 	Session *libvirtd.Session
@@ -162,7 +166,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 		return nil, err
 	}
 	if s.Owner == "" {
-		s.Owner = ownerOf(all[libvirtd.Live])
+		s.Owner = cmp.Or(ownerOf(all[libvirtd.Live]), ownerOf(all[libvirtd.Config]))
 	}
 	if err := s.setLabels(all[libvirtd.Live], d.SELinux); err != nil {
 		return nil, err
@@ -180,6 +184,9 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	}
 	if scope == 0 {
 		return nil, errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
+	}
+	if !d.Domain.Active && s.Image != "" && s.Owner == "" && s.Mode == "" {
+		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
 	}
 	g := &gift{Domain: d, served: v, wanted: o, scope: scope}
 	target, err := g.place(all, bus)
@@ -231,7 +238,8 @@ func (d *Domain) target(all states, v *served, bus, wanted string) (string, erro
 	return wanted, nil
 }
 
-// ownerOf is whom libvirt runs the domain's QEMU as.
+// ownerOf is whom libvirt runs the domain's QEMU as; the configuration has it
+// only where its author has.
 func ownerOf(x *libvirtxml.Domain) string {
 	if x == nil {
 		return ""

@@ -292,6 +292,26 @@ func TestDiskOfASystemDomain(t *testing.T) {
 	h.wantNothing(t)
 }
 
+// TestDiskOfADomainThatIsOffNeedsAnOwner: QEMU runs as a user that libvirt names
+// only while it does, and the domain would not start.
+func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	h.Virsh(t, "destroy", "--domain="+domainName)
+	var err error
+	h.Domain.Domain, err = h.Session.Lookup(ctx, domainName)
+	must(t, err)
+	image := h.image(t, "disk", diskSize)
+	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
+	if _, err := h.Attach(ctx, h.lab.source(image), o); !errors.Is(err, attach.ErrUnowned) {
+		t.Errorf("without an owner: got %v, want ErrUnowned", err)
+	}
+	h.wantNothing(t)
+	p, err := h.Attach(ctx, h.source(image), o)
+	do(t, p, err)
+	h.Virsh(t, "start", "--paused", "--domain="+domainName)
+}
+
 // wantNothing checks that no disk and no export is there.
 func (h *host) wantNothing(t *testing.T) {
 	t.Helper()
