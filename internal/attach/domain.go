@@ -592,8 +592,8 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	return plan, nil
 }
 
-// Resize is as Machine's. While the domain runs this goes through libvirt's
-// monitor, which marks the domain as tainted.
+// Resize is as Machine's. While the domain runs the plan, not its making, goes
+// through libvirt's monitor, which marks the domain as tainted.
 func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (*Plan, error) {
 	in, disk, export, err := d.serving(ctx, target, export)
 	if err != nil {
@@ -618,9 +618,7 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 		return plan, nil
 	}
 	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), size: func() int64 { return g.size }}
-	if err := r.prepare(ctx); err != nil {
-		return nil, err
-	}
+	plan.Steps = append([]Step{r.lookStep()}, plan.Steps...)
 	plan.Steps = append(plan.Steps, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())
 	return plan, nil
 }

@@ -292,6 +292,25 @@ func TestDiskOfASystemDomain(t *testing.T) {
 	h.wantNothing(t)
 }
 
+// TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
+// has used, and nothing has been changed yet.
+func TestPlanOfAResizeDoesNotTaint(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	for _, run := range []bool{false, true} {
+		p, err := h.Resize(ctx, "sda", "", attach.Size{Bytes: 2 * diskSize})
+		must(t, err)
+		if run {
+			do(t, p, nil)
+		}
+		if tainted := strings.Contains(h.Virsh(t, "dominfo", "--domain="+domainName), "custom monitor control"); tainted != run {
+			t.Errorf("tainted: %v, the plan was run: %v", tainted, run)
+		}
+	}
+}
+
 // TestDiskOfADomainThatIsOffNeedsAnOwner: QEMU runs as a user that libvirt names
 // only while it does, and the domain would not start.
 func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {

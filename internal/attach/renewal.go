@@ -179,6 +179,18 @@ func (r *renewal) state(ctx context.Context) (first bool, more []qmp.Node, sized
 	return has(all, r.client.Node), more, size == 0 || bytesOf(all, d.Inserted.Name) == size, nil
 }
 
+// lookStep finds out whether there is a way, before an export is grown.
+func (r *renewal) lookStep() Step {
+	return Step{
+		Name: fmt.Sprintf("look at the nodes of disk %s, through libvirt's monitor", r.target),
+		Do: func(ctx context.Context) (bool, error) {
+			ctx, cancel := steady(ctx)
+			defer cancel()
+			return false, r.prepare(ctx)
+		},
+	}
+}
+
 // openStep connects a second time, unless all is as it should be.
 func (r *renewal) openStep() Step {
 	return Step{
