@@ -298,9 +298,13 @@ func (f *attachFlags) addDevice(c *cobra.Command) {
 // models are the buses of the command line.
 var models = map[string]qmp.Model{"virtio": qmp.VirtIOBlk, "scsi": qmp.SCSIDisk, "nvme": qmp.NVMe}
 
-// options is what the guest sees.
-func (f *attachFlags) options() (o attach.Options, err error) {
+// options is what the guest sees. A disk that is there is as it is where the
+// user says nothing.
+func (f *attachFlags) options(c *cobra.Command) (o attach.Options, err error) {
 	model, ok := models[f.bus]
+	if !c.Flags().Changed("bus") {
+		model = ""
+	}
 	switch {
 	case !ok:
 		return o, usage("--bus: %q is none of virtio, scsi and nvme", f.bus)
@@ -311,11 +315,10 @@ func (f *attachFlags) options() (o attach.Options, err error) {
 }
 
 func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
-	o, err := f.options()
+	o, err := f.options(c)
 	if err != nil {
 		return err
 	}
-	o.AnyModel = !c.Flags().Changed("bus")
 	found, err := f.find(vm)
 	if err != nil {
 		return err

@@ -34,7 +34,7 @@ and with --target libvirt is not asked.`,
 }
 
 func (f *attachFlags) element(c *cobra.Command, vm, image string) (string, error) {
-	o, err := f.options()
+	o, err := f.options(c)
 	if err != nil {
 		return "", err
 	}

@@ -147,7 +147,7 @@ func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, 
 // busOf is libvirt's name for the bus of a model.
 func busOf(m qmp.Model) (string, error) {
 	switch m {
-	case qmp.VirtIOBlk:
+	case qmp.VirtIOBlk, "":
 		return "virtio", nil
 	case qmp.SCSIDisk:
 		return "scsi", nil
@@ -342,7 +342,7 @@ func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
 		return "read-only"
 	case disk.ReadOnly == nil && g.readOnly:
 		return "writable"
-	case err == nil && disk.Target.Bus != bus && !g.wanted.AnyModel:
+	case err == nil && disk.Target.Bus != bus && g.wanted.Model != "":
 		return "on bus " + disk.Target.Bus
 	case g.wanted.Serial != "" && disk.Serial != g.wanted.Serial:
 		return fmt.Sprintf("with serial number %q", disk.Serial)

@@ -684,7 +684,7 @@ func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
 	if _, err := plan.Run(ctx); !errors.Is(err, attach.ErrDiffers) || strings.Contains(h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName), "nbd") {
 		t.Errorf("an export that is not kept: %v", err)
 	}
-	anyBus := attach.Options{Model: qmp.VirtIOBlk, AnyModel: true, Persist: true}
+	anyBus := attach.Options{Persist: true}
 	if plan, err = h.Attach(ctx, s, anyBus); !do(t, plan, err) {
 		t.Error("nothing was put into the configuration")
 	}

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,8 +37,7 @@ type Options struct {
 	// ID is the disk's name in the machine. Empty is DiskID, or libvirt's
 	// first free target.
 	ID        string
-	Model     qmp.Model
-	AnyModel  bool          // a disk that a libvirt domain has already may be another Model
+	Model     qmp.Model     // empty: that of a disk that is plugged, else VirtIOBlk
 	Serial    string        // empty: one that follows from the names
 	Reconnect time.Duration // 0: limits.AttachReconnect
 	Persist   bool          // in the configuration of a libvirt domain too
@@ -54,6 +54,7 @@ type plug struct {
 	id, raw string
 	model   qmp.Model
 	serial  string
+	said    Options // as the caller has it
 	client  qmp.NBD
 }
 
@@ -74,10 +75,8 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
-	p := &plug{Machine: m, served: *v, id: o.ID, model: o.Model, serial: o.Serial}
-	if p.serial == "" {
-		p.serial = serial(m.Name, o.ID)
-	}
+	p := &plug{Machine: m, served: *v, id: o.ID, model: cmp.Or(o.Model, qmp.VirtIOBlk), said: o}
+	p.serial = cmp.Or(o.Serial, serial(m.Name, o.ID))
 	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
 	p.client = nbd(clientNode(p.raw, 1), server, v.uri.Export, v.readOnly, o.Reconnect)
 	if v.uri.TLS {
@@ -145,13 +144,32 @@ func (p *plug) plugged(ctx context.Context) (bool, error) {
 		if d.Inserted == nil || d.Inserted.Name != p.raw {
 			return false, fmt.Errorf("%w: the machine has a device %q with another disk", ErrDiffers, p.id)
 		}
-		return true, nil
+		return true, p.fits(ctx)
 	}
 	present, err := qmp.DevicePresent(ctx, p.Monitor, p.id)
 	if err == nil && present {
 		err = fmt.Errorf("%w: the machine has a device %q that is no disk", ErrDiffers, p.id)
 	}
 	return false, err
+}
+
+// fits holds what the caller has said against the device that is there.
+func (p *plug) fits(ctx context.Context) error {
+	for _, said := range [...]struct{ property, want string }{
+		{"type", string(p.said.Model)}, {"serial", p.said.Serial},
+	} {
+		if said.want == "" {
+			continue
+		}
+		is, err := p.property(ctx, device(p.id), said.property)
+		if err != nil {
+			return err
+		}
+		if is != said.want {
+			return fmt.Errorf("%w: the %s of device %q is %q, not %q: detach it first", ErrDiffers, said.property, p.id, is, said.want)
+		}
+	}
+	return nil
 }
 
 // find is the disk of the device, or nil.

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -509,6 +510,68 @@ func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 	if _, err := m.Attach(ctx, l.source(two), attach.Options{Model: qmp.SCSIDisk, ID: `d,0"`}); err == nil {
 		t.Error("an id that QEMU does not take was planned")
 	}
+}
+
+// TestAnotherDiskIsNotTakenForTheOneThatIsThere says something else of the same
+// image: before anything is plugged, as after a restart of the machine, and of a
+// disk that the machine has.
+func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk", diskSize)
+	source := l.source(image)
+	source.Owner, source.Mode = fmt.Sprint(os.Getuid()), "0600"
+	attached := func(s attach.Source, o attach.Options, steps int) (bool, error) {
+		o.ID = "d0"
+		p, err := m.Attach(ctx, s, o)
+		if err != nil {
+			return false, err
+		}
+		p.Steps = p.Steps[:min(steps, len(p.Steps))]
+		return p.Run(ctx)
+	}
+	scsi := attach.Options{Model: qmp.SCSIDisk, Serial: "S1"}
+	for _, steps := range []int{1, 9} {
+		if changed, err := attached(source, scsi, steps); err != nil || !changed {
+			t.Fatalf("%d steps: changed %v, %v", steps, changed, err)
+		}
+		for want, other := range map[string]func(s *attach.Source){
+			`format is "raw", not "qcow2"`:              func(s *attach.Source) { s.Add.Format = "qcow2" },
+			`cache is "writeback", not "none"`:          func(s *attach.Source) { s.Add.Cache = "none" },
+			`overlay is none, not {"quota":1048576}`:    func(s *attach.Source) { s.Add.Overlay = &config.Overlay{Quota: 1 << 20} },
+			`window is none, not {"length":4096}`:       func(s *attach.Source) { s.Add.Window = &config.Window{Length: 4096} },
+			`protect is none, not [`:                    func(s *attach.Source) { s.Add.Protect = []config.Range{{Length: 4096}} },
+			`block-size is none, not {"minimum":4096}`:  func(s *attach.Source) { s.Add.BlockSize = &config.BlockSize{Minimum: 4096} },
+			`it is not kept when the daemon ends`:       func(s *attach.Source) { s.Add.Persist = true },
+			`mode is "0600", not "0660"`:                func(s *attach.Source) { s.Mode = "0660" },
+			fmt.Sprintf("owner is \"%d\"", os.Getuid()): func(s *attach.Source) { s.Owner = "1" },
+		} {
+			s := source
+			other(&s)
+			if changed, err := attached(s, scsi, 9); changed || !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), want) {
+				t.Errorf("%d steps were done, want %s: changed %v, %v", steps, want, changed, err)
+			}
+		}
+	}
+	for want, o := range map[string]attach.Options{
+		`type of device "d0" is "scsi-hd", not "virtio-blk-pci"`: {Model: qmp.VirtIOBlk},
+		`serial of device "d0" is "S1", not "S2"`:                {Serial: "S2"},
+	} {
+		if changed, err := attached(source, o, 9); changed || !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), want) {
+			t.Errorf("want %s: changed %v, %v", want, changed, err)
+		}
+	}
+	same := func(when string, s attach.Source) {
+		t.Helper()
+		if changed, err := attached(s, attach.Options{}, 9); changed || err != nil {
+			t.Errorf("the same disk %s: changed %v, %v", when, changed, err)
+		}
+	}
+	same("of which nobody says whose the socket is", l.source(image))
+	p, err := m.Snapshot(ctx, "d0", "", filepath.Join(l.dir, "overlay"), false)
+	do(t, p, err)
+	same("after a snapshot", source)
 }
 
 // TestDetachEndsWhatAnEarlierOneHasBegun stops after each of its steps.

@@ -1,10 +1,12 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -195,7 +197,7 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 			if err != nil || added {
 				return added, err
 			}
-			if err := errors.Join(same(x, a), kept(x, a)); err != nil || sameRate(x.Rate, a.Rate) {
+			if err := same(x, a); err != nil || sameRate(x.Rate, a.Rate) {
 				return false, err
 			}
 			undo = func(ctx context.Context) error { return setRate(ctx, c, a.Name, x.Rate) }
@@ -266,29 +268,45 @@ func setRate(ctx context.Context, c *client.Client, name string, r *config.Rate)
 	return err
 }
 
-// same refuses an export of the name that is not the one that is wanted.
+// kept is the origin of an export that the daemon has after its next start too.
+const kept = "state"
+
+// same refuses an export of the name that is not the one that is wanted. What
+// changes while it is in use may be otherwise, and what nobody has said: who
+// owns the socket, and its mode. A snapshot has put another image above the one
+// that the description tells of.
 func same(x api.Export, a api.AddExport) error {
-	want := a.Listeners[0]
-	at := func(l config.Listener) bool { return l.URI == want.URI }
-	labelled := func(l config.Listener) bool {
-		return at(l) && l.SELinuxLabel == want.SELinuxLabel && l.SELinuxPathLabel == want.SELinuxPathLabel
+	if x.Description != a.Description {
+		return fmt.Errorf("%w: export %q of %q", ErrDiffers, x.Name, x.Image)
+	}
+	is, want := x.Export, a.Export
+	if filepath.IsAbs(is.Image) && filepath.IsAbs(want.Image) && is.Image != want.Image {
+		above := config.Instead{Of: config.ImageOf(want), Serve: config.ImageOf(is)}
+		var err error
+		if want, err = above.Apply(want); err != nil {
+			return err
+		}
+	}
+	is.Listeners, want.Listeners = slices.Clone(is.Listeners), slices.Clone(want.Listeners)
+	for i := range want.Listeners {
+		l := &want.Listeners[i]
+		for _, there := range is.Listeners {
+			if there.URI == l.URI {
+				l.Owner, l.Mode = cmp.Or(l.Owner, there.Owner), cmp.Or(l.Mode, there.Mode)
+			}
+		}
+	}
+	is.SetDefaults()
+	want.SetDefaults()
+	misfits := is.Misfits(&want)
+	if a.Persist && x.Origin != kept {
+		misfits = append(misfits, "it is not kept when the daemon ends")
 	}
 	switch {
-	case x.Description != a.Description || x.ReadOnly != a.ReadOnly || !slices.ContainsFunc(x.Listeners, at):
-		return fmt.Errorf("%w: export %q of %q", ErrDiffers, x.Name, x.Image)
-	case !slices.ContainsFunc(x.Listeners, labelled):
-		return fmt.Errorf("%w: export %q has a socket with other SELinux labels than the machine needs now: detach it first", ErrDiffers, x.Name)
+	case len(misfits) > 0:
+		return fmt.Errorf("%w: export %q: %s: detach it first", ErrDiffers, x.Name, strings.Join(misfits, ", "))
 	case x.Error != "":
 		return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
-	}
-	return nil
-}
-
-// kept refuses an export that ends with the daemon where one that is kept is
-// wanted: the daemon does not keep one later.
-func kept(x api.Export, a api.AddExport) error {
-	if a.Persist && x.Origin == "api" {
-		return fmt.Errorf("%w: export %q is not kept when the daemon ends: detach it first", ErrDiffers, x.Name)
 	}
 	return nil
 }

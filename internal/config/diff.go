@@ -269,6 +269,46 @@ func fields[T any](a, b T) (list []string) {
 	return list
 }
 
+// Misfits says of each key that does not change while an export is in use, and of
+// those of its listeners, what it is in e where want has something else. Both have
+// their defaults, and one name.
+func (e *Export) Misfits(want *Export) (list []string) {
+	list = misfits(*e, *want, append([]string{"listener"}, liveFields...))
+	for _, c := range diffListeners(&Config{Exports: []Export{*e}}, &Config{Exports: []Export{*want}}) {
+		switch c.What {
+		case Alter:
+			list = append(list, misfits(*c.Old, *c.New, []string{"uri"})...)
+		case Remove:
+			list = append(list, fmt.Sprintf("it listens at %q", c.Old.URI))
+		case Add:
+			list = append(list, fmt.Sprintf("it does not listen at %q", c.New.URI))
+		}
+	}
+	return list
+}
+
+// misfits is Misfits of two structs of one type, but for the keys that may
+// differ.
+func misfits[T any](is, want T, may []string) (list []string) {
+	x, y := reflect.ValueOf(is), reflect.ValueOf(want)
+	for _, key := range fields(is, want) {
+		if slices.Contains(may, key) {
+			continue
+		}
+		i := slices.IndexFunc(reflect.VisibleFields(x.Type()), func(f reflect.StructField) bool { return f.Tag.Get("toml") == key })
+		list = append(list, fmt.Sprintf("%s is %s, not %s", key, orNone(x.Field(i)), orNone(y.Field(i))))
+	}
+	return list
+}
+
+// orNone is text of a value that may be absent.
+func orNone(v reflect.Value) string {
+	if (v.Kind() == reflect.Pointer || v.Kind() == reflect.Slice) && v.IsNil() || v.Kind() == reflect.String && v.Len() == 0 {
+		return "none"
+	}
+	return text(v.Interface())
+}
+
 // Empty tells that there is nothing to do.
 func (c *Change) Empty() bool {
 	return len(c.Settings)+len(c.Groups)+len(c.Listeners)+len(c.Exports) == 0
