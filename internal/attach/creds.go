@@ -226,8 +226,11 @@ func (m *Machine) heldCreds(ctx context.Context, id string) (object, kind string
 	return "", "", err
 }
 
-// readCreds is what the machine was given as an object.
+// readCreds is what the machine was given as an object, nothing without any.
 func (m *Machine) readCreds(ctx context.Context, object, kind string) (c credentials, err error) {
+	if object == "" {
+		return c, nil
+	}
 	c.keys = kind == sharedKey
 	_, c.hostname, _ = strings.Cut(object, ".")
 	path := "/objects/" + object

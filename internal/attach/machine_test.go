@@ -574,6 +574,44 @@ func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
 	same("after a snapshot", source)
 }
 
+// TestDiskIsNoOtherExportThanItsOwn names exports for a disk that attach has
+// served, and for one of an export that was there.
+func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, image := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	_, err := l.service.Add(ctx, addExport("other", l.image(t, "other.img", 2*diskSize)))
+	must(t, err)
+	p, err := m.Attach(ctx, l.source(l.image(t, "own.img", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "own"})
+	do(t, p, err)
+	p, err = m.Attach(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: "web"})
+	do(t, p, err)
+	own := attach.ExportName(m.Name, "own")
+	before := l.state(t, m.Monitor)
+	for id, named := range map[string][]string{"own": {"other", "web"}, "web": {"other", own}} {
+		for _, export := range named {
+			if _, err := m.Resize(ctx, id, export, attach.Size{Bytes: 3 * diskSize}); !errors.Is(err, attach.ErrDiffers) {
+				t.Errorf("resize %s with export %s: %v", id, export, err)
+			}
+			if _, err := m.Snapshot(ctx, id, export, filepath.Join(l.dir, "overlay"), false); !errors.Is(err, attach.ErrDiffers) {
+				t.Errorf("snapshot %s with export %s: %v", id, export, err)
+			}
+		}
+	}
+	if got := l.state(t, m.Monitor); got != before {
+		t.Errorf("changed to %s", got)
+	}
+	for id, export := range map[string]string{"own": own, "web": "web"} {
+		p, err := m.Resize(ctx, id, export, attach.Size{Bytes: 3 * diskSize})
+		if !do(t, p, err) {
+			t.Errorf("%s was not grown", id)
+		}
+	}
+	if info, err := os.Stat(image); err != nil || info.Size() != 3*diskSize {
+		t.Errorf("the image of web: %v, %v", info, err)
+	}
+}
+
 // TestDetachEndsWhatAnEarlierOneHasBegun stops after each of its steps.
 func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 	l := start(t, q35...)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -268,7 +269,7 @@ func (g *growth) deleteStep() Step {
 }
 
 // exportOf is the export that a disk of the machine is, or the one that the
-// user names.
+// user names, if the machine has its disk.
 func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export, err error) {
 	if m.Server == nil {
 		return x, ErrNoServer
@@ -281,7 +282,60 @@ func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export,
 	if named == "" && hasCode(err, api.CodeNotFound) {
 		return x, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", id, ErrNoServer)
 	}
+	if err == nil && named != "" && m.Monitor != nil {
+		err = m.isFrom(ctx, id, x)
+	}
 	return x, err
+}
+
+// isFrom refuses an export that is not the one behind the disk: the name of the
+// raw node tells.
+func (m *Machine) isFrom(ctx context.Context, id string, x api.Export) error {
+	if x.Name == ExportName(m.Name, id) {
+		return nil
+	}
+	d, err := find(ctx, m.Monitor, id)
+	if err != nil {
+		return err
+	}
+	if d == nil || d.Inserted == nil || !isNodeOf(d.Inserted.Name, id) {
+		return fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, id)
+	}
+	object, kind, err := m.heldCreds(ctx, id)
+	if err != nil {
+		return err
+	}
+	creds, err := m.readCreds(ctx, object, kind)
+	if err != nil {
+		return err
+	}
+	if leadsTo(d.Inserted, id, x, creds.identity) {
+		return nil
+	}
+	return fmt.Errorf("%w: disk %s is not export %q, which is at %s", ErrDiffers, id, x.Name, strings.Join(x.URIs, " "))
+}
+
+// leadsTo tells whether the raw node of a disk is for an address of the export.
+func leadsTo(raw *qmp.Node, id string, x api.Export, identity string) bool {
+	names := []string{x.Name}
+	if x.Default {
+		names = append(names, "")
+	}
+	for _, text := range x.URIs {
+		uri, _, err := new(Source).remote(text)
+		if err != nil {
+			continue
+		}
+		if uri.TLS {
+			uri.User = identity
+		}
+		for _, uri.Export = range names {
+			if rawNode(false, id, uri.String(), raw.ReadOnly) == raw.Name {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // bytesOf is the size that a machine says a node has.
