@@ -61,7 +61,8 @@ func (p *Plan) Print(w io.Writer) error {
 // Run does the steps in their order and reports whether anything was changed.
 // When one fails, or ctx ends before the last is done, what the steps have
 // changed is taken back in reverse order, each within limits.AttachUndo
-// whatever ctx says. The error has all that went wrong; it is ErrIncomplete
+// whatever ctx says, up to a step that cannot be: it may still use what those
+// before it have made. The error has all that went wrong; it is ErrIncomplete
 // too if something was left.
 func (p *Plan) Run(ctx context.Context) (changed bool, err error) {
 	r := run{ctx: ctx}
@@ -103,11 +104,16 @@ func (r *run) do(s *Step) error {
 // Release.
 func (r *run) end(err error) error {
 	var left []error
-	undo := err != nil
+	undo, stuck := err != nil, false
 	for _, s := range slices.Backward(r.made) {
 		undo = undo && s != r.final
-		if e := r.takeBack(s, undo); e != nil {
+		e := r.takeBack(s, undo && !stuck)
+		switch {
+		case e != nil:
 			left = append(left, fmt.Errorf("undo %s: %w", s.Name, e))
+			stuck = stuck || s.Release == nil
+		case undo && stuck && s.Undo != nil:
+			left = append(left, fmt.Errorf("so it stays: %s", s.Name))
 		}
 	}
 	if err != nil && r.final != nil {

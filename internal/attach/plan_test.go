@@ -132,19 +132,28 @@ func TestUndoGoesBackwards(t *testing.T) {
 	}
 }
 
-func TestFailedUndoIsReportedAndStopsNoOther(t *testing.T) {
+// TestFailedUndoKeepsWhatItsStepStandsOn: a device that the guest does not
+// release must not lose its export. What must not last ends all the same.
+func TestFailedUndoKeepsWhatItsStepStandsOn(t *testing.T) {
 	w := newWorld()
 	errStuck := errors.New("stuck")
-	w.broken["do 3"], w.broken["undo 1"] = errBroken, errStuck
-	changed, err := w.plan(4).Run(t.Context())
+	w.broken["do 4"], w.broken["undo 2"] = errBroken, errStuck
+	p := w.plan(5)
+	p.Steps[1].Release, p.Steps[1].Undo = p.Steps[1].Undo, nil
+	changed, err := p.Run(t.Context())
 	if !changed || !errors.Is(err, errBroken) || !errors.Is(err, errStuck) || !errors.Is(err, attach.ErrIncomplete) {
 		t.Errorf("changed %v, %v", changed, err)
 	}
-	if !strings.Contains(err.Error(), "undo make 1") {
-		t.Errorf("error does not say what is left: %v", err)
+	if want := []string{"do 0", "do 1", "do 2", "do 3", "do 4", "undo 3", "undo 2", "undo 1"}; !slices.Equal(w.calls, want) {
+		t.Errorf("calls %v, want %v", w.calls, want)
 	}
-	if len(w.there) != 1 || !w.there["1"] {
-		t.Errorf("left %v, want 1 only", w.there)
+	if len(w.there) != 2 || !w.there["0"] || !w.there["2"] {
+		t.Errorf("left %v, want 0 and 2", w.there)
+	}
+	for _, want := range []string{"undo make 2", "stays: make 0"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("error does not say %q: %v", want, err)
+		}
 	}
 }
 
