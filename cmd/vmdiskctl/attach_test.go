@@ -298,8 +298,9 @@ func TestExitCodesOfPlans(t *testing.T) {
 	}
 }
 
-// TestInterruptedAttachIsTakenBack ends the program by SIGINT while the guest
-// is asked for the disk that it has been given.
+// TestInterruptedAttachIsTakenBack ends the program, as the user or a lost
+// terminal does, while the guest is asked for the disk that it has been given.
+// nohup(1) keeps the latter from it: then the guest shows the disk.
 func TestInterruptedAttachIsTakenBack(t *testing.T) {
 	d := startDaemon(t)
 	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
@@ -307,8 +308,52 @@ func TestInterruptedAttachIsTakenBack(t *testing.T) {
 	must(t, err)
 	_, err = m.Execute(t.Context(), "cont", nil)
 	must(t, errors.Join(err, m.Close()))
-	asked := make(chan struct{}, 1)
-	agent := qmptest.Listen(t, func(c *qmptest.Conn) {
+	image := d.image(t, "a.img")
+	for _, tt := range []struct {
+		name   string
+		signal os.Signal
+		ignore bool
+	}{
+		{"the user", os.Interrupt, false},
+		{"a terminal that is gone", syscall.SIGHUP, false},
+		{"a terminal that is gone, under nohup", syscall.SIGHUP, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			asked, shown := make(chan struct{}, 1), make(chan struct{})
+			agent := agentWithDisk(t, asked, shown)
+			script := `exec "$0" "$@"`
+			if tt.ignore {
+				script = `trap "" HUP; ` + script
+			}
+			cmd := exec.Command("sh", "-c", script, os.Args[0], "attach", "--bus=scsi", "--serial=S1", "--agent="+agent, vm, image)
+			cmd.Env = append(os.Environ(), asMain+"=1")
+			var said bytes.Buffer
+			cmd.Stderr = &said
+			must(t, cmd.Start())
+			<-asked
+			must(t, cmd.Process.Signal(tt.signal))
+			if tt.ignore {
+				close(shown)
+				must(t, cmd.Wait())
+				want(t, exitDone, "detach", "--force", vm, image)
+			} else if err = cmd.Wait(); cmd.ProcessState.ExitCode() != exitFailed || !strings.Contains(said.String(), "canceled") {
+				t.Errorf("%v: %s", err, said.String())
+			}
+			if out := want(t, exitDone, "export", "list", "--json"); strings.TrimSpace(out) != "[]" {
+				t.Errorf("exports left: %s", out)
+			}
+			if v := showVM(t, vm); len(v.Disks) != 0 || v.SCSI != 1 {
+				t.Errorf("machine %+v", v)
+			}
+		})
+	}
+}
+
+// agentWithDisk is a guest agent that tells when it is asked for disks, and shows
+// one from a moment on.
+func agentWithDisk(t *testing.T, asked chan<- struct{}, shown <-chan struct{}) (path string) {
+	t.Helper()
+	return qmptest.Listen(t, func(c *qmptest.Conn) {
 		for {
 			cmd, ok := c.Next()
 			if !ok {
@@ -320,28 +365,17 @@ func TestInterruptedAttachIsTakenBack(t *testing.T) {
 				c.Say(fmt.Sprintf("\xff{\"return\": %d}", a.ID))
 				continue
 			}
-			c.Say(`{"return": []}`)
+			select {
+			case <-shown:
+				c.Say(`{"return": [{"address": {"serial": "S1"}}]}`)
+				continue
+			default:
+				c.Say(`{"return": []}`)
+			}
 			select {
 			case asked <- struct{}{}:
 			default:
 			}
 		}
 	})
-	cmd := exec.Command(os.Args[0], "attach", "--bus=scsi", "--agent="+agent, vm, d.image(t, "a.img"))
-	cmd.Env = append(os.Environ(), asMain+"=1")
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	must(t, cmd.Start())
-	<-asked
-	must(t, cmd.Process.Signal(os.Interrupt))
-	err = cmd.Wait()
-	if cmd.ProcessState.ExitCode() != exitFailed || !strings.Contains(said.String(), "canceled") {
-		t.Errorf("%v: %s", err, said.String())
-	}
-	if out := want(t, exitDone, "export", "list", "--json"); strings.TrimSpace(out) != "[]" {
-		t.Errorf("exports left: %s", out)
-	}
-	if v := showVM(t, vm); len(v.Disks) != 0 || v.SCSI != 1 {
-		t.Errorf("machine %+v", v)
-	}
 }

@@ -104,11 +104,11 @@ func (f *deviceFlags) prepare(ctx context.Context) (dead <-chan int, err error) 
 	return kernel.Watch(ctx)
 }
 
-// hold keeps the device until it is detached. SIGTERM and SIGINT detach it if
-// nobody uses it.
+// hold keeps the device until it is detached. What interrupts the program
+// detaches it if nobody uses it.
 func (f *deviceFlags) hold(ctx context.Context, k *kernel.Keeper) error {
 	leave := make(chan os.Signal, 1)
-	signal.Notify(leave, unix.SIGTERM, unix.SIGINT)
+	signal.Notify(leave, interruptions()...)
 	defer signal.Stop(leave)
 	if ctx.Err() != nil { // the signal came before
 		leave <- unix.SIGTERM
