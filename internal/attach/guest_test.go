@@ -174,6 +174,38 @@ func TestFrozenGuestIsThawedWhateverHappens(t *testing.T) {
 	}
 }
 
+// busyAgent freezes without a reply, and does not answer the next times.
+type busyAgent struct{ busy, thawed int }
+
+func (a *busyAgent) Execute(_ context.Context, command string, _ any, _ ...*os.File) (json.RawMessage, error) {
+	switch {
+	case command == "guest-fsfreeze-freeze":
+		return nil, fmt.Errorf("%s: %w", command, qmp.ErrUnanswered)
+	case a.busy > 0:
+		a.busy--
+		return nil, []error{qmp.ErrNoAgent, qmp.ErrUnanswered}[a.busy%2]
+	}
+	a.thawed++
+	return json.RawMessage("2"), nil
+}
+
+// TestGuestIsThawedOnceItsAgentAnswers: an agent that still freezes when the
+// user has enough does not answer.
+func TestGuestIsThawedOnceItsAgentAnswers(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	a := &busyAgent{busy: 4}
+	m.Agent = a
+	p, err = m.Snapshot(ctx, "d0", "", filepath.Join(l.dir, "overlay"), false)
+	must(t, err)
+	if _, err := p.Run(ctx); !errors.Is(err, qmp.ErrUnanswered) || errors.Is(err, attach.ErrIncomplete) || a.thawed != 1 {
+		t.Errorf("thawed %d times: %v", a.thawed, err)
+	}
+}
+
 // running is a scripted machine that runs and has the disk d0 with the node.
 func running(node string) map[string]string {
 	return map[string]string{

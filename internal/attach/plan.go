@@ -28,7 +28,8 @@ type Step struct {
 	Undo func(ctx context.Context) error
 
 	// Release ends a state that must not outlast the plan. It is called in
-	// place of Undo, also when the plan has succeeded.
+	// place of Undo, also when the plan has succeeded, and has
+	// limits.AttachRelease.
 	Release func(ctx context.Context) error
 
 	// Final is for a change that cannot be taken back. When it is made, the
@@ -127,14 +128,14 @@ func (r *run) end(err error) error {
 
 // takeBack calls what the step has for it.
 func (r *run) takeBack(s *Step, undo bool) error {
-	f := s.Release
+	f, allowed := s.Release, limits.AttachRelease
 	if f == nil && undo {
-		f = s.Undo
+		f, allowed = s.Undo, limits.AttachUndo
 	}
 	if f == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), limits.AttachUndo)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.ctx), allowed)
 	defer cancel()
 	return f(ctx)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 )
 
@@ -57,12 +58,21 @@ func (m *Machine) freezeStep(must bool) Step {
 			}
 			return !errors.Is(err, qmp.ErrNoAgent), err
 		},
-		Release: func(ctx context.Context) error {
-			_, err := qmp.ThawGuest(ctx, m.Agent)
-			if qmp.HasClass(err, qmp.ClassCommandNotFound) {
-				return nil // nor can it have frozen anything
-			}
+		Release: m.thaw,
+	}
+}
+
+// thaw lets the guest write again. An agent that is still freezing answers
+// nothing: it is asked until it does.
+func (m *Machine) thaw(ctx context.Context) error {
+	for {
+		_, err := qmp.ThawGuest(ctx, m.Agent)
+		switch {
+		case qmp.HasClass(err, qmp.ClassCommandNotFound):
+			return nil // nor can it have frozen anything
+		case !errors.Is(err, qmp.ErrNoAgent) && !errors.Is(err, qmp.ErrUnanswered), errors.Is(err, qmp.ErrLost), ctx.Err() != nil:
 			return err
-		},
+		}
+		pause(ctx, limits.AttachPoll)
 	}
 }

@@ -9,6 +9,11 @@ const (
 	// waits behind blockdev-add.
 	AttachUndo = QMPUnplug + 5*time.Second
 
+	// AttachRelease is how long ending a state that must not last may take: a
+	// guest agent answers nothing while it freezes, and one that was given up
+	// after AgentReply may take as long again.
+	AttachRelease = 2 * AgentReply
+
 	// AttachSeen is how long a guest with an agent has to show a new disk.
 	// Linux takes below a tenth of a second.
 	AttachSeen = 10 * time.Second
