@@ -344,7 +344,7 @@ func (p *plug) verify(ctx context.Context) error {
 		return fmt.Errorf("%w: query-block does not show device %q with node %s", ErrDiffers, p.id, p.raw)
 	case d.Inserted.ReadOnly != p.readOnly:
 		return fmt.Errorf("%w: device %q is read-only: %v", ErrDiffers, p.id, d.Inserted.ReadOnly)
-	case p.size() != 0 && d.Inserted.Image.VirtualSize != p.size():
+	case p.size() != 0 && sectors(d.Inserted.Image.VirtualSize) != sectors(p.size()):
 		return fmt.Errorf("%w: device %q has %d bytes, the export %d", ErrDiffers, p.id, d.Inserted.Image.VirtualSize, p.size())
 	}
 	return nil

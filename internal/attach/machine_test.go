@@ -269,8 +269,8 @@ func (l *lab) wantSize(t *testing.T, m *attach.Machine, id string, want int64) {
 		t.Errorf("%d nodes: %+v", len(nodes), nodes)
 	}
 	for _, n := range nodes {
-		if n.Image.VirtualSize != want {
-			t.Errorf("node %+v, want %d bytes", n, want)
+		if n.Image.VirtualSize != (want+511)/512*512 {
+			t.Errorf("node %+v, want %d bytes and the rest of a sector", n, want)
 		}
 	}
 	for { // the machine ends a connection before the server sees its end
@@ -283,6 +283,35 @@ func (l *lab) wantSize(t *testing.T, m *attach.Machine, id string, want int64) {
 			return
 		}
 	}
+}
+
+// TestDiskMayEndWithinASector: QEMU shows the rest of the sector too.
+func TestDiskMayEndWithinASector(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk", diskSize)
+	must(t, os.Truncate(image, 1_000_001))
+	for _, want := range []bool{true, false} {
+		p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		if do(t, p, err) != want {
+			t.Errorf("attach: changed is not %v", want)
+		}
+	}
+	l.wantSize(t, m, "d0", 1_000_001)
+	for _, want := range []int64{1_001_001, 1_001_024} {
+		p, err := m.Resize(ctx, "d0", "", attach.Size{Bytes: want})
+		if !do(t, p, err) {
+			t.Error("nothing was grown")
+		}
+		l.wantSize(t, m, "d0", want)
+		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: want})
+		if do(t, p, err) {
+			t.Error("the second resize changed something")
+		}
+	}
+	p, err := m.Detach(ctx, "d0", true)
+	do(t, p, err)
 }
 
 // proxy passes commands on to the machine but for one, which it refuses.

@@ -176,7 +176,7 @@ func (r *renewal) state(ctx context.Context) (first bool, more []qmp.Node, sized
 		return false, nil, false, err
 	}
 	size := r.size()
-	return has(all, r.client.Node), more, size == 0 || bytesOf(all, d.Inserted.Name) == size, nil
+	return has(all, r.client.Node), more, size == 0 || hasSize(all, d.Inserted.Name, size), nil
 }
 
 // lookStep finds out whether there is a way, before an export is grown.
@@ -273,11 +273,11 @@ func (r *renewal) tellStep() Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			client := r.client.Node
+			client, size := r.client.Node, wholeSectors(r.size())
 			if r.needed {
-				client = r.next
+				client, size = r.next, r.size()
 			}
-			if err := qmp.BlockResize(ctx, r.monitor(), r.top(client), r.size()); err != nil {
+			if err := qmp.BlockResize(ctx, r.monitor(), r.top(client), size); err != nil {
 				return errors.Is(err, qmp.ErrUnanswered), err
 			}
 			_, _, sized, err := r.state(ctx)

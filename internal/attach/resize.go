@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -53,6 +54,7 @@ type growth struct {
 	creds  credentials
 	uri    transport.URI
 
+	longer   bool // the export has grown by this plan
 	exchange bool // the machine had another size, next takes the place of old
 }
 
@@ -152,7 +154,7 @@ func (g *growth) tryStep() Step {
 // grown reports whether the machine has the size already.
 func (g *growth) grown(ctx context.Context) (bool, error) {
 	list, err := nodes(ctx, g.Monitor, g.id)
-	return bytesOf(list, g.raw) == g.size, err
+	return hasSize(list, g.raw, g.size), err
 }
 
 func (g *growth) exportStep(name string) Step {
@@ -169,6 +171,7 @@ func (g *growth) exportStep(name string) Step {
 			if x, err = g.Server.Resize(ctx, name, g.size); err != nil {
 				return false, err
 			}
+			g.longer = true
 			if x.Size < g.size {
 				return true, fmt.Errorf("the export has %d bytes", x.Size)
 			}
@@ -185,7 +188,7 @@ func (g *growth) clientStep() Step {
 			ctx, cancel := steady(ctx)
 			defer cancel()
 			done, err := g.grown(ctx)
-			if err != nil || done {
+			if err != nil || done && !g.longer { // it may have grown within a sector
 				return false, err
 			}
 			g.exchange = true
@@ -230,7 +233,11 @@ func (g *growth) resizeStep() Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			if err := qmp.BlockResize(ctx, g.Monitor, g.raw, g.size); err != nil {
+			size := g.size
+			if !g.exchange {
+				size = wholeSectors(size)
+			}
+			if err := qmp.BlockResize(ctx, g.Monitor, g.raw, size); err != nil {
 				return errors.Is(err, qmp.ErrUnanswered), err
 			}
 			done, err := g.grown(ctx)
@@ -338,15 +345,20 @@ func leadsTo(raw *qmp.Node, id string, x api.Export, identity string) bool {
 	return false
 }
 
-// bytesOf is the size that a machine says a node has.
-func bytesOf(list []qmp.Node, name string) int64 {
-	for _, n := range list {
-		if n.Name == name {
-			return n.Image.VirtualSize
-		}
-	}
-	return 0
+// hasSize tells whether a machine says that a node has the size.
+func hasSize(list []qmp.Node, name string, size int64) bool {
+	return slices.ContainsFunc(list, func(n qmp.Node) bool {
+		return n.Name == name && sectors(n.Image.VirtualSize) == sectors(size)
+	})
 }
+
+// sectors is a size as QEMU counts it: what it shows of a disk ends with a whole
+// sector.
+func sectors(size int64) int64 { return (size + 511) / 512 }
+
+// wholeSectors is what a client knows of that shows the size: it may be from
+// before the disk has grown within its last sector.
+func wholeSectors(size int64) int64 { return size / 512 * 512 }
 
 // lastClient is the largest number of a client of the raw node, and its name.
 func lastClient(list []qmp.Node, raw string) (number int, name string) {
