@@ -87,9 +87,13 @@ func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close fu
 	}
 }
 
-// overQMP connects to a monitor, and to an agent if one was named.
+// overQMP connects to a monitor, and to an agent if one was named. The machine
+// has one name, by whatever links its socket is found.
 func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, error) {
 	path, err := filepath.Abs(path)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
 
@@ -38,6 +39,31 @@ func TestMachineHasAName(t *testing.T) {
 	}
 	if gone := plannedBy(t, "detach", "--", odd, p.Disk); !gone.Changed {
 		t.Errorf("detach: %+v", gone)
+	}
+}
+
+// TestMachineIsOneByAllPathsOfItsSocket: its disks are found by a link too.
+func TestMachineIsOneByAllPathsOfItsSocket(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	image := d.image(t, "disk")
+	folder, socket := filepath.Join(t.TempDir(), "run"), filepath.Join(t.TempDir(), "qmp")
+	must(t, os.Symlink(filepath.Dir(vm), folder))
+	must(t, os.Symlink(filepath.Join(folder, "qmp"), socket))
+	for _, link := range []string{socket, filepath.Join(folder, "qmp")} {
+		p := plannedBy(t, "attach", "--bus=scsi", vm, image)
+		if again := plannedBy(t, "attach", "--bus=scsi", link, image); again.Changed || again.Disk != p.Disk {
+			t.Errorf("by %s: %+v", link, again)
+		}
+		plannedBy(t, "detach", link, image)
+		if out := want(t, exitDone, "export", "list", "--json"); strings.TrimSpace(out) != "[]" {
+			t.Errorf("exports left: %s", out)
+		}
+	}
+	p := plannedBy(t, "attach", "--bus=scsi", "--reconnect=1s", vm, image)
+	want(t, exitDone, "export", "remove", "--force", attach.ExportName(vm, p.Disk))
+	if p = plannedBy(t, "detach", vm, image); !strings.Contains(strings.Join(p.Notes, " "), "there is no export") {
+		t.Errorf("detach without an export to remove: %+v", p)
 	}
 }
 

@@ -91,6 +91,7 @@ func (m *Machine) removeStep(name string, force bool) Step {
 		Do: func(ctx context.Context) (bool, error) {
 			_, err := m.Server.Export(ctx, name)
 			if hasCode(err, api.CodeNotFound) {
+				m.note("there is no export %q to remove: the daemon was started again, or the machine had another name when the disk was attached", name)
 				return false, nil
 			}
 			if err == nil {
