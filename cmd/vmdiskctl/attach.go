@@ -315,7 +315,11 @@ func (f *attachFlags) options(c *cobra.Command) (o attach.Options, err error) {
 	case f.reconnect < time.Second || f.reconnect > limits.NBDReconnect:
 		return o, usage("--reconnect: want %v to %v", time.Second, limits.NBDReconnect)
 	}
-	return attach.Options{ID: f.target, Model: model, Serial: f.serial, Reconnect: f.reconnect, Persist: f.image.x.Persist, Renew: f.renew}, nil
+	o = attach.Options{ID: f.target, Model: model, Serial: f.serial, Persist: f.image.x.Persist, Renew: f.renew}
+	if c.Flags().Changed("reconnect") {
+		o.Reconnect = f.reconnect
+	}
+	return o, nil
 }
 
 func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {

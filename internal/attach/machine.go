@@ -78,7 +78,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	p := &plug{Machine: m, served: *v, id: o.ID, model: cmp.Or(o.Model, qmp.VirtIOBlk), said: o}
 	p.serial = cmp.Or(o.Serial, serial(m.Name, o.ID))
 	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
-	p.client = nbd(clientNode(p.raw, 1), server, v.uri.Export, v.readOnly, o.Reconnect)
+	p.client = nbd(clientNode(p.raw, 1, o.Reconnect), server, v.uri.Export, v.readOnly, o.Reconnect)
 	if v.uri.TLS {
 		if v.creds.dir == "" {
 			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
@@ -169,6 +169,19 @@ func (p *plug) fits(ctx context.Context) error {
 			return fmt.Errorf("%w: the %s of device %q is %q, not %q: detach it first", ErrDiffers, said.property, p.id, is, said.want)
 		}
 	}
+	list, err := nodes(ctx, p.Monitor, p.id)
+	if err != nil {
+		return err
+	}
+	return p.waits(lastClient(list, p.raw))
+}
+
+// waits holds the delay that the caller has said against the client that is
+// there.
+func (p *plug) waits(c nbdClient) error {
+	if said := p.said.Reconnect; said != 0 && c.number > 0 && wholeSeconds(c.wait) != wholeSeconds(said) {
+		return fmt.Errorf("%w: disk %s waits %v for a server that is lost, not %v: detach it first", ErrDiffers, p.id, c.wait, said)
+	}
 	return nil
 }
 
@@ -206,7 +219,11 @@ func (p *plug) clientStep() Step {
 			ctx, cancel := steady(ctx)
 			defer cancel()
 			list, err := nodes(ctx, p.Monitor, p.id)
-			if err != nil || has(list, p.raw) || has(list, p.client.Node) {
+			if last := lastClient(list, p.raw); last.number > 0 {
+				p.client.Node = last.node
+				return false, p.waits(last)
+			}
+			if err != nil || has(list, p.raw) {
 				return false, err
 			}
 			err = p.client.Add(ctx, p.Monitor)

@@ -20,6 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -285,6 +286,41 @@ func (l *lab) wantSize(t *testing.T, m *attach.Machine, id string, want int64) {
 	}
 }
 
+// TestDiskThatGrowsWaitsForItsServerAsBefore reads the delay of each client that
+// the machine is given.
+func TestDiskThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
+	l := start(t, q35...)
+	proxy := newProxy(t, l.monitor)
+	m := l.machine(t, proxy.path, nil)
+	ctx := testenv.Context(t)
+	for i, tt := range []struct {
+		said time.Duration
+		want int64
+	}{{0, 60}, {time.Second, 1}, {61500 * time.Millisecond, 62}, {time.Hour, 3600}, {limits.NBDReconnect, 86400}} {
+		t.Run(tt.said.String(), func(t *testing.T) {
+			proxy.clients() // of the time before
+			id := fmt.Sprint("d", i)
+			o := attach.Options{Model: qmp.SCSIDisk, ID: id, Reconnect: tt.said}
+			image := l.image(t, id, diskSize)
+			p, err := m.Attach(ctx, l.source(image), o)
+			do(t, p, err)
+			for range 2 {
+				p, err = m.Resize(ctx, id, "", attach.Size{Bytes: diskSize, More: true})
+				do(t, p, err)
+			}
+			if got, want := proxy.clients(), []int64{tt.want, tt.want, tt.want}; !slices.Equal(got, want) {
+				t.Errorf("reconnect delays %v, want %v", got, want)
+			}
+			p, err = m.Attach(ctx, l.source(image), o)
+			if do(t, p, err) {
+				t.Error("the second attach changed something")
+			}
+			p, err = m.Detach(ctx, id, true)
+			do(t, p, err)
+		})
+	}
+}
+
 // TestDiskMayEndWithinASector: QEMU shows the rest of the sector too.
 func TestDiskMayEndWithinASector(t *testing.T) {
 	l := start(t, q35...)
@@ -323,6 +359,16 @@ type proxy struct {
 	seen    []string // guarded by mu
 	refused string   // guarded by mu
 	hit     func()   // guarded by mu; called in place of a refusal, the command goes through
+	delays  []int64  // guarded by mu; of NBD clients, in seconds
+}
+
+// clients are the reconnect delays of the clients that were added since the last
+// call.
+func (p *proxy) clients() (delays []int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delays, p.delays = p.delays, nil
+	return delays
 }
 
 func newProxy(t *testing.T, to string) *proxy {
@@ -371,10 +417,19 @@ func (p *proxy) serve(c net.Conn, to string) {
 	})
 	lines(c, func(line []byte) {
 		var cmd struct {
-			Execute string
-			ID      json.RawMessage
+			Execute   string
+			ID        json.RawMessage
+			Arguments struct {
+				Driver string
+				Delay  int64 `json:"reconnect-delay"`
+			}
 		}
 		json.Unmarshal(line, &cmd)
+		if cmd.Execute == "blockdev-add" && cmd.Arguments.Driver == "nbd" {
+			p.mu.Lock()
+			p.delays = append(p.delays, cmd.Arguments.Delay)
+			p.mu.Unlock()
+		}
 		if p.refuses(cmd.Execute) {
 			say(c, fmt.Appendf(nil, `{"error": {"class": "GenericError", "desc": "no"}, "id": %s}`, cmd.ID))
 			return
@@ -586,6 +641,7 @@ func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
 	for want, o := range map[string]attach.Options{
 		`type of device "d0" is "scsi-hd", not "virtio-blk-pci"`: {Model: qmp.VirtIOBlk},
 		`serial of device "d0" is "S1", not "S2"`:                {Serial: "S2"},
+		`waits 1m0s for a server that is lost, not 1h0m0s`:       {Reconnect: time.Hour},
 	} {
 		if changed, err := attached(source, o, 9); changed || !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), want) {
 			t.Errorf("want %s: changed %v, %v", want, changed, err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -85,15 +86,67 @@ func isNodeOf(node, id string) bool {
 // isOwn tells whether the node is of an export that a plan has made.
 func isOwn(node string) bool { return strings.HasPrefix(node, ownPrefix+"-") }
 
-// clientNode is the n-th NBD client below a raw node.
-func clientNode(raw string, n int) string { return raw + "-" + strconv.Itoa(n) }
+// waitDigits are those of a number in the name of a client, from 0.
+const waitDigits = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-// clientNumber is n of clientNode, or 0 for other nodes.
-func clientNumber(raw, node string) int {
-	rest, ok := strings.CutPrefix(node, raw+"-")
-	n, err := strconv.Atoi(rest)
-	if !ok || err != nil || n < 1 || n > limits.AttachClients {
-		return 0
+// nbdClient is an NBD client below a raw node, as its name tells: QEMU does not
+// say how long a client waits for a server that is lost.
+type nbdClient struct {
+	node   string
+	number int // from 1; 0: there is none
+	wait   time.Duration
+}
+
+// clientNode is the n-th NBD client below a raw node. The name has the seconds
+// that it waits, if those are not limits.AttachReconnect, which 0 stands for.
+func clientNode(raw string, n int, wait time.Duration) string {
+	digits := ""
+	if wait != 0 && wait != limits.AttachReconnect {
+		for s := wholeSeconds(wait); s > 0; s /= len(waitDigits) {
+			digits = string(waitDigits[s%len(waitDigits)]) + digits
+		}
 	}
-	return n
+	return raw + "-" + strconv.Itoa(n) + digits
+}
+
+// wholeSeconds is what QEMU makes of a delay.
+func wholeSeconds(d time.Duration) int { return int((d + time.Second - 1) / time.Second) }
+
+// clientOf is the client of the raw node with the name; the zero value for
+// other nodes.
+func clientOf(raw, node string) nbdClient {
+	rest, ok := strings.CutPrefix(node, raw+"-")
+	number := strings.TrimRight(rest, waitDigits)
+	n, err := strconv.Atoi(number)
+	if !ok || err != nil || n < 1 || n > limits.AttachClients || len(node) > limits.NodeName {
+		return nbdClient{}
+	}
+	c := nbdClient{node: node, number: n, wait: limits.AttachReconnect}
+	if digits := rest[len(number):]; digits != "" {
+		seconds := 0
+		for _, d := range digits {
+			seconds = seconds*len(waitDigits) + strings.IndexRune(waitDigits, d)
+		}
+		c.wait = time.Duration(seconds) * time.Second
+	}
+	return c
+}
+
+// lastClient is the client of the raw node with the largest number.
+func lastClient(list []qmp.Node, raw string) (last nbdClient) {
+	for _, n := range list {
+		if c := clientOf(raw, n.Name); c.number > last.number {
+			last = c
+		}
+	}
+	return last
+}
+
+// next is the name of a client in place of this one.
+func (c nbdClient) next(raw string, wait time.Duration) (string, error) {
+	node := clientNode(raw, c.number+1, wait)
+	if c.number >= limits.AttachClients || len(node) > limits.NodeName {
+		return "", fmt.Errorf("%w: the disk has grown %d times: detach and attach it once", qmp.ErrTooMany, c.number)
+	}
+	return node, nil
 }

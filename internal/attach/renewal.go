@@ -111,9 +111,8 @@ func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk) err
 		r.client.TLSHostname = disk.Source.Network.TLSHostname
 	}
 	r.prefix = rawNode(false, r.target, uri.String(), top.ReadOnly)
-	number, _ := lastClient(all, r.prefix)
-	r.next = clientNode(r.prefix, number+1)
-	return free(number)
+	r.next, err = lastClient(all, r.prefix).next(r.prefix, r.reconnect)
+	return err
 }
 
 // clientOf is the name of the client that libvirt has made. The device uses it,

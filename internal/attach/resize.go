@@ -117,11 +117,12 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if err != nil {
 		return err
 	}
-	number, old := lastClient(list, g.raw)
-	g.old = old
-	g.next = nbd(clientNode(g.raw, number+1), server, uri.Export, d.Inserted.ReadOnly, 0)
+	last := lastClient(list, g.raw)
+	g.old = last.node
+	node, err := last.next(g.raw, last.wait)
+	g.next = nbd(node, server, uri.Export, d.Inserted.ReadOnly, last.wait)
 	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
-	return free(number)
+	return err
 }
 
 // encrypted is the URI of an export that has none without TLS, for which the
@@ -260,9 +261,9 @@ func (g *growth) deleteStep() Step {
 			if err != nil {
 				return false, err
 			}
-			last, _ := lastClient(list, g.raw)
+			last := lastClient(list, g.raw)
 			for _, n := range list {
-				if c := clientNumber(g.raw, n.Name); c == 0 || c == last {
+				if c := clientOf(g.raw, n.Name); c.number == 0 || c == last {
 					continue
 				}
 				if err := deleteNode(ctx, g.Monitor, g.id, n.Name); err != nil {
@@ -359,21 +360,3 @@ func sectors(size int64) int64 { return (size + 511) / 512 }
 // wholeSectors is what a client knows of that shows the size: it may be from
 // before the disk has grown within its last sector.
 func wholeSectors(size int64) int64 { return size / 512 * 512 }
-
-// lastClient is the largest number of a client of the raw node, and its name.
-func lastClient(list []qmp.Node, raw string) (number int, name string) {
-	for _, n := range list {
-		if c := clientNumber(raw, n.Name); c > number {
-			number, name = c, n.Name
-		}
-	}
-	return number, name
-}
-
-// free reports whether another client of the node can have a name.
-func free(number int) error {
-	if number >= limits.AttachClients {
-		return fmt.Errorf("%w: the disk has grown %d times: detach and attach it once", qmp.ErrTooMany, number)
-	}
-	return nil
-}

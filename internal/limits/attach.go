@@ -39,7 +39,8 @@ const (
 	AttachPlaces = 8
 
 	// AttachClients bounds the number in the name of a node's NBD client,
-	// which counts the times that the disk has grown: what fits NodeName.
+	// which counts the times that the disk has grown: what fits NodeName. In
+	// that of one with a delay of its own two or three digits fit.
 	AttachClients = 99_999
 
 	// AttachCall is how long one request to a server or a machine may take
