@@ -237,7 +237,11 @@ func (v *vmShown) ask(ctx context.Context, x qmp.Executor) error {
 	if err != nil && !errors.Is(err, qmp.ErrNoSCSIPlace) {
 		return err
 	}
-	v.PCI, v.SCSI = len(places), len(targets)
+	controllers := map[string]bool{}
+	for _, t := range targets {
+		controllers[t.Bus] = true
+	}
+	v.PCI, v.SCSI = len(places), len(controllers)
 	return nil
 }
 

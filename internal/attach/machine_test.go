@@ -360,6 +360,15 @@ type proxy struct {
 	refused string   // guarded by mu
 	hit     func()   // guarded by mu; called in place of a refusal, the command goes through
 	delays  []int64  // guarded by mu; of NBD clients, in seconds
+	first   func()   // guarded by mu; called before a command of the name is passed on
+	name    string   // guarded by mu
+}
+
+// before has f called before each command of the name.
+func (p *proxy) before(name string, f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.name, p.first = name, f
 }
 
 // clients are the reconnect delays of the clients that were added since the last
@@ -446,6 +455,9 @@ func (p *proxy) refuses(command string) bool {
 	if command == "qmp_capabilities" {
 		return false
 	}
+	if command == p.name {
+		p.first()
+	}
 	p.seen = append(p.seen, command)
 	if len(p.seen) != p.refuse {
 		return false
@@ -501,10 +513,11 @@ func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {
 			err := attempt(ctx)
 			cancel()
 			_, refused := p.set(0, nil)
-			mustFail := strings.HasPrefix(refused, "blockdev-") || refused == "device_add"
+			mustFail := strings.HasPrefix(refused, "blockdev-")
 			switch {
 			case err == nil && !mustFail:
-				// A question that can do without an answer, or the last one.
+				// A question that can do without an answer, a place for which
+				// there is another, or the last one.
 				plan, err := m.Detach(testenv.Context(t), "d0", true)
 				do(t, plan, err)
 			case err == nil || errors.Is(err, attach.ErrIncomplete) || refused == "":
@@ -514,6 +527,35 @@ func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {
 				t.Fatalf("command %d, %s, interrupted %v: left\n%s", n+1, commands[n], interrupt, got)
 			}
 		}
+	}
+}
+
+// TestPlaceThatAnotherTakesIsNotTheLast has somebody else plug a device, by
+// another monitor, at the place that an attach is about to use.
+func TestPlaceThatAnotherTakesIsNotTheLast(t *testing.T) {
+	other := filepath.Join(testenv.TempDir(t), "other")
+	l := start(t, append(q35, "-qmp", "unix:"+other+",server=on,wait=off")...)
+	p := newProxy(t, l.monitor)
+	m, second := l.machine(t, p.path, nil), l.machine(t, other, nil)
+	ctx := testenv.Context(t)
+	for device, o := range map[string]attach.Options{
+		`{"driver": "scsi-cd", "id": "other", "bus": "scsi0.0", "scsi-id": 0, "lun": 0}`: {Model: qmp.SCSIDisk, ID: "d0"},
+		`{"driver": "virtio-rng-pci", "id": "other2", "bus": "rp1"}`:                     {Model: qmp.VirtIOBlk, ID: "d1"},
+	} {
+		plan, err := m.Attach(ctx, l.source(l.image(t, o.ID, diskSize)), o)
+		must(t, err)
+		taken := false
+		p.before("device_add", func() {
+			if taken {
+				return
+			}
+			taken = true
+			_, err := second.Monitor.Execute(ctx, "device_add", json.RawMessage(device))
+			if err != nil {
+				t.Errorf("%s: %v", device, err)
+			}
+		})
+		do(t, plan, nil)
 	}
 }
 

@@ -75,15 +75,16 @@ func FreePCI(ctx context.Context, x Executor) ([]Place, error) {
 	return append(ports, slots...), nil
 }
 
-// FreeSCSI lists the first free target of each virtio-scsi controller, in the
-// order of their names. None is ErrNoSCSIPlace.
+// FreeSCSI lists the free targets of virtio-scsi controllers: the first of each
+// controller in the order of their names, then the second of each, and so on. As
+// with FreePCI, another client may take one meanwhile. None is ErrNoSCSIPlace.
 func FreeSCSI(ctx context.Context, x Executor) ([]Target, error) {
 	w := walk{x: x}
 	buses, err := w.buses(ctx, "SCSI")
 	if err != nil {
 		return nil, err
 	}
-	var free []Target
+	var perBus [][]Target
 	for _, b := range buses {
 		if !b.plug || !b.virtio {
 			continue
@@ -96,10 +97,19 @@ func FreeSCSI(ctx context.Context, x Executor) ([]Target, error) {
 		if err != nil {
 			return nil, err
 		}
+		var list []Target
 		for t := range limits.SCSITargets {
 			if !slices.Contains(taken, int64(t)) {
-				free = append(free, Target{Bus: b.name, Target: t})
-				break
+				list = append(list, Target{Bus: b.name, Target: t})
+			}
+		}
+		perBus = append(perBus, list)
+	}
+	var free []Target
+	for nth := range limits.SCSITargets {
+		for _, list := range perBus {
+			if nth < len(list) {
+				free = append(free, list[nth])
 			}
 		}
 	}

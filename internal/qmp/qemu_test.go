@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -112,7 +113,7 @@ func TestDiskIsPluggedAndUnplugged(t *testing.T) {
 			d := qmp.Device{Model: model, ID: "d0", Node: "n0", Serial: `a,"b'<\`}
 			if model == qmp.SCSIDisk {
 				targets, err := qmp.FreeSCSI(ctx, m)
-				if err != nil || len(targets) != 1 {
+				if err != nil || len(targets) != limits.SCSITargets {
 					t.Fatalf("targets %v, %v", targets, err)
 				}
 				d.Bus, d.Target = targets[0].Bus, targets[0].Target
@@ -261,7 +262,7 @@ func TestPlacesAreTheFreeOnes(t *testing.T) {
 			}
 			for want := range 3 {
 				targets, err := qmp.FreeSCSI(ctx, m)
-				if err != nil || !slices.Equal(targets, []qmp.Target{{Bus: "scsi0.0", Target: want}}) {
+				if err != nil || !slices.Equal(targets[:2], []qmp.Target{{Bus: "scsi0.0", Target: want}, {Bus: "scsi0.0", Target: want + 1}}) {
 					t.Fatalf("targets %v, %v", targets, err)
 				}
 				if _, err := m.Execute(ctx, "device_add", map[string]any{"driver": "scsi-cd", "bus": targets[0].Bus, "scsi-id": want}); err != nil {
@@ -269,6 +270,17 @@ func TestPlacesAreTheFreeOnes(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestControllersTakeTurns: where two disks are plugged at once, the next place
+// of the one that comes late is on another controller if there is one.
+func TestControllersTakeTurns(t *testing.T) {
+	m := machine(t, "-machine", "q35", "-device", "virtio-scsi-pci,id=a", "-device", "virtio-scsi-pci,id=b", "-device", "scsi-cd,bus=a.0,scsi-id=0")
+	targets, err := qmp.FreeSCSI(testContext(t), m)
+	want := []qmp.Target{{Bus: "a.0", Target: 1}, {Bus: "b.0", Target: 0}, {Bus: "a.0", Target: 2}, {Bus: "b.0", Target: 1}}
+	if err != nil || len(targets) != 2*limits.SCSITargets-1 || !slices.Equal(targets[:4], want) {
+		t.Errorf("%d targets, first %v, want %v: %v", len(targets), targets[:min(4, len(targets))], want, err)
 	}
 }
 
