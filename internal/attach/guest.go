@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -73,7 +72,7 @@ func guestHas(ctx context.Context, a qmp.Executor, serial string) (bool, error) 
 		return false, fmt.Errorf("%s: %w: %d disks", command, qmp.ErrProtocol, len(disks))
 	}
 	for _, d := range disks {
-		if s := d.Address.Serial; s == serial || strings.HasSuffix(s, "_"+serial) {
+		if qmp.IsSerial(d.Address.Serial, serial) {
 			return true, nil
 		}
 	}
@@ -98,6 +97,10 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 		m.note(unchecked + "the device has no serial number")
 		return nil
 	}
+	cut, err := m.property(ctx, device(id), "device_id") // of a SCSI disk: less of it, unless attach has said it
+	if err != nil {
+		return err
+	}
 	list, err := qmp.GuestFilesystems(ctx, m.Agent)
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -108,7 +111,7 @@ func (m *Machine) unused(ctx context.Context, id string) error {
 	}
 	unknown := false
 	for i := range list {
-		if list[i].UsesSerial(serial) {
+		if list[i].UsesSerial(serial) || list[i].UsesSerial(cut) {
 			return fmt.Errorf("%w at %q", ErrMounted, list[i].Mountpoint)
 		}
 		unknown = unknown || slices.ContainsFunc(list[i].Disks, func(d qmp.GuestDisk) bool { return d.Serial == "" })

@@ -87,7 +87,7 @@ func TestMountedDiskIsNotDetached(t *testing.T) {
 	ctx := testenv.Context(t)
 	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0", Serial: "S1"})
 	do(t, p, err)
-	for serial, mounted := range map[string]bool{"S1": true, "QEMU_QEMU_HARDDISK_S1": true, "S12": false, "": false} {
+	for serial, mounted := range map[string]bool{"S1": true, "QEMU_QEMU_HARDDISK_S1": true, "QEMU_NVMe_Ctrl_S1_1": true, "S12": false, "S1_1": false, "QEMU_NVMe_Ctrl_S1_2": false, "": false} {
 		m.Agent = startGuest(t, map[string]string{"guest-get-fsinfo": mountedAs(serial)}).Agent
 		p, err := m.Detach(ctx, "d0", false)
 		must(t, err)
@@ -109,6 +109,43 @@ func TestMountedDiskIsNotDetached(t *testing.T) {
 	do(t, p, err)
 	if len(notes) != 1 || !strings.Contains(notes[0], "could not be checked") {
 		t.Errorf("notes %q", notes)
+	}
+}
+
+// TestMountedDiskWithALongSerialNumberIsNotDetached: guests know a SCSI disk by
+// an identifier that QEMU makes of 20 characters of its serial number. Attach
+// gives it the whole, and a disk that has less is found too.
+func TestMountedDiskWithALongSerialNumberIsNotDetached(t *testing.T) {
+	const serial, cut = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "ABCDEFGHIJKLMNOPQRST"
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	for id, identifier := range map[string]string{"d0": serial, "d1": cut} {
+		p, err := m.Attach(ctx, l.source(l.image(t, id, diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: id, Serial: serial})
+		must(t, err)
+		if identifier == cut { // as with versions that did not say it
+			p.Steps = p.Steps[:3]
+			do(t, p, nil)
+			nodes, err := qmp.QueryNamedBlockNodes(ctx, m.Monitor)
+			must(t, err)
+			used := slices.IndexFunc(nodes, func(n qmp.Node) bool {
+				return n.Driver == "raw" && !strings.Contains(l.state(t, m.Monitor), "disk d0 "+n.Name+"\n")
+			})
+			_, err = m.Monitor.Execute(ctx, "device_add", map[string]any{"driver": "scsi-hd", "id": id, "drive": nodes[used].Name, "bus": "scsi0.0", "scsi-id": 5, "serial": serial})
+			must(t, err)
+		} else {
+			do(t, p, nil)
+		}
+		out, err := m.Monitor.Execute(ctx, "qom-get", map[string]any{"path": "/machine/peripheral/" + id, "property": "device_id"})
+		if err != nil || string(out) != `"`+identifier+`"` {
+			t.Fatalf("identifier of %s: %s, %v", id, out, err)
+		}
+		m.Agent = startGuest(t, map[string]string{"guest-get-fsinfo": mountedAs("0QEMU_QEMU_HARDDISK_" + identifier)}).Agent
+		p, err = m.Detach(ctx, id, false)
+		must(t, err)
+		if _, err := p.Run(ctx); !errors.Is(err, attach.ErrMounted) {
+			t.Errorf("%s: %v", id, err)
+		}
 	}
 }
 

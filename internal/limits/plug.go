@@ -21,6 +21,10 @@ const (
 	SCSISerial   = 36
 	NVMeSerial   = 20
 
+	// SCSIDeviceID is where scsi-disk cuts a serial number off to make the
+	// identifier that udev goes by, unless that is given.
+	SCSIDeviceID = 20
+
 	// SCSITargets is the number of targets of a virtio-scsi controller
 	// (VIRTIO_SCSI_MAX_TARGET with QEMU).
 	SCSITargets = 256

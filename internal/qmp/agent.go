@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -233,15 +234,16 @@ type GuestDisk struct {
 	Serial, Device, Bus string
 }
 
-// UsesSerial reports whether one of the disks has the serial number. Some
-// guests give it with the model before it, or none.
+// UsesSerial reports whether one of the disks has the serial number.
 func (f *GuestFilesystem) UsesSerial(serial string) bool {
-	for _, d := range f.Disks {
-		if serial != "" && (d.Serial == serial || strings.HasSuffix(d.Serial, "_"+serial)) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(f.Disks, func(d GuestDisk) bool { return IsSerial(d.Serial, serial) })
+}
+
+// IsSerial reports whether what a guest says of a disk is the serial number, not
+// empty. Some guests give it with the model before it, and newer ones that of an
+// NVMe disk with its namespace, which is 1 with QEMU, behind.
+func IsSerial(said, serial string) bool {
+	return serial != "" && (said == serial || strings.HasSuffix(said, "_"+serial) || strings.HasSuffix(said, "_"+serial+"_1"))
 }
 
 // GuestFilesystems lists what is mounted in the guest, at most limits.QMPItems.

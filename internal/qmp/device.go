@@ -64,6 +64,9 @@ func (d *Device) options() (map[string]any, error) {
 	}
 	if d.Model == SCSIDisk {
 		o["scsi-id"], o["lun"] = d.Target, 0
+		if len(d.Serial) > limits.SCSIDeviceID {
+			o["device_id"] = d.Serial // by which guests know the disk
+		}
 	} else if d.Slot > 0 {
 		o["addr"] = strconv.FormatInt(int64(d.Slot), 16)
 	}
