@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -87,7 +88,7 @@ func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close fu
 	}
 }
 
-// overQMP connects to a monitor, and to an agent if one was named. The machine
+// overQMP connects to a monitor; an agent that was named is for later. The machine
 // has one name, by whatever links its socket is found.
 func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, error) {
 	path, err := filepath.Abs(path)
@@ -106,11 +107,7 @@ func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, er
 		return nil, err
 	}
 	if f.agent != "" {
-		a, err := qmp.DialAgent(ctx, f.agent)
-		if err != nil {
-			return nil, errors.Join(err, m.Monitor.Close())
-		}
-		m.Agent = a
+		m.Agent = &lazyAgent{path: f.agent}
 	}
 	return m, nil
 }
@@ -120,6 +117,34 @@ func closeMachine(m *attach.Machine) {
 	if a, ok := m.Agent.(io.Closer); ok {
 		_ = a.Close()
 	}
+}
+
+// lazyAgent is a guest agent that is connected to when it is asked: a command
+// that can do without it is not kept from its work by a socket that is gone.
+// For one goroutine.
+type lazyAgent struct {
+	path string
+	qmp  *qmp.Agent // nil: not yet
+}
+
+// Execute is that of qmp.Agent.
+func (a *lazyAgent) Execute(ctx context.Context, command string, arguments any, files ...*os.File) (json.RawMessage, error) {
+	if a.qmp == nil {
+		agent, err := qmp.DialAgent(ctx, a.path)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", qmp.ErrNoAgent, err)
+		}
+		a.qmp = agent
+	}
+	return a.qmp.Execute(ctx, command, arguments, files...)
+}
+
+// Close ends the connection if there is one.
+func (a *lazyAgent) Close() error {
+	if a.qmp == nil {
+		return nil
+	}
+	return a.qmp.Close()
 }
 
 func (f *vmFlags) note(text string) { f.notes = append(f.notes, visible(text)) }

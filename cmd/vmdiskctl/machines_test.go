@@ -67,6 +67,26 @@ func TestMachineIsOneByAllPathsOfItsSocket(t *testing.T) {
 	}
 }
 
+// TestAgentThatIsGoneKeepsNobodyFromWork: it is noted where it would be asked,
+// and refuses what needs it.
+func TestAgentThatIsGoneKeepsNobodyFromWork(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	name(t, "[machines.m]\nqmp = \""+vm+"\"\nagent = \""+vm+".gone\"\n")
+	image := d.image(t, "disk")
+	for _, force := range []string{"--force=true", "--force=false"} {
+		plannedBy(t, "attach", "--bus=scsi", "m", image)
+		if v := showVM(t, "m"); len(v.Disks) != 1 {
+			t.Errorf("disks %+v", v)
+		}
+		want(t, exitFailed, "snapshot", "--freeze", "m", image, image+".overlay")
+		p := plannedBy(t, "detach", force, "m", image)
+		if notes := strings.Join(p.Notes, " "); !p.Changed || strings.Contains(notes, "could not be checked") != (force == "--force=false") {
+			t.Errorf("detach %s: %+v", force, p)
+		}
+	}
+}
+
 // TestNamesOfMachines are what the file says, unless a flag says otherwise.
 func TestNamesOfMachines(t *testing.T) {
 	name(t, `
