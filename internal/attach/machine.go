@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -384,15 +385,76 @@ func (m *Machine) Resolve(ctx context.Context, word string) (string, error) {
 			return id, err
 		}
 	}
-	return "", fmt.Errorf("%w: the machine has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
+	return m.resolveNamed(ctx, word, path)
+}
+
+// resolveNamed is Resolve for disks that their user has given another name than
+// DiskID.
+func (m *Machine) resolveNamed(ctx context.Context, word, path string) (string, error) {
+	disks, err := m.disks(ctx)
+	if err != nil {
+		return "", err
+	}
+	foreign, _, uriErr := new(Source).remote(word)
+	export, exportErr := m.export(ctx, word)
+	var known, found []string
+	for id, node := range disks {
+		known = append(known, qmp.Printable(id, limits.DeviceID))
+		own, err := m.export(ctx, ExportName(m.Name, id))
+		fits := err == nil && (own.Description == description(id, path) || own.Description == description(id, word)) ||
+			uriErr == nil && rawNode(false, id, foreign.String(), node.ReadOnly) == node.Name
+		if !fits && exportErr == nil {
+			fits = m.isFrom(ctx, id, export) == nil
+		}
+		if fits {
+			found = append(found, id)
+		}
+	}
+	slices.Sort(known)
+	word = strings.ToValidUTF8(word, "?")
+	switch {
+	case len(found) == 1:
+		return found[0], nil
+	case len(found) > 1:
+		return "", fmt.Errorf("%w that %q alone would name: %s", ErrNoDisk, word, strings.Join(known, ", "))
+	case len(known) > 0:
+		return "", fmt.Errorf("%w: the machine has no disk %q, but %s", ErrNoDisk, word, strings.Join(known, ", "))
+	}
+	return "", fmt.Errorf("%w: the machine has no disk %q", ErrNoDisk, word)
+}
+
+// disks are those of the machine that were attached by this program: the raw
+// node of each by its name. One that is only served yet, or still, has none.
+func (m *Machine) disks(ctx context.Context) (map[string]qmp.Node, error) {
+	list := map[string]qmp.Node{}
+	if m.Server != nil {
+		exports, _ := m.Server.Exports(ctx) // disks of other servers need no daemon
+		for _, x := range exports {
+			if id, ours := strings.CutPrefix(x.Name, ExportName(m.Name, "")); ours {
+				list[id] = qmp.Node{}
+			}
+		}
+	}
+	plugged, err := qmp.QueryBlock(ctx, m.Monitor)
+	for _, d := range plugged {
+		if id := d.ID(); d.Inserted != nil && isNodeOf(d.Inserted.Name, id) {
+			list[id] = *d.Inserted
+		}
+	}
+	return list, err
+}
+
+// export asks the server, if there is one.
+func (m *Machine) export(ctx context.Context, name string) (api.Export, error) {
+	if m.Server == nil {
+		return api.Export{}, ErrNoServer
+	}
+	return m.Server.Export(ctx, name)
 }
 
 // serves reports whether there is an export that was made for the disk.
 func (m *Machine) serves(ctx context.Context, id string) bool {
-	if m.Server == nil {
-		return false
-	}
-	_, err := m.Server.Export(ctx, ExportName(m.Name, id))
+	_, err := m.export(ctx, ExportName(m.Name, id))
 	return err == nil
 }
 

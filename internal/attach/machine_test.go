@@ -739,6 +739,37 @@ func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
 	}
 }
 
+// TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
+// their image, the image below a snapshot, their export and their URI.
+func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	s := testenv.Start(t, testenv.Options{Image: testenv.PatternImage(t, diskSize), ReadOnly: true})
+	own := l.image(t, "own.img", diskSize)
+	uri := "nbd+unix:///?socket=" + s.Socket
+	words := map[string]string{"own": own, "foreign": "web", "remote": uri}
+	for id, source := range map[string]attach.Source{
+		"own": l.source(own), "foreign": {Export: "web"}, "remote": {URI: uri, ReadOnly: true},
+	} {
+		p, err := m.Attach(ctx, source, attach.Options{Model: qmp.SCSIDisk, ID: id})
+		do(t, p, err)
+	}
+	for range 2 {
+		for id, word := range words {
+			if got, err := m.Resolve(ctx, word); err != nil || got != id {
+				t.Errorf("%s: resolved as %q, %v, want %s", word, got, err, id)
+			}
+		}
+		p, err := m.Snapshot(ctx, "own", "", filepath.Join(l.dir, "overlay"), false)
+		must(t, err)
+		_, _ = p.Run(ctx) // the second time it is there
+	}
+	if _, err := m.Resolve(ctx, "other"); !errors.Is(err, attach.ErrNoDisk) || !strings.Contains(err.Error(), "foreign, own, remote") {
+		t.Errorf("a disk that is not there: %v", err)
+	}
+}
+
 // TestDetachEndsWhatAnEarlierOneHasBegun stops after each of its steps.
 func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 	l := start(t, q35...)

@@ -53,6 +53,10 @@ func ExportName(machine, id string) string {
 	return "vm-" + key(12, machine) + "-" + id
 }
 
+// description tells which image an export was made of, also after a snapshot. It
+// is meant, but not named: clients can read this.
+func description(id, image string) string { return "disk " + id + ", image " + key(16, image) }
+
 // serial is the number by which a guest finds a disk whose user gives none.
 func serial(machine, id string) string {
 	return strings.ToUpper("vmd" + key(12, machine, id))

@@ -171,8 +171,7 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 	uri := transport.URI{Target: transport.Target{Kind: transport.Unix, Path: path}}
 	a := s.Add
 	a.Name = name
-	// The image is meant, but not named: clients can read this.
-	a.Description = "disk " + id + ", image " + key(16, s.Image)
+	a.Description = description(id, s.Image)
 	if err := s.checkLabels(); err != nil {
 		return nil, err
 	}

@@ -277,6 +277,12 @@ type BlockDevice struct {
 	Inserted *Node  `json:"inserted"`  // nil for an empty drive
 }
 
+// ID is the id of the device that the disk belongs to, or else its path.
+func (b *BlockDevice) ID() string {
+	id, _ := strings.CutPrefix(b.QDev, peripheral+"/")
+	return strings.TrimSuffix(id, "/virtio-backend")
+}
+
 // Is reports whether the disk belongs to the device with the id.
 func (b *BlockDevice) Is(id string) bool {
 	return id != "" && (b.QDev == id || b.QDev == peripheral+"/"+id || b.QDev == peripheral+"/"+id+"/virtio-backend")
