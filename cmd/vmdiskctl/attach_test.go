@@ -284,6 +284,8 @@ func TestExitCodesOfPlans(t *testing.T) {
 		{attach.ErrSmaller, exitRefused},
 		{qmp.ErrUnplugRefused, exitRefused},
 		{&api.Error{Code: api.CodeForbidden}, exitRefused},
+		{&api.Error{Code: api.CodeExists}, exitRefused},
+		{&api.Error{Code: api.CodeInUse}, exitFailed},
 		{qmp.ErrInvalid, exitUsage},
 		{qmp.ErrNoPCIPlace, exitFailed},
 		{attach.ErrNoDisk, exitFailed},

@@ -109,14 +109,16 @@ func told(err error) error {
 	return controlError{err}
 }
 
-// forbidden tells whether the daemon, or the mode of its socket, keeps the
-// user from what was asked for.
+// forbidden tells whether the daemon, what it has already, or the mode of its
+// socket or of a machine's keeps the user from what was asked for. A file that
+// cannot be read is another matter: image check has the code for leaks.
 func forbidden(err error) bool {
 	var e *api.Error
 	if errors.As(err, &e) {
-		return e.Code == api.CodeForbidden
+		return e.Code == api.CodeForbidden || e.Code == api.CodeExists
 	}
-	return errors.As(err, new(controlError)) && errors.Is(err, os.ErrPermission)
+	spoken := errors.As(err, new(controlError)) || errors.As(err, new(machineError))
+	return spoken && errors.Is(err, os.ErrPermission)
 }
 
 // shown is text of the daemon or of its clients for people: as it is where

@@ -233,7 +233,7 @@ func TestDryRunChangesNothing(t *testing.T) {
 			t.Errorf("%q: said %q, want %q", tt.args, got, tt.said)
 		}
 	}
-	want(t, exitFailed, "export", "add", "--dry-run", "web", "/i")
+	want(t, exitRefused, "export", "add", "--dry-run", "web", "/i")
 	want(t, exitFailed, "export", "remove", "--dry-run", "none")
 	want(t, exitFailed, "clients", "kick", "--dry-run", "8")
 	calls(t, s)
@@ -274,9 +274,11 @@ func TestExitCodesTellRefusalFromFailure(t *testing.T) {
 }
 
 func TestSocketThatTheUserMayNotUseIsARefusal(t *testing.T) {
-	denied := controlError{fmt.Errorf("control socket: %w", &net.OpError{Op: "dial", Err: os.ErrPermission})}
-	if code := exitCode(denied, true); code != exitRefused {
-		t.Errorf("exit code %d", code)
+	denied := fmt.Errorf("socket: %w", &net.OpError{Op: "dial", Err: os.ErrPermission})
+	for _, err := range []error{told(denied), plugError(denied), plugError(fmt.Errorf("step: %w", denied))} {
+		if code := exitCode(err, true); code != exitRefused {
+			t.Errorf("%v: exit code %d", err, code)
+		}
 	}
 	if code := exitCode(os.ErrPermission, true); code != exitFailed {
 		t.Errorf("a file that cannot be read: exit code %d", code)
@@ -354,7 +356,7 @@ func TestExportAddSendsDescriptors(t *testing.T) {
 	}
 	want(t, exitFailed, "export", "add", "--fd", "y", "none")
 	want(t, exitFailed, "export", "add", "--fd", "y", "/dev/null")
-	want(t, exitFailed, "export", "add", "--fd", "x", "top") // the name is taken
+	want(t, exitRefused, "export", "add", "--fd", "x", "top") // the name is taken
 	many := []string{"export", "add", "--fd", "y", "top"}
 	for range limits.ControlFiles {
 		many = append(many, "--backing-file=base")

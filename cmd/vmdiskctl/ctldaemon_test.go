@@ -137,8 +137,8 @@ func TestDaemonDoesWhatItIsTold(t *testing.T) {
 		t.Errorf("at the start: got %q", got)
 	}
 	want(t, exitDone, "export", "add", "--persist", "--rate=1G,burst=1s", "--grant=rw,uid="+fmt.Sprint(os.Getuid()), "web", path)
-	want(t, exitFailed, "export", "add", "web", path)
-	want(t, exitFailed, "export", "add", "--dry-run", "web", path)
+	want(t, exitRefused, "export", "add", "web", path)
+	want(t, exitRefused, "export", "add", "--dry-run", "web", path)
 	d.io(t, "web", "write -P 7 0 64k", "flush")
 	if b, err := os.ReadFile(path); err != nil || b[65535] != 7 || b[65536] != 0 {
 		t.Errorf("the image is not what was written: %v", err)
