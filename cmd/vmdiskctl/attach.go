@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -265,6 +266,7 @@ type attachFlags struct {
 	reconnect time.Duration
 	renew     bool
 	place     placeFlags
+	ofImage   *pflag.FlagSet // those that say how an image is served
 
 	certificates, keys, identity string // for TLS
 }
@@ -299,6 +301,7 @@ daemon has. A disk that is attached as wanted stays as it is.`,
 	f.addSource(c)
 	f.addDevice(c)
 	c.Flags().StringVar(&f.image.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
+	f.ofImage.AddFlag(c.Flags().Lookup("rate"))
 	c.Flags().BoolVar(&f.image.x.Persist, "persist", false, "keep it when the daemon ends, and in the configuration of a libvirt domain")
 	c.Flags().BoolVar(&f.renew, "keep-reconnect", false, "where libvirt forgets --reconnect, set it through libvirt's monitor, which marks the domain as tainted")
 	return c
@@ -306,8 +309,11 @@ daemon has. A disk that is attached as wanted stays as it is.`,
 
 // addSource adds the flags that say where the disk is.
 func (f *attachFlags) addSource(c *cobra.Command) {
-	f.image.addImage(c)
-	f.place.add(c)
+	served := &cobra.Command{}
+	f.image.addImage(served)
+	f.place.add(served)
+	f.ofImage = served.Flags()
+	c.Flags().AddFlagSet(f.ofImage)
 	c.Flags().StringVar(&f.certificates, "tls-certificates", "", "`FOLDER` with ca-cert.pem, client-cert.pem and client-key.pem that QEMU reads, for a server with TLS")
 	c.Flags().StringVar(&f.keys, "tls-psk", "", "`FILE` keys.psk of pre-shared keys that QEMU reads, in place of certificates")
 	c.Flags().StringVar(&f.identity, "tls-identity", "", "the `IDENTITY` whose key QEMU takes from that file")
@@ -356,6 +362,9 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	if err != nil {
 		return err
 	}
+	if err := f.checkWay(found, image); err != nil {
+		return err
+	}
 	s, err := f.source(c, found, image)
 	defer closeFiles(s.Files)
 	if err != nil {
@@ -364,6 +373,18 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	return f.run(c, vm, "attached", func(ctx context.Context, m machine) (*attach.Plan, error) {
 		return m.Attach(ctx, s, o)
 	})
+}
+
+// checkWay: what only libvirt can do is not ignored over QMP.
+func (f *attachFlags) checkWay(vm, image string) error {
+	switch {
+	case f.way(vm) != viaQMP:
+	case f.renew:
+		return usage("--keep-reconnect is for a domain of libvirt: over QMP nothing forgets the delay")
+	case f.image.x.Persist && (f.named || isURI(image)):
+		return usage("--persist is for an image that the daemon is to serve, or for a domain of libvirt")
+	}
+	return nil
 }
 
 // closeFiles closes what was sent to the daemon, which has its own.
@@ -376,10 +397,13 @@ func closeFiles(files []*os.File) {
 // source is what IMAGE means.
 func (f *attachFlags) source(c *cobra.Command, vm, image string) (s attach.Source, err error) {
 	if f.named || isURI(image) {
-		for _, flag := range []string{"format", "fd", "rate", "backing", "backing-file", "data-file", "snapshot", "overlay", "partition", "window", "block-size", "protect", "socket-dir", "socket-owner", "socket-mode", "selinux-label", "selinux-path-label"} {
-			if c.Flags().Changed(flag) {
-				return s, usage("--%s is for an image that the daemon is to serve", flag)
+		f.ofImage.VisitAll(func(g *pflag.Flag) {
+			if g.Changed && g.Name != "readonly" {
+				err = usage("--%s is for an image that the daemon is to serve", g.Name)
 			}
+		})
+		if err != nil {
+			return s, err
 		}
 		s.ReadOnly = f.image.x.ReadOnly
 		s.Identity = f.identity

@@ -164,6 +164,21 @@ func TestExportsAndURIsAreAttached(t *testing.T) {
 	must(t, testenv.Await(testenv.Context(t), func() bool { return shownAs(t, "web").Clients == 0 }))
 }
 
+// TestNoFlagOfAttachIsIgnored: what has no meaning for a disk is refused before
+// anybody is asked.
+func TestNoFlagOfAttachIsIgnored(t *testing.T) {
+	for _, flag := range []string{"--cache=none", "--discard=keep", "--image-lock=off", "--lenient", "--format=raw", "--rate=1M", "--overlay=1M",
+		"--fd", "--socket-mode=0660", "--persist", "--keep-reconnect"} {
+		want(t, exitUsage, "attach", flag, "/none/qmp", "nbd://localhost/x")
+		want(t, exitUsage, "attach", flag, "--export", "/none/qmp", "x")
+	}
+	want(t, exitUsage, "attach", "--keep-reconnect", "/none/qmp", "/image")
+	want(t, exitUsage, "domain-xml", "--cache=none", "--target=vda", "none", "nbd://localhost/x")
+	for _, flag := range []string{"--persist", "--keep-reconnect"} {
+		want(t, exitFailed, "attach", "--libvirt-socket=/none/libvirt", flag, "domain", "nbd://localhost/x")
+	}
+}
+
 // TestAttachThatFailsSaysHow looks at exit codes, and that nothing is left.
 func TestAttachThatFailsSaysHow(t *testing.T) {
 	d := startDaemon(t)
