@@ -78,6 +78,9 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	}
 	p := &plug{Machine: m, served: *v, id: o.ID, model: cmp.Or(o.Model, qmp.VirtIOBlk), said: o}
 	p.serial = cmp.Or(o.Serial, serial(m.Name, o.ID))
+	if err := qmp.CheckSerial(p.model, p.serial); err != nil {
+		return nil, err
+	}
 	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
 	p.client = nbd(clientNode(p.raw, 1, o.Reconnect), server, v.uri.Export, v.readOnly, o.Reconnect)
 	if v.uri.TLS {

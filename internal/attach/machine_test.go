@@ -633,6 +633,11 @@ func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 	if _, err := m.Resize(ctx, "d0", "", attach.Size{Bytes: 1}); !errors.Is(err, attach.ErrSmaller) {
 		t.Errorf("shrink: %v", err)
 	}
+	for model, serial := range map[qmp.Model]string{qmp.SCSIDisk: strings.Repeat("s", 37), qmp.VirtIOBlk: strings.Repeat("s", 21), qmp.NVMe: "\n"} {
+		if _, err := m.Attach(ctx, l.source(two), attach.Options{Model: model, ID: "d1", Serial: serial}); !errors.Is(err, qmp.ErrInvalid) {
+			t.Errorf("%s with serial number %q: %v", model, serial, err)
+		}
+	}
 	if _, err := m.Attach(ctx, l.source(two), attach.Options{Model: qmp.SCSIDisk, ID: `d,0"`}); err == nil {
 		t.Error("an id that QEMU does not take was planned")
 	}

@@ -49,7 +49,7 @@ type Device struct {
 // options is the arguments of device_add, each of the type that QEMU's
 // property has: from 9.2 on it takes no strings for numbers.
 func (d *Device) options() (map[string]any, error) {
-	if err := errors.Join(checkID("device", d.ID), checkNode(d.Node), d.checkSerial()); err != nil {
+	if err := errors.Join(checkID("device", d.ID), checkNode(d.Node), CheckSerial(d.Model, d.Serial)); err != nil {
 		return nil, err
 	}
 	if len(d.Bus) > limits.QMPName || d.Slot < 0 || d.Slot >= limits.PCISlots || d.Target < 0 || d.Target >= limits.SCSITargets {
@@ -82,14 +82,15 @@ func (d *Device) options() (map[string]any, error) {
 	return o, nil
 }
 
-func (d *Device) checkSerial() error {
-	longest, ok := map[Model]int{VirtIOBlk: limits.VirtIOSerial, SCSIDisk: limits.SCSISerial, NVMe: limits.NVMeSerial}[d.Model]
+// CheckSerial holds a serial number to what disks of the model take.
+func CheckSerial(m Model, serial string) error {
+	longest, ok := map[Model]int{VirtIOBlk: limits.VirtIOSerial, SCSIDisk: limits.SCSISerial, NVMe: limits.NVMeSerial}[m]
 	if !ok {
-		return fmt.Errorf("%w device model %q", ErrInvalid, string(d.Model))
+		return fmt.Errorf("%w device model %q", ErrInvalid, string(m))
 	}
-	odd := strings.IndexFunc(d.Serial, func(c rune) bool { return c < ' ' || c > '~' }) >= 0
-	if odd || len(d.Serial) > longest || d.Serial == "" && d.Model == NVMe {
-		return fmt.Errorf("%w serial number of a %s: %q: printable ASCII, at most %d", ErrInvalid, d.Model, d.Serial, longest)
+	odd := strings.IndexFunc(serial, func(c rune) bool { return c < ' ' || c > '~' }) >= 0
+	if odd || len(serial) > longest || serial == "" && m == NVMe {
+		return fmt.Errorf("%w serial number of a %s: %q: printable ASCII, at most %d", ErrInvalid, m, serial, longest)
 	}
 	return nil
 }
