@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,12 +13,13 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
 
-// libvirtFlags say which libvirt.
+// libvirtFlags say which libvirt; what is empty nobody has said.
 type libvirtFlags struct{ socket, uri string }
 
 func (f *libvirtFlags) add(c *cobra.Command) {
 	c.Flags().StringVar(&f.socket, "libvirt-socket", "", "`SOCKET` of libvirt (default the first of those that are usual)")
-	c.Flags().StringVar(&f.uri, "libvirt-uri", libvirtd.System, "libvirt's driver: "+libvirtd.System+" or "+libvirtd.Private)
+	c.Flags().StringVar(&f.uri, "libvirt-uri", "", "libvirt's driver: "+libvirtd.System+" (the default) or "+libvirtd.Private)
+	flagWords(c, "libvirt-uri", libvirtd.System, libvirtd.Private)
 }
 
 // dial connects to libvirt.
@@ -34,7 +36,7 @@ func (f *libvirtFlags) dial(ctx context.Context) (*libvirtd.Session, error) {
 	if path == "" {
 		return nil, fmt.Errorf("no libvirt: there is none of %q, see --libvirt-socket; a QMP socket has a slash in its path", libvirtd.Sockets)
 	}
-	return libvirtd.Dial(ctx, path, f.uri)
+	return libvirtd.Dial(ctx, path, cmp.Or(f.uri, libvirtd.System))
 }
 
 // overLibvirt connects to libvirt and finds the domain.

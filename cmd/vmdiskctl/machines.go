@@ -126,8 +126,6 @@ func (f *vmFlags) look(vm string) (string, error) {
 	}
 	f.via, f.owner = viaLibvirt, m.SocketOwner
 	f.libvirt.socket = cmp.Or(f.libvirt.socket, m.LibvirtSocket)
-	if m.Libvirt != "" && f.libvirt.uri == libvirtd.System {
-		f.libvirt.uri = m.Libvirt
-	}
+	f.libvirt.uri = cmp.Or(f.libvirt.uri, m.Libvirt)
 	return cmp.Or(m.Domain, vm), nil
 }

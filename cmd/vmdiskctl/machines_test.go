@@ -102,6 +102,7 @@ domain = "prod db"
 libvirt = "qemu:///system"
 `)
 	system := libvirtFlags{uri: libvirtd.System}
+	var unsaid libvirtFlags
 	for _, tt := range []struct {
 		vm         string
 		given      vmFlags
@@ -109,16 +110,16 @@ libvirt = "qemu:///system"
 		agent, own string
 		libvirt    libvirtFlags
 	}{
-		{vm: "web", want: "/run/web.qmp", via: viaQMP, agent: "/run/web.qga", own: "vm-web", libvirt: system},
-		{vm: "web", given: vmFlags{agent: "/a"}, want: "/run/web.qmp", via: viaQMP, agent: "/a", own: "vm-web", libvirt: system},
-		{vm: "web", given: vmFlags{via: viaLibvirt}, want: "web", via: viaLibvirt, libvirt: system},
-		{vm: "./web", want: "./web", libvirt: system},
-		{vm: "other", want: "other", libvirt: system},
+		{vm: "web", want: "/run/web.qmp", via: viaQMP, agent: "/run/web.qga", own: "vm-web", libvirt: unsaid},
+		{vm: "web", given: vmFlags{agent: "/a"}, want: "/run/web.qmp", via: viaQMP, agent: "/a", own: "vm-web", libvirt: unsaid},
+		{vm: "web", given: vmFlags{via: viaLibvirt}, want: "web", via: viaLibvirt, libvirt: unsaid},
+		{vm: "./web", want: "./web", libvirt: unsaid},
+		{vm: "other", want: "other", libvirt: unsaid},
 		{vm: "db", want: "prod db", via: viaLibvirt, libvirt: libvirtFlags{socket: "/run/user/7/libvirt-sock", uri: libvirtd.Private}},
+		{vm: "db", given: vmFlags{libvirt: system}, want: "prod db", via: viaLibvirt, libvirt: libvirtFlags{socket: "/run/user/7/libvirt-sock", uri: libvirtd.System}},
 		{vm: "plain", want: "plain", via: viaLibvirt, libvirt: system},
 	} {
 		f := tt.given
-		f.libvirt = system
 		for range 2 { // a command asks more than once
 			got, err := f.find(tt.vm)
 			if err != nil || got != tt.want || f.via != tt.via || f.agent != tt.agent || f.owner != tt.own || f.libvirt != tt.libvirt {
