@@ -22,6 +22,9 @@ type eventFlags struct {
 	count  int
 }
 
+// eventKinds are what --kind takes.
+var eventKinds = []string{"client-connected", "client-left", "io-error", "slow-request", "stuck-request", "export-state", "export-poisoned", "reloaded", "lost"}
+
 func newEvents() *cobra.Command {
 	f := &eventFlags{}
 	c := f.reading(&cobra.Command{
@@ -35,14 +38,19 @@ kind lost says that this command was too slow for some.`,
 			if f.count < 0 {
 				return usage("--count cannot be negative")
 			}
+			for _, k := range f.kinds {
+				if !slices.Contains(eventKinds, k) {
+					return usage("--kind: %q is none of %s", k, strings.Join(eventKinds, ", "))
+				}
+			}
 			return told(f.follow(c))
 		},
 	})
 	n := c.Flags()
 	n.StringVar(&f.export, "export", "", "only those of the export called `NAME`")
-	n.StringSliceVar(&f.kinds, "kind", nil, "only those of these `KINDS`, with commas between")
+	n.StringSliceVar(&f.kinds, "kind", nil, "only those of these `KINDS`, with commas between: "+strings.Join(eventKinds, ", "))
 	n.IntVar(&f.count, "count", 0, "end after `N` events")
-	flagWords(c, "kind", "client-connected", "client-left", "export-state", "export-poisoned", "io-error", "slow-request", "stuck-request", "reloaded", "lost")
+	flagWords(c, "kind", eventKinds...)
 	_ = c.RegisterFlagCompletionFunc("export", f.exportNames) // the flag is there
 	return c
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -105,4 +106,22 @@ func TestEndOfEventsIsAFailureUnlessItIsWanted(t *testing.T) {
 		t.Errorf("interrupted: exit code %d", code)
 	}
 	want(t, exitFailed, "events", "--socket=/none")
+}
+
+// TestKindsOfEventsAreThoseOfTheDaemon: another is a mistake, and not awaited for
+// ever.
+func TestKindsOfEventsAreThoseOfTheDaemon(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "..", "internal", "control", "openapi.yaml"))
+	must(t, err)
+	said := strings.Join(eventKinds, ", ")
+	if !strings.Contains(string(text), `"`+said+`, and others to come"`) {
+		t.Errorf("the API describes other kinds than %s", said)
+	}
+	code, _, stderr := ctl(t, "events", "--kind=io-error,nonsense", "--socket=/none")
+	if code != exitUsage || !strings.Contains(stderr, said) {
+		t.Errorf("exit code %d, %s", code, stderr)
+	}
+	if help := want(t, exitDone, "events", "--help"); !strings.Contains(help, said) {
+		t.Errorf("help: %s", help)
+	}
 }
