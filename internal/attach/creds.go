@@ -189,25 +189,49 @@ func (m *Machine) try(ctx context.Context, c *credentials, uri *transport.URI) e
 	return nil
 }
 
-// credsStep gives the machine credentials for its client.
+// credsStep gives the machine credentials for its client. Others, which an
+// attempt that was killed has left, are replaced; those of a disk that it has
+// are not.
 func (p *plug) credsStep() Step {
 	return Step{
 		Name: fmt.Sprintf("give the machine %s after a trial, as object %s", &p.creds, p.client.TLSCreds),
 		Do: func(ctx context.Context) (bool, error) {
-			object, _, err := p.heldCreds(ctx, p.id)
-			if err != nil || object == p.client.TLSCreds {
+			object, held, err := p.leftCreds(ctx)
+			if err != nil {
 				return false, err
 			}
-			if err := p.try(ctx, &p.creds, &p.uri); err != nil {
+			list, err := nodes(ctx, p.Monitor, p.id)
+			same := held == p.creds && (object == p.client.TLSCreds || len(list) > 0 && object == credsID(p.id))
+			switch {
+			case err != nil || len(list) > 0 && same:
+				return false, err
+			case len(list) > 0 && object != "":
+				return false, fmt.Errorf("%w: the machine has disk %s with %s as object %s: detach it first", ErrDiffers, p.id, &held, object)
+			}
+			if err := p.try(ctx, &p.creds, &p.uri); err != nil || same {
 				return false, err
 			}
 			ctx, cancel := steady(ctx)
 			defer cancel()
+			if err := p.deleteCreds(ctx, p.id); err != nil {
+				return false, err
+			}
 			_, err = p.Monitor.Execute(ctx, "object-add", p.creds.object(p.id))
-			return maybe(err), err
+			return object != "" || maybe(err), err
 		},
 		Undo: func(ctx context.Context) error { return p.deleteCreds(ctx, p.id) },
 	}
+}
+
+// leftCreds are those that the machine has for the disk, for the host that is
+// wanted: the name of their object tells it, if anything does.
+func (p *plug) leftCreds(ctx context.Context) (object string, held credentials, err error) {
+	object, kind, err := p.heldCreds(ctx, p.id)
+	if err == nil {
+		held, err = p.readCreds(ctx, object, kind)
+	}
+	held.hostname = p.creds.hostname
+	return object, held, err
 }
 
 // heldCreds is the object with the credentials that the machine has for the

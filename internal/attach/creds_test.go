@@ -69,12 +69,28 @@ func TestDiskComesOverTLS(t *testing.T) {
 			t.Errorf("%s: left %q, %v", name, left, err)
 		}
 	}
+	// What an attempt that was killed has left is of another folder.
+	other := testenv.Certificates(t)
+	p, err := m.Attach(ctx, attach.Source{URI: uri, Certificates: dir}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	must(t, err)
+	_, object, _ := strings.Cut(p.Steps[0].Name, "as object ")
+	_, err = m.Monitor.Execute(ctx, "object-add", map[string]any{"qom-type": "tls-creds-x509", "id": object, "endpoint": "client", "dir": other})
+	must(t, err)
+	if err := attached(attach.Source{URI: uri, Certificates: other}); !errors.Is(err, client.ErrTLS) {
+		t.Errorf("another authority, of which there is an object: %v", err)
+	}
 	must(t, attached(attach.Source{URI: uri + "&tls-certificates=" + dir}))
+	for _, s := range []attach.Source{{URI: uri, Certificates: other}, {URI: uri + "&tls-hostname=other.example", Certificates: dir}} {
+		if err := attached(s); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("others than those of the disk: %v", err)
+		}
+	}
+	must(t, attached(attach.Source{URI: uri, Certificates: dir}))
 	disks, err := qmp.QueryBlock(ctx, m.Monitor)
 	if err != nil || len(disks) != 1 || disks[0].Inserted == nil || disks[0].Inserted.Image.VirtualSize != diskSize {
 		t.Errorf("disks %+v, %v", disks, err)
 	}
-	p, err := m.Detach(ctx, "d0", true)
+	p, err = m.Detach(ctx, "d0", true)
 	do(t, p, err)
 	if left, err := qmp.Objects(ctx, m.Monitor); err != nil || !maps.Equal(left, objects) || l.state(t, m.Monitor) != before {
 		t.Errorf("left after detach: %q, %v", left, err)
