@@ -77,7 +77,9 @@ func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		line := b[bytes.LastIndexByte(b[:len(b)-1], '\n')+1:]
+		_, line, _ := bytes.Cut(append([]byte("\n"), b...), []byte("\n"+name+":")) // the new key is the first
+		line, _, _ = bytes.Cut(line, []byte("\n"))
+		line = append([]byte(name+":"), append(line, '\n')...)
 		secrets = append(secrets, strings.TrimSpace(string(line[len(name)+1:])))
 		client = filepath.Join(dir, fmt.Sprintf("%s.%d", name, len(secrets)))
 		if err := os.WriteFile(client, line, 0o600); err != nil {
