@@ -535,6 +535,45 @@ func TestCommandGetsTheDiskAndGivesItsStatus(t *testing.T) {
 	}
 }
 
+func TestCommandGetsTheAddressOfItsDisk(t *testing.T) {
+	for _, tt := range []struct {
+		name, want string
+		args       []string
+	}{
+		{"everywhere", "nbd:localhost:", nil},
+		{"IPv4", "nbd:127.0.0.2:", []string{"-i", "127.0.0.2"}},
+		{"IPv6", "nbd:[::1]:", []string{"-i", "::1"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if l, err := net.Listen("tcp", "[::1]:0"); err == nil {
+				l.Close()
+			} else if tt.name == "IPv6" {
+				t.Skip("this machine has no IPv6")
+			}
+			args := append(tt.args, "-p", "0", "--print-uri", "--run", `echo "$nbd|$port"`, image(t, 1<<20))
+			out, err := program(args...).Output()
+			lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+			if err != nil || len(lines) != 2 {
+				t.Fatalf("%v, %q; want one URI and a line of the command", err, out)
+			}
+			nbd, port, _ := strings.Cut(lines[1], "|")
+			if nbd != tt.want+port || port == "" {
+				t.Errorf("$nbd is %q, want %q and port %q", nbd, tt.want, port)
+			}
+		})
+	}
+}
+
+func TestCommandEndedByASignalGivesTheStatusOfShells(t *testing.T) {
+	for _, confine := range []string{"auto", "off"} {
+		out, err := program("--confine="+confine, "--run", "kill -KILL $$", image(t, 1<<20)).CombinedOutput()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || exit.ExitCode() != 128+9 {
+			t.Errorf("--confine=%s: %v, want status 137: %s", confine, err, out)
+		}
+	}
+}
+
 func TestLiveSocketIsNotTakenAway(t *testing.T) {
 	d := serve(t, image(t, 1<<20))
 	out, err := program("-U", d.socket, image(t, 1<<20)).CombinedOutput()

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -45,11 +46,18 @@ func (d *daemon) awaitCommand(p *os.Process) {
 	switch {
 	case err != nil:
 		d.finished <- err
-	case state.ExitCode() >= 0:
-		d.finished <- exitStatus(state.ExitCode())
 	default:
-		d.finished <- &exec.ExitError{ProcessState: state}
+		d.finished <- statusOf(state.Sys().(syscall.WaitStatus))
 	}
+}
+
+// statusOf is the status of a process as shells have it: one that a signal has
+// ended has 128 and its number.
+func statusOf(w syscall.WaitStatus) exitStatus {
+	if w.Signaled() {
+		return exitStatus(128 + w.Signal())
+	}
+	return exitStatus(w.ExitStatus())
 }
 
 // shellVariables are for a command that finds the disk at l.
@@ -61,8 +69,11 @@ func (c *Config) shellVariables(l transport.Listener) string {
 		path = l.Addr()
 		old = "nbd:unix:" + path
 	case transport.TCP:
-		_, port, _ = net.SplitHostPort(l.Addr())
-		old = "nbd:localhost:" + port
+		host, number, _ := net.SplitHostPort(l.Addr())
+		if ip := net.ParseIP(host); ip == nil || ip.IsUnspecified() {
+			host = "localhost"
+		}
+		port, old = number, "nbd:"+net.JoinHostPort(host, number)
 	case transport.VSock:
 		_, port, _ = strings.Cut(l.Addr(), ":")
 	}

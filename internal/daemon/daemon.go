@@ -545,10 +545,16 @@ func (d *daemon) printURI() error {
 	if !d.cfg.PrintURI {
 		return nil
 	}
+	var last string // of IPv4 and IPv6 it is the same
 	for _, l := range d.doors.all() {
-		if _, err := fmt.Fprintln(d.cfg.Stdout, l.URI(d.cfg.Disk.Name, d.cfg.wantsTLS())); err != nil {
+		uri := l.URI(d.cfg.Disk.Name, d.cfg.wantsTLS())
+		if uri == last {
+			continue
+		}
+		if _, err := fmt.Fprintln(d.cfg.Stdout, uri); err != nil {
 			return err
 		}
+		last = uri
 	}
 	return nil
 }
