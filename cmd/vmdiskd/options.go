@@ -1,20 +1,24 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"log/slog"
 	"os"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/pflag"
 
+	"github.com/vmdiskd/vmdiskd/internal/cmdline"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -101,7 +105,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
-	f.IntVarP(&r.threads, "threads", "t", 0, fmt.Sprintf("requests in flight per connection (default %d)", limits.RequestsPerConn))
+	f.IntVarP(&r.threads, "threads", "t", 0, fmt.Sprintf("requests in flight per connection: `N` from 1 to %d, the default", limits.RequestsPerConn))
 	f.DurationVar(&r.poll, "poll-max", limits.Poll, "longest `TIME` that an idle connection polls its socket; 0 never")
 	f.StringVar(&r.tls, "tls", "off", "off, on (clients may encrypt) or require")
 	f.StringVar(&r.certificates, "tls-certificates", "/etc/pki/vmdiskd", "`DIRECTORY` with ca-cert.pem, server-cert.pem, server-key.pem, ca-crl.pem")
@@ -118,7 +122,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVarP(&r.pidfile, "pidfile", "P", "", "write the process ID to `FILE` when the server is ready")
 	f.BoolVarP(&r.foreground, "foreground", "f", false, "stay in the foreground (the only way; systemd does the rest)")
 	f.BoolVar(&r.foreground, "no-fork", false, "same as --foreground")
-	f.StringVar(&r.run, "run", "", "run a shell `COMMAND` with $uri and $unixsocket set, and end with it")
+	f.StringVar(&r.run, "run", "", "run a shell `COMMAND` with $uri, $unixsocket, $port, $exportname and $nbd set, and end with it")
 	f.BoolVar(&r.exitWithParent, "exit-with-parent", false, "end when the parent process ends")
 	f.BoolVar(&r.printURI, "print-uri", false, "print the NBD URI of each listener when the server is ready")
 	f.StringVar(&r.swap, "swap", "off", "serve a disk that this machine swaps to: on, off, or best-effort (go on without protections that cannot be had)")
@@ -128,10 +132,10 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.DurationVar(&r.drain, "drain-timeout", limits.Drain, "`TIME` that requests in flight have after SIGTERM")
 	f.StringVar(&r.log, "log", "stderr", "write the log to stderr, syslog, null or a file's `PATH`")
 	f.BoolVarP(&r.verbose, "verbose", "v", false, "log everything, each request included")
-	f.StringArrayVarP(&r.debug, "debug", "D", nil, "`COMPONENT=LEVEL`: log one component at debug, info, warn or error")
+	f.StringArrayVarP(&r.debug, "debug", "D", nil, "`COMPONENT=LEVEL`: log one component ("+strings.Join(obs.Components, ", ")+") at debug, info, warn or error")
 	f.BoolVar(&r.dump, "dump-config", false, "print what this build and machine can do")
 	f.BoolVarP(&r.version, "version", "V", false, "print the version")
-	f.BoolVar(&r.help, "help", false, "print this help")
+	f.BoolVarP(&r.help, "help", "h", false, "print this help")
 	return f
 }
 
@@ -141,7 +145,7 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	r := raw{handed: handed}
 	f := r.flags()
 	if err := f.Parse(args); err != nil {
-		return options{}, usageError{err.Error()}
+		return options{}, usageError{cmdline.FlagError(err, f, elsewhere).Error()}
 	}
 	switch {
 	case r.help:
@@ -154,8 +158,8 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	if r.config != "" {
 		return r.service(f)
 	}
-	if f.NArg() != 1 {
-		return options{}, usagef("want one IMAGE, got %d arguments", f.NArg())
+	if err := r.oneImage(f); err != nil {
+		return options{}, err
 	}
 	c, err := r.configure(f)
 	if err != nil {
@@ -163,6 +167,25 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	}
 	c.Disk.Image = f.Arg(0)
 	return options{config: c}, nil
+}
+
+// formats are the values of --format.
+var formats = []string{"raw", "qcow2", "mem", "null"}
+
+// oneImage checks what there is beside the options of a run without --config.
+func (r *raw) oneImage(f *pflag.FlagSet) error {
+	for _, name := range [...]string{"check", "enable-fault-injection"} {
+		if f.Changed(name) {
+			return usagef("--%s goes with --config", name)
+		}
+	}
+	switch {
+	case f.NArg() == 1:
+		return nil
+	case r.foreground && f.NArg() == 2 && contains(formats, f.Arg(0)):
+		return usagef("want one IMAGE, got 2 arguments: -f is --foreground, the format is --format=%s", f.Arg(0))
+	}
+	return usagef("want one IMAGE, got %d arguments", f.NArg())
 }
 
 // serviceOptions are those that go with --config.
@@ -189,14 +212,15 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	if err != nil {
 		return options{}, err
 	}
+	if !utf8.Valid(text) || bytes.ContainsRune(text, 0) {
+		return options{}, fmt.Errorf("%q is not text: is that a configuration file? An image is served without --config", r.config)
+	}
 	c, err := config.LoadText(r.config, text)
 	if err != nil {
 		return options{}, err
 	}
 	if r.check {
-		nothing := *c
-		nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
-		return options{text: config.Diff(&nothing, c).String()}, nil
+		return options{text: whatIsServed(r.config, c)}, nil
 	}
 	d, err := r.configure(f)
 	if err != nil {
@@ -210,6 +234,16 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
 	}
 	return options{config: d}, err
+}
+
+// whatIsServed is what --check says of a configuration without mistakes.
+func whatIsServed(file string, c *config.Config) string {
+	if len(c.Listeners)+len(c.Exports)+len(c.Groups) == 0 {
+		return file + " is right; it serves nothing yet\n"
+	}
+	nothing := *c
+	nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
+	return config.Diff(&nothing, c).String()
 }
 
 // configText is the configuration file, which the worker may not be able to
@@ -246,7 +280,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
 	}
 	for _, step := range [...]func(*pflag.FlagSet, *daemon.Config) error{
-		r.checkWords, r.chain, r.endpoints, r.labels, r.tlsMode, r.handshake, r.logging, r.swapMode,
+		r.checkWords, r.ids, r.chain, r.endpoints, r.labels, r.tlsMode, r.handshake, r.logging, r.swapMode,
 	} {
 		if err := step(f, &c); err != nil {
 			return c, err
@@ -256,13 +290,13 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 }
 
 // checkWords checks options that take one of a few words or numbers.
-func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
+func (r *raw) checkWords(f *pflag.FlagSet, c *daemon.Config) error {
 	for _, w := range [...]struct {
 		name, got string
 		want      []string
 	}{
 		{"discard", r.discard, []string{"unmap", "keep", "ignore"}},
-		{"format", r.format, []string{"raw", "qcow2", "mem", "null"}},
+		{"format", r.format, formats},
 		{"cache", r.cache, []string{"writeback", "none", "writethrough", "directsync", "unsafe"}},
 		{"image-lock", r.lock, []string{"auto", "on", "off"}},
 		{"engine", r.engine, []string{"auto", "uring", "pool"}},
@@ -275,7 +309,7 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 			return usagef("--%s: %q is not one of %s", w.name, w.got, strings.Join(w.want, ", "))
 		}
 	}
-	if r.threads < 0 || r.threads > limits.RequestsPerConn {
+	if f.Changed("threads") && r.threads < 1 || r.threads > limits.RequestsPerConn {
 		return usagef("--threads: want 1 to %d", limits.RequestsPerConn)
 	}
 	c.Requests = r.threads
@@ -288,6 +322,17 @@ func (r *raw) checkWords(_ *pflag.FlagSet, c *daemon.Config) error {
 	}
 	if r.oldstyle && r.newstyle {
 		return usagef("--oldstyle and --newstyle exclude each other")
+	}
+	return nil
+}
+
+// ids demands that the user and the group exist. The worker has become them.
+func (r *raw) ids(_ *pflag.FlagSet, _ *daemon.Config) error {
+	if r.handed != nil {
+		return nil
+	}
+	if err := confine.CheckIDs(r.user, r.group); err != nil {
+		return usagef("--user, --group: %v", err)
 	}
 	return nil
 }
@@ -342,6 +387,7 @@ func contains(list []string, s string) bool {
 // everything; without any word it is TCP, as in nbdkit.
 func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 	network := f.Changed("port") || f.Changed("ipaddr") || r.only4 || r.only6 || r.vsock
+	passed := r.passed(r.unix != "" || network || r.run != "")
 	switch {
 	case r.only4 && r.only6:
 		return usagef("--ipv4-only and --ipv6-only exclude each other")
@@ -351,12 +397,12 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--vsock excludes IP options")
 	case r.local && !r.vsock:
 		return usagef("--vsock-local goes with --vsock")
-	case r.trustCID && !r.vsock && os.Getenv("LISTEN_FDS") == "":
+	case r.trustCID && !r.vsock && !passed:
 		return usagef("--vsock-trust-cid goes with --vsock, and with a socket that systemd passes")
 	case r.single:
 		return nil
 	}
-	if os.Getenv("LISTEN_FDS") != "" {
+	if passed {
 		if r.unix != "" || network {
 			return usagef("sockets were passed by systemd: -U, -p, -i and --vsock do not go with that")
 		}
@@ -401,6 +447,14 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 	}
 	c.Endpoints = []transport.Endpoint{e}
 	return nil
+}
+
+// passed tells whether to serve the sockets that systemd passed. Those of another
+// process are none (sd_listen_fds(3)); but where no option says where to listen
+// instead, they are an error, and not a reason to listen everywhere.
+func (r *raw) passed(elsewhere bool) bool {
+	mine := os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid())
+	return os.Getenv("LISTEN_FDS") != "" && (mine || !elsewhere)
 }
 
 func (r *raw) unixEndpoint(c *daemon.Config) error {
@@ -452,8 +506,8 @@ func (r *raw) tlsMode(f *pflag.FlagSet, c *daemon.Config) error {
 	if err := r.keys(f, c); err != nil {
 		return err
 	}
-	if r.oldstyle && c.TLS == nbd.TLSRequire {
-		return usagef("--oldstyle cannot be encrypted")
+	if r.oldstyle && c.TLS != nbd.TLSOff {
+		return usagef("--oldstyle cannot be encrypted: leave out --tls=%s", r.tls)
 	}
 	return nil
 }
@@ -506,8 +560,11 @@ func (r *raw) logging(_ *pflag.FlagSet, c *daemon.Config) error {
 	for _, d := range r.debug {
 		name, level, ok := strings.Cut(d, "=")
 		var l slog.Level
-		if !ok || name == "" || l.UnmarshalText([]byte(level)) != nil {
-			return usagef("--debug: %q is not COMPONENT=LEVEL", d)
+		switch {
+		case !ok || name == "" || l.UnmarshalText([]byte(level)) != nil:
+			return usagef("--debug: %q is not COMPONENT=LEVEL, where LEVEL is debug, info, warn or error", d)
+		case !contains(obs.Components, name):
+			return usagef("--debug: %q is not one of %s", name, strings.Join(obs.Components, ", "))
 		}
 		c.Log.Components[name] = l
 	}

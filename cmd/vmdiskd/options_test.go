@@ -3,9 +3,12 @@ package main
 import (
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +17,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -117,6 +121,8 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"-U x -p 1 disk", "--vsock -4 disk", "--vsock-local disk", "--vsock-local -U x disk",
 		"--vsock disk", "--vsock --vsock-local disk", "--vsock --run true disk", "--vsock-trust-cid disk", "--vsock-trust-cid -U x disk", "--tls=maybe disk", "--tls-certificates=/x disk",
 		"--tls=require -o disk", "-o -n disk", "--format=vmdk disk", "--cache=x disk", "--engine=x disk",
+		"--tls=on -o disk", "-t 0 disk", "-D tsl=debug disk", "--check disk", "--enable-fault-injection disk", "--check=false disk",
+		"--user=no-such-user disk", "--group=no-such-group disk",
 		"--mask-handshake=x disk", "--mask-handshake=0x10000 disk", "-t -1 disk", "-t 129 disk", "-D nbd disk",
 		"-D nbd=loud disk", "--log=x disk", "--unix-mode=9 -U x disk", "--unix-mode=0 -U x disk",
 		"--unix-owner=no-such-user -U x disk", "--timeout=0s disk", "--image-lock=x disk", "-s --run true disk",
@@ -134,8 +140,105 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 	}
 }
 
+func TestMistakesSayWhatToWrite(t *testing.T) {
+	for line, want := range map[string]string{
+		"-f qcow2 disk":                       "-f is --foreground, the format is --format=qcow2",
+		"-f x disk":                           "want one IMAGE, got 2 arguments",
+		"--check disk":                        "--check goes with --config",
+		"-k /run/s disk":                      "--unix=PATH",
+		"--bind ::1 disk":                     "--ipaddr=ADDRESS",
+		"--shared=3 disk":                     "always shared",
+		"--persistent disk":                   "always goes on",
+		"-x name disk":                        "--exportname",
+		"--read-only disk":                    "--readonly",
+		"--dump-plugin":                       "--dump-config",
+		"--cach=none disk":                    "did you mean --cache?",
+		"--timeout 10 disk":                   `--timeout: "10": want a time such as 10s`,
+		"--tls-verify-peer=maybe disk":        "want true or false",
+		"-D tsl=debug disk":                   "daemon, nbd, backing, engine, tls, control, requests",
+		"-D tls=loud disk":                    "debug, info, warn or error",
+		"-t 0 disk":                           "want 1 to 128",
+		"--format=qcow2 --backing=explicit x": "--backing=explicit needs --backing-file or --data-file",
+	} {
+		if _, err := parse(strings.Fields(line), nil); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: got %v, want %s", line, err, want)
+		}
+	}
+}
+
+// TestOptionsOfOthersAreNotOurs: what says that an option is called otherwise
+// here would never be seen.
+func TestOptionsOfOthersAreNotOurs(t *testing.T) {
+	f := (&raw{}).flags()
+	for name := range elsewhere {
+		if len(name) > 1 && f.Lookup(name) != nil || len(name) == 1 && f.ShorthandLookup(name) != nil {
+			t.Errorf("%s is an option of vmdiskd", name)
+		}
+	}
+}
+
+// TestComponentsAreThoseOfTheDaemon holds the list against the loggers.
+func TestComponentsAreThoseOfTheDaemon(t *testing.T) {
+	files, err := filepath.Glob("../../internal/daemon/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := map[string]bool{}
+	for _, name := range files {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`logs\.For\("(\w+)"\)`).FindAllSubmatch(text, -1) {
+			there[string(m[1])] = true
+		}
+	}
+	want := slices.Sorted(slices.Values(obs.Components))
+	if got := slices.Sorted(maps.Keys(there)); !slices.Equal(got, want) {
+		t.Errorf("loggers are made for %v, and the list is %v", got, want)
+	}
+}
+
+func TestCheckSaysWhatIsServed(t *testing.T) {
+	dir := t.TempDir()
+	write := func(text string) string {
+		path := filepath.Join(dir, "vmdiskd.toml")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	path := write("engine = \"pool\"\n")
+	o, err := parse([]string{"--config", path, "--check"}, nil)
+	if want := path + " is right; it serves nothing yet\n"; err != nil || o.text != want {
+		t.Errorf("got %q, %v; want %q", o.text, err, want)
+	}
+	write("[[export]]\nname = \"a\"\nimage = \"1M\"\nformat = \"mem\"\n")
+	if o, err = parse([]string{"--config", path, "--check"}, nil); err != nil || !strings.Contains(o.text, `"a"`) {
+		t.Errorf("got %q, %v; want the export", o.text, err)
+	}
+	write("disk\x00\xff")
+	if _, err = parse([]string{"--config", path, "--check"}, nil); err == nil || !strings.Contains(err.Error(), "is that a configuration file?") {
+		t.Errorf("a disk as a configuration: %v", err)
+	}
+}
+
+func TestSocketsOfAnotherProcessAreIgnored(t *testing.T) {
+	t.Setenv("LISTEN_FDS", "1")
+	t.Setenv("LISTEN_PID", "1")
+	o, err := parse([]string{"-U", "x", "disk"}, nil)
+	if err != nil || o.config.Activated || len(o.config.Endpoints) != 1 {
+		t.Errorf("got %+v, %v; want the socket of the command line", o.config.Endpoints, err)
+	}
+	// Who expects sockets from systemd does not want to listen everywhere.
+	if o, err = parse([]string{"disk"}, nil); err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
+		t.Errorf("got %+v, %v; want no other sockets than passed ones", o.config.Endpoints, err)
+	}
+}
+
 func TestPassedSocketsExcludeOthers(t *testing.T) {
 	t.Setenv("LISTEN_FDS", "1")
+	t.Setenv("LISTEN_PID", strconv.Itoa(os.Getpid()))
 	o, err := parse([]string{"disk"}, nil)
 	if err != nil || !o.config.Activated || len(o.config.Endpoints) != 0 {
 		t.Errorf("got %+v, %v; want the passed sockets alone", o.config, err)
@@ -168,7 +271,7 @@ func TestManPageListsEveryOption(t *testing.T) {
 }
 
 func TestTextsGoToStandardOutput(t *testing.T) {
-	for _, line := range []string{"--help", "-V", "--dump-config"} {
+	for _, line := range []string{"--help", "-h", "-V", "--dump-config"} {
 		o, err := parse([]string{line}, nil)
 		if err != nil || o.text == "" {
 			t.Errorf("%s: got %q, %v", line, o.text, err)

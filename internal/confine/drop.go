@@ -56,6 +56,13 @@ func CredentialOf(userName, groupName string) (*syscall.Credential, error) {
 	return c, nil
 }
 
+// CheckIDs tells whether user and group, names or numbers as Drop takes them,
+// exist.
+func CheckIDs(userName, groupName string) error {
+	_, err := resolveIDs(userName, groupName)
+	return err
+}
+
 // keep is the id that setresuid(2) leaves alone.
 const keep = -1
 

@@ -17,6 +17,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
+// Components are those that a log has loggers for.
+var Components = []string{"daemon", "nbd", "backing", "engine", "tls", "control", "requests"}
+
 // Options of a log.
 type Options struct {
 	// Sink is "stderr", "syslog", "null" or a path that starts with "/".

@@ -58,8 +58,11 @@ func ParsePolicy(word string, files, dataFiles []string) (Policy, error) {
 	default:
 		return Policy{}, fmt.Errorf("backing policy %q is not one of deny, same-dir, beneath=DIR, explicit", word)
 	}
-	if named != (p.Mode == Explicit) {
-		return Policy{}, errors.New("backing policy explicit and the naming of backing or data files need each other")
+	switch {
+	case p.Mode == Explicit && !named:
+		return Policy{}, errors.New("--backing=explicit needs --backing-file or --data-file")
+	case p.Mode != Explicit && named:
+		return Policy{}, fmt.Errorf("--backing=%s: --backing-file and --data-file go with --backing=explicit", word)
 	}
 	for _, f := range files {
 		p.Files = append(p.Files, parseFile(f))
