@@ -2,6 +2,7 @@ package layer
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -89,7 +90,7 @@ type Faults struct {
 // are ErrInvalid.
 func NewFaults(dev backing.Device, o FaultOptions) (*Faults, error) {
 	if !o.Enabled {
-		return nil, &backing.Error{Op: "inject faults", Off: -1, Kind: backing.ErrNotSupported}
+		return nil, &backing.Error{Op: "inject faults", Off: -1, Kind: backing.ErrNotSupported, Err: errors.New("the daemon was not started with --enable-fault-injection")}
 	}
 	l := &Faults{Passthrough: backing.Passthrough{Next: dev}}
 	return l, l.Set(o.Seed, o.Faults)

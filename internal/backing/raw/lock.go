@@ -41,7 +41,14 @@ const (
 	permResize = 3
 )
 
-var permNames = map[int64]string{permRead: "consistent read", permWrite: "write", permResize: "resize"}
+// does is, by the byte that somebody else has locked, what that program does.
+var does = map[int64]string{
+	usesBase + permWrite:    "has it open for writing",
+	usesBase + permResize:   "may change its size",
+	deniesBase + permRead:   "keeps others from reading it",
+	deniesBase + permWrite:  "keeps others from writing to it",
+	deniesBase + permResize: "keeps others from changing its size",
+}
 
 // lockBytes are the bytes to hold, and those that nobody else may hold.
 type lockBytes struct{ hold, absent []int64 }
@@ -174,15 +181,11 @@ func (b lockBytes) tryTake(f *os.File, o Options) error {
 // holder describes who has the byte. Locks of open files, QEMU's among them,
 // have no process.
 func holder(at int64, pid int32) error {
-	verb, perm := "uses", at-usesBase
-	if at >= deniesBase {
-		verb, perm = "does not share", at-deniesBase
-	}
-	who := "another program"
+	who := "another program (a running guest?)"
 	if pid > 0 {
 		who = fmt.Sprintf("process %d", pid)
 	}
-	return fmt.Errorf("%s %s %q", who, verb, permNames[perm])
+	return fmt.Errorf("%s %s", who, does[at])
 }
 
 // noLocks tells a file system without locks from other errors.

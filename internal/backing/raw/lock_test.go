@@ -103,9 +103,9 @@ func TestByteLocksOfOthers(t *testing.T) {
 		{"uses write", 101, false, false},
 		{"uses write unchanged", 102, true, true},
 		{"uses resize", 103, true, false},
-		{"does not share consistent read", 200, false, false},
-		{"does not share write", 201, true, false},
-		{"does not share resize", 203, true, true},
+		{"keeps others from reading it", 200, false, false},
+		{"keeps others from writing to it", 201, true, false},
+		{"keeps others from changing its size", 203, true, true},
 		{"unrelated byte", 99, true, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -61,6 +61,12 @@ func Add(path, name string, n int, only bool) error {
 	if _, err := rand.Read(key); err != nil {
 		return err
 	}
+	ids, _ := parse(old) // an error of what was there is one of the whole too
+	for _, id := range ids {
+		if id.name == name && len(id.keys) >= limits.PSKKeys && !only {
+			return fmt.Errorf("%s has %d keys already; --only replaces them", name, len(id.keys))
+		}
+	}
 	text := with(old, name, key, only)
 	defer clear(text)
 	if _, err := parse(text); err != nil {

@@ -30,7 +30,7 @@ func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, before := k.find([]byte("vm1"))
-	if err := add("vm1", false); err == nil || !strings.Contains(err.Error(), "more than 2 keys") {
+	if err := add("vm1", false); err == nil || !strings.Contains(err.Error(), "vm1 has 2 keys already; --only replaces them") {
 		t.Errorf("a third key: got %v", err)
 	}
 	if err := add("vm1", true); err != nil {
