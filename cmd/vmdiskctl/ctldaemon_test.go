@@ -223,7 +223,7 @@ func TestDaemonTakesDescriptors(t *testing.T) {
 	base, top := filepath.Join(away, "base"), filepath.Join(away, "top")
 	must(t, os.WriteFile(base, bytes.Repeat([]byte{9}, 1<<20), 0o400))
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
-	want(t, exitFailed, "export", "add", "-f", "qcow2", "--backing-file="+base, "x", top) // not in the roots
+	want(t, exitRefused, "export", "add", "-f", "qcow2", "--backing-file="+base, "x", top) // not in the roots
 	want(t, exitDone, "export", "add", "--fd", "-f", "qcow2", "--backing-file="+base, "x", top)
 	d.io(t, "x", "write -P 1 0 64k", "read -P 1 0 64k", "read -P 9 64k 64k", "flush")
 	want(t, exitDone, "export", "remove", "x")

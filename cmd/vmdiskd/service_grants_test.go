@@ -215,7 +215,7 @@ func TestDescriptorNeedsNoRoot(t *testing.T) {
 		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: name, Image: image}}, files...)
 		return err
 	}
-	wantCode(t, "another mount by its path", add("x", path), api.CodeInvalid)
+	wantCode(t, "another mount by its path", add("x", path), api.CodeForbidden)
 	for _, bad := range []string{"/dev/null", dir} {
 		f, err := os.Open(bad)
 		if err != nil {

@@ -292,3 +292,35 @@ func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestPlaceOfAFileDecidesTheCode: outside of the roots is forbidden and a name
+// that is taken is taken, for images and overlays alike.
+func TestPlaceOfAFileDecidesTheCode(t *testing.T) {
+	s := newService(t, exportA)
+	away := filepath.Join(t.TempDir(), "x")
+	add := func(image string) error {
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "x", Image: image}})
+		return err
+	}
+	snapshot := func(path string) error {
+		_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: path})
+		return err
+	}
+	for _, tt := range []struct {
+		name, code string
+		err        error
+	}{
+		{"an image outside", api.CodeForbidden, add(away)},
+		{"an overlay outside", api.CodeForbidden, snapshot(away)},
+		{"an overlay that is there", api.CodeExists, snapshot(filepath.Join(s.dir, "b.img"))},
+		{"a relative image", api.CodeInvalid, add("x")},
+	} {
+		var e *api.Error
+		if !errors.As(tt.err, &e) || e.Code != tt.code {
+			t.Errorf("%s: got %+v, want %s", tt.name, tt.err, tt.code)
+		}
+	}
+	if err := add(away); err == nil || !strings.Contains(err.Error(), "--fd hands it over, or add its folder there and restart") {
+		t.Errorf("an image outside: %v", err)
+	}
+}

@@ -172,7 +172,7 @@ func TestServiceHoldsManyExports(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantCode(t, "the same name again", add("b", filepath.Join(s.dir, "b.img")), api.CodeExists)
-	wantCode(t, "a place that is not allowed", add("c", "/etc/passwd"), api.CodeInvalid)
+	wantCode(t, "a place that is not allowed", add("c", "/etc/passwd"), api.CodeForbidden)
 	for _, name := range []string{"a", "b"} {
 		if got := s.size(s.uri(name)); got != "1048576" {
 			t.Errorf("size of %s: got %q, want 1048576", name, got)

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"path/filepath"
@@ -16,6 +17,9 @@ import (
 type Problem struct {
 	Place string // such as `export "a", grant 2`; "" is the whole
 	Text  string
+
+	// Outside: an image lies outside of the folders where it may.
+	Outside bool
 }
 
 // String is the place and the text.
@@ -28,6 +32,14 @@ func (p Problem) String() string {
 
 // Problems are all problems of a configuration, at most limits.ConfigProblems.
 type Problems []Problem
+
+// ErrOutside is what Problems are if all of them are Outside.
+var ErrOutside = errors.New("outside of the folders that images may come from")
+
+// Is tells whether that is all.
+func (ps Problems) Is(target error) bool {
+	return target == ErrOutside && !slices.ContainsFunc(ps, func(p Problem) bool { return !p.Outside })
+}
 
 // Error has a line for each.
 func (ps Problems) Error() string {
@@ -57,7 +69,7 @@ func (c checker) in(format string, a ...any) checker {
 
 func (c checker) fail(format string, a ...any) {
 	if len(*c.problems) < limits.ConfigProblems {
-		*c.problems = append(*c.problems, Problem{c.place, fmt.Sprintf(format, a...)})
+		*c.problems = append(*c.problems, Problem{Place: c.place, Text: fmt.Sprintf(format, a...)})
 	}
 }
 

@@ -192,6 +192,7 @@ func (c *Config) scope() Scope {
 type Scope struct {
 	Roots    []string // folders of images
 	Anywhere bool     // images may lie outside of Roots
+	API      bool     // an image may also come as a descriptor
 	Groups   map[string]Rate
 
 	// Listeners are those that exports share.
@@ -205,7 +206,7 @@ type Scope struct {
 // APIScope is the scope of exports that are made through the control API, with
 // a number of descriptors: their files lie in the roots.
 func (c *Config) APIScope(descriptors int) Scope {
-	return Scope{Roots: c.Images.Roots, Groups: c.Groups, Listeners: c.Listeners, Descriptors: descriptors}
+	return Scope{Roots: c.Images.Roots, API: true, Groups: c.Groups, Listeners: c.Listeners, Descriptors: descriptors}
 }
 
 // Validate finds all problems of an export that has its defaults. An error is

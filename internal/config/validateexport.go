@@ -70,7 +70,20 @@ func (c checker) file(key, s string, sc Scope) {
 	case s == "":
 		c.fail("%s: it needs a path", key)
 	case c.path(key, s) && !sc.Contains(s):
-		c.fail("%s: %q is not in a folder that images.roots names", key, cut(s))
+		c.outside(key, s, sc)
+	}
+}
+
+// outside is that an image lies where none may.
+func (c checker) outside(key, s string, sc Scope) {
+	way := "add its folder there, and restart"
+	if sc.API {
+		way = "--fd hands it over, or add its folder there and restart the daemon"
+	}
+	n := len(*c.problems)
+	c.fail("%s: %q is not in a folder that images.roots names: %s", key, cut(s), way)
+	if len(*c.problems) > n {
+		(*c.problems)[n].Outside = true
 	}
 }
 
@@ -93,7 +106,7 @@ func (e *Export) checkChain(k checker, s Scope) {
 	switch {
 	case beneath:
 		if k.path("backing", dir) && !s.Contains(dir) && !slices.Contains(s.Roots, dir) {
-			k.fail("backing: %q is not in a folder that images.roots names", cut(dir))
+			k.outside("backing", dir, s)
 		}
 	default:
 		k.word("backing", e.Backing, "deny", "same-dir", "beneath=DIR", "explicit")

@@ -132,7 +132,7 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
 	}
 	if mode != nbd.TLSOff && d.creds == nil && d.keys == nil {
-		return nil, fmt.Errorf("listener %q: certificates and keys are loaded at the start only: restart", l.URI)
+		return nil, fmt.Errorf("listener %q: this daemon has no certificates: name them in [tls] and restart", l.URI)
 	}
 	if strings.HasPrefix(l.URI, config.SystemdScheme) && len(d.doors.named(l.URI)) > 0 {
 		return nil, fmt.Errorf("listener %q: another one has its sockets", l.URI)

@@ -91,7 +91,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	i, err := config.ReadInstead(state, name)
 	switch {
 	case err != nil && !force:
-		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("what is remembered of an overlay cannot be read: %v", err)}
+		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("what is remembered of an overlay cannot be read: %v; --force forgets it all the same", err)}
 	case err == nil && i == nil:
 		return f, noOverlay(name)
 	case i != nil:
@@ -103,7 +103,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	}
 	named := i != nil && ok && i.IsIn(x)
 	if !named && !force {
-		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("a guest may have written to %q since a snapshot: what it wrote would be missing from %q", f.Overlay, f.Image)}
+		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("a guest may have written to %q since a snapshot: what it wrote would be missing from %q. Stop the daemon and merge the overlay (qemu-img commit), or name the overlay in the configuration; --force forgets it all the same", f.Overlay, f.Image)}
 	}
 	if dry {
 		return f, nil

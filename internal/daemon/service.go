@@ -34,7 +34,9 @@ var codes = []struct {
 	{export.ErrLease, api.CodeNotFound},
 	{export.ErrInvalid, api.CodeInvalid},
 	{open.ErrDenied, api.CodeForbidden},
+	{config.ErrOutside, api.CodeForbidden},
 	{os.ErrPermission, api.CodeForbidden},
+	{os.ErrExist, api.CodeExists},
 	{os.ErrNotExist, api.CodeInvalid},
 	{context.DeadlineExceeded, api.CodeTimeout},
 	{backing.ErrNotSupported, api.CodeUnsupported},
@@ -212,6 +214,8 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 	}
 	why, c := "", d.conf.Load()
 	switch err := x.Validate(c.APIScope(files)); {
+	case errors.Is(err, config.ErrOutside):
+		return err
 	case err != nil:
 		why = err.Error()
 	case persist && c.Control.State == "":

@@ -118,7 +118,7 @@ func (c *call) run() (any, error) {
 		return nil, err
 	}
 	if c.route.access > c.conn.access {
-		return nil, &api.Error{Code: api.CodeForbidden, Text: "only peers that may change things may do this"}
+		return nil, &api.Error{Code: api.CodeForbidden, Text: "only peers that may change things may do this: change-users and change-groups of [control] name them"}
 	}
 	if len(c.files) > 0 && !c.route.files {
 		return nil, invalid("%s %s takes no descriptors", c.route.method, c.route.path)
