@@ -291,9 +291,10 @@ func newAttach() *cobra.Command {
 		Long: `Serve an image and plug it into a running machine, as a whole or not at all.
 
 VM is the path of a QMP socket, a name that /etc/vmdiskd/vmdiskctl.toml gives a
-machine, or the name or UUID of a libvirt domain. IMAGE is a file or block device that the daemon serves from then on at a socket for
-this machine alone, an NBD URI, or with --export the name of an export that the
-daemon has. A disk that is attached as wanted stays as it is.`,
+machine, or the name or UUID of a libvirt domain. IMAGE is a file or block
+device that the daemon serves from then on at a socket for this machine alone,
+an NBD URI, or with --export the name of an export that the daemon has. A disk
+that is attached as wanted stays as it is.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error { return f.attach(c, args[0], args[1]) },
 	})
@@ -468,8 +469,9 @@ func newDetach() *cobra.Command {
 	c := f.changing(&cobra.Command{
 		Use:   "detach VM DISK",
 		Short: "Unplug a disk from a running machine",
-		Long: `Unplug a disk from a running machine and stop serving it. DISK is the name of the
-disk in the machine, or what it was attached as: an image, a URI or an export.
+		Long: `Unplug a disk from a running machine and stop serving it. DISK is the name of
+the disk in the machine, or what it was attached as: an image, a URI or an
+export.
 
 QEMU unplugs a disk that the guest has mounted. A guest agent is asked first if
 there is one. Once the guest has released the disk there is no way back: after

@@ -37,7 +37,7 @@ func (b *byteSize) Set(s string) error {
 	}
 	n, err := strconv.ParseInt(number, 10, 64)
 	if err != nil || n < 0 || n > math.MaxInt64>>shift {
-		return fmt.Errorf("%q is no size", s)
+		return fmt.Errorf("size %q is not a number of bytes with an optional suffix K, M, G or T", s)
 	}
 	*b = byteSize(n << shift)
 	return nil

@@ -36,7 +36,10 @@ func isURI(s string) bool {
 // server reads a URI and the certificates that it needs.
 func (f *connectFlags) server(uri string) (*server, error) {
 	u, err := transport.ParseURI(uri)
-	if err != nil {
+	switch {
+	case err != nil && !isURI(uri):
+		return nil, usage("%q: an NBD URI is nbd://host[:port]/export or nbd+unix:///export?socket=PATH", uri)
+	case err != nil:
 		return nil, usageError{err}
 	}
 	dir, host, keys := f.certificates, u.Address, ""

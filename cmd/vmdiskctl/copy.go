@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -70,6 +72,8 @@ which zeroes take no space.`,
 	n.BoolVar(&f.Options.Flush, "flush", true, "make the destination stable at the end")
 	n.BoolVar(&f.Verify, "verify", false, "read both disks again and compare them")
 	n.BoolVar(&f.progress, "progress", false, "show a progress bar (default: when stderr is a terminal)")
+	flagWords(c, "source-format", formatRaw, formatQcow2)
+	flagWords(c, "destination-format", formatRaw, formatQcow2)
 	return c
 }
 
@@ -86,8 +90,24 @@ func (f *copyFlags) check() error {
 	return nil
 }
 
+// checkFileName refuses what would be a file, and was not meant to be one.
+func checkFileName(name string) error {
+	scheme, _, _ := strings.Cut(name, ":")
+	switch {
+	case name == "-":
+		return usage("a disk is no stream: a file of that name is ./-")
+	case isURI(name):
+	case scheme != name && slices.Contains([]string{"nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock"}, scheme):
+		return usage("%q: NBD URIs begin with %s://; a file of that name is ./%s", name, scheme, name)
+	}
+	return nil
+}
+
 // checkSource refuses what makes no sense for the source called name.
 func (f *copyFlags) checkSource(c *cobra.Command, name string) error {
+	if err := checkFileName(name); err != nil {
+		return err
+	}
 	switch {
 	case f.sourceFormat != formatRaw && f.sourceFormat != formatQcow2:
 		return usage("--source-format is %q, allowed are raw and qcow2", f.sourceFormat)
@@ -99,6 +119,9 @@ func (f *copyFlags) checkSource(c *cobra.Command, name string) error {
 
 // checkDestination refuses what makes no sense for the destination called name.
 func (f *copyFlags) checkDestination(c *cobra.Command, name string) error {
+	if err := checkFileName(name); err != nil {
+		return err
+	}
 	switch {
 	case f.destinationFormat != formatRaw && f.destinationFormat != formatQcow2:
 		return usage("--destination-format is %q, allowed are raw and qcow2", f.destinationFormat)

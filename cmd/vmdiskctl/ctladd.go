@@ -78,7 +78,7 @@ func (f *addFlags) addImage(c *cobra.Command) {
 	n.StringVar(&x.Discard, "discard", "", "for qcow2: unmap (the default), keep or ignore")
 	n.BoolVar(&x.Lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
 	n.BoolVar(&f.send, "fd", false, "open the files here and hand them over: the daemon needs no right to them")
-	n.IntVar(&f.part, "partition", 0, "only this partition of the disk, from `1`")
+	n.IntVar(&f.part, "partition", 0, "only partition `N` of the disk, from 1")
 	n.Var(&f.quota, "overlay", "keep what is written in a temporary overlay of at most this `SIZE`, which is thrown away at the end")
 	n.StringVar(&f.window, "window", "", "`OFFSET[+LENGTH]`: only this part of the disk, up to its end without a length")
 	n.StringVar(&f.blockSize, "block-size", "", "`SIZES` that clients are told and held to, as 4K or minimum=4K,preferred=64K,maximum=1M")
@@ -218,6 +218,9 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		x.Protect = append(x.Protect, r)
 	}
 	if c.Flags().Changed("partition") {
+		if f.part < 1 {
+			return usage("--partition: want a number from 1")
+		}
 		x.Window = &config.Window{Partition: f.part}
 	}
 	if c.Flags().Changed("window") {
@@ -324,7 +327,7 @@ func parseBlockSize(s string) (*config.BlockSize, error) {
 			return nil, usage("--block-size: %q: each of minimum, preferred, maximum once", part)
 		}
 		if err := to.UnmarshalText([]byte(value)); err != nil || *to == 0 {
-			return nil, usage("--block-size: %q is no size", value)
+			return nil, usage("--block-size: size %q is not a number of bytes with an optional suffix K, M, G or T", value)
 		}
 	}
 	return b, nil

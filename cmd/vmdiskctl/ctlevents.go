@@ -30,9 +30,9 @@ func newEvents() *cobra.Command {
 	c := f.reading(&cobra.Command{
 		Use:   "events",
 		Short: "Follow what happens",
-		Long: `Follow what happens, a line for each event, until it is interrupted or the daemon
-ends: clients that come and leave, states of exports, I/O errors. An event of the
-kind lost says that this command was too slow for some.`,
+		Long: `Follow what happens, a line for each event, until it is interrupted or the
+daemon ends: clients that come and leave, states of exports, I/O errors. An
+event of the kind lost says that this command was too slow for some.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if f.count < 0 {

@@ -230,10 +230,10 @@ func newExportSnapshot() *cobra.Command {
 	return f.changing(&cobra.Command{
 		Use:   "snapshot NAME OVERLAY",
 		Short: "Freeze the image of an export below a new overlay",
-		Long: `Make a new qcow2 image, OVERLAY, above the image of an export, while its clients
-wait. What is written from then on goes there, and the image does not change any
-more. A guest knows nothing of it: what its file systems have in memory is not in
-the image, unless the guest is frozen meanwhile.`,
+		Long: `Make a new qcow2 image, OVERLAY, above the image of an export, while its
+clients wait. What is written from then on goes there, and the image does not
+change any more. A guest knows nothing of it: what its file systems have in
+memory is not in the image, unless the guest is frozen meanwhile.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			overlay, err := absolute(args[1])
@@ -273,13 +273,13 @@ func newExportForget() *cobra.Command {
 		Short: "Forget the overlay of an export of the configuration",
 		Long: `Forget the overlay that a snapshot has put above the image of an export of the
 configuration file, and which the daemon serves in place of that image. The
-overlay's file stays. The export serves what the configuration names at once, and
-clients of another image are cut off.
+overlay's file stays. The export serves what the configuration names at once,
+and clients of another image are cut off.
 
 Unless the configuration names the overlay itself by now, what guests have
-written since the snapshot may be missing from its image: this is refused without
---force. Merge the overlay first, as qemu-img commit does while the export is
-removed from the configuration or the daemon is stopped.`,
+written since the snapshot may be missing from its image: this is refused
+without --force. Merge the overlay first, as qemu-img commit does while the
+export is removed from the configuration or the daemon is stopped.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {

@@ -42,10 +42,15 @@ func TestCompletionKnowsTheWordsOfFlags(t *testing.T) {
 	for flag, word := range map[string]string{
 		"export add --format": "qcow2", "export add --cache": "writethrough", "export add --image-lock": "auto",
 		"export add --backing": "same-dir", "export add --discard": "unmap", "top --sort": "latency", "events --kind": "io-error",
+		"image create --preallocation": "falloc", "image create --compat": "1.1",
+		"image create --compression-type": "zstd", "copy --source-format": "qcow2", "copy --destination-format": "qcow2", "image check --repair": "leaks",
 	} {
 		args := append(append([]string{"__complete"}, strings.Fields(flag)...), "")
 		if got := want(t, exitDone, args...); !strings.Contains(got, word+"\n") {
 			t.Errorf("%s: got %q, want %s among them", flag, got, word)
 		}
+	}
+	if got := want(t, exitDone, "__complete", "info", "--map="); !strings.Contains(got, "qemu:allocation-depth\n") {
+		t.Errorf("info --map=: got %q", got)
 	}
 }

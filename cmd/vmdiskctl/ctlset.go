@@ -167,7 +167,7 @@ func parsePatch(args []string) (p api.Patch, partial []string, err error) {
 			return p, nil, usage("%q is given twice", key)
 		case one:
 			if err := setRate(&config.Rate{}, rate+"="+value); err != nil {
-				return p, nil, err
+				return p, nil, usage("rate: %v", err)
 			}
 			partial = append(partial, rate+"="+value)
 		case read == nil:
@@ -252,15 +252,17 @@ func setRate(r *config.Rate, s string) error {
 		err = sizes[key].UnmarshalText([]byte(value))
 	case ops[key] != nil:
 		var n uint64
-		n, err = strconv.ParseUint(value, 10, 63)
+		if n, err = strconv.ParseUint(value, 10, 63); err != nil {
+			return usage("%s: %q: want a number", key, value)
+		}
 		*ops[key] = int64(n)
 	case key == "burst":
 		err = r.Burst.UnmarshalText([]byte(value))
 	default:
-		return usage("rate: %q is none of bytes, read-bytes, write-bytes, ops, read-ops, write-ops, burst", key)
+		return usage("%q is none of bytes, read-bytes, write-bytes, ops, read-ops, write-ops, burst", key)
 	}
 	if err != nil {
-		return usage("rate: %s: %v", key, err)
+		return usage("%s: %v", key, err)
 	}
 	return nil
 }

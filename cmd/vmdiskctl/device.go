@@ -68,6 +68,8 @@ died, the same command with the name of the device takes the device over.`,
 func (f *deviceFlags) check(c *cobra.Command, direct bool) error {
 	set := c.Flags().Changed
 	switch {
+	case f.connections < 1 || f.connections > limits.DeviceSockets:
+		return usage("--connections: want 1 to %d", limits.DeviceSockets)
 	case f.swapOn && !f.swap:
 		return usage("--swapon belongs to --swap")
 	case (f.log || f.readyFD >= 0) && !f.stay:

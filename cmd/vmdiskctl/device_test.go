@@ -12,9 +12,9 @@ func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
 		args string
 		says string
 	}{
-		{exitUsage, "", "arg"},
-		{exitUsage, unix + " /dev/nbd0 more", "arg"},
-		{exitUsage, "/dev/nbd0", "scheme"},
+		{exitUsage, "", "want URI [/dev/nbdN], got 0 arguments"},
+		{exitUsage, unix + " /dev/nbd0 more", "got 3 arguments"},
+		{exitUsage, "/dev/nbd0", "an NBD URI is nbd://"},
 		{exitUsage, unix + " /dev/sda", "/dev/nbdN"},
 		{exitUsage, unix + " nbd9999999", "highest"},
 		{exitUsage, unix + " --swapon", "--swap"},
@@ -25,8 +25,8 @@ func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
 		{exitUsage, unix + " --timeout=soon", "soon"},
 		{exitUsage, unix + " --swap --timeout 5s", "--swap"},
 		{exitUsage, unix + " --swap --connections 2", "--swap"},
-		{exitRefused, unix + " --connections 17", "17 connections"},
-		{exitRefused, unix + " --connections 0", "0 connections"},
+		{exitUsage, unix + " --connections 17", "want 1 to 16"},
+		{exitUsage, unix + " --connections 0", "want 1 to 16"},
 		{exitRefused, unix + " --timeout=-1s", "timeout"},
 		{exitRefused, "nbd://localhost/disk --swap", "Unix socket"},
 		{exitRefused, "nbd+vsock://2/disk --swap", "Unix socket"},

@@ -45,6 +45,7 @@ func (f *imageFlags) add(c *cobra.Command) {
 	n := c.Flags()
 	n.StringVarP(&f.format, "format", "f", formatQcow2, "format of the file, never guessed: qcow2 or raw")
 	n.BoolVar(&f.json, "json", false, "write JSON")
+	flagWords(c, "format", formatQcow2, formatRaw)
 }
 
 func (f *imageFlags) check() error {

@@ -57,6 +57,7 @@ only.`,
 	}
 	f.add(c)
 	c.Flags().StringVar(&f.repair, "repair", "", "what to repair: leaks")
+	flagWords(c, "repair", "leaks")
 	return c
 }
 

@@ -34,6 +34,8 @@ func (f *layoutFlags) add(c *cobra.Command) {
 	n.IntVar(&f.refcountBits, "refcount-bits", create.DefaultRefcountBits, "width of refcounts, 1 to 64")
 	n.StringVar(&f.compression, "compression-type", "zlib", "zlib or zstd")
 	n.BoolVar(&f.extended, "extended-l2", false, "allocate in subclusters")
+	flagWords(c, "compat", "0.10", "1.1")
+	flagWords(c, "compression-type", "zlib", "zstd")
 }
 
 // options translates the flags.
@@ -79,8 +81,8 @@ func newImageCreate() *cobra.Command {
 		Use:   "create FILE [SIZE]",
 		Short: "Make a new image",
 		Long: `Make a new image. FILE must not exist, unless --force is given; it is removed
-again when the command fails. SIZE is in bytes, or with a suffix K, M, G, T; with
-a backing file it may be left out and is then that of the backing file. The
+again when the command fails. SIZE is in bytes, or with a suffix K, M, G, T;
+with a backing file it may be left out and is then that of the backing file. The
 size of a qcow2 image is rounded up to 512 bytes.`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -97,6 +99,9 @@ size of a qcow2 image is rounded up to 512 bytes.`,
 	n.BoolVar(&f.dataFileRaw, "data-file-raw", false, "the data file is a raw image of the disk")
 	n.BoolVar(&f.force, "force", false, "overwrite files that exist")
 	n.BoolVar(&f.json, "json", false, "say in JSON what was made")
+	flagWords(c, "format", formatQcow2, formatRaw)
+	flagWords(c, "backing-format", formatQcow2, formatRaw)
+	flagWords(c, "preallocation", "off", "metadata", "falloc", "full")
 	return c
 }
 

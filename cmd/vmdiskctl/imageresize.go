@@ -74,11 +74,14 @@ type newSize struct {
 func parseResize(s string) (newSize, error) {
 	var b byteSize
 	if strings.HasPrefix(s, "-") {
-		return newSize{}, usage("size %q: a disk cannot shrink", s)
+		return newSize{}, usage("size %q: disks do not shrink", s)
 	}
 	number, more := strings.CutPrefix(s, "+")
-	if err := b.Set(number); err != nil || strings.HasPrefix(number, "+") {
-		return newSize{}, usage("%q is no size", s)
+	if err := b.Set(number); err != nil {
+		return newSize{}, usageError{err}
+	}
+	if strings.HasPrefix(number, "+") {
+		return newSize{}, usage("size %q has two plus signs", s)
 	}
 	return newSize{n: int64(b), more: more}, nil
 }

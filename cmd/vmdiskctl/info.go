@@ -38,6 +38,7 @@ func newInfo() *cobra.Command {
 	n.Lookup("map").NoOptDefVal = wire.ContextAllocation
 	n.BoolVar(&f.totals, "totals", false, "with --map: sum up by state")
 	n.BoolVar(&f.json, "json", false, "write JSON")
+	flagWords(c, "map", wire.ContextAllocation, "qemu:allocation-depth", "qemu:dirty-bitmap:")
 	return c
 }
 
@@ -51,7 +52,10 @@ func (f *infoFlags) run(ctx context.Context, uri string, w io.Writer) error {
 		return usage("--size has no JSON form: it is one number")
 	}
 	s, err := f.server(uri)
-	if err != nil {
+	switch {
+	case err != nil && !isURI(uri):
+		return usage("%w; for an image: vmdiskctl image info", err)
+	case err != nil:
 		return err
 	}
 	switch {

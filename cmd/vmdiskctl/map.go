@@ -35,6 +35,9 @@ func (f *infoFlags) printMap(ctx context.Context, s *server, w io.Writer) error 
 		return err
 	}
 	defer c.Close()
+	if !slices.Contains(c.Export().Contexts, f.context) {
+		return notOffered(ctx, s, f.context)
+	}
 	entries := []mapEntry{}
 	if size := c.Export().Size; size > 0 {
 		err = c.Map(ctx, f.context, 0, size, func(e client.Extent) bool {
@@ -54,6 +57,20 @@ func (f *infoFlags) printMap(ctx context.Context, s *server, w io.Writer) error 
 		return err
 	}
 	return c.Disconnect(ctx)
+}
+
+// notOffered says which contexts there are in place of one that is not.
+func notOffered(ctx context.Context, s *server, name string) error {
+	session, err := s.negotiate(ctx)
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	list, err := session.ListContexts(ctx, s.Export)
+	if err != nil || len(list) == 0 {
+		return fmt.Errorf("the server does not offer the context %q, and names no other", name)
+	}
+	return fmt.Errorf("the server does not offer the context %q; it offers %s", name, printable(strings.Join(list, ", ")))
 }
 
 func (f *infoFlags) printEntries(w io.Writer, entries []mapEntry) error {

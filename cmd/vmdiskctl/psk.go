@@ -20,8 +20,8 @@ func newPSKNew() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "new IDENTITY FILE",
 		Short: "Put a new random key into a key file",
-		Long: `Put a new random key for an identity, one for each machine, into a key file, which
-is made if it is not there. Only its owner may read it.
+		Long: `Put a new random key for an identity, one for each machine, into a key file,
+which is made if it is not there. Only its owner may read it.
 
 A key that the identity has stays beside the new one, so that its machine can
 change over; --only takes it away. A daemon reads the file again on SIGHUP. The

@@ -45,7 +45,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	if err == nil {
 		return exitDone
 	}
-	fmt.Fprintf(stderr, "vmdiskctl: %v\n", err)
+	fmt.Fprintf(stderr, "vmdiskctl: %v%s\n", err, advice(err))
 	return exitCode(err, begun)
 }
 
@@ -79,8 +79,8 @@ func newRoot(terminal *os.File) *cobra.Command {
 
 The commands status, export, clients, top, events and reload speak to a daemon
 on this machine, by its control socket; attach, detach, resize, snapshot, vm and
-domain-xml to running machines too, by QEMU's monitor or libvirt. The commands of device
-give this kernel a disk as /dev/nbdN.
+domain-xml to running machines too, by QEMU's monitor or libvirt. The commands
+of device give this kernel a disk as /dev/nbdN.
 
 Disks are named by NBD URIs: nbd://host[:port]/export,
 nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
@@ -118,5 +118,6 @@ incompletely.`,
 		newDevice(),
 		newVersion(),
 	)
+	explain(root)
 	return root
 }

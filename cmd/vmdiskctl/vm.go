@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -192,6 +194,9 @@ func (f *vmFlags) show(ctx context.Context, name string) (*vmShown, error) {
 		return nil, err
 	}
 	m, close, err := f.machine(ctx, found)
+	if err != nil && f.via == "" && !strings.Contains(name, "/") {
+		err = fmt.Errorf("%w; and %s names no machine %q", err, cmp.Or(os.Getenv(machinesVariable), machinesFile), name)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -34,6 +34,19 @@ type Client struct {
 // Dial names the socket; nothing is connected before the first call.
 func Dial(path string) *Client { return &Client{path: path} }
 
+// SocketError is that a request got no answer: nobody listens at the socket, or
+// who does hangs up, as the daemon does on a peer that may not even look.
+type SocketError struct {
+	Path string
+	Err  error
+}
+
+// Error names the socket.
+func (e *SocketError) Error() string { return fmt.Sprintf("control socket %q: %v", e.Path, e.Err) }
+
+// Unwrap is the cause.
+func (e *SocketError) Unwrap() error { return e.Err }
+
 // request is what a call sends.
 type request struct {
 	method string
@@ -286,7 +299,10 @@ func (c *Client) open(ctx context.Context, q request) (*reply, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.path)
 	if err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
+		if dial, ok := errors.AsType[*net.OpError](err); ok {
+			err = dial.Err
+		}
+		return nil, &SocketError{Path: c.path, Err: err}
 	}
 	r := &reply{ctx: ctx, path: c.path, conn: conn, most: &budget{r: conn, left: limits.ControlReplyHeader}}
 	r.unhook = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
@@ -295,7 +311,13 @@ func (c *Client) open(ctx context.Context, q request) (*reply, error) {
 	r.http, err = http.ReadResponse(bufio.NewReader(r.most), hr)
 	if err != nil {
 		r.close()
-		return nil, r.cause(errors.Join(sendErr, err))
+		if sendErr != nil {
+			err = sendErr // the cause
+		}
+		if ctx.Err() == nil {
+			return nil, &SocketError{Path: c.path, Err: err}
+		}
+		return nil, r.cause(err)
 	}
 	r.most.left = limits.ControlReply
 	if r.http.StatusCode/100 != 2 {

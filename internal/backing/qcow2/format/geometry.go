@@ -24,6 +24,9 @@ type Corrupt string
 
 func (c Corrupt) Error() string { return string(c) }
 
+// ErrOther is that a file is no qcow2 image at all.
+const ErrOther = Corrupt("image is not in qcow2 format")
+
 func corrupt(text string, args ...any) error { return Corrupt(fmt.Sprintf(text, args...)) }
 
 // Geometry is what the numbers of a header amount to. All sizes are in bytes.

@@ -43,7 +43,7 @@ func (b be) u64(at int) uint64 { return binary.BigEndian.Uint64(b[at:]) }
 // Its errors are Corrupt or Unsupported.
 func ClusterSize(b []byte) (int64, error) {
 	if len(b) < 4 || be(b).u32(0) != Magic {
-		return 0, corrupt("image is not in qcow2 format")
+		return 0, ErrOther
 	}
 	if len(b) < 24 {
 		return 0, corrupt("file ends within the qcow2 header")

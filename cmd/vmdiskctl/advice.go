@@ -1,0 +1,35 @@
+package main
+
+import (
+	"crypto/x509"
+	"errors"
+	"io/fs"
+	"syscall"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+)
+
+// advice says what to do about an error, behind its text.
+func advice(err error) string {
+	var socket *control.SocketError
+	switch {
+	case errors.As(err, &socket):
+		return socketAdvice(socket)
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "; --tls-certificates=FOLDER has the CA"
+	case errors.Is(err, format.ErrOther):
+		return "; if it is raw, say so: -f raw"
+	}
+	return ""
+}
+
+func socketAdvice(err *control.SocketError) string {
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return "; is vmdiskd --config running (systemctl status vmdiskd)? --socket or " + socketVariable + " name another"
+	case errors.Is(err, fs.ErrPermission):
+		return "; owner and mode of [control] say who may connect, and read-users and change-users, or -groups, who is answered"
+	}
+	return "; does [control] of the daemon name this user in read-users or change-users, or a group in read-groups or change-groups?"
+}
