@@ -78,6 +78,30 @@ func TestImageCheckHasFieldsAndExitCodesOfQEMU(t *testing.T) {
 	}
 }
 
+// TestImageCheckTellsOfMarks that keep the image from being served for writing,
+// and what the server recommends takes them away.
+func TestImageCheckTellsOfMarks(t *testing.T) {
+	for mark, bit := range map[string]byte{"dirty": 1, "corrupt": 2} {
+		path := qemuImage(t)
+		patchImage(t, path, 72+7, bit)
+		code, stdout, stderr := ctl(t, "image", "check", path)
+		if code != exitCorrupt || !strings.Contains(stdout, "marked "+mark+": it is not served for writing\n") || !strings.Contains(stderr, "qemu-img check -r all") {
+			t.Errorf("%s: exit code %d, want %d:\n%s%s", mark, code, exitCorrupt, stdout, stderr)
+		}
+		var fields map[string]any
+		must(t, json.Unmarshal([]byte(want(t, exitCorrupt, "image", "check", "--json", "--repair=leaks", path)), &fields))
+		if key := map[string]string{"dirty": "dirty-flag", "corrupt": "corrupt"}[mark]; fields[key] != true {
+			t.Errorf("%s: got %v, want %s", mark, fields, key)
+		}
+		if code, _, stderr := ctl(t, "image", "resize", path, "+1M"); code == exitDone || !strings.Contains(stderr, "`qemu-img check -r all IMAGE` repairs it") {
+			t.Errorf("%s: resize: exit code %d: %s", mark, code, stderr)
+		}
+		tool(t, "qemu-img", "check", "-q", "-r", "all", path)
+		want(t, exitDone, "image", "check", path)
+		want(t, exitDone, "image", "resize", path, "+1M")
+	}
+}
+
 func TestImageCheckRefusesWhatIsNoImage(t *testing.T) {
 	dir := t.TempDir()
 	fifo := filepath.Join(dir, "fifo")

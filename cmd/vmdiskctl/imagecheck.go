@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/progress"
 )
@@ -22,14 +23,21 @@ const (
 )
 
 // unsound is a check that was done and found something.
-type unsound struct{ corruptions, leaks int64 }
+type unsound struct {
+	corruptions, leaks int64
+	mark               string
+}
 
 func (u unsound) Error() string {
-	return fmt.Sprintf("%d corruptions and %d leaked clusters found", u.corruptions, u.leaks)
+	text := fmt.Sprintf("%d corruptions and %d leaked clusters found", u.corruptions, u.leaks)
+	if u.mark != "" {
+		text += fmt.Sprintf(", and the image is marked %s: it is not served for writing; `qemu-img check -r all` repairs it", u.mark)
+	}
+	return text
 }
 
 func (u unsound) code() int {
-	if u.corruptions > 0 {
+	if u.corruptions > 0 || u.mark != "" {
 		return exitCorrupt
 	}
 	return exitLeaks
@@ -48,8 +56,11 @@ func newImageCheck(terminal *os.File) *cobra.Command {
 		Long: `Check the metadata of a qcow2 image: all tables, the references to each cluster
 and its refcount. No other file is opened.
 
-Exit codes: 0 clean, 1 could not be checked, 2 corruptions, 3 leaked clusters
-only.`,
+An image that is marked dirty, because it was not closed properly, or corrupt is
+not served for writing, whatever is found in it.
+
+Exit codes: 0 clean, 1 could not be checked, 2 corruptions or such a mark,
+3 leaked clusters only.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			return f.run(c.Context(), args[0], c.OutOrStdout(), terminal)
@@ -71,7 +82,7 @@ func (f *imageCheckFlags) run(ctx context.Context, path string, w io.Writer, ter
 	case f.repair != "" && f.repair != "leaks":
 		return usage("--repair is %q, allowed is leaks", f.repair)
 	}
-	var r *check.Report
+	var r *checked
 	err := withImage(ctx, path, f.repair == "", func(st store.Store) (err error) {
 		r, err = f.checkImage(ctx, st, terminal)
 		return err
@@ -85,15 +96,32 @@ func (f *imageCheckFlags) run(ctx context.Context, path string, w io.Writer, ter
 	switch {
 	case r.Errors > 0:
 		return fmt.Errorf("%d reads failed", r.Errors)
-	case r.Corruptions > 0 || r.Leaks > 0:
-		return unsound{r.Corruptions, r.Leaks}
+	case r.Corruptions > 0 || r.Leaks > 0 || r.mark() != "":
+		return unsound{r.Corruptions, r.Leaks, r.mark()}
 	}
 	return nil
 }
 
+// checked is an image after its check.
+type checked struct {
+	*check.Report
+	marks uint64 // incompatible features
+}
+
+// mark is what the header says against the image, or "".
+func (c *checked) mark() string {
+	switch {
+	case c.marks&format.IncompatCorrupt != 0:
+		return "corrupt"
+	case c.marks&format.IncompatDirty != 0:
+		return "dirty"
+	}
+	return ""
+}
+
 // checkImage checks, repairs if that was asked for and is possible, and then
 // checks again.
-func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, terminal *os.File) (*check.Report, error) {
+func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, terminal *os.File) (*checked, error) {
 	h, err := qcow2.ReadHeader(ctx, st)
 	if err != nil {
 		return nil, err
@@ -112,18 +140,24 @@ func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, termin
 		defer func() { bar.Close() }()
 	}
 	r, err := check.Run(ctx, st, h, o)
-	if err != nil || f.repair == "" || r.Leaks == 0 {
-		return r, err
+	if err != nil {
+		return nil, err
+	}
+	if f.repair == "" || r.Leaks == 0 {
+		return &checked{r, h.Incompat}, nil
 	}
 	if err := check.RepairLeaks(ctx, st, h, r); errors.Is(err, check.ErrCorrupt) {
-		return r, nil
+		return &checked{r, h.Incompat}, nil
 	} else if err != nil {
 		return nil, err
 	}
 	if h, err = qcow2.ReadHeader(ctx, st); err != nil {
 		return nil, err
 	}
-	return check.Run(ctx, st, h, check.Options{})
+	if r, err = check.Run(ctx, st, h, check.Options{}); err != nil {
+		return nil, err
+	}
+	return &checked{r, h.Incompat}, nil
 }
 
 // imageCheckReport is qemu-img's: it leaves out what is 0.
@@ -138,14 +172,19 @@ type imageCheckReport struct {
 	Compressed  int64  `json:"compressed-clusters,omitempty"`
 	Corruptions int64  `json:"corruptions,omitempty"`
 	Leaks       int64  `json:"leaks,omitempty"`
+
+	// The marks, by the names that qemu-img info has for them.
+	Dirty   bool `json:"dirty-flag,omitempty"`
+	Corrupt bool `json:"corrupt,omitempty"`
 }
 
-func (f *imageCheckFlags) print(w io.Writer, path string, r *check.Report) error {
+func (f *imageCheckFlags) print(w io.Writer, path string, r *checked) error {
 	if f.json {
 		return writeJSON(w, imageCheckReport{
 			ImageEnd: r.ImageEnd, Total: r.TotalClusters, Errors: r.Errors, Allocated: r.AllocatedClusters,
 			Filename: path, Format: f.format, Fragmented: r.FragmentedClusters,
 			Compressed: r.CompressedClusters, Corruptions: r.Corruptions, Leaks: r.Leaks,
+			Dirty: r.marks&format.IncompatDirty != 0, Corrupt: r.marks&format.IncompatCorrupt != 0,
 		})
 	}
 	p := &printer{w: w}
@@ -160,6 +199,9 @@ func (f *imageCheckFlags) print(w io.Writer, path string, r *check.Report) error
 		p.print("no errors found\n")
 	} else {
 		p.print("%d corruptions, %d leaked clusters, %d reads failed\n", r.Corruptions, r.Leaks, r.Errors)
+	}
+	if mark := r.mark(); mark != "" {
+		p.print("marked %s: it is not served for writing\n", mark)
 	}
 	p.print("%d of %d clusters allocated, %d fragmented, %d compressed\n",
 		r.AllocatedClusters, r.TotalClusters, r.FragmentedClusters, r.CompressedClusters)

@@ -116,15 +116,18 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	return d, d.clearAutoclear(ctx)
 }
 
+// wayOut is what to do about an image that is not served for writing.
+const wayOut = "`qemu-img check -r all IMAGE` repairs it, --readonly serves it as it is"
+
 // writableImage refuses marks in the header that stand against writing.
 func writableImage(h *format.Header, o Options) error {
 	switch {
 	case o.Snapshot != "":
 		return invalid(o.Path, "a snapshot can only be served read-only")
 	case h.Incompat&format.IncompatCorrupt != 0:
-		return invalid(o.Path, "image is marked corrupt, it can only be served read-only")
+		return invalid(o.Path, "image is marked corrupt: "+wayOut)
 	case h.Incompat&format.IncompatDirty != 0:
-		return invalid(o.Path, "image was not closed properly, check and repair it first")
+		return invalid(o.Path, "image is marked dirty, it was not closed properly: "+wayOut)
 	case h.BitmapsErr != nil:
 		return invalid(o.Path, "%w", h.BitmapsErr)
 	}
@@ -148,8 +151,7 @@ func audit(ctx context.Context, st store.Store, h *format.Header) (*check.Report
 			break
 		}
 	}
-	return nil, format.Corrupt(fmt.Sprintf("image is corrupt, it can only be served read-only (%d problems%s)",
-		r.Corruptions+r.Errors, first))
+	return nil, format.Corrupt(fmt.Sprintf("image is corrupt (%d problems%s): "+wayOut, r.Corruptions+r.Errors, first))
 }
 
 // clearAutoclear clears the bits of features that writing would break (section
