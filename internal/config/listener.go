@@ -220,7 +220,7 @@ func (c *Config) checkListeners(k checker) {
 		e := &c.Exports[i]
 		secret := e.RequireTLS && len(e.Listeners) > 0
 		for j := range e.Listeners {
-			in := k.in("export %q, listener %d", cut(e.Name), j+1)
+			in := k.export(e, i).in("listener %d", j+1)
 			check(&e.Listeners[j], in)
 			if len(e.Listeners[j].Exports) > 0 {
 				in.fail("exports: here is only the one")
@@ -228,7 +228,7 @@ func (c *Config) checkListeners(k checker) {
 			secret = secret && e.Listeners[j].TLS == "off"
 		}
 		if secret {
-			k.in("export %q", cut(e.Name)).fail("require-tls: none of its listeners speaks TLS")
+			k.export(e, i).fail("require-tls: none of its listeners speaks TLS")
 		}
 	}
 }

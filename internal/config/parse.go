@@ -62,10 +62,11 @@ func LoadText(name string, b []byte) (*Config, error) {
 		return nil, err
 	}
 	c.SetDefaults()
-	if err := c.Validate(); err != nil {
-		return nil, err
+	err = c.Validate()
+	if ps, ok := errors.AsType[Problems](err); ok {
+		return nil, placed(name, b, ps)
 	}
-	return c, nil
+	return c, err
 }
 
 // readFile reads a regular file of at most most bytes.

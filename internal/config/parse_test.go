@@ -281,7 +281,7 @@ func TestLoad(t *testing.T) {
 		t.Errorf("a bad file: %v", err)
 	}
 	_, err = config.Load(write("invalid.toml", "engine = \"aio\""))
-	if _, ok := errors.AsType[config.Problems](err); !ok {
+	if _, ok := errors.AsType[config.Errors](err); !ok || !strings.HasPrefix(err.Error(), filepath.Join(dir, "invalid.toml")+":1:1: engine: ") {
 		t.Errorf("an invalid file: %v", err)
 	}
 	fifo := filepath.Join(dir, "fifo")

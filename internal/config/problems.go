@@ -20,6 +20,8 @@ type Problem struct {
 
 	// Outside: an image lies outside of the folders where it may.
 	Outside bool
+
+	path string // of the key, or of the table; see positions
 }
 
 // String is the place and the text.
@@ -50,27 +52,41 @@ func (ps Problems) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// checker gathers problems. Its place is that of what is looked at.
+// checker gathers problems. Its place is that of what is looked at, for people,
+// and at the same for positions.
 type checker struct {
-	place    string
-	problems *Problems
+	place, at string
+	problems  *Problems
 }
 
-func newChecker(place string) checker { return checker{place, new(Problems)} }
+func newChecker(place string) checker { return checker{place: place, problems: new(Problems)} }
 
-// in is a checker for a place within the place.
+// in is a checker for a place within the place: a table of its name, the one of
+// a list that is counted from 1, or the one of a table that has a name.
 func (c checker) in(format string, a ...any) checker {
-	inner := fmt.Sprintf(format, a...)
-	if c.place != "" {
-		inner = c.place + ", " + inner
+	inner := checker{fmt.Sprintf(format, a...), within(c.at, strings.Fields(format)[0]), c.problems}
+	if len(a) == 1 {
+		if n, ok := a[0].(int); ok {
+			inner.at = nth(inner.at, n-1)
+		} else {
+			inner.at = within(inner.at, fmt.Sprint(a[0]))
+		}
 	}
-	return checker{inner, c.problems}
+	if c.place != "" {
+		inner.place = c.place + ", " + inner.place
+	}
+	return inner
 }
 
 func (c checker) fail(format string, a ...any) {
-	if len(*c.problems) < limits.ConfigProblems {
-		*c.problems = append(*c.problems, Problem{Place: c.place, Text: fmt.Sprintf(format, a...)})
+	if len(*c.problems) >= limits.ConfigProblems {
+		return
 	}
+	p := Problem{Place: c.place, Text: fmt.Sprintf(format, a...), path: c.at}
+	if key, _, ok := strings.Cut(p.Text, ":"); ok && !strings.Contains(key, " ") {
+		p.path = within(c.at, key)
+	}
+	*c.problems = append(*c.problems, p)
 }
 
 // full tells that further problems would not be named.

@@ -57,6 +57,9 @@ func (s *schema) syntax(err error) {
 	if pe, ok := errors.AsType[*unstable.ParserError](err); ok {
 		r, text = s.p.Range(pe.Highlight), plain(errors.New(pe.Message))
 	}
+	if strings.Contains(text, "leading zero") {
+		text += "; a mode is text, as \"0660\""
+	}
 	s.fail(r, "%s", text)
 }
 
@@ -174,6 +177,9 @@ func (s *schema) value(v *unstable.Node, t reflect.Type, key *unstable.Node) {
 		ok, want = v.Kind == unstable.InlineTable, "a table"
 	default:
 		ok, want = v.Kind == unstable.Integer, "a whole number"
+	}
+	if string(key.Data) == "mode" && v.Kind == unstable.Integer {
+		want = fmt.Sprintf("text in quotes, as \"0%s\"", strings.TrimPrefix(string(v.Data), "0o"))
 	}
 	if !ok {
 		s.fail(key.Raw, "%q: want %s", key.Data, want)

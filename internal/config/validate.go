@@ -161,10 +161,7 @@ func (c *Config) checkExports(k checker) {
 	dflt := 0
 	for i := range c.Exports {
 		e := &c.Exports[i]
-		in := k.in("export %q", cut(e.Name))
-		if e.Name == "" {
-			in = k.in("export %d", i+1)
-		}
+		in := k.export(e, i)
 		if first := seen[e.Name]; first > 0 {
 			in.fail("export %d has the same name", first)
 		} else {
@@ -181,6 +178,15 @@ func (c *Config) checkExports(k checker) {
 			return
 		}
 	}
+}
+
+// export is a checker for the export at index i: people know it by its name.
+func (c checker) export(e *Export, i int) checker {
+	in := c.in("export %d", i+1)
+	if e.Name != "" {
+		in.place = c.in("export %q", cut(e.Name)).place
+	}
+	return in
 }
 
 // scope is what exports of the file may name.
