@@ -28,7 +28,7 @@ umask 022
 
 module=github.com/vmdiskd/vmdiskd
 $GO build -trimpath -o "$STAGE/" \
-	-ldflags "-s -w -X $module/internal/daemon.Version=$VERSION -X main.stamped=$VERSION" ./cmd/...
+	-ldflags "-s -w -X $module/internal/version.Version=$VERSION" ./cmd/...
 
 mkdir "$STAGE/man" "$STAGE/completions"
 for page in docs/man/*.[1-9]; do

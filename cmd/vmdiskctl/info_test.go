@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 // nbdinfo is what libnbd's tool prints.
@@ -231,7 +232,7 @@ func TestVersionAndCompletion(t *testing.T) {
 	if got := want(t, exitDone, "--version"); got != want(t, exitDone, "version") {
 		t.Errorf("--version is %q, unlike the command", got)
 	}
-	if got := want(t, exitDone, "version"); !strings.HasPrefix(got, "vmdiskctl ") {
+	if got := want(t, exitDone, "version"); !strings.HasPrefix(got, "vmdiskctl "+version.Version+" (") {
 		t.Errorf("version is %q", got)
 	}
 	for _, shell := range []string{"bash", "zsh", "fish"} {

@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 // Exit codes.
@@ -88,7 +89,7 @@ TLS.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 rolled back
 incompletely.`,
-		Version:       version(),
+		Version:       version.Version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,

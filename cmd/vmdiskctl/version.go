@@ -3,9 +3,10 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 func newVersion() *cobra.Command {
@@ -21,19 +22,6 @@ func newVersion() *cobra.Command {
 }
 
 // versionLine is what the command version and the flag --version print.
-func versionLine() string { return fmt.Sprintf("vmdiskctl %s (%s)\n", version(), runtime.Version()) }
-
-// stamped is the version of a package, set by the linker.
-var stamped string
-
-// version is that of the package, or of the module, which the toolchain takes
-// from the tag.
-func version() string {
-	if stamped != "" {
-		return stamped
-	}
-	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
-		return b.Main.Version
-	}
-	return "(devel)"
+func versionLine() string {
+	return fmt.Sprintf("vmdiskctl %s (%s)\n", version.Version, runtime.Version())
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 // usageError is a mistake on the command line.
@@ -151,7 +152,7 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	case r.help:
 		return options{text: help(f)}, nil
 	case r.version:
-		return options{text: "vmdiskd " + daemon.Version + "\n"}, nil
+		return options{text: "vmdiskd " + version.Version + "\n"}, nil
 	case r.dump:
 		return options{text: daemon.DumpConfig()}, nil
 	}

@@ -10,10 +10,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/uring"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
-
-// Version is the version of the program; the linker sets that of a package.
-var Version = "0.1.0"
 
 // DumpConfig says what this build and this machine can do, one key=value a
 // line.
@@ -30,7 +28,7 @@ func DumpConfig() string {
 		value any
 	}{
 		{"name", "vmdiskd"},
-		{"version", Version},
+		{"version", version.Version},
 		{"go", runtime.Version()},
 		{"host_os", runtime.GOOS},
 		{"host_cpu", runtime.GOARCH},

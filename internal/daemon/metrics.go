@@ -8,6 +8,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 // Metrics writes what there is to count.
@@ -15,7 +16,7 @@ func (s service) Metrics(w io.Writer) error {
 	d := s.d
 	lent, used := d.buffers.Outstanding()
 	m := obs.Metrics{
-		Version: Version, Engine: d.engine.Name(), Started: d.started,
+		Version: version.Version, Engine: d.engine.Name(), Started: d.started,
 		BuffersLent: lent, BufferBytes: used, BufferLimit: limits.BufferBudget,
 		Refused: d.refused.Load(),
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/version"
 )
 
 // service is the daemon as the control API sees it. Its errors are *api.Error.
@@ -65,7 +66,7 @@ func unknownExport(name string) error {
 func (s service) Status() api.Status {
 	d := s.d
 	t := api.Status{
-		Version: Version, PID: os.Getpid(), Started: d.started, Engine: d.engine.Name(),
+		Version: version.Version, PID: os.Getpid(), Started: d.started, Engine: d.engine.Name(),
 		Exports: d.exports.Len(), Clients: len(d.server.Clients()), Config: d.cfg.File,
 		Memory: map[string]int64{}, Notes: map[string]string{},
 	}

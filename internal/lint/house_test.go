@@ -68,6 +68,7 @@ var mayImport = map[string][]string{
 	"internal/config":                  {"internal/confine/selinux", "internal/limits", "internal/units"},
 	"internal/units":                   {},
 	"internal/cmdline":                 {},
+	"internal/version":                 {},
 	"internal/control/api":             {"internal/config"},
 	"internal/control/server":          {"internal/config", "internal/control/api", "internal/limits"},
 	"internal/control/client":          {"internal/config", "internal/control/api", "internal/limits"},
@@ -75,9 +76,9 @@ var mayImport = map[string][]string{
 	"internal/attach":                  {"internal/confine/selinux", "internal/config", "internal/control/api", "internal/control/client", "internal/limits", "internal/nbd/client", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk"},
 	"internal/daemon": {"internal/backing", "internal/backing/layer", "internal/backing/open", "internal/backing/raw", "internal/confine", "internal/confine/selinux", "internal/engine",
 		"internal/config", "internal/control/api", "internal/control/server", "internal/engine/bufpool", "internal/engine/choose", "internal/engine/uring", "internal/export",
-		"internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/transport/psk"},
-	"cmd/vmdiskd":                   {"internal/cmdline", "internal/config", "internal/confine", "internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
-	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/attach", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/cmdline", "internal/config", "internal/control/api", "internal/control/client", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/kernel", "internal/nbd/wire", "internal/progress", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk"},
+		"internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/transport/psk", "internal/version"},
+	"cmd/vmdiskd":                   {"internal/cmdline", "internal/config", "internal/confine", "internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/version"},
+	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/attach", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/cmdline", "internal/config", "internal/control/api", "internal/control/client", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/kernel", "internal/nbd/wire", "internal/progress", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk", "internal/version"},
 	"cmd/vmdiskctl/internal/copier": {"internal/backing", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }
 
