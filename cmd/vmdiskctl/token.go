@@ -36,8 +36,9 @@ func newTokenNew() *cobra.Command {
 		Use:   "new",
 		Short: "Make a random token",
 		Long: `Make a random token. Whoever asks for NAME?TOKEN opens the export NAME if one of
-its grants has the SHA-256 of the token. Nobody keeps the token: it is printed
-here and nowhere else. Pre-shared keys are better: see psk.
+its grants has the SHA-256 of the token; in a URI that is NAME%3FTOKEN. Nobody
+keeps the token: it is printed here and nowhere else. Pre-shared keys are
+better: see psk.
 
 A token that --expires is wrong from then on, by the clock of the daemon: the
 time is part of what the grant gets. Connections that are open stay.`,

@@ -17,7 +17,6 @@ import (
 const quickStart = `
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /srv
-truncate -s 64M /srv/disk.img
 await() { until eval "$1"; do sleep 0.1; done; }
 QEMU -accel tcg -cpu max -smp 1 -m 256 -nodefaults -display none -serial file:DIR/console \
 	-kernel DIR/kernel -initrd DIR/initrd -append 'console=ttyS0 quiet panic=-1' \

@@ -102,7 +102,7 @@ func wanted(t *testing.T) content {
 	for _, path := range []string{
 		"/usr/lib/sysusers.d/vmdiskd.conf", "/usr/lib/tmpfiles.d/vmdiskd.conf", "/etc/vmdiskd/vmdiskd.toml",
 		"/usr/share/bash-completion/completions/vmdiskctl", "/usr/share/fish/vendor_completions.d/vmdiskctl.fish",
-		"/usr/share/doc/vmdiskd/README.md", "/usr/share/doc/vmdiskd/SECURITY.md", "/usr/share/doc/vmdiskd/copyright",
+		"/usr/share/doc/vmdiskd/README.md", "/usr/share/doc/vmdiskd/SECURITY.md", "/usr/share/doc/vmdiskd/openapi.yaml", "/usr/share/doc/vmdiskd/copyright",
 		"/usr/share/doc/vmdiskd/examples/grafana.json",
 	} {
 		file(path)
