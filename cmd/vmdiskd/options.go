@@ -131,7 +131,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVar(&r.headroom, "swap-headroom", "check", "with --swap: check that the kernel keeps memory free, or skip that")
 	f.DurationVar(&r.timeout, "timeout", limits.Handshake, "`TIME` that a client has for its handshake")
 	f.DurationVar(&r.drain, "drain-timeout", limits.Drain, "`TIME` that requests in flight have after SIGTERM")
-	f.StringVar(&r.log, "log", "stderr", "write the log to stderr, syslog, null or a file's `PATH`")
+	f.StringVar(&r.log, "log", "stderr", "write the log to stderr, syslog, null or a file, by its absolute `PATH`")
 	f.BoolVarP(&r.verbose, "verbose", "v", false, "log everything, each request included")
 	f.StringArrayVarP(&r.debug, "debug", "D", nil, "`COMPONENT=LEVEL`: log one component ("+strings.Join(obs.Components, ", ")+") at debug, info, warn or error")
 	f.BoolVar(&r.dump, "dump-config", false, "print what this build and machine can do")

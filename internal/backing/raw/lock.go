@@ -50,31 +50,32 @@ var does = map[int64]string{
 	deniesBase + permResize: "keeps others from changing its size",
 }
 
-// lockBytes are the bytes to hold, and those that nobody else may hold.
+// lockBytes are the bytes to hold, and those that nobody else may hold: what is
+// done to the image first, since the first that is found is named.
 type lockBytes struct{ hold, absent []int64 }
 
 var (
 	readOnlyLocks = lockBytes{
 		hold:   []int64{usesBase + permRead, deniesBase + permWrite},
-		absent: []int64{deniesBase + permRead, usesBase + permWrite},
+		absent: []int64{usesBase + permWrite, deniesBase + permRead},
 	}
 	writerLocks = lockBytes{
 		hold: []int64{usesBase + permRead, usesBase + permWrite,
 			deniesBase + permWrite, deniesBase + permResize},
-		absent: []int64{deniesBase + permRead, deniesBase + permWrite,
-			usesBase + permWrite, usesBase + permResize},
+		absent: []int64{usesBase + permWrite, usesBase + permResize,
+			deniesBase + permRead, deniesBase + permWrite},
 	}
 
 	// The same of containers.
 	containerReadOnlyLocks = lockBytes{
 		hold:   []int64{usesBase + permRead, deniesBase + permWrite, deniesBase + permResize},
-		absent: []int64{deniesBase + permRead, usesBase + permWrite, usesBase + permResize},
+		absent: []int64{usesBase + permWrite, usesBase + permResize, deniesBase + permRead},
 	}
 	containerWriterLocks = lockBytes{
 		hold: []int64{usesBase + permRead, usesBase + permWrite, usesBase + permResize,
 			deniesBase + permWrite, deniesBase + permResize},
-		absent: []int64{deniesBase + permRead, deniesBase + permWrite, deniesBase + permResize,
-			usesBase + permWrite, usesBase + permResize},
+		absent: []int64{usesBase + permWrite, usesBase + permResize,
+			deniesBase + permRead, deniesBase + permWrite, deniesBase + permResize},
 	}
 )
 

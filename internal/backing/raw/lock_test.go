@@ -263,6 +263,13 @@ func TestWeStayAwayFromWhatQEMUHas(t *testing.T) {
 			}
 			e := newEngine(t, "pool")
 			checkOpens(t, path, e, raw.Options{}, tt.reader, tt.writer)
+			if tt.writer {
+				return
+			}
+			const want = "(a running guest?) has it open for writing"
+			if _, err := tryRaw(t, path, e, false, raw.Options{}); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %s", err, want)
+			}
 		})
 	}
 }
