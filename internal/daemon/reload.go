@@ -191,7 +191,7 @@ func (r *reload) finish(ctx context.Context) {
 	d.server.SetSlow(d.slow())
 	d.logs.SetLevel(levels[r.c.Log.Level])
 	for _, l := range r.listeners(config.Remove) {
-		d.closeDoors(d.doors.named(l.Old.URI))
+		d.closeDoors(d.doors.sharedAt(l.Old.URI))
 	}
 	for _, x := range r.change.Exports {
 		if x.What != config.Remove {

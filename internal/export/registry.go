@@ -66,7 +66,7 @@ type Settings struct {
 type Registry struct {
 	mu      sync.Mutex
 	byName  map[string]*entry // guarded by mu
-	dfault  *entry            // guarded by mu; what "" stands for, or nil
+	count   int               // guarded by mu; of what makes an entry first or last
 	closed  bool              // guarded by mu
 	opening sync.WaitGroup    // Add is not called once closed is set
 
@@ -85,6 +85,8 @@ type entry struct {
 	state    State
 	lost     bool // the disk has failed: there is nothing to flush
 	users    int
+	made     int           // by Registry.count, when it became ready
+	chosen   int           // the same, when it was made the default; 0 if it is not
 	removing int           // Removes that are under way
 	idle     chan struct{} // not nil while somebody waits for users to be 0
 
@@ -127,8 +129,8 @@ func (s *Spec) check() error {
 	return nil
 }
 
-// Add publishes an export. The first one is the default unless another says
-// that it is.
+// Add publishes an export. The first one that is there is the default unless
+// another says that it is.
 func (r *Registry) Add(s Spec) error {
 	return r.AddOpening(s, func() (backing.Device, error) { return s.Device, nil })
 }
@@ -172,9 +174,8 @@ func (r *Registry) publish(e *entry, dev backing.Device) error {
 		return errors.Join(errors.New("server is shutting down"), dev.Close())
 	}
 	e.spec.Device, e.state = dev, Ready
-	if r.dfault == nil || e.spec.Default {
-		r.dfault = e
-	}
+	e.made = r.nextLocked()
+	r.chooseLocked(e, e.spec.Default)
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Ready)
 	return nil
@@ -184,9 +185,6 @@ func (r *Registry) publish(e *entry, dev backing.Device) error {
 func (r *Registry) forget(e *entry) {
 	r.mu.Lock()
 	delete(r.byName, e.spec.Name)
-	if r.dfault == e {
-		r.dfault = nil
-	}
 	e.state = Closed
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Closed)
@@ -212,11 +210,37 @@ func (r *Registry) Update(name string, f func(*Settings)) error {
 	if err := next.check(); err != nil {
 		return err
 	}
-	e.spec = next
-	if next.Default {
-		r.dfault = e
+	if e.spec.Default != next.Default {
+		r.chooseLocked(e, next.Default)
 	}
+	e.spec = next
 	return nil
+}
+
+func (r *Registry) nextLocked() int {
+	r.count++
+	return r.count
+}
+
+// chooseLocked makes e the default, or makes it none.
+func (r *Registry) chooseLocked(e *entry, chosen bool) {
+	e.chosen = 0
+	if chosen {
+		e.chosen = r.nextLocked()
+	}
+}
+
+// firstLocked is what the empty name stands for where all exports are shown: the
+// last that was made the default, or else the first that is there.
+func (r *Registry) firstLocked() (first *entry) {
+	for _, e := range r.byName {
+		switch {
+		case e.state != Ready:
+		case first == nil, e.chosen > first.chosen, e.chosen == first.chosen && e.made < first.made:
+			first = e
+		}
+	}
+	return first
 }
 
 // Fail makes an export Failed that is Ready: its device fails everything from now
@@ -456,11 +480,11 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 // exports, the first of them that there is for p.
 func (r *Registry) defaultLocked(p *transport.Peer) *entry {
 	if p == nil {
-		return r.dfault
+		return r.firstLocked()
 	}
 	names, all := p.Scope.Names()
 	if all {
-		return r.dfault
+		return r.firstLocked()
 	}
 	known := learnt{lease: r.leaseLocked(p)}
 	for _, name := range names {

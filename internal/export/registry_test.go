@@ -217,6 +217,42 @@ func TestListenerOfAnExportShowsNothingElse(t *testing.T) {
 	}
 }
 
+// TestDefaultIsWhatIsSaidNow: the last that was made it, or else the first that is
+// there.
+func TestDefaultIsWhatIsSaidNow(t *testing.T) {
+	r := NewRegistry()
+	for _, name := range []string{"a", "b", "c"} {
+		add(t, r, Spec{Name: name, Settings: Settings{Default: name == "b"}})
+	}
+	is := func(what, want string) {
+		t.Helper()
+		if x, err := r.Find("", nil); err != nil || x.Name != want {
+			t.Errorf("%s: got %q, %v, want %q", what, x.Name, err, want)
+		}
+	}
+	choose := func(name string, is bool) {
+		t.Helper()
+		if err := r.Update(name, func(s *Settings) { s.Default = is }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove := func(name string) {
+		t.Helper()
+		if err := r.Remove(t.Context(), name, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	is("one is made it", "b")
+	choose("c", true)
+	is("another is made it", "c")
+	choose("c", false)
+	is("the other is it no more", "b")
+	remove("b")
+	is("what was it is gone", "a")
+	remove("a")
+	is("the first is gone", "c")
+}
+
 func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 	r := NewRegistry()
 	var states []string
