@@ -121,7 +121,7 @@ func TestKindsOfEventsAreThoseOfTheDaemon(t *testing.T) {
 	if code != exitUsage || !strings.Contains(stderr, said) {
 		t.Errorf("exit code %d, %s", code, stderr)
 	}
-	if help := want(t, exitDone, "events", "--help"); !strings.Contains(help, said) {
+	if help := want(t, exitDone, "events", "--help"); !strings.Contains(strings.Join(strings.Fields(help), " "), said) {
 		t.Errorf("help: %s", help)
 	}
 }
