@@ -1,10 +1,7 @@
 package main
 
 import (
-	"encoding/binary"
 	"fmt"
-	"io"
-	"net"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -13,62 +10,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
-	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
-
-// greeted is a connection that has said nothing but its flags.
-func greeted(t *testing.T, path string) net.Conn {
-	t.Helper()
-	c, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	if err := c.SetDeadline(time.Now().Add(time.Minute)); err != nil {
-		t.Fatal(err)
-	}
-	greeting := make([]byte, 18) // proto.md, "Newstyle negotiation": two magics, flags
-	if _, err := io.ReadFull(c, greeting); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := c.Write(binary.BigEndian.AppendUint32(nil, 3)); err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-// listed are the exports that the server tells c of.
-func listed(t *testing.T, c net.Conn) (names []string) {
-	t.Helper()
-	if _, err := c.Write(wire.AppendOption(nil, wire.OptList, nil)); err != nil {
-		t.Fatal(err)
-	}
-	for {
-		rep, data := option(t, c)
-		if rep != wire.RepServer {
-			return names
-		}
-		names = append(names, string(data[4:4+binary.BigEndian.Uint32(data)]))
-	}
-}
-
-// option reads one reply to an option.
-func option(t *testing.T, c net.Conn) (wire.Rep, []byte) {
-	t.Helper()
-	head := make([]byte, wire.OptReplyHeaderSize)
-	if _, err := io.ReadFull(c, head); err != nil {
-		t.Fatal(err)
-	}
-	r, err := wire.DecodeOptReply(head)
-	if err != nil {
-		t.Fatal(err)
-	}
-	data := make([]byte, r.Len)
-	if _, err := io.ReadFull(c, data); err != nil {
-		t.Fatal(err)
-	}
-	return r.Rep, data
-}
 
 // TestClosedListenerShowsNothing: also not to those who came in by it before
 // and have opened no export yet.
@@ -80,9 +22,9 @@ func TestClosedListenerShowsNothing(t *testing.T) {
 	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
 		t.Fatal(err)
 	}
-	at := map[net.Conn]string{greeted(t, own): "b", greeted(t, filepath.Join(s.dir, "some")): "a"}
+	at := map[*client]string{greet(t, s.dialAt("own")): "b", greet(t, s.dialAt("some")): "a"}
 	for c, want := range at {
-		if got := listed(t, c); len(got) != 1 || got[0] != want {
+		if got := c.list(); len(got) != 1 || got[0] != want {
 			t.Errorf("before: got %q, want %s", got, want)
 		}
 	}
@@ -94,7 +36,7 @@ func TestClosedListenerShowsNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for c, name := range at {
-		if got := listed(t, c); got != nil {
+		if got := c.list(); got != nil {
 			t.Errorf("who came in to see %s sees %q", name, got)
 		}
 	}

@@ -43,7 +43,13 @@ func dialFrom(t *testing.T, from, to string) net.Conn {
 // dialNBD connects to the shared socket of a service.
 func (s *testService) dialNBD() net.Conn {
 	s.Helper()
-	c, err := net.Dial("unix", filepath.Join(s.dir, "nbd"))
+	return s.dialAt("nbd")
+}
+
+// dialAt connects to a socket in the folder of a service.
+func (s *testService) dialAt(name string) net.Conn {
+	s.Helper()
+	c, err := net.Dial("unix", filepath.Join(s.dir, name))
 	if err != nil {
 		s.Fatal(err)
 	}
@@ -107,6 +113,20 @@ func mustGo(t *testing.T, conn net.Conn, name string) (*client, wire.ExportFlags
 	}
 	t.Fatalf("GO %q: no flags", name)
 	return nil, 0
+}
+
+// list is what the server tells the client of.
+func (c *client) list() (names []string) {
+	c.t.Helper()
+	_, raw := c.option(wire.OptList, nil)
+	for len(raw) > 0 {
+		n := wire.OptReplyHeaderSize + int(binary.BigEndian.Uint32(raw[16:]))
+		if body := raw[wire.OptReplyHeaderSize:n]; len(body) >= 4 {
+			names = append(names, string(body[4:4+binary.BigEndian.Uint32(body)]))
+		}
+		raw = raw[n:]
+	}
+	return names
 }
 
 // reads shows that the session reads n blocks.

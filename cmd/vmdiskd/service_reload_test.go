@@ -139,22 +139,41 @@ func TestListenerTakesTheAddressOfAnother(t *testing.T) {
 	s.stop()
 }
 
-// hang has a client of an export that waits for a read, until the export is
-// resumed.
+// hang has a client of an export that waits for a read, until it is let go.
 func (s *testService) hang(name string) {
 	s.Helper()
-	if err := s.ctl.Pause(s.Context(), name, 0); err != nil {
-		s.Fatal(err)
+	s.setRate(name, config.Rate{Bytes: 1})
+	k := s.open(name)
+	for i := range uint64(2) { // the first may have what a rest has left
+		k.request(wire.CmdRead, i, 0, 64<<10, nil)
 	}
-	s.open(name).request(wire.CmdRead, 1, 0, 512, nil)
-	s.await("the read hangs", func() bool {
+	s.await("the second read hangs", func() bool {
 		all, err := s.ctl.Clients(s.Context(), &name)
-		return err == nil && len(all) == 1 && all[0].InFlight == 1
+		return err == nil && len(all) == 1 && all[0].InFlight == 1 && all[0].Requests == 2
 	})
 }
 
+func (s *testService) setRate(name string, r config.Rate) {
+	s.Helper()
+	if _, err := s.ctl.Patch(s.Context(), name, api.Patch{Rate: &r}); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// letGo ends what hangs: its client is leaving, and is cut off.
+func (s *testService) letGo(name string) {
+	s.Helper()
+	all, err := s.ctl.Clients(s.Context(), &name)
+	if err == nil && len(all) == 1 {
+		err = s.ctl.Disconnect(s.Context(), all[0].ID)
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
 // hangingReload begins a reload that removes the export b and waits for a read of
-// it, until b is resumed.
+// it, until that is let go.
 func (s *testService) hangingReload() {
 	s.Helper()
 	s.hang("b")
@@ -243,9 +262,7 @@ func TestReloadsTakeTurns(t *testing.T) {
 	if got := s.states(); !slices.Equal(got, []string{"a ready", "b draining"}) {
 		t.Errorf("exports during the first reload: got %q", got)
 	}
-	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
-		t.Fatal(err)
-	}
+	s.letGo("b")
 	s.await("the second reload is done", func() bool { return slices.Equal(s.states(), []string{"a ready", "c ready"}) })
 	s.await("it is told", func() bool { return strings.Count(s.log(), "reloaded") == 2 })
 	s.stop()
@@ -274,9 +291,7 @@ func TestReloadDoesNotEndWithItsCaller(t *testing.T) {
 	s.hang("b")
 	s.configure(exportA + exportB + "flush-on-close = true\n")
 	s.leave(func(ctx context.Context) error { _, err := s.ctl.Reload(ctx, false); return err })
-	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
-		t.Fatal(err)
-	}
+	s.letGo("b")
 	s.await("b is as the file says", func() bool {
 		x, err := s.ctl.Export(t.Context(), "b")
 		return err == nil && x.State == "ready" && x.FlushOnClose
@@ -297,9 +312,10 @@ func TestExportWhoseClientsDoNotLeaveStays(t *testing.T) {
 	s.leave(func(ctx context.Context) error { _, err := s.ctl.Forget(ctx, "b", true, false); return err })
 	s.await("b can be opened", func() bool { return !slices.Contains(s.states(), "b draining") })
 	next := s.open("b")
-	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
-		t.Fatal(err)
-	}
+	s.await("b can be changed", func() bool {
+		_, err := s.ctl.Patch(t.Context(), "b", api.Patch{Rate: &config.Rate{}})
+		return err == nil
+	})
 	next.reads(1)
 	if x, err := s.ctl.Export(t.Context(), "b"); err != nil || x.State != "ready" || x.Image != overlay {
 		t.Errorf("b: got %+v, %v, want it with its overlay", x, err)
@@ -368,6 +384,9 @@ func TestFailedExportsComeBack(t *testing.T) {
 // configuration.
 func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
 	s := newService(t, exportLost)
+	if err := s.ctl.Remove(t.Context(), "lost", false, 0); err != nil {
+		t.Fatal(err)
+	}
 	x := config.Export{Name: "lost", Image: filepath.Join(s.dir, "a.img")}
 	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x, Persist: true}); err != nil {
 		t.Fatal(err)

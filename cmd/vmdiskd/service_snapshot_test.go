@@ -172,7 +172,7 @@ func TestSnapshotOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := errors.Join(os.Chown(s.dir, 65534, 65534), os.Chown(filepath.Join(s.dir, "state"), 65534, 65534)); err != nil {
+		if err := errors.Join(os.Chown(s.dir, 65534, 65534), os.Chown(filepath.Join(s.dir, "state"), 65534, 65534), os.Chown(filepath.Join(s.dir, "state", ".lock"), 65534, 65534)); err != nil {
 			t.Fatal(err)
 		}
 		s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine=strict", "-u", "nobody") }

@@ -2,9 +2,7 @@ package main
 
 import (
 	"bytes"
-	"encoding/binary"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,51 +14,18 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
-// opened is a connection that has opened an export.
-func opened(t *testing.T, path, name string) net.Conn {
-	t.Helper()
-	c := greeted(t, path)
-	data := append(wire.AppendString(nil, name), 0, 0) // no information is asked for
-	if _, err := c.Write(wire.AppendOption(nil, wire.OptGo, data)); err != nil {
-		t.Fatal(err)
-	}
-	for {
-		rep, _ := option(t, c)
-		if rep == wire.RepAck {
-			return c
-		}
-		if rep != wire.RepInfo {
-			t.Fatalf("open of %q: %v", name, rep)
-		}
-	}
-}
-
-// stuck is a connection with requests that wait for the rate of its export, for
-// minutes.
-func stuck(t *testing.T, path, name string) net.Conn {
-	t.Helper()
-	c := opened(t, path, name)
+// stuck is a client of the export slow with requests that wait, for minutes.
+func (s *testService) stuck() *client {
+	s.Helper()
+	c := s.open("slow")
 	for i := range uint64(40) {
-		ask(t, c, wire.Request{Cmd: wire.CmdRead, Cookie: i, Len: 1 << 20}, nil)
+		c.request(wire.CmdRead, i, 0, 1<<20, nil)
 	}
+	s.await("requests wait", func() bool {
+		list, err := s.ctl.Clients(s.Context(), nil)
+		return err == nil && len(list) == 1 && list[0].InFlight >= 10
+	})
 	return c
-}
-
-func ask(t *testing.T, c net.Conn, req wire.Request, payload []byte) {
-	t.Helper()
-	if _, err := c.Write(append(wire.AppendRequest(nil, req), payload...)); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// answered reads a simple reply without payload.
-func answered(t *testing.T, c net.Conn) wire.Errno {
-	t.Helper()
-	b := make([]byte, wire.SimpleReplySize)
-	if _, err := io.ReadFull(c, b); err != nil {
-		t.Fatal(err)
-	}
-	return wire.Errno(binary.BigEndian.Uint32(b[4:]))
 }
 
 // slow is an export whose requests wait long.
@@ -70,16 +35,7 @@ const slow = "[[export]]\nname = \"slow\"\nimage = \"64M\"\nformat = \"mem\"\n[e
 // export from being removed, nor a client from being disconnected.
 func TestForceCutsOffWhoWaits(t *testing.T) {
 	s := newService(t, slow)
-	busy := func(n int) {
-		t.Helper()
-		s.await("requests wait", func() bool {
-			list, err := s.ctl.Clients(t.Context(), nil)
-			return err == nil && len(list) == 1 && list[0].InFlight >= n
-		})
-	}
-	path := filepath.Join(s.dir, "nbd")
-	c := stuck(t, path, "slow")
-	busy(10)
+	c := s.stuck()
 	list, err := s.ctl.Clients(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -92,8 +48,7 @@ func TestForceCutsOffWhoWaits(t *testing.T) {
 	if _, err := io.Copy(io.Discard, c); err != nil {
 		t.Errorf("who was disconnected twice: %v, want the end", err)
 	}
-	stuck(t, path, "slow")
-	busy(10)
+	s.stuck()
 	if err := s.ctl.Remove(t.Context(), "slow", true, time.Millisecond); err != nil {
 		t.Errorf("remove by force: %v", err)
 	}
@@ -103,8 +58,7 @@ func TestForceCutsOffWhoWaits(t *testing.T) {
 // TestForceRemovesWhatHangs, and says that it could not flush.
 func TestForceRemovesWhatHangs(t *testing.T) {
 	s := newService(t, exportA+"[[export.fault]]\ndelay = \"10m\"\n")
-	c := opened(t, filepath.Join(s.dir, "nbd"), "a")
-	ask(t, c, wire.Request{Cmd: wire.CmdWrite, Len: 512}, make([]byte, 512))
+	s.open("a").request(wire.CmdWrite, 1, 0, 512, make([]byte, 512))
 	s.await("it hangs", func() bool {
 		list, err := s.ctl.Clients(t.Context(), nil)
 		return err == nil && len(list) == 1 && list[0].InFlight == 1
@@ -136,14 +90,13 @@ func TestStuckGuestLosesNobodysData(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.start()
-	path := filepath.Join(s.dir, "nbd")
-	stuck(t, path, "slow")
-	c := opened(t, path, "q")
-	ask(t, c, wire.Request{Cmd: wire.CmdWrite, Len: 65536}, bytes.Repeat([]byte{'z'}, 65536))
-	if e := answered(t, c); e != wire.OK {
+	s.stuck()
+	c := s.open("q")
+	c.request(wire.CmdWrite, 1, 0, 65536, bytes.Repeat([]byte{'z'}, 65536))
+	if e, _ := c.reply(); e != wire.OK {
 		t.Fatalf("write: %v", e)
 	}
-	ask(t, c, wire.Request{Cmd: wire.CmdDisc}, nil)
+	c.disconnect()
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

@@ -260,10 +260,10 @@ func (r *Registry) Fail(name string) {
 
 // Remove takes an export away: no peer sees it any more, and those that use it
 // leave when what they have in flight is finished. Without force an export in
-// use stays: ErrInUse. With it, what is in flight when ctx ends is given up. When
-// all have left, the disk is flushed and closed. If the storage still has
-// requests then, the export stays in the state Draining, and Remove can be
-// called again, or Readmit.
+// use stays: ErrInUse. With it, what is in flight at the deadline of ctx is given
+// up. When all have left, the disk is flushed and closed. If ctx is cancelled
+// before that, or the storage still has requests, the export stays in the state
+// Draining, and Remove can be called again, or Readmit.
 func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 	r.mu.Lock()
 	e := r.byName[name]
@@ -285,7 +285,7 @@ func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
 	}
 	e.leave()
 	err := r.wait(ctx, e)
-	if err != nil && force {
+	if force && errors.Is(err, context.DeadlineExceeded) {
 		e.sever()
 		after, cancel := context.WithTimeout(context.WithoutCancel(ctx), limits.Sever)
 		defer cancel()
