@@ -151,12 +151,49 @@ assert h.pread(8192, 0) == b"1" * 4096 + b"2" * 4096
 	s.stop()
 }
 
+// asNobody has the service run as nobody, strictly confined, from its next start
+// on. Its images stay the user's of the test.
+func (s *testService) asNobody() {
+	s.Helper()
+	if os.Getuid() != 0 {
+		s.Skip("needs root")
+	}
+	for _, dir := range []string{filepath.Dir(s.dir), s.dir} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			s.Fatal(err)
+		}
+	}
+	state := filepath.Join(s.dir, "state")
+	if err := errors.Join(os.Chmod(filepath.Join(s.dir, "conf"), 0o644), os.Chown(s.dir, 65534, 65534), os.Chown(state, 65534, 65534), os.Chown(filepath.Join(state, ".lock"), 65534, 65534)); err != nil {
+		s.Fatal(err)
+	}
+	s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine=strict", "-u", "nobody") }
+}
+
+// TestReloadOfAnImageThatTheWorkerMayNotOpen: the descriptor that it has will do,
+// or else nothing is closed.
+func TestReloadOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
+	s := newService(t, exportA)
+	s.stop()
+	s.asNobody()
+	s.start()
+	if err := s.reload(exportA + "flush-on-close = true\n"); err != nil {
+		t.Errorf("a change that the open file suits: %v", err)
+	}
+	s.open("a").reads(1)
+	if err := s.reload(exportA + "cache = \"none\"\n"); err == nil {
+		t.Error("a change that takes another descriptor: no error")
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || !x.FlushOnClose || x.Cache == "none" {
+		t.Errorf("after it: got %+v, %v, want it as it was", x, err)
+	}
+	s.open("a").reads(1)
+	s.stop()
+}
+
 // TestSnapshotOfAnImageThatTheWorkerMayNotOpen: stage 0 opened it, in this process
 // and again in the next, which finds the overlays.
 func TestSnapshotOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
 	for _, more := range []string{"", "cache = \"none\"\n", "format = \"qcow2\"\nbacking = \"same-dir\"\n"} {
 		s := newService(t, "")
 		s.stop()
@@ -167,15 +204,7 @@ func TestSnapshotOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
 				t.Fatalf("%v: %s", err, out)
 			}
 		}
-		for _, dir := range []string{filepath.Dir(s.dir), s.dir} {
-			if err := os.Chmod(dir, 0o755); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := errors.Join(os.Chown(s.dir, 65534, 65534), os.Chown(filepath.Join(s.dir, "state"), 65534, 65534), os.Chown(filepath.Join(s.dir, "state", ".lock"), 65534, 65534)); err != nil {
-			t.Fatal(err)
-		}
-		s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine=strict", "-u", "nobody") }
+		s.asNobody()
 		s.start()
 		s.client(`
 h.pwrite(b"1" * 4096, 0)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
@@ -35,6 +36,7 @@ type disk struct {
 	doors  []*door     // its own
 	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
 	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
+	files  *open.Table // of the image, opened already; nil: none are
 	failed error       // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 
 	// inPlaceOf is a kept export that failed, whose file is still there: it has
@@ -178,7 +180,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	}
 	d.warnVsock(k, &x)
 	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
-		s, err := d.build(ctx, &x, files)
+		s, err := d.build(ctx, &x, files, k.files)
 		if err != nil {
 			return nil, err
 		}
@@ -360,12 +362,18 @@ func (d *daemon) addKept(state string) error {
 
 // tryExport opens an export, or notes why it does not work.
 func (d *daemon) tryExport(x config.Export, origin string) {
+	d.tryDisk(&disk{cfg: x, origin: origin})
+}
+
+// tryDisk is tryExport of a disk that is not open.
+func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
-	if err := d.addExport(ctx, x, origin, nil); err != nil {
+	x := k.cfg
+	if err := d.addDisk(ctx, k, nil); err != nil {
 		d.log.Error("export cannot be opened", "export", x.Name, "error", err)
 		// A name that is taken has its own export.
-		_ = d.disks.claim(&disk{cfg: x, origin: origin, failed: err})
+		_ = d.disks.claim(&disk{cfg: x, origin: k.origin, failed: err})
 	}
 }
 

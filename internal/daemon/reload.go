@@ -9,9 +9,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
@@ -307,25 +309,65 @@ func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context
 		return d.openAgain(ctx, x, k)
 	}
 	old, _, _ := d.disks.look(k)
-	back := func() { d.tryExport(old, k.origin) }
-	if err := d.makeRoom(ctx, x.Name); err != nil {
-		if d.disks.get(x.Name) == nil {
-			back()
-		}
+	files, err := d.gatherBeside(ctx, k, x)
+	if err != nil {
 		return nil, err
 	}
-	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
+	defer files.Close()
+	back, err := d.closeFor(ctx, x.Name, old)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, files: files}, nil); err != nil {
 		back()
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		if err := d.makeRoom(ctx, x.Name); err != nil {
+		back, err := d.closeFor(ctx, x.Name, old)
+		if err != nil {
 			d.log.Error("export stays changed", "export", x.Name, "error", err)
+			return
 		}
-		if d.disks.get(x.Name) == nil {
-			back()
-		}
+		back()
 	}, nil
+}
+
+// gatherBeside opens the files of an export as x says while k is open, whose files
+// may be the same ones: the daemon may have no right to open them again.
+func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*open.Table, error) {
+	x, err := d.placed(x)
+	if err != nil {
+		return nil, err
+	}
+	k.busy.Lock()
+	defer k.busy.Unlock()
+	return d.gather(ctx, &x, k.stack.files)
+}
+
+// closeFor closes an export that is to come back. back opens it as old says.
+func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (back func(), err error) {
+	k := d.disks.find(name)
+	if k == nil {
+		return nil, nbd.ErrUnknownExport
+	}
+	files, err := d.gatherBeside(ctx, k, old)
+	if err != nil {
+		return nil, err
+	}
+	back = func() {
+		defer files.Close()
+		d.tryDisk(&disk{cfg: old, origin: k.origin, files: files})
+	}
+	err = d.makeRoom(ctx, name)
+	switch {
+	case err == nil:
+		return back, nil
+	case d.disks.get(name) == nil: // in bad order
+		back()
+	default:
+		files.Close()
+	}
+	return nil, err
 }
 
 // openAgain opens an export that has failed, or for nil one that was removed. If

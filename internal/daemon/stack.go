@@ -9,6 +9,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 )
 
@@ -29,8 +30,14 @@ type stack struct {
 
 // build opens the image of an export and puts its layers on it. What fails
 // leaves nothing open.
-func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File) (*stack, error) {
-	i, err := d.openImage(ctx, x, files)
+func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (*stack, error) {
+	var i image
+	var err error
+	if t != nil {
+		i, err = d.openGathered(ctx, x, t)
+	} else {
+		i, err = d.openImage(ctx, x, files)
+	}
 	if err != nil {
 		return nil, err
 	}
