@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"maps"
@@ -342,6 +343,28 @@ func (s *testService) wantExports(when string, want ...string) {
 	if !slices.Equal(got, want) {
 		s.Errorf("%s: got the exports %q, want %q", when, got, want)
 	}
+}
+
+// TestImageMovesWhileItIsServed: the configuration follows it.
+func TestImageMovesWhileItIsServed(t *testing.T) {
+	s := newService(t, exportA)
+	k := s.open("a")
+	k.request(wire.CmdWrite, 1, 0, 4096, bytes.Repeat([]byte{7}, 4096))
+	if e, _ := k.reply(); e != wire.OK {
+		t.Fatalf("write: %v", e)
+	}
+	if err := os.Rename(filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "moved.img")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(strings.Replace(exportA, "a.img", "moved.img", 1)); err != nil {
+		t.Fatal(err)
+	}
+	k = s.open("a")
+	k.request(wire.CmdRead, 1, 0, 1, nil)
+	if e, _ := k.reply(); e != wire.OK || k.read(1)[0] != 7 {
+		t.Errorf("read: %v, or other bytes than were written", e)
+	}
+	s.stop()
 }
 
 const exportLost = "[[export]]\nname = \"lost\"\nimage = \"DIR/lost.img\"\n"

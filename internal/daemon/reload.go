@@ -344,7 +344,8 @@ func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*o
 	return d.gather(ctx, &x, k.stack.files)
 }
 
-// closeFor closes an export that is to come back. back opens it as old says.
+// closeFor closes an export that is to come back. back opens it as old says; its
+// image may be elsewhere by now, and then that fails.
 func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (back func(), err error) {
 	k := d.disks.find(name)
 	if k == nil {
@@ -352,7 +353,7 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 	}
 	files, err := d.gatherBeside(ctx, k, old)
 	if err != nil {
-		return nil, err
+		d.log.Debug("the files of an export that is closed cannot be opened again", "export", name, "error", err)
 	}
 	back = func() {
 		defer files.Close()
