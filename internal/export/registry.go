@@ -594,19 +594,16 @@ func (r *Registry) Close(ctx context.Context) error {
 			ended <- err
 		}()
 	}
+	// Those that wait end with ctx; a flush takes as long as its storage.
+	late := make(chan struct{})
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(limits.Sever, func() { close(late) }) })()
 	var errs []error
 	for range all {
 		select {
 		case err := <-ended:
 			errs = append(errs, err)
-		case <-ctx.Done():
-			// Those that wait end now; a flush takes as long as its storage.
-			select {
-			case err := <-ended:
-				errs = append(errs, err)
-			case <-time.After(limits.Sever):
-				return errors.Join(append(errs, fmt.Errorf("%w: its storage does not answer", ErrInUse))...)
-			}
+		case <-late:
+			return errors.Join(append(errs, fmt.Errorf("%w: its storage does not answer", ErrInUse))...)
 		}
 	}
 	return errors.Join(errs...)

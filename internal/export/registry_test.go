@@ -253,16 +253,23 @@ func TestDefaultIsWhatIsSaidNow(t *testing.T) {
 	is("the first is gone", "c")
 }
 
-func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
-	r := NewRegistry()
-	var states []string
-	r.Changed = func(_ string, s State) { states = append(states, string(s)) }
-	dev := &recorder{Device: mem.New(1, nil)}
+// used is a registry with an export "a" that somebody has opened, and the states
+// that it tells of.
+func used(t *testing.T) (r *Registry, dev *recorder, x *nbd.Export, states *[]string) {
+	t.Helper()
+	r, states = NewRegistry(), new([]string)
+	r.Changed = func(_ string, s State) { *states = append(*states, string(s)) }
+	dev = &recorder{Device: mem.New(1, nil)}
 	add(t, r, Spec{Name: "a", Device: dev})
 	x, err := r.Open(t.Context(), "a", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return r, dev, x, states
+}
+
+func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
+	r, dev, x, states := used(t)
 	if err := r.Remove(t.Context(), "a", false); !errors.Is(err, ErrInUse) {
 		t.Errorf("remove of an export in use: got %v, want %v", err, ErrInUse)
 	}
@@ -286,7 +293,7 @@ func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 	if got := strings.Join(dev.calls, " "); got != "flush close" {
 		t.Errorf("device: got %q, want flush close", got)
 	}
-	if got := strings.Join(states, " "); got != "opening ready draining closed" {
+	if got := strings.Join(*states, " "); got != "opening ready draining closed" {
 		t.Errorf("states: got %q", got)
 	}
 	add(t, r, Spec{Name: "a"}) // the name is free again
@@ -295,15 +302,7 @@ func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 // TestFailedExportStaysWithItsUsers: until it is removed, without a flush that
 // could only fail.
 func TestFailedExportStaysWithItsUsers(t *testing.T) {
-	r := NewRegistry()
-	var states []string
-	r.Changed = func(_ string, s State) { states = append(states, string(s)) }
-	dev := &recorder{Device: mem.New(1, nil)}
-	add(t, r, Spec{Name: "a", Device: dev})
-	x, err := r.Open(t.Context(), "a", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	r, dev, x, states := used(t)
 	r.Fail("a")
 	r.Fail("a")
 	r.Fail("b")
@@ -323,7 +322,7 @@ func TestFailedExportStaysWithItsUsers(t *testing.T) {
 	if got := strings.Join(dev.calls, " "); got != "close" {
 		t.Errorf("device: got %q, want close", got)
 	}
-	if got := strings.Join(states, " "); got != "opening ready failed draining closed" {
+	if got := strings.Join(*states, " "); got != "opening ready failed draining closed" {
 		t.Errorf("states: got %q", got)
 	}
 }

@@ -282,13 +282,10 @@ func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) 
 // readLater gives the read a buffer of its own, fills what the page cache
 // has and leaves the rest to the engine.
 func (s *session) readLater(req *wire.Request, n int) error {
-	if n > limits.TurnBuffer && s.peer.full() { // wait without the mapping's lease
-		s.m.Release()
+	r := s.tryBuffered(req, n)
+	if r == nil {
+		s.m.Release() // nobody waits with a lease
 		return s.background(req)
-	}
-	r, err := s.newBuffered(req, n)
-	if err != nil {
-		return err
 	}
 	r.m, s.m = s.m, backing.Mapping{}
 	if err := r.lend(n); err != nil {

@@ -100,16 +100,29 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	return r
 }
 
-// newBuffered is newRequest for one with a buffer of n bytes. It may wait for
-// the peer's budget.
-func (s *session) newBuffered(req *wire.Request, n int) (*request, error) {
+// tryBuffered is newRequest for one with a buffer of n bytes, or nil if the
+// peer's budget has no room for it. waitForRoom lets a connection with nothing in
+// flight pass, and a peer has many: what is large would be all of the memory.
+func (s *session) tryBuffered(req *wire.Request, n int) *request {
 	if n > limits.TurnBuffer {
-		if err := s.waitForBytes(n); err != nil {
-			return nil, err
+		if !s.peer.reserve(n) {
+			return nil
 		}
 		defer s.peer.give(0, n) // newRequest has taken them too
 	}
-	return s.newRequest(req, n, false), nil
+	return s.newRequest(req, n, false)
+}
+
+// newBuffered is tryBuffered that waits for room.
+func (s *session) newBuffered(req *wire.Request, n int) (*request, error) {
+	for {
+		if r := s.tryBuffered(req, n); r != nil {
+			return r, nil
+		}
+		if err := s.waitFor(s.peer, s.dead.Load); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // finish gives back all that r holds, after its reply has left.

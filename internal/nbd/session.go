@@ -257,7 +257,7 @@ func (s *session) park() error {
 // waitForRoom bounds what is in flight: the next request is not looked at
 // before there is room for it. A connection with nothing in flight does not
 // wait for the others of its peer, who may be other guests of one user; but see
-// waitForBytes.
+// tryBuffered.
 func (s *session) waitForRoom() error {
 	for _, b := range [...]*budget{&s.own, s.peer} {
 		if !b.full() {
@@ -270,12 +270,9 @@ func (s *session) waitForRoom() error {
 		if stop() {
 			continue
 		}
-		if err := s.endTurn(); err != nil {
+		if err := s.waitFor(b, stop); err != nil {
 			return err
 		}
-		s.tell()
-		b.wait(stop)
-		s.poll.mark = 0
 	}
 	if s.dead.Load() {
 		return net.ErrClosed
@@ -283,19 +280,17 @@ func (s *session) waitForRoom() error {
 	return nil
 }
 
-// waitForBytes takes n bytes of the peer's budget, and waits until there are
-// any. waitForRoom lets a connection with nothing in flight pass, and a peer has
-// many: what is large would be all of the memory.
-func (s *session) waitForBytes(n int) error {
-	for !s.peer.reserve(n) {
-		if err := s.endTurn(); err != nil {
-			return err
-		}
-		s.tell()
-		s.peer.wait(s.dead.Load)
-		if s.dead.Load() {
-			return net.ErrClosed
-		}
+// waitFor waits until b has room or stop says so, with all that is ready on its
+// way.
+func (s *session) waitFor(b *budget, stop func() bool) error {
+	if err := s.endTurn(); err != nil {
+		return err
+	}
+	s.tell()
+	b.wait(stop)
+	s.poll.mark = 0
+	if s.dead.Load() {
+		return net.ErrClosed
 	}
 	return nil
 }
