@@ -195,8 +195,8 @@ func TestChangesReachTheDaemon(t *testing.T) {
 	}{
 		{[]string{"export", "pause", "--limit=5s", "web"}, "export web is paused\n", `pause "web" for 5s`},
 		{[]string{"export", "resume", "web"}, "export web is ready\n", `resume "web"`},
-		{[]string{"export", "resize", "web", "+1G"}, "export web has 2147483648 bytes (2G)\n", `resize "web" to 2147483648`},
-		{[]string{"export", "resize", "web", "3G"}, "export web has 3221225472 bytes (3G)\n", `resize "web" to 3221225472`},
+		{[]string{"export", "resize", "web", "+1G"}, "export web has 2147483648 bytes (2G)\n", `resize "web" to 0 by 1073741824`},
+		{[]string{"export", "resize", "web", "3G"}, "export web has 3221225472 bytes (3G)\n", `resize "web" to 3221225472 by 0`},
 		{[]string{"export", "snapshot", "web", "/images/top"}, "export web writes to /images/top\n", `snapshot "web" overlay "/images/top" files 0`},
 		{[]string{"export", "set", "web", "readonly=true"}, "export web is changed\n", `patch "web"`},
 		{[]string{"clients", "kick", "7"}, "client 7 is cut off\n", "disconnect 7"},
@@ -225,7 +225,7 @@ func TestDryRunChangesNothing(t *testing.T) {
 		{[]string{"export", "remove", "web"}, "export web, with 2 clients, would be removed\n"},
 		{[]string{"export", "resize", "web", "2G"}, "export web would grow from 1073741824 to 2147483648 bytes\n"},
 		{[]string{"export", "snapshot", "web", "/o"}, "/o would be made above /images/a.raw, the image of export web\n"},
-		{[]string{"export", "set", "web", "rate.ops=5"}, `export web would be changed: {"rate":{"ops":5}}` + "\n"},
+		{[]string{"export", "set", "web", "rate.ops=5"}, `export web would be changed: {"rate-keys":{"ops":"5"}}` + "\n"},
 		{[]string{"export", "add", "new", "/i"}, `export new would be made: {"name":"new","image":"/i","format":"raw"}` + "\n"},
 		{[]string{"clients", "kick", "7"}, "client 7, uid:1000 at export web, would be cut off\n"},
 	} {

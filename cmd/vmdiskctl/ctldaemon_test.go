@@ -11,11 +11,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -164,6 +166,38 @@ func TestDaemonDoesWhatItIsTold(t *testing.T) {
 	}
 	want(t, exitDone, "export", "remove", "web")
 	want(t, exitFailed, "export", "show", "web")
+}
+
+// TestChangesAtOnceAreAllMade: two programs that each change one rate, or add
+// to the size, both have their way.
+func TestChangesAtOnceAreAllMade(t *testing.T) {
+	d := startDaemon(t)
+	path := d.image(t, "a.img")
+	want(t, exitDone, "export", "add", "web", path)
+	size := shownAs(t, "web").Size
+	const rounds = 10
+	for i := range rounds {
+		var both sync.WaitGroup
+		for _, key := range []string{"ops", "read-ops", "bytes"} {
+			both.Go(func() {
+				ctl(t, "export", "set", "web", fmt.Sprintf("rate.%s=%d", key, 5000+i))
+				ctl(t, "export", "resize", "web", "+1M")
+			})
+		}
+		both.Wait()
+		e, n := shownAs(t, "web"), 5000+i
+		if e.Rate == nil || *e.Rate != (config.Rate{Bytes: config.Size(n), Ops: int64(n), ReadOps: int64(n)}) {
+			t.Fatalf("round %d: got %+v", i, e.Rate)
+		}
+		if size += 3 << 20; e.Size != size {
+			t.Fatalf("round %d: got %d bytes, want %d", i, e.Size, size)
+		}
+	}
+	for _, much := range []string{"+9223372036854775807", "+8E"} {
+		if code, _, said := ctl(t, "export", "resize", "web", much); code != exitUsage {
+			t.Errorf("%s: got %d and %q", much, code, said)
+		}
+	}
 }
 
 // TestDaemonWantsProofOfVsockPeers: a grant by CID does not write, and the

@@ -215,7 +215,11 @@ zeroes. Disks do not shrink. Clients see the new size when they connect again.`,
 				if f.dryRun {
 					return f.did(c, api.Resize{Size: size}, "export %s would grow from %d to %d bytes", shown(e.Name), e.Size, size)
 				}
-				if e, err = cl.Resize(ctx, args[0], size); err != nil {
+				r := api.Resize{Size: size}
+				if want.more && want.n > 0 {
+					r = api.Resize{By: want.n} // others may make it larger meanwhile
+				}
+				if e, err = cl.Resize(ctx, args[0], r); err != nil {
 					return err
 				}
 				return f.did(c, e, "export %s has %d bytes (%s)", shown(e.Name), e.Size, byteSize(e.Size))

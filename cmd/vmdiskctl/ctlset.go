@@ -72,12 +72,12 @@ func newExportSet() *cobra.Command {
   faults=JSON              the whole list`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
-			p, partial, err := parsePatch(args[1:])
+			p, err := parsePatch(args[1:])
 			if err != nil {
 				return err
 			}
 			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
-				return f.set(ctx, c, cl, args[0], p, partial)
+				return f.set(ctx, c, cl, args[0], p)
 			})
 		},
 		ValidArgsFunction: func(c *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
@@ -93,27 +93,12 @@ func newExportSet() *cobra.Command {
 	})
 }
 
-// set sends p, with the rates of partial in those that the export has.
-func (f *ctlFlags) set(ctx context.Context, c *cobra.Command, cl *control.Client, name string, p api.Patch, partial []string) error {
-	if f.dryRun || len(partial) > 0 {
-		e, err := cl.Export(ctx, name)
-		if err != nil {
+// set sends p.
+func (f *ctlFlags) set(ctx context.Context, c *cobra.Command, cl *control.Client, name string, p api.Patch) error {
+	if f.dryRun {
+		if _, err := cl.Export(ctx, name); err != nil {
 			return err
 		}
-		if len(partial) > 0 {
-			var r config.Rate
-			if e.Rate != nil {
-				r = *e.Rate
-			}
-			for _, s := range partial {
-				if err := setRate(&r, s); err != nil {
-					return err
-				}
-			}
-			p.Rate = &r
-		}
-	}
-	if f.dryRun {
 		b, err := oneLine(p)
 		if err != nil {
 			return err
@@ -153,8 +138,8 @@ var patchKeys = map[string]func(p *api.Patch, value string) error{
 	},
 }
 
-// parsePatch reads KEY=VALUE. partial are the "key=value" of single rates.
-func parsePatch(args []string) (p api.Patch, partial []string, err error) {
+// parsePatch reads KEY=VALUE.
+func parsePatch(args []string) (p api.Patch, err error) {
 	seen := map[string]bool{}
 	for _, arg := range args {
 		key, value, ok := strings.Cut(arg, "=")
@@ -162,30 +147,33 @@ func parsePatch(args []string) (p api.Patch, partial []string, err error) {
 		read := patchKeys[key]
 		switch {
 		case !ok:
-			return p, nil, usage("%q is not KEY=VALUE", arg)
+			return p, usage("%q is not KEY=VALUE", arg)
 		case seen[key] && key != "grant":
-			return p, nil, usage("%q is given twice", key)
+			return p, usage("%q is given twice", key)
 		case one:
-			if err := setRate(&config.Rate{}, rate+"="+value); err != nil {
-				return p, nil, usage("rate: %v", err)
+			if p.RateKeys == nil {
+				p.RateKeys = map[string]string{}
 			}
-			partial = append(partial, rate+"="+value)
+			p.RateKeys[rate] = value
 		case read == nil:
-			return p, nil, usage("%q is none of %s, rate.KEY", key, strings.Join(slices.Sorted(maps.Keys(patchKeys)), ", "))
+			return p, usage("%q is none of %s, rate.KEY", key, strings.Join(slices.Sorted(maps.Keys(patchKeys)), ", "))
 		default:
 			if err := read(&p, value); err != nil {
-				return p, nil, usage("%s: %v", key, err)
+				return p, usage("%s: %v", key, err)
 			}
 		}
 		seen[key] = true
 	}
 	switch {
-	case len(partial) > 0 && seen["rate"]:
-		return p, nil, usage("rate and rate.KEY exclude each other")
+	case len(p.RateKeys) > 0 && seen["rate"]:
+		return p, usage("rate and rate.KEY exclude each other")
 	case seen["grant"] && seen["grants"]:
-		return p, nil, usage("grant and grants exclude each other")
+		return p, usage("grant and grants exclude each other")
 	}
-	return p, partial, nil
+	if _, err := p.Rate.With(p.RateKeys); err != nil {
+		return p, usageError{err}
+	}
+	return p, nil
 }
 
 func setBool(to **bool, s string) error {
@@ -229,42 +217,16 @@ func parseRate(s string) (*config.Rate, error) {
 		if !strings.Contains(part, "=") {
 			part = "bytes=" + part
 		}
-		key, _, _ := strings.Cut(part, "=")
+		key, value, _ := strings.Cut(part, "=")
 		if seen[key] {
 			return nil, usage("%q is given twice", key)
 		}
 		seen[key] = true
-		if err := setRate(r, part); err != nil {
-			return nil, err
+		if err := r.Set(key, value); err != nil {
+			return nil, usageError{err}
 		}
 	}
 	return r, nil
-}
-
-// setRate reads one key=value.
-func setRate(r *config.Rate, s string) error {
-	key, value, _ := strings.Cut(s, "=")
-	sizes := map[string]*config.Size{"bytes": &r.Bytes, "read-bytes": &r.ReadBytes, "write-bytes": &r.WriteBytes}
-	ops := map[string]*int64{"ops": &r.Ops, "read-ops": &r.ReadOps, "write-ops": &r.WriteOps}
-	var err error
-	switch {
-	case sizes[key] != nil:
-		err = sizes[key].UnmarshalText([]byte(value))
-	case ops[key] != nil:
-		var n uint64
-		if n, err = strconv.ParseUint(value, 10, 63); err != nil {
-			return usage("%s: %q: want a number", key, value)
-		}
-		*ops[key] = int64(n)
-	case key == "burst":
-		err = r.Burst.UnmarshalText([]byte(value))
-	default:
-		return usage("%q is none of bytes, read-bytes, write-bytes, ops, read-ops, write-ops, burst", key)
-	}
-	if err != nil {
-		return usage("%s: %v", key, err)
-	}
-	return nil
 }
 
 // parseGrant reads GRANT: the access and facts with commas between, or JSON.

@@ -22,6 +22,7 @@ func TestSettingsBecomeAPatch(t *testing.T) {
 		{[]string{"rate=none"}, `{"rate":{}}`},
 		{[]string{"rate=read-bytes=1K,write-bytes=2,ops=3,read-ops=4,write-ops=5,burst=6s"},
 			`{"rate":{"read-bytes":1024,"write-bytes":2,"ops":3,"read-ops":4,"write-ops":5,"burst":"6s"}}`},
+		{[]string{"rate.bytes=10M", "rate.burst=1s"}, `{"rate-keys":{"burst":"1s","bytes":"10M"}}`},
 		{[]string{"grant=rw"}, `{"grants":[{"access":"rw"}]}`},
 		{[]string{"grant=rw,uid=1,gid=2,uid=3", "grant=ro,cid=4", "grant=none,address=10.0.0.0/8,address=::1"},
 			`{"grants":[{"access":"rw","uid":[1,3],"gid":[2]},{"access":"ro","cid":[4]},{"access":"none","address":["10.0.0.0/8","::1"]}]}`},
@@ -34,10 +35,10 @@ func TestSettingsBecomeAPatch(t *testing.T) {
 		{[]string{`grants=[{"access":"ro"}]`}, `{"grants":[{"access":"ro"}]}`},
 		{[]string{`faults=[{"ops":["read"],"error":"EIO"}]`}, `{"faults":[{"ops":["read"],"error":"EIO"}]}`},
 	} {
-		p, partial, err := parsePatch(tt.args)
+		p, err := parsePatch(tt.args)
 		b, _ := json.Marshal(p)
-		if err != nil || len(partial) != 0 || string(b) != tt.want {
-			t.Errorf("%q: got %s, %q, %v, want %s", tt.args, b, partial, err, tt.want)
+		if err != nil || string(b) != tt.want {
+			t.Errorf("%q: got %s, %v, want %s", tt.args, b, err, tt.want)
 		}
 	}
 }
@@ -51,7 +52,7 @@ func TestSettingsThatMakeNoSenseAreRefused(t *testing.T) {
 		{"grant={}}"}, {`grant={"access":"rw","access":"ro"}`}, {`grant={"what":1}`}, {"grant=rw", "grants=[]"},
 		{"grants="}, {"grants=x"}, {"grants=null"}, {"grants={}"}, {`grants=[],"readonly":true`}, {`faults=[{"what":1}]`},
 	} {
-		if p, _, err := parsePatch(args); !errors.As(err, new(usageError)) {
+		if p, err := parsePatch(args); !errors.As(err, new(usageError)) {
 			t.Errorf("%q: got %+v, %v", args, p, err)
 		}
 	}
@@ -85,7 +86,7 @@ func FuzzSettings(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		p, _, err := parsePatch([]string{s})
+		p, err := parsePatch([]string{s})
 		if err != nil && !errors.As(err, new(usageError)) {
 			t.Fatalf("%q: %v is no usage error", s, err)
 		}

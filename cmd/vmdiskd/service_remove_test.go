@@ -77,7 +77,7 @@ func TestExportThatLeavesIsNotChanged(t *testing.T) {
 	text := "changed"
 	_, err := s.ctl.Patch(t.Context(), "a", api.Patch{Description: &text})
 	wantCode(t, "change", err, api.CodeInUse)
-	_, err = s.ctl.Resize(t.Context(), "a", 2<<20)
+	_, err = s.ctl.Resize(t.Context(), "a", api.Resize{Size: 2 << 20})
 	wantCode(t, "resize", err, api.CodeInUse)
 	_, err = s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "o")})
 	wantCode(t, "snapshot", err, api.CodeInUse)

@@ -178,7 +178,7 @@ func TestServiceHoldsManyExports(t *testing.T) {
 			t.Errorf("size of %s: got %q, want 1048576", name, got)
 		}
 	}
-	x, err := s.ctl.Resize(ctx, "b", 2<<20)
+	x, err := s.ctl.Resize(ctx, "b", api.Resize{Size: 2 << 20})
 	if err != nil || x.Size != 2<<20 || s.size(s.uri("b")) != "2097152" {
 		t.Errorf("resize: got %+v, %v, and %q by nbdinfo, want 2 MiB", x, err, s.size(s.uri("b")))
 	}

@@ -169,7 +169,7 @@ func (g *growth) exportStep(name string) Step {
 			if err != nil || x.Size == g.size {
 				return false, err
 			}
-			if x, err = g.Server.Resize(ctx, name, g.size); err != nil {
+			if x, err = g.Server.Resize(ctx, name, api.Resize{Size: g.size}); err != nil {
 				return false, err
 			}
 			g.longer = true

@@ -196,20 +196,6 @@ type BlockSize struct {
 	Maximum   Size `toml:"maximum" json:"maximum,omitempty"`
 }
 
-// Rate bounds throughput per second; 0 is no bound. The read and write bounds
-// come on top of those of both together.
-type Rate struct {
-	Bytes      Size  `toml:"bytes" json:"bytes,omitempty"`
-	ReadBytes  Size  `toml:"read-bytes" json:"read-bytes,omitempty"`
-	WriteBytes Size  `toml:"write-bytes" json:"write-bytes,omitempty"`
-	Ops        int64 `toml:"ops" json:"ops,omitempty"`
-	ReadOps    int64 `toml:"read-ops" json:"read-ops,omitempty"`
-	WriteOps   int64 `toml:"write-ops" json:"write-ops,omitempty"`
-
-	// Burst is how much time's worth may be used at once after a pause.
-	Burst Duration `toml:"burst" json:"burst,omitempty"`
-}
-
 // Fault makes requests slow or fail, where the daemon was started with
 // --enable-fault-injection.
 type Fault struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"time"
 
@@ -256,6 +257,11 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if p.Rate != nil {
 		x.Rate = p.Rate
 	}
+	rate, err := x.Rate.With(p.RateKeys)
+	if err != nil {
+		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}
+	}
+	x.Rate = rate
 	scope := d.conf.Load().APIScope(0)
 	scope.Anywhere = true // the image is open
 	if err := x.Validate(scope); err != nil {
@@ -382,7 +388,7 @@ func (s *disks) unhold(k *disk) (hold *layer.Hold) {
 	return hold
 }
 
-func (s service) Resize(ctx context.Context, name string, size int64) (api.Export, error) {
+func (s service) Resize(ctx context.Context, name string, want api.Resize) (api.Export, error) {
 	k, err := s.d.beginChange(name)
 	if err != nil {
 		return api.Export{}, err
@@ -392,10 +398,25 @@ func (s service) Resize(ctx context.Context, name string, size int64) (api.Expor
 	if !ok {
 		return api.Export{}, told(backing.ErrNotSupported)
 	}
+	size, err := sizeOf(want, k.stack.top.Info().Size)
+	if err != nil {
+		return api.Export{}, err
+	}
 	if err := r.Resize(ctx, size); err != nil {
 		return api.Export{}, told(err)
 	}
 	return s.Export(name)
+}
+
+// sizeOf is what a disk of old bytes shall have.
+func sizeOf(want api.Resize, old int64) (int64, error) {
+	switch {
+	case want.By == 0:
+		return want.Size, nil
+	case want.By > math.MaxInt64-old:
+		return 0, &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf("a disk of %d bytes and %d more is too large", old, want.By)}
+	}
+	return old + want.By, nil
 }
 
 func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, files []*os.File) (api.Export, error) {

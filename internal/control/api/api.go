@@ -125,6 +125,10 @@ type Patch struct {
 	Rate        *config.Rate    `json:"rate,omitempty"` // all zero: no bound
 	LogRequests *bool           `json:"log-requests,omitempty"`
 	Faults      *[]config.Fault `json:"faults,omitempty"`
+
+	// RateKeys are single keys of the rate, as config.Rate.Set has them; the
+	// others stay. Not with Rate.
+	RateKeys map[string]string `json:"rate-keys,omitempty"`
 }
 
 // Pause holds back all requests of an export after a flush, until Resume or
@@ -136,7 +140,8 @@ type Pause struct {
 // Resize makes the disk larger. For a raw image the file is extended unless it
 // is large enough already.
 type Resize struct {
-	Size int64 `json:"size"` // bytes
+	Size int64 `json:"size,omitempty"` // bytes, or
+	By   int64 `json:"by,omitempty"`   // what comes on top of what the disk has then
 }
 
 // Snapshot puts a new qcow2 overlay above the image, while the export is

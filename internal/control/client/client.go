@@ -115,9 +115,9 @@ func (c *Client) Resume(ctx context.Context, name string) error {
 	return c.call(ctx, request{method: "POST", path: exportPath(name, "resume")}, nil)
 }
 
-// Resize makes a disk size bytes large.
-func (c *Client) Resize(ctx context.Context, name string, size int64) (e api.Export, err error) {
-	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "resize"), body: api.Resize{Size: size}}, &e)
+// Resize makes a disk larger.
+func (c *Client) Resize(ctx context.Context, name string, r api.Resize) (e api.Export, err error) {
+	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "resize"), body: r}, &e)
 }
 
 // Snapshot puts an overlay above the image; files as with Add.

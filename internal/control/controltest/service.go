@@ -4,6 +4,7 @@ package controltest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -179,7 +180,8 @@ func (s *Service) Patch(_ context.Context, name string, p api.Patch) (api.Export
 	if err := s.note("patch %q", name); err != nil {
 		return api.Export{}, err
 	}
-	return s.change(name, func(e *api.Export) {
+	var wrong error
+	e, err := s.change(name, func(e *api.Export) {
 		if p.Description != nil {
 			e.Description = *p.Description
 		}
@@ -189,7 +191,11 @@ func (s *Service) Patch(_ context.Context, name string, p api.Patch) (api.Export
 		if p.Rate != nil {
 			e.Rate = p.Rate
 		}
+		if e.Rate, wrong = e.Rate.With(p.RateKeys); wrong != nil {
+			wrong = &api.Error{Code: api.CodeInvalid, Text: wrong.Error()}
+		}
 	})
+	return e, errors.Join(err, wrong)
 }
 
 func (s *Service) Remove(ctx context.Context, name string, force bool) error {
@@ -226,11 +232,16 @@ func (s *Service) Resume(name string) error {
 	return err
 }
 
-func (s *Service) Resize(_ context.Context, name string, size int64) (api.Export, error) {
-	if err := s.note("resize %q to %d", name, size); err != nil {
+func (s *Service) Resize(_ context.Context, name string, r api.Resize) (api.Export, error) {
+	if err := s.note("resize %q to %d by %d", name, r.Size, r.By); err != nil {
 		return api.Export{}, err
 	}
-	return s.change(name, func(e *api.Export) { e.Size = size })
+	return s.change(name, func(e *api.Export) {
+		if r.Size == 0 {
+			r.Size = e.Size + r.By
+		}
+		e.Size = r.Size
+	})
 }
 
 func (s *Service) Snapshot(_ context.Context, name string, o api.Snapshot, files []*os.File) (api.Export, error) {

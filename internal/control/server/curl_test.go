@@ -46,7 +46,7 @@ func TestCurlUsesAllOfIt(t *testing.T) {
 		}
 	}
 	want := `add "a/b" image "/i" files 0 persist false|add "a/b" image "/i" files 0 persist false|patch "a/b"|` +
-		`pause "a/b" for 0s|pause "a/b" for 1s|resume "a/b"|resize "a/b" to 1048576|snapshot "a/b" overlay "/o" files 0|forget "a/b" force false dry false|disconnect 1|reload dry true|remove "a/b" force true`
+		`pause "a/b" for 0s|pause "a/b" for 1s|resume "a/b"|resize "a/b" to 1048576 by 0|snapshot "a/b" overlay "/o" files 0|forget "a/b" force false dry false|disconnect 1|reload dry true|remove "a/b" force true`
 	if got := strings.Join(s.Calls(), "|"); got != want {
 		t.Errorf("calls:\n got %s\nwant %s", got, want)
 	}

@@ -52,9 +52,10 @@ func TestDecodeReadsEverythingTheAPICanSay(t *testing.T) {
 			Protect: []config.Range{{Offset: 1, Length: 2}}, Faults: []config.Fault{{Ops: []string{"read"}, Probability: 0.5}},
 			Listeners: []config.Listener{{URI: "nbd://x"}},
 		}},
-		&api.Patch{ReadOnly: &no, Grants: &[]config.Grant{}},
+		&api.Patch{ReadOnly: &no, Grants: &[]config.Grant{}, RateKeys: map[string]string{"ops": "5"}},
 		&api.Pause{Limit: config.Duration(time.Minute)},
 		&api.Resize{Size: 1<<63 - 1},
+		&api.Resize{By: 1},
 		&api.Snapshot{Overlay: "/x"},
 	} {
 		b, err := json.Marshal(v)

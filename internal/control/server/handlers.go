@@ -82,6 +82,9 @@ func (c *call) patch() (any, error) {
 	if err := c.into(&p); err != nil {
 		return nil, err
 	}
+	if p.Rate != nil && len(p.RateKeys) > 0 {
+		return nil, invalid("rate and rate-keys exclude each other")
+	}
 	return whole(c.s.service.Patch(c.ctx, c.name, p))
 }
 
@@ -120,10 +123,10 @@ func (c *call) resize() (any, error) {
 	if err := c.into(&r); err != nil {
 		return nil, err
 	}
-	if r.Size <= 0 {
-		return nil, invalid("size is not above 0")
+	if r.Size < 0 || r.By < 0 || (r.Size > 0) == (r.By > 0) {
+		return nil, invalid("want one of size and by, above 0")
 	}
-	return whole(c.s.service.Resize(c.ctx, c.name, r.Size))
+	return whole(c.s.service.Resize(c.ctx, c.name, r))
 }
 
 func (c *call) snapshot() (any, error) {

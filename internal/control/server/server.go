@@ -43,7 +43,7 @@ type Service interface {
 	// Pause with a limit of 0 pauses for the longest time that is allowed.
 	Pause(ctx context.Context, name string, limit time.Duration) error
 	Resume(name string) error
-	Resize(ctx context.Context, name string, size int64) (api.Export, error)
+	Resize(ctx context.Context, name string, r api.Resize) (api.Export, error)
 	Snapshot(ctx context.Context, name string, s api.Snapshot, files []*os.File) (api.Export, error)
 	// Forget forgets the overlay of a snapshot; with force whatever it has.
 	Forget(ctx context.Context, name string, force, dryRun bool) (api.Forgotten, error)

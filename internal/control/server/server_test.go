@@ -31,7 +31,7 @@ func TestNamesAreDataInPathsAndBodies(t *testing.T) {
 		if err := w.client.Pause(ctx, name, time.Second); err != nil {
 			t.Errorf("pause %q: %v", name, err)
 		}
-		if e, err := w.client.Resize(ctx, name, 4096); err != nil || e.Name != name || e.State != "paused" || e.Size != 4096 {
+		if e, err := w.client.Resize(ctx, name, api.Resize{Size: 4096}); err != nil || e.Name != name || e.State != "paused" || e.Size != 4096 {
 			t.Errorf("resize %q: got %+v, %v", name, e, err)
 		}
 	}
