@@ -63,7 +63,7 @@ func TestUnitsAreRight(t *testing.T) {
 	if err != nil || len(list) < 5 {
 		t.Fatalf("units %q, error %v", list, err)
 	}
-	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no", "--recursive-errors=no"}, list...)...)
+	cmd := exec.Command("systemd-analyze", append([]string{"verify", "--man=no", "--recursive-errors=one"}, list...)...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")
 	out, err := cmd.CombinedOutput()
 	if err != nil || len(out) > 0 {
