@@ -70,8 +70,12 @@ func (n *negotiation) optAbort(_ context.Context, o wire.Opt, _ []byte) (verdict
 // optList sends one reply per export that the peer may see.
 func (n *negotiation) optList(_ context.Context, o wire.Opt, _ []byte) (verdict, error) {
 	n.asked++
-	for i, x := range n.opt.Exports.List(n.conn.Peer()) {
-		if i == limits.MaxListed {
+	listed := 0
+	for _, x := range n.opt.Exports.List(n.conn.Peer()) {
+		if n.hides(x) {
+			continue
+		}
+		if listed++; listed > limits.MaxListed {
 			break
 		}
 		p := wire.AppendString(nil, x.Name)
@@ -183,12 +187,18 @@ func (n *negotiation) find(name string) (ExportInfo, wire.Rep, error) {
 	if err != nil {
 		return ExportInfo{}, wire.RepErrUnknown, ErrUnknownExport
 	}
-	if x.NeedTLS && !n.secure {
-		// proto.md, "SELECTIVETLS mode".
-		return ExportInfo{}, wire.RepErrTLSReqd, errTLSReqd
+	switch {
+	case !n.hides(x):
+		return x, 0, nil
+	case n.tls == TLSOff:
+		return ExportInfo{}, wire.RepErrUnknown, ErrUnknownExport
 	}
-	return x, 0, nil
+	// Who knows the name learns how to get it (proto.md, "SELECTIVETLS mode").
+	return ExportInfo{}, wire.RepErrTLSReqd, errTLSReqd
 }
+
+// hides tells whether the connection may not see x as it is now.
+func (n *negotiation) hides(x ExportInfo) bool { return x.NeedTLS && !n.secure }
 
 // optStructuredReply and optExtendedHeaders: asking twice is an error, and
 // the smaller one behind the larger one has a reply of its own.

@@ -33,7 +33,7 @@ var ErrUnknownExport = errors.New("no such export")
 type ExportInfo struct {
 	Name        string // canonical
 	Description string
-	NeedTLS     bool // SELECTIVETLS: invisible to plaintext connections
+	NeedTLS     bool // SELECTIVETLS: not listed, nor opened, without TLS
 
 	// Contexts are the metadata contexts beyond base:allocation, which the
 	// device describes.

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -366,7 +367,15 @@ func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
 	if b := r.feed(t, sessionPrefixes[0]); len(b) != 18 {
 		t.Errorf("EXPORT_NAME got %d bytes behind the greeting, want none", len(b)-18)
 	}
-	if r.exports.opened.Load() != 0 {
+	if b := r.feed(t, wire.AppendOption(clientFlags(nil), wire.OptList, nil)); bytes.Contains(b, []byte("disk")) {
+		t.Errorf("LIST got %q", b)
+	}
+	off := memRig(t, 1<<20)
+	off.exports.needTLS = true
+	if h, err := wire.DecodeOptReply(off.feed(t, goOption(clientFlags(nil)))[18:]); err != nil || h.Rep != wire.RepErrUnknown {
+		t.Errorf("GO where there is no TLS got %v, %v; want %v", h.Rep, err, wire.RepErrUnknown)
+	}
+	if r.exports.opened.Load() != 0 || off.exports.opened.Load() != 0 {
 		t.Error("the export was opened")
 	}
 }
