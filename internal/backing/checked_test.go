@@ -120,10 +120,10 @@ func TestCheckedNumbersTooLargeForTheWire(t *testing.T) {
 }
 
 func TestCheckedFlags(t *testing.T) {
-	all := backing.FUA | backing.NoHole | backing.FastZero | backing.ReqOne
+	all := backing.FUA | backing.NoHole | backing.FastZero | backing.ReqOne | backing.AsRead
 	allowed := map[string]backing.Flags{
 		"write": backing.FUA, "zero": backing.FUA | backing.NoHole | backing.FastZero,
-		"trim": backing.FUA, "extents": backing.ReqOne,
+		"trim": backing.FUA, "extents": backing.ReqOne | backing.AsRead,
 	}
 	for name, ok := range allowed {
 		for f := backing.Flags(0); f <= all<<1; f++ {

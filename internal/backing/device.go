@@ -22,6 +22,9 @@ const (
 	FastZero
 	// ReqOne: Extents may stop after the first extent.
 	ReqOne
+	// AsRead: the answer of Extents, if it is one extent of zeroes, is taken
+	// for that of a read of the range, and counts as one.
+	AsRead
 )
 
 // Caps are the operations that a device does natively.
@@ -123,7 +126,7 @@ type Device interface {
 
 	// Extents yields the states of [off, off+n) in order, the first at off,
 	// none of length 0, the last clipped to the range, until yield returns
-	// false. It honours ReqOne.
+	// false. It honours ReqOne and AsRead.
 	Extents(ctx context.Context, off, n int64, f Flags, yield func(Extent) bool) error
 
 	// Map names the host runs behind a guest range and leaves a lease open:

@@ -184,7 +184,7 @@ func (s *session) isHole(req *wire.Request) (hole bool) {
 	if !s.mayBeHole(req) || n < limits.HoleRead {
 		return false
 	}
-	err := s.dev.Extents(s.ctx, off, n, backing.ReqOne, func(x backing.Extent) bool {
+	err := s.dev.Extents(s.ctx, off, n, backing.ReqOne|backing.AsRead, func(x backing.Extent) bool {
 		hole = x.Zero && x.Len == n
 		return false
 	})

@@ -35,15 +35,18 @@ func (b *bucket) init() {
 }
 
 // set changes the rate for those that wait, too. burst is raised to
-// limits.RateSlack.
+// limits.RateSlack. A debt is cut to a burst, unless nothing changes.
 func (b *bucket) set(rate int64, burst time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	most := float64(rate) * max(burst, limits.RateSlack).Seconds()
+	if b.rate == float64(rate) && b.burst == most {
+		return
+	}
 	b.fillLocked(time.Now())
 	old := b.burst
-	b.rate = float64(rate)
+	b.rate, b.burst = float64(rate), most
 	b.slack = b.rate * limits.RateSlack.Seconds()
-	b.burst = b.rate * max(burst, limits.RateSlack).Seconds()
 	if old == 0 {
 		b.tokens = b.burst
 	}

@@ -261,10 +261,27 @@ func (l *RateLimit) Cache(ctx context.Context, off, n int64) error {
 }
 
 func (l *RateLimit) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	if f&backing.AsRead != 0 {
+		return l.askForRead(ctx, off, n, f, yield)
+	}
 	if err := l.take(ctx, false, 0); err != nil {
 		return err
 	}
 	return l.Next.Extents(ctx, off, n, f, yield)
+}
+
+// askForRead takes what a read does, if there will be none because the answer
+// is one.
+func (l *RateLimit) askForRead(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	isRead := false
+	err := l.Next.Extents(ctx, off, n, f, func(x backing.Extent) bool {
+		isRead = x.Zero && x.Len == n
+		return yield(x)
+	})
+	if err != nil || !isRead {
+		return err
+	}
+	return l.take(ctx, false, n)
 }
 
 // Map forwards while there are tokens.

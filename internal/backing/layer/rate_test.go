@@ -213,6 +213,69 @@ func TestReadsAndWritesAreSeparate(t *testing.T) {
 	})
 }
 
+// TestSameRateForgivesNoDebt: whoever sets something else of an export sets
+// its rate again.
+func TestSameRateForgivesNoDebt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rate := layer.Rates{Write: layer.Rate{Bytes: 1000, Ops: 7}}
+		lim := must(layer.NewLimiter(rate))
+		d := must(layer.NewRateLimit(mem.Null(1<<30), layer.RateOptions{Limiters: []*layer.Limiter{lim}}))
+		if err := d.WriteAt(t.Context(), make([]byte, 5000), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		for _, ops := range []int64{7, 8} {
+			rate.Write.Ops = ops
+			if err := lim.Set(rate); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := elapsed(t, func() error { return d.WriteAt(t.Context(), make([]byte, 10), 0, 0) }); got < 4900*time.Millisecond {
+			t.Errorf("a write behind a debt of 5 s took %v", got)
+		}
+	})
+}
+
+// TestHoleThatIsAskedForCountsAsItsRead: what the server asks for itself before
+// a read is no request, and is the read where there is nothing to be read.
+func TestHoleThatIsAskedForCountsAsItsRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 100000
+		data, hole := mem.New(1<<20, nil), mem.New(1<<20, nil)
+		if err := data.WriteAt(t.Context(), make([]byte, n), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		for _, tt := range []struct {
+			name  string
+			dev   backing.Device
+			rates layer.Rates
+			want  time.Duration // of ten reads
+		}{
+			{"data, requests", data, layer.Rates{Read: layer.Rate{Ops: 10}}, time.Second},
+			{"hole, requests", hole, layer.Rates{Read: layer.Rate{Ops: 10}}, time.Second},
+			{"data, bytes", data, layer.Rates{Read: layer.Rate{Bytes: n}}, 10 * time.Second},
+			{"hole, bytes", hole, layer.Rates{Total: layer.Rate{Bytes: n}}, 10 * time.Second},
+		} {
+			d := limited(backing.NewEmulate(tt.dev), tt.rates)
+			got := elapsed(t, func() (err error) {
+				for range 10 {
+					zero := false
+					err = errors.Join(err, d.Extents(t.Context(), 0, n, backing.ReqOne|backing.AsRead, func(x backing.Extent) bool {
+						zero = x.Zero && x.Len == n
+						return false
+					}))
+					if !zero {
+						err = errors.Join(err, d.ReadAt(t.Context(), make([]byte, n), 0))
+					}
+				}
+				return err
+			})
+			if got > tt.want || got < tt.want*85/100 {
+				t.Errorf("%s: took %v, want %v", tt.name, got, tt.want)
+			}
+		}
+	})
+}
+
 func TestNewRateIsForThoseThatWaitToo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lim := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Bytes: 1}}))

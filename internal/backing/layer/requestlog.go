@@ -87,7 +87,7 @@ func flagNames(f backing.Flags) string {
 	for _, x := range []struct {
 		f    backing.Flags
 		name string
-	}{{backing.FUA, "fua"}, {backing.NoHole, "no-hole"}, {backing.FastZero, "fast-zero"}, {backing.ReqOne, "req-one"}} {
+	}{{backing.FUA, "fua"}, {backing.NoHole, "no-hole"}, {backing.FastZero, "fast-zero"}, {backing.ReqOne, "req-one"}, {backing.AsRead, "as-read"}} {
 		if f&x.f == 0 {
 			continue
 		}
