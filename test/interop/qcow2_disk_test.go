@@ -3,11 +3,10 @@ package interop
 import (
 	"errors"
 	"fmt"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -40,30 +39,13 @@ func TestKernelFileOperationsOnAWritableQcow2AgreeWithAModel(t *testing.T) {
 	checkFileOperations(t, serveQcow2(t, image), 3000)
 }
 
-// loop makes a block device of a file.
-func loop(t *testing.T, file string) (device string) {
-	t.Helper()
-	out, err := exec.Command("losetup", "--find", "--show", file).Output()
-	if err != nil {
-		t.Skipf("needs root and loop devices: %v", err)
-	}
-	device = strings.TrimSpace(string(out))
-	t.Cleanup(func() {
-		// The device is busy as long as an io_uring of the server has it.
-		if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
-			t.Errorf("losetup --detach %s: %v: %s", device, err, out)
-		}
-	})
-	return device
-}
-
 // TestFullBlockDeviceIsNoSpace: an image on a device that is too small for its
 // disk. There is nothing to grow, so what is answered can be flushed.
 func TestFullBlockDeviceIsNoSpace(t *testing.T) {
 	vmdiskdOnly(t)
 	needQEMU(t)
 	const size = 32 << 20
-	device := loop(t, testenv.SparseImage(t, 8<<20))
+	device := backingtest.Loop(t, testenv.SparseImage(t, 8<<20), 512)
 	testenv.Run(t, "qemu-img", "create", "-q", "-f", "qcow2", device, fmt.Sprint(size))
 	s := testenv.StartToKill(t, writable(device))
 	ctx := testenv.Context(t)

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -403,7 +404,7 @@ func TestServerThatCannotFlushAtItsEndSaysSo(t *testing.T) {
 	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 2*size+(8<<20))); err != nil {
 		t.Fatal(err)
 	}
-	device := loop(t, file)
+	device := backingtest.Loop(t, file, 512)
 	testenv.Run(t, "qemu-img", "create", "-q", "-f", "qcow2", device, fmt.Sprint(size))
 	s := testenv.StartToKill(t, writable(device))
 	if _, err := fill(testenv.Context(t), dial(t, s), 0, size); err != nil {

@@ -229,6 +229,9 @@ func (g *gate) recheck(w wish, f *os.File) error {
 // effects, and again afterwards.
 func (g *gate) openRel(w wish, rel string) (*os.File, error) {
 	looked, err := g.openat(w, rel, unix.O_PATH)
+	if _, isLink := errors.AsType[linkError](err); isLink && w.devices {
+		return g.openVolume(w, rel)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -241,6 +244,15 @@ func (g *gate) openRel(w wish, rel string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	fd, err := g.openat(w, rel, g.flags(w))
+	if err != nil {
+		return nil, err
+	}
+	return admitted(fd, filepath.Join(g.real, rel), func(mode uint32) error { return g.checkKind(w, mode) })
+}
+
+// flags are how a file is opened for w.
+func (g *gate) flags(w wish) uint64 {
 	flags := uint64(unix.O_RDONLY)
 	if !w.readOnly {
 		flags = unix.O_RDWR
@@ -248,11 +260,49 @@ func (g *gate) openRel(w wish, rel string) (*os.File, error) {
 	if g.direct {
 		flags |= unix.O_DIRECT
 	}
-	fd, err := g.openat(w, rel, flags|unix.O_NONBLOCK|unix.O_NOCTTY)
+	return flags | unix.O_NONBLOCK | unix.O_NOCTTY
+}
+
+// openVolume opens the block device that a symbolic link leads to, as the names
+// of volumes in /dev/mapper do. Whoever may make links in a folder could name
+// any device by one: so the link and its folder are root's, and nobody else may
+// write there.
+func (g *gate) openVolume(w wish, rel string) (*os.File, error) {
+	dir, err := g.openat(w, filepath.Dir(rel), unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
-	return admitted(fd, filepath.Join(g.real, rel), func(mode uint32) error { return g.checkKind(w, mode) })
+	defer func() { _ = unix.Close(dir) }() // it was only looked into
+	var folder, link, file unix.Stat_t
+	name := filepath.Base(rel)
+	if err := errors.Join(unix.Fstat(dir, &folder), unix.Fstatat(dir, name, &link, unix.AT_SYMLINK_NOFOLLOW), unix.Fstatat(dir, name, &file, 0)); err != nil {
+		return nil, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: err}
+	}
+	if folder.Uid != 0 || folder.Mode&0o022 != 0 || link.Uid != 0 || !isBlock(file.Mode) {
+		return nil, w.link(g.option())
+	}
+	fd, err := openatRetrying(dir, name, &unix.OpenHow{Flags: g.flags(w) | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_MAGICLINKS})
+	if err != nil {
+		return nil, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: err}
+	}
+	return admitted(fd, filepath.Join(g.real, rel), func(mode uint32) error {
+		if !isBlock(mode) {
+			return w.link(g.option())
+		}
+		return nil
+	})
+}
+
+func isBlock(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFBLK }
+
+// openatRetrying is openat2 that no signal interrupts.
+func openatRetrying(dir int, name string, how *unix.OpenHow) (int, error) {
+	for {
+		fd, err := unix.Openat2(dir, name, how)
+		if !errors.Is(err, unix.EINTR) {
+			return fd, err
+		}
+	}
 }
 
 func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
@@ -264,20 +314,30 @@ func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {
 	if g.root == nil {
 		return -1, g.shut
 	}
-	for {
-		fd, err := unix.Openat2(int(g.root.Fd()), rel, &how)
-		switch {
-		case err == nil:
-			return fd, nil
-		case errors.Is(err, unix.EINTR):
-		case errors.Is(err, unix.ELOOP), errors.Is(err, unix.EXDEV):
-			return -1, w.denied(fmt.Sprintf("%s follows no symbolic links; naming the file would", g.option()))
-		case errors.Is(err, unix.ENOSYS):
-			return -1, w.denied(fmt.Sprintf("%s needs openat2, that is Linux 5.6; naming the file does not", g.option()))
-		default:
-			return -1, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: err}
-		}
+	fd, err := openatRetrying(int(g.root.Fd()), rel, &how)
+	switch {
+	case err == nil:
+		return fd, nil
+	case errors.Is(err, unix.ELOOP), errors.Is(err, unix.EXDEV):
+		return -1, w.link(g.option())
+	case errors.Is(err, unix.ENOSYS):
+		return -1, w.denied(fmt.Sprintf("%s needs openat2, that is Linux 5.6; naming the file does not", g.option()))
 	}
+	return -1, &fs.PathError{Op: "open " + w.what, Path: filepath.Join(g.real, rel), Err: err}
+}
+
+// linkError is for a symbolic link where none is followed.
+type linkError struct{ error }
+
+func (e linkError) Unwrap() error { return e.error }
+
+// link refuses a symbolic link; option is the policy, for what an image names.
+func (w wish) link(option string) error {
+	why := option + " follows no symbolic links; naming the file would"
+	if w.devices {
+		why = "no symbolic links are followed in the folders that images may come from, but root's own to block devices"
+	}
+	return linkError{w.denied(why)}
 }
 
 // checkKind admits regular files, and block devices where they may be.

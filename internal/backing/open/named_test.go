@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 )
 
@@ -172,5 +173,55 @@ func TestOverlayIsMadeBeneathTheRoots(t *testing.T) {
 	s.Path = filepath.Join(t.TempDir(), "top")
 	if err := open.CreateOverlay(t.Context(), s, 64<<10, "base", "raw"); !errors.Is(err, open.ErrDenied) {
 		t.Errorf("elsewhere: got %v, want %v", err, open.ErrDenied)
+	}
+}
+
+// TestVolumesAreNamedByLinksOfRoot: udev names volumes by links to their
+// devices, which lie elsewhere.
+func TestVolumesAreNamedByLinksOfRoot(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "disk")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dev := backingtest.Loop(t, file, 512)
+	const nobody = 65534
+	for _, tt := range []struct {
+		name, to string
+		owner    int // of the link
+		mode     os.FileMode
+		folder   int // its owner
+		ok       bool
+	}{
+		{"of root", dev, 0, 0o755, 0, true},
+		{"of somebody else", dev, nobody, 0o755, 0, false},
+		{"where others write", dev, 0, 0o777, 0, false},
+		{"where a group writes", dev, 0, 0o775, 0, false},
+		{"in a folder of somebody else", dev, 0, 0o755, nobody, false},
+		{"to a file", file, 0, 0o755, 0, false},
+		{"to a character device", "/dev/zero", 0, 0o755, 0, false},
+		{"to nothing", filepath.Join(dir, "nothing"), 0, 0o755, 0, false},
+		{"to memory of a process", "/proc/self/fd/0", 0, 0o755, 0, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			root := filepath.Join(t.TempDir(), "mapper")
+			link := filepath.Join(root, "vg-vm1")
+			if err := errors.Join(os.Mkdir(root, 0o755), os.Symlink(tt.to, link), os.Lchown(link, tt.owner, 0),
+				os.Chmod(root, tt.mode), os.Chown(root, tt.folder, 0)); err != nil {
+				t.Fatal(err)
+			}
+			s, _ := newSpec(t)
+			s.Format, s.Path, s.Roots = "raw", link, []string{root}
+			d, err := open.Open(t.Context(), s)
+			if err == nil {
+				if size := d.Info().Size; size != 1<<20 {
+					t.Errorf("got a disk of %d bytes", size)
+				}
+				_ = d.Close()
+			}
+			if (err == nil) != tt.ok {
+				t.Errorf("got %v, want it opened: %v", err, tt.ok)
+			}
+		})
 	}
 }

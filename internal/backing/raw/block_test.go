@@ -3,7 +3,6 @@ package raw_test
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -16,47 +15,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
-// newLoop makes a block device out of a file, with logical blocks of sector
-// bytes, until the test ends.
-func newLoop(t testing.TB, image string, sector uint32) string {
-	t.Helper()
-	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if err != nil {
-		t.Skipf("needs root and loop devices: %v", err)
-	}
-	defer ctl.Close()
-	f := openFile(t, image, unix.O_RDWR)
-	defer f.Close()
-	for range 20 {
-		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
-		if err != nil {
-			t.Skipf("needs a free loop device: %v", err)
-		}
-		node := fmt.Sprintf("/dev/loop%d", n)
-		dev, err := os.OpenFile(node, os.O_RDWR, 0)
-		if err != nil {
-			t.Skipf("needs %s: %v", node, err)
-		}
-		err = unix.IoctlLoopConfigure(int(dev.Fd()), &unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector})
-		if errors.Is(err, unix.EBUSY) { // somebody else was faster
-			_ = dev.Close()
-			continue
-		}
-		if err != nil {
-			t.Fatalf("configure %s: %v", node, err)
-		}
-		t.Cleanup(func() {
-			if _, err := unix.IoctlRetInt(int(dev.Fd()), unix.LOOP_CLR_FD); err != nil {
-				t.Errorf("detach %s: %v", node, err)
-			}
-			_ = dev.Close()
-		})
-		return node
-	}
-	t.Skip("needs a free loop device: all are taken at once")
-	return ""
-}
-
 func TestBlockDeviceConforms(t *testing.T) {
 	forKinds(t, func(t *testing.T, k kind) {
 		sector := uint32(512)
@@ -64,7 +22,7 @@ func TestBlockDeviceConforms(t *testing.T) {
 			sector = 4096
 		}
 		backingtest.Run(t, backingtest.Maker{Granule: 4096, New: func(t testing.TB, size int64) backing.Device {
-			d := openRaw(t, newLoop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
+			d := openRaw(t, backingtest.Loop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
 			closeAfter(t, d)
 			return backing.NewEmulate(d)
 		}})
@@ -100,7 +58,7 @@ func TestTrimAndZeroReachTheDevice(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			forKinds(t, func(t *testing.T, k kind) {
 				image := tempImage(t, size)
-				d := openRaw(t, newLoop(t, image, 512), newEngine(t, k.engine), k.direct, raw.Options{})
+				d := openRaw(t, backingtest.Loop(t, image, 512), newEngine(t, k.engine), k.direct, raw.Options{})
 				closeAfter(t, d)
 				fill(t, d, 1)
 				if err := errors.Join(d.Flush(t.Context()), tt.do(t, d), d.Flush(t.Context())); err != nil {
@@ -121,7 +79,7 @@ func TestUnalignedZeroOfABlockDeviceKeepsItsNeighbours(t *testing.T) {
 	const size = 64 << 10
 	forKinds(t, func(t *testing.T, k kind) {
 		for _, sector := range []uint32{512, 4096} {
-			d := openRaw(t, newLoop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
+			d := openRaw(t, backingtest.Loop(t, tempImage(t, size), sector), newEngine(t, k.engine), k.direct, raw.Options{})
 			closeAfter(t, d)
 			for _, r := range [][2]int64{{1, 1}, {511, 2}, {100, 3000}, {4095, 4098}, {1, size - 2}, {size - 1, 1}, {4096, 8192}} {
 				fill(t, d, 1)
@@ -139,7 +97,7 @@ func TestUnalignedZeroOfABlockDeviceKeepsItsNeighbours(t *testing.T) {
 }
 
 func TestFastZeroOfLessThanABlockIsRefusedUntouched(t *testing.T) {
-	d := openRaw(t, newLoop(t, tempImage(t, 64<<10), 4096), newEngine(t, "pool"), false, raw.Options{})
+	d := openRaw(t, backingtest.Loop(t, tempImage(t, 64<<10), 4096), newEngine(t, "pool"), false, raw.Options{})
 	closeAfter(t, d)
 	fill(t, d, 1)
 	if err := d.Zero(t.Context(), 100, 4096, backing.FastZero); !errors.Is(err, backing.ErrNotSupported) {
@@ -154,7 +112,7 @@ func TestFastZeroOfLessThanABlockIsRefusedUntouched(t *testing.T) {
 }
 
 func TestBlockDeviceIsAllData(t *testing.T) {
-	d := openRaw(t, newLoop(t, tempImage(t, 1<<20), 512), newEngine(t, "pool"), false, raw.Options{})
+	d := openRaw(t, backingtest.Loop(t, tempImage(t, 1<<20), 512), newEngine(t, "pool"), false, raw.Options{})
 	closeAfter(t, d)
 	if holes(t, d, 0, 1<<20) {
 		t.Error("extents: got a hole in a block device")
@@ -163,7 +121,7 @@ func TestBlockDeviceIsAllData(t *testing.T) {
 
 func TestBlockDeviceGrowthIsAdopted(t *testing.T) {
 	image := tempImage(t, 1<<20)
-	node := newLoop(t, image, 512)
+	node := backingtest.Loop(t, image, 512)
 	d := openRaw(t, node, newEngine(t, "pool"), false, raw.Options{})
 	closeAfter(t, d)
 	if err := os.Truncate(image, 2<<20); err != nil {
@@ -183,7 +141,7 @@ func TestBlockDeviceGrowthIsAdopted(t *testing.T) {
 // device too.
 func TestLoopOverTruncatedFileFails(t *testing.T) {
 	image := tempImage(t, 1<<20)
-	d := openRaw(t, newLoop(t, image, 512), newEngine(t, "pool"), true, raw.Options{})
+	d := openRaw(t, backingtest.Loop(t, image, 512), newEngine(t, "pool"), true, raw.Options{})
 	closeAfter(t, d)
 	fill(t, d, 1)
 	if err := os.Truncate(image, 512<<10); err != nil {
@@ -199,7 +157,7 @@ func TestLoopOverTruncatedFileFails(t *testing.T) {
 }
 
 func TestSecondNodeIsTheSameDevice(t *testing.T) {
-	node := newLoop(t, tempImage(t, 1<<20), 512)
+	node := backingtest.Loop(t, tempImage(t, 1<<20), 512)
 	var st unix.Stat_t
 	if err := unix.Stat(node, &st); err != nil {
 		t.Fatal(err)
@@ -220,7 +178,7 @@ func TestSecondNodeIsTheSameDevice(t *testing.T) {
 }
 
 func TestReadOnlyBlockDeviceIsNotOpenedForWriting(t *testing.T) {
-	node := newLoop(t, tempImage(t, 1<<20), 512)
+	node := backingtest.Loop(t, tempImage(t, 1<<20), 512)
 	f, admin := openFile(t, node, unix.O_RDWR), openFile(t, node, unix.O_RDONLY)
 	t.Cleanup(func() {
 		// The loop device would stay so for its next user.

@@ -1,0 +1,54 @@
+package backingtest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Loop makes a block device out of a file, with logical blocks of sector
+// bytes, until the test ends.
+func Loop(t testing.TB, image string, sector uint32) string {
+	t.Helper()
+	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("needs root and loop devices: %v", err)
+	}
+	defer ctl.Close()
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for range 20 {
+		n, err := unix.IoctlRetInt(int(ctl.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			t.Skipf("needs a free loop device: %v", err)
+		}
+		node := fmt.Sprintf("/dev/loop%d", n)
+		dev, err := os.OpenFile(node, os.O_RDWR, 0)
+		if err != nil {
+			t.Skipf("needs %s: %v", node, err)
+		}
+		err = unix.IoctlLoopConfigure(int(dev.Fd()), &unix.LoopConfig{Fd: uint32(f.Fd()), Size: sector})
+		if errors.Is(err, unix.EBUSY) { // somebody else was faster
+			_ = dev.Close()
+			continue
+		}
+		if err != nil {
+			t.Fatalf("configure %s: %v", node, err)
+		}
+		t.Cleanup(func() {
+			if _, err := unix.IoctlRetInt(int(dev.Fd()), unix.LOOP_CLR_FD); err != nil {
+				t.Errorf("detach %s: %v", node, err)
+			}
+			_ = dev.Close()
+		})
+		return node
+	}
+	t.Skip("needs a free loop device: all are taken at once")
+	return ""
+}
