@@ -15,10 +15,6 @@ if [ "$1" = purge ]; then
 	rm -rf /var/lib/vmdiskd/exports /var/lib/vmdiskd/vm
 	rmdir --ignore-fail-on-non-empty /etc/vmdiskd/vm /etc/vmdiskd/swap /etc/vmdiskd 2>/dev/null || true
 fi
-# Images of guests are never removed, and while there are some their owner
-# stays too.
+# Images of guests are never removed. The user stays, and its group: another
+# account with the same numbers would own them.
 rmdir /var/lib/vmdiskd/images /var/lib/vmdiskd/exports /var/lib/vmdiskd/vm /var/lib/vmdiskd 2>/dev/null || true
-if [ "$1" = purge ] && [ ! -e /var/lib/vmdiskd ] && getent passwd vmdiskd >/dev/null; then
-	userdel vmdiskd || true
-	! getent group vmdiskd >/dev/null || groupdel vmdiskd || true
-fi

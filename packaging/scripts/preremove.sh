@@ -10,6 +10,9 @@ esac
 if [ -d /run/systemd/system ]; then
 	systemctl stop vmdiskd.socket vmdiskd-vsock.socket 'vmdiskd@*.socket' vmdiskd.service 'vmdiskd@*.service' || true
 fi
-for unit in vmdiskd.service vmdiskd.socket vmdiskd-vsock.socket; do
-	systemctl --no-reload disable $unit >/dev/null 2>&1 || true
+for link in /etc/systemd/system/*.wants/vmdiskd*; do
+	unit=${link##*/}
+	case "$unit" in
+	vmdiskd.* | vmdiskd-vsock.* | vmdiskd@* | vmdiskd-swap@*) systemctl --no-reload disable "$unit" >/dev/null 2>&1 || true ;;
+	esac
 done

@@ -143,7 +143,7 @@ func packageSteps() []Step {
 		{Name: "upgrade", Script: "dpkg -i /root/vmdiskd.deb; systemctl is-active vmdiskd.service; " + size(own)},
 		{Name: "an instance for one machine", Script: `
 				cp /root/vm1.toml /etc/vmdiskd/vm/vm1.toml
-				systemctl start vmdiskd@vm1.socket
+				systemctl enable --now vmdiskd@vm1.socket
 				` + size(vm) + `
 				vmdiskctl status --socket /run/vmdiskd/vm1/control.sock`},
 		{Name: "swap space", Script: `
@@ -159,11 +159,12 @@ func packageSteps() []Step {
 		{Name: "remove and purge", Script: `
 				dpkg -r vmdiskd
 				fails systemctl is-active vmdiskd.service vmdiskd.socket vmdiskd@vm1.service
+				fails ls /etc/systemd/system/*.wants/vmdiskd*
 				[ -e /etc/vmdiskd/vmdiskd.toml ]
 				[ -e /var/lib/vmdiskd/images/a.img ]
 				rm /var/lib/vmdiskd/images/* /etc/vmdiskd/vm/vm1.toml
 				dpkg --purge vmdiskd
-				fails getent passwd vmdiskd; fails getent group vmdiskd
+				getent passwd vmdiskd; getent group vmdiskd # who owns images elsewhere
 				find / -xdev -name '*vmdiskd*' ! -path '/proc/*' ! -path '/lab/*' >/root/after
 				fails grep -vxF -f /root/before /root/after`},
 	}
