@@ -2,6 +2,7 @@ package backing
 
 import (
 	"context"
+	"math"
 	"os"
 	"reflect"
 	"sync"
@@ -20,7 +21,8 @@ import (
 // With alignment 1 it is a plain pass to the engine. Otherwise the file is
 // open with O_DIRECT, and a write of part of a block is exclusive for that
 // block: no other write that touches the block, aligned or not, runs between
-// the read and the write of it.
+// the read and the write of it. A write to the part of a block in which the
+// file ends is exclusive for the whole file.
 type Aligned struct {
 	eng   engine.Engine
 	file  *engine.File
@@ -32,10 +34,6 @@ type Aligned struct {
 	// lend. A caller that waits for it holds buffers of the pool itself, so
 	// waiting for the pool could be for ever.
 	spare chan *bufpool.Buf
-
-	// tailMu is held while O_DIRECT is switched off for a write at the end
-	// of the file. It comes after the range locks.
-	tailMu sync.Mutex
 }
 
 // NewAligned works on f, which stays the caller's. align is the alignment of
@@ -214,37 +212,53 @@ func (a *Aligned) writeBlocks(ctx context.Context, p []byte, off int64, fua bool
 
 // modify writes p, a part of one block.
 func (a *Aligned) modify(ctx context.Context, p []byte, off int64, fua bool) error {
+	if ends, err := a.modifyBlock(ctx, p, off, fua); err != nil || !ends {
+		return err
+	}
+	return a.writeTail(ctx, p, off, fua)
+}
+
+// modifyBlock reads, modifies and writes the block of which p is a part. It
+// writes nothing if the file ends in the block.
+func (a *Aligned) modifyBlock(ctx context.Context, p []byte, off int64, fua bool) (ends bool, err error) {
 	lo, hi := a.blocks(off, int64(len(p)))
 	l, err := a.locks.lock(ctx, lo, hi, true)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer l.Release()
 	b, err := a.bounce(ctx, int(a.align))
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer a.giveBack(b)
 	buf := b.Bytes()[:a.align]
 	n, err := a.do(ctx, engine.OpRead, buf, lo, false)
-	if err != nil {
-		return err
-	}
-	if n < len(buf) {
-		return a.writeTail(ctx, p, off, fua)
+	if err != nil || n < len(buf) {
+		return err == nil, err
 	}
 	copy(buf[off-lo:], p)
 	_, err = a.do(ctx, engine.OpWrite, buf, lo, fua)
-	return err
+	return false, err
 }
 
-// writeTail writes into the block in which the file ends. Writing the whole
-// block would make the file longer, so O_DIRECT is off meanwhile; transfers
-// that begin in that time go through the page cache, which the kernel keeps
-// coherent with direct ones.
+// writeTail writes into the block in which the file ends, or ended: it is right
+// for any range. Writing the whole block would make the file longer, so O_DIRECT
+// is off meanwhile, for everything that works on the open file.
+//
+// The kernel lets a write through the page cache run beside asynchronous
+// direct ones, and then writes a page back that has not what they wrote; how
+// much of the file is in one folio only the file system knows. So no other
+// write runs anywhere in the file, neither before nor after the switch. What is
+// left dirty is written back before the next direct write near it begins. Reads
+// may be made either way: those through the page cache leave clean pages,
+// which direct writes drop.
 func (a *Aligned) writeTail(ctx context.Context, p []byte, off int64, fua bool) (err error) {
-	a.tailMu.Lock()
-	defer a.tailMu.Unlock()
+	l, err := a.locks.lock(ctx, 0, math.MaxInt64, true)
+	if err != nil {
+		return err
+	}
+	defer l.Release()
 	if err := setDirect(a.file.FD(), false); err != nil {
 		return err
 	}

@@ -203,6 +203,65 @@ func TestPartialWriteExcludesOtherWritesOfItsBlock(t *testing.T) {
 	}
 }
 
+// waiter tells when somebody waits for its end.
+type waiter struct {
+	context.Context
+	waits chan struct{}
+}
+
+func newWaiter(t *testing.T) waiter { return waiter{t.Context(), make(chan struct{}, 1)} }
+
+func (w waiter) Done() <-chan struct{} {
+	select {
+	case w.waits <- struct{}{}:
+	default:
+	}
+	return w.Context.Done()
+}
+
+// TestTailWriteRunsBesideNoOtherWrite: a write through the page cache beside
+// direct ones loses what they wrote, wherever in the file they are.
+func TestTailWriteRunsBesideNoOtherWrite(t *testing.T) {
+	const block, end = 512, 64<<10 + 100
+	d := newDirect(t, end, block, bounce)
+	before, err := d.Share(t.Context(), 0, block)
+	if err != nil {
+		t.Fatalf("share: %v", err)
+	}
+	gate := backingtest.NewGate()
+	d.fault.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Gate: gate})
+	tail, after := newWaiter(t), newWaiter(t)
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- d.WriteAt(tail, []byte{2}, end-1, false) }()
+	select {
+	case <-tail.waits:
+	case <-gate.Arrived:
+		t.Error("the tail is written while a write elsewhere is in flight")
+		gate.Arrived <- struct{}{}
+	}
+	before.Release()
+	<-gate.Arrived
+	if lease, ok := d.TryShare(0, block, nil); ok {
+		lease.Release()
+		t.Error("a write elsewhere could be mapped while the tail is written")
+	}
+	go func() { second <- d.WriteAt(after, bytes.Repeat([]byte{3}, block), 0, false) }()
+	select {
+	case <-after.waits:
+	case err := <-second:
+		t.Errorf("write elsewhere: got %v while the tail is written, want it to wait", err)
+		second <- err
+	}
+	gate.Open()
+	if err := errors.Join(<-first, <-second); err != nil {
+		t.Fatalf("writes: %v", err)
+	}
+	want := bytes.Repeat([]byte{1}, end)
+	copy(want, bytes.Repeat([]byte{3}, block))
+	want[end-1] = 2
+	d.wantContents(t, want)
+}
+
 func TestSharedRangeHoldsPartialWritesBackAndLetsWholeOnesPass(t *testing.T) {
 	d := newDirect(t, 8192, 4096, bounce)
 	lease, err := d.Share(t.Context(), 100, 10)
