@@ -91,7 +91,8 @@ func (e *Emulate) WriteAt(ctx context.Context, p []byte, off int64, f Flags) err
 	return e.Next.Flush(ctx)
 }
 
-// Zero falls back to writing zeroes, unless the caller wanted it fast.
+// Zero falls back to writing zeroes, unless the caller wanted it fast. What it
+// has not begun to write when ctx ends stays as it is.
 func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
 	if err := e.usable(); err != nil {
 		return err
@@ -111,6 +112,9 @@ func (e *Emulate) Zero(ctx context.Context, off, n int64, f Flags) error {
 		return err
 	}
 	for n > 0 {
+		if err := ctx.Err(); err != nil { // a write into the page cache does not look
+			return err
+		}
 		// Pieces end on boundaries, whatever the beginning: a device writes
 		// whole blocks at once.
 		p := zeroes[:min(n, int64(len(zeroes))-off%int64(len(zeroes)))]

@@ -82,6 +82,26 @@ func TestEmulateCalls(t *testing.T) {
 	}
 }
 
+// givenUp is a disk whose caller gives up during each write.
+type givenUp struct {
+	*recorder
+	giveUp context.CancelFunc
+}
+
+func (d givenUp) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
+	d.giveUp()
+	return d.recorder.WriteAt(ctx, p, off, f)
+}
+
+func TestZeroByWritesEndsWithItsContext(t *testing.T) {
+	ctx, giveUp := context.WithCancel(t.Context())
+	_, r := emulated(backing.CanWrite, nil)
+	err := backing.NewEmulate(givenUp{r, giveUp}).Zero(ctx, 0, 1<<30, backing.FUA)
+	if want := []string{"write 0+262144 0"}; !errors.Is(err, context.Canceled) || !slices.Equal(r.calls, want) {
+		t.Errorf("got %v after %d calls, want %v after %q", err, len(r.calls), context.Canceled, want)
+	}
+}
+
 // everything claims to be able to do all, so that Checked lets all through.
 type everything struct{ backing.Device }
 
