@@ -134,7 +134,7 @@ func (a *Aligned) readPart(ctx context.Context, p []byte, off int64) (want, n in
 		return int(m), n, err
 	}
 	lo, hi := a.blocks(off, int64(len(p)))
-	hi = min(hi, lo+limits.BounceBuffer)
+	hi = lo + min(hi-lo, limits.BounceBuffer)
 	want = int(min(hi-off, int64(len(p))))
 	b, err := a.bounce(ctx, int(hi-lo))
 	if err != nil {

@@ -105,6 +105,9 @@ func (d *Device) open(f *os.File) (err error) {
 	if d.geo.direct {
 		d.geo.align = max(d.geo.align, int64(d.file.Align))
 		d.file.Align = int(d.geo.align)
+		if err := d.geo.endsDirectly(d.opt.Path); err != nil {
+			return err
+		}
 	}
 	d.al, err = backing.NewAligned(context.Background(), d.eng, d.file, d.geo.align, d.opt.Buffers)
 	if err != nil {

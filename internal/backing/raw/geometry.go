@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -132,6 +133,16 @@ func (g *geometry) surveyDirect(fd uintptr, o Options) error {
 	}
 	g.preferred = max(g.preferred, g.align)
 	return nil
+}
+
+// endsDirectly refuses a file whose last block ends beyond the largest offset:
+// past the page cache it cannot be transferred as a whole.
+func (g *geometry) endsDirectly(path string) error {
+	if g.size <= math.MaxInt64&^(g.align-1) {
+		return nil
+	}
+	return &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.ErrNotSupported,
+		Err: fmt.Errorf("the end of a file of %d bytes can be reached through the page cache only", g.size)}
 }
 
 // probeAlign tries whether a read of 512 bytes, into memory aligned no better

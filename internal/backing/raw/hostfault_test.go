@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -94,6 +95,54 @@ func TestTmpfsConforms(t *testing.T) {
 				closeAfter(t, d)
 				return backing.NewEmulate(d)
 			}})
+		})
+	}
+}
+
+// TestLargestFilesAreServedToTheirEnd: offsets end there too.
+func TestLargestFilesAreServedToTheirEnd(t *testing.T) {
+	dir := mountTmpfs(t, 1<<20)
+	for _, tt := range []struct {
+		size    int64
+		direct  bool
+		refused bool // the last block is not whole, and ends beyond all offsets
+	}{
+		{math.MaxInt64, false, false},
+		{math.MaxInt64 - 511, false, false},
+		{math.MaxInt64 - 4095, false, false},
+		{math.MaxInt64 - 4095, true, false},
+		{math.MaxInt64, true, true},
+	} {
+		t.Run(fmt.Sprintf("%d direct %v", tt.size, tt.direct), func(t *testing.T) {
+			path := filepath.Join(dir, "disk.img")
+			if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, tt.size)); err != nil {
+				t.Fatal(err)
+			}
+			d, err := tryRaw(t, path, newEngine(t, "pool"), tt.direct, raw.Options{})
+			if tt.refused {
+				if !errors.Is(err, backing.ErrNotSupported) {
+					t.Errorf("open: got %v, want %v", err, backing.ErrNotSupported)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatalf("open: %v", err)
+			}
+			closeAfter(t, d)
+			got := make([]byte, 3)
+			for name, err := range map[string]error{
+				"write":           d.WriteAt(t.Context(), []byte("end"), tt.size-3, 0),
+				"read":            d.ReadAt(t.Context(), got, tt.size-3),
+				"trim of a part":  d.Trim(t.Context(), tt.size-100, 100, 0),
+				"trim of a block": d.Trim(t.Context(), tt.size-8192, 8000, 0),
+			} {
+				if err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			if err := d.ReadAt(t.Context(), got, tt.size-3); err != nil || string(got) != "end" {
+				t.Errorf("read: got %q, %v, want %q", got, err, "end")
+			}
 		})
 	}
 }

@@ -204,7 +204,11 @@ func (d *Device) trim(ctx context.Context, off, n int64) error {
 }
 
 // inward gives the whole blocks inside a range; lo ≥ hi says that there are
-// none.
+// none. A range may end at the largest offset that there is.
 func (d *Device) inward(off, n, block int64) (lo, hi int64) {
-	return (off + block - 1) &^ (block - 1), (off + n) &^ (block - 1)
+	before := -off & (block - 1)
+	if before >= n {
+		return 0, 0
+	}
+	return off + before, (off + n) &^ (block - 1)
 }
