@@ -31,8 +31,10 @@ type deviceFlags struct {
 	readyFD            int
 }
 
-func newDeviceAttach() *cobra.Command {
-	f := &deviceFlags{}
+func newDeviceAttach() *cobra.Command { return new(deviceFlags).command() }
+
+// command is device attach with these flags.
+func (f *deviceFlags) command() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "attach URI [/dev/nbdN]",
 		Short: "Attach an export as a device",
@@ -58,7 +60,7 @@ died, the same command with the name of the device takes the device over.`,
 	n.BoolVar(&f.stay, "foreground", false, "be that process")
 	n.BoolVar(&f.log, "syslog", false, "with --foreground: when attached, let go of the terminal and write to the system log")
 	n.IntVar(&f.readyFD, "ready-fd", -1, "with --foreground: write the device to this descriptor when it is attached")
-	n.DurationVar(&f.poll, "poll", limits.DevicePoll, "how often that process asks for the size; 0 is never")
+	n.DurationVar(&f.poll, "poll", limits.DevicePoll, "how often that process asks for the size; 0 is never, the default with --swap")
 	n.BoolVar(&f.json, "json", false, "write JSON")
 	return c
 }
@@ -84,6 +86,9 @@ func (f *deviceFlags) check(c *cobra.Command, direct bool) error {
 	f.persist = f.persist || f.stay || !direct
 	if f.swap {
 		f.timeout = 0
+		if !set("poll") {
+			f.poll = 0 // a swap area does not grow
+		}
 	}
 	if set("dead-conn-timeout") {
 		return nil

@@ -3,6 +3,9 @@ package main
 import (
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
@@ -40,6 +43,29 @@ func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
 	}
 	for _, name := range []string{"", "nbd", "sda", "/dev/nbd0/", "-1"} {
 		want(t, exitUsage, "device", "detach", "--", name)
+	}
+}
+
+// TestSizeOfASwapDeviceIsAskedForOnDemandOnly: the area on it cannot grow, and
+// each question takes a connection to a server that has memory for few.
+func TestSizeOfASwapDeviceIsAskedForOnDemandOnly(t *testing.T) {
+	for _, tt := range []struct {
+		args string
+		want time.Duration
+	}{
+		{"--persist", limits.DevicePoll},
+		{"--persist --poll=1s", time.Second},
+		{"--persist --swap", 0},
+		{"--persist --swap --poll=1s", time.Second},
+	} {
+		f := &deviceFlags{}
+		c := f.command()
+		if err := c.ParseFlags(strings.Fields(tt.args)); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.check(c, true); err != nil || f.poll != tt.want {
+			t.Errorf("%s: asked for each %v, want %v; %v", tt.args, f.poll, tt.want, err)
+		}
 	}
 }
 
