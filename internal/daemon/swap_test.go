@@ -8,8 +8,9 @@ import (
 	"testing/fstest"
 )
 
-// TestSwapOnTheDiskIsFound: the device, a partition of it and what stands on it,
-// and nothing else.
+// TestSwapOnTheDiskIsFound: the device, which has the size that the disk had
+// when it was attached, a partition of it and what stands on it, and nothing
+// that cannot be the disk.
 func TestSwapOnTheDiskIsFound(t *testing.T) {
 	const size = 1 << 30
 	const header = "Filename\tType\tSize\tUsed\tPriority\n"
@@ -18,7 +19,7 @@ func TestSwapOnTheDiskIsFound(t *testing.T) {
 		{"another device", header + "/dev/sda2 partition 1 0 -2\n", ""},
 		{"the device", header + "/dev/sda2 partition 1 0 -2\n/dev/nbd0 partition 1 0 -3\n", "/dev/nbd0"},
 		{"a partition", header + "/dev/nbd0p12 partition 1 0 -3\n", "/dev/nbd0p12"},
-		{"another server's device", header + "/dev/nbd1 partition 1 0 -3\n", ""},
+		{"a larger disk's device", header + "/dev/nbd1 partition 1 0 -3\n", ""},
 		{"a device without a size", header + "/dev/nbd2 partition 1 0 -3\n", "/dev/nbd2"},
 		{"a volume on the device", header + "/dev/dm-1 partition 1 0 -3\n", "/dev/dm-1"},
 		{"a volume on another", header + "/dev/dm-2 partition 1 0 -3\n", ""},
@@ -45,8 +46,10 @@ func TestSwapOnTheDiskIsFound(t *testing.T) {
 			if got := swapOn(root, size); got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
-			if got := swapOn(root, size+4095); got != tt.want {
-				t.Errorf("with a size that is no whole block: got %q, want %q", got, tt.want)
+			for _, more := range []int64{4095, 64 << 10, size / 2} {
+				if got := swapOn(root, size+more); got != tt.want {
+					t.Errorf("with a disk that has %d bytes more: got %q, want %q", more, got, tt.want)
+				}
 			}
 		})
 	}

@@ -14,8 +14,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// swapInUse names a device of this machine that swaps to the disk, or returns
-// "". To stop then would end every program that has memory there.
+// swapInUse names a device of this machine that swaps to the disk, or may be
+// taken for one that does, or returns "". To stop then would end every program
+// that has memory there.
 func (d *daemon) swapInUse() string {
 	if !d.cfg.Swap.On || d.server == nil || len(d.server.Clients()) == 0 {
 		return ""
@@ -43,9 +44,10 @@ func (d *daemon) refuseStop(sig os.Signal) bool {
 // when it cannot be read.
 const swapsFile = "/proc/swaps"
 
-// swapOn looks for a swap area on an NBD device of size bytes, in the file
-// system that has proc and sys, and names it as the kernel does. What cannot be
-// read is taken for such a device.
+// swapOn looks for a swap area on an NBD device of at most size bytes, in the
+// file system that has proc and sys, and names it as the kernel does. A device
+// keeps the size that the disk had, which may have grown since and does not
+// shrink. What cannot be read is taken for such a device.
 func swapOn(root fs.FS, size int64) string {
 	f, err := root.Open("proc/swaps")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -74,13 +76,12 @@ func swapOn(root fs.FS, size int64) string {
 // nbdDevice matches a device of the kernel's client, or a partition of one.
 var nbdDevice = regexp.MustCompile(`^(nbd\d+)(p\d+)?$`)
 
-// standsOn tells whether a block device is an NBD device of size bytes or
-// stands on one, over at most depth others.
+// standsOn tells whether a block device is an NBD device of at most size bytes
+// or stands on one, over at most depth others.
 func standsOn(root fs.FS, name string, size int64, depth int) bool {
 	if m := nbdDevice.FindStringSubmatch(name); m != nil {
 		sectors, err := readNumber(root, "sys/class/block/"+m[1]+"/size")
-		// The kernel has whole blocks of its own size only.
-		return err != nil || sectors*512 <= size && size-sectors*512 < 64<<10
+		return err != nil || sectors <= size/512
 	}
 	if depth == 0 {
 		return true
