@@ -3,7 +3,9 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -129,8 +131,46 @@ var fileSystems = map[int64]string{
 	unix.TMPFS_MAGIC: "tmpfs", unix.RAMFS_MAGIC: "ramfs", unix.BTRFS_SUPER_MAGIC: "Btrfs", unix.SMB2_SUPER_MAGIC: "SMB",
 }
 
-// Major numbers of block devices that have another memory below them.
-var swapBadMajors = map[uint32]string{7: "loop device", 43: "NBD device"}
+// swapBadDisk matches the names, as drivers give them, of disks that have memory
+// or another program below them. swapBadDisks is what those are.
+var (
+	swapBadDisk  = regexp.MustCompile(`^(loop|nbd|zram|ram)\d`)
+	swapBadDisks = map[string]string{"loop": "loop device", "nbd": nbdKind, "zram": "zram device", "ram": "RAM disk"}
+)
+
+// nbdKind is a device of the kernel's client.
+const nbdKind = "NBD device"
+
+// diskKind is what makes a disk no safe place for swap, by its name or that of a
+// partition, or "".
+func diskKind(name string) string {
+	m := swapBadDisk.FindStringSubmatch(name)
+	if m == nil {
+		return ""
+	}
+	return swapBadDisks[m[1]]
+}
+
+// checkSwapDisk says why a block device, or what stands on it, is no safe place
+// for swap; root has sys.
+func checkSwapDisk(root fs.FS, path string, dev uint64) error {
+	name, err := deviceName(root, unix.Major(dev), unix.Minor(dev))
+	if err != nil {
+		return fmt.Errorf("%q is on a device of which nothing is known: %w", path, err)
+	}
+	disk, err := disksBelow(root, name, func(disk string) bool { return diskKind(disk) != "" })
+	if err != nil {
+		return fmt.Errorf("%q is on %s, of which not all is known: %w", path, name, err)
+	}
+	if disk == "" {
+		return nil
+	}
+	kind := diskKind(disk)
+	if kind == "" {
+		return fmt.Errorf("%q has more than %d devices below it", path, limits.SwapDepth)
+	}
+	return fmt.Errorf("%q is on the %s %s, which takes memory to write", path, kind, disk)
+}
 
 // checkSwapFile says why a file or device is no safe place for swap.
 func checkSwapFile(path string) error {
@@ -140,26 +180,23 @@ func checkSwapFile(path string) error {
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFBLK:
-		if kind := swapBadMajors[unix.Major(st.Rdev)]; kind != "" {
-			return fmt.Errorf("%q is a %s, which takes memory to write", path, kind)
-		}
-		return nil
+		return checkSwapDisk(os.DirFS("/"), path, st.Rdev)
 	case unix.S_IFREG:
 	default:
 		return fmt.Errorf("%q is neither a regular file nor a block device", path)
 	}
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err != nil {
+	var in unix.Statfs_t
+	if err := unix.Statfs(path, &in); err != nil {
 		return &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
-	if !swapFileSystems[int64(fs.Type)] {
-		name := fileSystems[int64(fs.Type)]
+	if !swapFileSystems[int64(in.Type)] {
+		name := fileSystems[int64(in.Type)]
 		if name == "" {
-			name = fmt.Sprintf("a file system of type 0x%x", fs.Type)
+			name = fmt.Sprintf("a file system of type 0x%x", in.Type)
 		}
 		return fmt.Errorf("%q is on %s, which takes memory to write", path, name)
 	}
-	return nil
+	return checkSwapDisk(os.DirFS("/"), path, st.Dev)
 }
 
 // hasHoles tells whether writes to a file have to allocate space.

@@ -1,11 +1,19 @@
 package daemon
 
 import (
+	"fmt"
+	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // TestSwapOnTheDiskIsFound: the device, which has the size that the disk had
@@ -29,20 +37,16 @@ func TestSwapOnTheDiskIsFound(t *testing.T) {
 		{"nothing", "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s)} }
-			root := fstest.MapFS{
-				"proc/swaps":                        file(tt.swaps),
-				"sys/class/block/nbd0/size":         file("2097152\n"),
-				"sys/class/block/nbd1/size":         file("4194304\n"),
-				"sys/class/block/nbd2/size":         file("many\n"),
-				"sys/class/block/dm-0/slaves/nbd0":  file(""),
-				"sys/class/block/dm-1/slaves/sda2":  file(""),
-				"sys/class/block/dm-1/slaves/dm-0":  file(""),
-				"sys/class/block/dm-2/slaves/nbd1":  file(""),
-				"sys/class/block/dm-3/slaves/dm-3":  file(""),
-				"sys/class/block/sda2/partition":    file("2"),
-				"sys/class/block/nbd0p12/partition": file("12"),
-			}
+			root := sysWith(map[string]string{
+				"nbd0": "virtual/block/nbd0", "nbd1": "virtual/block/nbd1", "nbd2": "virtual/block/nbd2",
+				"nbd0p12": "virtual/block/nbd0/nbd0p12",
+				"sda2":    "pci0000:00/block/sda/sda2", "sda": "pci0000:00/block/sda",
+				"dm-0": "virtual/block/dm-0", "dm-1": "virtual/block/dm-1", "dm-2": "virtual/block/dm-2", "dm-3": "virtual/block/dm-3",
+			}, map[string][]string{"dm-0": {"nbd0"}, "dm-1": {"sda2", "dm-0"}, "dm-2": {"nbd1"}, "dm-3": {"dm-3"}})
+			root["proc/swaps"] = sysFile(tt.swaps)
+			root["sys/devices/virtual/block/nbd0/size"] = sysFile("2097152\n")
+			root["sys/devices/virtual/block/nbd1/size"] = sysFile("4194304\n")
+			root["sys/devices/virtual/block/nbd2/size"] = sysFile("many\n")
 			if got := swapOn(root, size); got != tt.want {
 				t.Errorf("got %q, want %q", got, tt.want)
 			}
@@ -55,6 +59,92 @@ func TestSwapOnTheDiskIsFound(t *testing.T) {
 	}
 	if got := swapOn(fstest.MapFS{}, size); got != "" {
 		t.Errorf("without /proc/swaps: got %q", got)
+	}
+}
+
+func sysFile(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
+
+// sysWith has block devices, with the places of their folders in sys/devices,
+// and those that some stand on. A place inside of that of a disk is that of a
+// partition.
+func sysWith(devices map[string]string, slaves map[string][]string) fstest.MapFS {
+	link := func(to string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(to), Mode: fs.ModeSymlink} }
+	root := fstest.MapFS{}
+	for name, at := range devices {
+		root["sys/class/block/"+name] = link("../../devices/" + at)
+		root["sys/devices/"+at+"/dev"] = sysFile("")
+		if path.Base(path.Dir(path.Dir(at))) == "block" {
+			root["sys/devices/"+at+"/partition"] = sysFile("1")
+			continue
+		}
+		root["sys/devices/"+at+"/slaves"] = &fstest.MapFile{Mode: fs.ModeDir}
+		for _, s := range slaves[name] {
+			root["sys/devices/"+at+"/slaves/"+s] = link("../../../../class/block/" + s)
+		}
+	}
+	return root
+}
+
+// TestSwapIsNotSafeOnWhatTakesMemoryFarBelow: a loop device is one under any
+// number of partitions, volumes and arrays.
+func TestSwapIsNotSafeOnWhatTakesMemoryFarBelow(t *testing.T) {
+	devices, slaves := map[string]string{}, map[string][]string{
+		"dm-0": {"loop1"}, "dm-1": {"sda2", "dm-0"}, "dm-2": {"sda2", "nvme0n1"}, "md0": {"sdb", "loop1p1"}, "dm-3": {"gone"},
+	}
+	for _, name := range []string{"dm-0", "dm-1", "dm-2", "dm-3", "md0", "loop1", "zram0", "ram3", "nbd12", "nvme0n1", "sda", "sdb", "ramdisk"} {
+		devices[name] = "virtual/block/" + name
+	}
+	devices["sda2"], devices["loop1p1"], devices["nbd12p1"], devices["md0p1"] = "virtual/block/sda/sda2", "virtual/block/loop1/loop1p1", "virtual/block/nbd12/nbd12p1", "virtual/block/md0/md0p1"
+	for i := range limits.SwapDepth + 1 { // a chain of one too many
+		name := fmt.Sprint("dm-", 10+i)
+		devices[name], slaves[name] = "virtual/block/"+name, []string{fmt.Sprint("dm-", 11+i)}
+	}
+	devices[fmt.Sprint("dm-", 11+limits.SwapDepth)] = fmt.Sprint("virtual/block/dm-", 11+limits.SwapDepth)
+	root := sysWith(devices, slaves)
+	for name, want := range map[string]string{
+		"sda": "", "sda2": "", "nvme0n1": "", "dm-2": "", "ramdisk": "",
+		"loop1": "the loop device loop1", "loop1p1": "the loop device loop1", "zram0": "the zram device zram0",
+		"ram3": "the RAM disk ram3", "nbd12": "the NBD device nbd12", "nbd12p1": "the NBD device nbd12",
+		"dm-0": "the loop device loop1", "dm-1": "the loop device loop1", "md0": "the loop device loop1", "md0p1": "the loop device loop1",
+		"dm-3": "not all is known", "none": "nothing is known",
+		"dm-10": "more than 8 devices", "dm-11": "",
+	} {
+		if _, there := devices[name]; there {
+			root["sys/dev/block/259:7"] = &fstest.MapFile{Data: []byte("../../devices/" + devices[name]), Mode: fs.ModeSymlink}
+		} else {
+			delete(root, "sys/dev/block/259:7")
+		}
+		err := checkSwapDisk(root, "/disk", unix.Mkdev(259, 7))
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: got %v, want %q", name, err, want)
+		}
+	}
+}
+
+// TestDisksOfThisMachineAreKnown: what sys has here is read as the made one is.
+func TestDisksOfThisMachineAreKnown(t *testing.T) {
+	root := os.DirFS("/")
+	all, err := fs.ReadDir(root, "sys/dev/block")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		var major, minor uint32
+		if _, err := fmt.Sscanf(e.Name(), "%d:%d", &major, &minor); err != nil {
+			t.Fatal(err)
+		}
+		name, err := deviceName(root, major, minor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = checkSwapDisk(root, name, unix.Mkdev(major, minor))
+		t.Log(name, err)
+		switch bad := strings.TrimRight(name, "p0123456789"); {
+		case slices.Contains([]string{"loop", "nbd", "zram", "ram"}, bad) && err == nil:
+			t.Errorf("%s is taken for a place for swap", name)
+		case slices.Contains([]string{"sd", "vd", "nvme0n"}, bad) && err != nil:
+			t.Errorf("%s is refused: %v", name, err)
+		}
 	}
 }
 

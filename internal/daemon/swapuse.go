@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -66,36 +65,23 @@ func swapOn(root fs.FS, size int64) string {
 		if i == 0 || len(fields) < 5 {
 			continue
 		}
-		if standsOn(root, path.Base(fields[0]), size, limits.SwapDepth) {
+		name := path.Base(fields[0])
+		disk, err := disksBelow(root, name, func(disk string) bool { return isServed(root, disk, size) })
+		if disk != "" || err != nil && isServed(root, name, size) {
 			return fields[0]
 		}
 	}
 	return ""
 }
 
-// nbdDevice matches a device of the kernel's client, or a partition of one.
-var nbdDevice = regexp.MustCompile(`^(nbd\d+)(p\d+)?$`)
-
-// standsOn tells whether a block device is an NBD device of at most size bytes
-// or stands on one, over at most depth others.
-func standsOn(root fs.FS, name string, size int64, depth int) bool {
-	if m := nbdDevice.FindStringSubmatch(name); m != nil {
-		sectors, err := readNumber(root, "sys/class/block/"+m[1]+"/size")
-		return err != nil || sectors <= size/512
+// isServed tells whether a block device is, by its name, of the kernel's client,
+// and has at most size bytes.
+func isServed(root fs.FS, name string, size int64) bool {
+	if diskKind(name) != nbdKind {
+		return false
 	}
-	if depth == 0 {
-		return true
-	}
-	below, err := fs.ReadDir(root, "sys/class/block/"+name+"/slaves")
-	if err != nil {
-		return false // a file, or a partition
-	}
-	for _, b := range below {
-		if standsOn(root, b.Name(), size, depth-1) {
-			return true
-		}
-	}
-	return false
+	sectors, err := readNumber(root, "sys/class/block/"+name+"/size")
+	return err != nil || sectors <= size/512
 }
 
 func readNumber(root fs.FS, name string) (int64, error) {

@@ -60,8 +60,8 @@ const (
 	SwapUntouched = 8 << 20
 	SwapMargin    = 1 << 20
 
-	// SwapDepth bounds the block devices that stand on one another between a
-	// swap area and the NBD device.
+	// SwapDepth bounds the block devices that stand on one another between one
+	// that is asked about and the disk.
 	SwapDepth = 8
 
 	// SwapsFile bounds /proc/swaps: some dozen areas are the kernel's own
