@@ -1,12 +1,16 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -74,6 +78,64 @@ func TestToolsListManyExports(t *testing.T) {
 		out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
 		if n := strings.Count(string(out), "1048576"); err != nil || n < many {
 			t.Errorf("%s: %v, %d exports, want %d\n%s", argv[0], err, n, many, out)
+		}
+	}
+	s.stop()
+}
+
+// TestSocketsInTheWayOfAServiceThatRuns: its worker, which can connect to
+// nobody, knows a stale one from a server's, again and again, and the server
+// sees nothing of it.
+func TestSocketsInTheWayOfAServiceThatRuns(t *testing.T) {
+	s := newService(t, "")
+	own := filepath.Join(s.dir, "own")
+	x := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img"), Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + own}}}
+	for range 2 {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: own, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		_, err = s.ctl.Add(t.Context(), api.AddExport{Export: x})
+		if err == nil || !strings.Contains(err.Error(), "a server answers there") {
+			t.Errorf("beside a server: %v, want that one answers", err)
+		}
+		raw, err := l.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = raw.Control(func(fd uintptr) {
+			if _, _, err := unix.Accept4(int(fd), unix.SOCK_NONBLOCK); !errors.Is(err, unix.EAGAIN) {
+				t.Errorf("accept: %v, want that nobody called", err)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
+			t.Fatalf("in place of a stale socket: %v", err)
+		}
+		if got := s.size("nbd+unix:///?socket=" + own); got != "1048576" {
+			t.Errorf("size: got %q", got)
+		}
+		if err := s.ctl.Remove(t.Context(), "b", true, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.stop()
+}
+
+// TestNamesOfHostsInAServiceThatRuns: its worker asks no name server, and says
+// so.
+func TestNamesOfHostsInAServiceThatRuns(t *testing.T) {
+	s := newService(t, "")
+	for host, want := range map[string]string{"localhost": "", "vmdiskd.invalid": "operation not permitted"} {
+		x := config.Export{Name: host, Image: "1M", Format: "mem"}
+		x.Listeners = []config.Listener{{URI: "nbd://" + host + ":0"}}
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: x})
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", host, err, want)
 		}
 	}
 	s.stop()

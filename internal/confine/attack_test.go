@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // attackEnv makes the test binary be stage 0 of a worker that attacks.
@@ -29,6 +30,10 @@ type attack struct {
 	TCP     string // address that somebody listens to
 	Socket  string // abstract socket of somebody else
 	Dir     string // folder that is not the worker's
+	Peer    string // in it, a Unix socket that somebody listens at
+	Log     string // in it, a Unix socket that takes datagrams
+	UDP     string // address that takes datagrams
+	Probe   int    // descriptor that connect is allowed for
 }
 
 // attackStage0 becomes the worker.
@@ -56,7 +61,14 @@ func attackWorker() error {
 			return errors.New("the kernel has no Landlock")
 		}
 	}
-	if err := (confine.Filter{Service: a.Service}).Load(); err != nil {
+	if a.Service {
+		p, err := transport.NewProbe()
+		if err != nil {
+			return err
+		}
+		a.Probe = p.FD()
+	}
+	if err := (confine.Filter{Service: a.Service, Probe: a.Probe}).Load(); err != nil {
 		return err
 	}
 	if err := confine.SelfTest([]string{"/", "/proc"}); err != nil {
@@ -90,8 +102,10 @@ func call(nr uintptr, args ...uintptr) error {
 	return nil
 }
 
-func connect(family int, sa unix.Sockaddr) error {
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+func connect(family int, sa unix.Sockaddr) error { return connectBy(family, 0, sa) }
+
+func connectBy(family, protocol int, sa unix.Sockaddr) error {
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return err
 	}
@@ -99,10 +113,32 @@ func connect(family int, sa unix.Sockaddr) error {
 	return unix.Connect(fd, sa)
 }
 
+// send makes a socket and sends to an address without connecting.
+func send(family, typ, flags int, sa unix.Sockaddr) error {
+	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Sendto(fd, []byte("leak"), flags, sa)
+}
+
+// sendMessage is send by sendmsg(2).
+func sendMessage(family, typ, flags int, sa unix.Sockaddr) error {
+	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Sendmsg(fd, []byte("leak"), nil, sa, flags)
+}
+
 func loopback(addr string) *unix.SockaddrInet4 {
 	a, _ := net.ResolveTCPAddr("tcp4", addr)
 	return &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: a.Port}
 }
+
+func at(path string) *unix.SockaddrUnix { return &unix.SockaddrUnix{Name: path} }
 
 const killedBySeccomp = "killed"
 
@@ -125,16 +161,41 @@ var attacks = map[string]struct {
 	"netlink":                  {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0); return err }},
 	"packets":                  {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0); return err }},
 	"tcp socket of one disk":   {false, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
-	"connect tcp":              {true, "EACCES", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
-	"abstract socket":          {false, "EPERM", func(a *attack) error { return connect(unix.AF_UNIX, &unix.SockaddrUnix{Name: a.Socket}) }},
-	"mount":                    {false, killedBySeccomp, func(a *attack) error { return unix.Mount("none", a.Dir, "tmpfs", 0, "") }},
-	"another ring":             {false, killedBySeccomp, func(*attack) error { return call(unix.SYS_IO_URING_SETUP, 8) }},
-	"kill the parent":          {false, "EPERM", func(a *attack) error { return unix.Kill(a.Parent, unix.SIGTERM) }},
-	"kill all":                 {false, "EPERM", func(*attack) error { return unix.Kill(-1, unix.SIGTERM) }},
-	"namespaces":               {false, killedBySeccomp, func(*attack) error { return unix.Unshare(unix.CLONE_NEWUSER) }},
-	"root again":               {false, killedBySeccomp, func(*attack) error { return call(unix.SYS_SETUID, 0) }},
-	"be traceable":             {false, "EPERM", func(*attack) error { return unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0) }},
-	"a filter of its own":      {false, "ENOSYS", func(*attack) error { return call(unix.SYS_SECCOMP, 1) }},
+	"connect tcp":              {true, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
+	"udp":                      {true, "EPERM", func(a *attack) error { return send(unix.AF_INET, unix.SOCK_DGRAM, 0, loopback(a.UDP)) }},
+	"vsock": {true, "EPERM", func(*attack) error {
+		return connect(unix.AF_VSOCK, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: 22})
+	}},
+	"vsock datagram":        {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_DGRAM, 0); return err }},
+	"abstract socket":       {true, "EPERM", func(a *attack) error { return connect(unix.AF_UNIX, at(a.Socket)) }},
+	"socket of another":     {true, "EPERM", func(a *attack) error { return connect(unix.AF_UNIX, at(a.Peer)) }},
+	"the same for one disk": {false, "EPERM", func(a *attack) error { return connect(unix.AF_UNIX, at(a.Peer)) }},
+	"datagram to a path":    {true, "EPERM", func(a *attack) error { return send(unix.AF_UNIX, unix.SOCK_DGRAM, 0, at(a.Log)) }},
+	"message to a path":     {true, "EPERM", func(a *attack) error { return sendMessage(unix.AF_UNIX, unix.SOCK_DGRAM, 0, at(a.Log)) }},
+	"connect the probe":     {true, "EISCONN", func(a *attack) error { return unix.Connect(a.Probe, at(a.Peer)) }},
+	"disconnect the probe": {true, "EINVAL", func(a *attack) error {
+		unspec := [16]byte{unix.AF_UNSPEC}
+		return call(unix.SYS_CONNECT, uintptr(a.Probe), uintptr(unsafe.Pointer(&unspec)), 16)
+	}},
+	"close the probe":            {true, "EPERM", func(a *attack) error { return unix.Close(a.Probe) }},
+	"close it by another number": {true, "EPERM", func(a *attack) error { return call(unix.SYS_CLOSE, uintptr(a.Probe)|1<<32) }},
+	"put a socket in its place":  {true, "EPERM", func(a *attack) error { return unix.Dup3(0, a.Probe, 0) }},
+	"put it by another number":   {true, "EPERM", func(a *attack) error { return call(unix.SYS_DUP3, 0, uintptr(a.Probe)|1<<32) }},
+	"connect a duplicate": {true, "EPERM", func(a *attack) error {
+		fd, err := unix.Dup(a.Probe)
+		if err != nil {
+			return err
+		}
+		return unix.Connect(fd, at(a.Peer))
+	}},
+	"mount":               {false, killedBySeccomp, func(a *attack) error { return unix.Mount("none", a.Dir, "tmpfs", 0, "") }},
+	"another ring":        {false, killedBySeccomp, func(*attack) error { return call(unix.SYS_IO_URING_SETUP, 8) }},
+	"kill the parent":     {false, "EPERM", func(a *attack) error { return unix.Kill(a.Parent, unix.SIGTERM) }},
+	"kill all":            {false, "EPERM", func(*attack) error { return unix.Kill(-1, unix.SIGTERM) }},
+	"namespaces":          {false, killedBySeccomp, func(*attack) error { return unix.Unshare(unix.CLONE_NEWUSER) }},
+	"root again":          {false, killedBySeccomp, func(*attack) error { return call(unix.SYS_SETUID, 0) }},
+	"be traceable":        {false, "EPERM", func(*attack) error { return unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0) }},
+	"a filter of its own": {false, "ENOSYS", func(*attack) error { return call(unix.SYS_SECCOMP, 1) }},
 	"write to a terminal": {false, "EPERM", func(*attack) error {
 		c := byte('x')
 		return call(unix.SYS_IOCTL, 0, unix.TIOCSTI, uintptr(unsafe.Pointer(&c)))
@@ -158,14 +219,35 @@ func TestAttacksOfTheWorkerFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer abstract.Close()
-	dir := t.TempDir()
+	dir, err := os.MkdirTemp("", "attack")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	peer, log := filepath.Join(dir, "peer"), filepath.Join(dir, "log")
+	stream, err := net.Listen("unix", peer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	datagrams, err := net.ListenPacket("unixgram", log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer datagrams.Close()
+	udp, err := net.ListenPacket("udp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer udp.Close()
 	there := filepath.Join(dir, "there")
 	if err := os.WriteFile(there, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for what, x := range attacks {
 		t.Run(what, func(t *testing.T) {
-			a := attack{Name: what, Service: x.service, Parent: os.Getpid(), TCP: tcp.Addr().String(), Socket: name, Dir: dir}
+			a := attack{Name: what, Service: x.service, Parent: os.Getpid(), TCP: tcp.Addr().String(), Socket: name, Dir: dir,
+				Peer: peer, Log: log, UDP: udp.LocalAddr().String()}
 			if got := runAttack(t, a); got != x.want {
 				t.Errorf("got %q, want %q", got, x.want)
 			}

@@ -3,6 +3,7 @@ package confine
 import (
 	"errors"
 	"fmt"
+	"math"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,6 +21,9 @@ func SelfTest(forbidden []string) error {
 	}
 	if _, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("self-test: a netlink socket could be had: %v", err)
+	}
+	if _, _, e := unix.RawSyscall(unix.SYS_CONNECT, math.MaxInt32, 0, 0); e != unix.EPERM {
+		return fmt.Errorf("self-test: connect was not refused: %w", e)
 	}
 	for _, path := range forbidden {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -53,6 +53,7 @@ type daemon struct {
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors
+	probe     *transport.Probe  // of a service that is confined, or nil
 	passed    *transport.Passed // nil for one disk
 	kept      atomic.Int64      // sockets that the service manager keeps
 	server    *nbd.Server
@@ -263,6 +264,7 @@ func (d *daemon) listenAt(ctx context.Context, key string, e transport.Endpoint)
 	if ls, err := d.cfg.Handed.listeners(key); ls != nil || err != nil {
 		return ls, err
 	}
+	e.Probe = d.probe
 	return transport.Listen(ctx, e)
 }
 

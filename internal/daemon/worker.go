@@ -200,6 +200,13 @@ func (d *daemon) confine() error {
 	}
 	c := confine.Control{Name: confine.ControlSeccomp, State: confine.Enforced}
 	f := confine.Filter{Service: d.served(), Command: t.in.Command != 0}
+	if f.Service {
+		var err error
+		if d.probe, err = transport.NewProbe(); err != nil {
+			return err
+		}
+		f.Probe = d.probe.FD()
+	}
 	if err := f.Load(); err != nil {
 		c.State, c.Reason = confine.Off, err.Error()
 	}

@@ -26,14 +26,14 @@ func TestNobodyConnectsBetweenBindAndListen(t *testing.T) {
 	if fi, err := os.Lstat(path); err != nil || fi.Mode().Perm() != 0o640 {
 		t.Errorf("mode before listen is %v, %v; want 0640", fi.Mode(), err)
 	}
-	if err := probe(path); !errors.Is(err, unix.ECONNREFUSED) {
+	if err := ask(nil, path); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("connect before listen: %v, want refused", err)
 	}
 	l, err := startListening(sock, Unix, options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := probe(path); err != nil {
+	if err := ask(nil, path); err != nil {
 		t.Errorf("connect after listen: %v", err)
 	}
 	l.path = p

@@ -118,6 +118,10 @@ type Endpoint struct {
 	Mode  os.FileMode
 	Owner *Owner
 
+	// Probe, if not nil, is what finds out whether a Unix socket that lies
+	// under Path is stale, in a process that can make no other.
+	Probe *Probe
+
 	// Label and PathLabel are the SELinux contexts of a Unix socket and of
 	// its file; "" leaves them to the policy. Where SELinux is off or does
 	// not know them Listen returns an error.

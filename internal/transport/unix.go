@@ -118,7 +118,7 @@ func (p *socketPath) listen(ctx context.Context, e Endpoint) (*listener, error) 
 // asked for: Linux gives it the mode of the socket itself, less the umask. Both
 // are born with their labels.
 func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
-	if err := p.clear(); err != nil {
+	if err := p.clear(e.Probe); err != nil {
 		return nil, err
 	}
 	var sock *socket.Conn
@@ -241,7 +241,7 @@ func (p *socketPath) adopt(mode fs.FileMode, o *Owner) error {
 
 // clear removes a stale socket: one of ours that refuses connections.
 // Everything else that lies under the path is left alone.
-func (p *socketPath) clear() error {
+func (p *socketPath) clear(probe *Probe) error {
 	st, err := p.stat()
 	if errors.Is(err, unix.ENOENT) {
 		return nil
@@ -252,7 +252,7 @@ func (p *socketPath) clear() error {
 	if st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 		return fmt.Errorf("%s is in the way: %w", fileType(st.Mode), unix.EEXIST)
 	}
-	switch err := probe(p.path); {
+	switch err := ask(probe, p.path); {
 	case err == nil:
 		return fmt.Errorf("a server answers there: %w", unix.EADDRINUSE)
 	case errors.Is(err, unix.ENOENT):
@@ -279,20 +279,6 @@ func fileType(mode uint32) string {
 		return "a regular file"
 	}
 	return "a special file"
-}
-
-// probe connects without waiting and hangs up. A full queue is an answer.
-func probe(path string) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	err = unix.Connect(fd, &unix.SockaddrUnix{Name: path})
-	if errors.Is(err, unix.EAGAIN) {
-		return nil
-	}
-	return err
 }
 
 // remove deletes the file if it is still the one that bind made, and lets go
