@@ -162,7 +162,14 @@ var attacks = map[string]struct {
 	"packets":                  {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0); return err }},
 	"tcp socket of one disk":   {false, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
 	"connect tcp":              {true, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
-	"udp":                      {true, "EPERM", func(a *attack) error { return send(unix.AF_INET, unix.SOCK_DGRAM, 0, loopback(a.UDP)) }},
+	"connect mptcp":            {true, "EPERM", func(a *attack) error { return connectBy(unix.AF_INET, unix.IPPROTO_MPTCP, loopback(a.TCP)) }},
+	"tcp fast open": {true, "EPERM", func(a *attack) error {
+		return send(unix.AF_INET, unix.SOCK_STREAM, unix.MSG_FASTOPEN, loopback(a.TCP))
+	}},
+	"tcp fast open by sendmsg": {true, "EPERM", func(a *attack) error {
+		return sendMessage(unix.AF_INET, unix.SOCK_STREAM, unix.MSG_FASTOPEN, loopback(a.TCP))
+	}},
+	"udp": {true, "EPERM", func(a *attack) error { return send(unix.AF_INET, unix.SOCK_DGRAM, 0, loopback(a.UDP)) }},
 	"vsock": {true, "EPERM", func(*attack) error {
 		return connect(unix.AF_VSOCK, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: 22})
 	}},

@@ -35,8 +35,7 @@ var (
 	}
 
 	callsOfPeers = []string{
-		"accept4", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg", "sendmmsg", "sendmsg",
-		"sendto", "setsockopt", "shutdown",
+		"accept4", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg", "setsockopt", "shutdown",
 	}
 
 	// callsOfService are for exports and listeners that come later, and for
@@ -237,13 +236,18 @@ func (f Filter) denials() []denial {
 			{{Argument: 0, Operation: seccomp.BitsNotSet, Value: unix.CLONE_THREAD}},
 			{{Argument: 0, Operation: seccomp.BitsSet, Value: namespaces}},
 		}},
-		// Streams only: datagrams have addresses that no filter sees.
-		{"socket", slices.Concat(noneOf(0, families...), []seccomp.ArgumentConditions{
+		// Streams only, of the plain protocol: datagrams have addresses that no
+		// filter sees, and Landlock does not know MPTCP, SMC and SCTP.
+		{"socket", slices.Concat(noneOf(0, families...), noneOf(2, 0, unix.IPPROTO_TCP), []seccomp.ArgumentConditions{
 			{{Argument: 1, Operation: seccomp.BitsSet, Value: sockTypeMask &^ unix.SOCK_STREAM}},
 		})},
 		{"connect", noneOf(0, probe)},
 		{"close", number(0, probe)},
 		{"dup3", number(1, probe)},
+		// A stream connects by sending.
+		{"sendto", fastOpen(3)},
+		{"sendmsg", fastOpen(2)},
+		{"sendmmsg", fastOpen(3)},
 		{"prctl", noneOf(0, unix.PR_SET_VMA, unix.PR_GET_SECCOMP, unix.PR_GET_DUMPABLE, unix.PR_GET_NO_NEW_PRIVS, unix.PR_CAPBSET_READ)},
 		{"ioctl", noneOf(1, unix.BLKDISCARD, unix.BLKZEROOUT, unix.BLKGETSIZE64, unix.BLKROGET, unix.BLKSSZGET)},
 		{"io_uring_register", noneOf(1, ringFilesUpdate2, ringBuffersUpdate, ringUnregisterSelf)},
@@ -269,4 +273,9 @@ func number(argument uint32, v uint64) []seccomp.ArgumentConditions {
 		{{Argument: argument, Operation: seccomp.Equal, Value: v}},
 		{{Argument: argument, Operation: seccomp.GreaterThan, Value: math.MaxUint32}},
 	}
+}
+
+// fastOpen holds if the flags of a message connect its socket.
+func fastOpen(argument uint32) []seccomp.ArgumentConditions {
+	return []seccomp.ArgumentConditions{{{Argument: argument, Operation: seccomp.BitsSet, Value: unix.MSG_FASTOPEN}}}
 }
