@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -121,6 +123,24 @@ func TestSocketsInTheWayOfAServiceThatRuns(t *testing.T) {
 		}
 		if err := s.ctl.Remove(t.Context(), "b", true, time.Minute); err != nil {
 			t.Fatal(err)
+		}
+	}
+	s.stop()
+}
+
+// TestSocketThatComesLaterHasItsMode: its worker can change the mode of no path.
+func TestSocketThatComesLaterHasItsMode(t *testing.T) {
+	s := newService(t, "")
+	for _, mode := range []string{"", "0600", "0660", "0666"} {
+		own := filepath.Join(s.dir, "own"+mode)
+		x := config.Export{Name: "b" + mode, Image: "1M", Format: "mem",
+			Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + own, Mode: mode}}}
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
+			t.Fatal(err)
+		}
+		fi, err := os.Lstat(own)
+		if want := cmp.Or(mode, "0600"); err != nil || fmt.Sprintf("%04o", fi.Mode().Perm()) != want {
+			t.Errorf("mode %q: got %v, %v, want %s", mode, fi.Mode(), err, want)
 		}
 	}
 	s.stop()

@@ -148,21 +148,23 @@ var attacks = map[string]struct {
 	want    string
 	do      func(*attack) error
 }{
-	"read /etc/shadow":         {false, "EACCES", func(*attack) error { return open("/etc/shadow", unix.O_RDONLY) }},
-	"read /etc/passwd":         {false, "EACCES", func(*attack) error { return open("/etc/passwd", unix.O_RDONLY) }},
-	"make a file":              {false, "EACCES", func(a *attack) error { return open(a.Dir+"/new", unix.O_WRONLY|unix.O_CREAT) }},
-	"memory of itself":         {false, "EACCES", func(*attack) error { return open("/proc/self/mem", unix.O_RDWR) }},
-	"remove a file":            {false, "EACCES", func(a *attack) error { return unix.Unlink(a.Dir + "/there") }},
-	"execute a shell":          {false, killedBySeccomp, func(*attack) error { return syscall.Exec("/bin/sh", []string{"sh"}, nil) }},
-	"execute itself":           {false, killedBySeccomp, func(*attack) error { return syscall.Exec(os.Args[0], os.Args, nil) }},
-	"start a process":          {true, "EPERM", func(*attack) error { _, err := syscall.ForkExec("/bin/sh", []string{"sh"}, nil); return err }},
-	"trace the parent":         {false, killedBySeccomp, func(a *attack) error { return syscall.PtraceAttach(a.Parent) }},
-	"read the parent's memory": {false, killedBySeccomp, func(a *attack) error { return call(unix.SYS_PROCESS_VM_READV, uintptr(a.Parent)) }},
-	"netlink":                  {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0); return err }},
-	"packets":                  {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0); return err }},
-	"tcp socket of one disk":   {false, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
-	"connect tcp":              {true, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
-	"connect mptcp":            {true, "EPERM", func(a *attack) error { return connectBy(unix.AF_INET, unix.IPPROTO_MPTCP, loopback(a.TCP)) }},
+	"read /etc/shadow":          {false, "EACCES", func(*attack) error { return open("/etc/shadow", unix.O_RDONLY) }},
+	"read /etc/passwd":          {false, "EACCES", func(*attack) error { return open("/etc/passwd", unix.O_RDONLY) }},
+	"make a file":               {false, "EACCES", func(a *attack) error { return open(a.Dir+"/new", unix.O_WRONLY|unix.O_CREAT) }},
+	"memory of itself":          {false, "EACCES", func(*attack) error { return open("/proc/self/mem", unix.O_RDWR) }},
+	"remove a file":             {false, "EACCES", func(a *attack) error { return unix.Unlink(a.Dir + "/there") }},
+	"change the mode of a file": {true, "ENOSYS", func(a *attack) error { return unix.Fchmodat(unix.AT_FDCWD, a.Dir+"/there", 0o666, 0) }},
+	"change it by chmod":        {true, "ENOSYS", func(a *attack) error { return unix.Chmod(a.Dir+"/there", 0o666) }},
+	"execute a shell":           {false, killedBySeccomp, func(*attack) error { return syscall.Exec("/bin/sh", []string{"sh"}, nil) }},
+	"execute itself":            {false, killedBySeccomp, func(*attack) error { return syscall.Exec(os.Args[0], os.Args, nil) }},
+	"start a process":           {true, "EPERM", func(*attack) error { _, err := syscall.ForkExec("/bin/sh", []string{"sh"}, nil); return err }},
+	"trace the parent":          {false, killedBySeccomp, func(a *attack) error { return syscall.PtraceAttach(a.Parent) }},
+	"read the parent's memory":  {false, killedBySeccomp, func(a *attack) error { return call(unix.SYS_PROCESS_VM_READV, uintptr(a.Parent)) }},
+	"netlink":                   {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW, 0); return err }},
+	"packets":                   {true, "EPERM", func(*attack) error { _, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0); return err }},
+	"tcp socket of one disk":    {false, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
+	"connect tcp":               {true, "EPERM", func(a *attack) error { return connect(unix.AF_INET, loopback(a.TCP)) }},
+	"connect mptcp":             {true, "EPERM", func(a *attack) error { return connectBy(unix.AF_INET, unix.IPPROTO_MPTCP, loopback(a.TCP)) }},
 	"tcp fast open": {true, "EPERM", func(a *attack) error {
 		return send(unix.AF_INET, unix.SOCK_STREAM, unix.MSG_FASTOPEN, loopback(a.TCP))
 	}},
@@ -260,8 +262,8 @@ func TestAttacksOfTheWorkerFail(t *testing.T) {
 			}
 		})
 	}
-	if _, err := os.Stat(there); err != nil {
-		t.Error("a file was removed")
+	if fi, err := os.Stat(there); err != nil || fi.Mode() != 0o600 {
+		t.Errorf("the file of somebody else: %v, %v", fi, err)
 	}
 }
 

@@ -69,7 +69,9 @@ func (p *Plan) Exec() error {
 		return err
 	}
 	runtime.LockOSThread()
-	unix.Umask(0o177)
+	// All files that the worker makes have a mode of their own, and that of a
+	// socket must not be cut: the worker cannot change it.
+	unix.Umask(0)
 	if err := setLimits(); err != nil {
 		return err
 	}
