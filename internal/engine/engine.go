@@ -35,8 +35,8 @@ type IO struct {
 	File  *File
 	Owner Owner  // whose share of the engine it takes
 	Buf   []byte // OpRead, OpWrite; for a direct file aligned as File.Align says
-	Off   int64  // bytes
-	Len   int64  // OpPunch, OpZero: bytes; ignored for the others
+	Off   int64  // bytes; OpSync: counts if Len does
+	Len   int64  // OpPunch, OpZero: bytes; OpSync: what is synced at least, all if not positive
 
 	// Done is called once, from any goroutine, when the transfer is over.
 	// It must not block.

@@ -11,7 +11,7 @@ type Call struct {
 	Op    Op
 	Buf   []byte // OpRead, OpWrite: what is left to move
 	Off   int64
-	Len   int64 // OpPunch, OpZero
+	Len   int64 // OpPunch, OpZero, OpSync
 	Dsync bool  // OpWrite: with RWF_DSYNC
 }
 

@@ -79,7 +79,7 @@ func TestCacheModes(t *testing.T) {
 	for _, tt := range []struct {
 		cache           string
 		direct          bool
-		durable, synced int // writes with FUA; fdatasyncs
+		durable, synced int // writes with FUA, or syncs of what was written; fdatasyncs
 	}{
 		{"", false, 1, 2},
 		{open.CacheWriteback, false, 1, 2},
@@ -95,7 +95,7 @@ func TestCacheModes(t *testing.T) {
 			durable, synced, direct := 0, 0, false
 			e.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool {
 				direct = io.File.Direct
-				if io.Op == engine.OpWrite && io.FUA {
+				if io.FUA || io.Op == engine.OpSync && io.Len > 0 {
 					durable++
 				} else if io.Op == engine.OpSync {
 					synced++

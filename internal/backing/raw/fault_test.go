@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"runtime"
 	"strings"
@@ -177,7 +178,8 @@ func TestFailedFUAPoisonsThePageCacheOnly(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d, f := newFaulty(t, tt.k, tt.size, raw.Options{})
-			f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Fault: backingtest.Fault{Errno: syscall.EIO}})
+			durable := func(x *engine.IO) bool { return x.FUA || x.Op == engine.OpSync }
+			f.Inject(backingtest.Rule{Match: durable, Fault: backingtest.Fault{Errno: syscall.EIO}})
 			if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, backing.FUA); !errors.Is(err, backing.ErrIO) {
 				t.Fatalf("FUA write: got %v, want %v", err, backing.ErrIO)
 			}
@@ -190,41 +192,50 @@ func TestFailedFUAPoisonsThePageCacheOnly(t *testing.T) {
 	}
 }
 
+// TestFUAWithoutSpacePoisonsOnlyIfPagesWereLost: that there is room again a
+// moment later says nothing.
 func TestFUAWithoutSpacePoisonsOnlyIfPagesWereLost(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
-		times int // writes that find no space
-		lost  bool
+		name string
+		op   engine.Op
+		lost bool
 	}{
-		{"no room for the write", 2, false},
-		{"no room when it was written back", 1, true},
+		{"no room for the write", engine.OpWrite, false},
+		{"no room when it was written back", engine.OpSync, true},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
-			f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Times: tt.times, Fault: backingtest.Fault{Errno: syscall.ENOSPC}})
-			if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, backing.FUA); !errors.Is(err, backing.ErrNoSpace) {
-				t.Fatalf("FUA write: got %v, want %v", err, backing.ErrNoSpace)
+		for _, size := range []int64{1 << 20, 1<<20 + 1} {
+			for _, k := range kinds() {
+				if k.direct && size == 1<<20 {
+					continue // nothing is in the page cache
+				}
+				t.Run(fmt.Sprintf("%s of %d bytes by %s", tt.name, size, k), func(t *testing.T) {
+					d, f := newFaulty(t, k, size, raw.Options{})
+					f.Inject(backingtest.Rule{Match: backingtest.Ops(tt.op), Fault: backingtest.Fault{Errno: syscall.ENOSPC}})
+					if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, backing.FUA); !errors.Is(err, backing.ErrNoSpace) {
+						t.Fatalf("FUA write: got %v, want %v", err, backing.ErrNoSpace)
+					}
+					if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, 0); errors.Is(err, backing.ErrPoisoned) != tt.lost {
+						t.Errorf("next write: got %v, want poisoned %v", err, tt.lost)
+					}
+				})
 			}
-			if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, 0); errors.Is(err, backing.ErrPoisoned) != tt.lost {
-				t.Errorf("next write: got %v, want poisoned %v", err, tt.lost)
-			}
-		})
+		}
 	}
 }
 
 func TestWritethroughMakesEveryWriteDurable(t *testing.T) {
 	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{Writethrough: true})
-	var fua, syncs int
+	var ranged, syncs int
 	f.Inject(backingtest.Rule{Times: -1, Match: func(x *engine.IO) bool {
-		if x.Op == engine.OpWrite && x.FUA {
-			fua++
+		if x.Op == engine.OpSync && x.Off == 8192 && x.Len == 4096 {
+			ranged++
 		} else if x.Op == engine.OpSync {
 			syncs++
 		}
 		return false
 	}})
 	for _, err := range []error{
-		d.WriteAt(t.Context(), make([]byte, 4096), 0, 0),
+		d.WriteAt(t.Context(), make([]byte, 4096), 8192, 0),
 		d.Zero(t.Context(), 0, 4096, 0),
 		d.Trim(t.Context(), 0, 4096, 0),
 	} {
@@ -232,8 +243,8 @@ func TestWritethroughMakesEveryWriteDurable(t *testing.T) {
 			t.Errorf("got %v, want none", err)
 		}
 	}
-	if fua != 1 || syncs != 2 {
-		t.Errorf("got %d durable writes and %d syncs, want 1 and 2", fua, syncs)
+	if ranged != 1 || syncs != 2 {
+		t.Errorf("got %d syncs of what was written and %d others, want 1 and 2", ranged, syncs)
 	}
 	if err := d.Map(engine.OpWrite, 0, 4096, new(backing.Mapping)); !errors.Is(err, backing.ErrNotMappable) {
 		t.Errorf("map for writing: got %v, want %v", err, backing.ErrNotMappable)
@@ -346,7 +357,7 @@ func TestDurableWriteWaitsForTheVerdictOfOthers(t *testing.T) {
 			d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
 			gate := backingtest.NewGate()
 			f.Inject(backingtest.Rule{Gate: gate, Fault: backingtest.Fault{Errno: syscall.EIO},
-				Match: func(x *engine.IO) bool { return x.FUA && x.Off == 0 }})
+				Match: func(x *engine.IO) bool { return x.Op == engine.OpSync && x.Off == 0 && x.Len == 512 }})
 			failing := make(chan error, 1)
 			go func() { failing <- d.WriteAt(t.Context(), make([]byte, 512), 0, backing.FUA) }()
 			<-gate.Arrived

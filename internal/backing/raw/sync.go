@@ -2,10 +2,8 @@ package raw
 
 import (
 	"context"
-	"errors"
 	"sync"
 
-	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
@@ -64,7 +62,7 @@ func (d *Device) roundLocked(ctx context.Context) error {
 	s.running = true
 	s.started++
 	s.mu.Unlock()
-	err := d.fdatasync(context.WithoutCancel(ctx))
+	err := d.fdatasync(context.WithoutCancel(ctx), "flush", 0, 0)
 	s.mu.Lock()
 	s.running = false
 	if err == nil {
@@ -74,34 +72,17 @@ func (d *Device) roundLocked(ctx context.Context) error {
 		close(s.changed)
 		s.changed = nil
 	}
-	return err
+	return d.wrap("flush", -1, 0, err)
 }
 
-// fdatasync is given a context that does not end: others may wait for its
-// result.
-func (d *Device) fdatasync(ctx context.Context) error {
+// fdatasync makes the range durable, all of the file where n is 0. It is given
+// a context that does not end: others may wait for its result, and what failed
+// is told once.
+func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	id := d.durables.begin()
-	err := d.al.Do(ctx, engine.OpSync, 0, 0)
+	err := d.al.Do(ctx, engine.OpSync, off, n)
 	if err != nil {
-		d.lost("flush", err)
-	}
-	d.durables.settle(id)
-	if err != nil {
-		return &backing.Error{Op: "flush", Path: d.opt.Path, Off: -1, Kind: backing.KindOf(err), Err: err}
-	}
-	return d.poisoned()
-}
-
-// writeDurably returns when p is on stable storage. In the page cache a
-// failure counts as the report of lost pages, which may be those of others.
-func (d *Device) writeDurably(ctx context.Context, p []byte, off int64) error {
-	if !d.cached() {
-		return d.al.WriteAt(ctx, p, off, true)
-	}
-	id := d.durables.begin()
-	err := d.al.WriteAt(ctx, p, off, true)
-	if err != nil && d.lostPages(ctx, p, off, err) {
-		d.lost("write", err)
+		d.lost(op, err)
 	}
 	d.durables.settle(id)
 	if err != nil {
@@ -110,18 +91,18 @@ func (d *Device) writeDurably(ctx context.Context, p []byte, off int64) error {
 	return d.poisoned()
 }
 
-// lostPages reports whether the failure of a durable write may mean that
-// pages were lost. Not if there was no room for it in the first place: then a
-// plain write finds no room either.
-func (d *Device) lostPages(ctx context.Context, p []byte, off int64, err error) bool {
-	switch {
-	case ctx.Err() != nil && errors.Is(err, ctx.Err()):
-		return false
-	case backing.KindOf(err) == backing.ErrNoSpace:
-		again := d.al.WriteAt(context.WithoutCancel(ctx), p, off, false)
-		return backing.KindOf(again) != backing.ErrNoSpace
+// writeDurably returns when p is on stable storage. In the page cache that is a
+// write and a sync, not one of both (RWF_DSYNC), whose error would not say which
+// of them failed: a write that finds no room loses nothing, and a sync that
+// fails tells of lost pages, which may be those of others.
+func (d *Device) writeDurably(ctx context.Context, p []byte, off int64) error {
+	if !d.cached() {
+		return d.al.WriteAt(ctx, p, off, true)
 	}
-	return true
+	if err := d.al.WriteAt(ctx, p, off, false); err != nil {
+		return err
+	}
+	return d.fdatasync(context.WithoutCancel(ctx), "write", off, int64(len(p)))
 }
 
 // cached reports whether written bytes may be in the page cache: the tail of

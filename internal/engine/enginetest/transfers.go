@@ -208,6 +208,7 @@ func durableWritesAndSyncSucceed(e *env) {
 	e.do(&engine.IO{Op: engine.OpWrite, FUA: true, File: f, Buf: buf[:blockBytes]},
 		&engine.IO{Op: engine.OpWrite, File: f, Buf: buf[blockBytes:], Off: blockBytes})
 	e.do(&engine.IO{Op: engine.OpSync, File: f},
+		&engine.IO{Op: engine.OpSync, File: f, Off: blockBytes, Len: blockBytes},
 		&engine.IO{Op: engine.OpSync, File: f, Off: -1, Len: -1}) // neither counts
 	if !bytes.Equal(e.contents(f), want) {
 		e.Error("the file is not what was written")

@@ -2,6 +2,7 @@ package uring
 
 import (
 	"fmt"
+	"math"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -181,6 +182,9 @@ func (s *issuer) queue(i uint32) bool {
 		}
 	case engine.OpSync:
 		q.opcode, q.opFlags, q.off = opFsync, fsyncDatasync, 0
+		if c.Off >= 0 && c.Len > 0 && c.Len <= math.MaxUint32 {
+			q.off, q.len = uint64(c.Off), uint32(c.Len)
+		}
 	case engine.OpPunch:
 		q.opcode, q.addr, q.len = opFallocate, uint64(c.Len), engine.PunchMode
 	case engine.OpZero:

@@ -245,7 +245,7 @@ func TestFailedDurableWriteAfterATailPoisons(t *testing.T) {
 		}
 	}
 	wantSize(t, st, 8192)
-	e.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Fault: backingtest.Fault{Errno: syscall.EIO}})
+	e.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: syscall.EIO}})
 	if err := st.WriteAt(t.Context(), make([]byte, 4096), 0, true); !errors.Is(err, backing.ErrIO) {
 		t.Fatalf("durable write: got %v, want %v", err, backing.ErrIO)
 	}
