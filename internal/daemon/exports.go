@@ -77,12 +77,15 @@ func (s *disks) claim(k *disk) error {
 	return nil
 }
 
-// forget frees the name of k, unless it is another's by now.
-func (s *disks) forget(k *disk) {
+// forget frees the name of k, unless it is another's by now. instead, if not nil,
+// has it then.
+func (s *disks) forget(k, instead *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.byName[k.cfg.Name] != k:
+	case instead != nil:
+		s.byName[k.cfg.Name] = instead
 	case k.inPlaceOf != nil:
 		s.byName[k.cfg.Name] = k.inPlaceOf
 	default:
@@ -102,13 +105,6 @@ func (s *disks) settle(k *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k.inPlaceOf = nil
-}
-
-// fail puts an export that failed in the place of k.
-func (s *disks) fail(k *disk, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.byName[k.cfg.Name] = &disk{cfg: k.cfg, origin: k.origin, failed: err}
 }
 
 // find is an export that is open, or nil.
@@ -161,7 +157,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	if err := d.disks.claim(k); err != nil {
 		return err
 	}
-	undo := []func(){func() { d.disks.forget(k) }}
+	undo := []func(){func() { d.disks.forget(k, nil) }}
 	defer func() {
 		for i := len(undo) - 1; err != nil && i >= 0; i-- {
 			undo[i]()
@@ -279,19 +275,21 @@ func (k *disk) leave(n int) {
 }
 
 // removeExport takes an export away when its clients have finished what they
-// have in flight, and its listeners with it. One that is kept stays so.
-func (d *daemon) removeExport(ctx context.Context, name string, force bool) error {
+// have in flight, and its listeners with it. One that is kept stays so. instead,
+// if not nil, has the name then.
+func (d *daemon) removeExport(ctx context.Context, name string, instead *disk) error {
 	k := d.disks.find(name)
 	if k == nil {
 		return nbd.ErrUnknownExport
 	}
-	return d.takeAway(ctx, k, name, force, func() error { return nil })
+	return d.takeAway(ctx, k, name, true, func() (*disk, error) { return instead, nil })
 }
 
 // takeAway is removeExport of k, which has that name. When it has left, and
-// before its name is free, forget is called with k.busy; if that fails, the
-// export is known as one that failed.
-func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() error) error {
+// before its name is free, forget is called with k.busy.
+func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() (instead *disk, err error)) error {
+	d.keepPlace(k)
+	defer d.freePlace(name)
 	d.unpause(k)
 	k.leave(1) // who changes it has finished
 	err := d.exports.Remove(ctx, name, force)
@@ -303,13 +301,23 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 		return err // it is in use, or opening, or another removal has taken it away
 	}
 	d.closeDoors(k.doors)
-	kept := forget()
-	if kept != nil {
-		d.disks.fail(k, kept)
-	} else {
-		d.disks.forget(k)
-	}
+	instead, kept := forget()
+	d.disks.forget(k, instead)
 	return errors.Join(err, kept)
+}
+
+// keepPlace has the empty name stand for k, if it does, though k be away.
+func (d *daemon) keepPlace(k *disk) {
+	x, _, _ := d.disks.look(k)
+	spec, _ := specOf(&x) // without grants it is everybody's
+	d.exports.Keep(spec)
+}
+
+// freePlace is the end of keepPlace for a name that no export has any more.
+func (d *daemon) freePlace(name string) {
+	if d.disks.get(name) == nil {
+		d.exports.Release(name)
+	}
 }
 
 // unpause ends a pause of the API: requests that wait for its end would keep an
@@ -372,8 +380,10 @@ func (d *daemon) tryDisk(k *disk) {
 	x := k.cfg
 	if err := d.addDisk(ctx, k, nil); err != nil {
 		d.log.Error("export cannot be opened", "export", x.Name, "error", err)
-		// A name that is taken has its own export.
-		_ = d.disks.claim(&disk{cfg: x, origin: k.origin, failed: err})
+		failed := &disk{cfg: x, origin: k.origin, failed: err}
+		if d.disks.claim(failed) == nil { // a name that is taken has its own export
+			d.keepPlace(failed)
+		}
 	}
 }
 
@@ -387,17 +397,18 @@ func (s *disks) dropFailed(name string) {
 	}
 }
 
-// removeFailed forgets k, which does not work, if forget can.
-func (s *disks) removeFailed(k *disk, name string, forget func() error) error {
+// removeFailed forgets k, which does not work, if its file can be removed.
+func (d *daemon) removeFailed(k *disk, name string) error {
 	k.busy.Lock()
 	defer k.busy.Unlock()
-	if s.get(name) != k {
+	if d.disks.get(name) != k {
 		return unknownExport(name)
 	}
-	if err := forget(); err != nil {
+	if err := d.forgetKept(k, name); err != nil {
 		return err
 	}
-	s.forget(k)
+	d.disks.forget(k, nil)
+	d.freePlace(name)
 	return nil
 }
 

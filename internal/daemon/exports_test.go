@@ -22,11 +22,11 @@ func TestLateRemovalForgetsNoOther(t *testing.T) {
 	if err := s.claim(first); err != nil {
 		t.Fatal(err)
 	}
-	s.forget(first)
+	s.forget(first, nil)
 	if err := s.claim(second); err != nil {
 		t.Fatal(err)
 	}
-	s.forget(first)
+	s.forget(first, nil)
 	if s.get("a") != second {
 		t.Error("the second export of the name is forgotten with the first")
 	}
@@ -42,7 +42,7 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	}
 	err := d.exports.AddOpening(export.Spec{Name: "a"}, func() (backing.Device, error) {
 		k.stack = &stack{}
-		if err := d.removeExport(t.Context(), "a", true); !errors.Is(err, nbd.ErrUnknownExport) {
+		if err := d.removeExport(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
 			t.Errorf("removal before it is ready: got %v, want %v", err, nbd.ErrUnknownExport)
 		}
 		return mem.New(4096, nil), nil
@@ -50,7 +50,7 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	if err != nil || d.disks.get("a") != k {
 		t.Fatalf("afterwards: got %p, %v, want the export", d.disks.get("a"), err)
 	}
-	if err := d.removeExport(t.Context(), "a", true); err != nil || d.disks.get("a") != nil {
+	if err := d.removeExport(t.Context(), "a", nil); err != nil || d.disks.get("a") != nil {
 		t.Errorf("removal of what is ready: got %v", err)
 	}
 }

@@ -146,7 +146,7 @@ func (r *reload) addExports(ctx context.Context) error {
 		if err := r.d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
-		r.onError(func(ctx context.Context) { r.d.retire(ctx, x.Name) })
+		r.onError(func(ctx context.Context) { r.d.retire(ctx, x.Name, nil) })
 	}
 	return nil
 }
@@ -203,8 +203,9 @@ func (r *reload) finish(ctx context.Context) {
 		case k == nil || k.origin != fromConfig: // another has taken the name
 		case d.disks.find(x.Name) == nil:
 			d.disks.dropFailed(x.Name)
+			d.freePlace(x.Name)
 		default:
-			d.retire(ctx, x.Name)
+			d.retire(ctx, x.Name, nil)
 		}
 	}
 }
@@ -235,16 +236,16 @@ func (d *daemon) retry(ctx context.Context) {
 	}
 }
 
-// retire removes an export. Where clients hold that up beyond ctx, it is done
-// when they have left.
-func (d *daemon) retire(ctx context.Context, name string) {
-	err := d.removeExport(ctx, name, true)
+// retire is removeExport that cannot fail. Where clients hold that up beyond ctx,
+// it is done when they have left.
+func (d *daemon) retire(ctx context.Context, name string, instead *disk) {
+	err := d.removeExport(ctx, name, instead)
 	if !errors.Is(err, export.ErrInUse) || d.stopping.Err() != nil {
 		d.tellRetired(name, err)
 		return
 	}
 	d.log.Warn("export is removed when its clients have left", "export", name)
-	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, name, true)) })
+	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, name, instead)) })
 }
 
 func (d *daemon) tellRetired(name string, err error) {
@@ -318,6 +319,7 @@ func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context
 	if err != nil {
 		return nil, err
 	}
+	d.disks.dropFailed(x.Name)
 	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, files: files}, nil); err != nil {
 		back()
 		return nil, err
@@ -344,8 +346,12 @@ func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*o
 	return d.gather(ctx, &x, k.stack.files)
 }
 
-// closeFor closes an export that is to come back. back opens it as old says; its
-// image may be elsewhere by now, and then that fails.
+// errReopening is what an export has failed for that closeFor has closed.
+var errReopening = errors.New("it is being opened again")
+
+// closeFor closes an export that is to come back: it keeps its name, as one that
+// failed. back opens it as old says; its image may be elsewhere by now, and then
+// that fails.
 func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (back func(), err error) {
 	k := d.disks.find(name)
 	if k == nil {
@@ -357,13 +363,14 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 	}
 	back = func() {
 		defer files.Close()
+		d.disks.dropFailed(name)
 		d.tryDisk(&disk{cfg: old, origin: k.origin, files: files})
 	}
-	err = d.makeRoom(ctx, name)
+	err = d.makeRoom(ctx, &disk{cfg: old, origin: k.origin, failed: errReopening})
 	switch {
 	case err == nil:
 		return back, nil
-	case d.disks.get(name) == nil: // in bad order
+	case d.disks.find(name) == nil: // in bad order
 		back()
 	default:
 		files.Close()
@@ -375,27 +382,21 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 // it fails again, it stays what it was.
 func (d *daemon) openAgain(ctx context.Context, x config.Export, failed *disk) (undo func(context.Context), err error) {
 	d.disks.dropFailed(x.Name)
-	back := func() {
+	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
 		if failed != nil {
 			_ = d.disks.claim(failed) // a name that is taken has its own export
 		}
-	}
-	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
-		back()
 		return nil, err
 	}
-	return func(ctx context.Context) {
-		d.retire(ctx, x.Name)
-		back()
-	}, nil
+	return func(ctx context.Context) { d.retire(ctx, x.Name, failed) }, nil
 }
 
-// makeRoom removes an export that comes back. If its clients do not leave before
-// ctx ends, it stays.
-func (d *daemon) makeRoom(ctx context.Context, name string) error {
-	err := d.removeExport(ctx, name, true)
+// makeRoom removes an export for instead. If its clients do not leave before ctx
+// ends, it stays.
+func (d *daemon) makeRoom(ctx context.Context, instead *disk) error {
+	err := d.removeExport(ctx, instead.cfg.Name, instead)
 	if errors.Is(err, export.ErrInUse) {
-		d.exports.Readmit(name)
+		d.exports.Readmit(instead.cfg.Name)
 	}
 	return err
 }

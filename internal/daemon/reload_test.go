@@ -31,7 +31,7 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	}
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
-	d.retire(over, "a")
+	d.retire(over, "a", nil)
 	if d.disks.get("a") == nil {
 		t.Error("an export in use was forgotten")
 	}

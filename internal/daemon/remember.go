@@ -151,6 +151,6 @@ func (d *daemon) removeFile(name string) error {
 	if err := d.disks.claim(k); err != nil { // somebody adds it
 		return told(err)
 	}
-	defer d.disks.forget(k)
+	defer d.disks.forget(k, nil)
 	return told(d.forgetKept(k, name))
 }

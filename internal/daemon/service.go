@@ -183,7 +183,7 @@ func (d *daemon) keepAdded(ctx context.Context, k *disk, name string) error {
 	if err == nil {
 		return nil
 	}
-	away := d.takeAway(ctx, k, name, true, func() error { return nil })
+	away := d.takeAway(ctx, k, name, true, func() (*disk, error) { return nil, nil })
 	if errors.Is(away, nbd.ErrUnknownExport) { // by somebody else
 		return err
 	}
@@ -340,14 +340,18 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	if k == nil {
 		return s.d.removeFile(name)
 	}
-	forget := func() error { return s.d.forgetKept(k, name) }
 	switch _, now, failed := s.d.disks.look(k); {
 	case now == nil && failed != nil:
-		return told(s.d.disks.removeFailed(k, name, forget))
+		return told(s.d.removeFailed(k, name))
 	case now == nil: // it is being opened
 		return unknownExport(name)
 	}
-	return told(s.d.takeAway(ctx, k, name, force, forget))
+	return told(s.d.takeAway(ctx, k, name, force, func() (*disk, error) {
+		if err := s.d.forgetKept(k, name); err != nil {
+			return &disk{cfg: k.cfg, origin: k.origin, failed: err}, err
+		}
+		return nil, nil
+	}))
 }
 
 func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {

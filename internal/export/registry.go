@@ -66,6 +66,7 @@ type Settings struct {
 type Registry struct {
 	mu      sync.Mutex
 	byName  map[string]*entry // guarded by mu
+	away    map[string]*entry // guarded by mu; Closed, with a place that Keep keeps
 	count   int               // guarded by mu; of what makes an entry first or last
 	closed  bool              // guarded by mu
 	opening sync.WaitGroup    // Add is not called once closed is set
@@ -81,12 +82,12 @@ type Registry struct {
 
 // entry is an export; its fields are guarded by Registry.mu.
 type entry struct {
-	spec     Spec
-	state    State
-	lost     bool // the disk has failed: there is nothing to flush
-	users    int
-	made     int           // by Registry.count, when it became ready
-	chosen   int           // the same, when it was made the default; 0 if it is not
+	spec  Spec
+	state State
+	lost  bool // the disk has failed: there is nothing to flush
+	users int
+	place
+	kept     bool          // it is away when it is closed, and not forgotten
 	removing int           // Removes that are under way
 	idle     chan struct{} // not nil while somebody waits for users to be 0
 
@@ -97,6 +98,17 @@ type entry struct {
 	leave context.CancelFunc
 	cut   context.Context // ends when they are not waited for any more
 	sever context.CancelFunc
+}
+
+// place decides what the empty name stands for; it is 0 before an export is Ready.
+type place struct {
+	made   int // by Registry.count, when it became Ready first
+	chosen int // the same, when it was made the default; 0 if it is not
+}
+
+// before tells whether the empty name stands for p rather than for q.
+func (p place) before(q place) bool {
+	return p.chosen > q.chosen || p.chosen == q.chosen && p.made < q.made
 }
 
 // welcome is for connections that nobody has told to leave.
@@ -114,7 +126,7 @@ var (
 
 // NewRegistry makes an empty registry.
 func NewRegistry() *Registry {
-	return &Registry{byName: map[string]*entry{}, attempts: newAttempts(), clock: newClock(time.Now), leases: map[uint32]*lease{}}
+	return &Registry{byName: map[string]*entry{}, away: map[string]*entry{}, attempts: newAttempts(), clock: newClock(time.Now), leases: map[uint32]*lease{}}
 }
 
 // check refuses what cannot be sent to a client.
@@ -174,8 +186,7 @@ func (r *Registry) publish(e *entry, dev backing.Device) error {
 		return errors.Join(errors.New("server is shutting down"), dev.Close())
 	}
 	e.spec.Device, e.state = dev, Ready
-	e.made = r.nextLocked()
-	r.chooseLocked(e, e.spec.Default)
+	r.placeLocked(e)
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Ready)
 	return nil
@@ -186,6 +197,9 @@ func (r *Registry) forget(e *entry) {
 	r.mu.Lock()
 	delete(r.byName, e.spec.Name)
 	e.state = Closed
+	if e.kept {
+		r.away[e.spec.Name] = e
+	}
 	r.mu.Unlock()
 	r.tell(e.spec.Name, Closed)
 }
@@ -210,37 +224,9 @@ func (r *Registry) Update(name string, f func(*Settings)) error {
 	if err := next.check(); err != nil {
 		return err
 	}
-	if e.spec.Default != next.Default {
-		r.chooseLocked(e, next.Default)
-	}
 	e.spec = next
+	r.chooseLocked(e)
 	return nil
-}
-
-func (r *Registry) nextLocked() int {
-	r.count++
-	return r.count
-}
-
-// chooseLocked makes e the default, or makes it none.
-func (r *Registry) chooseLocked(e *entry, chosen bool) {
-	e.chosen = 0
-	if chosen {
-		e.chosen = r.nextLocked()
-	}
-}
-
-// firstLocked is what the empty name stands for where all exports are shown: the
-// last that was made the default, or else the first that is there.
-func (r *Registry) firstLocked() (first *entry) {
-	for _, e := range r.byName {
-		switch {
-		case e.state != Ready:
-		case first == nil, e.chosen > first.chosen, e.chosen == first.chosen && e.made < first.made:
-			first = e
-		}
-	}
-	return first
 }
 
 // Fail makes an export Failed that is Ready: its device fails everything from now
@@ -476,35 +462,17 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 	return e, access, known.lease, nil
 }
 
-// defaultLocked is what the empty name opens for p: where a listener shows some
-// exports, the first of them that there is for p.
-func (r *Registry) defaultLocked(p *transport.Peer) *entry {
-	if p == nil {
-		return r.firstLocked()
-	}
-	names, all := p.Scope.Names()
-	if all {
-		return r.firstLocked()
-	}
-	known := learnt{lease: r.leaseLocked(p)}
-	for _, name := range names {
-		e := r.byName[name]
-		if e == nil {
-			continue
-		}
-		if access, _ := r.accessLocked(e, p, known); access != NoAccess {
-			return e
-		}
-	}
-	return nil
-}
-
 // accessLocked is what p may do with e, and whether by its lease. What it may
 // not see does not exist for it.
 func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (access Access, byLease bool) {
 	if r.closed || e.state != Ready {
 		return NoAccess, false
 	}
+	return e.rights(p, known)
+}
+
+// rights are what p may do with e when it is Ready, and whether by its lease.
+func (e *entry) rights(p *transport.Peer, known learnt) (access Access, byLease bool) {
 	if p != nil && !e.shownTo(p) {
 		return NoAccess, false
 	}

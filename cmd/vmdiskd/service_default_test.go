@@ -1,0 +1,50 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestEmptyNameOpensNoOtherDisk: neither after a reload that opens its export
+// again, nor while that has failed.
+func TestEmptyNameOpensNoOtherDisk(t *testing.T) {
+	s := newService(t, exportA)
+	image := filepath.Join(s.dir, "a.img")
+	if err := os.Truncate(filepath.Join(s.dir, "b.img"), 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	opens := func(when, want string) {
+		t.Helper()
+		if got := s.size(s.uri("")); got != want {
+			t.Errorf("%s: the empty name opens a disk of %q bytes, want %q", when, got, want)
+		}
+	}
+	reload := func(more string) {
+		t.Helper()
+		if err := s.reload(more); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reload(exportA + exportB)
+	opens("at first", "1048576")
+	again := exportA + "cache = \"none\"\n" + exportB
+	reload(again)
+	opens("opened again", "1048576")
+	s.stop()
+	if err := os.Rename(image, image+".away"); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	opens("failed", "")
+	if err := os.Rename(image+".away", image); err != nil {
+		t.Fatal(err)
+	}
+	reload(again)
+	opens("mended", "1048576")
+	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+		t.Error(err)
+	}
+	opens("removed", "2097152")
+	s.stop()
+}
