@@ -81,6 +81,7 @@ func TestExportThatLeavesIsNotChanged(t *testing.T) {
 	wantCode(t, "resize", err, api.CodeInUse)
 	_, err = s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "o")})
 	wantCode(t, "snapshot", err, api.CodeInUse)
+	wantCode(t, "pause", s.ctl.Pause(t.Context(), "a", 0), api.CodeInUse)
 	select {
 	case err := <-removed:
 		t.Errorf("the removal did not last as long as this test needs it: %v", err)

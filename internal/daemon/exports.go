@@ -35,7 +35,7 @@ type disk struct {
 	origin string
 	doors  []*door     // its own
 	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
-	hold   *layer.Hold // guarded by disks.mu; of a pause by the API
+	hold   *layer.Hold // guarded by disks.mu; of a pause by the API; set with busy held too
 	files  *open.Table // of the image, opened already; nil: none are
 	failed error       // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 
@@ -290,8 +290,9 @@ func (d *daemon) removeExport(ctx context.Context, name string, instead *disk) e
 func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() (instead *disk, err error)) error {
 	d.keepPlace(k)
 	defer d.freePlace(name)
-	d.unpause(k)
-	k.leave(1) // who changes it has finished
+	d.unpause(k) // who changes it may wait for that
+	k.leave(1)   // who changes it has finished
+	d.unpause(k) // nobody pauses it any more
 	err := d.exports.Remove(ctx, name, force)
 	k.busy.Lock()
 	defer k.busy.Unlock()

@@ -355,21 +355,36 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 }
 
 func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {
-	k := s.d.disks.find(name)
-	if k == nil {
-		return unknownExport(name)
-	}
 	if limit == 0 {
 		limit = limits.PauseLongest
 	}
-	hold, err := k.stack.pause.Pause(ctx, limit)
+	k, hold, err := s.d.beginPause(name, limit)
 	if err != nil {
 		return told(err)
 	}
-	s.d.disks.mu.Lock()
-	defer s.d.disks.mu.Unlock()
-	k.hold = hold
+	if err := hold.Settle(ctx); err != nil {
+		s.d.disks.drop(k, hold)
+		return told(err)
+	}
 	return nil
+}
+
+// beginPause makes the requests of an export wait until its pause is taken, by
+// whoever resumes or removes it.
+func (d *daemon) beginPause(name string, limit time.Duration) (*disk, *layer.Hold, error) {
+	k, err := d.beginChange(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer k.busy.Unlock()
+	hold, err := k.stack.pause.Begin(limit)
+	if err != nil {
+		return nil, nil, err
+	}
+	d.disks.mu.Lock()
+	defer d.disks.mu.Unlock()
+	k.hold = hold
+	return k, hold, nil
 }
 
 func (s service) Resume(name string) error {
@@ -382,6 +397,15 @@ func (s service) Resume(name string) error {
 		return &api.Error{Code: api.CodeInvalid, Text: "the export is not paused"}
 	}
 	return told(hold.Resume())
+}
+
+// drop forgets a pause that has failed.
+func (s *disks) drop(k *disk, hold *layer.Hold) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.hold == hold {
+		k.hold = nil
+	}
 }
 
 // unhold takes the pause that was made by the API, nil if there is none.

@@ -34,6 +34,8 @@ type Pause struct {
 
 	mu   sync.Mutex
 	hold *Hold // guarded by mu; nil while the disk runs
+
+	settling sync.WaitGroup // Add is called with mu and a hold, so not when Close waits
 }
 
 // NewPause stands on dev.
@@ -60,28 +62,25 @@ func (h *Hold) Resume() error {
 	return nil
 }
 
-// Pause makes new requests wait, waits for those in flight and flushes. It
-// gives up when ctx ends. The disk goes on by itself limit after the call,
-// whatever became of the caller; limit is more than 0 and at most
-// limits.PauseLongest. After an error the disk goes on: ErrInvalid for a
-// pause within a pause or a wrong limit, ErrResumed when the limit came
-// before the flush was done, or the error of the flush.
+// Pause is Begin and Settle.
 func (p *Pause) Pause(ctx context.Context, limit time.Duration) (*Hold, error) {
-	if limit <= 0 || limit > limits.PauseLongest {
-		return nil, invalid("pause", "limit %v is not between 0 and %v", limit, limits.PauseLongest)
-	}
-	h, err := p.begin(limit)
+	h, err := p.Begin(limit)
 	if err != nil {
 		return nil, err
 	}
-	if err := p.settle(ctx, h); err != nil {
-		p.end(h)
+	if err := h.Settle(ctx); err != nil {
 		return nil, err
 	}
 	return h, nil
 }
 
-func (p *Pause) begin(limit time.Duration) (*Hold, error) {
+// Begin makes new requests wait. The disk goes on by itself limit after the call,
+// whatever became of the caller; limit is more than 0 and at most
+// limits.PauseLongest. ErrInvalid is for a pause within a pause or a wrong limit.
+func (p *Pause) Begin(limit time.Duration) (*Hold, error) {
+	if limit <= 0 || limit > limits.PauseLongest {
+		return nil, invalid("pause", "limit %v is not between 0 and %v", limit, limits.PauseLongest)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.hold != nil {
@@ -98,7 +97,26 @@ func (p *Pause) begin(limit time.Duration) (*Hold, error) {
 	return h, nil
 }
 
-// settle waits until nothing is in flight, and flushes.
+// Settle waits until nothing is in flight, and flushes. It gives up when ctx ends.
+// After an error the disk goes on: ErrResumed when the pause ended before the flush
+// was done, or the error of the flush.
+func (h *Hold) Settle(ctx context.Context) error {
+	p := h.p
+	p.mu.Lock()
+	if p.hold != h {
+		p.mu.Unlock()
+		return ErrResumed
+	}
+	p.settling.Add(1)
+	p.mu.Unlock()
+	defer p.settling.Done()
+	err := p.settle(ctx, h)
+	if err != nil {
+		p.end(h)
+	}
+	return err
+}
+
 func (p *Pause) settle(ctx context.Context, h *Hold) error {
 	for p.state.Load() != pausedBit {
 		select {
@@ -250,7 +268,7 @@ type single Pause
 // Release ends the request.
 func (p *single) Release() { (*Pause)(p).leave() }
 
-// Close ends a pause.
+// Close ends a pause, and closes the disk below when nothing flushes it any more.
 func (p *Pause) Close() error {
 	p.mu.Lock()
 	h := p.hold
@@ -258,6 +276,7 @@ func (p *Pause) Close() error {
 	if h != nil {
 		p.end(h)
 	}
+	p.settling.Wait()
 	return p.Next.Close()
 }
 

@@ -227,6 +227,47 @@ func TestPauseThatCannotBeLetsTheDiskGoOn(t *testing.T) {
 	})
 }
 
+// held keeps a flush until the gate is open, and notes whether it was closed before.
+type held struct {
+	backing.Device
+	gate                chan struct{}
+	closed, closedEarly bool
+}
+
+func (h *held) Flush(context.Context) error {
+	<-h.gate
+	h.closedEarly = h.closed
+	return nil
+}
+
+func (h *held) Close() error {
+	h.closed = true
+	return h.Device.Close()
+}
+
+func TestCloseWaitsForTheFlushOfAPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &held{Device: mem.New(1000, nil), gate: make(chan struct{})}
+		p := layer.NewPause(s)
+		h := must(p.Begin(time.Minute))
+		settled, closed := make(chan error, 1), make(chan error, 1)
+		go func() { settled <- h.Settle(t.Context()) }()
+		synctest.Wait()
+		go func() { closed <- p.Close() }()
+		synctest.Wait()
+		close(s.gate)
+		if err := <-settled; !errors.Is(err, layer.ErrResumed) {
+			t.Errorf("pause of a disk that is closed: got %v, want %v", err, layer.ErrResumed)
+		}
+		if err := <-closed; err != nil || s.closedEarly {
+			t.Errorf("close: %v, during the flush: %t", err, s.closedEarly)
+		}
+		if err := h.Settle(t.Context()); !errors.Is(err, layer.ErrResumed) {
+			t.Errorf("settle after the end: got %v, want %v", err, layer.ErrResumed)
+		}
+	})
+}
+
 func TestPauseMapsWithoutAllocating(t *testing.T) {
 	p := closing(t, layer.NewPause(newRaw(t, "pool", 1<<20, 0)))
 	if n := mapAllocates(t, p); n != 0 {
