@@ -345,6 +345,37 @@ func (s *testService) wantExports(when string, want ...string) {
 	}
 }
 
+// TestReloadThatCannotBeDoneClosesNothing: neither for the image of another export
+// that is missing, nor for one that is paused; and the pause goes on.
+func TestReloadThatCannotBeDoneClosesNothing(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	k := s.open("a")
+	image, again := filepath.Join(s.dir, "b.img"), "cache = \"none\"\n"
+	if err := os.Rename(image, image+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportA + again + exportB + again); err == nil {
+		t.Error("an export without an image was changed")
+	}
+	k.reads(1)
+	if err := os.Rename(image+".away", image); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ctl.Pause(t.Context(), "b", 0); err != nil {
+		t.Fatal(err)
+	}
+	wantCode(t, "reload that closes a paused export", s.reload(exportA+again+exportB+again), api.CodeInUse)
+	k.reads(1)
+	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
+		t.Errorf("resume: %v", err)
+	}
+	if err := s.reload(exportA + again + exportB + again); err != nil {
+		t.Error(err)
+	}
+	s.wantExports("after all", "a ready config", "b ready config")
+	s.stop()
+}
+
 // TestImageMovesWhileItIsServed: the configuration follows it.
 func TestImageMovesWhileItIsServed(t *testing.T) {
 	s := newService(t, exportA)

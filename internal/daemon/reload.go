@@ -170,15 +170,14 @@ func (r *reload) changeExports(context.Context) error {
 
 // reopenExports changes those that must be closed for it.
 func (r *reload) reopenExports(ctx context.Context) error {
+	var list []config.Export
 	for _, name := range reopened(r.change) {
 		x, _ := exportOf(r.c, name) // reopened names exports of c
-		undo, err := r.d.reopen(ctx, x)
-		if err != nil {
-			return fmt.Errorf("export %q: %w", name, err)
-		}
-		r.onError(undo)
+		list = append(list, x)
 	}
-	return nil
+	undo, err := r.d.reopen(ctx, list...)
+	r.undo = append(r.undo, undo...)
+	return err
 }
 
 // finish makes the new configuration the one that is served, and takes away what
@@ -299,35 +298,95 @@ func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
 	return c.Exports[i], true
 }
 
-// reopen closes an export and opens it as x says; if that fails, as it was. It
+// reopening is an export that is to be closed and opened as x says. Until end
+// nobody changes it, or pauses it.
+type reopening struct {
+	d     *daemon
+	k     *disk
+	x     config.Export
+	files *open.Table // of x
+}
+
+// reopen closes exports and opens them as they are in list; one that is not open
+// is opened. None is closed before the files of all are open. It returns what takes
+// back what it has done, also with an error: an export that cannot be opened is
+// opened as it was.
+func (d *daemon) reopen(ctx context.Context, list ...config.Export) (undo []func(context.Context), err error) {
+	var all []*reopening
+	defer func() {
+		for _, r := range all {
+			r.end()
+		}
+	}()
+	for _, x := range list {
+		k := d.disks.get(x.Name)
+		switch {
+		case k != nil && k.origin != fromConfig:
+			err = errTaken
+		case d.disks.find(x.Name) == nil:
+			var back func(context.Context)
+			if back, err = d.openAgain(ctx, x, k); err == nil {
+				undo = append(undo, back)
+			}
+		default:
+			var r *reopening
+			if r, err = d.beginReopen(ctx, k, x); err == nil {
+				all = append(all, r)
+			}
+		}
+		if err != nil {
+			return undo, fmt.Errorf("export %q: %w", x.Name, err)
+		}
+	}
+	for _, r := range all {
+		back, err := r.reopen(ctx)
+		if err != nil {
+			return undo, fmt.Errorf("export %q: %w", r.x.Name, err)
+		}
+		undo = append(undo, back)
+	}
+	return undo, nil
+}
+
+// beginReopen refuses an export that the API has paused: the pause would be over.
+func (d *daemon) beginReopen(ctx context.Context, k *disk, x config.Export) (*reopening, error) {
+	k.leave(1)
+	files, err := (*open.Table)(nil), error(nil)
+	if d.disks.held(k) {
+		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
+	} else {
+		files, err = d.gatherBeside(ctx, k, x)
+	}
+	if err != nil {
+		k.leave(-1)
+		return nil, err
+	}
+	return &reopening{d, k, x, files}, nil
+}
+
+func (r *reopening) end() {
+	r.files.Close()
+	r.k.leave(-1)
+}
+
+// reopen closes the export and opens it as r.x says; if that fails, as it was. It
 // returns what takes it back.
-func (d *daemon) reopen(ctx context.Context, x config.Export) (undo func(context.Context), err error) {
-	k := d.disks.get(x.Name)
-	switch {
-	case k != nil && k.origin != fromConfig:
-		return nil, errTaken
-	case d.disks.find(x.Name) == nil:
-		return d.openAgain(ctx, x, k)
-	}
-	old, _, _ := d.disks.look(k)
-	files, err := d.gatherBeside(ctx, k, x)
+func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
+	d, name := r.d, r.x.Name
+	old, _, _ := d.disks.look(r.k)
+	back, err := d.closeFor(ctx, name, old)
 	if err != nil {
 		return nil, err
 	}
-	defer files.Close()
-	back, err := d.closeFor(ctx, x.Name, old)
-	if err != nil {
-		return nil, err
-	}
-	d.disks.dropFailed(x.Name)
-	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, files: files}, nil); err != nil {
+	d.disks.dropFailed(name)
+	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files}, nil); err != nil {
 		back()
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		back, err := d.closeFor(ctx, x.Name, old)
+		back, err := d.closeFor(ctx, name, old)
 		if err != nil {
-			d.log.Error("export stays changed", "export", x.Name, "error", err)
+			d.log.Error("export stays changed", "export", name, "error", err)
 			return
 		}
 		back()

@@ -408,6 +408,21 @@ func (s *disks) drop(k *disk, hold *layer.Hold) {
 	}
 }
 
+// held tells whether the API has paused k.
+func (s *disks) held(k *disk) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.hold == nil {
+		return false
+	}
+	select {
+	case <-k.hold.Ended():
+		return false
+	default:
+		return true
+	}
+}
+
 // unhold takes the pause that was made by the API, nil if there is none.
 func (s *disks) unhold(k *disk) (hold *layer.Hold) {
 	s.mu.Lock()
