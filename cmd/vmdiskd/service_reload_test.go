@@ -409,6 +409,12 @@ func TestFailedExportsComeBack(t *testing.T) {
 		t.Error("an export without an image was changed")
 	}
 	s.wantExports("after a reload that failed", "a ready config", "lost failed config")
+	if got := s.metric(`export_info{export="lost",state="failed"}`); got != 1 {
+		t.Errorf("metrics: lost failed: got %v, want 1", got)
+	}
+	if x, err := s.ctl.Status(t.Context()); err != nil || x.Exports != 2 {
+		t.Errorf("status: got %d exports, %v, want 2", x.Exports, err)
+	}
 	if err := s.reload(exportA + exportLost + "description = \"new\"\n"); err != nil {
 		t.Errorf("a change of what does not concern the image: %v", err)
 	}

@@ -24,7 +24,7 @@ func (s service) Metrics(w io.Writer) error {
 	for _, c := range d.cage {
 		m.Controls = append(m.Controls, obs.ControlMetrics{Name: c.Name, Value: values[c.State]})
 	}
-	for _, x := range d.exports.Status() {
+	for _, x := range d.all() {
 		e := obs.ExportMetrics{
 			Name: x.Spec.Name, State: string(x.State), Size: x.Info.Size, Clients: x.Clients,
 			Writable: x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly, Stats: x.Spec.Stats.Snapshot(),

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -68,7 +70,7 @@ func (s service) Status() api.Status {
 	d := s.d
 	t := api.Status{
 		Version: version.Version, PID: os.Getpid(), Started: d.started, Engine: d.engine.Name(),
-		Exports: d.exports.Len(), Clients: len(d.server.Clients()), Config: d.cfg.File,
+		Exports: len(d.all()), Clients: len(d.server.Clients()), Config: d.cfg.File,
 		Memory: map[string]int64{}, Notes: map[string]string{},
 	}
 	for _, c := range d.cage {
@@ -90,28 +92,32 @@ func (s service) Status() api.Status {
 
 func (s service) Exports() []api.Export {
 	list := []api.Export{}
-	for _, x := range s.d.exports.Status() {
+	for _, x := range s.d.all() {
 		list = append(list, s.d.describe(x))
 	}
-	for _, k := range s.d.disks.failed() {
-		if _, open, _ := s.d.disks.look(k); open == nil {
-			list = append(list, s.d.describeFailed(k))
+	return list
+}
+
+// all are the exports, sorted by name, with those that could not be opened.
+func (d *daemon) all() []export.Status {
+	list := d.exports.Status()
+	byName := func(x export.Status, name string) int { return strings.Compare(x.Spec.Name, name) }
+	for _, k := range d.disks.failed() {
+		x, _, _ := d.disks.look(k)
+		if i, known := slices.BinarySearchFunc(list, x.Name, byName); !known {
+			list = slices.Insert(list, i, unopened(x.Name))
 		}
 	}
 	return list
 }
 
-// describeFailed is an export that could not be opened.
-func (d *daemon) describeFailed(k *disk) api.Export {
-	cfg, _, err := d.disks.look(k)
-	return api.Export{Export: cfg, Origin: k.origin, State: stateFailed, Error: err.Error()}
+// unopened is what there is to say about an export that could not be opened.
+func unopened(name string) export.Status {
+	return export.Status{Spec: export.Spec{Name: name, Stats: new(obs.ExportStats)}, State: export.Failed}
 }
 
-// States of an export beside those of the registry.
-const (
-	stateFailed = "failed" // its image cannot be opened
-	statePaused = "paused"
-)
+// statePaused is a state of an export beside those of the registry.
+const statePaused = "paused"
 
 func (s service) Export(name string) (api.Export, error) {
 	if x, ok := s.d.exports.StatusOf(name); ok {
@@ -119,7 +125,7 @@ func (s service) Export(name string) (api.Export, error) {
 	}
 	if k := s.d.disks.get(name); k != nil {
 		if _, _, err := s.d.disks.look(k); err != nil {
-			return s.d.describeFailed(k), nil
+			return s.d.describe(unopened(name)), nil
 		}
 	}
 	return api.Export{}, unknownExport(name)
@@ -140,6 +146,9 @@ func (d *daemon) describe(x export.Status) api.Export {
 	out.Origin = k.origin
 	if failed != nil {
 		out.Error = failed.Error()
+	}
+	if failed != nil && now == nil { // it is nowhere to be seen
+		return out
 	}
 	if now != nil && now.pause != nil && now.pause.Paused() && x.State == export.Ready {
 		out.State = statePaused
