@@ -115,8 +115,8 @@ func newExportRemove() *cobra.Command {
 	c := f.changing(&cobra.Command{
 		Use:   "remove NAME",
 		Short: "Remove an export",
-		Long: `Remove an export: nobody can open it any more at once, and it is gone when its
-clients are. The image stays.`,
+		Long: `Remove an export. One that clients have open is refused; with --force nobody can
+open it any more at once, and its clients are told to leave. The image stays.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			if timeout < 0 || timeout > limits.ControlRemoveMost {
@@ -139,7 +139,7 @@ clients are. The image stays.`,
 		ValidArgsFunction: f.exportNames,
 	})
 	c.Flags().BoolVar(&force, "force", false, "cut its clients off")
-	c.Flags().DurationVar(&timeout, "timeout", 0, "`TIME` that its clients have to leave; 0: the daemon's own idea")
+	c.Flags().DurationVar(&timeout, "timeout", 0, "`TIME` after which what is in flight is given up; 0: the daemon's own idea")
 	return c
 }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
@@ -109,7 +110,8 @@ func TestStuckGuestLosesNobodysData(t *testing.T) {
 	}
 }
 
-// TestPauseHoldsUpNoEnd: neither that of an export nor that of the service.
+// TestPauseHoldsUpNoEnd: neither that of an export nor that of the service. A
+// removal that is refused ends no pause.
 func TestPauseHoldsUpNoEnd(t *testing.T) {
 	s := newService(t, exportA+"[[export]]\nname = \"b\"\nimage = \"DIR/b.img\"\n")
 	for _, name := range []string{"a", "b"} {
@@ -117,6 +119,10 @@ func TestPauseHoldsUpNoEnd(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	k := s.open("a")
+	wantCode(t, "remove of an export in use", s.ctl.Remove(t.Context(), "a", false, time.Minute), api.CodeInUse)
+	s.wantExports("after that", "a paused config", "b paused config")
+	k.disconnect()
 	if err := s.ctl.Remove(t.Context(), "a", true, time.Second); err != nil {
 		t.Errorf("remove of a paused export: %v", err)
 	}

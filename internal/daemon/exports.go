@@ -288,6 +288,9 @@ func (d *daemon) removeExport(ctx context.Context, name string, instead *disk) e
 // takeAway is removeExport of k, which has that name. When it has left, and
 // before its name is free, forget is called with k.busy.
 func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() (instead *disk, err error)) error {
+	if x, _ := d.exports.StatusOf(name); x.Clients > 0 && !force { // as Remove says, before the pause is over
+		return fmt.Errorf("%w: %q", export.ErrInUse, name)
+	}
 	d.keepPlace(k)
 	defer d.freePlace(name)
 	d.unpause(k) // who changes it may wait for that

@@ -41,8 +41,9 @@ const (
 	// kernel's NGROUPS_MAX.
 	ControlPeerGroups = 64 << 10
 
-	// ControlRemove is how long a removal waits for the clients of an export
-	// to leave if the request does not say, and ControlRemoveMost at most.
+	// ControlRemove is how long a removal waits for what the clients of an
+	// export have in flight if the request does not say, and ControlRemoveMost
+	// at most.
 	ControlRemove     = Drain
 	ControlRemoveMost = 10 * time.Minute
 

@@ -91,8 +91,9 @@ func (c *Client) Patch(ctx context.Context, name string, p api.Patch) (e api.Exp
 	return e, c.call(ctx, request{method: "PATCH", path: exportPath(name), body: p}, &e)
 }
 
-// Remove removes an export. With force its clients are cut off; without, they
-// have until timeout to leave, where 0 is the server's own idea.
+// Remove removes an export. Without force one that clients have open is refused;
+// with it, what they have in flight after timeout is given up, where 0 is the
+// server's own idea.
 func (c *Client) Remove(ctx context.Context, name string, force bool, timeout time.Duration) error {
 	q := url.Values{}
 	if force {
