@@ -61,10 +61,7 @@ type fileID struct {
 // open opens all files and reads the headers that name them. Whatever it has
 // opened, close closes.
 func (ch *chain) open(ctx context.Context) error {
-	dir, err := ch.spec.Table.real(filepath.Dir(ch.spec.Path))
-	if err == nil {
-		dir, err = filepath.Abs(dir)
-	}
+	path, err := ch.topPath()
 	if err != nil {
 		return err
 	}
@@ -72,7 +69,6 @@ func (ch *chain) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, filepath.Base(ch.spec.Path))
 	if err := ch.add(f, path, ch.spec.Format); err != nil {
 		return err
 	}
@@ -92,6 +88,19 @@ func (ch *chain) open(ctx context.Context) error {
 		return invalid(ch.spec, err)
 	}
 	return nil
+}
+
+// topPath is the path of the image without symbolic links to its folder. A
+// descriptor has none: it keeps its name.
+func (ch *chain) topPath() (string, error) {
+	if ch.spec.Files[ch.spec.Path] != nil {
+		return ch.spec.Path, nil
+	}
+	dir, err := ch.spec.Table.real(filepath.Dir(ch.spec.Path))
+	if err == nil {
+		dir, err = filepath.Abs(dir)
+	}
+	return filepath.Join(dir, filepath.Base(ch.spec.Path)), err
 }
 
 // descend opens what the last image names.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -150,6 +151,21 @@ func TestDescriptorHasNoFolder(t *testing.T) {
 	s.Backing = open.Policy{Mode: open.SameDir}
 	if _, err := open.Open(t.Context(), s); !errors.Is(err, backing.ErrInvalid) {
 		t.Errorf("got %v, want %v", err, backing.ErrInvalid)
+	}
+}
+
+// TestErrorNamesTheDescriptor, and no file of that name in the working directory.
+func TestErrorNamesTheDescriptor(t *testing.T) {
+	f, err := os.Open(image(t, 4096))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s, _ := newSpec(t)
+	s.Format, s.Path, s.ReadOnly, s.Files = "qcow2", "fd:0", true, map[string]*os.File{"fd:0": f}
+	_, err = open.Open(t.Context(), s)
+	if err == nil || !strings.Contains(err.Error(), `"fd:0"`) {
+		t.Errorf("what is no qcow2 image: got %v, want an error of \"fd:0\"", err)
 	}
 }
 
