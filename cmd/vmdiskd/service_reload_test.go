@@ -440,6 +440,23 @@ func TestFailedExportsComeBack(t *testing.T) {
 	s.stop()
 }
 
+// TestLockedImageIsTriedAgain: the export is there soon after the program has gone
+// that had its image, without a reload, and held up no other.
+func TestLockedImageIsTriedAgain(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	s.stop()
+	other := s.deny("a.img")
+	s.start()
+	if got := s.states(); slices.Contains(got, "a ready") || !slices.Contains(got, "b ready") {
+		t.Errorf("while the image of a is locked: got %q, want b ready alone", got)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.await("a is ready", func() bool { return slices.Contains(s.states(), "a ready") })
+	s.stop()
+}
+
 // TestReloadTouchesNoExportOfTheAPI, also if it has taken the name of one of the
 // configuration.
 func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {

@@ -138,6 +138,7 @@ func (d *daemon) start() error {
 		d.confine,
 		d.serve,
 		d.startControl,
+		d.retryLocked,
 		d.ready,
 		d.printURI,
 		d.startCommand,

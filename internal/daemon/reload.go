@@ -9,10 +9,12 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
@@ -47,7 +49,7 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.apply(ctx, c, change); err != nil {
 		return api.Reload{}, told(err)
 	}
-	d.retry(ctx)
+	d.retry(ctx, func(error) bool { return true })
 	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: strings.Join(r.Changes, "; ")})
 	return r, nil
 }
@@ -220,19 +222,50 @@ func (d *daemon) retries(change *config.Change) (lines []string) {
 	return lines
 }
 
-// retry tries to open what could not be opened: its image may have been mended.
-func (d *daemon) retry(ctx context.Context) {
+// retry tries to open what could not be opened for a reason that may have gone. It
+// tells whether there was such a one. With d.reloading.
+func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried bool) {
 	for _, k := range d.disks.failed() {
-		x, _, _ := d.disks.look(k)
-		known := true
-		if k.origin == fromConfig {
+		x, _, why := d.disks.look(k)
+		known := gone(why)
+		if known && k.origin == fromConfig {
 			x, known = exportOf(d.conf.Load(), x.Name)
 		}
 		if known && ctx.Err() == nil {
 			d.disks.dropFailed(x.Name)
 			d.tryExport(x, k.origin)
+			tried = true
 		}
 	}
+	return tried
+}
+
+// retryLocked is a step of the start: it has the exports tried again whose images
+// were locked, while the others are served. A daemon that has changed its user may
+// have no right to open them again, and would hide why they failed.
+func (d *daemon) retryLocked() error {
+	if !d.served() || d.cfg.User != "" || d.cfg.Group != "" {
+		return nil
+	}
+	d.accepted.Go(func() {
+		for range limits.LockedRetries {
+			select {
+			case <-time.After(limits.LockedRetryWait):
+			case <-d.stopping.Done():
+				return
+			}
+			if !d.retryOnce() {
+				return
+			}
+		}
+	})
+	return nil
+}
+
+func (d *daemon) retryOnce() (tried bool) {
+	d.reloading.Lock()
+	defer d.reloading.Unlock()
+	return d.retry(d.stopping, func(why error) bool { return errors.Is(why, backing.ErrLocked) })
 }
 
 // retire is removeExport that cannot fail. Where clients hold that up beyond ctx,

@@ -250,6 +250,13 @@ const (
 	// its death, when its supervisor has started the next one already.
 	LockRetries = 14
 
+	// LockedRetries bounds how often a service tries again after its start to
+	// open the exports whose images were locked, each time LockedRetryWait
+	// after the last: for a server before it that was killed, and whose I/O has
+	// not ended yet.
+	LockedRetries   = 5
+	LockedRetryWait = time.Second
+
 	// BounceBuffer is the largest transfer that is copied because a direct
 	// file demands an alignment that the request does not have. Each direct
 	// file keeps one such buffer.
