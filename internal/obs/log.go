@@ -5,6 +5,7 @@ package obs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -95,9 +98,14 @@ func sink(name string) (io.Writer, error) {
 	return nil, fmt.Errorf("log %q: want stderr, syslog, null or an absolute path", name)
 }
 
-// OpenFile opens a file for a log.
+// OpenFile opens a file for a log. It does not wait: a FIFO that nobody reads is
+// an error.
 func OpenFile(name string) (*os.File, error) {
-	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NONBLOCK, 0o640)
+	if fi, bad := os.Stat(name); errors.Is(err, unix.ENXIO) && bad == nil && fi.Mode()&os.ModeNamedPipe != 0 {
+		return nil, fmt.Errorf("log %q is a FIFO that nobody reads", name)
+	}
+	return f, err
 }
 
 // For returns the logger of a component.

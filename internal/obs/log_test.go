@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -92,5 +94,33 @@ func TestFullSinkLosesLinesInsteadOfWaiting(t *testing.T) {
 func TestUnknownSinkIsRefused(t *testing.T) {
 	if _, err := Open(Options{Sink: "nowhere"}); err == nil {
 		t.Error("sink \"nowhere\" was accepted")
+	}
+}
+
+// TestLogToAFIFO: one that nobody reads is an error and no wait; one that is read
+// gets the lines.
+func TestLogToAFIFO(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := Open(Options{Sink: path}); err == nil || !strings.Contains(err.Error(), "nobody reads") {
+		t.Fatalf("open a FIFO that nobody reads: got %v, %v", l, err)
+	}
+	r, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	l, err := Open(Options{Sink: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.For("nbd").Info("seen")
+	l.Close()
+	got := make([]byte, 4096)
+	n, err := r.Read(got)
+	if err != nil || !strings.Contains(string(got[:n]), "msg=seen") {
+		t.Errorf("the reader got %q, %v", got[:n], err)
 	}
 }
