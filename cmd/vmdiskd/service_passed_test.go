@@ -209,6 +209,90 @@ func TestListenersThatGoAreNotKept(t *testing.T) {
 	}
 }
 
+// freePort is a TCP port that nobody had a moment ago.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}
+
+// TestChangedListenerIsOpenedAnew: the socket that waits is of a listener that
+// there is no more, and has the address of the one that is to be made.
+func TestChangedListenerIsOpenedAnew(t *testing.T) {
+	port := freePort(t)
+	unixURI, tcp := "nbd+unix:///?socket=DIR/l", "nbd://127.0.0.1:"+port
+	shared := "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n[[listener]]\n"
+	own := "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n[[export.listener]]\n"
+	for _, tt := range []struct{ name, before, after, uri string }{
+		{"mode", shared + "uri = \"" + unixURI + "\"", shared + "uri = \"" + unixURI + "\"\nmode = \"0660\"", "nbd+unix:///m?socket=DIR/l"},
+		{"mode of an export's own", own + "uri = \"" + unixURI + "\"", own + "uri = \"" + unixURI + "\"\nmode = \"0660\"", "nbd+unix:///m?socket=DIR/l"},
+		{"owner", shared + "uri = \"" + unixURI + "\"", shared + "uri = \"" + unixURI + "\"\nmode = \"0660\"\nowner = \"" + fmt.Sprint(os.Getuid()) + "\"", "nbd+unix:///m?socket=DIR/l"},
+		{"name of the host", shared + "uri = \"" + tcp + "\"", shared + "uri = \"nbd://localhost:" + port + "\"", "nbd://127.0.0.1:" + port + "/m"},
+	} {
+		for _, confined := range []string{"auto", "off"} {
+			t.Run(tt.name+", confine "+confined, func(t *testing.T) {
+				s, m := newManaged(t, tt.before+"\n", nil)
+				s.prepare = func(cmd *exec.Cmd) {
+					cmd.Args = append(cmd.Args, "--confine="+confined)
+					m.pass(cmd, nil)
+				}
+				s.start()
+				s.await("two listeners are kept", func() bool { return len(m.names()) == 2 })
+				before := m.names()
+				s.stop()
+				s.configure(tt.after + "\n")
+				s.start()
+				if got := s.size(strings.ReplaceAll(tt.uri, "DIR", s.dir)); got != "1048576" {
+					t.Errorf("size at the changed listener is %q", got)
+				}
+				if fi, err := os.Stat(filepath.Join(s.dir, "l")); err == nil && fi.Mode().Perm() != 0o660 {
+					t.Errorf("the socket has mode %v, want 0660", fi.Mode())
+				}
+				same := slices.DeleteFunc(m.names(), func(name string) bool { return !slices.Contains(before, name) })
+				s.await("the new one is kept, the old one not", func() bool { return len(m.names()) == 2 })
+				if len(same) != 1 {
+					t.Errorf("kept are %q, before the change %q: want one of them", m.names(), before)
+				}
+				s.stop()
+			})
+		}
+	}
+}
+
+// TestKeptListenersAreTakenUpWithoutRoom: a listener that comes before them in
+// the configuration does not push one out.
+func TestKeptListenersAreTakenUpWithoutRoom(t *testing.T) {
+	const last = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/last\"\n"
+	s, m := newManaged(t, exportA+last, nil)
+	s.prepare = func(cmd *exec.Cmd) {
+		m.pass(cmd, nil)
+		cmd.Env = append(cmd.Env, "FDSTORE=2")
+	}
+	s.start()
+	s.await("both listeners are kept", func() bool { return len(m.names()) == 2 })
+	s.stop()
+	names := m.names()
+	s.configure(exportA + "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/new\"\n" + last)
+	s.start()
+	for _, at := range []string{"nbd", "new", "last"} {
+		if got := s.size("nbd+unix:///a?socket=" + filepath.Join(s.dir, at)); got != "1048576" {
+			t.Errorf("size at %q is %q", at, got)
+		}
+	}
+	s.stop()
+	if got := m.names(); !slices.Equal(got, names) {
+		t.Errorf("kept are %q, before %q", got, names)
+	}
+	if exists(filepath.Join(s.dir, "new")) {
+		t.Error("the socket that nobody keeps is still there")
+	}
+}
+
 // TestKeptListenerWithoutItsPathIsOpenedAnew: nobody could reach it.
 func TestKeptListenerWithoutItsPathIsOpenedAnew(t *testing.T) {
 	s, m := newManaged(t, exportA, nil)

@@ -335,6 +335,20 @@ func (d *daemon) unpause(k *disk) {
 // openTimeout bounds the opening of an image that a reload or the API wants.
 const openTimeout = time.Minute
 
+// allExports are those of the configuration or of the command line, and those that
+// were kept, as far as they can be read.
+func (d *daemon) allExports() (list []config.Export, err error) {
+	c := d.conf.Load()
+	if c == nil {
+		return []config.Export{d.cfg.Disk}, nil
+	}
+	if c.Control.State == "" {
+		return c.Exports, nil
+	}
+	kept, err := config.ReadExports(c.Control.State)
+	return slices.Concat(c.Exports, kept), err
+}
+
 // addConfigured opens the exports of the configuration, and those that were
 // kept. One that cannot be opened is known and does not work: the disks of
 // other guests do not depend on it.

@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -16,8 +18,76 @@ import (
 // takePassed takes the sockets that the service manager hands over: those that
 // it opened, and those that it kept for us.
 func (d *daemon) takePassed() (err error) {
+	closed := d.cfg.Handed.closed()
+	if d.cfg.Handed == nil {
+		if closed, err = d.makeWay(); err != nil {
+			return err
+		}
+	}
+	for _, l := range closed {
+		d.tellClosed(l)
+	}
 	d.passed, err = transport.TakePassed()
+	d.kept.Store(int64(d.passed.Count(config.KeptPrefix)))
 	return err
+}
+
+// closedListener is one that waited and is not of the configuration.
+type closedListener struct {
+	Address string `json:"address"`
+	Error   string `json:"error,omitempty"`
+}
+
+func (d *daemon) tellClosed(l closedListener) {
+	d.log.Info("closed a listener that the configuration has no more", "listener", l.Address, "error", l.Error)
+}
+
+// makeWay closes the listeners that wait where another is to be opened: one whose
+// mode has changed, say, has the address of its successor.
+func (d *daemon) makeWay() (closed []closedListener, err error) {
+	wanted := d.keptNames()
+	files, err := transport.Withdraw(func(f *os.File) bool {
+		if _, taken := wanted[f.Name()]; taken || !strings.HasPrefix(f.Name(), config.KeptPrefix) {
+			return false
+		}
+		for _, e := range wanted {
+			if transport.ListensAt(f, e) {
+				return true
+			}
+		}
+		return false
+	})
+	for _, f := range files {
+		closed = append(closed, d.endKept(f.Name(), f))
+	}
+	return closed, err
+}
+
+// keptNames are the names of the listeners of the configuration, and of kept
+// exports that can be read, with their endpoints.
+func (d *daemon) keptNames() map[string]transport.Endpoint {
+	exports, _ := d.allExports() // addKept complains
+	list := slices.Clone(d.conf.Load().Listeners)
+	for _, x := range exports {
+		list = append(list, x.Listeners...)
+	}
+	names := map[string]transport.Endpoint{}
+	for _, l := range list {
+		if e, err := endpointOf(l); err == nil && !strings.HasPrefix(l.URI, config.SystemdScheme) {
+			names[keptName(l, e)] = e
+		}
+	}
+	return names
+}
+
+// endKept ends a socket that waited under name, with its path, and closes f.
+func (d *daemon) endKept(name string, f *os.File) closedListener {
+	addr, err := transport.Abolish(f)
+	l := closedListener{Address: addr}
+	if err = errors.Join(err, f.Close(), d.boss.Forget(name)); err != nil {
+		l.Error = err.Error()
+	}
+	return l
 }
 
 // keptName names the sockets of a listener while they wait: who changes the
@@ -47,15 +117,12 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 	if err != nil {
 		return nil, "", err
 	}
-	name := ""
-	if d.kept.Load() < int64(d.boss.Room()) {
-		name = keptName(l, e)
-	}
+	name := keptName(l, e)
 	if ls := d.resume(name, e); len(ls) > 0 {
-		d.kept.Add(int64(len(ls)))
 		return ls, name, nil
 	}
-	if ls, err = d.listenAt(ctx, listenerKey(l), e); err != nil || name == "" {
+	ls, err = d.listenAt(ctx, listenerKey(l), e)
+	if err != nil || name == "" || d.kept.Load() >= int64(d.boss.Room()) {
 		return ls, "", err
 	}
 	if err := d.keep(name, ls); err != nil {
@@ -85,6 +152,7 @@ func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Liste
 	if err == nil {
 		return ls
 	}
+	d.kept.Add(-int64(len(files)))
 	for _, l := range ls {
 		_ = l.Close() // another is opened in its place
 	}
@@ -133,7 +201,7 @@ func (d *daemon) settlePassed() error {
 	for _, name := range d.passed.Names() {
 		switch {
 		case strings.HasPrefix(name, config.KeptPrefix):
-			d.dropKept(name)
+			errs = append(errs, d.dropKept(name))
 		case !taken[config.SystemdScheme+name]:
 			errs = append(errs, fmt.Errorf("systemd passed a socket that is called %q, and no listener of the configuration has the uri %q",
 				name, config.SystemdScheme+name))
@@ -157,16 +225,12 @@ func (d *daemon) listenerURIs() map[string]bool {
 }
 
 // dropKept closes listeners that waited, with their paths.
-func (d *daemon) dropKept(name string) {
+func (d *daemon) dropKept(name string) error {
 	files, err := d.passed.Files(name)
 	d.passed.Drop(name)
 	for _, f := range files {
-		// It is removed only if its file is still there and a socket.
-		if l, bad := transport.ResumeAny(f); bad == nil {
-			err = errors.Join(err, l.Close())
-		}
-		f.Close()
+		d.kept.Add(-1)
+		d.tellClosed(d.endKept(name, f))
 	}
-	err = errors.Join(err, d.boss.Forget(name))
-	d.log.Info("closed a listener that the configuration has no more", "name", name, "error", err)
+	return err
 }

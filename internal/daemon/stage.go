@@ -39,6 +39,7 @@ type handover struct {
 	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
 	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
 	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
+	Closed    []closedListener              `json:"closed,omitempty"`
 	Log       int                           `json:"log,omitempty"`
 	Command   int                           `json:"command,omitempty"`   // process of --run
 	Gate      int                           `json:"gate,omitempty"`      // what it waits for
@@ -81,19 +82,18 @@ type stage0 struct {
 // becomeWorker opens everything, gives up all rights and goes on as the
 // worker. It returns only if that fails.
 func (d *daemon) becomeWorker(signals *signals) error {
-	s := &stage0{daemon: d, signals: signals, waiting: map[string]bool{}, out: handover{
+	s := &stage0{daemon: d, signals: signals, out: handover{
 		Parent: os.Getppid(), Config: d.cfg.Text,
 		Listeners: map[string][]transport.Handed{}, Images: map[string]handedImage{},
 	}}
-	for _, name := range strings.Split(os.Getenv("LISTEN_FDNAMES"), ":") {
-		s.waiting[name] = true
-	}
 	for _, step := range [...]func() error{
 		d.watchParent,
 		s.checkSwap,
 		s.openLog,
 		s.checkState,
 		s.openTLS,
+		d.findSupervisor,
+		s.lookPassed,
 		s.listenAll,
 		s.openControl,
 		s.openImages,
@@ -197,6 +197,21 @@ func (s *stage0) openTLS() error {
 	return nil
 }
 
+// lookPassed finds what the service manager passes, which the worker takes.
+func (s *stage0) lookPassed() (err error) {
+	if !s.served() {
+		return nil
+	}
+	if s.out.Closed, err = s.makeWay(); err != nil {
+		return err
+	}
+	s.waiting = map[string]bool{}
+	for _, name := range strings.Split(os.Getenv("LISTEN_FDNAMES"), ":") {
+		s.waiting[name] = true
+	}
+	return nil
+}
+
 // listenAll opens the listeners. One of an export alone that cannot be opened
 // is the worker's to complain of, because other exports do not depend on it.
 func (s *stage0) listenAll() error {
@@ -287,17 +302,9 @@ func (s *stage0) mayRemove(h transport.Handed) {
 	}
 }
 
-// exports0 are the exports that the worker will open, kept ones included.
+// exports0 are the exports that the worker will open.
 func (s *stage0) exports0() []config.Export {
-	c := s.conf.Load()
-	if c == nil {
-		return []config.Export{s.cfg.Disk}
-	}
-	list := c.Exports
-	if c.Control.State != "" {
-		kept, _ := config.ReadExports(c.Control.State) // the worker complains
-		list = append(list[:len(list):len(list)], kept...)
-	}
+	list, _ := s.allExports() // the worker complains
 	return list
 }
 

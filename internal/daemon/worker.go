@@ -54,6 +54,14 @@ func file(fd int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
+// closed are the listeners that stage 0 has closed.
+func (t *Handed) closed() []closedListener {
+	if t == nil {
+		return nil
+	}
+	return t.in.Closed
+}
+
 func (t *Handed) logFile() *os.File {
 	if t == nil || t.in.Log == 0 {
 		return nil

@@ -5,10 +5,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
+	"strings"
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/mdlayher/socket"
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // sniffed is what the kernel says of a descriptor that somebody else opened.
@@ -123,6 +127,62 @@ func activated(f *os.File) (*listener, error) {
 		return nil, err
 	}
 	return newListener(sock, s.kind, optionsOf(Endpoint{Name: f.Name()}))
+}
+
+// Withdraw takes sockets out of those that systemd passed to this process, and
+// out of the variables that announce them: those that drop wants. They are files
+// by their names, which the caller closes. The others close up, so that nobody
+// may have taken any yet.
+func Withdraw(drop func(f *os.File) bool) (files []*os.File, err error) {
+	if pid, err := strconv.Atoi(os.Getenv("LISTEN_PID")); err != nil || pid != os.Getpid() {
+		return nil, nil
+	}
+	n, err := strconv.Atoi(os.Getenv("LISTEN_FDS"))
+	if err != nil || n < 0 || n > limits.HandoverSockets {
+		return nil, nil // Activated finds none
+	}
+	names := passedNames(n)
+	stay := names[:0:0]
+	for i, name := range names {
+		from, to := firstPassed+i, firstPassed+len(stay)
+		fd, err := unix.FcntlInt(uintptr(from), unix.F_DUPFD_CLOEXEC, firstPassed+n)
+		if err != nil {
+			return files, fmt.Errorf("passed socket %q: %w", name, err)
+		}
+		f := os.NewFile(uintptr(fd), name)
+		if drop(f) {
+			files = append(files, f)
+			continue
+		}
+		f.Close()
+		if from != to {
+			if err := unix.Dup3(from, to, 0); err != nil {
+				return files, fmt.Errorf("passed socket %q: %w", name, err)
+			}
+		}
+		stay = append(stay, name)
+	}
+	for fd := firstPassed + len(stay); fd < firstPassed+n; fd++ {
+		_ = unix.Close(fd) // there is another of it
+	}
+	return files, errors.Join(os.Setenv("LISTEN_FDS", strconv.Itoa(len(stay))),
+		os.Setenv("LISTEN_FDNAMES", strings.Join(stay, ":")))
+}
+
+// firstPassed is the number of the first socket that systemd passes
+// (SD_LISTEN_FDS_START of sd_listen_fds(3)).
+const firstPassed = 3
+
+// passedNames are the names of n passed sockets, as Activated has them.
+func passedNames(n int) []string {
+	names := make([]string, n)
+	copy(names, strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"))
+	for i, name := range names {
+		if name == "" {
+			names[i] = "LISTEN_FD_" + strconv.Itoa(firstPassed+i)
+		}
+	}
+	return names
 }
 
 // isSocket says whether fi is a socket's.

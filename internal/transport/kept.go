@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -45,32 +47,54 @@ func Resume(e Endpoint, f *os.File) (Listener, error) {
 	return l, nil
 }
 
-// ResumeAny is Resume wherever the socket listens.
-func ResumeAny(f *os.File) (Listener, error) {
+// Abolish ends a listening socket for all who have a duplicate of it, and removes
+// the Unix socket's file if that is still there and a socket. Its address is free
+// then, but for that of a vsock, which lasts as long as a duplicate. It returns
+// where the socket listened. f stays the caller's.
+func Abolish(f *os.File) (addr string, err error) {
 	l, err := activated(f)
-	if err == nil && l.kind == Unix {
-		if err = l.adopt(); err != nil {
-			l.Close()
-		}
-	}
 	if err != nil {
-		return nil, fmt.Errorf("resume: %w", err)
+		return "", fmt.Errorf("end a listener: %w", err)
 	}
-	return l, nil
+	if l.kind == Unix {
+		_ = l.adopt() // without its file there is nothing to remove
+	}
+	err = l.Close()
+	if bad := unix.Shutdown(int(f.Fd()), unix.SHUT_RDWR); !errors.Is(bad, unix.ENOTCONN) { // a vsock's
+		err = errors.Join(err, os.NewSyscallError("shutdown", bad))
+	}
+	return l.Addr(), err
+}
+
+// ListensAt tells whether f is a listening socket with the address of e, of a TCP
+// endpoint the port.
+func ListensAt(f *os.File, e Endpoint) bool {
+	l, err := activated(f)
+	if err != nil {
+		return false
+	}
+	defer l.Close()
+	return l.listensAt(e) == nil
 }
 
 // fits compares a resumed listener with what is wanted, and takes over the file
 // of a Unix socket.
 func (l *listener) fits(e Endpoint) error {
+	if err := l.listensAt(e); err != nil || l.kind != Unix {
+		return err
+	}
+	return l.adopt()
+}
+
+func (l *listener) listensAt(e Endpoint) error {
 	if l.kind != e.Kind {
 		return fmt.Errorf("it is a socket of kind %s, not %s", l.kind, e.Kind)
 	}
 	switch at := l.at.(type) {
 	case *unix.SockaddrUnix:
-		if at.Name != e.Path {
+		if filepath.Clean(at.Name) != filepath.Clean(e.Path) {
 			return fmt.Errorf("it listens at %q, not %q", at.Name, e.Path)
 		}
-		return l.adopt()
 	case *unix.SockaddrVM:
 		cid := e.CID
 		if cid == 0 {
@@ -135,6 +159,21 @@ func (p *Passed) Names() []string {
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
+}
+
+// Count is how many sockets have a name with that prefix.
+func (p *Passed) Count(prefix string) (n int) {
+	if p == nil {
+		return 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.list {
+		if strings.HasPrefix(NameOf(l), prefix) {
+			n++
+		}
+	}
+	return n
 }
 
 // Files are duplicates of the sockets of a name, in systemd's order; the caller
