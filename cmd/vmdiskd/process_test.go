@@ -402,6 +402,60 @@ func TestImageInUseIsRefused(t *testing.T) {
 	}
 }
 
+// TestPIDFileIsOfAServerThatServes: one that does not start leaves none, and not
+// another's changed.
+func TestPIDFileIsOfAServerThatServes(t *testing.T) {
+	disk, dir := image(t, 1<<20), shortDir(t)
+	first := filepath.Join(dir, "first")
+	d := serve(t, "-P", first, disk)
+	for _, confined := range []string{"auto", "off"} {
+		second := filepath.Join(dir, "second")
+		for _, path := range []string{first, second} {
+			fails(t, program("--confine="+confined, "-P", path, "-U", "-", disk), disk)
+		}
+		if exists(second) {
+			t.Errorf("confine %s: the PID file of a server that did not start is still there", confined)
+		}
+		b, err := os.ReadFile(first)
+		if want := fmt.Sprintln(d.cmd.Process.Pid); err != nil || string(b) != want {
+			t.Errorf("confine %s: the PID file of the first server holds %q, %v; want %q", confined, b, err, want)
+		}
+	}
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := os.OpenFile(fifo, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	fails(t, program("-P", fifo, "-U", "-", image(t, 1<<20)), "no regular file")
+}
+
+// TestFilesThatTheWorkerCannotRemove: the PID file is left empty, and the log says
+// what stays.
+func TestFilesThatTheWorkerCannotRemove(t *testing.T) {
+	disk, pid := userImage(t), filepath.Join(shortDir(t), "pid")
+	d := serve(t, "-u", "65534", "-g", "65534", "-P", pid, disk)
+	b, err := os.ReadFile(pid)
+	if want := fmt.Sprintln(d.cmd.Process.Pid); err != nil || string(b) != want {
+		t.Errorf("the PID file holds %q, %v; want %q", b, err, want)
+	}
+	d.signal(syscall.SIGTERM)
+	if got := d.wait(); got != 0 {
+		t.Errorf("exit status: got %d, want 0", got)
+	}
+	if b, err := os.ReadFile(pid); err != nil || len(b) > 0 {
+		t.Errorf("the PID file of a server that has ended holds %q, %v", b, err)
+	}
+	for _, path := range []string{pid, d.socket} {
+		if !strings.Contains(d.stderr.String(), path) {
+			t.Errorf("the log does not tell that %q stays:\n%s", path, d.stderr.String())
+		}
+	}
+}
+
 func TestWhatIsNoDiskIsRefused(t *testing.T) {
 	dir := shortDir(t)
 	fifo := filepath.Join(dir, "fifo")

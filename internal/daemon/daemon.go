@@ -57,7 +57,7 @@ type daemon struct {
 	passed    *transport.Passed // nil for one disk
 	kept      atomic.Int64      // sockets that the service manager keeps
 	server    *nbd.Server
-	pidfile   string // written by us, or ""
+	pid       *pidFile // nil without --pidfile
 
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
@@ -123,6 +123,7 @@ func (d *daemon) subject() []any {
 // was done.
 func (d *daemon) start() error {
 	for _, step := range [...]func() error{
+		d.openPIDFile,
 		d.openLog,
 		d.findSupervisor,
 		d.watchParent,
@@ -131,7 +132,6 @@ func (d *daemon) start() error {
 		d.lockState,
 		d.openExports,
 		d.settlePassed,
-		d.writePIDFile,
 		d.bindControl,
 		d.dropPrivileges,
 		d.settle,
@@ -139,6 +139,7 @@ func (d *daemon) start() error {
 		d.serve,
 		d.startControl,
 		d.retryLocked,
+		d.fillPIDFile,
 		d.ready,
 		d.printURI,
 		d.startCommand,
@@ -444,7 +445,7 @@ func (d *daemon) leaveReload(done <-chan struct{}) {
 func (d *daemon) close() error {
 	clean := true
 	d.closeControl()
-	d.doors.leave()
+	d.leaveDoors()
 	if d.passed != nil {
 		d.passed.Close()
 	}
@@ -506,10 +507,17 @@ func (d *daemon) closeDisk() error {
 	return err
 }
 
+// leaveDoors ends accepting at all doors, at the end of the process.
+func (d *daemon) leaveDoors() {
+	if err := d.doors.leave(); err != nil {
+		d.warn("a listener leaves something behind", "error", err)
+	}
+}
+
 // lastResort is a second signal: sockets and pid file go, nothing is waited
 // for.
 func (d *daemon) lastResort() {
-	d.doors.leave()
+	d.leaveDoors()
 	d.removePIDFile()
 	os.Exit(1)
 }
@@ -520,27 +528,6 @@ func (d *daemon) addresses() []string {
 		out = append(out, fmt.Sprintf("%s:%s", l.Kind(), l.Addr()))
 	}
 	return out
-}
-
-func (d *daemon) writePIDFile() error {
-	if d.cfg.PIDFile == "" {
-		return nil
-	}
-	if d.cfg.Handed != nil { // the process has kept its number
-		d.pidfile = d.cfg.PIDFile
-		return nil
-	}
-	if err := os.WriteFile(d.cfg.PIDFile, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o644); err != nil {
-		return err
-	}
-	d.pidfile = d.cfg.PIDFile
-	return nil
-}
-
-func (d *daemon) removePIDFile() {
-	if d.pidfile != "" {
-		_ = os.Remove(d.pidfile)
-	}
 }
 
 // printURI tells where the disk is, with the port that the kernel chose.

@@ -100,11 +100,13 @@ func (s *doors) shared(name string) (list []*door) {
 	return list
 }
 
-// leave ends accepting at all doors, at the end of the process.
-func (s *doors) leave() {
+// leave ends accepting at all doors. A socket path that is not ours any more
+// stays and is no error.
+func (s *doors) leave() (err error) {
 	for _, x := range s.all() {
-		_ = x.leave() // a socket path that is not ours any more stays
+		err = errors.Join(err, x.leave())
 	}
+	return err
 }
 
 // remove closes those doors and forgets them.

@@ -41,6 +41,7 @@ type handover struct {
 	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
 	Closed    []closedListener              `json:"closed,omitempty"`
 	Log       int                           `json:"log,omitempty"`
+	PIDFile   int                           `json:"pid-file,omitempty"`
 	Command   int                           `json:"command,omitempty"`   // process of --run
 	Gate      int                           `json:"gate,omitempty"`      // what it waits for
 	Forbidden []string                      `json:"forbidden,omitempty"` // folders that cannot be opened
@@ -97,7 +98,7 @@ func (d *daemon) becomeWorker(signals *signals) error {
 		s.listenAll,
 		s.openControl,
 		s.openImages,
-		d.writePIDFile,
+		s.openPIDFile,
 		s.startCommand,
 		s.exec,
 	} {
@@ -389,6 +390,15 @@ func (s *stage0) openImage(x *config.Export) error {
 	return nil
 }
 
+func (s *stage0) openPIDFile() error {
+	err := s.daemon.openPIDFile()
+	if s.pid != nil {
+		s.out.PIDFile = s.hand(s.pid.file)
+		s.may(filepath.Dir(s.pid.path), confine.Remove)
+	}
+	return err
+}
+
 // startCommand starts the command of --run outside the cage, because the worker
 // can start nothing. It waits for a line from the worker.
 func (s *stage0) startCommand() error {
@@ -457,9 +467,6 @@ func (s *stage0) exec() error {
 		s.may(layer.TemporaryFolder(), confine.Read|confine.Write)
 	}
 	s.may(os.DevNull, confine.Read|confine.Write)
-	if s.cfg.PIDFile != "" {
-		s.may(filepath.Dir(s.cfg.PIDFile), confine.Remove)
-	}
 	p := &confine.Plan{
 		Mode: s.cfg.Confine, User: s.cfg.User, Group: s.cfg.Group,
 		Files: s.files, Paths: s.paths,

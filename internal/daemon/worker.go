@@ -70,6 +70,13 @@ func (t *Handed) logFile() *os.File {
 	return f
 }
 
+func (t *Handed) pidFile() (*os.File, error) {
+	if t == nil {
+		return nil, nil
+	}
+	return file(t.in.PIDFile, "PID file")
+}
+
 func (t *Handed) certificates() (map[string]*os.File, error) {
 	if t == nil || t.in.TLS == nil {
 		return nil, nil

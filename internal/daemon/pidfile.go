@@ -1,0 +1,79 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// pidFile is that of --pidfile. It is opened while there are the rights to do so,
+// and gets the number of the process when the server is ready: until then it is
+// empty, or has what was in it, which may be the number of another server.
+type pidFile struct {
+	path   string
+	file   *os.File
+	filled bool
+}
+
+// openPIDFile opens the file, or takes it over from stage 0.
+func (d *daemon) openPIDFile() error {
+	path := d.cfg.PIDFile
+	if path == "" {
+		return nil
+	}
+	f, err := d.cfg.Handed.pidFile()
+	if f == nil && err == nil {
+		f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("PID file: %w", err)
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		return errors.Join(fmt.Errorf("PID file %q is no regular file", path), err, f.Close())
+	}
+	d.pid = &pidFile{path: path, file: f}
+	return nil
+}
+
+// fillPIDFile writes the number of the process.
+func (d *daemon) fillPIDFile() error {
+	if d.pid == nil {
+		return nil
+	}
+	d.pid.filled = true
+	err := d.pid.file.Truncate(0)
+	if err == nil {
+		_, err = fmt.Fprintln(d.pid.file, os.Getpid())
+	}
+	if err != nil {
+		return fmt.Errorf("PID file: %w", err)
+	}
+	return nil
+}
+
+// removePIDFile removes the file. Where that is forbidden to this user it is
+// left empty.
+func (d *daemon) removePIDFile() {
+	p := d.pid
+	if p == nil {
+		return
+	}
+	if fi, err := p.file.Stat(); !p.filled && (err != nil || fi.Size() > 0) {
+		return // another server's
+	}
+	err := os.Remove(p.path)
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	d.warn("the PID file cannot be removed and is left empty", "error", errors.Join(err, p.file.Truncate(0)))
+}
+
+// warn is for what goes wrong at the end, which may come before there is a log.
+func (d *daemon) warn(msg string, args ...any) {
+	if d.log != nil {
+		d.log.Warn(msg, args...)
+	}
+}
