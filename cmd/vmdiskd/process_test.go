@@ -30,7 +30,7 @@ const asProgram = "VMDISKD_TEST_IS_PROGRAM"
 
 func TestMain(m *testing.M) {
 	// The program executes itself anew.
-	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" || confine.IsWorker() {
+	if os.Getenv(asProgram) != "" || os.Getenv("VMDISKD_SWAP_STAGE") != "" || os.Getenv("VMDISKD_SILENT") != "" || confine.IsWorker() {
 		if names := os.Getenv(forbid); names != "" {
 			if err := forbidCalls(names); err != nil {
 				fmt.Fprintln(os.Stderr, err)

@@ -2,14 +2,18 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
@@ -127,4 +131,53 @@ func TestPauseHoldsUpNoEnd(t *testing.T) {
 		t.Errorf("remove of a paused export: %v", err)
 	}
 	s.stop()
+}
+
+// hangStorage makes a file of the service one whose storage does not answer: FUSE with a
+// server that is stopped.
+func (s *testService) hangStorage(name string) {
+	s.Helper()
+	path := filepath.Join(s.dir, name)
+	back := filepath.Join(s.TempDir(), "back")
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.WriteFile(back, make([]byte, 1<<20), 0o600)); err != nil {
+		s.Fatal(err)
+	}
+	cmd := exec.Command("qemu-storage-daemon", "--blockdev", "file,node-name=f,filename="+back,
+		"--export", "fuse,id=e,node-name=f,writable=on,mountpoint="+path)
+	if err := cmd.Start(); err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGCONT)
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Wait()
+	})
+	s.await("the file is that of FUSE", func() bool {
+		var st unix.Statfs_t
+		return unix.Statfs(path, &st) == nil && st.Type == unix.FUSE_SUPER_MAGIC
+	})
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestStorageThatHangsHoldsUpNoOther: an image that cannot be opened in time has
+// failed, and the service starts.
+func TestStorageThatHangsHoldsUpNoOther(t *testing.T) {
+	for _, confined := range []string{"auto", "off"} {
+		t.Run("confine "+confined, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, "")
+			s.stop()
+			s.hangStorage("b.img")
+			s.configure(exportA + "[[export]]\nname = \"b\"\nimage = \"DIR/b.img\"\n")
+			s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine="+confined) }
+			s.start()
+			if got, want := s.states(), []string{"a ready", "b failed"}; !slices.Equal(got, want) {
+				t.Errorf("exports are %q, want %q", got, want)
+			}
+			s.open("a").reads(1)
+			s.stop()
+		})
+	}
 }

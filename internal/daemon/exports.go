@@ -357,18 +357,19 @@ func (d *daemon) addConfigured() error {
 	if _, err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
+	silent := d.silent()
 	for i := range c.Exports {
-		d.tryExport(c.Exports[i], fromConfig)
+		d.tryFirst(c.Exports[i], fromConfig, silent)
 	}
 	if c.Control.State == "" {
 		return nil
 	}
-	return d.addKept(c.Control.State)
+	return d.addKept(c.Control.State, silent)
 }
 
 // addKept opens the exports that were kept in a folder. A file that cannot be
 // read holds up no other.
-func (d *daemon) addKept(state string) error {
+func (d *daemon) addKept(state string, silent map[string]bool) error {
 	kept, err := config.ReadExports(state)
 	var bad config.FileErrors
 	if err != nil && !errors.As(err, &bad) {
@@ -381,7 +382,7 @@ func (d *daemon) addKept(state string) error {
 		d.unread = fmt.Sprintf("%d files of kept exports could not be read at the start, the first: %v", len(bad), bad[0])
 	}
 	for i := range kept {
-		d.tryExport(kept[i], fromState)
+		d.tryFirst(kept[i], fromState, silent)
 	}
 	return nil
 }
@@ -391,17 +392,33 @@ func (d *daemon) tryExport(x config.Export, origin string) {
 	d.tryDisk(&disk{cfg: x, origin: origin})
 }
 
+// tryFirst is tryExport at the start, of an export whose storage answers: the
+// others are not tried.
+func (d *daemon) tryFirst(x config.Export, origin string, silent map[string]bool) {
+	if silent[x.Name] {
+		d.giveUp(x, origin, fmt.Errorf("image %q: %w", x.Image, errNoAnswer))
+		return
+	}
+	d.tryExport(x, origin)
+}
+
+// giveUp makes an export known that does not work. A name that is taken has its
+// own export.
+func (d *daemon) giveUp(x config.Export, origin string, err error) {
+	d.log.Error("export cannot be opened", "export", x.Name, "error", err)
+	failed := &disk{cfg: x, origin: origin, failed: err}
+	if d.disks.claim(failed) == nil {
+		d.keepPlace(failed)
+	}
+}
+
 // tryDisk is tryExport of a disk that is not open.
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
 	x := k.cfg
 	if err := d.addDisk(ctx, k, nil); err != nil {
-		d.log.Error("export cannot be opened", "export", x.Name, "error", err)
-		failed := &disk{cfg: x, origin: k.origin, failed: err}
-		if d.disks.claim(failed) == nil { // a name that is taken has its own export
-			d.keepPlace(failed)
-		}
+		d.giveUp(x, k.origin, err)
 	}
 }
 

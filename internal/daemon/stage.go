@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,12 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
-	"github.com/vmdiskd/vmdiskd/internal/engine"
-	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -37,6 +32,7 @@ type handover struct {
 	Control   *transport.Handed             `json:"control,omitempty"`
 	Metrics   int                           `json:"metrics,omitempty"`
 	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
+	Silent    []string                      `json:"silent,omitempty"` // exports whose images did not answer
 	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
 	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
 	Closed    []closedListener              `json:"closed,omitempty"`
@@ -346,15 +342,28 @@ func (s *stage0) openControl() error {
 
 // openImages opens the images. What cannot be opened for a service is the
 // worker's to complain of.
-func (s *stage0) openImages() error {
-	e := engine.NewPool(1)
-	defer e.Close()
-	s.engine, s.buffers = e, bufpool.New(limits.BufferBudget)
-	defer func() { s.engine, s.buffers = nil, nil }()
-	for _, x := range s.exports0() {
-		if err := s.openImage(&x); err != nil && !s.served() {
-			return err
+func (s *stage0) openImages() (err error) {
+	if s.out.Silent, err = takeSilent(); err != nil {
+		return err
+	}
+	list := slices.DeleteFunc(slices.Clone(s.exports0()), func(x config.Export) bool {
+		return slices.Contains(s.out.Silent, x.Name)
+	})
+	known := len(s.out.Silent)
+	done := make(chan []gathered, 1)
+	go func() { done <- s.gatherAll(list) }()
+	select {
+	case all := <-done:
+		for i, g := range all {
+			if err := s.handImage(&list[i], g); err != nil && !s.served() {
+				return err
+			}
 		}
+	case <-s.signals.stopping: // storage may hang
+		return errStopped
+	}
+	if len(s.out.Silent) > known {
+		return s.startAnew(s.out.Silent)
 	}
 	for _, r := range s.roots() {
 		s.may(r, confine.Images)
@@ -362,26 +371,21 @@ func (s *stage0) openImages() error {
 	return nil
 }
 
-func (s *stage0) openImage(x *config.Export) error {
-	if x.Format == "mem" || x.Format == "null" {
-		return nil
+// handImage keeps the files of an image open until the worker has them. Of two
+// exports with one name the worker complains of the second.
+func (s *stage0) handImage(x *config.Export, g gathered) error {
+	if errors.Is(g.err, errNoAnswer) {
+		s.out.Silent = append(s.out.Silent, x.Name)
+	}
+	if g.table == nil {
+		return g.err
 	}
 	if _, again := s.out.Images[x.Name]; again {
+		g.table.Close()
 		return nil
 	}
-	spec, err := s.imageSpec(x, nil)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(s.ctx, openTimeout)
-	defer cancel()
-	spec.Log = slog.New(slog.DiscardHandler)
-	t, err := open.Gather(ctx, spec)
-	if err != nil {
-		return err
-	}
 	h := handedImage{Image: x.Image}
-	files, dirs := t.Contents()
+	files, dirs := g.table.Contents()
 	h.Dirs = dirs
 	for r, f := range files {
 		h.Files = append(h.Files, handedFile{Path: r.Path, ReadOnly: r.ReadOnly, Direct: r.Direct, FD: s.hand(f)})

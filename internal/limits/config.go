@@ -54,4 +54,11 @@ const (
 	// StateFile bounds the file of an export that is kept: it has 4096 ranges
 	// and 256 grants at most.
 	StateFile = 1 << 20
+
+	// ImagesAtOnce bounds the images that are opened side by side at the start;
+	// each that hangs has two threads. ImageAnswers is how long the storage of one
+	// has to open its files: more than a disk needs that has to start turning, and
+	// two such times are less than the 90 seconds of systemd for a start.
+	ImagesAtOnce = 64
+	ImageAnswers = 30 * time.Second
 )
