@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"reflect"
-	"runtime"
 	"testing"
 	"time"
 
@@ -71,17 +70,22 @@ func TestBytesOfAClientAreCounted(t *testing.T) {
 	}
 }
 
+// unread waits until the only client leaves a reply unread.
+func (r *rig) unread() *session {
+	for {
+		if l := r.server.sessions(); len(l) == 1 && l[0].sending.waiting.Load() {
+			return l[0]
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 func TestBytesThatThePeerTakesLateAreCounted(t *testing.T) {
 	const n = 8 << 20 // more than any socket buffer
 	r := fileRig(t, n, "pool", "")
 	c := r.simple()
 	r.send(c, message(wire.CmdRead, 1, 0, n))
-	var x *session
-	for x == nil || !x.sender.waiting.Load() {
-		if runtime.Gosched(); len(r.server.sessions()) == 1 {
-			x = r.server.sessions()[0]
-		}
-	}
+	x := r.unread()
 	r.expect(c, wire.SimpleReplySize+n)
 	r.leave(c)
 	if got := x.info().BytesOut; got != wire.SimpleReplySize+n {

@@ -254,7 +254,7 @@ func (s *session) readZeroCopy(req *wire.Request, n int) error {
 	if sent == n {
 		s.m.Release()
 		s.sender.yield()
-		s.moved()
+		s.sending.moved()
 		return nil
 	}
 	return s.queueFile(req, owner, left, segment{file: run.File, off: run.Off + int64(sent), n: n - sent})

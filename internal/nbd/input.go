@@ -85,7 +85,7 @@ func (i *input) need(n int, inside bool) ([]byte, error) {
 			return nil, err
 		}
 	}
-	i.s.moved()
+	i.s.receiving.moved()
 	return i.b[i.r : i.r+n], nil
 }
 
@@ -101,9 +101,9 @@ func (i *input) fill(n int, inside bool) error {
 		i.w = copy(i.b, i.b[i.r:i.w])
 		i.r = 0
 	}
-	i.s.partial.Store(inside || !i.empty())
+	i.s.receiving.waiting.Store(inside || !i.empty())
 	k, err := i.s.sender.link.recv(i.space, i.idle)
-	i.s.partial.Store(false)
+	i.s.receiving.waiting.Store(false)
 	if err != nil {
 		return err
 	}
@@ -122,8 +122,8 @@ func (i *input) payload(p []byte) error {
 	if err := i.s.endTurn(); err != nil {
 		return err
 	}
-	i.s.partial.Store(true)
-	defer i.s.partial.Store(false)
+	i.s.receiving.waiting.Store(true)
+	defer i.s.receiving.waiting.Store(false)
 	steady := 0
 	for i.p = p[n:]; len(i.p) > 0; {
 		k, err := i.s.sender.link.recv(i.rest, i.turn)
@@ -134,7 +134,7 @@ func (i *input) payload(p []byte) error {
 		i.s.tally.in += uint64(k)
 		if steady += k; steady >= limits.StallBytes || len(i.p) == 0 {
 			steady = 0
-			i.s.moved()
+			i.s.receiving.moved()
 		}
 	}
 	i.p = nil

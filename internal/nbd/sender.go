@@ -5,7 +5,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -51,8 +50,6 @@ type sender struct {
 	busy   bool      // guarded by mu; somebody owns the socket
 	unread bool      // guarded by mu; the peer takes its time
 	err    error     // guarded by mu; nothing is sent any more
-
-	waiting atomic.Bool // writeLoop is in the hands of the peer
 
 	// Owned by whoever owns the socket.
 	spare []segment
@@ -165,7 +162,7 @@ func (o *sender) tryAll(batch []segment) (int, error) {
 	clear(o.bufs)
 	o.bufs = o.bufs[:0]
 	if n > 0 {
-		o.s.moved()
+		o.s.sending.moved()
 		o.s.bytesOut.Add(uint64(n))
 	}
 	return n, err
@@ -233,9 +230,9 @@ func (o *sender) writeLoop() {
 		batch := o.takeLocked()
 		o.mu.Unlock()
 
-		o.waiting.Store(true)
+		o.s.sending.waiting.Store(true)
 		batch, err := o.sendAll(batch)
-		o.waiting.Store(false)
+		o.s.sending.waiting.Store(false)
 		o.endAll(batch)
 		o.spare = batch[:0]
 		if err != nil {
@@ -256,7 +253,7 @@ func (o *sender) sendAll(batch []segment) ([]segment, error) {
 		err := o.link.send(o.bufs)
 		o.s.bytesOut.Add(uint64(queued))
 		o.bufs, queued = o.bufs[:0], 0
-		o.s.moved()
+		o.s.sending.moved()
 		return err
 	}
 	add := func(b []byte) error {
@@ -311,7 +308,7 @@ func (o *sender) sendFile(g *segment, until time.Time) error {
 		g.off, g.n = g.off+int64(k), g.n-k
 		if k > 0 {
 			o.s.bytesOut.Add(uint64(k))
-			o.s.moved()
+			o.s.sending.moved()
 		}
 		if err != nil {
 			return err

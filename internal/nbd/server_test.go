@@ -18,6 +18,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -245,6 +246,32 @@ func TestPeerThatStopsReadingIsDropped(t *testing.T) {
 	}()
 	if err := <-r.errs; !errors.Is(err, errStalled) {
 		t.Errorf("session ended with %v, want %v", err, errStalled)
+	}
+}
+
+// TestPeerThatOnlyAsksIsDropped: requests that come say nothing of the replies
+// that are left unread.
+func TestPeerThatOnlyAsksIsDropped(t *testing.T) {
+	r := fileRig(t, 8<<20, "pool", "")
+	r.opt.Stall = time.Hour // the looks are the test's own
+	c := r.simple()
+	flushes := func() uint64 { return r.exports.stats.Snapshot()[obs.Flush].Requests }
+	r.send(c, message(wire.CmdRead, 0, 0, 8<<20))
+	x := r.unread()
+	for i := range uint64(watchTicks + 1) {
+		r.send(c, message(wire.CmdFlush, i, 0, 0))
+		for flushes() == i {
+			time.Sleep(time.Millisecond)
+		}
+		x.watch()
+	}
+	select {
+	case err := <-r.errs:
+		if !errors.Is(err, errStalled) {
+			t.Errorf("session ended with %v, want %v", err, errStalled)
+		}
+	case <-time.After(hangLimit):
+		t.Error("the client is still there")
 	}
 }
 

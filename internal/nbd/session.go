@@ -72,11 +72,8 @@ type session struct {
 	dead    atomic.Bool // the connection was ended from this side
 	leaving atomic.Bool // no further requests are read
 
-	// The watch over stalls: moves counts signs of progress.
-	moves   atomic.Uint32
-	partial atomic.Bool // waiting for the rest of a message
-	seen    uint32      // owned by the watch
-	ticks   int         // owned by the watch
+	// The watch over stalls.
+	receiving, sending half
 
 	stuckTurn instant // owned by the watch; the turn that was reported
 }
@@ -348,7 +345,7 @@ func (s *session) flushOut() error {
 	default:
 		s.out = s.out[:0]
 		s.sender.yield()
-		s.moved()
+		s.sending.moved()
 	}
 	s.tally.out += uint64(n)
 	return nil
@@ -371,19 +368,35 @@ func (s *session) releaseOut() {
 	}
 }
 
-func (s *session) moved() { s.moves.Add(1) }
+// half is one direction of a connection, as the watch sees it. Progress in the
+// one says nothing of the other: a peer may ask for more and more, and take none
+// of it.
+type half struct {
+	waiting atomic.Bool   // in the hands of the peer: inside a message
+	moves   atomic.Uint32 // signs of progress
+	seen    uint32        // owned by the watch
+	ticks   int           // owned by the watch
+}
+
+func (h *half) moved() { h.moves.Add(1) }
+
+// still counts the looks in a row at which the peer was waited for and nothing
+// had moved.
+func (h *half) still() int {
+	if moves := h.moves.Load(); moves != h.seen || !h.waiting.Load() {
+		h.seen, h.ticks = moves, 0
+	} else {
+		h.ticks++
+	}
+	return h.ticks
+}
 
 // watch is called once a tick by the server.
 func (s *session) watch() {
 	s.watchStuck()
-	moves := s.moves.Load()
-	still := moves == s.seen && (s.partial.Load() || s.sender.waiting.Load())
-	s.stalled.Store(still)
-	if !still {
-		s.seen, s.ticks = moves, 0
-		return
-	}
-	if s.ticks++; s.ticks >= watchTicks {
+	still := max(s.receiving.still(), s.sending.still())
+	s.stalled.Store(still > 0)
+	if still >= watchTicks {
 		s.fail(errStalled)
 	}
 }

@@ -260,7 +260,7 @@ func TestStuckRequestIsReportedOnce(t *testing.T) {
 // partial waits until the only session waits for the rest of a message.
 func (r *rig) partial() *session {
 	for {
-		if l := r.server.sessions(); len(l) == 1 && l[0].partial.Load() {
+		if l := r.server.sessions(); len(l) == 1 && l[0].receiving.waiting.Load() {
 			return l[0]
 		}
 		runtime.Gosched()
