@@ -5,6 +5,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -162,7 +163,9 @@ func (s *session) read(req *wire.Request) error {
 			return err
 		}
 	} else if s.resident(n) {
-		return s.readZeroCopy(req, int(n))
+		if b := s.tryBuffer(int(n)); b != nil {
+			return s.readZeroCopy(req, b)
+		}
 	}
 	return s.readLater(req, int(n))
 }
@@ -225,9 +228,11 @@ func (s *session) resident(n int64) bool {
 
 // readZeroCopy sends the header with the turn's replies and the data from the
 // page cache. If the file cannot be sent to the end the connection ends: the
-// header is out.
-func (s *session) readZeroCopy(req *wire.Request, n int) error {
+// header is out. Into b, a buffer for all of it, goes what the peer leaves unread.
+func (s *session) readZeroCopy(req *wire.Request, b *bufpool.Buf) error {
+	n := len(b.Bytes())
 	if err := s.reserve(maxHead); err != nil {
+		s.unlend(b)
 		return err
 	}
 	s.out = s.appendReadHead(s.out, req)
@@ -243,6 +248,7 @@ func (s *session) readZeroCopy(req *wire.Request, n int) error {
 		s.tally.out += uint64(k + sent)
 		if err != nil {
 			s.m.Release()
+			s.unlend(b)
 			s.sender.yield()
 			s.fail(err)
 			return err
@@ -253,18 +259,19 @@ func (s *session) readZeroCopy(req *wire.Request, n int) error {
 	}
 	if sent == n {
 		s.m.Release()
+		s.unlend(b)
 		s.sender.yield()
 		s.sending.moved()
 		return nil
 	}
-	return s.queueFile(req, owner, left, segment{file: run.File, off: run.Off + int64(sent), n: n - sent})
+	return s.queueFile(s.buffered(req, b, true), owner, left, segment{file: run.File, off: run.Off + int64(sent), n: n - sent})
 }
 
 // queueFile leaves what readZeroCopy could not send to the sender: the last
-// left bytes of the turn's replies, then the rest of the file.
-func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) error {
-	g.req = s.newRequest(req, 0, true)
-	g.req.m, s.m = s.m, backing.Mapping{}
+// left bytes of the turn's replies, then the rest of the file, which answers r.
+func (s *session) queueFile(r *request, owner bool, left int, g segment) error {
+	g.req = r
+	r.m, s.m = s.m, backing.Mapping{}
 	switch {
 	case owner && left == 0:
 		s.sender.yield(g)
@@ -272,26 +279,25 @@ func (s *session) queueFile(req *wire.Request, owner bool, left int, g segment) 
 		s.sender.yield(s.takeOut(len(s.out)-left), g)
 	default:
 		if head := s.takeOut(len(s.out) - left); !s.sender.pushFile(head, g) {
-			g.req.copyFile(&g)
+			if err := r.copyFile(&g); err != nil {
+				s.fail(err) // then push ends both
+			}
 			s.sender.push(head, g)
 		}
 	}
-	return nil
+	return s.sender.broken()
 }
 
 // readLater gives the read a buffer of its own, fills what the page cache
 // has and leaves the rest to the engine.
 func (s *session) readLater(req *wire.Request, n int) error {
-	r := s.tryBuffered(req, n)
-	if r == nil {
-		s.m.Release() // nobody waits with a lease
+	b := s.tryBuffer(n)
+	if b == nil {
+		s.m.Release()
 		return s.background(req)
 	}
+	r := s.buffered(req, b, false)
 	r.m, s.m = s.m, backing.Mapping{}
-	if err := r.lend(n); err != nil {
-		r.finish()
-		return err
-	}
 	at := int64(0)
 	for i := range r.m.N {
 		run := &r.m.Runs[i]
@@ -380,10 +386,6 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 	if err != nil {
 		return err
 	}
-	if err := r.lend(n); err != nil {
-		r.finish()
-		return err
-	}
 	r.begun.Store(0) // the peer's time is not ours
 	if err := s.in.payload(r.p); err != nil {
 		r.finish()
@@ -436,12 +438,6 @@ func (s *session) background(req *wire.Request) error {
 	r, err := s.newBuffered(req, n)
 	if err != nil {
 		return err
-	}
-	if n > 0 {
-		if err := r.lend(n); err != nil {
-			r.finish()
-			return err
-		}
 	}
 	r.start()
 	return nil

@@ -25,13 +25,15 @@ type link interface {
 	// trySendAll is trySend for several pieces; it may leave some of them out.
 	trySendAll(bufs [][]byte) (int, error)
 
-	// send sends all of bufs, waiting as long as it takes.
-	send(bufs [][]byte) error
+	// send sends all of bufs, waiting as long as the deadline of the connection
+	// lets it, and returns how much that was. Only a link whose zeroCopy is
+	// true can go on after a deadline.
+	send(bufs [][]byte) (int, error)
 
-	// sendFile sends [off, off+n) of a file, waiting as long as the deadline
-	// of the connection lets it; tryFile what fits without waiting for the
-	// peer. Both return how much that was, and fail with errShortFile when the
-	// file ends early. They are for links whose zeroCopy is true.
+	// sendFile is send for [off, off+n) of a file; tryFile sends what fits
+	// without waiting for the peer. Both return how much that was, and fail
+	// with errShortFile when the file ends early. They are for links whose
+	// zeroCopy is true.
 	zeroCopy() bool
 	sendFile(f *engine.File, off int64, n int) (int, error)
 	tryFile(f *engine.File, off int64, n int) (int, error)
@@ -197,7 +199,7 @@ func (l *socketLink) trySendAll(bufs [][]byte) (int, error) {
 
 func (l *socketLink) doTryVector(fd uintptr) { l.doVector(fd) }
 
-func (l *socketLink) send(bufs [][]byte) error {
+func (l *socketLink) send(bufs [][]byte) (n int, err error) {
 	for len(bufs) > 0 {
 		k := min(len(bufs), sysio.MaxVector)
 		for _, b := range bufs[:k] {
@@ -207,14 +209,15 @@ func (l *socketLink) send(bufs [][]byte) error {
 		l.sn, l.serr = 0, nil
 		err := l.rc.Write(l.vecFn)
 		l.vec.Reset()
+		n += l.sn
 		if err == nil {
 			err = l.serr
 		}
 		if err != nil {
-			return err
+			return n, err
 		}
 	}
-	return nil
+	return n, nil
 }
 
 func (l *socketLink) doVector(fd uintptr) bool {
@@ -309,13 +312,14 @@ func (l *streamLink) trySendAll([][]byte) (int, error)  { return 0, nil }
 
 // send joins small pieces so that a header does not become a record, or a
 // write, of its own.
-func (l *streamLink) send(bufs [][]byte) error {
+func (l *streamLink) send(bufs [][]byte) (n int, err error) {
 	l.join = l.join[:0]
 	for _, b := range bufs {
+		n += len(b)
 		for len(b) > 0 {
 			if len(l.join) == 0 && len(b) >= streamJoin {
 				if _, err := l.conn.Write(b); err != nil {
-					return err
+					return 0, err
 				}
 				break
 			}
@@ -324,12 +328,12 @@ func (l *streamLink) send(bufs [][]byte) error {
 			b = b[k:]
 			if len(l.join) == streamJoin {
 				if err := l.writeJoined(); err != nil {
-					return err
+					return 0, err
 				}
 			}
 		}
 	}
-	return l.writeJoined()
+	return n, l.writeJoined()
 }
 
 func (l *streamLink) writeJoined() error {

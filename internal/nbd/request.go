@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"context"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -100,29 +101,65 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	return r
 }
 
-// tryBuffered is newRequest for one with a buffer of n bytes, or nil if the
-// peer's budget has no room for it. waitForRoom lets a connection with nothing in
-// flight pass, and a peer has many: what is large would be all of the memory.
-func (s *session) tryBuffered(req *wire.Request, n int) *request {
-	if n > limits.TurnBuffer {
-		if !s.peer.reserve(n) {
-			return nil
-		}
-		defer s.peer.give(0, n) // newRequest has taken them too
-	}
-	return s.newRequest(req, n, false)
+// earmark takes n bytes from the peer's budget, if it has room, ahead of
+// newRequest, which takes them too; then unmark gives these back. What is not
+// large need not ask: waitForRoom lets a connection with nothing in flight pass,
+// and a peer has many, but together they take little.
+func (s *session) earmark(n int) bool {
+	return n <= limits.TurnBuffer || s.peer.reserve(n)
 }
 
-// newBuffered is tryBuffered that waits for room.
+func (s *session) unmark(n int) {
+	if n > limits.TurnBuffer {
+		s.peer.give(0, n)
+	}
+}
+
+// tryBuffer lends n bytes, marked for the request that buffered makes, or nil
+// if the peer's budget or the memory has no room: whoever has a lease does not
+// wait for it. unlend takes them back.
+func (s *session) tryBuffer(n int) *bufpool.Buf {
+	if !s.earmark(n) {
+		return nil
+	}
+	b := s.opt.Buffers.TryGet(n)
+	if b == nil {
+		s.unmark(n)
+	}
+	return b
+}
+
+func (s *session) unlend(b *bufpool.Buf) {
+	s.unmark(len(b.Bytes()))
+	b.Release()
+}
+
+// buffered is newRequest with a buffer of tryBuffer.
+func (s *session) buffered(req *wire.Request, b *bufpool.Buf, answered bool) *request {
+	p := b.Bytes()
+	r := s.newRequest(req, len(p), answered)
+	s.unmark(len(p))
+	r.buf, r.p = b, p
+	return r
+}
+
+// newBuffered is newRequest with a buffer of n bytes, which it waits for.
 func (s *session) newBuffered(req *wire.Request, n int) (*request, error) {
-	for {
-		if r := s.tryBuffered(req, n); r != nil {
-			return r, nil
-		}
+	for !s.earmark(n) {
 		if err := s.waitFor(s.peer, s.dead.Load); err != nil {
 			return nil, err
 		}
 	}
+	r := s.newRequest(req, n, false)
+	s.unmark(n)
+	if n == 0 {
+		return r, nil
+	}
+	if err := r.lend(n); err != nil {
+		r.finish()
+		return nil, err
+	}
+	return r, nil
 }
 
 // finish gives back all that r holds, after its reply has left.
@@ -170,23 +207,20 @@ func (r *request) lend(n int) error {
 	return nil
 }
 
-// copyFile makes the range of a file in g, which answers r, a body, if there is
-// memory for it, and ends the lease. A file that cannot be read is left to be
-// sent.
-func (r *request) copyFile(g *segment) {
-	b := r.s.opt.Buffers.TryGet(g.n)
-	if b == nil {
-		return
+// copyFile makes the range of a file in g, which answers r, a body in the buffer
+// that r was given for that, and ends the lease.
+func (r *request) copyFile(g *segment) error {
+	t := &engine.IO{Op: engine.OpRead, File: g.file, Buf: r.p[:g.n], Off: g.off}
+	err := engine.Do(context.WithoutCancel(r.s.ctx), r.s.opt.Engine, t)
+	if err == nil && t.N < g.n {
+		err = errShortFile
 	}
-	t := &engine.IO{Op: engine.OpRead, File: g.file, Buf: b.Bytes()[:g.n], Off: g.off}
-	if engine.Do(r.s.ctx, r.s.opt.Engine, t) != nil || t.N < g.n {
-		b.Release()
-		return
+	if err != nil {
+		return err
 	}
-	r.buf, r.charge = b, r.charge+g.n
-	r.s.take(0, g.n)
 	g.body, g.n = t.Buf, 0
 	r.m.Release()
+	return nil
 }
 
 // transfer queues I/O i of r for the end of the turn: bytes [from, to) of the

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"math"
 	"os"
 	"slices"
 	"sync"
@@ -27,13 +28,15 @@ type segment struct {
 	turn *bufpool.Buf
 }
 
-// size is what head and body have to send.
-func (g *segment) size() int { return len(g.head) + len(g.body) }
+func (g *segment) size() int { return len(g.head) + len(g.body) + g.n }
 
-// skip forgets the first n bytes of head and body, which were sent.
+// skip forgets the first n bytes, which were sent.
 func (g *segment) skip(n int) {
 	k := min(n, len(g.head))
-	g.head, g.body = g.head[k:], g.body[n-k:]
+	g.head, n = g.head[k:], n-k
+	k = min(n, len(g.body))
+	g.body, n = g.body[k:], n-k
+	g.off, g.n = g.off+int64(n), g.n-n
 }
 
 // sender owns the outgoing half of a connection. One goroutine at a time owns
@@ -48,7 +51,8 @@ type sender struct {
 	mu     sync.Mutex
 	q      []segment // guarded by mu
 	busy   bool      // guarded by mu; somebody owns the socket
-	unread bool      // guarded by mu; the peer takes its time
+	bound  bool      // guarded by mu; writeLoop has limits.Unread
+	unread bool      // guarded by mu; that is over
 	err    error     // guarded by mu; nothing is sent any more
 
 	// Owned by whoever owns the socket.
@@ -107,6 +111,7 @@ func (o *sender) pushFile(list ...segment) bool {
 		return false
 	}
 	o.q = append(o.q, list...)
+	o.boundLocked(true)
 	return true
 }
 
@@ -130,15 +135,7 @@ func (o *sender) Flush() {
 		o.yield()
 		return
 	}
-	rest := batch
-	for len(rest) > 0 && n >= rest[0].size() && rest[0].n == 0 {
-		n -= rest[0].size()
-		o.end(&rest[0])
-		rest = rest[1:]
-	}
-	if len(rest) > 0 {
-		rest[0].skip(n)
-	}
+	rest := o.sent(batch, n)
 	o.spare = batch[:0] // yield copies rest before anybody reuses it
 	o.yield(rest...)
 }
@@ -152,20 +149,50 @@ func (o *sender) takeLocked() []segment {
 
 // tryAll sends the segments of batch up to the first range of a file.
 func (o *sender) tryAll(batch []segment) (int, error) {
-	for i := range batch {
-		o.bufs = append(o.bufs, batch[i].head, batch[i].body)
-		if batch[i].n > 0 {
-			break
-		}
-	}
-	n, err := o.link.trySendAll(o.bufs)
-	clear(o.bufs)
-	o.bufs = o.bufs[:0]
+	n, err := o.link.trySendAll(o.gather(batch, math.MaxInt))
+	o.letGo()
 	if n > 0 {
 		o.s.sending.moved()
 		o.s.bytesOut.Add(uint64(n))
 	}
 	return n, err
+}
+
+// gather collects up to most bytes of what batch begins with, up to the first
+// range of a file. letGo forgets them.
+func (o *sender) gather(batch []segment, most int) [][]byte {
+	for i := range batch {
+		g := &batch[i]
+		for _, b := range [...][]byte{g.head, g.body} {
+			if b = b[:min(len(b), most)]; len(b) > 0 {
+				o.bufs = append(o.bufs, b)
+				most -= len(b)
+			}
+		}
+		if g.n > 0 || most == 0 {
+			break
+		}
+	}
+	return o.bufs
+}
+
+func (o *sender) letGo() {
+	clear(o.bufs)
+	o.bufs = o.bufs[:0]
+}
+
+// sent ends what the first n bytes of batch were the whole of, and returns the
+// rest.
+func (o *sender) sent(batch []segment, n int) (rest []segment) {
+	for len(batch) > 0 && n >= batch[0].size() {
+		n -= batch[0].size()
+		o.end(&batch[0])
+		batch = batch[1:]
+	}
+	if len(batch) > 0 {
+		batch[0].skip(n)
+	}
+	return batch
 }
 
 func (o *sender) endAll(batch []segment) {
@@ -222,18 +249,19 @@ func (o *sender) writeLoop() {
 	for {
 		o.mu.Lock()
 		o.unread = false
+		o.boundLocked(false)
 		if len(o.q) == 0 {
 			o.busy = false
 			o.mu.Unlock()
 			return
 		}
 		batch := o.takeLocked()
+		o.boundLocked(slices.ContainsFunc(batch, func(g segment) bool { return g.n > 0 }))
 		o.mu.Unlock()
 
 		o.s.sending.waiting.Store(true)
 		batch, err := o.sendAll(batch)
 		o.s.sending.waiting.Store(false)
-		o.endAll(batch)
 		o.spare = batch[:0]
 		if err != nil {
 			o.s.fail(err)
@@ -244,103 +272,85 @@ func (o *sender) writeLoop() {
 // sendPiece bounds what is sent between two signs of progress.
 const sendPiece = 1 << 20
 
-// sendAll sends batch, and returns it with what it has taken from the queue.
+// sendAll sends batch, ends each segment when it is out, and returns the batch,
+// all ended, with what it has taken from the queue.
+//
+// What the peer leaves unread for longer than limits.Unread, whether it takes
+// nothing or takes its time, holds no part of the disk any more: a pause of the
+// disk, with all its clients, would wait for it.
 func (o *sender) sendAll(batch []segment) ([]segment, error) {
-	o.bufs = o.bufs[:0]
-	defer func() { clear(o.bufs); o.bufs = o.bufs[:0] }()
-	queued := 0
-	flush := func() error {
-		err := o.link.send(o.bufs)
-		o.s.bytesOut.Add(uint64(queued))
-		o.bufs, queued = o.bufs[:0], 0
-		o.s.sending.moved()
-		return err
-	}
-	add := func(b []byte) error {
-		for len(b) > 0 {
-			k := min(len(b), sendPiece-queued)
-			o.bufs = append(o.bufs, b[:k])
-			b = b[k:]
-			if queued += k; queued == sendPiece {
-				if err := flush(); err != nil {
-					return err
-				}
-			}
-		}
-		return nil
-	}
-	for i := 0; i < len(batch); i++ {
-		g := &batch[i]
-		if err := add(g.head); err != nil {
-			return batch, err
-		}
-		if err := add(g.body); err != nil {
-			return batch, err
-		}
-		if g.n == 0 {
-			continue
-		}
-		if err := flush(); err != nil {
-			return batch, err
-		}
-		err := o.sendFile(g, time.Now().Add(limits.Unread))
-		if errors.Is(err, os.ErrDeadlineExceeded) && !o.s.dead.Load() {
-			batch = o.copyFiles(batch, i)
-			if g = &batch[i]; g.n > 0 {
-				err = o.sendFile(g, time.Time{})
-			} else {
-				err = add(g.body)
-			}
-		}
-		if err != nil {
-			return batch, err
+	rest, err := o.sendRest(batch)
+	if errors.Is(err, os.ErrDeadlineExceeded) && !o.s.dead.Load() {
+		batch = o.takeUnread(batch, rest)
+		rest = batch
+		if err = copyFiles(batch); err == nil {
+			rest, err = o.sendRest(batch)
 		}
 	}
-	return batch, flush()
+	o.endAll(rest)
+	return batch, err
 }
 
-// sendFile sends the range of a file, for as long as until, which may be never.
-func (o *sender) sendFile(g *segment, until time.Time) error {
-	o.setDeadline(until)
-	defer o.setDeadline(time.Time{})
-	for g.n > 0 {
-		k, err := o.link.sendFile(g.file, g.off, min(g.n, sendPiece))
-		g.off, g.n = g.off+int64(k), g.n-k
-		if k > 0 {
-			o.s.bytesOut.Add(uint64(k))
+// sendRest sends batch piece by piece and returns what is not out.
+func (o *sender) sendRest(batch []segment) (rest []segment, err error) {
+	for rest = batch; len(rest) > 0 && err == nil; {
+		var n int
+		n, err = o.sendSome(rest)
+		rest = o.sent(rest, n)
+		o.s.bytesOut.Add(uint64(n))
+		if err == nil {
 			o.s.sending.moved()
 		}
-		if err != nil {
-			return err
-		}
 	}
-	return nil
+	return rest, err
 }
 
-// setDeadline bounds the next sends, unless the session has failed meanwhile:
-// its deadline is over.
-func (o *sender) setDeadline(t time.Time) {
+// sendSome sends one piece of what batch begins with.
+func (o *sender) sendSome(batch []segment) (int, error) {
+	if g := &batch[0]; g.n > 0 && g.n == g.size() {
+		return o.link.sendFile(g.file, g.off, min(g.n, sendPiece))
+	}
+	defer o.letGo()
+	return o.link.send(o.gather(batch, sendPiece))
+}
+
+// boundLocked bounds the waits for the peer, from the first range of a file that
+// is queued on, or ends that. A session that has failed stays without time.
+func (o *sender) boundLocked(on bool) {
+	if o.bound == on {
+		return
+	}
+	var t time.Time
+	if o.bound = on; on {
+		t = time.Now().Add(limits.Unread)
+	}
 	o.s.conn.SetWriteDeadline(t)
 	if o.s.dead.Load() {
 		o.s.conn.SetWriteDeadline(time.Unix(1, 0))
 	}
 }
 
-// copyFiles exchanges the ranges of files that are still to be sent, from
-// segment i on, for copies: the peer takes its time, and a pause of the disk,
-// with all its clients, would wait for their leases. What there is no memory for
-// stays.
-func (o *sender) copyFiles(batch []segment, i int) []segment {
+// takeUnread makes a batch, in the memory of the last, of its rest and of all
+// that is queued. From now on no range of a file is.
+func (o *sender) takeUnread(batch, rest []segment) []segment {
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.unread = true
-	batch = append(batch, o.q...)
+	o.boundLocked(false)
+	batch = append(slices.Delete(batch, 0, len(batch)-len(rest)), o.q...)
 	clear(o.q)
 	o.q = o.q[:0]
-	o.mu.Unlock()
-	for ; i < len(batch); i++ {
+	return batch
+}
+
+// copyFiles exchanges the ranges of files in batch for copies.
+func copyFiles(batch []segment) error {
+	for i := range batch {
 		if g := &batch[i]; g.n > 0 {
-			g.req.copyFile(g)
+			if err := g.req.copyFile(g); err != nil {
+				return err
+			}
 		}
 	}
-	return batch
+	return nil
 }

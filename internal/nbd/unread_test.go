@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -15,55 +16,158 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
+
+const unreadSize = 8 << 20 // more than any socket buffer
+
+// pausableRig serves a file that is in the page cache unless cache is "none", and
+// returns what it holds.
+func pausableRig(t *testing.T, cache string) (*rig, *layer.Pause, []byte) {
+	t.Helper()
+	want := bytes.Repeat([]byte("as it was before"), unreadSize/16)
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bufs := bufpool.New(limits.BufferBudget)
+	eng := engine.NewPool(2)
+	dev, err := open.Open(t.Context(), open.Spec{Path: path, Format: "raw", Cache: cache, Engine: eng, Buffers: bufs, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pause := layer.NewPause(dev)
+	return newRig(t, pause, eng, bufs), pause, want
+}
+
+// mustPause pauses the disk, and lets it go on at the end of the test.
+func mustPause(t *testing.T, p *layer.Pause) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
+	defer cancel()
+	hold, err := p.Pause(ctx, time.Minute)
+	if err != nil {
+		t.Fatalf("pause: %v", err)
+	}
+	if err := hold.Resume(); err != nil {
+		t.Error(err)
+	}
+}
+
+// take reads n replies with want.
+func (r *rig) take(c net.Conn, n int, want []byte) {
+	r.t.Helper()
+	for range n {
+		if e, _ := r.reply(c); e != wire.OK {
+			r.t.Fatalf("read: got %v", e)
+		}
+		if got := r.expect(c, len(want)); !bytes.Equal(got, want) {
+			r.t.Error("other bytes than the disk has")
+		}
+	}
+}
 
 // TestUnreadReplyHoldsUpNoPause: a peer asks for much and takes nothing of it.
 // The disk is paused all the same, and what the peer gets in the end is what the
 // disk had when it asked.
 func TestUnreadReplyHoldsUpNoPause(t *testing.T) {
-	const size = 16 << 20
-	want := bytes.Repeat([]byte("as it was before"), size/16)
-	path := filepath.Join(t.TempDir(), "disk.img")
-	if err := os.WriteFile(path, want, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	for _, cache := range []string{"writeback", "none"} {
 		t.Run(cache, func(t *testing.T) {
-			bufs := bufpool.New(limits.BufferBudget)
-			eng := engine.NewPool(2)
-			dev, err := open.Open(t.Context(), open.Spec{Path: path, Format: "raw", Cache: cache, Engine: eng, Buffers: bufs, Log: slog.New(slog.DiscardHandler)})
-			if err != nil {
-				t.Fatal(err)
-			}
-			pause := layer.NewPause(dev)
-			r := newRig(t, pause, eng, bufs)
+			r, pause, want := pausableRig(t, cache)
 			c := r.simple()
 			const reads = 3
 			for i := range uint64(reads) {
-				r.send(c, message(wire.CmdRead, i, 0, size))
+				r.send(c, message(wire.CmdRead, i, 0, unreadSize))
 			}
-			for r.exports.stats.Snapshot()[0].InFlight == 0 {
+			for r.exports.stats.Snapshot()[obs.Read].InFlight == 0 {
 				time.Sleep(time.Millisecond)
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
-			defer cancel()
-			hold, err := pause.Pause(ctx, time.Minute)
-			if err != nil {
-				t.Fatalf("pause: %v", err)
-			}
-			go func() {
-				if err := hold.Resume(); err != nil { // what has not begun waits for it
-					t.Error(err)
-				}
-			}()
-			for range reads {
-				if e, cookie := r.reply(c); e != wire.OK || cookie >= reads {
-					t.Fatalf("read: got %v for %d", e, cookie)
-				}
-				if got := r.expect(c, size); !bytes.Equal(got, want) {
-					t.Error("other bytes than the disk has")
-				}
-			}
+			mustPause(t, pause)
+			r.take(c, reads, want)
 		})
 	}
+}
+
+// TestUnreadReplyBehindOthersHoldsUpNoPause: what the peer does not take stands
+// before the reply that holds a part of the disk.
+func TestUnreadReplyBehindOthersHoldsUpNoPause(t *testing.T) {
+	r, pause, want := pausableRig(t, "writeback")
+	c := r.simple()
+	const small = unreadSize / limits.InlineReply
+	for i := range uint64(small) {
+		r.send(c, message(wire.CmdRead, i, 0, limits.InlineReply))
+	}
+	r.send(c, message(wire.CmdRead, small, 0, unreadSize))
+	for r.server.Clients()[0].Requests <= small {
+		time.Sleep(time.Millisecond)
+	}
+	mustPause(t, pause)
+	for range small + 1 {
+		e, cookie := r.reply(c)
+		n := limits.InlineReply
+		if cookie == small {
+			n = unreadSize
+		}
+		if e != wire.OK || !bytes.Equal(r.expect(c, n), want[:n]) {
+			t.Errorf("read %d: got %v, or other bytes than the disk has", cookie, e)
+		}
+	}
+}
+
+// TestSlowReaderHoldsUpNoPause: the time of limits.Unread is not for each reply
+// anew.
+func TestSlowReaderHoldsUpNoPause(t *testing.T) {
+	r, pause, want := pausableRig(t, "writeback")
+	r.opt.Bytes = limits.MaxIO
+	c := r.simple()
+	const reads = 8
+	for i := range uint64(reads) {
+		r.send(c, message(wire.CmdRead, i, 0, unreadSize))
+	}
+	r.unread()
+	paused, taken := make(chan struct{}), 0
+	go func() {
+		defer close(paused)
+		mustPause(t, pause)
+	}()
+	for ; taken < reads; taken++ {
+		select {
+		case <-paused:
+			r.take(c, reads-taken, want)
+			return
+		case <-time.After(limits.Unread * 3 / 4):
+			r.take(c, 1, want)
+		}
+	}
+	t.Error("the pause waited until the client had taken all")
+	<-paused
+}
+
+// TestUnreadRepliesAreBounded: they count against the budgets from the beginning,
+// whether they are in the page cache or in memory, and each until it is taken.
+func TestUnreadRepliesAreBounded(t *testing.T) {
+	r, _, want := pausableRig(t, "writeback")
+	c := r.simple()
+	const reads = 2 * limits.BytesPerConn / unreadSize
+	for i := range uint64(reads) {
+		r.send(c, message(wire.CmdRead, i, 0, unreadSize))
+	}
+	x := r.unread()
+	for copied := false; !copied; time.Sleep(time.Millisecond) {
+		x.sender.mu.Lock()
+		copied = x.sender.unread
+		x.sender.mu.Unlock()
+	}
+	const most = limits.BytesPerConn/unreadSize + 1
+	if n := x.own.requests.Load(); n > most {
+		t.Errorf("%d replies of %d bytes are in flight, want no more than %d", n, unreadSize, most)
+	}
+	if n := x.peer.bytes.Load(); n > limits.BytesPerConn+unreadSize+3*limits.TurnBuffer {
+		t.Errorf("the peer is charged with %d bytes", n)
+	}
+	r.take(c, reads-3, want)
+	for x.own.requests.Load() > 3 { // before the peer has taken the rest
+		time.Sleep(time.Millisecond)
+	}
+	r.take(c, 3, want)
 }
