@@ -443,7 +443,7 @@ func (d *daemon) leaveReload(done <-chan struct{}) {
 // close takes down what start has built: no new clients, requests in flight
 // finished within the drain limit, the disk flushed and closed.
 func (d *daemon) close() error {
-	clean := true
+	var given error
 	d.closeControl()
 	d.leaveDoors()
 	if d.passed != nil {
@@ -454,16 +454,20 @@ func (d *daemon) close() error {
 	}
 	if d.server != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), d.drain())
-		clean = d.server.Shutdown(ctx)
+		given = d.server.Shutdown(ctx)
 		cancel()
 	}
 	d.cancel()
 	var err error
-	if clean {
+	switch given {
+	case nbd.ErrUnanswered:
+		err = d.closeRest()
+	case nbd.ErrUntaken:
+		d.log.Warn("clients did not take their replies in time and were cut off", "limit", d.drain())
+		fallthrough
+	default:
 		d.accepted.Wait()
 		err = d.closeDisk()
-	} else {
-		err = d.closeRest()
 	}
 	d.removePIDFile()
 	if d.logs != nil {
@@ -478,10 +482,8 @@ func (d *daemon) closeRest() error {
 	d.log.Error("storage did not answer in time, requests were given up", "limit", d.drain())
 	ctx, cancel := context.WithTimeout(context.Background(), limits.LastClose)
 	defer cancel()
-	return errors.Join(errGaveUp, d.exports.Close(ctx))
+	return errors.Join(nbd.ErrUnanswered, d.exports.Close(ctx))
 }
-
-var errGaveUp = errors.New("requests were given up")
 
 func (d *daemon) drain() time.Duration {
 	if c := d.conf.Load(); c != nil {

@@ -82,7 +82,8 @@ const (
 	LastClose = 8 * time.Second
 
 	// Linger bounds the wait for a peer to take the last bytes of a
-	// connection that is being closed.
+	// connection that is being closed, or all of them when it is told to leave
+	// at once.
 	Linger = 500 * time.Millisecond
 
 	// TLSClose bounds the sending of close_notify.

@@ -41,6 +41,8 @@ type oneExport struct {
 	needTLS  bool
 	contexts []string // beyond base:allocation
 	stats    *obs.ExportStats
+	cutting  context.Context // Export.Cut, which cut ends; may be nil
+	cut      func()
 	opened   atomic.Int32
 	open     atomic.Int32
 }
@@ -78,7 +80,7 @@ func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Ex
 	}
 	x.opened.Add(1)
 	x.open.Add(1)
-	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Close: func() { x.open.Add(-1) }}, nil
+	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Cut: x.cutting, Close: func() { x.open.Add(-1) }}, nil
 }
 
 // memRig serves size bytes of memory.
@@ -126,8 +128,8 @@ func newRig(t testing.TB, dev backing.Device, eng engine.Engine, bufs *bufpool.P
 	}
 	t.Cleanup(func() {
 		if r.server != nil {
-			if !r.server.Shutdown(context.Background()) {
-				t.Error("shutdown gave up requests")
+			if err := r.server.Shutdown(context.Background()); err != nil {
+				t.Errorf("shutdown: %v", err)
 			}
 		}
 		if err := dev.Close(); err != nil {

@@ -243,7 +243,7 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 		defer context.AfterFunc(gone, sess.drain)()
 	}
 	if cut := n.export.Cut; cut != nil {
-		defer context.AfterFunc(cut, sess.abandon)()
+		defer context.AfterFunc(cut, func() { sess.abandon() })()
 	}
 	s.mu.Lock()
 	k.session = sess
@@ -298,25 +298,41 @@ func (s *Server) unregister(k *connection) {
 	}
 }
 
+// How a shutdown may end. After ErrUntaken all requests were finished, but some
+// clients had not taken their replies; after ErrUnanswered some were not, and a
+// Serve may still wait for its storage.
+var (
+	ErrUntaken    = errors.New("clients did not take their replies")
+	ErrUnanswered = errors.New("requests were given up")
+)
+
 // Shutdown stops reading requests, lets those in flight finish until ctx
-// ends, and then answers the rest with ESHUTDOWN. It reports whether all
-// requests were finished; if not, a Serve may still wait for its storage.
-func (s *Server) Shutdown(ctx context.Context) bool {
+// ends, then answers the rest with ESHUTDOWN, and tells how that ended.
+func (s *Server) Shutdown(ctx context.Context) error {
 	idle := s.startDrain()
-	clean := true
+	var err error
 	select {
 	case <-idle:
 	case <-ctx.Done():
-		clean = false
-		s.each((*session).abandon, transport.Conn.Close)
-		select {
-		case <-idle:
-		case <-time.After(limits.Linger):
-		}
+		err = s.abandon(idle)
 	}
 	close(s.stop)
 	s.watching.Wait()
-	return clean
+	return err
+}
+
+// abandon is the forced end of a shutdown.
+func (s *Server) abandon(idle <-chan struct{}) error {
+	late := 0
+	s.each(func(x *session) { late += x.abandon() }, transport.Conn.Close)
+	select {
+	case <-idle:
+		if late == 0 {
+			return ErrUntaken
+		}
+	case <-time.After(limits.Sever):
+	}
+	return ErrUnanswered
 }
 
 func (s *Server) startDrain() <-chan struct{} {

@@ -142,7 +142,7 @@ func TestDrainFinishesWhatIsInFlight(t *testing.T) {
 	c := r.simple()
 	r.send(c, message(wire.CmdFlush, 1, 0, 0))
 	<-g.entered
-	down := make(chan bool)
+	down := make(chan error)
 	server := r.server
 	r.server = nil
 	go func() { down <- server.Shutdown(context.Background()) }()
@@ -156,8 +156,8 @@ func TestDrainFinishesWhatIsInFlight(t *testing.T) {
 		t.Errorf("after the drain: got %d, %v, want EOF", n, err)
 	}
 	c.Close()
-	if !<-down {
-		t.Error("shutdown reports that requests were given up")
+	if err := <-down; err != nil {
+		t.Errorf("shutdown: %v", err)
 	}
 }
 
@@ -188,7 +188,7 @@ func TestShutdownDoesNotWaitForANewcomer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		down := make(chan bool, 1)
+		down := make(chan error, 1)
 		go srv.Serve(context.Background(), &lateConn{Conn: c, before: func() {
 			go func() { down <- srv.Shutdown(context.Background()) }()
 			<-srv.quit
@@ -212,7 +212,7 @@ func TestForcedStopAnswersWithShutdown(t *testing.T) {
 	cancel()
 	server := r.server
 	r.server = nil
-	down := make(chan bool)
+	down := make(chan error)
 	go func() { down <- server.Shutdown(ctx) }()
 	seen := map[uint64]bool{}
 	for range 2 {
@@ -227,8 +227,8 @@ func TestForcedStopAnswersWithShutdown(t *testing.T) {
 	}
 	g.release()
 	c.Close()
-	if <-down {
-		t.Error("shutdown reports that all requests were finished")
+	if err := <-down; err != ErrUnanswered {
+		t.Errorf("shutdown: got %v, want %v", err, ErrUnanswered)
 	}
 	<-r.errs
 }

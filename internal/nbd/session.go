@@ -65,9 +65,10 @@ type session struct {
 	stalled                     atomic.Bool
 
 	mu        sync.Mutex
-	flying    *request  // guarded by mu; requests that outlive their turn
-	cause     error     // guarded by mu; why this side ended the connection
-	throttles throttles // guarded by mu
+	flying    *request    // guarded by mu; requests that outlive their turn
+	cause     error       // guarded by mu; why this side ended the connection
+	throttles throttles   // guarded by mu
+	patience  *time.Timer // guarded by mu; of a forced stop with the peer
 
 	dead    atomic.Bool // the connection was ended from this side
 	leaving atomic.Bool // no further requests are read
@@ -80,6 +81,7 @@ type session struct {
 
 var (
 	errStalled  = errors.New("peer does not read or write any more")
+	errUntaken  = errors.New("peer did not take its replies")
 	errTooLong  = errors.New("write is too long to be skipped")
 	errBadMagic = errors.New("request has a wrong magic")
 )
@@ -132,6 +134,7 @@ func (s *session) serve(ctx context.Context) (orderly bool, err error) {
 		err = e
 	}
 	s.work.Wait()
+	s.endPatience()
 	s.tell()
 	s.m.Release() // of a read whose reply was cut off
 	s.in.release()
@@ -430,8 +433,10 @@ func (s *session) drain() {
 
 // abandon is a forced stop: what has not been answered gets ESHUTDOWN
 // (proto.md, "Terminating the transmission phase"), what waits for its turn is
-// given up, and whatever the storage still says is not waited for.
-func (s *session) abandon() {
+// given up, and whatever the storage still says is not waited for. What the peer
+// has not taken limits.Linger later is dropped. It returns how many requests had
+// no answer.
+func (s *session) abandon() int {
 	s.drain()
 	defer s.cancel()
 	s.mu.Lock()
@@ -446,10 +451,31 @@ func (s *session) abandon() {
 		heads[i] = s.appendError(nil, &r.req, wire.ESHUTDOWN, "server is shutting down", -1)
 	}
 	s.work.Add(len(late)) // they are in flight: the count is not zero
+	if s.patience == nil {
+		s.patience = time.AfterFunc(limits.Linger, s.cutOff)
+	}
 	s.mu.Unlock()
 	defer s.work.Add(-len(late))
 	for _, h := range heads {
 		s.sender.push(segment{head: h})
 	}
 	s.sender.Flush()
+	return len(late)
+}
+
+// cutOff ends a forced stop.
+func (s *session) cutOff() {
+	if s.sending.waiting.Load() {
+		s.fail(errUntaken)
+	} else {
+		s.fail(ErrUnanswered)
+	}
+}
+
+func (s *session) endPatience() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.patience != nil {
+		s.patience.Stop()
+	}
 }

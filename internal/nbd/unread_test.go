@@ -171,3 +171,48 @@ func TestUnreadRepliesAreBounded(t *testing.T) {
 	}
 	r.take(c, 3, want)
 }
+
+// TestForcedStopCutsOffWhoTakesNothing: all is answered, but the peer leaves it
+// unread.
+func TestForcedStopCutsOffWhoTakesNothing(t *testing.T) {
+	tests := []struct {
+		name string
+		stop func(*rig)
+	}{
+		{"shutdown", func(r *rig) {
+			ctx, cancel := context.WithCancel(r.t.Context())
+			cancel()
+			if err := r.server.Shutdown(ctx); err != ErrUntaken {
+				r.t.Errorf("shutdown: got %v, want %v", err, ErrUntaken)
+			}
+			r.server = nil
+		}},
+		{"disconnect", func(r *rig) {
+			for range 2 {
+				r.server.Disconnect(1)
+			}
+		}},
+		{"cut", func(r *rig) { r.exports.cut() }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r, _, _ := pausableRig(t, "writeback")
+			r.exports.cutting, r.exports.cut = context.WithCancel(t.Context())
+			c := r.simple()
+			for i := range uint64(3) {
+				r.send(c, message(wire.CmdRead, i, 0, unreadSize))
+			}
+			r.unread()
+			tt.stop(r)
+			select {
+			case err := <-r.errs:
+				if err != errUntaken {
+					t.Errorf("session: got %v, want %v", err, errUntaken)
+				}
+			case <-time.After(hangLimit):
+				t.Error("the client is still there")
+				c.Close()
+			}
+		})
+	}
+}
