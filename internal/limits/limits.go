@@ -158,6 +158,12 @@ const (
 	RequestsPerPeer = 1024
 	BytesPerPeer    = 128 << 20
 
+	// BytesPerPeerAlone bounds it for a connection with nothing else in flight:
+	// a peer may be the user of many guests, and four whose disks are paused
+	// have BytesPerPeer in flight. There is room for one request of 2 MiB of
+	// each of 64 others.
+	BytesPerPeerAlone = 2 * BytesPerPeer
+
 	// LogBurst is the number of log lines a peer may cause per LogInterval.
 	LogBurst = 10
 )
@@ -357,6 +363,7 @@ var (
 	_ [TurnBuffer - InlineReply - 1024]struct{}
 	_ [MaxOption - 2*MaxString - 16]struct{}
 	_ [BytesPerPeer - BytesPerConn]struct{}
+	_ [BufferBudget/2 - BytesPerPeerAlone - MaxIO]struct{}
 	_ [BufferCache - RingArena]struct{}
 	_ [MapExtents - MapSubPage/512]struct{}
 	_ [-(MapPage % MapSubPage)]struct{}

@@ -131,11 +131,11 @@ func (b *budget) take(requests, bytes int) {
 	b.bytes.Add(int64(bytes))
 }
 
-// reserve takes bytes unless the budget is full. The last one may exceed it.
-func (b *budget) reserve(bytes int) bool {
+// reserve takes bytes unless most are taken. The last one may exceed that.
+func (b *budget) reserve(bytes int, most int64) bool {
 	for {
 		old := b.bytes.Load()
-		if old >= b.maxBytes {
+		if old >= most {
 			return false
 		}
 		if b.bytes.CompareAndSwap(old, old+int64(bytes)) {

@@ -104,9 +104,25 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 // earmark takes n bytes from the peer's budget, if it has room, ahead of
 // newRequest, which takes them too; then unmark gives these back. What is not
 // large need not ask: waitForRoom lets a connection with nothing in flight pass,
-// and a peer has many, but together they take little.
+// and a peer has many, but together they take little. With something large such
+// a connection may go beyond the peer's budget, see mostOfPeer.
 func (s *session) earmark(n int) bool {
-	return n <= limits.TurnBuffer || s.peer.reserve(n)
+	return n <= limits.TurnBuffer || s.peer.reserve(n, s.mostOfPeer())
+}
+
+// mostOfPeer is how many bytes of the peer's budget may be taken before this
+// connection makes a large request: others of its peer, who may be other guests
+// whose disks are paused, do not stop one with nothing in flight.
+func (s *session) mostOfPeer() int64 {
+	if s.own.empty() {
+		return limits.BytesPerPeerAlone
+	}
+	return limits.BytesPerPeer
+}
+
+// fits tells whether earmark is worth trying, or nothing is any more.
+func (s *session) fits() bool {
+	return s.dead.Load() || s.peer.bytes.Load() < s.mostOfPeer()
 }
 
 func (s *session) unmark(n int) {
@@ -146,7 +162,7 @@ func (s *session) buffered(req *wire.Request, b *bufpool.Buf, answered bool) *re
 // newBuffered is newRequest with a buffer of n bytes, which it waits for.
 func (s *session) newBuffered(req *wire.Request, n int) (*request, error) {
 	for !s.earmark(n) {
-		if err := s.waitFor(s.peer, s.dead.Load); err != nil {
+		if err := s.waitFor(s.peer, s.fits); err != nil {
 			return nil, err
 		}
 	}

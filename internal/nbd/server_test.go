@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -25,10 +26,16 @@ import (
 // simple opens a session with simple replies.
 func (r *rig) simple() net.Conn {
 	r.t.Helper()
+	return r.simpleOf("")
+}
+
+// simpleOf is simple for the export of that name.
+func (r *rig) simpleOf(name string) net.Conn {
+	r.t.Helper()
 	c := r.dial(r.t)
 	c.SetDeadline(time.Now().Add(hangLimit))
 	r.expect(c, 18)
-	r.send(c, sessionPrefixes[0])
+	r.send(c, wire.AppendOption(clientFlags(nil), wire.OptExportName, []byte(name)))
 	r.expect(c, 10)
 	return c
 }
@@ -114,24 +121,58 @@ func TestPeersBudgetLeavesEveryConnectionOne(t *testing.T) {
 	}
 }
 
+// TestPeersBudgetLeavesEveryConnectionALargeOne: the disks of other guests of one
+// user are paused, and have all that the peer may have in flight.
+func TestPeersBudgetLeavesEveryConnectionALargeOne(t *testing.T) {
+	const piece = limits.BytesPerConn / 16
+	r := memRig(t, piece)
+	pause := layer.NewPause(r.dev)
+	hold, err := pause.Pause(t.Context(), limits.PauseLongest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := hold.Resume(); err != nil {
+			t.Error(err)
+		}
+	}()
+	r.exports.large = pause
+	const guests = limits.BytesPerPeer / limits.BytesPerConn
+	for range guests + 1 { // one more, with nothing in flight before
+		c := r.simpleOf("large")
+		for i := range uint64(limits.BytesPerConn / piece) {
+			r.send(c, message(wire.CmdRead, i, 0, piece))
+		}
+	}
+	for used := int64(0); used < limits.BytesPerPeer+piece; _, used = r.opt.Buffers.Outstanding() {
+		time.Sleep(time.Millisecond)
+	}
+	c := r.simple()
+	for range 3 {
+		if e := r.ask(c, wire.CmdWrite, 0, piece); e != wire.OK {
+			t.Errorf("a large write to a disk that is not paused: got %v", e)
+		}
+	}
+}
+
 // TestPeersBudgetBoundsLargeRequests: of a peer that begins a large write on
 // each of many connections, and finishes none. Others go on.
 func TestPeersBudgetBoundsLargeRequests(t *testing.T) {
 	r := memRig(t, limits.MaxIO)
-	const hogs = 2 * limits.BytesPerPeer / limits.MaxIO
+	const hogs = 2 * limits.BytesPerPeerAlone / limits.MaxIO
 	for i := range uint64(hogs) {
 		r.send(r.simple(), message(wire.CmdWrite, i, 0, limits.MaxIO))
 	}
 	c := r.simple()
-	for used := int64(0); used < limits.BytesPerPeer; _, used = r.opt.Buffers.Outstanding() {
+	for used := int64(0); used < limits.BytesPerPeerAlone; _, used = r.opt.Buffers.Outstanding() {
 		time.Sleep(time.Millisecond)
 	}
 	for range 50 { // all the while
 		if e := r.ask(c, wire.CmdRead, 0, 4096); e != wire.OK {
 			t.Fatalf("a small read: got %v", e)
 		}
-		if _, used := r.opt.Buffers.Outstanding(); used > limits.BytesPerPeer+limits.MaxIO {
-			t.Fatalf("the peer has buffers of %d bytes, want no more than %d and one request", used, limits.BytesPerPeer)
+		if _, used := r.opt.Buffers.Outstanding(); used > limits.BytesPerPeerAlone+limits.MaxIO {
+			t.Fatalf("the peer has buffers of %d bytes, want no more than %d and one request", used, limits.BytesPerPeerAlone)
 		}
 		time.Sleep(time.Millisecond)
 	}
