@@ -189,7 +189,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
 	}
 	g := &gift{Domain: d, served: v, wanted: o, scope: scope}
-	target, err := g.place(all, bus)
+	target, err := g.place(ctx, all, bus)
 	if err != nil {
 		return nil, err
 	}
@@ -222,7 +222,10 @@ func (d *Domain) number(o *Options, s Source) {
 }
 
 // target is where the disk is already, the one that is wanted, or a free one.
-func (d *Domain) target(all states, v *served, bus, wanted string) (string, error) {
+func (d *Domain) target(ctx context.Context, all states, v *served, bus, wanted string) (string, error) {
+	if other := all.targets(func(u transport.URI) bool { return v.own && u.Export == v.uri.Export && u.String() != v.uri.String() }); len(other) > 0 {
+		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, attached with other options: detach it first", ErrDiffers, other))
+	}
 	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
 		if wanted != "" && there.Target.Dev != wanted {
 			return "", fmt.Errorf("%w: the domain has the disk as %q", ErrDiffers, there.Target.Dev)
@@ -308,7 +311,7 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 	in, _ := all.scope(from(g.uri))
 	missing, target := g.scope&^in, g.disk.Target.Dev
 	if _, taken := all.scope(isTarget(target)); in != 0 || taken != nil {
-		if target, err = g.place(all, g.disk.Target.Bus); err != nil {
+		if target, err = g.place(ctx, all, g.disk.Target.Bus); err != nil {
 			return false, err
 		}
 	}
@@ -319,7 +322,7 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 
 // place is the target of the disk, of which what is there already must be as the
 // user wants it.
-func (g *gift) place(all states, bus string) (string, error) {
+func (g *gift) place(ctx context.Context, all states, bus string) (string, error) {
 	var is string
 	_, there := all.scope(func(disk *libvirtxml.DomainDisk) bool {
 		if !from(g.uri)(disk) || disk.Target == nil {
@@ -331,7 +334,7 @@ func (g *gift) place(all states, bus string) (string, error) {
 	if there != nil {
 		return "", fmt.Errorf("%w: the domain has the disk as %q, %s: detach it first", ErrDiffers, there.Target.Dev, is)
 	}
-	return g.target(all, g.served, bus, g.wanted.ID)
+	return g.target(ctx, all, g.served, bus, g.wanted.ID)
 }
 
 // otherwise says what of a disk that is there is not as the user wants it.
@@ -704,7 +707,7 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 	if err != nil {
 		return "", err
 	}
-	if o.ID, err = d.target(all, v, bus, o.ID); err != nil {
+	if o.ID, err = d.target(ctx, all, v, bus, o.ID); err != nil {
 		return "", err
 	}
 	d.number(&o, s)

@@ -706,6 +706,34 @@ func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
 	}
 }
 
+// TestDomainComesToNoOtherContentsByARestart of the service: the disk that the
+// domain has is told from one that its image would be with other options.
+func TestDomainComesToNoOtherContentsByARestart(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	other := s
+	other.Add.Overlay = &config.Overlay{Quota: 1 << 20}
+	for _, says := range []string{"overlay is none, not", `as ["sda"], attached with other options`} {
+		for _, target := range []string{"", "sda", "sdb"} {
+			if _, err := h.Attach(ctx, other, attach.Options{Model: qmp.SCSIDisk, ID: target}); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), says) {
+				t.Errorf("as %q: got %v, want ErrDiffers with %s", target, err, says)
+			}
+		}
+		h.endService()
+		h.startService(t)
+	}
+	p, err = h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	if !do(t, p, err) || p.Disk != "sda" {
+		t.Errorf("the same disk: as %q, or it was not served again", p.Disk)
+	}
+	p, err = h.Detach(ctx, "sda", false)
+	do(t, p, err)
+	h.wantNothing(t)
+}
+
 // TestExportOfADiskThatIsGoneIsRemoved has exports left of disks that the domain
 // has no more, as after a detach that could not remove one, and after the
 // domain's end.

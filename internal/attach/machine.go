@@ -112,6 +112,9 @@ func nbd(node string, server qmp.Address, export string, readOnly bool, reconnec
 // place, a name that is taken. It says where the device would go.
 func (p *plug) preflight(ctx context.Context) (string, error) {
 	there, err := p.plugged(ctx)
+	if errors.Is(err, ErrDiffers) && p.differs != nil {
+		err = cmp.Or(p.differs(ctx), err)
+	}
 	if err != nil || there {
 		return "where it is", err
 	}
@@ -146,7 +149,7 @@ func (p *plug) plugged(ctx context.Context) (bool, error) {
 	}
 	if d != nil {
 		if d.Inserted == nil || d.Inserted.Name != p.raw {
-			return false, fmt.Errorf("%w: the machine has a device %q with another disk", ErrDiffers, p.id)
+			return false, fmt.Errorf("%w: the machine has a device %q with another disk, or one that was attached with other options: detach it first", ErrDiffers, p.id)
 		}
 		return true, p.fits(ctx)
 	}

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -34,6 +35,8 @@ type lab struct {
 	dir     string
 	service *client.Client
 	monitor string // path of the machine's
+
+	endService func() // and wait for its end
 }
 
 // start starts both. The machine's processor never runs.
@@ -53,7 +56,7 @@ func (l *lab) startService(t *testing.T, more ...string) {
 	text := fmt.Sprintf("[control]\nsocket = %q\n[images]\nroots = [%q]\n%s", socket, l.dir, strings.Join(more, "\n"))
 	must(t, os.WriteFile(file, []byte(text), 0o600))
 	l.service = client.Dial(socket)
-	run(t, testenv.Binary(t, "vmdiskd"), "--config", file)
+	l.endService = run(t, testenv.Binary(t, "vmdiskd"), "--config", file)
 	await(t, func() bool {
 		_, err := l.service.Status(t.Context())
 		return err == nil
@@ -71,8 +74,8 @@ func (l *lab) startMachine(t *testing.T, args ...string) {
 	})
 }
 
-// run starts a program that lives as long as the test.
-func run(t *testing.T, name string, args ...string) {
+// run starts a program that lives as long as the test, or until end.
+func run(t *testing.T, name string, args ...string) (end func()) {
 	t.Helper()
 	cmd := exec.Command(name, args...)
 	var said bytes.Buffer
@@ -85,6 +88,11 @@ func run(t *testing.T, name string, args ...string) {
 			t.Logf("%s: %s", name, said.String())
 		}
 	})
+	return func() {
+		t.Helper()
+		must(t, cmd.Process.Signal(syscall.SIGTERM))
+		must(t, cmd.Wait())
+	}
 }
 
 func must(t *testing.T, err error) {
@@ -704,6 +712,74 @@ func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
 	p, err := m.Snapshot(ctx, "d0", "", filepath.Join(l.dir, "overlay"), false)
 	do(t, p, err)
 	same("after a snapshot", source)
+}
+
+// TestGuestComesToNoOtherContentsByARestart: its disk waits for a service that
+// was started again, and that has none of its exports. Whoever attaches something
+// else in the place of the disk is refused before it is served; the same, served
+// otherwise, gets what the guest writes meanwhile.
+func TestGuestComesToNoOtherContentsByARestart(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image, other := l.image(t, "disk", diskSize), l.image(t, "other", diskSize)
+	options := attach.Options{Model: qmp.SCSIDisk, ID: "d0"}
+	p, err := m.Attach(ctx, l.source(image), options)
+	do(t, p, err)
+	l.endService()
+	l.startService(t)
+	guestIO(t, m, "d0", "aio_write -P 0xaa 0 4096")
+	for name, change := range map[string]func(s *attach.Source){
+		"another image":     func(s *attach.Source) { s.Image, s.Add.Image = other, other },
+		"another format":    func(s *attach.Source) { s.Add.Format = "qcow2" },
+		"a backing file":    func(s *attach.Source) { s.Add.BackingFiles = []string{other} },
+		"a data file":       func(s *attach.Source) { s.Add.DataFiles = []string{other} },
+		"a snapshot in it":  func(s *attach.Source) { s.Add.Snapshot = "1" },
+		"an overlay":        func(s *attach.Source) { s.Add.Overlay = &config.Overlay{Quota: 1 << 20} },
+		"a part":            func(s *attach.Source) { s.Add.Window = &config.Window{Length: 4096} },
+		"protected ranges":  func(s *attach.Source) { s.Add.Protect = []config.Range{{Length: 4096}} },
+		"other block sizes": func(s *attach.Source) { s.Add.BlockSize = &config.BlockSize{Minimum: 4096} },
+		"lenient":           func(s *attach.Source) { s.Add.Lenient = true },
+		"read-only":         func(s *attach.Source) { s.Add.ReadOnly = true },
+	} {
+		s := l.source(image)
+		change(&s)
+		p, err := m.Attach(ctx, s, options)
+		if err == nil {
+			_, err = p.Run(ctx)
+		}
+		if !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("%s: got %v, want ErrDiffers", name, err)
+		}
+		if list, err := l.service.Exports(ctx); err != nil || len(list) != 0 {
+			t.Fatalf("%s: exports %+v, %v", name, list, err)
+		}
+	}
+	s := l.source(image)
+	s.Add.Format, s.Add.Cache, s.Add.Rate = "raw", "none", &config.Rate{Bytes: 1 << 30}
+	p, err = m.Attach(ctx, s, options)
+	do(t, p, err)
+	await(t, func() bool {
+		b, err := os.ReadFile(image)
+		return err == nil && bytes.Equal(b[:4096], bytes.Repeat([]byte{0xaa}, 4096))
+	})
+	l.wantSize(t, m, "d0", diskSize)
+	id, err := m.Resolve(ctx, image)
+	must(t, err)
+	p, err = m.Detach(ctx, id, false)
+	if do(t, p, err); l.state(t, m.Monitor) != "" {
+		t.Errorf("left %s", l.state(t, m.Monitor))
+	}
+}
+
+// guestIO has the device of a disk do what qemu-io(1) is told, as its guest would. The
+// machine does not say what came of it.
+func guestIO(t *testing.T, m *attach.Machine, id, command string) {
+	t.Helper()
+	out, err := m.Monitor.Execute(testenv.Context(t), "human-monitor-command", map[string]any{"command-line": fmt.Sprintf("qemu-io -d %s %q", id, command)})
+	if err != nil || string(out) != `""` {
+		t.Errorf("%s: %s, %v", command, out, err)
+	}
 }
 
 // TestDiskIsNoOtherExportThanItsOwn names exports for a disk that attach has

@@ -3,6 +3,7 @@ package attach
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -78,6 +79,10 @@ type served struct {
 	own      bool
 	readOnly bool
 	size     func() int64 // bytes; 0 where it is not known
+
+	// differs says in what an export that was left for the disk is not as
+	// wanted; nil if there is none, or nothing. It is nil where own is not set.
+	differs func(context.Context) error
 
 	creds credentials // for a server with TLS
 }
@@ -161,10 +166,16 @@ func reachable(x api.Export, creds bool) (transport.URI, error) {
 	return transport.URI{}, fmt.Errorf("%w: export %q has no address without TLS, for which certificates or a pre-shared key are needed: %s", qmp.ErrInvalid, x.Name, strings.Join(x.URIs, " "))
 }
 
-// serveImage plans an export with a socket for one machine.
+// serveImage plans an export with a socket for one machine. The name of the
+// socket tells what is read there: a client that waits for its server, however
+// long, comes to no other disk.
 func (s *Source) serveImage(c *client.Client, machine, id string) (*served, error) {
+	contents, err := s.contents()
+	if err != nil {
+		return nil, err
+	}
 	name := ExportName(machine, id)
-	path := s.Socket + "/" + key(16, name) + ".sock"
+	path := s.Socket + "/" + key(16, append(contents, name)...) + ".sock"
 	if len(path) > limits.QEMUSocketPath || !strings.HasPrefix(path, "/") {
 		return nil, fmt.Errorf("%w socket %q: an absolute path of at most %d bytes", qmp.ErrInvalid, path, limits.QEMUSocketPath)
 	}
@@ -181,7 +192,35 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 	step := exportStep(c, a, s.Files, &size)
 	step.Name = fmt.Sprintf("serve %q as export %q at %s%s", s.Image, name, uri, s.labelNote())
 	uri.Export = name
-	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }}, nil
+	differs := func(ctx context.Context) error {
+		x, err := c.Export(ctx, name)
+		if err != nil { // the step tells
+			return nil
+		}
+		return same(x, a)
+	}
+	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }, differs: differs}, nil
+}
+
+// contents is all that decides what a guest finds on the disk of an image, and
+// what it may do there: every word of the export but those that are taken out
+// here, which leave each byte where it is.
+func (s *Source) contents() ([]string, error) {
+	x := s.Add.Export
+	x.Name, x.Description, x.Default = "", "", false
+	x.RequireTLS, x.Listeners, x.Grants, x.TrustCID, x.Connections = false, nil, nil, false, 0
+	x.Rate, x.RateGroup, x.LogRequests, x.FlushOnClose, x.Faults = nil, "", false, false, nil
+	x.SetDefaults()
+	x.Cache, x.Lock, x.Discard = "", "", ""
+	files := slices.Concat([]string{s.Image}, x.BackingFiles, []string{""}, x.DataFiles)
+	for i, f := range s.Files {
+		if at := slices.Index(files, fmt.Sprint(api.FilePrefix, i)); at >= 0 {
+			files[at] = f.Name()
+		}
+	}
+	x.Image, x.BackingFiles, x.DataFiles = "", nil, nil // JSON has not every path
+	rest, err := json.Marshal(x)
+	return append(files, string(rest)), err
 }
 
 // exportStep adds an export, or gives the one that is there the rate that is
