@@ -99,6 +99,51 @@ func TestOverlayIsNotForgottenForAnother(t *testing.T) {
 	s.stop()
 }
 
+// TestOverlayOfAnExportOfTheAPIIsRemembered, also where the export was not to be
+// kept: what a guest has written since is there after the service was killed, and
+// the name is no other image's until the export is removed.
+func TestOverlayOfAnExportOfTheAPIIsRemembered(t *testing.T) {
+	s := newService(t, "")
+	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}}
+	if x, err := s.ctl.Add(t.Context(), a); err != nil || x.Origin != "api" {
+		t.Fatalf("%+v, %v", x, err)
+	}
+	overlay, state := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "state")
+	if err := os.Rename(state, state+"2"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err == nil || exists(overlay) {
+		t.Errorf("snapshot that cannot be remembered: %v, or the overlay is there", err)
+	}
+	if err := os.Rename(state+"2", state); err != nil {
+		t.Fatal(err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Origin != "api" || x.Error != "" {
+		t.Errorf("then: %+v, %v", x, err)
+	}
+	if x, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil || x.Origin != "state" {
+		t.Fatalf("snapshot: %+v, %v", x, err)
+	}
+	s.write("a", "0x36", "0")
+	s.kill()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != overlay || x.Error != "" {
+		t.Fatalf("after a restart: %+v, %v, want %s", x, err, overlay)
+	}
+	s.wantBytes("a", "0x36", "0")
+	_, err := s.ctl.Add(t.Context(), a)
+	wantCode(t, "the image below", err, api.CodeExists)
+	if err := s.ctl.Remove(t.Context(), "a", true, 0); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	s.start()
+	if list, err := s.ctl.Exports(t.Context()); err != nil || len(list) != 0 {
+		t.Errorf("removed, and after a restart: %+v, %v", list, err)
+	}
+	s.stop()
+}
+
 // TestOverlayNeedsAPlaceToBeRemembered: without one nothing is done.
 func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
 	s := newService(t, exportA)
@@ -112,11 +157,16 @@ func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.start()
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img")}}); err != nil {
+		t.Fatal(err)
+	}
 	overlay := filepath.Join(s.dir, "top.qcow2")
-	_, err = s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay})
-	wantCode(t, "no folder for state", err, api.CodeUnsupported)
-	if _, err := os.Stat(overlay); !os.IsNotExist(err) {
-		t.Errorf("overlay: %v", err)
+	for _, name := range []string{"a", "b"} {
+		_, err = s.ctl.Snapshot(t.Context(), name, api.Snapshot{Overlay: overlay})
+		wantCode(t, name+": no folder for state", err, api.CodeUnsupported)
+		if _, err := os.Stat(overlay); !os.IsNotExist(err) {
+			t.Errorf("%s: overlay: %v", name, err)
+		}
 	}
 	s.stop()
 	s.configure(exportA)

@@ -53,7 +53,9 @@ func (l *lab) startService(t *testing.T, more ...string) {
 	t.Helper()
 	socket := filepath.Join(l.dir, "control")
 	file := filepath.Join(l.dir, "conf")
-	text := fmt.Sprintf("[control]\nsocket = %q\n[images]\nroots = [%q]\n%s", socket, l.dir, strings.Join(more, "\n"))
+	state := filepath.Join(l.dir, "state")
+	must(t, os.MkdirAll(state, 0o700))
+	text := fmt.Sprintf("[control]\nsocket = %q\nstate = %q\n[images]\nroots = [%q]\n%s", socket, state, l.dir, strings.Join(more, "\n"))
 	must(t, os.WriteFile(file, []byte(text), 0o600))
 	l.service = client.Dial(socket)
 	l.endService = run(t, testenv.Binary(t, "vmdiskd"), "--config", file)
@@ -767,6 +769,40 @@ func TestGuestComesToNoOtherContentsByARestart(t *testing.T) {
 	id, err := m.Resolve(ctx, image)
 	must(t, err)
 	p, err = m.Detach(ctx, id, false)
+	if do(t, p, err); l.state(t, m.Monitor) != "" {
+		t.Errorf("left %s", l.state(t, m.Monitor))
+	}
+}
+
+// TestGuestDoesNotGoBackBeforeItsSnapshotByARestart of the service.
+func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image, overlay := l.image(t, "disk", diskSize), filepath.Join(l.dir, "overlay")
+	before, err := os.ReadFile(image)
+	must(t, err)
+	attached := func() bool {
+		p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		return do(t, p, err)
+	}
+	attached()
+	p, err := m.Snapshot(ctx, "d0", "", overlay, false)
+	do(t, p, err)
+	l.endService()
+	l.startService(t)
+	if attached() {
+		t.Error("the disk was served anew")
+	}
+	guestIO(t, m, "d0", "aio_write -P 0xbb 4096 4096")
+	await(t, func() bool {
+		b, err := os.ReadFile(overlay)
+		return err == nil && bytes.Contains(b, bytes.Repeat([]byte{0xbb}, 4096))
+	})
+	if after, err := os.ReadFile(image); err != nil || !bytes.Equal(after, before) {
+		t.Errorf("the image below the overlay was written to, %v", err)
+	}
+	p, err = m.Detach(ctx, "d0", false)
 	if do(t, p, err); l.state(t, m.Monitor) != "" {
 		t.Errorf("left %s", l.state(t, m.Monitor))
 	}

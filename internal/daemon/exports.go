@@ -32,12 +32,12 @@ const (
 // disk is an export with what the registry does not know of it.
 type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
-	origin string
-	doors  []*door     // its own
-	stack  *stack      // guarded by disks.mu; nil while it opens and when it failed
-	hold   *layer.Hold // guarded by disks.mu; of a pause by the API; set with busy held too
-	files  *open.Table // of the image, opened already; nil: none are
-	failed error       // guarded by disks.mu; why it could not be opened or, with a stack, works no more
+	origin string        // guarded by disks.mu; written with busy held too
+	doors  []*door       // its own
+	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
+	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
+	files  *open.Table   // of the image, opened already; nil: none are
+	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 
 	// inPlaceOf is a kept export that failed, whose file is still there: it has
 	// the name again if this one goes. Guarded by disks.mu; changed with busy
@@ -129,6 +129,13 @@ func (s *disks) look(k *disk) (cfg config.Export, now *stack, failed error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return k.cfg, k.stack, k.failed
+}
+
+// originOf is where k is from.
+func (s *disks) originOf(k *disk) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.origin
 }
 
 // get is an export in any state, or nil.

@@ -201,7 +201,7 @@ func (r *reload) finish(ctx context.Context) {
 			continue
 		}
 		switch k := d.disks.get(x.Name); {
-		case k == nil || k.origin != fromConfig: // another has taken the name
+		case k == nil || d.disks.originOf(k) != fromConfig: // another has taken the name
 		case d.disks.find(x.Name) == nil:
 			d.disks.dropFailed(x.Name)
 			d.freePlace(x.Name)
@@ -354,7 +354,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.Export) (undo []func
 	for _, x := range list {
 		k := d.disks.get(x.Name)
 		switch {
-		case k != nil && k.origin != fromConfig:
+		case k != nil && d.disks.originOf(k) != fromConfig:
 			err = errTaken
 		case d.disks.find(x.Name) == nil:
 			var back func(context.Context)
@@ -456,9 +456,9 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 	back = func() {
 		defer files.Close()
 		d.disks.dropFailed(name)
-		d.tryDisk(&disk{cfg: old, origin: k.origin, files: files})
+		d.tryDisk(&disk{cfg: old, origin: d.disks.originOf(k), files: files})
 	}
-	err = d.makeRoom(ctx, &disk{cfg: old, origin: k.origin, failed: errReopening})
+	err = d.makeRoom(ctx, &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening})
 	switch {
 	case err == nil:
 		return back, nil

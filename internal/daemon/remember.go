@@ -10,7 +10,7 @@ import (
 )
 
 // errNoState is for a snapshot that would be forgotten.
-var errNoState = errors.New("the configuration file names the image of this export, and there is no folder (control.state) to remember the overlay in: after a restart the image would be served without it")
+var errNoState = errors.New("there is no folder (control.state) to remember the overlay in: after a restart the image would be served without it")
 
 // lockState takes the folder of kept exports for this daemon alone: two would
 // serve and forget the same exports.
@@ -42,9 +42,9 @@ func (d *daemon) placed(x config.Export) (config.Export, error) {
 	return i.Apply(x)
 }
 
-// mayRemember tells whether an overlay of the export can be remembered.
-func (d *daemon) mayRemember(k *disk) error {
-	if k.origin == fromConfig && d.conf.Load().Control.State == "" {
+// mayRemember tells whether overlays can be remembered.
+func (d *daemon) mayRemember() error {
+	if d.conf.Load().Control.State == "" {
 		return errNoState
 	}
 	return nil
@@ -52,13 +52,17 @@ func (d *daemon) mayRemember(k *disk) error {
 
 // remember makes it durable that the export serves another image from now on,
 // and returns what takes that back. It comes before the first write to the
-// image: were it not known after a restart, the guest would lose what it wrote.
+// image: were it not known after a restart, the guest would lose what it wrote. So
+// an export that was not to be kept is written too, for the caller to make it
+// fromState. With k.busy.
 func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err error) {
 	state := d.conf.Load().Control.State
 	switch k.origin {
 	case fromState:
 		before := k.cfg
 		return func() error { return config.WriteExport(state, before) }, config.WriteExport(state, cfg)
+	case fromAPI:
+		return func() error { return config.RemoveExport(state, cfg.Name) }, config.WriteExport(state, cfg)
 	case fromConfig:
 		before, err := config.ReadInstead(state, cfg.Name)
 		if err != nil {

@@ -143,7 +143,7 @@ func (d *daemon) describe(x export.Status) api.Export {
 	var now *stack
 	var failed error
 	out.Export, now, failed = d.disks.look(k)
-	out.Origin = k.origin
+	out.Origin = d.disks.originOf(k)
 	if failed != nil {
 		out.Error = failed.Error()
 	}

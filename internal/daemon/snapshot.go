@@ -30,7 +30,7 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	}
 	next, err := overlayOf(&s.x, overlay)
 	if err == nil {
-		err = d.mayRemember(k)
+		err = d.mayRemember()
 	}
 	if err != nil {
 		return &api.Error{Code: api.CodeUnsupported, Text: err.Error()}
@@ -146,6 +146,9 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	k.stack.put(i, next)
 	d.disks.mu.Lock()
 	k.cfg = cfg
+	if k.origin == fromAPI { // it is kept by now
+		k.origin = fromState
+	}
 	d.disks.mu.Unlock()
 	return false, nil
 }

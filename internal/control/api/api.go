@@ -145,7 +145,8 @@ type Resize struct {
 }
 
 // Snapshot puts a new qcow2 overlay above the image, while the export is
-// paused: what is written from then on goes there.
+// paused: what is written from then on goes there. An export that was not kept is
+// kept from then on.
 type Snapshot struct {
 	Overlay string `json:"overlay"` // path, or "fd:0": an empty file
 }
