@@ -57,6 +57,7 @@ type plug struct {
 	serial  string
 	said    Options // as the caller has it
 	client  qmp.NBD
+	there   bool // the device was, before the plan
 }
 
 // Attach plans to serve a disk and to plug it. A disk that is plugged as
@@ -281,8 +282,8 @@ func (p *plug) deviceStep(place string) Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			there, err := p.plugged(ctx)
-			if err != nil || there {
+			var err error
+			if p.there, err = p.plugged(ctx); err != nil || p.there {
 				return false, err
 			}
 			return p.add(ctx)
@@ -368,10 +369,23 @@ func (p *plug) verify(ctx context.Context) error {
 		return fmt.Errorf("%w: query-block does not show device %q with node %s", ErrDiffers, p.id, p.raw)
 	case d.Inserted.ReadOnly != p.readOnly:
 		return fmt.Errorf("%w: device %q is read-only: %v", ErrDiffers, p.id, d.Inserted.ReadOnly)
-	case p.size() != 0 && sectors(d.Inserted.Image.VirtualSize) != sectors(p.size()):
-		return fmt.Errorf("%w: device %q has %d bytes, the export %d", ErrDiffers, p.id, d.Inserted.Image.VirtualSize, p.size())
 	}
-	return nil
+	return p.fills(d.Inserted.Image.VirtualSize)
+}
+
+// fills holds the size that the machine shows against that of the export. One that
+// has grown while the machine had the disk is no error: its guest needs it, and
+// to be told of the size Resize needs it too.
+func (p *plug) fills(shown int64) error {
+	size := p.size()
+	switch {
+	case size == 0 || sectors(shown) == sectors(size):
+		return nil
+	case p.there && shown < size:
+		p.note("the machine knows of %d bytes of the %d that the export has: resize tells it of them", shown, size)
+		return nil
+	}
+	return fmt.Errorf("%w: device %q has %d bytes, the export %d", ErrDiffers, p.id, shown, size)
 }
 
 // Resolve finds the name of a disk of the machine that its user names so, or

@@ -808,6 +808,52 @@ func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
 	}
 }
 
+// TestDiskThatGrewUnseenIsServedAgain after a restart of the service: its guest
+// goes on with the size that it knows until it is told. One that has shrunk is
+// refused.
+func TestDiskThatGrewUnseenIsServedAgain(t *testing.T) {
+	l := start(t, q35...)
+	var notes []string
+	m := l.machine(t, l.monitor, &notes)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk", diskSize)
+	attached := func() (bool, error) {
+		p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		must(t, err)
+		return p.Run(ctx)
+	}
+	if _, err := attached(); err != nil {
+		t.Fatal(err)
+	}
+	restart := func(size int64) {
+		t.Helper()
+		l.endService()
+		must(t, os.Truncate(image, size))
+		l.startService(t)
+	}
+	restart(diskSize / 2)
+	if _, err := attached(); !errors.Is(err, attach.ErrDiffers) || strings.Contains(l.state(t, m.Monitor), "export") {
+		t.Errorf("smaller: got %v, want ErrDiffers and no export", err)
+	}
+	restart(3 * diskSize)
+	for _, want := range []bool{true, false} {
+		notes = nil
+		if changed, err := attached(); changed != want || err != nil || !strings.Contains(strings.Join(notes, "\n"), fmt.Sprintf("%d bytes of the %d", diskSize, 3*diskSize)) {
+			t.Errorf("attach: changed %v, %v, notes %q", changed, err, notes)
+		}
+	}
+	guestIO(t, m, "d0", "aio_write -P 0xcc 4096 4096")
+	await(t, func() bool {
+		b, err := os.ReadFile(image)
+		return err == nil && bytes.Equal(b[4096:8192], bytes.Repeat([]byte{0xcc}, 4096))
+	})
+	p, err := m.Resize(ctx, "d0", "", attach.Size{Bytes: 3 * diskSize})
+	if !do(t, p, err) {
+		t.Error("the machine was not told")
+	}
+	l.wantSize(t, m, "d0", 3*diskSize)
+}
+
 // guestIO has the device of a disk do what qemu-io(1) is told, as its guest would. The
 // machine does not say what came of it.
 func guestIO(t *testing.T, m *attach.Machine, id, command string) {
