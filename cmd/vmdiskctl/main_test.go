@@ -62,6 +62,18 @@ func want(t *testing.T, code int, args ...string) string {
 	return stdout
 }
 
+// TestOutputThatIsLostIsAFailure, whatever is printed.
+func TestOutputThatIsLostIsAFailure(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	must(t, err)
+	defer full.Close()
+	for _, args := range [][]string{{"--version"}, {"version"}, {"--help"}, {"help"}, {"help", "copy"}, {"image", "info", "--help"}, {"completion", "bash"}} {
+		if code := run(t.Context(), args, full, os.Stderr); code != exitFailed {
+			t.Errorf("vmdiskctl %s: exit code %d, want %d", strings.Join(args, " "), code, exitFailed)
+		}
+	}
+}
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,17 +38,39 @@ func usage(format string, args ...any) error { return usageError{fmt.Errorf(form
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) int {
 	begun := false
+	text := &helpText{Writer: stdout}
 	root := newRoot(stderr)
-	root.PersistentPreRun = func(*cobra.Command, []string) { begun = true }
+	root.PersistentPreRun = func(c *cobra.Command, _ []string) {
+		begun = true
+		if c.Name() != "help" {
+			root.SetOut(stdout)
+		}
+	}
 	root.SetArgs(args)
-	root.SetOut(stdout)
+	root.SetOut(text)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
+	if text.err != nil {
+		begun, err = true, text.err
+	}
 	if err == nil {
 		return exitDone
 	}
 	fmt.Fprintf(stderr, "vmdiskctl: %v%s\n", err, advice(err))
 	return exitCode(err, begun)
+}
+
+// helpText is standard output for what cobra itself prints, the help and the
+// version: it does not tell of every error, as the commands do.
+type helpText struct {
+	io.Writer
+	err error // the first
+}
+
+func (t *helpText) Write(p []byte) (int, error) {
+	n, err := t.Writer.Write(p)
+	t.err = cmp.Or(t.err, err)
+	return n, err
 }
 
 // exitCode classifies an error; one from before a command began is cobra's
