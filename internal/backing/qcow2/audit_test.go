@@ -1,6 +1,7 @@
 package qcow2_test
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"log/slog"
@@ -129,4 +130,38 @@ func TestKeptClustersStayWhereTheyAre(t *testing.T) {
 		t.Errorf("end of the file after writing again: got %#x, want %#x as before", got, end)
 	}
 	qemuCheck(t, st.Contents())
+}
+
+// TestTableMayEndWithTheFile: of an L2 table that the end of the file cuts off
+// the rest is zero, to QEMU as well, whether the table is the disk's own or is
+// copied because a snapshot has it too.
+func TestTableMayEndWithTheFile(t *testing.T) {
+	own := made(t, "cluster_size=64k", "512M", "write -q -z -u 0 64k")[:l2Table+4096]
+	shared := made(t, "cluster_size=64k", "512M", "write -q -z -u 0 64k", "snapshot s1")
+	shared = append(shared, make([]byte, -len(shared)&0xffff)...)
+	end := len(shared) // here is the table now; its old place leaks
+	shared = append(shared, own[l2Table:]...)
+	for _, l1 := range []int{base, int(u64(shared, int(u64(shared, format.OffSnapshots+4))))} {
+		binary.BigEndian.PutUint64(shared[l1:], uint64(end))
+	}
+	binary.BigEndian.PutUint16(shared[0x20000+end>>16*2:], 2)
+	for name, b := range map[string][]byte{"own": own, "shared": shared} {
+		t.Run(name, func(t *testing.T) {
+			mustMatch(t, openQuiet(t, storetest.New(b), true), 0, make([]byte, 128<<20))
+			st := storetest.New(b)
+			d := openQuiet(t, st, false)
+			data := []byte(strings.Repeat("\x05", 64<<10))
+			if err := d.WriteAt(t.Context(), data, 400<<20, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			st.Reopen()
+			wantSound(t, st, 2)
+			d = openQuiet(t, st, true)
+			mustMatch(t, d, 300<<20, make([]byte, 100<<20))
+			mustMatch(t, d, 400<<20, data)
+		})
+	}
 }

@@ -374,12 +374,13 @@ func (d *disk) writeTable(ctx context.Context, t *dirtyTable) error {
 	return nil
 }
 
-// readWords reads a part of a table.
+// readWords reads a part of a table; where the file ends within it the rest is
+// zero.
 func (d *disk) readWords(ctx context.Context, words []uint64, at int64) error {
 	b := tableBuffers.Get().(*tableBuffer)
 	defer tableBuffers.Put(b)
 	p := b[:len(words)*8]
-	if err := store.ReadFull(ctx, d.st, p, at); err != nil {
+	if err := store.ReadPadded(ctx, d.st, p, at, d.space.End()); err != nil {
 		return err
 	}
 	for i := range words {

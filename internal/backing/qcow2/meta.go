@@ -96,22 +96,22 @@ func (m *metadata) gap(off int64) hostRange {
 const maxHost = 1 << 62
 
 // addBlocks puts in the refcount blocks that part of a refcount table names,
-// as far as they lie in a file of fileSize bytes.
+// as far as they begin in a file of fileSize bytes.
 func (m *metadata) addBlocks(g *format.Geometry, table []byte, fileSize int64) {
 	for ; len(table) >= 8; table = table[8:] {
 		off, err := g.DecodeRefTable(be64(table))
-		if err == nil && off > 0 && off <= fileSize-g.ClusterSize {
+		if err == nil && off > 0 && off < fileSize {
 			m.addCluster(off)
 		}
 	}
 }
 
 // addTables puts in the L2 tables that part of an L1 table names, as far as
-// they lie in a file of fileSize bytes.
+// they begin in a file of fileSize bytes.
 func (m *metadata) addTables(g *format.Geometry, l1 []byte, fileSize int64) {
 	for ; len(l1) >= 8; l1 = l1[8:] {
 		off, _, err := g.DecodeL1(be64(l1))
-		if err == nil && off > 0 && off <= fileSize-g.ClusterSize {
+		if err == nil && off > 0 && off < fileSize {
 			m.addCluster(off)
 		}
 	}

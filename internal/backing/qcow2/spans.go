@@ -109,7 +109,7 @@ func (w *walk) table(ctx context.Context) error {
 		last := (w.off%g.L2Coverage + end - w.off - 1) >> g.ClusterBits
 		count := min(last-first+1, int64(len(b))/g.EntrySize)
 		p := b[:count*g.EntrySize]
-		if err := w.readEntries(ctx, p, table+first*g.EntrySize); err != nil {
+		if err := store.ReadPadded(ctx, w.st, p, table+first*g.EntrySize, w.stSize); err != nil {
 			return err
 		}
 		w.entries(p, end)
@@ -129,20 +129,11 @@ func (w *walk) tableAt(e uint64) (int64, error) {
 	return off, err
 }
 
-// readEntries fills p with entries of an L2 table.
-func (w *walk) readEntries(ctx context.Context, p []byte, off int64) error {
-	if w.lenient {
-		have := max(0, min(int64(len(p)), w.stSize-off))
-		clear(p[have:])
-		p = p[:have]
-	}
-	return store.ReadFull(ctx, w.st, p, off)
-}
-
-// checkTable says why no L2 table can be at off.
+// checkTable says why no L2 table can be at off. The last one of a file may be
+// missing in part.
 func (w *walk) checkTable(off int64) error {
 	switch free := w.fixed.gap(off); {
-	case off > w.stSize-w.g.ClusterSize:
+	case off >= w.stSize:
 		return format.Corrupt(fmt.Sprintf("L2 table at %#x lies beyond the end of the file", off))
 	case off+w.g.ClusterSize > free.to:
 		return format.Corrupt(fmt.Sprintf("L2 table at %#x lies in other metadata", off))

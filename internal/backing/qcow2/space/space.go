@@ -40,8 +40,9 @@ type Run struct {
 type Ref struct{ Off, Len int64 }
 
 // Space is the account of one image. Reserve, ReserveMeta, ReserveTable, Drop,
-// IsMeta, Pending and Extend are for any goroutine; Write, Release, Fund and
-// Trim for one at a time, which is called the commit. Lock order: extendMu, mu.
+// IsMeta, Pending, Extend and End are for any goroutine; Write, Release, Fund
+// and Trim for one at a time, which is called the commit. Lock order: extendMu,
+// mu.
 type Space struct {
 	st    store.Store
 	g     format.Geometry
