@@ -86,19 +86,11 @@ func KindOf(err error) Kind {
 }
 
 // Wrap gives err its kind and place. nil stays nil; an *Error stays as it is.
-func Wrap(op string, off, n int64, err error) error {
-	if err == nil {
-		return nil
-	}
-	var e *Error
-	if errors.As(err, &e) {
-		return err
-	}
-	return &Error{Op: op, Off: off, Len: n, Kind: KindOf(err), Err: err}
-}
+// That the caller gave up waiting happened to the caller: it has no kind, and
+// stays as it is too.
+func Wrap(op string, off, n int64, err error) error { return WrapIn(op, "", off, n, err) }
 
-// WrapIn is Wrap for what happened to the image at path. That the caller gave
-// up waiting happened to the caller: it stays as it is.
+// WrapIn is Wrap for what happened to the image at path.
 func WrapIn(op, path string, off, n int64, err error) error {
 	if err == nil || GaveUp(err) {
 		return err

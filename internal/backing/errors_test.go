@@ -83,6 +83,11 @@ func TestWrapAddsOnePlaceOnly(t *testing.T) {
 	if again := backing.Wrap("copy", 0, 0, inner); again != inner {
 		t.Errorf("wrap of a wrapped error: got %v, want it unchanged", again)
 	}
+	for _, why := range []error{context.Canceled, context.DeadlineExceeded} {
+		if got := backing.Wrap("read", 0, 1, why); got != why {
+			t.Errorf("wrap for a caller who gave up: got %v, want %v", got, why)
+		}
+	}
 }
 
 func TestErrorGetsThePathItDoesNotHave(t *testing.T) {

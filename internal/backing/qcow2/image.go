@@ -70,8 +70,12 @@ func ReadHeader(ctx context.Context, st store.Store) (*format.Header, error) {
 	return h, nil
 }
 
-// refusal says why an image cannot be opened.
+// refusal says why an image cannot be opened. A caller who gave up is told
+// that.
 func refusal(path string, err error) error {
+	if backing.GaveUp(err) {
+		return err
+	}
 	kind := backing.KindOf(err)
 	var corrupt format.Corrupt
 	var unsupported format.Unsupported
@@ -95,7 +99,7 @@ func invalid(path, text string, args ...any) error {
 // OpenImage opens the image in st for reading; of o it heeds Path, Backing,
 // DataFile, Snapshot, Lenient and Log. It takes over st, o.Backing and o.DataFile, also
 // when it fails. A damaged part of the image that the rest does not need is
-// found when it is read. Its errors are *backing.Error.
+// found when it is read. Its errors are *backing.Error, or that of ctx.
 func OpenImage(ctx context.Context, st store.Store, o Options) (*Image, error) {
 	m := &Image{path: o.Path, st: st, data: st, below: o.Backing, lenient: o.Lenient}
 	if o.DataFile != nil {

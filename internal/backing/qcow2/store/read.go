@@ -9,9 +9,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 )
 
-// ReadFull fills p from off. Its errors are *backing.Error, one of them when
-// the file ends before p is full: whoever calls it has seen a file that went
-// further.
+// ReadFull fills p from off. Its errors are *backing.Error, or that of ctx, one
+// of them when the file ends before p is full: whoever calls it has seen a file
+// that went further.
 func ReadFull(ctx context.Context, st Store, p []byte, off int64) error {
 	return ReadPadded(ctx, st, p, off, math.MaxInt64)
 }
