@@ -79,7 +79,11 @@ func (m *Image) Spans(ctx context.Context, off, n int64, yield func(Span) bool) 
 	}
 	w := walk{Image: m, merger: merger{yield: yield}, off: off, end: off + n}
 	for w.off < w.end && !w.done {
-		if err := w.table(ctx); err != nil {
+		err := ctx.Err()
+		if err == nil {
+			err = w.table(ctx)
+		}
+		if err != nil {
 			w.flush()
 			return backing.WithPath(m.path, err)
 		}
@@ -109,6 +113,9 @@ func (w *walk) table(ctx context.Context) error {
 		last := (w.off%g.L2Coverage + end - w.off - 1) >> g.ClusterBits
 		count := min(last-first+1, int64(len(b))/g.EntrySize)
 		p := b[:count*g.EntrySize]
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if err := store.ReadPadded(ctx, w.st, p, table+first*g.EntrySize, w.stSize); err != nil {
 			return err
 		}
