@@ -137,21 +137,11 @@ func writableImage(h *format.Header, o Options) error {
 // audit holds the whole mapping against the refcounts: an image where they
 // disagree must not be written to.
 func audit(ctx context.Context, st store.Store, h *format.Header) (*check.Report, error) {
-	r, err := check.Run(ctx, st, h, check.Options{})
-	if err != nil {
-		return nil, err
+	r, err := check.Run(ctx, st, h, check.Options{Sound: true})
+	if why := format.Corrupt(""); errors.As(err, &why) {
+		return nil, format.Corrupt(fmt.Sprintf("image is corrupt: %v: "+wayOut, why))
 	}
-	if r.Corruptions == 0 && r.Errors == 0 {
-		return r, nil
-	}
-	first := ""
-	for _, p := range r.Problems {
-		if !p.Leak {
-			first = ": " + p.Text
-			break
-		}
-	}
-	return nil, format.Corrupt(fmt.Sprintf("image is corrupt (%d problems%s): "+wayOut, r.Corruptions+r.Errors, first))
+	return r, err
 }
 
 // clearAutoclear clears the bits of features that writing would break (section

@@ -3,13 +3,13 @@
 // decoding of bytes with the reader and the writer, so that it can judge them.
 //
 // The image is hostile: a table is read only as far as the file goes, once,
-// and in pieces; memory is taken for what the file has, not for what its
-// header says.
+// and in pieces, and not where it is a hole; memory is taken for what the file
+// has, not for what its header says. What has references and no refcount takes
+// memory as well, but where only a sound image is wanted.
 package check
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 
@@ -19,18 +19,18 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// ErrTooLarge says that an image has more metadata than Options allow.
-var ErrTooLarge = errors.New("the image has more metadata than may be checked")
-
 // Options of a check. The zero value checks everything, in silence.
 type Options struct {
 	// Progress is told how many bytes of mapping and refcounts are done, of
 	// how many. It is called often, from the goroutine of Run.
 	Progress func(done, total int64)
 
-	// MetadataLimit bounds the bytes of L1 and L2 tables and of refcount
-	// blocks that are read; 0 is no bound. Beyond, Run answers ErrTooLarge.
-	MetadataLimit int64
+	// Sound ends the check with the first thing that is wrong, but for leaks:
+	// Run answers it, as a format.Corrupt. Its memory is then a few bytes for
+	// each entry of an L1 table, and at most three times what the refcounts
+	// take on the host, in its blocks of 4 KiB: whatever entries name, it is
+	// looked at only as far as refcounts tell of it.
+	Sound bool
 }
 
 // Problem is something that is wrong with an image.
@@ -63,8 +63,8 @@ type Report struct {
 }
 
 // Run checks the image with header h in st; it writes nothing. What is wrong
-// with the image is in the report. Errors are ErrTooLarge, that of a context
-// that ended, and that of a file that does not tell its size.
+// with the image is in the report. Errors are that of Options.Sound, that of a
+// context that ended, and that of a file that does not tell its size.
 func Run(ctx context.Context, st store.Store, h *format.Header, o Options) (*Report, error) {
 	size, err := st.Size()
 	if err != nil {
@@ -73,7 +73,6 @@ func Run(ctx context.Context, st store.Store, h *format.Header, o Options) (*Rep
 	w := &walker{
 		ctx: ctx, st: st, h: h, g: h.Geometry(), o: o, size: size,
 		r:      &Report{Used: new(clusters.Set), Meta: new(clusters.Set), leaked: new(clusters.Set), refs: newCounts()},
-		tables: map[int64]weight{},
 		pieces: map[int64][]byte{},
 		over:   new(clusters.Set),
 	}
@@ -94,50 +93,66 @@ type walker struct {
 	size int64 // of the file in bytes
 	r    *Report
 
-	tables map[int64]weight // of L2 tables in the file, by offset
+	tables tables           // L2 tables in the file
 	blocks []block          // refcount blocks, by index
 	over   *clusters.Set    // metadata that something else points into
 	pieces map[int64][]byte // of refcount blocks, by offset
+	last   []byte           // the piece that was looked at last
+	lastAt int64            // its offset, where there is one
+	seen   stretch          // of the file
 	l1Read int64            // bytes of L1 tables
 	bmRead int64            // bytes of bitmap tables
 	done   int64            // bytes for Progress
 	total  int64            // bytes for Progress
+	wrong  error            // what ends the check, by Options.Sound
 	buf    [limits.CheckPiece]byte
 }
 
-// weight is how often an L2 table is referenced: by all L1 tables, and by the
-// active one. A table is read once, and what it has counts as often.
-type weight struct{ all, active uint64 }
+// stretch is [from, to) of the file, a hole or data.
+type stretch struct {
+	from, to int64
+	hole     bool
+}
 
 func (w *walker) run() error {
-	w.claim(0, w.g.ClusterSize, "the header")
-	w.ref(0, w.g.ClusterSize, 1, "the header")
 	steps := []func() error{
-		w.refTable, w.activeL1, w.snapshots, w.bitmaps, w.plan, w.l2Tables, w.refBlocks, w.compare,
+		w.refTable, w.header, w.refMeta, w.activeL1, w.snapshots, w.bitmaps, w.plan, w.l2Tables, w.refBlocks, w.compare,
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
 		}
-		if err := w.ctx.Err(); err != nil {
+		if err := w.halted(); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// plan adds up the work to come and refuses what is too much.
+// halted says why the check does not go on.
+func (w *walker) halted() error {
+	if err := w.ctx.Err(); err != nil {
+		return err
+	}
+	return w.wrong
+}
+
+func (w *walker) header() error {
+	w.claim(0, w.g.ClusterSize, "the header")
+	w.ref(0, w.g.ClusterSize, 1, "the header")
+	return nil
+}
+
+// plan adds up the work to come.
 func (w *walker) plan() error {
-	blocks := int64(0)
+	w.tables.merge()
+	n := int64(len(w.tables.list))
 	for _, b := range w.blocks {
-		if b.valid {
-			blocks++
+		if b.off != 0 {
+			n++
 		}
 	}
-	w.total = (blocks + int64(len(w.tables))) * w.g.ClusterSize
-	if w.o.MetadataLimit > 0 && w.total+w.l1Read > w.o.MetadataLimit {
-		return ErrTooLarge
-	}
+	w.total = n * w.g.ClusterSize
 	return nil
 }
 
@@ -158,6 +173,9 @@ func (w *walker) corrupt(n uint64, text string, args ...any) {
 }
 
 func (w *walker) note(leak bool, text string, args ...any) {
+	if w.o.Sound && !leak && w.wrong == nil {
+		w.wrong = format.Corrupt(fmt.Sprintf(text, args...))
+	}
 	if len(w.r.Problems) < limits.CheckProblems {
 		w.r.Problems = append(w.r.Problems, Problem{leak, fmt.Sprintf(text, args...)})
 	}
@@ -180,16 +198,30 @@ func (w *walker) read(p []byte, off int64) bool {
 	return true
 }
 
+// hole reports whether the n bytes at off are a hole, as far as they lie in the
+// file: they are zero and need not be read.
+func (w *walker) hole(off, n int64) bool {
+	if off < w.seen.from || off >= w.seen.to {
+		length, hole, err := store.Stretch(w.ctx, w.st, off, w.size-off)
+		if err != nil { // whoever reads it finds out
+			length, hole = n, false
+		}
+		w.seen = stretch{off, off + length, hole}
+	}
+	return w.seen.hole && min(off+n, w.size) <= w.seen.to
+}
+
 // eachPiece calls f for the n bytes at off, at most limits.CheckPiece at a time,
-// as far as they lie in the file.
+// as far as they lie in the file and are no hole: an entry that is zero says
+// nothing.
 func (w *walker) eachPiece(off, n int64, f func(at int64, p []byte)) error {
 	end := off + min(n, max(0, w.size-off))
 	for off < end {
-		if err := w.ctx.Err(); err != nil {
+		if err := w.halted(); err != nil {
 			return err
 		}
 		p := w.buf[:min(limits.CheckPiece, end-off)]
-		if w.read(p, off) {
+		if !w.hole(off, int64(len(p))) && w.read(p, off) {
 			f(off, p)
 		}
 		off += int64(len(p))
@@ -209,11 +241,29 @@ func (w *walker) ref(off, n int64, times uint64, what string) bool {
 	}
 	limit := w.g.MaxRefcount()
 	for c := off >> w.g.ClusterBits; c <= (off+n-1)>>w.g.ClusterBits; c++ {
+		if !w.counted(c, times) {
+			return false
+		}
 		if over := w.r.refs.add(c, times, limit); over > 0 {
 			w.corrupt(over, "cluster %d has more references than its refcount can tell", c)
 		}
 	}
 	return true
+}
+
+// counted reports whether the refcount of c has room for n more references than
+// are known. That it has not is found in the end, of all clusters: only a check
+// for a sound image ends here, before it takes memory for them.
+func (w *walker) counted(c int64, n uint64) bool {
+	if !w.o.Sound {
+		return true
+	}
+	stored, known := w.stored(c), w.r.refs.get(c)
+	if known <= stored && n <= stored-known {
+		return true
+	}
+	w.corrupt(1, "cluster %d: refcount is %d, and there are more references", c, stored)
+	return false
 }
 
 // claim notes that the n bytes at off hold metadata. It is false where they

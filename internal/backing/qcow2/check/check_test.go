@@ -98,6 +98,14 @@ func (i image) check() *Report {
 	if err != nil {
 		i.Fatalf("check of %s: %v", i.path, err)
 	}
+	wrong := format.Corrupt("")
+	short, err := Run(context.Background(), storetest.New(b), h, Options{Sound: true})
+	switch {
+	case errors.As(err, &wrong) != (r.Corruptions+r.Errors > 0):
+		i.Errorf("the check for a sound image says %v, the other has %d corruptions%s", err, r.Corruptions, texts(r))
+	case err == nil && short.numbers() != r.numbers():
+		i.Errorf("the check for a sound image has %+v, the other %+v", short.numbers(), r.numbers())
+	}
 	return r
 }
 

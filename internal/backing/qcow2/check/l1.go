@@ -27,14 +27,10 @@ func (w *walker) l1Table(off, entries int64, active bool, what string) error {
 		w.corrupt(1, "%s at %#x: the L1 tables are larger than the file", what, off)
 		return nil
 	}
-	if w.o.MetadataLimit > 0 && w.l1Read > w.o.MetadataLimit {
-		return ErrTooLarge
-	}
-	index := 0
-	return w.eachPiece(off, n, func(_ int64, p []byte) {
-		for ; len(p) >= 8; p = p[8:] {
-			w.l1Entry(binary.BigEndian.Uint64(p), index, active, what)
-			index++
+	return w.eachPiece(off, n, func(at int64, p []byte) {
+		for i := int(at-off) / 8; len(p) >= 8; p = p[8:] {
+			w.l1Entry(binary.BigEndian.Uint64(p), i, active, what)
+			i++
 		}
 	})
 }
@@ -67,12 +63,7 @@ func (w *walker) l1Entry(e uint64, i int, active bool, what string) {
 	if !inFile {
 		return
 	}
-	t := w.tables[off]
-	t.all++
-	if active {
-		t.active++
-	}
-	w.tables[off] = t
+	w.tables.add(off, active)
 }
 
 // snapshots counts the snapshot table and the L1 tables of all snapshots.

@@ -1,23 +1,60 @@
 package check
 
 import (
+	"cmp"
 	"encoding/binary"
-	"maps"
 	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 )
 
+// table is an L2 table, and how often it is referenced: by all L1 tables, and by
+// the active one. It is read once, and what it has counts as often.
+type table struct {
+	off         int64
+	all, active uint64
+}
+
+// tables are L2 tables. After merge each is there once, in the order of the
+// file. They take 24 bytes each, twice as much while they are gathered.
+type tables struct{ list []table }
+
+// add counts a reference to the table at off.
+func (l *tables) add(off int64, active bool) {
+	t := table{off: off, all: 1}
+	if active {
+		t.active = 1
+	}
+	if len(l.list) == cap(l.list) {
+		l.merge()
+		l.list = slices.Grow(l.list, max(256, len(l.list)))
+	}
+	l.list = append(l.list, t)
+}
+
+func (l *tables) merge() {
+	slices.SortFunc(l.list, func(a, b table) int { return cmp.Compare(a.off, b.off) })
+	merged := l.list[:0]
+	for _, t := range l.list {
+		if last := len(merged) - 1; last >= 0 && merged[last].off == t.off {
+			merged[last].all += t.all
+			merged[last].active += t.active
+			continue
+		}
+		merged = append(merged, t)
+	}
+	l.list = merged
+}
+
 // l2Tables claims all L2 tables, then walks them in the order of the file.
 func (w *walker) l2Tables() error {
-	offs := slices.Sorted(maps.Keys(w.tables))
-	for _, off := range offs {
-		w.claim(off, w.g.ClusterSize, "L2 table")
+	for _, t := range w.tables.list {
+		w.claim(t.off, w.g.ClusterSize, "L2 table")
 	}
-	for _, off := range offs {
-		t := l2Table{walker: w, off: off, weight: w.tables[off]}
-		err := w.eachPiece(off, w.g.ClusterSize, func(at int64, p []byte) {
-			for ; int64(len(p)) >= w.g.EntrySize; p = p[w.g.EntrySize:] {
+	for _, found := range w.tables.list {
+		t := l2Table{walker: w, table: found}
+		err := w.eachPiece(t.off, w.g.ClusterSize, func(at int64, p []byte) {
+			for t.i = int((at - t.off) / w.g.EntrySize); int64(len(p)) >= w.g.EntrySize; p = p[w.g.EntrySize:] {
 				bitmap := uint64(0)
 				if w.g.Extended {
 					bitmap = binary.BigEndian.Uint64(p[8:])
@@ -36,8 +73,7 @@ func (w *walker) l2Tables() error {
 // l2Table is the walk of one L2 table.
 type l2Table struct {
 	*walker
-	weight
-	off  int64
+	table
 	next int64 // where the next cluster lies if nothing is fragmented
 	i    int   // index of the entry
 }

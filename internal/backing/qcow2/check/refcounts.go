@@ -8,53 +8,68 @@ import (
 
 // block is an entry of the refcount table.
 type block struct {
-	off   int64
-	valid bool // it is aligned and lies in the file
-	again bool // it overlaps other metadata
+	off   int64 // 0 for none that is aligned and lies in the file
+	again bool  // it overlaps other metadata
+	empty bool  // it is known to be zero
 }
 
-// refTable reads the refcount table and claims it and its blocks.
+// refTable reads the refcount table.
 func (w *walker) refTable() error {
-	off, n := int64(w.h.RefTableOffset), int64(w.h.RefTableClusters)<<w.g.ClusterBits
-	w.ref(off, n, 1, "the refcount table")
-	w.claim(off, n, "the refcount table")
+	off, n := w.refArea()
 	if off < 0 || off >= w.size {
 		return nil
 	}
-	err := w.eachPiece(off, n, func(_ int64, p []byte) {
-		for ; len(p) >= 8; p = p[8:] {
-			w.blocks = append(w.blocks, w.decodeBlock(binary.BigEndian.Uint64(p)))
+	w.blocks = make([]block, min(n, w.size-off)/8)
+	return w.eachPiece(off, n, func(at int64, p []byte) {
+		for i := int(at-off) / 8; len(p) >= 8; p = p[8:] {
+			w.blocks[i].off = w.decodeBlock(i, binary.BigEndian.Uint64(p))
+			i++
 		}
 	})
-	if err != nil {
-		return err
-	}
-	for i := range w.blocks {
-		if b := &w.blocks[i]; b.valid {
-			b.again = !w.claim(b.off, w.g.ClusterSize, "refcount block")
-		}
-	}
-	return nil
 }
 
-func (w *walker) decodeBlock(e uint64) block {
+// refArea is where the refcount table lies.
+func (w *walker) refArea() (off, n int64) {
+	return int64(w.h.RefTableOffset), int64(w.h.RefTableClusters) << w.g.ClusterBits
+}
+
+func (w *walker) decodeBlock(i int, e uint64) int64 {
 	off, err := w.g.DecodeRefTable(e)
 	switch {
 	case err != nil:
-		w.corrupt(1, "refcount table entry %d: %v", len(w.blocks), err)
-		return block{}
+		w.corrupt(1, "refcount table entry %d: %v", i, err)
+		return 0
 	case off >= w.size:
-		w.corrupt(1, "refcount table entry %d: block at %#x lies beyond the end of the file", len(w.blocks), off)
-		return block{}
+		w.corrupt(1, "refcount table entry %d: block at %#x lies beyond the end of the file", i, off)
+		return 0
 	}
-	return block{off: off, valid: off != 0}
+	return off
+}
+
+// refMeta claims the refcount table and its blocks.
+func (w *walker) refMeta() error {
+	off, n := w.refArea()
+	w.ref(off, n, 1, "the refcount table")
+	w.claim(off, n, "the refcount table")
+	for i := range w.blocks {
+		b := &w.blocks[i]
+		if b.off == 0 {
+			continue
+		}
+		w.counted(b.off>>w.g.ClusterBits, 1)
+		if err := w.halted(); err != nil {
+			return err
+		}
+		b.again = !w.claim(b.off, w.g.ClusterSize, "refcount block")
+	}
+	return nil
 }
 
 // refBlocks counts the references to the refcount blocks, after all others:
 // each must be the only one.
 func (w *walker) refBlocks() error {
 	for i, b := range w.blocks {
-		if !b.valid {
+		if b.off == 0 {
 			continue
 		}
 		w.ref(b.off, w.g.ClusterSize, 1, "refcount block")
@@ -68,7 +83,7 @@ func (w *walker) refBlocks() error {
 // stored is the refcount of cluster c.
 func (w *walker) stored(c int64) uint64 {
 	i := c / w.g.BlockEntries
-	if i >= int64(len(w.blocks)) || !w.blocks[i].valid {
+	if i >= int64(len(w.blocks)) || w.blocks[i].off == 0 {
 		return 0
 	}
 	per := w.pieceEntries()
@@ -84,8 +99,12 @@ func (w *walker) pieceEntries() int64 { return w.pieceSize() * 8 >> w.g.Refcount
 // piece reads a piece of a refcount block, or has it still. What cannot be
 // read counts as zeroes, and once as an error.
 func (w *walker) piece(off int64) []byte {
+	if w.last != nil && w.lastAt == off {
+		return w.last
+	}
 	p := w.pieces[off]
 	if p != nil {
+		w.last, w.lastAt = p, off
 		return p
 	}
 	for old, b := range w.pieces {
@@ -99,7 +118,7 @@ func (w *walker) piece(off int64) []byte {
 		p = make([]byte, w.pieceSize())
 	}
 	w.read(p, off)
-	w.pieces[off] = p
+	w.pieces[off], w.last, w.lastAt = p, p, off
 	return p
 }
 
@@ -115,13 +134,17 @@ func (w *walker) compare() error {
 		}
 	}
 	per := w.pieceEntries()
-	for i, b := range w.blocks {
-		first := int64(i) * w.g.BlockEntries
-		if !b.valid || b.again && first >= end {
+	for i := range w.blocks {
+		b, first := &w.blocks[i], int64(i)*w.g.BlockEntries
+		if b.off == 0 || b.again && first >= end {
+			continue
+		}
+		if b.empty = w.hole(b.off, w.g.ClusterSize); b.empty {
+			w.progress(w.g.ClusterSize)
 			continue
 		}
 		for in := int64(0); in < w.g.BlockEntries; in += per {
-			if err := w.ctx.Err(); err != nil {
+			if err := w.halted(); err != nil {
 				return err
 			}
 			p := w.piece(b.off + in/per*w.pieceSize())
@@ -138,7 +161,7 @@ func (w *walker) compare() error {
 		w.progress(w.g.ClusterSize)
 	}
 	w.r.refs.each(func(c int64, n uint64) {
-		if i := c / w.g.BlockEntries; i >= int64(len(w.blocks)) || !w.blocks[i].valid {
+		if i := c / w.g.BlockEntries; i >= int64(len(w.blocks)) || w.blocks[i].off == 0 || w.blocks[i].empty {
 			judge(c, 0, n)
 		}
 	})

@@ -29,3 +29,13 @@ func ReadPadded(ctx context.Context, st Store, p []byte, off, end int64) error {
 	clear(p[n:])
 	return backing.Wrap("read", off, int64(len(p)), err)
 }
+
+// Stretch is how many of the n bytes at off, which lie in the file, are a hole
+// that reads as zeroes, or how many before the next one are not.
+func Stretch(ctx context.Context, st Store, off, n int64) (length int64, hole bool, err error) {
+	err = st.Extents(ctx, off, n, func(e backing.Extent) bool {
+		length, hole = e.Len, e.Hole && e.Zero
+		return false
+	})
+	return length, hole, err
+}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
 func TestReadFullFillsOrFails(t *testing.T) {
@@ -40,5 +41,22 @@ func TestReadPaddedKnowsWhereTheFileEnded(t *testing.T) {
 	err := store.ReadPadded(t.Context(), st, make([]byte, 100), 4950, 5001)
 	if !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("read of a file that ended later: got %v, want %v", err, io.ErrUnexpectedEOF)
+	}
+}
+
+func TestStretchEndsWhereDataAndHolesMeet(t *testing.T) {
+	st := storetest.New(make([]byte, 8192))
+	st.Patch(2048, []byte{1})
+	for _, tt := range []struct {
+		off, length int64
+		hole        bool
+	}{{0, 2048, true}, {1024, 1024, true}, {2048, 512, false}, {2560, 8192 - 2560, true}} {
+		length, hole, err := store.Stretch(t.Context(), st, tt.off, 8192-tt.off)
+		if err != nil || length != tt.length || hole != tt.hole {
+			t.Errorf("stretch at %d: got %d, hole %v, %v, want %d, %v", tt.off, length, hole, err, tt.length, tt.hole)
+		}
+	}
+	if _, _, err := store.Stretch(t.Context(), st, 8192, 1); err == nil {
+		t.Error("stretch behind the end: got no error")
 	}
 }

@@ -373,35 +373,49 @@ func (m *Mem) cutLocked(size int64) {
 // Extents yields pages that were written as data and all others as holes; a
 // block device is data everywhere.
 func (m *Mem) Extents(ctx context.Context, off, n int64, yield func(backing.Extent) bool) error {
-	list, err := m.extents(ctx, off, n)
-	for _, e := range list {
-		if err != nil || !yield(e) {
+	if err := m.beginExtents(ctx, off, n); err != nil {
+		return err
+	}
+	for end := off + n; off < end; {
+		e := m.extent(off, end)
+		if !yield(e) {
 			break
 		}
+		off += e.Len
 	}
-	return err
+	return nil
 }
 
-func (m *Mem) extents(ctx context.Context, off, n int64) (list []backing.Extent, err error) {
+func (m *Mem) beginExtents(ctx context.Context, off, n int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.begin(ctx, Extents, n); err != nil {
-		return nil, err
+		return err
 	}
 	if off < 0 || n < 0 || off > m.size-n {
-		return nil, backing.ErrOutOfRange
+		return backing.ErrOutOfRange
 	}
-	for end := off + n; off < end; {
-		step := min(end, (off/pageSize+1)*pageSize) - off
-		hole := m.pages[off/pageSize] == nil && !m.fixed
-		if last := len(list) - 1; last >= 0 && list[last].Hole == hole {
-			list[last].Len += step
-		} else {
-			list = append(list, backing.Extent{Len: step, Hole: hole, Zero: hole})
+	return nil
+}
+
+// extent is the one that begins with off, as far as end.
+func (m *Mem) extent(off, end int64) backing.Extent {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := off / pageSize
+	switch {
+	case m.fixed:
+		return backing.Extent{Len: end - off}
+	case m.pages[i] == nil:
+		if list := m.touchedLocked(off, end); len(list) > 0 {
+			end = list[0] * pageSize
 		}
-		off += step
+		return backing.Extent{Len: end - off, Hole: true, Zero: true}
 	}
-	return list, nil
+	for m.pages[i] != nil && i*pageSize < end {
+		i++
+	}
+	return backing.Extent{Len: min(i*pageSize, end) - off}
 }
 
 // Cache does nothing.
