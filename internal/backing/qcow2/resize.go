@@ -66,10 +66,27 @@ func (d *disk) canResize(ctx context.Context, old, size int64) error {
 		why = d.bitmaps.CanGrow(size)
 	}
 	if why == nil {
+		why = d.snapshotsHaveSizes(ctx)
+	}
+	if why == nil {
 		why = d.noVMState(ctx, size)
 	}
 	if why != nil {
 		return &backing.Error{Op: "resize", Path: d.path, Off: -1, Kind: backing.ErrNotSupported, Err: why}
+	}
+	return nil
+}
+
+// snapshotsHaveSizes refuses to grow those that are as large as the disk is.
+func (d *disk) snapshotsHaveSizes(ctx context.Context) error {
+	list, _, err := ReadSnapshots(ctx, d.st, d.header, limits.SnapshotTable)
+	if err != nil {
+		return err
+	}
+	for i := range list {
+		if list[i].DiskSize == 0 {
+			return fmt.Errorf("the snapshot %.80q has no size of its own", list[i].Name)
+		}
 	}
 	return nil
 }

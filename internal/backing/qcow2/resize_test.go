@@ -346,3 +346,31 @@ func held(t *testing.T, d backing.Device, file *storetest.Crash, op func(context
 	<-ctx.asked
 	return gate, done
 }
+
+// TestSnapshotKeepsTheSizeItDoesNotSay: one without a size is as large as the
+// disk, which therefore does not grow. It is written to all the same.
+func TestSnapshotKeepsTheSizeItDoesNotSay(t *testing.T) {
+	b := made(t, "cluster_size=64k", "4M", written, "snapshot s1")
+	off := u64(b, format.OffSnapshots+4)
+	entry := append(bytes.Clone(b[off:off+36]), "\x00\x00\x00\x001s1"...)
+	copy(b[off:], append(entry, make([]byte, 32)...))
+	st := storetest.New(b)
+	d := openQuiet(t, st, false)
+	if err := d.(backing.Resizer).Resize(t.Context(), 8<<20); !errors.Is(err, backing.ErrNotSupported) {
+		t.Errorf("resize: got %v, want %v", err, backing.ErrNotSupported)
+	}
+	if err := errors.Join(d.WriteAt(t.Context(), make([]byte, 512), 0, 0), d.Close()); err != nil {
+		t.Error(err)
+	}
+	st.Reopen()
+	o := quiet()
+	o.ReadOnly, o.Snapshot = true, "s1"
+	s, err := qcow2.Open(t.Context(), st, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if got := s.Info().Size; got != 4<<20 {
+		t.Errorf("the snapshot has %d bytes, want %d", got, 4<<20)
+	}
+}

@@ -1,8 +1,10 @@
 package check
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
@@ -84,6 +86,7 @@ func TestBrokenImagesAgreeWithQEMU(t *testing.T) {
 		{"S1", func(t *testing.T) image { i, sn := snapped(t); return i.patch(sn, "0000000000400200") }},
 		{"S2", func(t *testing.T) image { i, sn := snapped(t); return i.patch(sn+8, "10000000") }},
 		{"S5", func(t *testing.T) image { i, sn := snapped(t); return i.patch(sn, "0000000000030000") }},
+		{"snapshot without a size", func(t *testing.T) image { return sizeless(t) }},
 		{"V6", func(t *testing.T) image {
 			i := create(t, "", "64M")
 			i.run("qemu-img", "bitmap", "--add", "-g", "64k", i.path, "b0")
@@ -92,6 +95,15 @@ func TestBrokenImagesAgreeWithQEMU(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.build(t).agree(nil) })
 	}
+}
+
+// sizeless is an image with a snapshot "one" whose entry has no extra data.
+func sizeless(t *testing.T) image {
+	i := create(t, "", "64M", fill).snap("one")
+	b, off := i.bytes(), i.at(64)
+	e := append(bytes.Clone(b[off:off+36]), 0, 0, 0, 0)
+	e = append(e, "1one"...)
+	return i.patch(off, hexOf(e)+strings.Repeat("00", 24))
 }
 
 // leaky is an image with a leaked cluster at its end.

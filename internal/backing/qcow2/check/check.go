@@ -29,7 +29,8 @@ type Options struct {
 	// Run answers it, as a format.Corrupt. Its memory is then a few bytes for
 	// each entry of an L1 table, and at most three times what the refcounts
 	// take on the host, in its blocks of 4 KiB: whatever entries name, it is
-	// looked at only as far as refcounts tell of it.
+	// looked at only as far as refcounts tell of it. Snapshots that do not say
+	// how large their disk was are sound: that a disk grows is what harms them.
 	Sound bool
 }
 

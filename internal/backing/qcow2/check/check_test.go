@@ -98,12 +98,17 @@ func (i image) check() *Report {
 	if err != nil {
 		i.Fatalf("check of %s: %v", i.path, err)
 	}
-	wrong := format.Corrupt("")
+	wrong, unsound := format.Corrupt(""), r.Corruptions+r.Errors
+	for _, p := range r.Problems {
+		if strings.Contains(p.Text, "the entry is incomplete") {
+			unsound--
+		}
+	}
 	short, err := Run(context.Background(), storetest.New(b), h, Options{Sound: true})
 	switch {
-	case errors.As(err, &wrong) != (r.Corruptions+r.Errors > 0):
+	case errors.As(err, &wrong) != (unsound > 0):
 		i.Errorf("the check for a sound image says %v, the other has %d corruptions%s", err, r.Corruptions, texts(r))
-	case err == nil && short.numbers() != r.numbers():
+	case err == nil && r.Corruptions == 0 && short.numbers() != r.numbers():
 		i.Errorf("the check for a sound image has %+v, the other %+v", short.numbers(), r.numbers())
 	}
 	return r

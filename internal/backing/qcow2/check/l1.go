@@ -83,6 +83,9 @@ func (w *walker) snapshots() error {
 	w.claim(off, used, "the snapshot table")
 	for i := range list {
 		s := &list[i]
+		if w.h.Version >= 3 && !s.HasDiskSize() && !w.o.Sound {
+			w.corrupt(1, "snapshot %q: the entry is incomplete, it does not say how large the disk was", s.Name)
+		}
 		switch {
 		case !w.g.Aligned(s.L1Offset):
 			w.corrupt(1, "snapshot %q: L1 table at %#x is not on a cluster boundary", s.Name, s.L1Offset)

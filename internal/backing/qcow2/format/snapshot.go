@@ -48,6 +48,10 @@ type Snapshot struct {
 // than it.
 func (s *Snapshot) HasICount() bool { return s.ExtraSize >= extraICount }
 
+// HasDiskSize reports whether the entry says DiskSize, as all in an image of
+// version 3 must.
+func (s *Snapshot) HasDiskSize() bool { return s.ExtraSize >= extraDisk }
+
 // knownExtra is how much of n bytes of extra data has a meaning.
 func knownExtra(n uint32) int { return int(min(n, extraICount) &^ 7) }
 
