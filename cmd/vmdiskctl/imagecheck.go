@@ -143,7 +143,7 @@ func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, termin
 	if err != nil {
 		return nil, err
 	}
-	if f.repair == "" || r.Leaks == 0 {
+	if f.repair == "" || r.Leaks+r.Corruptions == 0 {
 		return &checked{r, h.Incompat}, nil
 	}
 	if err := check.RepairLeaks(ctx, st, h, r); errors.Is(err, check.ErrCorrupt) {

@@ -59,8 +59,9 @@ type Report struct {
 	// metadata: anything but guest data.
 	Used, Meta *clusters.Set
 
-	leaked *clusters.Set
-	refs   *counts
+	leaked   *clusters.Set
+	refs     *counts
+	unmarked int64 // of Corruptions: entries without the copied flag, of refcount 1
 }
 
 // Run checks the image with header h in st; it writes nothing. What is wrong

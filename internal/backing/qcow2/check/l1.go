@@ -51,9 +51,11 @@ func (w *walker) l1Entry(e uint64, i int, active bool, what string) {
 		}
 		return
 	}
-	if active && (e&format.FlagCopied != 0) != (w.stored(off>>w.g.ClusterBits) == 1) {
-		w.corrupt(1, "%s, entry %d: %#x has the wrong copied flag: refcount is %d",
-			what, i, e, w.stored(off>>w.g.ClusterBits))
+	if n := w.stored(off >> w.g.ClusterBits); active && (e&format.FlagCopied != 0) != (n == 1) {
+		w.corrupt(1, "%s, entry %d: %#x has the wrong copied flag: refcount is %d", what, i, e, n)
+		if n == 1 {
+			w.r.unmarked++
+		}
 	}
 	inFile := w.ref(off, w.g.ClusterSize, 1, "L2 table")
 	if !w.g.Aligned(off) {

@@ -179,5 +179,8 @@ func (t *l2Table) copied(off int64, copied bool, e uint64) {
 	}
 	if n := t.stored(off >> t.g.ClusterBits); copied != (n == 1) {
 		t.badTimes(t.active, "has the wrong copied flag: refcount is %d", e, n)
+		if n == 1 {
+			t.r.unmarked += int64(t.active)
+		}
 	}
 }

@@ -91,6 +91,67 @@ func TestRepairedLeaksAreGone(t *testing.T) {
 	}
 }
 
+// orphaned is an image whose refcounts still tell of a snapshot that its header
+// does not name any more: one that was being deleted.
+func orphaned(t *testing.T, options string) image {
+	i := create(t, options, "8M", "write -P 1 0 300k", "write -P 2 5M 100k").snap("one").io("write -P 3 64k 9k")
+	return i.patch(60, "00000000").patch(64, "0000000000000000")
+}
+
+// TestRepairedLeaksOfClustersInUse: what is the disk's alone then is marked so,
+// and the image is sound.
+func TestRepairedLeaksOfClustersInUse(t *testing.T) {
+	for _, options := range []string{"", "compat=0.10", "cluster_size=512", "cluster_size=2M", "extended_l2=on", "refcount_bits=2"} {
+		t.Run(options, func(t *testing.T) {
+			i := orphaned(t, options)
+			want := i.guest()
+			if r := i.check(); r.Leaks == 0 || r.Corruptions != 0 {
+				t.Fatalf("%d leaks and %d corruptions were made", r.Leaks, r.Corruptions)
+			}
+			if err := i.repair(); err != nil {
+				t.Fatal(err)
+			}
+			i.agree(nil)
+			if r := i.check(); r.Leaks+r.Corruptions != 0 {
+				t.Errorf("%d leaks and %d corruptions are left%s", r.Leaks, r.Corruptions, texts(r))
+			}
+			if !bytes.Equal(i.guest(), want) {
+				t.Error("the contents changed")
+			}
+		})
+	}
+}
+
+// TestRepairCanBeDoneAgain makes each write and sync fail in turn.
+func TestRepairCanBeDoneAgain(t *testing.T) {
+	i := orphaned(t, "cluster_size=512")
+	h, ctx := i.header(), context.Background()
+	for _, op := range []storetest.Op{storetest.Write, storetest.Sync} {
+		for n, failed := 1, true; failed; n++ {
+			m := storetest.New(i.bytes())
+			m.FailOp(op, n, errors.New("broken disk"))
+			for again := range 2 {
+				r, err := Run(ctx, m, h, Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = RepairLeaks(ctx, m, h, r)
+				if again > 0 && err != nil {
+					t.Fatalf("%s %d failed: the next repair says %v", op, n, err)
+				}
+				failed = failed && (again > 0 || err != nil)
+				m.Reopen()
+			}
+			if _, err := Run(ctx, m, h, Options{Sound: true}); err != nil {
+				t.Errorf("%s %d failed: after the next repair: %v", op, n, err)
+			}
+			if !failed && n < 3 {
+				t.Errorf("only %d calls of %s were made to fail", n-1, op)
+			}
+		}
+	}
+}
+
 func TestRepairRefusesCorruptions(t *testing.T) {
 	i := leaky(t).patch(0x2000a, "0000")
 	before := i.bytes()
