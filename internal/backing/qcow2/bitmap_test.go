@@ -1,15 +1,19 @@
 package qcow2_test
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -100,6 +104,34 @@ func TestBitmapsFollowWrites(t *testing.T) {
 	}
 	if got := fmt.Sprint(statuses(t, d, depth)[0]); got != fmt.Sprint(backing.Status{Len: 8 * u, Value: 1}) {
 		t.Errorf("depth: got %v first, want the data before the trim", got)
+	}
+}
+
+// TestFullHostAtCloseIsSaidOfTheBitmaps: the disk itself is whole, and the file
+// ends where the image does.
+func TestFullHostAtCloseIsSaidOfTheBitmaps(t *testing.T) {
+	st := bitmapped(t)
+	d := openQuiet(t, st, false)
+	if err := errors.Join(d.WriteAt(t.Context(), make([]byte, 512), 40<<20, 0), d.Flush(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	st.FailOp(storetest.Write, 1, syscall.ENOSPC)
+	err := d.Close()
+	if !errors.Is(err, backing.ErrNoSpace) || !strings.Contains(fmt.Sprint(err), "store bitmaps") {
+		t.Errorf("close on a full host: got %v, want %v of bitmaps", err, backing.ErrNoSpace)
+	}
+	st.Reopen()
+	wantSound(t, st, 0)
+	h, err := qcow2.ReadHeader(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := check.Run(t.Context(), st, h, check.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if size, err := st.Size(); err != nil || size != r.ImageEnd {
+		t.Errorf("the file has %d bytes (%v), the image %d", size, err, r.ImageEnd)
 	}
 }
 

@@ -183,15 +183,13 @@ func (d *disk) Info() backing.Info {
 }
 
 // Close commits what is left and closes all files. No request is in flight and
-// no Mapping open. What a failure leaves behind are leaks.
+// no Mapping open. What a failure leaves behind are leaks, and bitmaps that
+// nobody believes.
 func (d *disk) Close() error {
 	ctx := context.Background()
 	err := d.commits.stop()
 	if err == nil {
-		err = d.commits.exclusive(func() error { return d.bitmaps.Save(ctx, d.space) })
-	}
-	if err == nil {
-		err = d.space.Trim(ctx)
+		err = errors.Join(d.saveBitmaps(ctx), d.space.Trim(ctx))
 	}
 	err = errors.Join(err, d.st.Close())
 	if d.data != d.st {
@@ -201,6 +199,15 @@ func (d *disk) Close() error {
 		err = errors.Join(err, d.below.Close())
 	}
 	return d.wrap("close", -1, 0, err)
+}
+
+// saveBitmaps stores what the bitmaps are now; else they are lost to a backup.
+func (d *disk) saveBitmaps(ctx context.Context) error {
+	err := d.commits.exclusive(func() error { return d.bitmaps.Save(ctx, d.space) })
+	if err == nil {
+		return nil
+	}
+	return &backing.Error{Op: "store bitmaps", Path: d.path, Off: -1, Kind: backing.KindOf(err), Err: err}
 }
 
 // Cache is a hint that is passed on for data.
