@@ -138,16 +138,13 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 		return usage("--format is %q, allowed are qcow2 and raw", f.format)
 	}
 	if err == nil {
-		err = f.make(c.Context(), args[0], o)
+		err = f.make(c.Context(), args[0], o, c.OutOrStdout())
 	}
 	var bad *create.OptionError
-	switch {
-	case errors.As(err, &bad):
+	if errors.As(err, &bad) {
 		return usageError{err}
-	case err != nil:
-		return err
 	}
-	return f.report(c.OutOrStdout(), args[0], o)
+	return err
 }
 
 // size is what was asked for, or that of the backing file. A qcow2 image has
@@ -177,8 +174,9 @@ func beside(path, name string) string {
 	return filepath.Join(filepath.Dir(path), name)
 }
 
-// make makes the files and removes those again that it made when it fails.
-func (f *createFlags) make(ctx context.Context, path string, o create.Options) (err error) {
+// make makes the files, reports that to w, and removes those again that it made
+// when it fails.
+func (f *createFlags) make(ctx context.Context, path string, o create.Options, w io.Writer) (err error) {
 	for _, other := range []string{f.backing, f.dataFile} {
 		if other != "" && sameFile(path, beside(path, other)) {
 			return fmt.Errorf("%w: %q cannot be both the image and its other file", copier.ErrRefused, path)
@@ -193,15 +191,20 @@ func (f *createFlags) make(ctx context.Context, path string, o create.Options) (
 	if err != nil {
 		return err
 	}
-	if f.format == formatRaw {
-		return create.Raw(ctx, st, o.Size, o.Preallocation)
-	}
 	if o.DataFile != "" {
 		if o.Data, err = files.open(beside(path, o.DataFile), f.force); err != nil {
 			return err
 		}
 	}
-	return create.Image(ctx, st, o)
+	if f.format == formatRaw {
+		err = create.Raw(ctx, st, o.Size, o.Preallocation)
+	} else {
+		err = create.Image(ctx, st, o)
+	}
+	if err != nil {
+		return err
+	}
+	return f.report(w, path, o)
 }
 
 // created is what --json says.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -109,6 +110,23 @@ func TestImageCreateRoundsTheSizeUpAsQEMUDoes(t *testing.T) {
 		t.Errorf("raw image of 513 bytes: got %v, %v", i, err)
 	}
 	want(t, exitUsage, "image", "create", filepath.Join(t.TempDir(), "huge"), "9223372036854775807")
+}
+
+// TestImageCreateThatCannotReportLeavesNoFile: the command fails, and a second
+// one would be refused.
+func TestImageCreateThatCannotReportLeavesNoFile(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	must(t, err)
+	defer full.Close()
+	for _, format := range []string{"qcow2", "raw"} {
+		path := filepath.Join(t.TempDir(), "disk")
+		if code := run(t.Context(), []string{"image", "create", "-f", format, path, "1M"}, full, os.Stderr); code != exitFailed {
+			t.Errorf("%s: exit code %d, want %d", format, code, exitFailed)
+		}
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: the file is there: %v", format, err)
+		}
+	}
 }
 
 func TestImageCreateRaw(t *testing.T) {
