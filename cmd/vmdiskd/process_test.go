@@ -220,6 +220,46 @@ func TestSIGTERMEndsAnIdleServerInGoodOrder(t *testing.T) {
 	}
 }
 
+// TestStopOfAStartGivesUpTheImages: what is still to be opened, or waits for a
+// lock, is no reason to go on.
+func TestStopOfAStartGivesUpTheImages(t *testing.T) {
+	const exports = 100
+	path := image(t, 1<<20)
+	holder := serve(t, path)
+	dir := shortDir(t)
+	conf := fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/s\"\n", dir)
+	for i := range exports {
+		conf += fmt.Sprintf("[[export]]\nname = \"%d\"\nimage = %q\n", i, path)
+	}
+	file := filepath.Join(dir, "conf")
+	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := program("--config", file)
+	log, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, failed := bufio.NewScanner(log), 0
+	for lines.Scan() {
+		if !strings.Contains(lines.Text(), "export cannot be opened") {
+			continue
+		}
+		if failed++; failed == 1 {
+			if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err != nil || failed == 0 || failed == exports || exists(filepath.Join(dir, "s")) {
+		t.Errorf("stopped at the first of %d locked images: got %v after %d; its socket is there: %v", exports, err, failed, exists(filepath.Join(dir, "s")))
+	}
+	holder.dial().works()
+}
+
 func TestSIGTERMUnderLoadLosesNoAcknowledgedWrite(t *testing.T) {
 	path := image(t, 64<<20)
 	d := serve(t, path)

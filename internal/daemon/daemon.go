@@ -93,7 +93,7 @@ func Run(cfg Config) (status int, err error) {
 	if d.cfg.Confine.Staged() && cfg.Handed == nil {
 		err = d.becomeWorker(signals)
 	} else {
-		err = d.start()
+		err = d.startUnless(signals)
 	}
 	switch {
 	case errors.Is(err, errStopped):
@@ -117,6 +117,20 @@ func (d *daemon) subject() []any {
 		return []any{"config", d.cfg.File, "exports", d.exports.Len(), "failed", len(d.disks.failed())}
 	}
 	return []any{"image", d.cfg.Disk.Image, "format", d.cfg.Disk.Format}
+}
+
+// startUnless is start, or errStopped if a signal comes before it is done: what
+// waits for storage then is given up.
+func (d *daemon) startUnless(s *signals) error {
+	over := s.whileStarting(func() {
+		d.stop()
+		s.exitOnNext(d.lastResort)
+	})
+	err := d.start()
+	if over() {
+		return errStopped
+	}
+	return err
 }
 
 // start builds everything and begins to accept. On an error close undoes what
@@ -291,7 +305,7 @@ func (d *daemon) openExports() error {
 	d.exports = export.NewRegistry()
 	d.tellStates()
 	if d.conf.Load() == nil {
-		return d.addExport(d.ctx, d.cfg.Disk, fromCommandLine, nil)
+		return d.addExport(d.stopping, d.cfg.Disk, fromCommandLine, nil)
 	}
 	return d.addConfigured()
 }

@@ -399,14 +399,16 @@ func (d *daemon) tryExport(x config.Export, origin string) {
 	d.tryDisk(&disk{cfg: x, origin: origin})
 }
 
-// tryFirst is tryExport at the start, of an export whose storage answers: the
-// others are not tried.
+// tryFirst is tryExport at the start, of an export whose storage answers, unless
+// the daemon is to stop already: the others are not tried.
 func (d *daemon) tryFirst(x config.Export, origin string, silent map[string]bool) {
-	if silent[x.Name] {
+	switch {
+	case d.stopping.Err() != nil:
+	case silent[x.Name]:
 		d.giveUp(x, origin, fmt.Errorf("image %q: %w", x.Image, errNoAnswer))
-		return
+	default:
+		d.tryExport(x, origin)
 	}
-	d.tryExport(x, origin)
 }
 
 // giveUp makes an export known that does not work. A name that is taken has its

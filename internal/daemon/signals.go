@@ -32,6 +32,26 @@ func (s *signals) exitOnNext(f func()) {
 	}()
 }
 
+// whileStarting calls f when a stopping signal comes, until over is called, which
+// tells whether one has come.
+func (s *signals) whileStarting(f func()) (over func() bool) {
+	started, came := make(chan struct{}), make(chan bool)
+	go func() {
+		select {
+		case <-s.stopping:
+			f()
+			<-started
+			came <- true
+		case <-started:
+			came <- false
+		}
+	}()
+	return func() bool {
+		close(started)
+		return <-came
+	}
+}
+
 // release gives the stopping signals back their default actions, and returns
 // one that has come meanwhile, or nil. A reload is ignored until somebody
 // catches signals again: its default would be the end.

@@ -459,7 +459,7 @@ func (s *stage0) forbidden() (list []string) {
 	return list
 }
 
-// errStopped is that a signal came before there was a worker.
+// errStopped is that a signal came before anything was served.
 var errStopped = errors.New("stopped while starting")
 
 // exec goes on as the worker.
