@@ -792,7 +792,7 @@ func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
 	l.endService()
 	l.startService(t)
 	if attached() {
-		t.Error("the disk was served anew")
+		t.Fatal("the disk was served anew, from its image")
 	}
 	guestIO(t, m, "d0", "aio_write -P 0xbb 4096 4096")
 	await(t, func() bool {
