@@ -180,9 +180,9 @@ func TestKilledWriterIsFollowedAtOnce(t *testing.T) {
 	}
 }
 
-// TestGivenUpReadsLeaveAWholeQcow2: the server ends while replies are stuck
+// TestUntakenRepliesLeaveAWholeQcow2: the server ends while replies are stuck
 // that lease clusters, and what was answered but not flushed is kept.
-func TestGivenUpReadsLeaveAWholeQcow2(t *testing.T) {
+func TestUntakenRepliesLeaveAWholeQcow2(t *testing.T) {
 	dir := shortDir(t)
 	image := filepath.Join(dir, "disk.qcow2")
 	if out, err := tool(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", image, "64M"); err != nil {
@@ -198,17 +198,15 @@ func TestGivenUpReadsLeaveAWholeQcow2(t *testing.T) {
 		t.Fatalf("qemu-io: %v: %s", err, out)
 	}
 	d.signal(syscall.SIGTERM)
-	if got := d.wait(); got != exitFailed {
-		t.Errorf("exit status: got %d, want %d: %s", got, exitFailed, d.stderr.String())
+	if got := d.wait(); got != 0 {
+		t.Errorf("exit status: got %d, want 0: %s", got, d.stderr.String())
 	}
-	const onlyLeaks = 3
-	var exit *exec.ExitError
 	out, err := "lock", errors.New("not tried")
 	// The kernel lets go of what an io_uring had a while after the process.
 	for tries := 0; strings.Contains(out, "lock") && tries < 100; tries++ {
 		out, err = tool(t, dir, "qemu-img", "check", "-f", "qcow2", image)
 	}
-	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != onlyLeaks) {
+	if err != nil {
 		t.Errorf("qemu-img check: %v: %s", err, out)
 	}
 	if out, err := tool(t, dir, "qemu-io", "-r", "-f", "qcow2", "-c", "read -P 5 0 1M", "-c", "read -P 0 1M 4M", "-c", "read -P 5 5M 27M", "-c", "read -P 6 40M 1M", image); err != nil || strings.Contains(out, "failed") {
