@@ -11,7 +11,8 @@ import (
 
 // pidFile is that of --pidfile. It is opened while there are the rights to do so,
 // and gets the number of the process when the server is ready: until then it is
-// empty, or has what was in it, which may be the number of another server.
+// empty, or has what was in it, which may be the number of another server. One
+// that is locked is another vmdiskd's.
 type pidFile struct {
 	path   string
 	file   *os.File
@@ -25,17 +26,41 @@ func (d *daemon) openPIDFile() error {
 		return nil
 	}
 	f, err := d.cfg.Handed.pidFile()
-	if f == nil && err == nil {
-		f, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644)
+	for f == nil && err == nil {
+		f, err = lockPIDFile(path)
 	}
 	if err != nil {
-		return fmt.Errorf("PID file: %w", err)
-	}
-	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		return errors.Join(fmt.Errorf("PID file %q is no regular file", path), err, f.Close())
+		return fmt.Errorf("PID file %q: %w", path, err)
 	}
 	d.pid = &pidFile{path: path, file: f}
 	return nil
+}
+
+// lockPIDFile opens and locks the file. It is nil if another server has removed
+// it meanwhile.
+func lockPIDFile(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	ours, err := f.Stat()
+	switch {
+	case err != nil:
+	case !ours.Mode().IsRegular():
+		err = errors.New("it is no regular file")
+	default:
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errors.New("it is that of another vmdiskd, which runs")
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(there, ours) {
+		return nil, f.Close()
+	}
+	return f, nil
 }
 
 // fillPIDFile writes the number of the process.

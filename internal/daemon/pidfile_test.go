@@ -1,0 +1,39 @@
+package daemon
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// TestPIDFileOfAServerThatStartsIsNoOthers: it is empty, and stays there when
+// another cannot have it. By a symbolic link it is the same.
+func TestPIDFileOfAServerThatStartsIsNoOthers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pid")
+	link := path + ".link"
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	first := &daemon{cfg: Config{PIDFile: link}}
+	if err := first.openPIDFile(); err != nil {
+		t.Fatal(err)
+	}
+	second := &daemon{cfg: Config{PIDFile: path}}
+	if err := second.openPIDFile(); err == nil {
+		t.Error("two servers have one PID file")
+	}
+	second.removePIDFile()
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the file of the first: %v", err)
+	}
+	if err := first.pid.file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := second.openPIDFile(); err != nil {
+		t.Errorf("when the first has ended: %v", err)
+	}
+	second.removePIDFile()
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("the file of a server that did not start: %v", err)
+	}
+}
