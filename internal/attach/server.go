@@ -204,7 +204,9 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 
 // contents is all that decides what a guest finds on the disk of an image, and
 // what it may do there: every word of the export but those that are taken out
-// here, which leave each byte where it is.
+// here, which leave each byte where it is. A socket of a running guest has its
+// name from it, also after an upgrade: a key that comes later must not be in the
+// JSON where it says nothing.
 func (s *Source) contents() ([]string, error) {
 	x := s.Add.Export
 	x.Name, x.Description, x.Default = "", "", false

@@ -16,6 +16,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -393,6 +394,9 @@ func (r *reply) refusal() error {
 		return r.cause(fmt.Errorf("unexpected reply %d", r.http.StatusCode))
 	}
 	e.Text = e.Text[:min(len(e.Text), limits.ControlErrorText)]
+	if e.Code == api.CodeInvalid && strings.Contains(e.Text, "unknown field") {
+		e.Text += ": the server is of an older version, which does not know it"
+	}
 	return &e
 }
 

@@ -190,6 +190,13 @@ func TestErrorTextIsBounded(t *testing.T) {
 	}
 }
 
+func TestOlderServerIsNamedAsTheReason(t *testing.T) {
+	c := evil(t, says("HTTP/1.1 400 No\r\n\r\n{\"code\":\"invalid\",\"text\":\"body: unknown field \\\"by\\\"\"}"))
+	if _, err := c.Resize(testContext(t), "a", api.Resize{By: 1}); err == nil || !strings.Contains(err.Error(), "older version") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // TestWhatTheServerWouldRefuseIsNotSent uses a path at which nobody listens.
 func TestWhatTheServerWouldRefuseIsNotSent(t *testing.T) {
 	c := client.Dial(filepath.Join(t.TempDir(), "none"))
