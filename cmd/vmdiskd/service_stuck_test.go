@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -177,6 +178,32 @@ func TestStorageThatHangsHoldsUpNoOther(t *testing.T) {
 				t.Errorf("exports are %q, want %q", got, want)
 			}
 			s.open("a").reads(1)
+			s.stop()
+		})
+	}
+}
+
+// TestKeptExportThatHangsTakesNoOtherDown: one of the configuration that has its
+// name by now is served.
+func TestKeptExportThatHangsTakesNoOtherDown(t *testing.T) {
+	for _, confined := range []string{"auto", "off"} {
+		t.Run("confine "+confined, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, "")
+			image := filepath.Join(s.dir, "h.img")
+			if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			x := api.AddExport{Export: config.Export{Name: "a", Image: image}, Persist: true}
+			if _, err := s.ctl.Add(t.Context(), x); err != nil {
+				t.Fatal(err)
+			}
+			s.stop()
+			s.hangStorage("h.img")
+			s.configure(exportA)
+			s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine="+confined) }
+			s.start()
+			s.wantExports("with the configuration's own", "a ready config")
 			s.stop()
 		})
 	}

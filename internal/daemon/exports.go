@@ -343,7 +343,8 @@ func (d *daemon) unpause(k *disk) {
 const openTimeout = time.Minute
 
 // allExports are those of the configuration or of the command line, and those that
-// were kept, as far as they can be read.
+// were kept, as far as they can be read; none whose name the configuration has, which
+// cannot be opened.
 func (d *daemon) allExports() (list []config.Export, err error) {
 	c := d.conf.Load()
 	if c == nil {
@@ -353,6 +354,10 @@ func (d *daemon) allExports() (list []config.Export, err error) {
 		return c.Exports, nil
 	}
 	kept, err := config.ReadExports(c.Control.State)
+	kept = slices.DeleteFunc(kept, func(x config.Export) bool {
+		_, taken := exportOf(c, x.Name)
+		return taken
+	})
 	return slices.Concat(c.Exports, kept), err
 }
 

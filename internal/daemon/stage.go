@@ -371,18 +371,13 @@ func (s *stage0) openImages() (err error) {
 	return nil
 }
 
-// handImage keeps the files of an image open until the worker has them. Of two
-// exports with one name the worker complains of the second.
+// handImage keeps the files of an image open until the worker has them.
 func (s *stage0) handImage(x *config.Export, g gathered) error {
 	if errors.Is(g.err, errNoAnswer) {
 		s.out.Silent = append(s.out.Silent, x.Name)
 	}
 	if g.table == nil {
 		return g.err
-	}
-	if _, again := s.out.Images[x.Name]; again {
-		g.table.Close()
-		return nil
 	}
 	h := handedImage{Image: x.Image}
 	files, dirs := g.table.Contents()
