@@ -543,16 +543,15 @@ func (e *entry) status() Status {
 
 // Close waits until no connection uses an export any more, flushes the
 // writable ones and closes all. It returns all errors. If ctx ends before that,
-// the others are flushed and closed, and ErrInUse is among the errors.
+// or an opening does not end within limits.LastClose, the others are flushed and
+// closed, and ErrInUse is among the errors.
 func (r *Registry) Close(ctx context.Context) error {
 	r.mu.Lock()
 	r.closed = true
+	all := slices.DeleteFunc(slices.Collect(maps.Values(r.byName)), func(e *entry) bool { return e.state == Opening })
 	r.mu.Unlock()
-	r.opening.Wait() // publish closes what was opening
-	r.mu.Lock()
-	all := slices.Collect(maps.Values(r.byName))
-	r.mu.Unlock()
-	ended := make(chan error, len(all))
+	ended := make(chan error, len(all)+1)
+	go func() { ended <- r.opened(ctx) }()
 	for _, e := range all {
 		go func() {
 			err := r.wait(ctx, e)
@@ -566,7 +565,7 @@ func (r *Registry) Close(ctx context.Context) error {
 	late := make(chan struct{})
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(limits.Sever, func() { close(late) }) })()
 	var errs []error
-	for range all {
+	for range cap(ended) {
 		select {
 		case err := <-ended:
 			errs = append(errs, err)
@@ -575,4 +574,22 @@ func (r *Registry) Close(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// opened waits for what is being opened when the registry is closed; publish
+// closes it.
+func (r *Registry) opened(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, limits.LastClose)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		r.opening.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: an image is still being opened", ErrInUse)
+	}
 }

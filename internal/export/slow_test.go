@@ -1,6 +1,7 @@
 package export
 
 import (
+	"context"
 	"errors"
 	"testing"
 
@@ -52,4 +53,46 @@ func TestSlowOpenHoldsUpNobodyElse(t *testing.T) {
 	if _, err := r.Find("slow", p); err != nil {
 		t.Errorf("when it is open: %v", err)
 	}
+}
+
+// TestOpeningThatHangsHoldsUpNoEnd: the others are flushed and closed all the same,
+// and what is opened after that is closed.
+func TestOpeningThatHangsHoldsUpNoEnd(t *testing.T) {
+	r := NewRegistry()
+	opening, proceed, done := make(chan bool), make(chan bool), make(chan error, 1)
+	late := &closeSpy{Device: mem.New(4096, nil)}
+	go func() {
+		done <- r.AddOpening(Spec{Name: "hangs"}, func() (backing.Device, error) {
+			close(opening)
+			<-proceed
+			return late, nil
+		})
+	}()
+	<-opening
+	other := &closeSpy{Device: mem.New(4096, nil)}
+	if err := r.Add(Spec{Name: "a", Device: other}); err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.Close(over); !errors.Is(err, ErrInUse) {
+		t.Errorf("close: got %v, want %v", err, ErrInUse)
+	}
+	if !other.closed {
+		t.Error("the other export was not closed")
+	}
+	close(proceed)
+	if err := <-done; err == nil || !late.closed {
+		t.Errorf("what was opened late: got %v, closed is %t", err, late.closed)
+	}
+}
+
+type closeSpy struct {
+	backing.Device
+	closed bool
+}
+
+func (s *closeSpy) Close() error {
+	s.closed = true
+	return s.Device.Close()
 }
