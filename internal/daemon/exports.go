@@ -39,6 +39,10 @@ type disk struct {
 	files  *open.Table   // of the image, opened already; nil: none are
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 
+	// again is the one that failed which this is another attempt at: that has the
+	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
+	again *disk
+
 	// inPlaceOf is a kept export that failed, whose file is still there: it has
 	// the name again if this one goes. Guarded by disks.mu; changed with busy
 	// held too.
@@ -56,9 +60,19 @@ type disks struct {
 	byName map[string]*disk // guarded by mu
 }
 
-// claim takes a name. One of a kept export that failed is for another that is
-// kept: its file takes the place of the other's.
+// errAway is for another attempt at an export that has been removed meanwhile.
+var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
+
+// claim takes a name. One that failed is for another attempt at that very export,
+// and one of a kept export that failed for another that is kept: its file takes the
+// place of the other's. A removal of what failed comes before that or after it.
 func (s *disks) claim(k *disk) error {
+	if old := s.get(k.cfg.Name); old != nil {
+		if _, now, failed := s.look(old); now == nil && failed != nil {
+			old.busy.Lock()
+			defer old.busy.Unlock()
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.byName == nil {
@@ -66,6 +80,12 @@ func (s *disks) claim(k *disk) error {
 	}
 	old := s.byName[k.cfg.Name]
 	switch {
+	case k.again != nil && old != k.again:
+		return errAway
+	case k.again != nil && k.again.stack == nil:
+		if k.failed != nil {
+			k.again = nil
+		}
 	case old != nil && old.failed != nil && old.origin == fromState && k.origin == fromState:
 		k.inPlaceOf = old
 	case old != nil && old.failed != nil:
@@ -86,6 +106,8 @@ func (s *disks) forget(k, instead *disk) {
 	case s.byName[k.cfg.Name] != k:
 	case instead != nil:
 		s.byName[k.cfg.Name] = instead
+	case k.again != nil:
+		s.byName[k.cfg.Name] = k.again
 	case k.inPlaceOf != nil:
 		s.byName[k.cfg.Name] = k.inPlaceOf
 	default:
@@ -151,7 +173,8 @@ func (d *daemon) addExport(ctx context.Context, x config.Export, origin string, 
 	return d.addDisk(ctx, &disk{cfg: x, origin: origin}, files)
 }
 
-// addDisk is addExport of a disk that has only its configuration and its origin.
+// addDisk is addExport of a disk that is not open. One that is another attempt
+// leaves the name to what failed before, if it fails.
 func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err error) {
 	defer closeFiles(files)
 	x := k.cfg
@@ -188,7 +211,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 			return nil, err
 		}
 		d.disks.mu.Lock()
-		k.stack = s
+		k.stack, k.again = s, nil
 		d.disks.mu.Unlock()
 		return s.top, nil
 	})
@@ -410,7 +433,7 @@ func (d *daemon) tryFirst(x config.Export, origin string, silent map[string]bool
 	switch {
 	case d.stopping.Err() != nil:
 	case silent[x.Name]:
-		d.giveUp(x, origin, fmt.Errorf("image %q: %w", x.Image, errNoAnswer))
+		d.giveUp(&disk{cfg: x, origin: origin, failed: fmt.Errorf("image %q: %w", x.Image, errNoAnswer)})
 	default:
 		d.tryExport(x, origin)
 	}
@@ -418,31 +441,21 @@ func (d *daemon) tryFirst(x config.Export, origin string, silent map[string]bool
 
 // giveUp makes an export known that does not work. A name that is taken has its
 // own export.
-func (d *daemon) giveUp(x config.Export, origin string, err error) {
-	d.log.Error("export cannot be opened", "export", x.Name, "error", err)
-	failed := &disk{cfg: x, origin: origin, failed: err}
+func (d *daemon) giveUp(failed *disk) {
+	d.log.Error("export cannot be opened", "export", failed.cfg.Name, "error", failed.failed)
 	if d.disks.claim(failed) == nil {
 		d.keepPlace(failed)
 	}
 }
 
-// tryDisk is tryExport of a disk that is not open.
+// tryDisk is tryExport of a disk that is not open. Another attempt at one that was
+// removed meanwhile is none.
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
-	x := k.cfg
-	if err := d.addDisk(ctx, k, nil); err != nil {
-		d.giveUp(x, k.origin, err)
-	}
-}
-
-// dropFailed makes room for another attempt with an export that could not be
-// opened.
-func (s *disks) dropFailed(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if k := s.byName[name]; k != nil && k.failed != nil && k.stack == nil {
-		delete(s.byName, name)
+	failed := &disk{cfg: k.cfg, origin: k.origin, again: k.again}
+	if failed.failed = d.addDisk(ctx, k, nil); failed.failed != nil && !errors.Is(failed.failed, errAway) {
+		d.giveUp(failed)
 	}
 }
 

@@ -203,7 +203,7 @@ func (r *reload) finish(ctx context.Context) {
 		switch k := d.disks.get(x.Name); {
 		case k == nil || d.disks.originOf(k) != fromConfig: // another has taken the name
 		case d.disks.find(x.Name) == nil:
-			d.disks.dropFailed(x.Name)
+			d.disks.forget(k, nil)
 			d.freePlace(x.Name)
 		default:
 			d.retire(ctx, x.Name, nil)
@@ -211,11 +211,12 @@ func (r *reload) finish(ctx context.Context) {
 	}
 }
 
-// retries are the lines of a reload for what it tries to open again.
+// retries are the lines of a reload for what it tries to open again: not what has
+// failed while it was open, which has to be removed first.
 func (d *daemon) retries(change *config.Change) (lines []string) {
 	for _, k := range d.disks.failed() {
-		x, _, _ := d.disks.look(k)
-		if !slices.ContainsFunc(change.Exports, func(c config.ExportChange) bool { return c.Name == x.Name }) {
+		x, now, _ := d.disks.look(k)
+		if now == nil && !slices.ContainsFunc(change.Exports, func(c config.ExportChange) bool { return c.Name == x.Name }) {
 			lines = append(lines, fmt.Sprintf("try export %q again", x.Name))
 		}
 	}
@@ -226,14 +227,13 @@ func (d *daemon) retries(change *config.Change) (lines []string) {
 // tells whether there was such a one. With d.reloading.
 func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried bool) {
 	for _, k := range d.disks.failed() {
-		x, _, why := d.disks.look(k)
-		known := gone(why)
+		x, now, why := d.disks.look(k)
+		known := now == nil && gone(why)
 		if known && k.origin == fromConfig {
 			x, known = exportOf(d.conf.Load(), x.Name)
 		}
 		if known && ctx.Err() == nil {
-			d.disks.dropFailed(x.Name)
-			d.tryExport(x, k.origin)
+			d.tryDisk(&disk{cfg: x, origin: k.origin, again: k})
 			tried = true
 		}
 	}
@@ -407,17 +407,16 @@ func (r *reopening) end() {
 func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
 	d, name := r.d, r.x.Name
 	old, _, _ := d.disks.look(r.k)
-	back, err := d.closeFor(ctx, name, old)
+	closed, back, err := d.closeFor(ctx, name, old)
 	if err != nil {
 		return nil, err
 	}
-	d.disks.dropFailed(name)
-	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files}, nil); err != nil {
+	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed}, nil); err != nil {
 		back()
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		back, err := d.closeFor(ctx, name, old)
+		_, back, err := d.closeFor(ctx, name, old)
 		if err != nil {
 			d.log.Error("export stays changed", "export", name, "error", err)
 			return
@@ -441,43 +440,39 @@ func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*o
 // errReopening is what an export has failed for that closeFor has closed.
 var errReopening = errors.New("it is being opened again")
 
-// closeFor closes an export that is to come back: it keeps its name, as one that
-// failed. back opens it as old says; its image may be elsewhere by now, and then
-// that fails.
-func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (back func(), err error) {
+// closeFor closes an export that is to come back: closed has its name, as one that
+// failed. back opens it as old says, if nobody has removed it; its image may be
+// elsewhere by now, and then that fails.
+func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (closed *disk, back func(), err error) {
 	k := d.disks.find(name)
 	if k == nil {
-		return nil, nbd.ErrUnknownExport
+		return nil, nil, nbd.ErrUnknownExport
 	}
 	files, err := d.gatherBeside(ctx, k, old)
 	if err != nil {
 		d.log.Debug("the files of an export that is closed cannot be opened again", "export", name, "error", err)
 	}
+	closed = &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening}
 	back = func() {
 		defer files.Close()
-		d.disks.dropFailed(name)
-		d.tryDisk(&disk{cfg: old, origin: d.disks.originOf(k), files: files})
+		d.tryDisk(&disk{cfg: old, origin: closed.origin, files: files, again: closed})
 	}
-	err = d.makeRoom(ctx, &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening})
+	err = d.makeRoom(ctx, closed)
 	switch {
 	case err == nil:
-		return back, nil
+		return closed, back, nil
 	case d.disks.find(name) == nil: // in bad order
 		back()
 	default:
 		files.Close()
 	}
-	return nil, err
+	return nil, nil, err
 }
 
 // openAgain opens an export that has failed, or for nil one that was removed. If
 // it fails again, it stays what it was.
 func (d *daemon) openAgain(ctx context.Context, x config.Export, failed *disk) (undo func(context.Context), err error) {
-	d.disks.dropFailed(x.Name)
-	if err := d.addExport(ctx, x, fromConfig, nil); err != nil {
-		if failed != nil {
-			_ = d.disks.claim(failed) // a name that is taken has its own export
-		}
+	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, again: failed}, nil); err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context) { d.retire(ctx, x.Name, failed) }, nil

@@ -4,13 +4,17 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
 // TestWhatGoesIsRemovedWhenItsClientsHaveLeft, also if that is after the end of
@@ -65,5 +69,73 @@ func TestReloadThatComesTooLateDoesNothing(t *testing.T) {
 	}
 	if d.groups.find("g") != nil || d.conf.Load() != nil {
 		t.Error("the configuration was applied")
+	}
+}
+
+// emptyService is a service that serves nothing yet, and needs no engine.
+func emptyService(t *testing.T) *daemon {
+	logs, err := obs.Open(obs.Options{Sink: "null"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(logs.Close)
+	d := &daemon{exports: export.NewRegistry(), stopping: t.Context(), logs: logs, log: logs.For("daemon")}
+	d.conf.Store(&config.Config{})
+	return d
+}
+
+// TestRemovedExportIsNotTriedAgain: neither what failed and is removed while it is
+// about to be tried, nor what a reload has closed to open it anew. The others are.
+func TestRemovedExportIsNotTriedAgain(t *testing.T) {
+	d := emptyService(t)
+	for _, name := range []string{"a", "b"} {
+		x := config.Export{Name: name, Format: "mem", Image: "1M"}
+		x.SetDefaults()
+		if err := d.disks.claim(&disk{cfg: x, origin: fromAPI, failed: backing.ErrLocked}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked := 0
+	d.retry(t.Context(), func(error) bool {
+		if asked++; asked == 2 {
+			if err := d.removeFailed(d.disks.get("b"), "b"); err != nil {
+				t.Errorf("removal: %v", err)
+			}
+		}
+		return true
+	})
+	if k := d.disks.find("a"); k == nil || k.again != nil || len(d.disks.failed()) != 0 {
+		t.Errorf("the other is %+v, want it open and nothing to be failed", k)
+	}
+	if k := d.disks.get("b"); k != nil {
+		t.Errorf("what was removed is there again: %+v", k)
+	}
+	_, back, err := d.closeFor(t.Context(), "a", d.disks.get("a").cfg)
+	if err == nil {
+		err = d.removeFailed(d.disks.get("a"), "a")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	back()
+	if k := d.disks.get("a"); k != nil || d.exports.Len() != 0 {
+		t.Errorf("what was removed when it was closed is there again: %+v", k)
+	}
+}
+
+// TestAttemptThatFailsLeavesTheNameToWhatFailed before, with the new reason.
+func TestAttemptThatFailsLeavesTheNameToWhatFailed(t *testing.T) {
+	d := emptyService(t)
+	x := config.Export{Name: "a", Format: "raw", Image: filepath.Join(t.TempDir(), "none")}
+	x.SetDefaults()
+	if err := d.disks.claim(&disk{cfg: x, origin: fromState, failed: backing.ErrLocked}); err != nil {
+		t.Fatal(err)
+	}
+	if !d.retry(t.Context(), func(error) bool { return true }) {
+		t.Error("nothing was tried")
+	}
+	k := d.disks.get("a")
+	if k == nil || k.origin != fromState || k.again != nil || k.inPlaceOf != nil || !errors.Is(k.failed, os.ErrNotExist) {
+		t.Errorf("got %+v, want the export with the reason %v", k, os.ErrNotExist)
 	}
 }
