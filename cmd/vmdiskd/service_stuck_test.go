@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
@@ -165,6 +167,7 @@ func (s *testService) hangStorage(name string) {
 // TestStorageThatHangsHoldsUpNoOther: an image that cannot be opened in time has
 // failed, and the service starts.
 func TestStorageThatHangsHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
 	for _, confined := range []string{"auto", "off"} {
 		t.Run("confine "+confined, func(t *testing.T) {
 			t.Parallel()
@@ -178,14 +181,38 @@ func TestStorageThatHangsHoldsUpNoOther(t *testing.T) {
 				t.Errorf("exports are %q, want %q", got, want)
 			}
 			s.open("a").reads(1)
+			s.outlivesHang()
 			s.stop()
 		})
 	}
 }
 
+// outlivesHang has the service open b.img, whose storage hangs, by a reload and by
+// an addition, which are answered, and then by a reload that is not waited for.
+func (s *testService) outlivesHang() {
+	s.Helper()
+	ctx, cancel := context.WithTimeout(s.Context(), hangLimit)
+	defer cancel()
+	added := make(chan error, 1)
+	go func() {
+		ctl := control.Dial(filepath.Join(s.dir, "control"))
+		_, err := ctl.Add(ctx, api.AddExport{Export: config.Export{Name: "c", Image: filepath.Join(s.dir, "b.img")}})
+		added <- err
+	}()
+	if _, err := s.ctl.Reload(ctx, false); err != nil {
+		s.Errorf("reload: %v", err)
+	}
+	wantCode(s.T, "addition", <-added, api.CodeFailed)
+	if got, want := s.states(), []string{"a ready", "b failed"}; !slices.Equal(got, want) {
+		s.Errorf("after a reload and an addition: exports are %q, want %q", got, want)
+	}
+	s.signal(syscall.SIGHUP)
+}
+
 // TestKeptExportThatHangsTakesNoOtherDown: one of the configuration that has its
 // name by now is served.
 func TestKeptExportThatHangsTakesNoOtherDown(t *testing.T) {
+	t.Parallel()
 	for _, confined := range []string{"auto", "off"} {
 		t.Run("confine "+confined, func(t *testing.T) {
 			t.Parallel()

@@ -514,6 +514,9 @@ func (d *daemon) closeDisk() error {
 	if d.exports != nil {
 		err = d.exports.Close(context.Background())
 	}
+	if errors.Is(err, export.ErrInUse) { // an opening hangs, which the engine would wait for
+		return err
+	}
 	if d.engine != nil {
 		err = errors.Join(err, d.engine.Close())
 	}

@@ -10,7 +10,9 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // specOf is what the registry has to know of an export.
@@ -80,14 +82,14 @@ func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Tab
 }
 
 // gather opens the files of an image without locking them, while those in known
-// are open that are its too.
+// are open that are its too. Storage that hangs is not waited for: errNoAnswer.
 func (d *daemon) gather(ctx context.Context, x *config.Export, known []*os.File) (*open.Table, error) {
 	s, err := d.imageSpec(x, nil)
 	if err != nil {
 		return nil, err
 	}
-	s.Log, s.Known = d.logs.For("backing"), known
-	return open.Gather(ctx, s)
+	s.Log, s.Known, s.Buffers = d.logs.For("backing"), known, bufpool.New(limits.BufferBudget)
+	return gatherInTime(ctx, s)
 }
 
 // imageSpec is how the image of an export is opened.

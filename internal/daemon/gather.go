@@ -37,7 +37,7 @@ func (d *daemon) gatherAll(list []config.Export) []gathered {
 		all.Add(1)
 		go func() {
 			defer all.Done()
-			out[i] = d.gatherInTime(&list[i], buffers)
+			out[i] = d.gatherOne(&list[i], buffers)
 			<-slots
 		}()
 	}
@@ -45,11 +45,12 @@ func (d *daemon) gatherAll(list []config.Export) []gathered {
 	return out
 }
 
-// gatherInTime opens the files of one image. A call that hangs can be given up,
-// but not ended: it keeps its goroutine and its thread, and what comes of it
-// later is closed.
-func (d *daemon) gatherInTime(x *config.Export, buffers *bufpool.Pool) gathered {
-	if x.Format == "mem" || x.Format == "null" {
+// hasFiles tells whether an export is of an image.
+func hasFiles(x *config.Export) bool { return x.Format != "mem" && x.Format != "null" }
+
+// gatherOne opens the files of one image, if it has files.
+func (d *daemon) gatherOne(x *config.Export, buffers *bufpool.Pool) (g gathered) {
+	if !hasFiles(x) {
 		return gathered{}
 	}
 	spec, err := d.imageSpec(x, nil)
@@ -57,7 +58,16 @@ func (d *daemon) gatherInTime(x *config.Export, buffers *bufpool.Pool) gathered 
 		return gathered{err: err}
 	}
 	spec.Log, spec.Buffers = slog.New(slog.DiscardHandler), buffers
-	ctx, cancel := context.WithTimeout(d.stopping, limits.ImageAnswers)
+	g.table, g.err = gatherInTime(d.stopping, spec)
+	return g
+}
+
+// gatherInTime is open.Gather with errNoAnswer when ctx ends, after
+// limits.ImageAnswers at the latest. A call that hangs can be given up, but not
+// ended: it keeps its goroutine and its thread, and what comes of it later is
+// closed.
+func gatherInTime(ctx context.Context, spec open.Spec) (*open.Table, error) {
+	ctx, cancel := context.WithTimeout(ctx, limits.ImageAnswers)
 	defer cancel()
 	done := make(chan gathered)
 	go func() {
@@ -70,9 +80,9 @@ func (d *daemon) gatherInTime(x *config.Export, buffers *bufpool.Pool) gathered 
 	}()
 	select {
 	case g := <-done:
-		return g
+		return g.table, g.err
 	case <-ctx.Done():
-		return gathered{err: fmt.Errorf("image %q: %w", x.Image, errNoAnswer)}
+		return nil, fmt.Errorf("image %q: %w", spec.Path, errNoAnswer)
 	}
 }
 

@@ -200,7 +200,7 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 		return next, err
 	case x.ReadOnly:
 		return next, errors.New("the export is read-only: nothing would be written to an overlay")
-	case x.Format == "mem" || x.Format == "null":
+	case !hasFiles(x):
 		return next, fmt.Errorf("a disk of format %s has no image", x.Format)
 	case !filepath.IsAbs(overlay) || !filepath.IsAbs(x.Image):
 		return next, errors.New("the overlay and the image must have absolute paths")

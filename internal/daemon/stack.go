@@ -31,13 +31,7 @@ type stack struct {
 // build opens the image of an export and puts its layers on it. What fails
 // leaves nothing open.
 func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (*stack, error) {
-	var i image
-	var err error
-	if t != nil {
-		i, err = d.openGathered(ctx, x, t)
-	} else {
-		i, err = d.openImage(ctx, x, files)
-	}
+	i, err := d.openIn(ctx, x, files, t)
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +46,23 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, 
 		}
 	}
 	return s, nil
+}
+
+// openIn opens the image of an export whose files may be in t. If none are, and the
+// daemon serves already, they are gathered first: storage that hangs holds up
+// nothing then but a while.
+func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (image, error) {
+	if t == nil && d.server != nil && len(files) == 0 && hasFiles(x) {
+		var err error
+		if t, err = d.gather(ctx, x, nil); err != nil {
+			return image{}, err
+		}
+		defer t.Close()
+	}
+	if t != nil {
+		return d.openGathered(ctx, x, t)
+	}
+	return d.openImage(ctx, x, files)
 }
 
 // putReadOnly lets a served disk be made read-only for those who use it. It is
