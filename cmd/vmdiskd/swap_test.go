@@ -131,31 +131,3 @@ func TestBestEffortServesWithoutWhatIsMissing(t *testing.T) {
 		t.Errorf("log:\n%s", said)
 	}
 }
-
-// resident is the memory of the server, in bytes.
-func (d *daemonProcess) resident() int64 {
-	d.t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", d.cmd.Process.Pid))
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	var size, resident int64
-	if _, err := fmt.Sscan(string(b), &size, &resident); err != nil {
-		d.t.Fatal(err)
-	}
-	return resident * int64(os.Getpagesize())
-}
-
-// TestConnectionsTakeNoMemoryForGood: all that a server of swap has is locked,
-// and lost to everybody else.
-func TestConnectionsTakeNoMemoryForGood(t *testing.T) {
-	d := serve(t, "--swap=best-effort", image(t, 1<<20))
-	before := d.resident()
-	const connections = 3000
-	for range connections {
-		d.dial().disconnect()
-	}
-	if more := d.resident() - before; more > limits.SwapHeap {
-		t.Errorf("%d bytes more after %d connections, want at most %d", more, connections, limits.SwapHeap)
-	}
-}

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -19,16 +18,15 @@ import (
 
 // SettleRuntime gives the Go runtime all that a server of swap makes it use:
 // heap, threads, goroutines and what those need to wait for one another. It
-// sets when the collector runs and fixes the number of processors; neither may
-// be changed any more.
+// turns the collector off and fixes the number of processors; neither may be
+// changed any more.
 func SettleRuntime() error {
 	runtime.GOMAXPROCS(limits.SwapProcs)
 	if err := startThreads(limits.SwapThreads); err != nil {
 		return err
 	}
 	growHeap(limits.SwapHeap)
-	// After the collection, which drops what is not in use; so does a later one,
-	// and the heap has room for them then.
+	// After the collection, which drops what is not in use.
 	makeGoroutines(limits.SwapWaiters)
 	makeWaiters(limits.SwapWaiters)
 	return nil
@@ -65,38 +63,18 @@ func makeWaiters(n int) {
 	waiting.Wait()
 }
 
-// ballast is memory that the runtime counts and nobody touches.
-var ballast [limits.SwapBallast / limits.SwapBallastPiece][]byte
-
-// growHeap leaves n bytes of the heap free, with the tables that the collector
-// needs for them, and has it run before they are used up.
-//
-// The collector gives back what is free beyond a tenth of the heap in use
-// (retainExtraPercent in runtime/mgcscavenge.go). Memory that is locked it has
-// to map anew for that, and the kernel to make at once. Beside the ballast no
-// more than that tenth is free.
+// growHeap leaves n bytes of the heap free and turns the collector off, which
+// would otherwise give memory back, and ask for it again.
 func growHeap(n int) {
-	for i := range ballast {
-		ballast[i] = make([]byte, limits.SwapBallastPiece)
+	const piece = 32 << 10
+	pieces := make([][]byte, n/piece)
+	for i := range pieces {
+		pieces[i] = make([]byte, piece)
 	}
-	debug.SetGCPercent(limits.SwapGCPercent)
-	fillHeap(n)
-	// The tables of a collection are free two later.
-	for range 3 {
-		runtime.GC()
-	}
-}
-
-// fillHeap uses n bytes and lets the collector go over them: as small objects,
-// which take the largest tables.
-func fillHeap(n int) {
-	type object struct{ next, _ *object }
-	var all *object
-	for range n / int(unsafe.Sizeof(object{})) {
-		all = &object{next: all}
-	}
+	runtime.KeepAlive(pieces)
+	pieces = nil
 	runtime.GC()
-	runtime.KeepAlive(all)
+	debug.SetGCPercent(-1)
 }
 
 var errFewThreads = errors.New("the threads of a server of swap do not start")

@@ -60,11 +60,8 @@ func TestOnlyNamedProtectionsAreLeftOut(t *testing.T) {
 const SwapChildEnv = "CONFINE_TEST_SWAP"
 
 // SwapChild prints the protections that could not be had, and after "exec"
-// those that a thread lacks. At the stage "heap" it does showHeap.
+// those that a thread lacks.
 func SwapChild(stage string) error {
-	if stage == "heap" {
-		return showHeap()
-	}
 	names := func(list []*Missing) (out []string) {
 		for _, m := range list {
 			out = append(out, m.Protection)
@@ -119,50 +116,6 @@ func TestPreparationReachesAllThreads(t *testing.T) {
 		}
 	} else if lines[2] != "locked true <nil>" {
 		t.Errorf("memory may be locked: %s", lines[2])
-	}
-}
-
-// showHeap prints what SettleRuntime leaves, in bytes.
-func showHeap() error {
-	_, before, err := lockedMemory()
-	if err != nil {
-		return err
-	}
-	if err := SettleRuntime(); err != nil {
-		return err
-	}
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	_, after, err := lockedMemory()
-	fmt.Println(m.HeapIdle, m.HeapIdle-m.HeapReleased, m.HeapInuse, int64(m.NextGC-m.HeapAlloc), after-before)
-	return err
-}
-
-// TestHeapOfSwapIsThereAndStays: there is more of it than is used between two
-// collections, none of which gives memory back (retainExtraPercent in
-// runtime/mgcscavenge.go), and the ballast is only counted.
-func TestHeapOfSwapIsThereAndStays(t *testing.T) {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), SwapChildEnv+"=heap")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	var free, retained, used, untilGC, resident int64
-	if _, err := fmt.Sscan(string(out), &free, &retained, &used, &untilGC, &resident); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	if free < limits.SwapHeap {
-		t.Errorf("%d bytes are free, want %d", free, limits.SwapHeap)
-	}
-	if untilGC <= 0 || untilGC > limits.SwapHeap/2 {
-		t.Errorf("the next collection comes after %d bytes, want at most half of %d", untilGC, limits.SwapHeap)
-	}
-	if retained+limits.SwapHeap > used/10 {
-		t.Errorf("%d bytes are free: with %d more the collector gives some back beside %d in use", retained, limits.SwapHeap, used)
-	}
-	if resident > limits.SwapBallast/2 {
-		t.Errorf("%d bytes have become resident: the ballast is touched", resident)
 	}
 }
 

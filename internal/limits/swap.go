@@ -19,19 +19,9 @@ const (
 	// SwapBudget bounds all buffers: one request of the largest size.
 	SwapBudget = MaxIO
 
-	// SwapHeap is the Go heap that is there before the first connection:
-	// requests take nothing of it, a connection some ten kilobytes.
+	// SwapHeap is the Go heap that is there before the collector is turned
+	// off: requests take nothing of it, a connection some ten kilobytes.
 	SwapHeap = 8 << 20
-
-	// SwapBallast is memory of the heap that nobody touches, so that it takes
-	// addresses only. The collector retains a tenth of it in free memory, three
-	// times SwapHeap. It is made of pieces, for the kernel refuses to map more
-	// at a time than the machine has; none is shorter than SwapUntouched.
-	// SwapGCPercent of it, a third of SwapHeap, is used between collections; a
-	// collection and what runs meanwhile use the rest.
-	SwapBallast      = 256 << 20
-	SwapBallastPiece = 32 << 20
-	SwapGCPercent    = 1
 
 	// SwapProcs is how many goroutines run at a time: one for the connection,
 	// one for what has been read or written.
@@ -64,10 +54,9 @@ const (
 
 	// SwapUntouched is the length of a run of pages that nobody has touched
 	// from which on it is not made resident: the runtime's index of the heap
-	// and a table of the random generator have 32 MiB each, and SwapBallast is
-	// such a run. The rest of the heap has none, it grows by 4 MiB. SwapMargin
-	// at both ends is made all the same: the run may end in variables of
-	// others.
+	// and a table of the random generator have 32 MiB each. The heap itself has
+	// no such run, it grows by 4 MiB. SwapMargin at both ends is made all the
+	// same: the run may end in variables of others.
 	SwapUntouched = 8 << 20
 	SwapMargin    = 1 << 20
 
