@@ -299,7 +299,7 @@ func TestPeerThatOnlyAsksIsDropped(t *testing.T) {
 	flushes := func() uint64 { return r.exports.stats.Snapshot()[obs.Flush].Requests }
 	r.send(c, message(wire.CmdRead, 0, 0, 8<<20))
 	x := r.unread()
-	for i := range uint64(watchTicks + 1) {
+	for i := uint64(0); i <= watchTicks && !x.dead.Load(); i++ {
 		r.send(c, message(wire.CmdFlush, i, 0, 0))
 		for flushes() == i {
 			time.Sleep(time.Millisecond)
