@@ -1,6 +1,7 @@
 package qmp
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -310,9 +311,9 @@ func (m *Monitor) send(ctx context.Context, command string, arguments any, files
 	}
 	if err != nil {
 		m.mu.Lock()
+		defer m.mu.Unlock()
 		delete(m.pending, id)
-		m.mu.Unlock()
-		return nil, err
+		return nil, cmp.Or(m.err, err) // a connection that is closed cannot be written to
 	}
 	return c, nil
 }
