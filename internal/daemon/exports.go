@@ -392,23 +392,35 @@ func (d *daemon) addConfigured() error {
 	if _, err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
-	silent := d.silent()
-	for i := range c.Exports {
-		d.tryFirst(c.Exports[i], fromConfig, silent)
+	var list []*disk
+	for _, x := range c.Exports {
+		list = append(list, &disk{cfg: x, origin: fromConfig})
 	}
-	if c.Control.State == "" {
-		return nil
+	kept, err := d.readKept(c.Control.State)
+	if err != nil {
+		return err
 	}
-	return d.addKept(c.Control.State, silent)
+	for _, x := range kept {
+		if _, taken := exportOf(c, x.Name); taken {
+			d.log.Error("export cannot be opened", "export", x.Name, "error", fmt.Errorf("%w: %q", export.ErrExists, x.Name))
+			continue
+		}
+		list = append(list, &disk{cfg: x, origin: fromState})
+	}
+	d.tryAll(d.stopping, list)
+	return nil
 }
 
-// addKept opens the exports that were kept in a folder. A file that cannot be
-// read holds up no other.
-func (d *daemon) addKept(state string, silent map[string]bool) error {
+// readKept reads the exports that were kept in a folder, if there is one. A file
+// that cannot be read holds up no other.
+func (d *daemon) readKept(state string) ([]config.Export, error) {
+	if state == "" {
+		return nil, nil
+	}
 	kept, err := config.ReadExports(state)
 	var bad config.FileErrors
 	if err != nil && !errors.As(err, &bad) {
-		return err
+		return nil, err
 	}
 	for _, err := range bad[:min(len(bad), limits.ConfigProblems)] {
 		d.log.Error("kept export cannot be read", "error", err)
@@ -416,27 +428,29 @@ func (d *daemon) addKept(state string, silent map[string]bool) error {
 	if len(bad) > 0 {
 		d.unread = fmt.Sprintf("%d files of kept exports could not be read at the start, the first: %v", len(bad), bad[0])
 	}
-	for i := range kept {
-		d.tryFirst(kept[i], fromState, silent)
+	return kept, nil
+}
+
+// tryAll opens exports that are not open, or notes why they do not work, until ctx
+// ends. The files of all are gathered first: storage that hangs holds up no other.
+func (d *daemon) tryAll(ctx context.Context, list []*disk) {
+	for i, g := range d.filesOf(list) {
+		k := list[i]
+		switch k.files = g.table; {
+		case ctx.Err() != nil:
+		case errors.Is(g.err, errNoAnswer):
+			k.failed = g.err
+			d.giveUp(k)
+		default:
+			d.tryDisk(k)
+		}
+		g.table.Close()
 	}
-	return nil
 }
 
 // tryExport opens an export, or notes why it does not work.
 func (d *daemon) tryExport(x config.Export, origin string) {
 	d.tryDisk(&disk{cfg: x, origin: origin})
-}
-
-// tryFirst is tryExport at the start, of an export whose storage answers, unless
-// the daemon is to stop already: the others are not tried.
-func (d *daemon) tryFirst(x config.Export, origin string, silent map[string]bool) {
-	switch {
-	case d.stopping.Err() != nil:
-	case silent[x.Name]:
-		d.giveUp(&disk{cfg: x, origin: origin, failed: fmt.Errorf("image %q: %w", x.Image, errNoAnswer)})
-	default:
-		d.tryExport(x, origin)
-	}
 }
 
 // giveUp makes an export known that does not work. A name that is taken has its

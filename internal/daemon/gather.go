@@ -3,10 +3,10 @@ package daemon
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -82,7 +82,7 @@ func gatherInTime(ctx context.Context, spec open.Spec) (*open.Table, error) {
 	case g := <-done:
 		return g.table, g.err
 	case <-ctx.Done():
-		return nil, fmt.Errorf("image %q: %w", spec.Path, errNoAnswer)
+		return nil, noAnswer(spec.Path)
 	}
 }
 
@@ -127,22 +127,34 @@ func (s *stage0) startAnew(silent []string) error {
 	return fmt.Errorf("start without the exports %q, whose storage does not answer: %w", silent, err)
 }
 
-// silent are the names of the exports whose storage did not answer while the
-// daemon started.
-func (d *daemon) silent() map[string]bool {
-	names := map[string]bool{}
-	if t := d.cfg.Handed; t != nil {
-		for _, name := range t.in.Silent {
-			names[name] = true
-		}
-		return names
+// filesOf gathers the files of exports that are to be opened. Those of the first
+// exports of the worker stage 0 has opened, which knows whose did not answer.
+func (d *daemon) filesOf(list []*disk) []gathered {
+	if t := d.cfg.Handed; t != nil && d.server == nil {
+		return t.gathered(list)
 	}
-	list, _ := d.allExports() // addKept complains
-	for i, g := range d.gatherAll(list) {
-		g.table.Close()
-		if errors.Is(g.err, errNoAnswer) {
-			names[list[i].Name] = true
+	images := make([]config.Export, len(list))
+	for i, k := range list {
+		images[i] = k.cfg
+		if k.origin != fromConfig {
+			continue
+		}
+		if placed, err := d.placed(k.cfg); err == nil { // addDisk complains
+			images[i] = placed
 		}
 	}
-	return names
+	return d.gatherAll(images)
 }
+
+// gathered has no tables: openImage finds what was handed over.
+func (t *Handed) gathered(list []*disk) []gathered {
+	out := make([]gathered, len(list))
+	for i, k := range list {
+		if slices.Contains(t.in.Silent, k.cfg.Name) {
+			out[i].err = noAnswer(k.cfg.Image)
+		}
+	}
+	return out
+}
+
+func noAnswer(image string) error { return fmt.Errorf("image %q: %w", image, errNoAnswer) }

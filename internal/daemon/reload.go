@@ -226,43 +226,19 @@ func (d *daemon) retries(change *config.Change) (lines []string) {
 // retry tries to open what could not be opened for a reason that may have gone. It
 // tells whether there was such a one. With d.reloading.
 func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried bool) {
-	again, images := d.attempts(gone)
-	for i, g := range d.gatherAll(images) {
-		k := again[i]
-		switch k.files = g.table; {
-		case ctx.Err() != nil:
-		case errors.Is(g.err, errNoAnswer):
-			k.failed = g.err
-			d.giveUp(k)
-		default:
-			d.tryDisk(k)
-		}
-		g.table.Close()
-	}
-	return len(again) > 0
-}
-
-// attempts are new ones at what could not be opened, and the exports as they are to be
-// opened, in the same order.
-func (d *daemon) attempts(gone func(why error) bool) (again []*disk, images []config.Export) {
+	var again []*disk
 	for _, k := range d.disks.failed() {
 		x, now, why := d.disks.look(k)
 		known := now == nil && gone(why)
 		if known && k.origin == fromConfig {
 			x, known = exportOf(d.conf.Load(), x.Name)
 		}
-		if !known {
-			continue
+		if known {
+			again = append(again, &disk{cfg: x, origin: k.origin, again: k})
 		}
-		again = append(again, &disk{cfg: x, origin: k.origin, again: k})
-		if k.origin == fromConfig {
-			if placed, err := d.placed(x); err == nil { // addDisk complains
-				x = placed
-			}
-		}
-		images = append(images, x)
 	}
-	return again, images
+	d.tryAll(ctx, again)
+	return len(again) > 0
 }
 
 // retryLocked is a step of the start: it has the exports tried again whose images

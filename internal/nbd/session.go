@@ -257,7 +257,7 @@ func (s *session) park() error {
 // waitForRoom bounds what is in flight: the next request is not looked at
 // before there is room for it. A connection with nothing in flight does not
 // wait for the others of its peer, who may be other guests of one user; but see
-// tryBuffered.
+// earmark.
 func (s *session) waitForRoom() error {
 	for _, b := range [...]*budget{&s.own, s.peer} {
 		if !b.full() {
