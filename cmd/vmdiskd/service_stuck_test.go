@@ -150,10 +150,10 @@ func (s *testService) hangStorage(name string) {
 	if err := cmd.Start(); err != nil {
 		s.Fatal(err)
 	}
-	s.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGCONT)
-		_ = cmd.Process.Signal(syscall.SIGTERM)
+	s.Cleanup(func() { // by force: it does not always end of itself with requests in flight
+		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
+		_ = unix.Unmount(path, unix.MNT_DETACH)
 	})
 	s.await("the file is that of FUSE", func() bool {
 		var st unix.Statfs_t
