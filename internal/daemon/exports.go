@@ -4,16 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
-	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
@@ -29,142 +24,23 @@ const (
 	fromAPI         = "api"
 )
 
-// disk is an export with what the registry does not know of it.
-type disk struct {
-	cfg    config.Export // guarded by disks.mu; written with busy held too
-	origin string        // guarded by disks.mu; written with busy held too
-	doors  []*door       // its own
-	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
-	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
-	files  *open.Table   // of the image, opened already; nil: none are
-	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
-
-	// again is the one that failed which this is another attempt at: that has the
-	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
-	again *disk
-
-	// inPlaceOf is a kept export that failed, whose file is still there: it has
-	// the name again if this one goes. Guarded by disks.mu; changed with busy
-	// held too.
-	inPlaceOf *disk
-
-	// busy is held by whoever changes the export. Removals hold it while they
-	// begin and while they end, not while they wait for clients and storage.
-	busy    sync.Mutex
-	leaving int // guarded by busy; removals under way, meanwhile nobody begins to change it
+// specOf is what the registry has to know of an export.
+func specOf(x *config.Export) (export.Spec, error) {
+	settings, err := settingsOf(x)
+	return export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, FlushOnLeave: x.FlushOnClose, Settings: settings}, err
 }
 
-// disks are the exports of the daemon, those included that are being opened.
-type disks struct {
-	mu     sync.Mutex
-	byName map[string]*disk // guarded by mu
-}
-
-// errAway is for another attempt at an export that has been removed meanwhile.
-var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
-
-// claim takes a name. One that failed is for another attempt at that very export,
-// and one of a kept export that failed for another that is kept: its file takes the
-// place of the other's. A removal of what failed comes before that or after it.
-func (s *disks) claim(k *disk) error {
-	if old := s.get(k.cfg.Name); old != nil {
-		if _, now, failed := s.look(old); now == nil && failed != nil {
-			old.busy.Lock()
-			defer old.busy.Unlock()
-		}
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.byName == nil {
-		s.byName = map[string]*disk{}
-	}
-	old := s.byName[k.cfg.Name]
-	switch {
-	case k.again != nil && old != k.again:
-		return errAway
-	case k.again != nil && k.again.stack == nil:
-		if k.failed != nil {
-			k.again = nil
-		}
-	case old != nil && old.failed != nil && old.origin == fromState && k.origin == fromState:
-		k.inPlaceOf = old
-	case old != nil && old.failed != nil:
-		return fmt.Errorf("%w: %q, which failed: remove it first", export.ErrExists, k.cfg.Name)
-	case old != nil:
-		return fmt.Errorf("%w: %q", export.ErrExists, k.cfg.Name)
-	}
-	s.byName[k.cfg.Name] = k
-	return nil
-}
-
-// forget frees the name of k, unless it is another's by now. instead, if not nil,
-// has it then.
-func (s *disks) forget(k, instead *disk) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case s.byName[k.cfg.Name] != k:
-	case instead != nil:
-		s.byName[k.cfg.Name] = instead
-	case k.again != nil:
-		s.byName[k.cfg.Name] = k.again
-	case k.inPlaceOf != nil:
-		s.byName[k.cfg.Name] = k.inPlaceOf
-	default:
-		delete(s.byName, k.cfg.Name)
-	}
-}
-
-// all are those in any state.
-func (s *disks) all() []*disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Collect(maps.Values(s.byName))
-}
-
-// settle is when the file of the export is that of k, or gone.
-func (s *disks) settle(k *disk) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	k.inPlaceOf = nil
-}
-
-// find is an export that is open, or nil.
-func (s *disks) find(name string) *disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if k := s.byName[name]; k != nil && k.stack != nil {
-		return k
-	}
-	return nil
-}
-
-// len is the number of exports, in any state.
-func (s *disks) len() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.byName)
-}
-
-// look is what an export is like now.
-func (s *disks) look(k *disk) (cfg config.Export, now *stack, failed error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return k.cfg, k.stack, k.failed
-}
-
-// originOf is where k is from.
-func (s *disks) originOf(k *disk) string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return k.origin
-}
-
-// get is an export in any state, or nil.
-func (s *disks) get(name string) *disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.byName[name]
+// settingsOf is what may change while an export is in use.
+func settingsOf(x *config.Export) (export.Settings, error) {
+	grants, err := grantsOf(x.Grants)
+	return export.Settings{
+		Description: x.Description,
+		ReadOnly:    x.ReadOnly,
+		Default:     x.Default,
+		Connections: x.Connections,
+		Grants:      grants,
+		TrustCID:    x.TrustCID,
+	}, err
 }
 
 // addExport opens an export and publishes it; what fails leaves nothing
@@ -295,13 +171,6 @@ func (d *daemon) hold(k *disk, name string) (err error) {
 		k.busy.Unlock()
 	}
 	return err
-}
-
-// leave adds n to the removals of k that are under way.
-func (k *disk) leave(n int) {
-	k.busy.Lock()
-	defer k.busy.Unlock()
-	k.leaving += n
 }
 
 // removeExport takes an export away when its clients have finished what they
@@ -486,30 +355,4 @@ func (d *daemon) removeFailed(k *disk, name string) error {
 	d.disks.forget(k, nil)
 	d.freePlace(name)
 	return nil
-}
-
-// failed are the exports that do not work.
-func (s *disks) failed() []*disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var list []*disk
-	for _, k := range s.byName {
-		if k.failed != nil {
-			list = append(list, k)
-		}
-	}
-	slices.SortFunc(list, func(a, b *disk) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
-	return list
-}
-
-// usesGroup names an export in a rate group, the configuration's own aside.
-func (s *disks) usesGroup(group string) (name string, used bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, k := range s.byName {
-		if k.origin != fromConfig && k.cfg.RateGroup == group {
-			return k.cfg.Name, true
-		}
-	}
-	return "", false
 }

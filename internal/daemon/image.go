@@ -11,28 +11,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
-	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
-
-// specOf is what the registry has to know of an export.
-func specOf(x *config.Export) (export.Spec, error) {
-	settings, err := settingsOf(x)
-	return export.Spec{Name: x.Name, NeedTLS: x.RequireTLS, FlushOnLeave: x.FlushOnClose, Settings: settings}, err
-}
-
-// settingsOf is what may change while an export is in use.
-func settingsOf(x *config.Export) (export.Settings, error) {
-	grants, err := grantsOf(x.Grants)
-	return export.Settings{
-		Description: x.Description,
-		ReadOnly:    x.ReadOnly,
-		Default:     x.Default,
-		Connections: x.Connections,
-		Grants:      grants,
-		TrustCID:    x.TrustCID,
-	}, err
-}
 
 // roots are the folders that images may come from, nil for everywhere.
 func (d *daemon) roots() []string {
