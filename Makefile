@@ -11,9 +11,9 @@ BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
 # The end-to-end tests have targets of their own.
 E2E       := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
 UNIT       = $$($(GO) list ./... | grep -v $(E2E))
-# The race detector has nothing to see in the house rules, nor in the conformance
-# suite as it runs against the servers of others.
-RACELESS  := -e /internal/lint -e /nbdtest
+# The race detector has nothing to see in the house rules, in the conformance
+# suite as it runs against the servers of others, nor in the tests of test tools.
+RACELESS  := -e /internal/lint -e /nbdtest -e /disktest -e /qcowtest
 RACE       = $$($(GO) list ./... | grep -v $(E2E) $(RACELESS))
 # Those, and the packages that test more or otherwise without it.
 PLAIN      = $$($(GO) list ./... | grep $(RACELESS)) \
@@ -23,8 +23,8 @@ OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
 OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || echo failed)
 $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
-# Two packages for each processor: daemons, guests and time limits are waited for.
-PACKAGES  := $(shell echo $$((2 * $$(nproc))))
+# Three packages for each processor: daemons, guests and time limits are waited for.
+PACKAGES  := $(shell echo $$((3 * $$(nproc))))
 GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
 
 help: ## list the targets

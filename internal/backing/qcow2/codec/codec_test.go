@@ -2,7 +2,6 @@ package codec
 
 import (
 	"bytes"
-	"compress/flate"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -80,34 +79,6 @@ func skewed(n int) []byte {
 		b = append(b, byte(bits.LeadingZeros32(r.Uint32()|1<<8))<<3|byte(r.IntN(8)&r.IntN(8)))
 	}
 	return b[:n]
-}
-
-func TestStreamsOfTheStandardLibraryDecode(t *testing.T) {
-	for _, n := range []int{512, 4096, cluster, 2 << 20} {
-		for name, src := range map[string][]byte{
-			"zeroes": make([]byte, n), "text": text(11, n), "elf": elf(t, n), "mixed": mixed(t, n), "skewed": skewed(n),
-		} {
-			for level := flate.HuffmanOnly; level <= flate.BestCompression; level++ {
-				if n > cluster && level%4 != 1 {
-					continue // the library takes a minute for all of them under -race
-				}
-				var b bytes.Buffer
-				w, err := flate.NewWriter(&b, level)
-				if err != nil {
-					t.Fatal(err)
-				}
-				w.Write(src)
-				w.Close()
-				if b.Len() > 2*n {
-					continue
-				}
-				dst, intact := guarded(n)
-				if err := Decode(format.Deflate, dst, b.Bytes()); err != nil || !bytes.Equal(dst, src) || !intact() {
-					t.Errorf("%d bytes of %s at level %d: error %v, intact: %t", n, name, level, err, intact())
-				}
-			}
-		}
-	}
 }
 
 func TestConcurrentDecodesDoNotMix(t *testing.T) {
