@@ -6,8 +6,10 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -20,7 +22,7 @@ type commits struct {
 
 	// one is held by who writes what only the commit writes. Before mu.
 	one  sync.Mutex
-	lost error // guarded by one; why there is no commit any more
+	lost atomic.Pointer[backing.Error] // why there is no commit any more, nor any other write
 
 	mu      sync.Mutex
 	next    *turn       // guarded by mu; who waits for the next commit
@@ -93,8 +95,8 @@ func (c *commits) work() {
 func (c *commits) exclusive(f func() error) error {
 	c.one.Lock()
 	defer c.one.Unlock()
-	if c.lost != nil {
-		return c.lost
+	if err := c.d.writable(); err != nil {
+		return err
 	}
 	return f()
 }

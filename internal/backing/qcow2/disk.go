@@ -55,7 +55,8 @@ type disk struct {
 	unlinked []space.Ref      // guarded by m.mu; since the last commit began
 
 	commits    commits
-	quarantine []quarantined // the commit's own; oldest first
+	marking    sync.WaitGroup // of the image as corrupt
+	quarantine []quarantined  // the commit's own; oldest first
 }
 
 // Discard says what becomes of host clusters that the guest trims.
@@ -162,11 +163,11 @@ func (d *disk) clearAutoclear(ctx context.Context) error {
 	return err
 }
 
-// begin comes before every change of the disk: the bitmaps that it changes must
-// not be believed before they are stored again.
+// begin comes before every change of the disk, which may take none any more. The
+// bitmaps that it changes must not be believed before they are stored again.
 func (d *disk) begin(ctx context.Context) error {
-	if d.bitmaps.Begun() {
-		return nil
+	if err := d.writable(); err != nil || d.bitmaps.Begun() {
+		return err
 	}
 	return d.commits.exclusive(func() error { return d.bitmaps.Begin(ctx) })
 }
@@ -188,6 +189,7 @@ func (d *disk) Info() backing.Info {
 func (d *disk) Close() error {
 	ctx := context.Background()
 	err := d.commits.stop()
+	d.marking.Wait()
 	if err == nil {
 		err = errors.Join(d.saveBitmaps(ctx), d.space.Trim(ctx))
 	}

@@ -173,7 +173,7 @@ func (d *disk) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	d.m.mu.RLock()
 	defer d.m.mu.RUnlock()
 	k, to := d.lookup(off, off+n, spans[:])
-	if to != off+n || op != engine.OpRead && !(d.bitmaps.Begun() && d.inPlace(off, n)) {
+	if to != off+n || op != engine.OpRead && !(d.bitmaps.Begun() && d.writable() == nil && d.inPlace(off, n)) {
 		return backing.ErrNotMappable
 	}
 	j := joins.Get().(*join)

@@ -135,6 +135,12 @@ func (d *disk) load(ctx context.Context, number int64) error {
 	m.mu.Unlock()
 	l.err = err
 	close(l.done)
+	if err == nil {
+		for _, why := range s.bad {
+			d.condemn(why)
+			break
+		}
+	}
 	return err
 }
 

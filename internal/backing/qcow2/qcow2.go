@@ -42,7 +42,7 @@ type Options struct {
 	// Discard is what becomes of clusters that the guest trims.
 	Discard Discard
 
-	// Poisoned, if not nil, is called when nothing is committed any more, with
+	// Poisoned, if not nil, is called once when nothing is written any more, with
 	// what it was that failed. It does not wait for anything.
 	Poisoned func(err error)
 
