@@ -72,6 +72,10 @@ const (
 	// sends less keeps memory from others of its peer.
 	StallBytes = 2 << 20
 
+	// ShortBytes have to be taken, or sent, between two looks of Stall/8, while
+	// others wait for memory, by a peer in whose hands much of it is.
+	ShortBytes = 4 << 20
+
 	// Drain bounds how long requests in flight are waited for after SIGTERM.
 	Drain = 25 * time.Second
 

@@ -195,10 +195,10 @@ func (s *session) isHole(req *wire.Request) (hole bool) {
 }
 
 // readInline copies n bytes behind a header in the turn's buffer. done is
-// false when a part of them is not in the page cache; then the buffer is as
-// it was.
+// false when a part of them is not in the page cache, or there is no memory; then
+// the buffer is as it was.
 func (s *session) readInline(req *wire.Request, n int) (done bool, err error) {
-	if err := s.reserve(maxHead + n); err != nil {
+	if ok, err := s.tryReserve(maxHead + n); !ok {
 		return false, err
 	}
 	b := s.appendReadHead(s.out, req)
@@ -231,9 +231,13 @@ func (s *session) resident(n int64) bool {
 // header is out. Into b, a buffer for all of it, goes what the peer leaves unread.
 func (s *session) readZeroCopy(req *wire.Request, b *bufpool.Buf) error {
 	n := len(b.Bytes())
-	if err := s.reserve(maxHead); err != nil {
+	if ok, err := s.tryReserve(maxHead); !ok {
 		s.unlend(b)
-		return err
+		s.m.Release()
+		if err != nil {
+			return err
+		}
+		return s.background(req)
 	}
 	s.out = s.appendReadHead(s.out, req)
 	s.tally.count(req, false)

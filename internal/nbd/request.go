@@ -81,7 +81,10 @@ func (s *session) putRequest(r *request) {
 // answered says that its reply has begun.
 func (s *session) newRequest(req *wire.Request, charge int, answered bool) *request {
 	r := s.getRequest()
-	r.s, r.req, r.charge = s, *req, charge
+	r.s, r.req, r.charge = s, *req, 0
+	if charge > 0 {
+		r.charge = bufpool.Charge(charge)
+	}
 	r.err, r.errAt, r.hole = nil, -1, false
 	r.left.Store(1) // the turn's own share, see transferred
 	r.answered.Store(answered)
@@ -89,7 +92,7 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	if r.op = countedAs(req.Cmd); r.op != obs.NoOp {
 		s.stats.Fly(r.op, 1)
 	}
-	s.take(1, charge)
+	s.take(1, r.charge)
 	s.work.Add(1)
 	s.mu.Lock()
 	r.prev, r.next, r.reported = nil, s.flying, false
@@ -101,13 +104,13 @@ func (s *session) newRequest(req *wire.Request, charge int, answered bool) *requ
 	return r
 }
 
-// earmark takes n bytes from the peer's budget, if it has room, ahead of
+// earmark takes a buffer of n bytes from the peer's budget, if it has room, ahead of
 // newRequest, which takes them too; then unmark gives these back. What is not
 // large need not ask: waitForRoom lets a connection with nothing in flight pass,
 // and a peer has many, but together they take little. With something large such
 // a connection may go beyond the peer's budget, see mostOfPeer.
 func (s *session) earmark(n int) bool {
-	return n <= limits.TurnBuffer || s.peer.reserve(n, s.mostOfPeer())
+	return n <= limits.TurnBuffer || s.peer.reserve(bufpool.Charge(n), s.mostOfPeer())
 }
 
 // mostOfPeer is how many bytes of the peer's budget may be taken before this
@@ -127,7 +130,7 @@ func (s *session) fits() bool {
 
 func (s *session) unmark(n int) {
 	if n > limits.TurnBuffer {
-		s.peer.give(0, n)
+		s.peer.give(0, bufpool.Charge(n))
 	}
 }
 

@@ -372,14 +372,16 @@ const watchTicks = 8
 // not age its connections.
 func (s *Server) watchLoop() {
 	defer s.watching.Done()
-	t := time.NewTicker(max(s.opt.Stall/watchTicks, time.Millisecond))
+	tick := max(s.opt.Stall/watchTicks, time.Millisecond)
+	t := time.NewTicker(tick)
 	defer t.Stop()
 	for {
 		select {
 		case <-s.stop:
 			return
 		case <-t.C:
-			s.each((*session).watch, func(transport.Conn) error { return nil })
+			short := s.opt.Buffers.Waiting() >= tick
+			s.each(func(k *session) { k.watch(short) }, func(transport.Conn) error { return nil })
 		}
 	}
 }

@@ -304,7 +304,7 @@ func TestPeerThatOnlyAsksIsDropped(t *testing.T) {
 		for flushes() == i {
 			time.Sleep(time.Millisecond)
 		}
-		x.watch()
+		x.watch(false)
 	}
 	select {
 	case err := <-r.errs:

@@ -75,12 +75,15 @@ type session struct {
 
 	// The watch over stalls.
 	receiving, sending half
+	moved              uint64 // owned by the watch: bytes either way at its last look
+	holds              bool   // owned by the watch: the peer had much memory then
 
 	stuckTurn instant // owned by the watch; the turn that was reported
 }
 
 var (
 	errStalled  = errors.New("peer does not read or write any more")
+	errDrags    = errors.New("peer takes its time with memory that others wait for")
 	errUntaken  = errors.New("peer did not take its replies")
 	errTooLong  = errors.New("write is too long to be skipped")
 	errBadMagic = errors.New("request has a wrong magic")
@@ -312,20 +315,40 @@ func (s *session) give(requests, bytes int) {
 // reserve makes room for n bytes of replies in this turn's buffer; n is at
 // most limits.TurnBuffer. What it returns is appended to s.out by extending
 // it.
+// it. It may wait for memory: with no lease, and everything that the turn has
+// ready leaves first, as what it holds may be what is waited for.
 func (s *session) reserve(n int) error {
+	if ok, err := s.tryReserve(n); ok || err != nil {
+		return err
+	}
+	if err := s.endTurn(); err != nil {
+		return err
+	}
+	b, err := s.opt.Buffers.Get(s.ctx, limits.TurnBuffer)
+	if err != nil {
+		return err
+	}
+	s.outB, s.out = b, b.Bytes()[:0]
+	return nil
+}
+
+// tryReserve is reserve for who has a lease: it does not wait, and tells whether
+// there is room.
+func (s *session) tryReserve(n int) (ok bool, err error) {
 	if s.outB != nil && len(s.out)+n > cap(s.out) {
 		if err := s.flushOut(); err != nil {
-			return err
+			return false, err
 		}
 	}
-	if s.outB == nil {
-		b, err := s.opt.Buffers.Get(s.ctx, limits.TurnBuffer)
-		if err != nil {
-			return err
-		}
-		s.outB, s.out = b, b.Bytes()[:0]
+	if s.outB != nil {
+		return true, nil
 	}
-	return nil
+	b := s.opt.Buffers.TryGet(limits.TurnBuffer)
+	if b == nil {
+		return false, nil
+	}
+	s.outB, s.out = b, b.Bytes()[:0]
+	return true, nil
 }
 
 // flushOut sends the turn's replies, or queues what does not fit.
@@ -394,14 +417,28 @@ func (h *half) still() int {
 	return h.ticks
 }
 
-// watch is called once a tick by the server.
-func (s *session) watch() {
+// watch is called once a tick by the server; short says that memory is waited for
+// that long.
+func (s *session) watch(short bool) {
 	s.watchStuck()
 	still := max(s.receiving.still(), s.sending.still())
 	s.stalled.Store(still > 0)
-	if still >= watchTicks {
+	switch slow := s.drags(); {
+	case still >= watchTicks:
 		s.fail(errStalled)
+	case slow && short:
+		s.fail(errDrags)
 	}
+}
+
+// drags tells that the peer has had much memory in its hands since the last look,
+// and took or sent little.
+func (s *session) drags() bool {
+	moved := s.bytesOut.Load() + uint64(s.receiving.moves.Load())*limits.StallBytes
+	held := (s.sending.waiting.Load() || s.receiving.waiting.Load()) && s.own.bytes.Load() > limits.TurnBuffer
+	slow := held && s.holds && moved-s.moved < limits.ShortBytes
+	s.moved, s.holds = moved, held
+	return slow
 }
 
 // fail ends the connection at once; replies that are not out are dropped.

@@ -328,15 +328,15 @@ func TestStalledPeerIsSeen(t *testing.T) {
 	c := r.simple()
 	r.send(c, message(wire.CmdWrite, 1, 0, 4096))
 	x := r.partial()
-	if x.watch(); r.server.Clients()[0].Stalled {
+	if x.watch(false); r.server.Clients()[0].Stalled {
 		t.Error("the client counts as stalled at the first look")
 	}
-	if x.watch(); !r.server.Clients()[0].Stalled {
+	if x.watch(false); !r.server.Clients()[0].Stalled {
 		t.Error("a client that sent half a request does not count as stalled at the second look")
 	}
 	r.send(c, make([]byte, 4096))
 	r.reply(c)
-	if x.watch(); r.server.Clients()[0].Stalled {
+	if x.watch(false); r.server.Clients()[0].Stalled {
 		t.Error("the client counts as stalled although it has gone on")
 	}
 	r.leave(c)

@@ -7,6 +7,10 @@
 //
 // Sizes are rounded up to powers of two; the budget is charged with the
 // rounded size, because that is what a buffer can come to occupy.
+//
+// Large buffers, above limits.TurnBuffer, leave an eighth of a large budget to
+// small ones, and wait in a line of their own: whoever holds many of them for long
+// keeps no one from small requests.
 package bufpool
 
 import (
@@ -17,6 +21,7 @@ import (
 	"math/bits"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -48,10 +53,11 @@ var ErrClosed = errors.New("buffer pool is closed")
 // Pool is safe for concurrent use.
 type Pool struct {
 	budget int64
+	spare  int64        // of budget, for small buffers
 	used   atomic.Int64 // charged for lent buffers; never above budget but for closedMark
+	large  atomic.Int64 // the part of used that is charged for large buffers
 	lent   atomic.Int64 // number of lent buffers
 	idle   atomic.Int64 // bytes on the arena and hot stacks
-	queued atomic.Int32 // len(waiters)
 	poison atomic.Bool
 	locked atomic.Bool // memory of slabs cannot be given back
 	kept   atomic.Bool // no memory is given back, see Keep
@@ -60,11 +66,27 @@ type Pool struct {
 	arena   []byte
 
 	// mu comes before any class.mu.
-	mu      sync.Mutex
-	waiters []*waiter // guarded by mu; in order of arrival
-	slabs   [][]byte  // guarded by mu; unmapped by Close
-	closed  bool      // guarded by mu
+	mu     sync.Mutex
+	lines  [2]line
+	slabs  [][]byte // guarded by mu; unmapped by Close
+	closed bool     // guarded by mu
 }
+
+// line is who waits for small buffers, or for large ones.
+type line struct {
+	queued  atomic.Int32 // len(waiters)
+	waiters []*waiter    // guarded by Pool.mu; in order of arrival
+}
+
+// lineOf is where to wait for size bytes.
+func (p *Pool) lineOf(size int64) *line {
+	if isLarge(size) {
+		return &p.lines[1]
+	}
+	return &p.lines[0]
+}
+
+func isLarge(size int64) bool { return size > limits.TurnBuffer }
 
 // class is the free list of one size: three stacks linked by Buf.next, which
 // are tried in this order.
@@ -80,8 +102,9 @@ type class struct {
 
 // waiter is one blocked Get.
 type waiter struct {
-	size int64
-	got  chan struct{} // closed after the budget was charged for it
+	size  int64
+	since time.Time
+	got   chan struct{} // closed after the budget was charged for it
 }
 
 // Buf is one lent buffer. It belongs to whoever got it until Release.
@@ -102,6 +125,9 @@ type Buf struct {
 // from the system as it is used.
 func New(budgetBytes int64) *Pool {
 	p := &Pool{budget: budgetBytes}
+	if budgetBytes >= 8*limits.MaxIO {
+		p.spare = budgetBytes / 8
+	}
 	for i := range p.classes {
 		p.classes[i].size = 1 << (minShift + i)
 	}
@@ -148,6 +174,9 @@ func (p *Pool) Keep(n, count int) error {
 	return nil
 }
 
+// Charge is what a buffer of n bytes takes of the budget.
+func Charge(n int) int { return 1 << (minShift + classOf(n)) }
+
 // classOf is the index of the smallest class that holds n bytes.
 func classOf(n int) int {
 	if n <= 1<<minShift {
@@ -161,20 +190,41 @@ func (p *Pool) fits(n int) error {
 	if n < 0 || n > limits.MaxIO {
 		return fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, n, limits.MaxIO)
 	}
-	if size := p.classes[classOf(n)].size; size > p.budget {
+	if size := p.classes[classOf(n)].size; size > p.budget-p.spare {
 		return fmt.Errorf("%w: %d bytes take %d of %d", ErrTooLarge, n, size, p.budget)
 	}
 	return nil
 }
 
-// charge takes size bytes out of the budget if they are there.
+// charge takes size bytes out of the budget if they are there. While somebody
+// waits for a large buffer small ones have no more than what large ones leave.
 func (p *Pool) charge(size int64) bool {
-	for {
-		used := p.used.Load()
-		if used+size > p.budget {
+	most := p.budget
+	switch {
+	case isLarge(size):
+		if !takeFrom(&p.large, size, p.budget-p.spare) {
 			return false
 		}
-		if p.used.CompareAndSwap(used, used+size) {
+	case p.spare > 0 && p.lines[1].queued.Load() > 0:
+		most = min(most, p.large.Load()+p.spare)
+	}
+	if takeFrom(&p.used, size, most) {
+		return true
+	}
+	if isLarge(size) {
+		p.large.Add(-size)
+	}
+	return false
+}
+
+// takeFrom adds n to a count that is never above most.
+func takeFrom(count *atomic.Int64, n, most int64) bool {
+	for {
+		old := count.Load()
+		if old+n > most {
+			return false
+		}
+		if count.CompareAndSwap(old, old+n) {
 			return true
 		}
 	}
@@ -187,7 +237,7 @@ func (p *Pool) TryGet(n int) *Buf {
 		return nil
 	}
 	c := &p.classes[classOf(n)]
-	if p.queued.Load() != 0 || !p.charge(c.size) {
+	if p.lineOf(c.size).queued.Load() != 0 || !p.charge(c.size) {
 		return nil
 	}
 	b, err := p.take(c, n)
@@ -225,14 +275,15 @@ func (p *Pool) wait(ctx context.Context, size int64) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	w := &waiter{size: size, got: make(chan struct{})}
+	w := &waiter{size: size, since: time.Now(), got: make(chan struct{})}
+	l := p.lineOf(size)
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
 		return ErrClosed
 	}
-	p.waiters = append(p.waiters, w)
-	p.queued.Store(int32(len(p.waiters)))
+	l.waiters = append(l.waiters, w)
+	l.queued.Store(int32(len(l.waiters)))
 	p.grantLocked() // room may have come between TryGet and now
 	p.mu.Unlock()
 
@@ -243,10 +294,10 @@ func (p *Pool) wait(ctx context.Context, size int64) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for i, o := range p.waiters {
+	for i, o := range l.waiters {
 		if o == w {
-			p.waiters = append(p.waiters[:i], p.waiters[i+1:]...)
-			p.queued.Store(int32(len(p.waiters)))
+			l.waiters = append(l.waiters[:i], l.waiters[i+1:]...)
+			l.queued.Store(int32(len(l.waiters)))
 			p.grantLocked() // a large one in front no longer holds back the rest
 			return ctx.Err()
 		}
@@ -256,21 +307,38 @@ func (p *Pool) wait(ctx context.Context, size int64) error {
 
 // grantLocked charges the budget for those waiters that now fit.
 func (p *Pool) grantLocked() {
-	n := 0
-	for n < len(p.waiters) && p.charge(p.waiters[n].size) {
-		close(p.waiters[n].got)
-		n++
+	for i := range p.lines {
+		l, n := &p.lines[i], 0
+		for n < len(l.waiters) && p.charge(l.waiters[n].size) {
+			close(l.waiters[n].got)
+			n++
+		}
+		if n > 0 {
+			l.waiters = append(l.waiters[:0], l.waiters[n:]...)
+			l.queued.Store(int32(len(l.waiters)))
+		}
 	}
-	if n > 0 {
-		p.waiters = append(p.waiters[:0], p.waiters[n:]...)
-		p.queued.Store(int32(len(p.waiters)))
+}
+
+// Waiting is for how long somebody waits for memory by now, 0 if nobody does.
+func (p *Pool) Waiting() (longest time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := range p.lines {
+		if w := p.lines[i].waiters; len(w) > 0 {
+			longest = max(longest, time.Since(w[0].since))
+		}
 	}
+	return longest
 }
 
 // refund gives budget back and wakes whoever waits for it.
 func (p *Pool) refund(size int64) {
+	if isLarge(size) {
+		p.large.Add(-size)
+	}
 	p.used.Add(-size)
-	if p.queued.Load() != 0 {
+	if p.lines[0].queued.Load() != 0 || p.lines[1].queued.Load() != 0 {
 		p.mu.Lock()
 		p.grantLocked()
 		p.mu.Unlock()

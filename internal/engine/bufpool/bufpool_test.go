@@ -134,7 +134,7 @@ func TestGetGivesUpWhenItsContextEnds(t *testing.T) {
 		_, err := p.Get(ctx, 1)
 		errc <- err
 	}()
-	for p.queued.Load() == 0 {
+	for p.lines[0].queued.Load() == 0 {
 	}
 	cancel()
 	if err := <-errc; !errors.Is(err, context.Canceled) {
@@ -163,7 +163,7 @@ func TestWaitersAreServedInOrderOfArrival(t *testing.T) {
 			order <- i
 			b.Release()
 		})
-		for int(p.queued.Load()) != i+1 {
+		for int(p.lines[0].queued.Load()) != i+1 {
 		}
 	}
 	if p.TryGet(1) != nil {
@@ -185,7 +185,7 @@ func TestCancelledLargeWaiterLetsSmallOnesPass(t *testing.T) {
 		_, err := p.Get(ctx, 8192)
 		errc <- err
 	}()
-	for p.queued.Load() != 1 {
+	for p.lines[0].queued.Load() != 1 {
 	}
 	go func() {
 		b, err := p.Get(context.Background(), 4096)
@@ -194,7 +194,7 @@ func TestCancelledLargeWaiterLetsSmallOnesPass(t *testing.T) {
 		}
 		got <- b
 	}()
-	for p.queued.Load() != 2 {
+	for p.lines[0].queued.Load() != 2 {
 	}
 	cancel()
 	if err := <-errc; !errors.Is(err, context.Canceled) {
@@ -550,5 +550,79 @@ func TestKeepTellsThatTheBudgetIsTooSmall(t *testing.T) {
 	}
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestLargeBuffersLeaveRoomForSmallOnes: who holds all that can be had of large
+// ones, or waits for more of them, keeps nobody from small ones.
+func TestLargeBuffersLeaveRoomForSmallOnes(t *testing.T) {
+	p := newPool(t, 8*limits.MaxIO)
+	var held []*Buf
+	for b := p.TryGet(limits.MaxIO); b != nil; b = p.TryGet(limits.MaxIO) {
+		held = append(held, b)
+	}
+	if len(held) != 7 {
+		t.Errorf("%d large buffers were lent, want 7 of 8", len(held))
+	}
+	got := make(chan *Buf)
+	go func() {
+		b, err := p.Get(context.Background(), limits.MaxIO)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- b
+	}()
+	for p.lines[1].queued.Load() != 1 {
+	}
+	small := []*Buf{mustGet(t, p, 1)}
+	for b := p.TryGet(limits.TurnBuffer); b != nil; b = p.TryGet(limits.TurnBuffer) {
+		small = append(small, b)
+	}
+	if _, bytes := p.Outstanding(); bytes <= 8*limits.MaxIO-limits.TurnBuffer {
+		t.Errorf("%d bytes are lent, want all but less than a small buffer", bytes)
+	}
+	if p.Waiting() <= 0 {
+		t.Error("nobody waits")
+	}
+	held[0].Release()
+	held[0] = <-got
+	if p.Waiting() != 0 {
+		t.Error("somebody waits")
+	}
+	for _, b := range append(held, small...) {
+		b.Release()
+	}
+	if bufs, bytes := p.Outstanding(); bufs != 0 || bytes != 0 || p.large.Load() != 0 {
+		t.Errorf("%d buffers of %d bytes are out, %d of large ones", bufs, bytes, p.large.Load())
+	}
+}
+
+// TestSmallBuffersLeaveRoomForAWaitingLargeOne: they cannot starve it.
+func TestSmallBuffersLeaveRoomForAWaitingLargeOne(t *testing.T) {
+	p := newPool(t, 8*limits.MaxIO)
+	var small []*Buf
+	for b := p.TryGet(limits.TurnBuffer); b != nil; b = p.TryGet(limits.TurnBuffer) {
+		small = append(small, b)
+	}
+	got := make(chan *Buf)
+	go func() {
+		b, err := p.Get(context.Background(), limits.MaxIO)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- b
+	}()
+	for p.lines[1].queued.Load() != 1 {
+	}
+	for range limits.MaxIO / limits.TurnBuffer {
+		small[0].Release()
+		small = small[1:]
+		if b := p.TryGet(limits.TurnBuffer); b != nil {
+			t.Fatal("a small buffer was lent of what the large one waits for")
+		}
+	}
+	(<-got).Release()
+	for _, b := range small {
+		b.Release()
 	}
 }

@@ -1,0 +1,110 @@
+package nbd
+
+import (
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
+
+// hold takes all memory but for n buffers of a turn; what it returns gives it back.
+func (r *rig) hold(n int) (release func()) {
+	var held []*bufpool.Buf
+	for b := r.opt.Buffers.TryGet(limits.TurnBuffer); b != nil; b = r.opt.Buffers.TryGet(limits.TurnBuffer) {
+		held = append(held, b)
+	}
+	for range n {
+		held[0].Release()
+		held = held[1:]
+	}
+	return func() {
+		for _, b := range held {
+			b.Release()
+		}
+	}
+}
+
+// awaitShortage returns when somebody waits for memory.
+func (r *rig) awaitShortage() {
+	for r.opt.Buffers.Waiting() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestWaitForMemoryHoldsUpNoPause: a read that has no memory for its reply has
+// no part of the disk either.
+func TestWaitForMemoryHoldsUpNoPause(t *testing.T) {
+	r, pause, _ := pausableRig(t, "writeback")
+	c := r.simple()
+	release := r.hold(1) // for the request
+	r.send(c, message(wire.CmdRead, 1, 0, 4096))
+	r.awaitShortage()
+	mustPause(t, pause)
+	release()
+	if e, _ := r.reply(c); e != wire.OK {
+		t.Errorf("read: got %v", e)
+	}
+	r.expect(c, 4096)
+}
+
+// TestWaitForMemoryBeginsWhatIsReady: what a request waits for may be what others
+// of its turn have.
+func TestWaitForMemoryBeginsWhatIsReady(t *testing.T) {
+	r, _, want := pausableRig(t, "none")
+	c := r.simple()
+	release := r.hold(1 + 4) // for the requests, and one read
+	r.send(c, append(message(wire.CmdRead, 1, 0, 4*limits.TurnBuffer), message(99, 2, 0, 0)...))
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 1 {
+		t.Errorf("read: got %v for request %d", e, cookie)
+	}
+	if got := r.expect(c, 4*limits.TurnBuffer); string(got) != string(want[:len(got)]) {
+		t.Error("other bytes than the disk has")
+	}
+	release()
+	if e, cookie := r.reply(c); e != wire.EINVAL || cookie != 2 {
+		t.Errorf("unknown command: got %v for request %d", e, cookie)
+	}
+}
+
+// TestPeerThatHoldsMemoryOthersWaitForIsDropped: only when somebody waits, and not
+// before it was seen twice.
+func TestPeerThatHoldsMemoryOthersWaitForIsDropped(t *testing.T) {
+	r, _, _ := pausableRig(t, "none")
+	c := r.simple()
+	for i := range uint64(8) {
+		r.send(c, message(wire.CmdRead, i, 0, unreadSize))
+	}
+	var x *session
+	for x == nil {
+		r.server.each(func(k *session) { x = k }, func(transport.Conn) error { return nil })
+	}
+	for !x.sending.waiting.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	for _, short := range []bool{true, false, false} {
+		if x.watch(short); x.dead.Load() {
+			t.Fatalf("dropped, short %v: %v", short, x.why())
+		}
+	}
+	if x.watch(true); x.why() != errDrags {
+		t.Errorf("ended by %v, want %v", x.why(), errDrags)
+	}
+}
+
+// TestBuffersCountAsWhatTheyTake: a peer's budget is one of memory, not of bytes
+// that were asked for.
+func TestBuffersCountAsWhatTheyTake(t *testing.T) {
+	r, _, _ := pausableRig(t, "none")
+	c := r.simple()
+	r.send(c, message(wire.CmdRead, 1, 0, 5<<20))
+	var got int64
+	for since := time.Now(); got != 8<<20; {
+		r.server.each(func(k *session) { got = k.peer.bytes.Load() }, func(transport.Conn) error { return nil })
+		if time.Since(since) > hangLimit {
+			t.Fatalf("a read of 5 MiB counts as %d bytes, want 8 MiB", got)
+		}
+	}
+}
