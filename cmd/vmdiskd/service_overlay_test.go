@@ -374,3 +374,59 @@ func TestPlaceOfAFileDecidesTheCode(t *testing.T) {
 		t.Errorf("an image outside: %v", err)
 	}
 }
+
+// TestImageBelowAnOverlayIsNotWrittenTo by an export of another name, or origin,
+// when no lock of the overlay's tells.
+func TestImageBelowAnOverlayIsNotWrittenTo(t *testing.T) {
+	s := newService(t, exportA)
+	image, overlay := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "top.qcow2")
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "0x37", "0")
+	s.stop()
+	s.configure(strings.ReplaceAll(exportA, `"a"`, `"renamed"`))
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "renamed"); err != nil || x.State != "failed" || !strings.Contains(x.Error, overlay) {
+		t.Errorf("export of another name: %+v, %v", x, err)
+	}
+	b := api.AddExport{Export: config.Export{Name: "b", Image: image}}
+	_, err := s.ctl.Add(t.Context(), b)
+	wantCode(t, "writable export of the API", err, api.CodeForbidden)
+	b.ReadOnly = true
+	if _, err := s.ctl.Add(t.Context(), b); err != nil {
+		t.Errorf("read-only export: %v", err)
+	}
+	if err := s.ctl.Remove(t.Context(), "b", true, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	s.wantExports("once it is forgotten", "renamed ready config")
+	s.stop()
+}
+
+// TestImageBelowAKeptOverlayIsNotWrittenTo: the kept export has lost its name to
+// one of the configuration, which has the image as it was.
+func TestImageBelowAKeptOverlayIsNotWrittenTo(t *testing.T) {
+	s := newService(t, "")
+	overlay := filepath.Join(s.dir, "top.qcow2")
+	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	s.configure(exportA)
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "failed" {
+		t.Errorf("%+v, %v", x, err)
+	}
+	s.stop()
+}

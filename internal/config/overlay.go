@@ -4,9 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -112,10 +115,21 @@ func ReadInstead(dir, name string) (*Instead, error) {
 	}
 	defer d.Close()
 	path := filepath.Join(dir, overlayPrefix+stateFile(name))
-	b, err := readFile(path, limits.StateFile+1, syscall.O_NOFOLLOW)
-	if errors.Is(err, fs.ErrNotExist) {
+	i, err := readInstead(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
+	case err != nil:
+		return nil, err
+	case i.Of.Name != name:
+		return nil, fmt.Errorf("%q: it is not about export %q", path, cut(name))
 	}
+	return i, nil
+}
+
+// readInstead reads one file.
+func readInstead(path string) (*Instead, error) {
+	b, err := readFile(path, limits.StateFile+1, syscall.O_NOFOLLOW)
 	if err != nil {
 		return nil, err
 	}
@@ -123,10 +137,55 @@ func ReadInstead(dir, name string) (*Instead, error) {
 	if err := decodeJSON(b, i, limits.StateFile+1); err != nil {
 		return nil, fmt.Errorf("%q: %w", path, err)
 	}
-	if i.Of.Name != name || i.Serve.Name != name || i.Serve.Image == "" {
-		return nil, fmt.Errorf("%q: it is not about export %q", path, cut(name))
+	if i.Of.Name != i.Serve.Name || i.Serve.Image == "" {
+		return nil, fmt.Errorf("%q: it is not about an export", path)
 	}
 	return i, nil
+}
+
+// Base is an image that an overlay stands on which is kept in a folder: whoever
+// writes to it destroys what the guest sees of Export.
+type Base struct {
+	Path    string
+	Export  string
+	Overlay string
+}
+
+// ReadBases are the images that the overlays in dir stand on, of exports of the
+// configuration as of those that are kept, as far as both can be read.
+func ReadBases(dir string) (list []Base, err error) {
+	d, err := openState(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(4*limits.ConfigExports + 1)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		var over Export
+		switch {
+		case strings.HasPrefix(name, overlayPrefix):
+			i, err := readInstead(filepath.Join(dir, name))
+			if err != nil {
+				continue
+			}
+			over = i.Serve
+			list = append(list, Base{i.Of.Image, over.Name, over.Image})
+		case strings.HasPrefix(name, "."):
+			continue
+		default:
+			if over, err = readExport(dir, name); err != nil {
+				continue
+			}
+		}
+		for _, below := range over.BackingFiles {
+			list = append(list, Base{withoutFormat(below), over.Name, over.Image})
+		}
+	}
+	return list, nil
 }
 
 // RemoveInstead forgets the overlay of the export called name. That none is

@@ -39,6 +39,7 @@ type daemon struct {
 	engine    engine.Engine
 	exports   *export.Registry
 	disks     disks
+	bases     bases
 	unread    string   // what could not be read of kept exports; set by the start
 	stateLock *os.File // held until the process ends; nil without such a folder
 	groups    groups
