@@ -16,6 +16,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 )
 
 // client runs a script with h, which has export a open, and snapshot and add, which
@@ -232,5 +233,55 @@ assert h.pread(16384, 0) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096 + b"4" * 409
 		if err != nil || !qcow2 && string(base[4095:4097]) != "1\x00" {
 			t.Errorf("%sthe image has other bytes, or %v", more, err)
 		}
+	}
+}
+
+// TestSnapshotWaitsForAReload that has opened its export and may take it back: the
+// overlay would stand on another image than the export has then.
+func TestSnapshotWaitsForAReload(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		t.Run(fmt.Sprint("reload fails ", fails), func(t *testing.T) {
+			s := newService(t, exportA+slow)
+			s.stuck()
+			changed := strings.ReplaceAll(exportA, "a.img", "b.img") + strings.ReplaceAll(slow, "64M", "32M")
+			if fails {
+				changed += "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/no/such/folder\"\n"
+			}
+			s.configure(changed)
+			reloaded := make(chan error, 1)
+			go func() {
+				_, err := control.Dial(filepath.Join(s.dir, "control")).Reload(s.Context(), false)
+				reloaded <- err
+			}()
+			s.await("the reload has opened the other image", func() bool {
+				x, err := s.ctl.Export(t.Context(), "a")
+				return err == nil && x.Image == filepath.Join(s.dir, "b.img") && x.State == "ready"
+			})
+			overlay := filepath.Join(s.dir, "top.qcow2")
+			_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay})
+			wantCode(t, "snapshot during the reload", err, api.CodeInUse)
+			clients, err := s.ctl.Clients(t.Context(), nil)
+			if err != nil || len(clients) != 1 {
+				t.Fatalf("clients: %v, %v", clients, err)
+			}
+			if err := s.ctl.Disconnect(t.Context(), clients[0].ID); err != nil {
+				t.Fatal(err)
+			}
+			if err := <-reloaded; (err != nil) != fails {
+				t.Fatalf("reload: %v, want it to fail: %v", err, fails)
+			}
+			if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+				t.Errorf("snapshot after the reload: %v", err)
+			}
+			s.stop()
+			if fails {
+				s.configure(exportA + slow)
+			}
+			s.start()
+			if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != overlay || x.Error != "" {
+				t.Errorf("after a restart: %+v, %v", x, err)
+			}
+			s.stop()
+		})
 	}
 }

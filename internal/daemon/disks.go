@@ -17,6 +17,7 @@ import (
 // disk is an export with what the registry does not know of it.
 type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
+	named  config.Export // its image as the configuration had it when it was opened
 	origin string        // guarded by disks.mu; written with busy held too
 	doors  []*door       // its own
 	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
@@ -32,6 +33,10 @@ type disk struct {
 	// the name again if this one goes. Guarded by disks.mu; changed with busy
 	// held too.
 	inPlaceOf *disk
+
+	// trial is for one that a reload has opened which is under way, and may take
+	// it back. Guarded by disks.mu.
+	trial bool
 
 	// busy is held by whoever changes the export. Removals hold it while they
 	// begin and while they end, not while they wait for clients and storage.
@@ -112,6 +117,22 @@ func (s *disks) settle(k *disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k.inPlaceOf = nil
+}
+
+// passing tells whether a reload may still take k back.
+func (s *disks) passing(k *disk) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.trial
+}
+
+// confirm is when a reload is over: what it has opened and not taken back stays.
+func (s *disks) confirm() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range s.byName {
+		k.trial = false
+	}
 }
 
 // get is an export in any state, or nil.

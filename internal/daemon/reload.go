@@ -91,6 +91,7 @@ type reload struct {
 // goes. If a step fails, those before it are undone.
 func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) error {
 	r := &reload{d: d, c: c, change: change}
+	defer d.disks.confirm()
 	for _, step := range [...]func(context.Context) error{
 		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
 	} {
@@ -145,7 +146,7 @@ func (r *reload) addExports(ctx context.Context) error {
 		if x.What != config.Add {
 			continue
 		}
-		if err := r.d.addExport(ctx, *x.New, fromConfig, nil); err != nil {
+		if err := r.d.addDisk(ctx, &disk{cfg: *x.New, origin: fromConfig, trial: true}, nil); err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
 		r.onError(func(ctx context.Context) { r.d.retire(ctx, x.Name, nil) })
@@ -412,7 +413,7 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 	if err != nil {
 		return nil, err
 	}
-	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed}, nil); err != nil {
+	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed, trial: true}, nil); err != nil {
 		back()
 		return nil, err
 	}
@@ -473,7 +474,7 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 // openAgain opens an export that has failed, or for nil one that was removed. If
 // it fails again, it stays what it was.
 func (d *daemon) openAgain(ctx context.Context, x config.Export, failed *disk) (undo func(context.Context), err error) {
-	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, again: failed}, nil); err != nil {
+	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, again: failed, trial: true}, nil); err != nil {
 		return nil, err
 	}
 	return func(ctx context.Context) { d.retire(ctx, x.Name, failed) }, nil

@@ -74,9 +74,7 @@ func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err er
 			}
 			return config.RemoveInstead(state, cfg.Name)
 		}
-		x, _ := exportOf(d.conf.Load(), cfg.Name) // fromConfig says that it is there
-		of := config.ImageOf(x)
-		return undo, config.WriteInstead(state, config.Instead{Of: of, Serve: config.ImageOf(cfg)})
+		return undo, config.WriteInstead(state, config.Instead{Of: k.named, Serve: config.ImageOf(cfg)})
 	}
 	return func() error { return nil }, nil
 }
@@ -115,6 +113,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	if err := config.RemoveInstead(state, name); err != nil || named || !ok {
 		return f, err
 	}
+	defer d.disks.confirm()
 	if _, err := d.reopen(ctx, x); err != nil {
 		if i != nil {
 			err = errors.Join(err, config.WriteInstead(state, *i))

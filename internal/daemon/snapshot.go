@@ -28,6 +28,9 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	if failed != nil {
 		return fmt.Errorf("export %q has failed: %w", cfg.Name, failed)
 	}
+	if d.disks.passing(k) {
+		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("a reload that has opened export %q is under way, and may take it back: try again when it is over", cfg.Name)}
+	}
 	next, err := overlayOf(&s.x, overlay)
 	if err == nil {
 		err = d.mayRemember()
