@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -52,6 +53,28 @@ func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
 	}
 	k.reads(10)
 	s.stop()
+}
+
+// TestHalfOpenConnectionsOfManyMakeRoom is LM-01 for a flood from several
+// addresses: it holds every place, and another peer is given one.
+func TestHalfOpenConnectionsOfManyMakeRoom(t *testing.T) {
+	for _, addrs := range []int{2, 40, 250} {
+		t.Run(strconv.Itoa(addrs), func(t *testing.T) {
+			addr, listener := tcpListener(t)
+			s := newService(t, listener+exportA+"[log]\nlevel = \"debug\"\n")
+			for i := range min(addrs*limits.ConnectionsPerPeer, limits.Connections+100) {
+				dialFrom(t, fmt.Sprint("127.0.1.", 1+i%addrs), addr)
+			}
+			for range 3 {
+				k, _ := mustGo(t, dialFrom(t, "127.0.0.3", addr), "a")
+				k.reads(10)
+			}
+			s.await("a half-open connection makes room", func() bool {
+				return strings.Contains(s.log(), "half open when another peer needed the place")
+			})
+			s.stop()
+		})
+	}
 }
 
 // TestConnectionsOfAPeerAreBounded is LM-02, and the bound of an export.

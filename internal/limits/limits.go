@@ -140,10 +140,16 @@ const (
 	// share one uid.
 	ConnectionsPerPeer = 256
 
-	// Handshaking bounds connections that have not reached transmission, and
-	// HandshakingPerPeer those of one peer.
+	// Handshaking bounds the connections in handshake, and HandshakingPerPeer
+	// those of one CID, address or process.
 	Handshaking        = 128
 	HandshakingPerPeer = 64
+
+	// HandshakeGrace is how long a connection in handshake keeps its place when
+	// somebody with fewer needs one: a handshake takes some milliseconds, with
+	// TLS too. Whoever comes when all of Connections are half open has a turn
+	// within Connections / Handshaking times as long, which is 0.8 s.
+	HandshakeGrace = 100 * time.Millisecond
 
 	// RequestsPerConn and BytesPerConn bound what one connection may have in
 	// flight: decoded, not yet answered or not yet taken by the peer.

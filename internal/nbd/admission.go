@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,95 +14,232 @@ var (
 	errTooManyConns       = errors.New("too many connections")
 	errTooManyPeerConns   = errors.New("too many connections of this peer")
 	errTooManyHandshaking = errors.New("too many connections in handshake")
+	errMadeRoom           = errors.New("half open when another peer needed the place")
 )
 
-// admission counts connections: all of them, those in handshake, and both for
-// each peer. What is one too many is refused; what is one too many in
-// handshake waits for its turn, so that a burst is served and a flood of
-// half-open connections cannot take the slot of an established guest.
+// admission counts connections: all of them, those of each peer, and those that
+// are half open, not in transmission yet. Of these few are in handshake and the
+// others wait for their turn, so that a burst is served. They hold no place
+// against anybody who has fewer: the oldest of whoever has most makes room.
 type admission struct {
-	early chan struct{} // holds a token per connection in handshake
-
-	mu    sync.Mutex
-	all   int              // guarded by mu
-	peers map[string]*peer // guarded by mu
+	mu     sync.Mutex
+	all    int               // guarded by mu
+	turns  int               // guarded by mu; connections in handshake
+	peers  map[string]*peer  // guarded by mu
+	guests map[string]*guest // guarded by mu
+	early  []*slot           // guarded by mu; the half-open ones, as they came
+	again  *time.Timer       // guarded by mu; nil until somebody waits for limits.HandshakeGrace
 }
 
 // peer is what the connections of one peer share.
 type peer struct {
 	key    string
-	early  chan struct{} // as in admission
-	all    int           // guarded by admission.mu
+	all    int // guarded by admission.mu
 	budget budget
+}
+
+// guest is what one guest has of half-open connections: one user runs many, and
+// none of them keeps the others out. Its counts are guarded by admission.mu.
+type guest struct {
+	name       string
+	all, turns int
 }
 
 // slot is one connection's place.
 type slot struct {
 	a     *admission
 	peer  *peer
-	early bool // holds its tokens
+	guest *guest
+	end   func()        // closes the connection, and waits for nothing
+	turn  chan struct{} // closed when the handshake may begin, or is cut
+
+	stage stage     // guarded by admission.mu
+	since time.Time // guarded by admission.mu; when the handshake began, or zero
 }
+
+// stage is how far a connection is.
+type stage uint8
+
+const (
+	isWaiting stage = iota
+	inHandshake
+	isEstablished
+	wasCut // to make room
+	hasLeft
+)
 
 func newAdmission() *admission {
-	return &admission{
-		early: make(chan struct{}, limits.Handshaking),
-		peers: make(map[string]*peer),
+	return &admission{peers: make(map[string]*peer), guests: make(map[string]*guest)}
+}
+
+// enter takes a place for a connection of a guest of the peer that key names.
+// end closes the connection.
+func (a *admission) enter(key, name string, end func()) (*slot, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := &slot{a: a, peer: a.peers[key], guest: a.guests[name], end: end, turn: make(chan struct{})}
+	if s.peer == nil {
+		s.peer = &peer{key: key}
+		s.peer.budget.init(limits.RequestsPerPeer, limits.BytesPerPeer)
+	}
+	if s.guest == nil {
+		s.guest = &guest{name: name}
+	}
+	if s.peer.all >= limits.ConnectionsPerPeer && !a.cutLocked(s.spareLocked(ofAll, func(x *slot) bool { return x.peer == s.peer })) {
+		return nil, errTooManyPeerConns
+	}
+	if a.all >= limits.Connections && !a.cutLocked(s.spareLocked(ofAll, func(*slot) bool { return true })) {
+		return nil, errTooManyConns
+	}
+	a.peers[key], a.guests[name] = s.peer, s.guest
+	a.all++
+	s.peer.all++
+	s.guest.all++
+	a.early = append(a.early, s)
+	a.passLocked()
+	return s, nil
+}
+
+func ofAll(g *guest) int   { return g.all }
+func ofTurns(g *guest) int { return g.turns }
+
+// spareLocked is who makes room for s among some that are half open: the oldest
+// of the guest that has most by what count counts, and what waits before what is
+// in handshake. It is nil if none has more than the guest of s.
+func (s *slot) spareLocked(count func(*guest) int, some func(*slot) bool) (spare *slot) {
+	most := count(s.guest)
+	for _, x := range s.a.early {
+		if !some(x) {
+			continue
+		}
+		n := count(x.guest)
+		if n > most || n == most && spare != nil && x.since.Before(spare.since) {
+			most, spare = n, x
+		}
+	}
+	return spare
+}
+
+// cutLocked ends the connection of s, and reports whether there is one.
+func (a *admission) cutLocked(s *slot) bool {
+	if s == nil {
+		return false
+	}
+	if s.stage == isWaiting {
+		close(s.turn)
+	}
+	s.removeLocked(wasCut)
+	s.end()
+	return true
+}
+
+// passLocked gives turns while there are places, or spare ones whose grace is
+// over.
+func (a *admission) passLocked() {
+	for s := a.nextLocked(); s != nil; s = a.nextLocked() {
+		if a.turns >= limits.Handshaking {
+			x := s.spareLocked(ofTurns, func(x *slot) bool { return x.stage == inHandshake })
+			if x == nil {
+				return
+			}
+			if grace := limits.HandshakeGrace - time.Since(x.since); grace > 0 {
+				a.passInLocked(grace)
+				return
+			}
+			a.cutLocked(x)
+		}
+		a.turns++
+		s.guest.turns++
+		s.stage, s.since = inHandshake, time.Now()
+		close(s.turn)
 	}
 }
 
-// enter takes a place for a connection of the peer that key names.
-func (a *admission) enter(key string) (*slot, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.all >= limits.Connections {
-		return nil, errTooManyConns
+// passInLocked has turns given after d.
+func (a *admission) passInLocked(d time.Duration) {
+	if a.again != nil {
+		a.again.Reset(d)
+		return
 	}
-	p := a.peers[key]
-	if p == nil {
-		p = &peer{key: key, early: make(chan struct{}, limits.HandshakingPerPeer)}
-		p.budget.init(limits.RequestsPerPeer, limits.BytesPerPeer)
-		a.peers[key] = p
+	a.again = time.AfterFunc(d, func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.passLocked()
+	})
+}
+
+// nextLocked is the first that waits of the guests with fewest turns, or nil:
+// none waits, or they have all the turns that one may have.
+func (a *admission) nextLocked() (next *slot) {
+	fewest := limits.HandshakingPerPeer
+	for _, x := range a.early {
+		if x.stage == isWaiting && x.guest.turns < fewest {
+			fewest, next = x.guest.turns, x
+		}
 	}
-	if p.all >= limits.ConnectionsPerPeer {
-		return nil, errTooManyPeerConns
-	}
-	a.all++
-	p.all++
-	return &slot{a: a, peer: p}, nil
+	return next
 }
 
 // handshake waits until the connection may begin its handshake, until the
 // time for that is over, or until quit is closed.
 func (s *slot) handshake(over <-chan time.Time, quit <-chan struct{}) error {
-	for _, tokens := range [...]chan struct{}{s.peer.early, s.a.early} {
-		select {
-		case tokens <- struct{}{}:
-			continue
-		case <-over:
-		case <-quit:
-		}
-		if tokens == s.a.early {
-			<-s.peer.early
-		}
-		return errTooManyHandshaking
+	select {
+	case <-s.turn:
+		return nil
+	case <-over:
+	case <-quit:
 	}
-	s.early = true
-	return nil
+	return errTooManyHandshaking
 }
 
 // established ends the handshake's claim.
 func (s *slot) established() {
-	if s.early {
-		s.early = false
-		<-s.a.early
-		<-s.peer.early
+	s.a.mu.Lock()
+	defer s.a.mu.Unlock()
+	if s.stage < isEstablished {
+		s.settleLocked()
+		s.stage = isEstablished
+		s.a.passLocked()
+	}
+}
+
+// madeRoom tells whether the connection was ended to make room.
+func (s *slot) madeRoom() bool {
+	s.a.mu.Lock()
+	defer s.a.mu.Unlock()
+	return s.stage == wasCut
+}
+
+// settleLocked takes s from what is half open.
+func (s *slot) settleLocked() {
+	a := s.a
+	i := slices.Index(a.early, s)
+	a.early = slices.Delete(a.early, i, i+1)
+	s.guest.all--
+	if s.stage == inHandshake {
+		s.guest.turns--
+		a.turns--
+	}
+	if s.guest.all == 0 {
+		delete(a.guests, s.guest.name)
 	}
 }
 
 func (s *slot) leave() {
-	s.established()
 	s.a.mu.Lock()
 	defer s.a.mu.Unlock()
+	if s.stage != wasCut {
+		s.removeLocked(hasLeft)
+		s.a.passLocked()
+	}
+}
+
+// removeLocked gives the place of s back.
+func (s *slot) removeLocked(as stage) {
+	if s.stage < isEstablished {
+		s.settleLocked()
+	}
+	s.stage = as
 	s.a.all--
 	s.peer.all--
 	if s.peer.all == 0 {

@@ -201,7 +201,7 @@ func (s *Server) Serve(ctx context.Context, c transport.Conn) error {
 // ServeTLS is Serve in another TLS mode than that of the options.
 func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) error {
 	defer c.Close()
-	slot, err := s.admt.enter(c.Peer().Key())
+	slot, err := s.admt.enter(c.Peer().Key(), c.Peer().Guest(), func() { c.Close() })
 	if err != nil {
 		return err
 	}
@@ -222,11 +222,16 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 	}
 	n := newNegotiation(&s.opt, c, slot, mode)
 	err = n.run(ctx)
+	if err == nil && n.export != nil {
+		slot.established()
+	}
+	if slot.madeRoom() {
+		err = errMadeRoom
+	}
 	if err != nil || n.export == nil {
 		n.close(err == nil)
 		return err
 	}
-	slot.established()
 	return s.transmit(ctx, k, n)
 }
 

@@ -5,11 +5,14 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -21,6 +24,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // simple opens a session with simple replies.
@@ -448,32 +452,41 @@ func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
 	}
 }
 
+// enter is that of an admission, with one guest for each peer.
+func enter(t *testing.T, a *admission, key string) *slot {
+	t.Helper()
+	s, err := a.enter(key, key, func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// has tells whether the handshake of s may begin.
+func (s *slot) has() bool {
+	s.a.mu.Lock()
+	defer s.a.mu.Unlock()
+	return s.stage == inHandshake
+}
+
 func TestHandshakesOfAPeerWaitTheirTurn(t *testing.T) {
 	a := newAdmission()
 	never := make(chan struct{})
-	enter := func(key string) *slot {
-		t.Helper()
-		s, err := a.enter(key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return s
-	}
 	over := make(chan time.Time)
 	close(over)
 	var slots []*slot
 	for range limits.HandshakingPerPeer {
-		s := enter("uid:1")
+		s := enter(t, a, "uid:1")
 		if err := s.handshake(nil, never); err != nil {
 			t.Fatal(err)
 		}
 		slots = append(slots, s)
 	}
-	late := enter("uid:1")
+	late := enter(t, a, "uid:1")
 	if err := late.handshake(over, never); !errors.Is(err, errTooManyHandshaking) {
 		t.Errorf("one more in handshake: got %v, want %v", err, errTooManyHandshaking)
 	}
-	other := enter("uid:2")
+	other := enter(t, a, "uid:2")
 	if err := other.handshake(nil, never); err != nil {
 		t.Errorf("another peer: %v", err)
 	}
@@ -486,31 +499,162 @@ func TestHandshakesOfAPeerWaitTheirTurn(t *testing.T) {
 	for _, s := range append(slots, late, other) {
 		s.leave()
 	}
-	if len(a.peers) != 0 || a.all != 0 || len(a.early) != 0 {
-		t.Errorf("after all left: %d peers, %d connections, %d in handshake; want none", len(a.peers), a.all, len(a.early))
+	wantNobody(t, a)
+}
+
+func wantNobody(t *testing.T, a *admission) {
+	t.Helper()
+	if len(a.peers)+len(a.guests)+a.all+a.turns+len(a.early) != 0 {
+		t.Errorf("after all left: %d peers, %d guests, %d connections, %d half open, %d in handshake; want none",
+			len(a.peers), len(a.guests), a.all, len(a.early), a.turns)
 	}
+}
+
+// TestSilentPeersMakeRoom: once their grace is over, and for those with fewer
+// half-open connections.
+func TestSilentPeersMakeRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAdmission()
+		var many, few []*slot
+		for range limits.HandshakingPerPeer {
+			many = append(many, enter(t, a, "many"))
+			time.Sleep(time.Microsecond)
+		}
+		for i := range limits.Handshaking - len(many) {
+			few = append(few, enter(t, a, fmt.Sprint("few", i/4)))
+		}
+		late := enter(t, a, "late")
+		if late.has() || many[0].madeRoom() {
+			t.Error("the oldest made room within its grace")
+		}
+		time.Sleep(limits.HandshakeGrace)
+		if !late.has() || !many[0].madeRoom() {
+			t.Error("the oldest of the peer that has most did not make room")
+		}
+		again := enter(t, a, "many")
+		time.Sleep(time.Hour)
+		if again.has() {
+			t.Error("the peer that has most was given a place of another")
+		}
+		for _, s := range append(many[1:], few...) {
+			if s.madeRoom() {
+				t.Fatal("more than one made room")
+			}
+		}
+		for _, s := range slices.Concat(many, few, []*slot{late, again}) {
+			s.leave()
+		}
+		wantNobody(t, a)
+	})
+}
+
+// TestPlaceForAHandshakeIsEquallyShared: with a half-open connection each, the
+// oldest makes room for another peer.
+func TestPlaceForAHandshakeIsEquallyShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAdmission()
+		var all []*slot
+		for i := range limits.Handshaking {
+			all = append(all, enter(t, a, fmt.Sprint(i)))
+			time.Sleep(time.Microsecond)
+		}
+		time.Sleep(limits.HandshakeGrace)
+		late := enter(t, a, "late")
+		if !late.has() || !all[0].madeRoom() || all[1].madeRoom() {
+			t.Error("a peer that had none was not given the place of the oldest")
+		}
+	})
 }
 
 func TestConnectionsAreBoundedPerPeerAndInAll(t *testing.T) {
 	a := newAdmission()
 	for range limits.ConnectionsPerPeer {
-		if _, err := a.enter("uid:1"); err != nil {
-			t.Fatal(err)
-		}
+		enter(t, a, "uid:1").established()
 	}
-	if _, err := a.enter("uid:1"); !errors.Is(err, errTooManyPeerConns) {
+	if _, err := a.enter("uid:1", "uid:1", nil); !errors.Is(err, errTooManyPeerConns) {
 		t.Errorf("one more of the peer: got %v, want %v", err, errTooManyPeerConns)
 	}
 	for i := a.all; i < limits.Connections; i++ {
-		if _, err := a.enter(strconv.Itoa(i)); err != nil {
-			t.Fatal(err)
-		}
+		enter(t, a, strconv.Itoa(i)).established()
 	}
-	if _, err := a.enter("uid:2"); !errors.Is(err, errTooManyConns) {
+	if _, err := a.enter("uid:2", "uid:2", nil); !errors.Is(err, errTooManyConns) {
 		t.Errorf("one more in all: got %v, want %v", err, errTooManyConns)
 	}
 	if len(a.peers) != 1+limits.Connections-limits.ConnectionsPerPeer {
 		t.Errorf("peers: got %d; one that was refused left a trace", len(a.peers))
+	}
+}
+
+// TestHalfOpenConnectionsMakeRoom: for another guest of their peer, and for
+// another peer, but not for whoever has most of them.
+func TestHalfOpenConnectionsMakeRoom(t *testing.T) {
+	a := newAdmission()
+	var flood []*slot
+	for i := range limits.Connections {
+		flood = append(flood, enter(t, a, fmt.Sprint("uid:", i/limits.ConnectionsPerPeer)))
+	}
+	for i, tt := range []struct{ key, guest, of string }{
+		{"uid:1", "uid:1,pid:2", "uid:1"},
+		{"uid:9", "uid:9", "uid:0"},
+	} {
+		s, err := a.enter(tt.key, tt.guest, func() {})
+		if err != nil {
+			t.Fatalf("%s: %v", tt.guest, err)
+		}
+		spare := slices.IndexFunc(flood, (*slot).madeRoom)
+		if spare < 0 || flood[spare].peer.key != tt.of || spare%limits.ConnectionsPerPeer != limits.HandshakingPerPeer {
+			t.Errorf("%s: connection %d made room, want the first of %s that waits", tt.guest, spare, tt.of)
+		}
+		if err := flood[max(spare, 0)].handshake(nil, nil); err != nil {
+			t.Errorf("connection %d waits on: %v", spare, err)
+		}
+		flood = slices.Delete(flood, spare, spare+1)
+		flood = append(flood, s)
+		if a.all != limits.Connections {
+			t.Errorf("after %d: got %d connections, want %d", i+1, a.all, limits.Connections)
+		}
+	}
+	if _, err := a.enter("uid:2", "uid:2", nil); !errors.Is(err, errTooManyPeerConns) {
+		t.Errorf("one more of a peer that has most: got %v, want %v", err, errTooManyPeerConns)
+	}
+}
+
+// fromAddr is a connection from a TCP address.
+type fromAddr struct {
+	transport.Conn
+	peer transport.Peer
+}
+
+func (c *fromAddr) Peer() *transport.Peer { return &c.peer }
+
+// dialFrom connects to the server from a TCP address; the rig closes both ends.
+func (r *rig) dialFrom(t *testing.T, addr string) net.Conn {
+	t.Helper()
+	server, client := transporttest.Pair(t)
+	c := &fromAddr{server, transport.Peer{Kind: transport.TCP, Addr: addr + ":1"}}
+	go func() { _ = r.server.Serve(context.Background(), c) }()
+	return client
+}
+
+// TestFloodOfHalfOpenConnectionsHoldsNobodyUp: the time for a handshake is never
+// over, and a client that speaks is served, from an address of its own.
+func TestFloodOfHalfOpenConnectionsHoldsNobodyUp(t *testing.T) {
+	for _, addrs := range []int{2, 40, 250} {
+		t.Run(strconv.Itoa(addrs), func(t *testing.T) {
+			r := memRig(t, 1<<20)
+			r.opt.Handshake = time.Hour
+			r.server = NewServer(r.opt)
+			for i := range min(addrs*limits.ConnectionsPerPeer, limits.Connections+100) {
+				r.dialFrom(t, fmt.Sprint("10.0.0.", i%addrs))
+			}
+			for range 3 {
+				c := r.dialFrom(t, "10.0.1.1")
+				c.SetDeadline(time.Now().Add(hangLimit))
+				r.expect(c, 18)
+				r.send(c, wire.AppendOption(clientFlags(nil), wire.OptExportName, nil))
+				r.expect(c, 10)
+			}
+		})
 	}
 }
 
