@@ -23,7 +23,7 @@ type Grant struct {
 	Access Access
 
 	UIDs      []uint32
-	GIDs      []uint32
+	GIDs      []uint32 // primary or supplementary
 	CIDs      []uint32
 	Addresses []netip.Prefix // an IPv4 address inside IPv6 counts as IPv4
 	Label     string         // SELinux context, whole, in whatever words
@@ -46,7 +46,7 @@ func (g *Grant) matches(p *transport.Peer) bool {
 	unix := p.Kind == transport.Unix
 	switch {
 	case len(g.UIDs) > 0 && !(unix && slices.Contains(g.UIDs, p.UID)),
-		len(g.GIDs) > 0 && !(unix && slices.Contains(g.GIDs, p.GID)),
+		len(g.GIDs) > 0 && !(unix && transport.IsMember(p.GID, p.Groups, g.GIDs)),
 		!g.mayHaveCID(p),
 		len(g.Addresses) > 0 && !g.hasAddress(p),
 		!g.hasLabel(p),

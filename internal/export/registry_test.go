@@ -153,6 +153,8 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 		{Access: ReadWrite, Addresses: []netip.Prefix{netip.MustParsePrefix("192.168.0.1/32")}},
 		{Access: ReadWrite, CIDs: []uint32{42}, Label: "x"},
 		{Access: ReadWrite, CertNames: []string{"host.example"}},
+		{Access: ReadOnly, GIDs: []uint32{36, 65534}},
+		{Access: ReadWrite, GIDs: []uint32{37}},
 	}
 	add(t, r, Spec{Name: "a", Settings: Settings{Grants: grants, TrustCID: true}})
 	tcp := func(a string) *transport.Peer { return &transport.Peer{Kind: transport.TCP, Addr: a} }
@@ -166,6 +168,12 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 		{"denied first", &transport.Peer{Kind: transport.Unix, UID: 7}, NoAccess},
 		{"read-only user", &transport.Peer{Kind: transport.Unix, UID: 8}, ReadOnly},
 		{"UID of a peer that has none", &transport.Peer{Kind: transport.VSock, UID: 8}, NoAccess},
+		{"own group", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 37}, ReadWrite},
+		{"supplementary group", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 9, Groups: []uint32{5, 37}}, ReadWrite},
+		{"groups of two grants", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 37, Groups: []uint32{36}}, ReadOnly},
+		{"other groups", &transport.Peer{Kind: transport.Unix, UID: 37, GID: 9, Groups: []uint32{5, 38}}, NoAccess},
+		{"groups that nobody knows", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 65534, Groups: []uint32{65534}}, NoAccess},
+		{"group of a peer that has none", &transport.Peer{Kind: transport.VSock, GID: 37, Groups: []uint32{37}}, NoAccess},
 		{"address", tcp("192.168.0.1:99"), ReadWrite},
 		{"longer address", tcp("192.168.0.10:99"), NoAccess},
 		{"mapped address", tcp("[::ffff:192.168.0.1]:99"), ReadWrite},

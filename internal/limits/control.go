@@ -37,10 +37,6 @@ const (
 	// stream up for a while.
 	ControlReplyTime = 60 * time.Second
 
-	// ControlPeerGroups bounds the supplementary groups of a peer: the
-	// kernel's NGROUPS_MAX.
-	ControlPeerGroups = 64 << 10
-
 	// ControlRemove is how long a removal waits for what the clients of an
 	// export have in flight if the request does not say, and ControlRemoveMost
 	// at most.

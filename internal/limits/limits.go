@@ -196,6 +196,10 @@ const (
 	// page.
 	SecurityLabel = 4096
 
+	// PeerGroups bounds the supplementary groups of a peer: the kernel's
+	// NGROUPS_MAX.
+	PeerGroups = 64 << 10
+
 	// CertificateFile and RevocationFile bound the PEM files that are read; a
 	// revocation list of 10000 entries is about half a megabyte.
 	CertificateFile = 1 << 20

@@ -70,7 +70,7 @@ var mayImport = map[string][]string{
 	"internal/cmdline":                 {},
 	"internal/version":                 {},
 	"internal/control/api":             {"internal/config"},
-	"internal/control/server":          {"internal/config", "internal/control/api", "internal/limits"},
+	"internal/control/server":          {"internal/config", "internal/control/api", "internal/limits", "internal/transport"},
 	"internal/control/client":          {"internal/config", "internal/control/api", "internal/limits"},
 	"internal/control/controltest":     {"internal/control/api", "internal/control/server"},
 	"internal/attach":                  {"internal/confine/selinux", "internal/config", "internal/control/api", "internal/control/client", "internal/limits", "internal/nbd/client", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk"},

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -43,7 +44,7 @@ func TestUnixPeerOfAnotherUser(t *testing.T) {
 	path := filepath.Join(publicDir(t), "s")
 	l := listen(t, transport.Endpoint{Kind: transport.Unix, Path: path, Mode: 0o666})[0]
 	cmd := child(t, "dial", path)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65533}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65533, Groups: []uint32{7, 65532}}}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -55,6 +56,9 @@ func TestUnixPeerOfAnotherUser(t *testing.T) {
 	p := s.Peer()
 	if p.UID != 65534 || p.GID != 65533 || p.PID != int32(cmd.Process.Pid) {
 		t.Errorf("peer is %+v, want uid 65534, gid 65533, pid %d", *p, cmd.Process.Pid)
+	}
+	if want := []uint32{7, 65532}; !slices.Equal(p.Groups, want) {
+		t.Errorf("supplementary groups: got %v, want %v", p.Groups, want)
 	}
 	if p.Key() != "uid:65534" {
 		t.Errorf("key is %q", p.Key())

@@ -128,9 +128,13 @@ func unixPeer(s *socket.Conn, raw syscall.RawConn, sa *unix.SockaddrUnix) (Peer,
 	if err != nil {
 		return Peer{}, fmt.Errorf("ask for peer label: %w", err)
 	}
+	groups, err := PeerGroups(s)
+	if err != nil {
+		return Peer{}, fmt.Errorf("ask for peer groups: %w", err)
+	}
 	return Peer{
 		Kind: Unix, Addr: sa.Name,
-		UID: cred.Uid, GID: cred.Gid, PID: cred.Pid, Label: label,
+		UID: cred.Uid, GID: cred.Gid, PID: cred.Pid, Groups: groups, Label: label,
 	}, nil
 }
 

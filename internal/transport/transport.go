@@ -47,6 +47,9 @@ type Peer struct {
 	UID, GID uint32
 	PID      int32
 
+	// Groups are the supplementary groups of a Unix peer when it connected.
+	Groups []uint32
+
 	// Label is the SELinux context of a Unix peer, or "".
 	Label string
 

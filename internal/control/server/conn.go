@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 	"golang.org/x/sys/unix"
 )
 
@@ -86,7 +87,7 @@ func (s *Server) admit(c net.Conn) (*conn, error) {
 		return nil, err
 	}
 	a := NoAccess
-	if p.UID != overflowID {
+	if p.UID != transport.OverflowID {
 		a = s.authorize(p)
 	}
 	if a != Read && a != Change {

@@ -1,15 +1,13 @@
 package server
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"slices"
-	"syscall"
 
 	"github.com/mdlayher/socket"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,10 +34,6 @@ type Peer struct {
 // Authorizer says what a peer may do. It must not wait for anything.
 type Authorizer func(Peer) Access
 
-// overflowID stands for every user that this user namespace does not know
-// (user_namespaces(7)), and thus for nobody in particular.
-const overflowID = 65534
-
 // Rules are an Authorizer's lists of users and groups. A peer has a group if it
 // is its primary or one of its supplementary ones.
 type Rules struct {
@@ -59,8 +53,7 @@ func (r *Rules) Access(p Peer) Access {
 }
 
 func has(p Peer, users, groups []uint32) bool {
-	return slices.Contains(users, p.UID) || slices.Contains(groups, p.GID) && p.GID != overflowID ||
-		slices.ContainsFunc(p.Groups, func(g uint32) bool { return g != overflowID && slices.Contains(groups, g) })
+	return slices.Contains(users, p.UID) || transport.IsMember(p.GID, p.Groups, groups)
 }
 
 // peerOf asks the kernel, and switches off what an inherited listening socket
@@ -101,15 +94,6 @@ func credentials(fd int) (Peer, int, error) {
 	return Peer{UID: cred.Uid, GID: cred.Gid, PID: cred.Pid}, dup, err
 }
 
-// words reads an array of gid_t.
-func words(b []byte) []uint32 {
-	out := make([]uint32, 0, len(b)/4)
-	for ; len(b) >= 4; b = b[4:] {
-		out = append(out, binary.NativeEndian.Uint32(b))
-	}
-	return out
-}
-
 // peerGroups closes fd.
 func peerGroups(fd int) ([]uint32, error) {
 	s, err := socket.New(fd, "control")
@@ -117,16 +101,5 @@ func peerGroups(fd int) ([]uint32, error) {
 		return nil, err
 	}
 	defer s.Close()
-	for _, n := range []int{256, limits.ControlPeerGroups} {
-		b := make([]byte, 4*n)
-		got, err := s.GetsockoptBytes(unix.SOL_SOCKET, unix.SO_PEERGROUPS, b)
-		if errors.Is(err, syscall.ERANGE) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		return words(b[:got]), nil
-	}
-	return nil, syscall.ERANGE
+	return transport.PeerGroups(s)
 }
