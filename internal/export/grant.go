@@ -62,7 +62,7 @@ func (g *Grant) hasAddress(p *transport.Peer) bool {
 		return false
 	}
 	a, err := netip.ParseAddrPort(p.Addr)
-	if err != nil {
+	if err != nil || a.Addr().Is4In6() && a.Addr().Zone() != "" { // zones are for IPv6 (RFC 4007)
 		return false
 	}
 	ip := a.Addr().Unmap().WithZone("")
