@@ -56,7 +56,7 @@ type raw struct {
 	log, run                     string
 	exitWithParent, printURI     bool
 	tls, certificates, psk       string
-	verifyPeer                   bool
+	verifyPeer, plaintext        bool
 	mask                         string
 	noSR, noMC                   bool
 	format, cache, lock, engine  string
@@ -112,6 +112,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.StringVar(&r.certificates, "tls-certificates", "/etc/pki/vmdiskd", "`DIRECTORY` with ca-cert.pem, server-cert.pem, server-key.pem, ca-crl.pem")
 	f.StringVar(&r.psk, "tls-psk", "", "`FILE` of pre-shared keys, as psktool writes it; without --tls-certificates there are no certificates then")
 	f.BoolVar(&r.verifyPeer, "tls-verify-peer", false, "demand a client certificate (the default when there is a ca-cert.pem)")
+	f.BoolVar(&r.plaintext, "insecure-plaintext", false, "serve networks over TCP without encryption")
 	f.BoolVarP(&r.newstyle, "newstyle", "n", false, "speak the newstyle protocol (the default)")
 	f.BoolVarP(&r.oldstyle, "oldstyle", "o", false, "speak the oldstyle protocol")
 	f.StringVar(&r.mask, "mask-handshake", "", "`MASK` of the handshake flags that may be offered (for tests of clients)")
@@ -274,8 +275,8 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		},
 		Stdio: r.single, Engine: r.engine, Oldstyle: r.oldstyle,
 		NoStructured: r.noSR, NoMeta: r.noMC,
-		TLSCertificates: r.certificates,
-		Handshake:       r.timeout, Drain: r.drain,
+		TLSCertificates: r.certificates, InsecurePlaintext: r.plaintext,
+		Handshake: r.timeout, Drain: r.drain,
 		User: r.user, Group: r.group, PIDFile: r.pidfile, Run: r.run,
 		Confine: confine.Mode(r.confine), Handed: r.handed,
 		ExitWithParent: r.exitWithParent, PrintURI: r.printURI, Stdout: os.Stdout,
@@ -400,6 +401,10 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--vsock-local goes with --vsock")
 	case r.trustCID && !r.vsock && !passed:
 		return usagef("--vsock-trust-cid goes with --vsock, and with a socket that systemd passes")
+	case r.plaintext && (r.single || r.vsock || r.unix != ""):
+		return usagef("--insecure-plaintext goes with TCP")
+	case r.plaintext && r.confine == string(confine.Strict):
+		return usagef("--confine=strict excludes --insecure-plaintext")
 	case r.single:
 		return nil
 	}

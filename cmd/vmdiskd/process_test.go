@@ -635,7 +635,7 @@ func TestCommandGetsTheAddressOfItsDisk(t *testing.T) {
 		name, want string
 		args       []string
 	}{
-		{"everywhere", "nbd:localhost:", nil},
+		{"everywhere", "nbd:localhost:", []string{"--insecure-plaintext"}},
 		{"IPv4", "nbd:127.0.0.2:", []string{"-i", "127.0.0.2"}},
 		{"IPv6", "nbd:[::1]:", []string{"-i", "::1"}},
 	} {

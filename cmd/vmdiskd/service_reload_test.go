@@ -113,7 +113,7 @@ func TestListenerTakesTheAddressOfAnother(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all := "[[listener]]\nuri = \"nbd://0.0.0.0:" + port + "\"\n"
+	all := "[[listener]]\nuri = \"nbd://0.0.0.0:" + port + "\"\ninsecure-plaintext = true\n"
 	own := exportA + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
 	s := newService(t, one+own)
 	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))

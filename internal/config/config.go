@@ -88,6 +88,10 @@ type Listener struct {
 	// TLS is "off", "on" (clients may encrypt) or "require".
 	TLS string `toml:"tls" json:"tls,omitempty"`
 
+	// InsecurePlaintext lets clients come from networks, at a TCP address that
+	// is not of the loopback, without encryption.
+	InsecurePlaintext bool `toml:"insecure-plaintext" json:"insecure-plaintext,omitempty"`
+
 	// Exports are the names that can be seen here; none for all that name no
 	// listener of their own.
 	Exports []string `toml:"exports" json:"exports,omitempty"`

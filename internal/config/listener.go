@@ -162,8 +162,16 @@ func socketPath(u *url.URL) (string, error) {
 	return path, nil
 }
 
-// check looks at one listener that has its defaults.
-func (l *Listener) check(k checker) {
+// exposed tells whether a is a TCP address that networks reach. What a name
+// stands for is known when the listener is opened.
+func (a address) exposed() bool {
+	ip, err := netip.ParseAddr(a.host)
+	return a.kind == "tcp" && err == nil && !ip.IsLoopback()
+}
+
+// check looks at one listener that has its defaults. encrypted tells that what
+// is found there demands TLS.
+func (l *Listener) check(k checker, encrypted bool) {
 	k.word("tls", l.TLS, "off", "on", "require")
 	a, err := parseAddress(l.URI)
 	if err != nil {
@@ -172,6 +180,12 @@ func (l *Listener) check(k checker) {
 	}
 	if strings.HasPrefix(l.scheme(), "nbds") && l.TLS != "require" {
 		k.fail("tls: the scheme of the uri demands require")
+	}
+	if a.exposed() && l.TLS != "require" && !encrypted && !l.InsecurePlaintext {
+		k.fail("uri: %q is open to networks in plaintext: %s", cut(l.URI), NeedTLS)
+	}
+	if l.InsecurePlaintext && a.kind != "tcp" && a.kind != "systemd" {
+		k.fail("insecure-plaintext is for TCP")
 	}
 	if a.kind == "unix" {
 		k.mode(l.Mode)
@@ -182,6 +196,9 @@ func (l *Listener) check(k checker) {
 		k.fail("mode, owner and labels are for Unix sockets")
 	}
 }
+
+// NeedTLS is what can be done about a listener that networks reach in plaintext.
+const NeedTLS = `say tls = "require", or insecure-plaintext = true`
 
 // countListeners counts those of exports too.
 func (c *Config) countListeners() int {
@@ -195,8 +212,8 @@ func (c *Config) countListeners() int {
 // checkListeners looks at all listeners, and whether two want one address.
 func (c *Config) checkListeners(k checker) {
 	taken := map[address]string{}
-	check := func(l *Listener, in checker) {
-		l.check(in)
+	check := func(l *Listener, in checker, encrypted bool) {
+		l.check(in, encrypted)
 		a, err := parseAddress(l.URI)
 		if err != nil || a.port == "0" { // the kernel chooses another port for each
 			return
@@ -213,7 +230,7 @@ func (c *Config) checkListeners(k checker) {
 	}
 	for i := range c.Listeners {
 		in := k.in("listener %d", i+1)
-		check(&c.Listeners[i], in)
+		check(&c.Listeners[i], in, false)
 		c.checkNamed(&c.Listeners[i], in, names)
 	}
 	for i := range c.Exports {
@@ -221,7 +238,7 @@ func (c *Config) checkListeners(k checker) {
 		secret := e.RequireTLS && len(e.Listeners) > 0
 		for j := range e.Listeners {
 			in := k.export(e, i).in("listener %d", j+1)
-			check(&e.Listeners[j], in)
+			check(&e.Listeners[j], in, e.RequireTLS)
 			if len(e.Listeners[j].Exports) > 0 {
 				in.fail("exports: here is only the one")
 			}

@@ -56,6 +56,7 @@ exports = ["a"]
 
 [[listener]]
 uri = "nbds://[::]:10810"
+insecure-plaintext = true
 
 [rate-group.Gold]
 bytes = "100M"
@@ -149,12 +150,12 @@ func TestEveryKeyIsRead(t *testing.T) {
 	for name := range zeroFields(reflect.ValueOf(*c), "") {
 		switch {
 		case strings.HasPrefix(name, "Exports.Listeners."), strings.HasPrefix(name, "Exports.Grants."),
-			name == "TLS.VerifyPeer", name == "Exports.Window.Offset", name == "Exports.Window.Length":
+			name == "TLS.VerifyPeer", name == "Listeners.InsecurePlaintext", name == "Exports.Window.Offset", name == "Exports.Window.Length":
 		default:
 			t.Errorf("%s was not read, or is not in the test's file", name)
 		}
 	}
-	if c.Exports[0].Rate.Bytes != 1<<20 || c.Exports[0].Rate.Burst != config.Duration(100*time.Millisecond) ||
+	if !c.Listeners[1].InsecurePlaintext || c.Exports[0].Rate.Bytes != 1<<20 || c.Exports[0].Rate.Burst != config.Duration(100*time.Millisecond) ||
 		c.Exports[1].Window.Length != 2<<20 || c.Groups["Gold"].Bytes != 100<<20 || *c.TLS.VerifyPeer ||
 		c.Groups["with a space"].Ops != 5 || c.Exports[0].Grants[1].CIDs[1] != 4 ||
 		c.Exports[0].Grants[0].SELinuxTypes[1] != "svirt_tcg_t" || c.Exports[0].Grants[0].SELinuxLevel != "s0:c1,c2" {

@@ -224,7 +224,7 @@ func (e *Export) Validate(s Scope) error {
 	e.check(in, s)
 	if k.most("listener", len(e.Listeners), limits.ConfigListeners) {
 		for i := range e.Listeners {
-			e.Listeners[i].check(in.in("listener %d", i+1))
+			e.Listeners[i].check(in.in("listener %d", i+1), e.RequireTLS)
 		}
 	}
 	return k.err()

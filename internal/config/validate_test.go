@@ -44,7 +44,7 @@ func texts(t testing.TB, err error) []string {
 // good are valid, and bad what the problem begins with.
 var (
 	goodListeners = []string{
-		"nbd://127.0.0.1:10809", "nbd://[::1]", "nbd://[fe80::1%25eth0]:1", "nbds://host.example:0", "NBD://a", "nbd://a/",
+		"nbd://127.0.0.1:10809", "nbd://[::1]", "nbds://[fe80::1%25eth0]:1", "nbds://host.example:0", "NBD://a", "nbd://a/",
 		"nbd+unix:///?socket=/run/a", "nbd+unix:///?socket=/run/a+b%20c", "nbds+unix://?socket=/s",
 		"nbd+vsock://3:70000", "nbd+vsock://:1", "nbd+vsock://4294967295",
 		"systemd:nbd", "systemd:vmdiskd@vm1.socket", "systemd:a,b", "systemd:" + strings.Repeat("a", 255),
@@ -63,6 +63,34 @@ var (
 		"nbd://" + strings.Repeat("a", 10000): "it is too long",
 	}
 )
+
+// TestPlaintextForNetworksIsAskedFor: TLS may also be demanded by what is found
+// at the listener alone. What a name stands for is not known here.
+func TestPlaintextForNetworksIsAskedFor(t *testing.T) {
+	const export = "[[export]]\nname = \"a\"\nimage = \"/a\"\n"
+	for _, tt := range []struct {
+		host string
+		open bool
+	}{
+		{"127.0.0.1", false}, {"127.1.2.3", false}, {"[::1]", false}, {"[::ffff:127.0.0.1]", false}, {"host.example", false},
+		{"0.0.0.0", true}, {"[::]", true}, {"192.0.2.1", true}, {"[::ffff:192.0.2.1]", true}, {"[fe80::1%25eth0]", true},
+	} {
+		uri := "uri = \"nbd://" + tt.host + "\"\n"
+		for text, refused := range map[string]bool{
+			"[[listener]]\n" + uri:                                                        tt.open,
+			"[[listener]]\n" + uri + "tls = \"on\"\n":                                     tt.open,
+			"[[listener]]\n" + uri + "tls = \"require\"\n":                                false,
+			"[[listener]]\n" + uri + "insecure-plaintext = true\n":                        false,
+			export + "[[export.listener]]\n" + uri + "tls = \"on\"\n":                     tt.open,
+			export + "require-tls = true\n[[export.listener]]\n" + uri + "tls = \"on\"\n": false,
+		} {
+			got := texts(t, parsed(t, text).Validate())
+			if refused != (len(got) == 1 && strings.Contains(got[0], "is open to networks in plaintext")) || !refused && got != nil {
+				t.Errorf("%s: got %q, want it refused: %v", text, got, refused)
+			}
+		}
+	}
+}
 
 func TestListenerURIs(t *testing.T) {
 	check := func(uri string) []string {
@@ -118,12 +146,16 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 		{"[[listener]]\nuri = \"nbd://a\"\nselinux-label = \"u:r:t:s0\"", "listener 1: mode, owner and labels are for"},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nselinux-label = \"svirt_t\"", `listener 1: selinux-label: "svirt_t" is not an SELinux context`},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nselinux-path-label = \"u:r:t:s0:c1024\"", `listener 1: selinux-path-label: "u:r:t:s0:c1024" is not`},
+		{"[[listener]]\nuri = \"nbd://1.2.3.4\"", `listener 1: uri: "nbd://1.2.3.4" is open to networks in plaintext: say tls = "require", or insecure-plaintext = true`},
+		{"[[listener]]\nuri = \"nbd://[::]\"\ntls = \"on\"", `listener 1: uri: "nbd://[::]" is open to networks`},
+		{a + "[[export.listener]]\nuri = \"nbd://0.0.0.0:0\"", in(", listener 1") + `uri: "nbd://0.0.0.0:0" is open to networks`},
+		{"[[listener]]\nuri = \"nbd+vsock://2\"\ninsecure-plaintext = true", `listener 1: insecure-plaintext is for TCP`},
 		{"[[listener]]\nuri = \"nbd://a\"\ntls = \"yes\"", `listener 1: tls: "yes"`},
 		{"[[listener]]\nuri = \"NBDS://a\"\ntls = \"on\"", "listener 1: tls: the scheme"},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nmode = \"rw\"", `listener 1: mode: "rw"`},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nowner = \"a b\"", `listener 1: owner: "a b"`},
 		{"[[listener]]\nuri = \"nbd://a\"\nexports = [\"x\"]", `listener 1: exports: there is none that is called "x"`},
-		{"[[listener]]\nuri = \"nbd://1.2.3.4\"\n[[listener]]\nuri = \"nbds://[::ffff:1.2.3.4]:10809\"", `listener 2: uri: "nbds://[::ffff:1.2.3.4]:10809" is the address of listener 1 too`},
+		{"[[listener]]\nuri = \"nbd://1.2.3.4\"\ninsecure-plaintext = true\n[[listener]]\nuri = \"nbds://[::ffff:1.2.3.4]:10809\"", `listener 2: uri: "nbds://[::ffff:1.2.3.4]:10809" is the address of listener 1 too`},
 		{"[[listener]]\nuri = \"nbd+vsock://0\"\n[[listener]]\nuri = \"nbd+vsock://4294967295:10809\"", `listener 2: uri: `},
 		{"[[listener]]\nuri = \"nbd://h\"\n" + a + "[[export.listener]]\nuri = \"nbd://H:10809\"", `export "a", listener 1: uri: "nbd://H:10809" is the address of listener 1 too`},
 		{a + "[[export.listener]]\nuri = \"nbd://h\"\nexports = [\"a\"]", in(", listener 1") + "exports: here is only the one"},

@@ -45,6 +45,10 @@ type Config struct {
 	TLSCertificates string
 	TLSVerifyPeer   *bool // nil: verified when a CA is there
 
+	// InsecurePlaintext lets Endpoints and passed sockets be open to networks
+	// without TLS.
+	InsecurePlaintext bool
+
 	// TLSKeys is the file of the pre-shared keys, or "". With it
 	// TLSCertificates may be "": then there are no certificates.
 	TLSKeys string

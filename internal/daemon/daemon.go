@@ -238,14 +238,13 @@ func (d *daemon) listen() error {
 		if len(ls) == 0 {
 			return errors.New("LISTEN_FDS is set, but systemd passed no socket to this process: LISTEN_PID is another's, or there are none")
 		}
-		d.addDoors(ls)
-		if err := checkPassed(&d.cfg.Disk, ls); err != nil {
+		if err := errors.Join(d.addDoors(ls), checkPassed(&d.cfg.Disk, ls)); err != nil {
 			return err
 		}
 	}
 	if d.conf.Load() != nil {
 		for _, l := range d.conf.Load().Listeners {
-			list, err := d.openDoor(d.ctx, l)
+			list, err := d.openDoor(d.ctx, l, false)
 			if err != nil {
 				return err
 			}
@@ -257,7 +256,9 @@ func (d *daemon) listen() error {
 		if err != nil {
 			return err
 		}
-		d.addDoors(ls)
+		if err := d.addDoors(ls); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -286,10 +287,14 @@ func (d *daemon) listenAt(ctx context.Context, key string, e transport.Endpoint)
 }
 
 // addDoors takes listeners of the command line.
-func (d *daemon) addDoors(ls []transport.Listener) {
+func (d *daemon) addDoors(ls []transport.Listener) error {
 	for _, l := range ls {
 		d.doors.add(&door{Listener: l, tls: d.cfg.TLS})
 	}
+	if err := d.checkPlain(ls, d.cfg.TLS == nbd.TLSRequire, d.cfg.InsecurePlaintext); err != nil {
+		return fmt.Errorf("%w: say -i with a loopback address, or --tls=require, or --insecure-plaintext", err)
+	}
+	return nil
 }
 
 func (d *daemon) openExports() error {

@@ -127,7 +127,7 @@ func closeFiles(files []*os.File) {
 // openDoors listens where an export has addresses of its own.
 func (d *daemon) openDoors(ctx context.Context, x *config.Export) (list []*door, err error) {
 	for _, l := range x.Listeners {
-		more, err := d.openDoor(ctx, l)
+		more, err := d.openDoor(ctx, l, x.RequireTLS)
 		if err != nil {
 			d.closeDoors(list)
 			return nil, err

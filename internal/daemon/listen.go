@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -127,8 +128,9 @@ func (s *doors) remove(list []*door) {
 // tlsModes are the words of the configuration.
 var tlsModes = map[string]nbd.TLSMode{"": nbd.TLSOff, "off": nbd.TLSOff, "on": nbd.TLSOn, "require": nbd.TLSRequire}
 
-// openDoor listens where l says. Nothing is accepted yet.
-func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, error) {
+// openDoor listens where l says. Nothing is accepted yet. encrypted tells that
+// what is found there demands TLS.
+func (d *daemon) openDoor(ctx context.Context, l config.Listener, encrypted bool) ([]*door, error) {
 	mode, ok := tlsModes[l.TLS]
 	if !ok {
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
@@ -149,7 +151,27 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener) ([]*door, erro
 		o.show(l.Exports)
 		list = append(list, o)
 	}
+	if err := d.checkPlain(ls, encrypted || mode == nbd.TLSRequire, l.InsecurePlaintext); err != nil {
+		d.closeDoors(list)
+		return nil, fmt.Errorf("listener %q: %w: %s", l.URI, err, config.NeedTLS)
+	}
 	return list, nil
+}
+
+// checkPlain refuses listeners that networks reach, unless what passes there is
+// encrypted. insecure allows them, but not to a service that is to be confined
+// strictly.
+func (d *daemon) checkPlain(ls []transport.Listener, encrypted, insecure bool) error {
+	i := slices.IndexFunc(ls, transport.BeyondLoopback)
+	switch {
+	case i < 0 || encrypted:
+		return nil
+	case !insecure:
+		return fmt.Errorf("%s is open to networks in plaintext", ls[i].Addr())
+	case d.cfg.Confine == confine.Strict:
+		return fmt.Errorf("%s is open to networks in plaintext, which --confine=strict excludes", ls[i].Addr())
+	}
+	return nil
 }
 
 // endpointOf is where a listener of the configuration is.

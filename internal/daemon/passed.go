@@ -97,7 +97,7 @@ func keptName(l config.Listener, e transport.Endpoint) string {
 	if e.Kind != transport.Unix && e.Port == 0 {
 		return ""
 	}
-	l.Exports, l.TLS = nil, ""
+	l.Exports, l.TLS, l.InsecurePlaintext = nil, "", false
 	b, err := json.Marshal(l)
 	if err != nil {
 		return ""

@@ -115,7 +115,7 @@ func (d *daemon) lose(l config.Listener) {
 
 // share opens a listener that exports share. Nothing is accepted yet.
 func (d *daemon) share(ctx context.Context, l config.Listener) ([]*door, error) {
-	list, err := d.openDoor(ctx, l)
+	list, err := d.openDoor(ctx, l, false)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// BeyondLoopback tells whether networks reach l: a TCP socket with another
+// address than the loopback's.
+func BeyondLoopback(l Listener) bool {
+	if l.Kind() != TCP {
+		return false
+	}
+	at, err := netip.ParseAddrPort(l.Addr())
+	return err != nil || !at.Addr().IsLoopback()
+}
+
 // listenTCP binds every address of the endpoint with one port. If the kernel
 // picks the port, it may be taken in the other family: then all begins anew.
 func listenTCP(ctx context.Context, e Endpoint) ([]Listener, error) {
