@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/qmptest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -320,6 +322,18 @@ func TestHostileMachinesAreNoHarm(t *testing.T) {
 			c.Handshake()
 			c.Table(map[string]string{"query-block": `{"qdev": [1]}`}, nil)
 		}, qmp.ErrProtocol},
+		"answers somebody else": {func(c *qmptest.Conn) {
+			c.Handshake()
+			cmd, _ := c.Next()
+			cmd.ID = json.RawMessage("12345")
+			c.Return(cmd, "[]")
+			c.Hold()
+		}, qmp.ErrProtocol},
+		"never ends a line": {func(c *qmptest.Conn) {
+			c.Handshake()
+			c.Next()
+			flood(c, strings.Repeat("x", 64<<10))
+		}, qmp.ErrProtocol},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var notes []string
@@ -334,6 +348,36 @@ func TestHostileMachinesAreNoHarm(t *testing.T) {
 			}
 			if _, err := m.Resolve(ctx, "d0"); name != "another disk" && err == nil {
 				t.Error("a disk was found")
+			}
+		})
+	}
+}
+
+// flood sends the text again and again until the client goes.
+func flood(c *qmptest.Conn, text string) {
+	for {
+		if _, err := io.WriteString(c, text); err != nil {
+			return
+		}
+	}
+}
+
+// TestMachineThatAnswersNoQuestionIsGivenUp within the time of a question: a
+// command that changes something would have longer.
+func TestMachineThatAnswersNoQuestionIsGivenUp(t *testing.T) {
+	for name, script := range map[string]func(c *qmptest.Conn){
+		"falls silent":        func(c *qmptest.Conn) { c.Handshake(); c.Hold() },
+		"has events for all":  func(c *qmptest.Conn) { c.Handshake(); flood(c, `{"event": "NOISE", "data": {}}`+"\n") },
+		"stops within a line": func(c *qmptest.Conn) { c.Handshake(); c.Next(); io.WriteString(c, `{"return": [`); c.Hold() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := scripted(t, script, new([]string))
+			ctx, cancel := context.WithTimeout(t.Context(), limits.QMPChange-limits.QMPQuery)
+			defer cancel()
+			_, err := m.Attach(ctx, attach.Source{URI: "nbd+unix:///?socket=/none"}, attach.Options{ID: "d0", Model: qmp.VirtIOBlk})
+			if !errors.Is(err, qmp.ErrUnanswered) || ctx.Err() != nil {
+				t.Errorf("attach: got %v, and the test's patience: %v; want ErrUnanswered after %v", err, ctx.Err(), limits.QMPQuery)
 			}
 		})
 	}

@@ -5,7 +5,7 @@ import "time"
 // What a disk that is plugged into a guest may ask of QEMU.
 const (
 	// NBDOpen bounds open-timeout: blockdev-add answers after it, within
-	// QMPReply.
+	// QMPChange.
 	NBDOpen = 20 * time.Second
 
 	// NBDReconnect bounds reconnect-delay, for which a guest's requests wait.

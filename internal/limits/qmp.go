@@ -87,9 +87,16 @@ const (
 	// monitor that serves somebody else accepts and stays silent.
 	QMPDial = 5 * time.Second
 
-	// QMPReply bounds a command from sending to reply. blockdev-add waits
-	// for the server as long as its open-timeout, which is shorter.
-	QMPReply = 30 * time.Second
+	// QMPQuery bounds a command that only asks, from sending to reply. QEMU
+	// answers from memory, as soon as its main loop comes round: as with the
+	// negotiation, for which QMPDial is enough.
+	QMPQuery = 5 * time.Second
+
+	// QMPChange bounds any other command, and one that asks but waits behind
+	// such a one. blockdev-add waits for the server as long as its
+	// open-timeout, which is shorter; what changes nodes and devices waits
+	// for their requests in flight.
+	QMPChange = 30 * time.Second
 
 	// QMPRest bounds the rest of a line that has begun.
 	QMPRest = 30 * time.Second

@@ -304,6 +304,61 @@ func TestUnplugSeesADeviceGoWithoutItsEvent(t *testing.T) {
 	}
 }
 
+// TestUnplugOutlastsAQEMUThatIsBusy with the requests of the device: it answers
+// no question meanwhile, and the first is given up.
+func TestUnplugOutlastsAQEMUThatIsBusy(t *testing.T) {
+	t.Parallel()
+	m := dial(t, func(c *qmptest.Conn) {
+		c.Handshake()
+		if cmd, ok := c.Next(); ok {
+			c.Return(cmd, "{}")
+		}
+		first, _ := c.Next()
+		second, _ := c.Next()
+		for _, cmd := range []qmptest.Command{first, second} {
+			c.Return(cmd, `[{"name": "d0", "type": "child<virtio-blk-pci>"}]`)
+		}
+		c.Say(`{"event":"DEVICE_DELETED","data":{"device":"d0"}}`)
+		c.Hold()
+	})
+	if err := m.Unplug(testContext(t), "d0"); err != nil {
+		t.Errorf("unplug: %v", err)
+	}
+}
+
+// TestQuestionWaitsForTheChangeBeforeIt, which QEMU answers first, longer than a
+// monitor that owes no other answer has time.
+func TestQuestionWaitsForTheChangeBeforeIt(t *testing.T) {
+	t.Parallel()
+	asked, given := make(chan struct{}), make(chan struct{})
+	busy := dial(t, func(c *qmptest.Conn) {
+		c.Handshake()
+		change, _ := c.Next()
+		question, _ := c.Next()
+		close(asked)
+		<-given
+		c.Return(change, "{}")
+		c.Return(question, "1")
+		c.Hold()
+	})
+	silent := dial(t, func(c *qmptest.Conn) { c.Handshake(); c.Hold() })
+	ctx, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
+	defer cancel()
+	if _, err := busy.Execute(ctx, "blockdev-add", nil); !errors.Is(err, qmp.ErrUnanswered) {
+		t.Errorf("blockdev-add: got %v, want ErrUnanswered", err)
+	}
+	go func() {
+		defer close(given)
+		<-asked
+		if _, err := silent.Execute(testContext(t), "query-block", nil); !errors.Is(err, qmp.ErrUnanswered) {
+			t.Errorf("query-block of the silent one: got %v, want ErrUnanswered", err)
+		}
+	}()
+	if out, err := busy.Execute(testContext(t), "query-block", nil); err != nil || string(out) != "1" {
+		t.Errorf("query-block behind blockdev-add: %s, %v", out, err)
+	}
+}
+
 func TestUnplugOfAGuestThatIsSilent(t *testing.T) {
 	m := dial(t, func(c *qmptest.Conn) {
 		c.Handshake()

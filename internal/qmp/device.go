@@ -169,7 +169,7 @@ func (m *Monitor) unplug(ctx context.Context, id string, request func(context.Co
 			// The event may have been lost among others. The device leaves
 			// the tree a moment before it releases its block node, which the
 			// event comes after: once absent, it has another poll's time.
-			if err = absent(ctx, m, id); errors.Is(err, errGone) && absences == 0 {
+			if err = m.absent(ctx, id); errors.Is(err, errGone) && absences == 0 {
 				absences, err = 1, nil
 			}
 		}
@@ -183,11 +183,16 @@ func (m *Monitor) unplug(ctx context.Context, id string, request func(context.Co
 	return fmt.Errorf("device %q: %w", id, err)
 }
 
-// absent is errGone for a device that is not there, nil for one that is.
-func absent(ctx context.Context, x Executor, id string) error {
-	present, err := DevicePresent(ctx, x, id)
-	if err == nil && !present {
+// absent is errGone for a device that is not there, nil for one that is, or of
+// which QEMU says nothing yet: it waits for the device's requests, of which those
+// to a lost server take as long as its reconnect delay.
+func (m *Monitor) absent(ctx context.Context, id string) error {
+	present, err := DevicePresent(ctx, m, id)
+	switch {
+	case err == nil && !present:
 		return errGone
+	case errors.Is(err, ErrUnanswered) && m.Err() == nil:
+		return ctx.Err()
 	}
 	return err
 }

@@ -10,7 +10,9 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
+	"time"
 
 	upstream "github.com/digitalocean/go-qemu/qmp"
 
@@ -41,6 +43,7 @@ type Monitor struct {
 
 // call is a command without a reply. Nobody may be waiting for it.
 type call struct {
+	asks  bool
 	reply chan message // has room for the one reply
 }
 
@@ -253,13 +256,13 @@ func (m *Monitor) Disconnect() error { return m.Close() }
 // Execute sends a command with its arguments, a value that encodes to a JSON
 // object or nil, and returns what the reply holds. files go along as
 // descriptors and stay the caller's. Without an earlier deadline in ctx the
-// reply must come within limits.QMPReply.
+// reply must come within limits.QMPQuery or QMPChange, as the command is.
 //
 // QEMU's refusal is *Error. ErrUnanswered says that the command may still be
 // carried out; the monitor remains usable. ErrTooMany and ErrInvalid say that
 // it was not sent.
 func (m *Monitor) Execute(ctx context.Context, command string, arguments any, files ...*os.File) (json.RawMessage, error) {
-	ctx, cancel := context.WithTimeout(ctx, limits.QMPReply)
+	ctx, cancel := context.WithTimeout(ctx, m.patience(command))
 	defer cancel()
 	c, err := m.send(ctx, command, arguments, files)
 	if err != nil {
@@ -282,6 +285,28 @@ func (m *Monitor) Execute(ctx context.Context, command string, arguments any, fi
 	return nil, fmt.Errorf("%s: %w: %w", command, ErrUnanswered, ctx.Err())
 }
 
+// asks tells commands that change nothing, which QEMU answers at once.
+func asks(command string) bool {
+	return strings.HasPrefix(command, "query-") || command == "qom-list" || command == "qom-get" || command == "qmp_capabilities"
+}
+
+// patience is how long QEMU may take for a command that is sent now. It answers
+// in the order of the commands: a question waits for the changes before it, those
+// that nobody waits for any more included.
+func (m *Monitor) patience(command string) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !asks(command) {
+		return limits.QMPChange
+	}
+	for _, c := range m.pending {
+		if !c.asks {
+			return limits.QMPChange
+		}
+	}
+	return limits.QMPQuery
+}
+
 // send registers the command and writes it.
 func (m *Monitor) send(ctx context.Context, command string, arguments any, files []*os.File) (*call, error) {
 	select {
@@ -295,7 +320,7 @@ func (m *Monitor) send(ctx context.Context, command string, arguments any, files
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	id, c, conn, err := m.register()
+	id, c, conn, err := m.register(command)
 	if err != nil {
 		return nil, err
 	}
@@ -319,7 +344,7 @@ func (m *Monitor) send(ctx context.Context, command string, arguments any, files
 }
 
 // register makes room for the reply.
-func (m *Monitor) register() (string, *call, *net.UnixConn, error) {
+func (m *Monitor) register(command string) (string, *call, *net.UnixConn, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {
@@ -332,7 +357,7 @@ func (m *Monitor) register() (string, *call, *net.UnixConn, error) {
 	}
 	m.lastID++
 	id := strconv.FormatUint(m.lastID, 10)
-	c := &call{reply: make(chan message, 1)}
+	c := &call{asks: asks(command), reply: make(chan message, 1)}
 	m.pending[id] = c
 	return id, c, m.conn, nil
 }
