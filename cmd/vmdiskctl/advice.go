@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"syscall"
 
+	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 )
@@ -18,6 +19,8 @@ func advice(err error) string {
 		return socketAdvice(socket)
 	case errors.As(err, new(x509.UnknownAuthorityError)):
 		return "; --tls-certificates=FOLDER has the CA"
+	case errors.Is(err, attach.ErrOff):
+		return "; --config does that"
 	case errors.Is(err, format.ErrOther):
 		return "; if it is raw, say so: -f raw"
 	}

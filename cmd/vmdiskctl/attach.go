@@ -18,6 +18,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
 
 // machine is what disks are plugged into: attach.Machine or attach.Domain.
@@ -40,10 +41,12 @@ type vmFlags struct {
 	ctlFlags
 	via, agent string
 	libvirt    libvirtFlags
-	owner      string // of sockets for the machine, as its name says
-	asked      string // what find was asked last
-	found      string // and has found
-	notes      []string
+
+	live, config bool   // which state of a domain of libvirt is changed
+	owner        string // of sockets for the machine, as its name says
+	asked        string // what find was asked last
+	found        string // and has found
+	notes        []string
 }
 
 func (f *vmFlags) addVM(c *cobra.Command) {
@@ -52,6 +55,26 @@ func (f *vmFlags) addVM(c *cobra.Command) {
 	flagWords(c, "via", viaQMP, viaLibvirt)
 	n.StringVar(&f.agent, "agent", "", "`SOCKET` of the guest agent, for a VM that is a QMP socket")
 	f.libvirt.add(c)
+}
+
+// errNoConfig is for a machine that is not libvirt's.
+var errNoConfig = usage("--config is for a domain of libvirt: a machine over QMP has no configuration")
+
+// addScope adds the flags that say which state of a domain a disk is for.
+func (f *vmFlags) addScope(c *cobra.Command, live, config string) {
+	c.Flags().BoolVar(&f.live, "live", false, live)
+	c.Flags().BoolVar(&f.config, "config", false, config)
+}
+
+// scope is what those flags say; 0 where none does.
+func (f *vmFlags) scope() (in libvirtd.Scope) {
+	if f.live {
+		in |= libvirtd.Live
+	}
+	if f.config {
+		in |= libvirtd.Config
+	}
+	return in
 }
 
 // way is how to reach a VM that find has found: the path of a QMP socket has a
@@ -70,6 +93,9 @@ func (f *vmFlags) way(name string) string {
 func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close func(), err error) {
 	switch via := f.way(name); via {
 	case viaQMP:
+		if f.config {
+			return nil, nil, errNoConfig
+		}
 		q, err := f.overQMP(ctx, name)
 		if err != nil {
 			return nil, nil, err
@@ -265,6 +291,7 @@ type attachFlags struct {
 	serial    string
 	reconnect time.Duration
 	renew     bool
+	persist   bool
 	place     placeFlags
 	ofImage   *pflag.FlagSet // those that say how an image is served
 
@@ -303,7 +330,9 @@ that is attached as wanted stays as it is.`,
 	f.addDevice(c)
 	c.Flags().StringVar(&f.image.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
 	f.ofImage.AddFlag(c.Flags().Lookup("rate"))
-	c.Flags().BoolVar(&f.image.x.Persist, "persist", false, "keep it when the daemon ends, and in the configuration of a libvirt domain")
+	f.addScope(c, "plug it into the running domain of libvirt, the default where it runs; with --config into both",
+		"put it into the configuration of a libvirt domain only, for its next start, and keep the export when the daemon ends")
+	c.Flags().BoolVar(&f.persist, "persist", false, "keep it when the daemon ends, and in the configuration of a libvirt domain")
 	c.Flags().BoolVar(&f.renew, "keep-reconnect", false, "where libvirt forgets --reconnect, set it through libvirt's monitor, which marks the domain as tainted")
 	return c
 }
@@ -347,7 +376,7 @@ func (f *attachFlags) options(c *cobra.Command) (o attach.Options, err error) {
 	case f.reconnect < time.Second || f.reconnect > limits.NBDReconnect:
 		return o, usage("--reconnect: want %v to %v", time.Second, limits.NBDReconnect)
 	}
-	o = attach.Options{ID: f.target, Model: model, Serial: f.serial, Persist: f.image.x.Persist, Renew: f.renew}
+	o = attach.Options{ID: f.target, Model: model, Serial: f.serial, Persist: f.persist, Renew: f.renew}
 	if c.Flags().Changed("reconnect") {
 		o.Reconnect = f.reconnect
 	}
@@ -359,6 +388,9 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	if err != nil {
 		return err
 	}
+	if err := f.checkScope(); err != nil {
+		return err
+	}
 	found, err := f.find(vm)
 	if err != nil {
 		return err
@@ -366,6 +398,7 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	if err := f.checkWay(found, image); err != nil {
 		return err
 	}
+	f.image.x.Persist = f.persist || f.config // a configuration refers to it
 	s, err := f.source(c, found, image)
 	defer closeFiles(s.Files)
 	if err != nil {
@@ -376,13 +409,28 @@ func (f *attachFlags) attach(c *cobra.Command, vm, image string) error {
 	})
 }
 
+// checkScope refuses flags that contradict each other.
+func (f *attachFlags) checkScope() error {
+	switch {
+	case f.persist && f.scope() != 0:
+		return usage("--persist is --live and --config where the domain runs: give it alone")
+	case f.renew && f.config && !f.live:
+		return usage("--keep-reconnect is for the running domain, and --config leaves that as it is")
+	case f.config && f.image.send:
+		return usage("--config needs a path that the daemon may open, and excludes --fd")
+	}
+	return nil
+}
+
 // checkWay: what only libvirt can do is not ignored over QMP.
 func (f *attachFlags) checkWay(vm, image string) error {
 	switch {
 	case f.way(vm) != viaQMP:
+	case f.config:
+		return errNoConfig
 	case f.renew:
 		return usage("--keep-reconnect is for a domain of libvirt: over QMP nothing forgets the delay")
-	case f.image.x.Persist && (f.named || isURI(image)):
+	case f.persist && (f.named || isURI(image)):
 		return usage("--persist is for an image that the daemon is to serve, or for a domain of libvirt")
 	}
 	return nil
@@ -473,6 +521,9 @@ func newDetach() *cobra.Command {
 the disk in the machine, or what it was attached as: an image, a URI or an
 export.
 
+A libvirt domain that runs loses it in its configuration too, unless --live or
+--config says which alone: then what the other needs is served on.
+
 QEMU unplugs a disk that the guest has mounted. A guest agent is asked first if
 there is one. Once the guest has released the disk there is no way back: after
 an error run detach again.`,
@@ -488,6 +539,7 @@ an error run detach again.`,
 		},
 	})
 	f.addVM(c)
+	f.addScope(c, "only from the running domain of libvirt", "only from the configuration of a libvirt domain")
 	c.Flags().BoolVar(&force, "force", false, "do not ask the guest agent, and cut off other clients of the export")
 	return c
 }

@@ -15,9 +15,12 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/spf13/cobra"
+
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/qmptest"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -176,6 +179,39 @@ func TestNoFlagOfAttachIsIgnored(t *testing.T) {
 	want(t, exitUsage, "domain-xml", "--cache=none", "--target=vda", "none", "nbd://localhost/x")
 	for _, flag := range []string{"--persist", "--keep-reconnect"} {
 		want(t, exitFailed, "attach", "--libvirt-socket=/none/libvirt", flag, "domain", "nbd://localhost/x")
+	}
+}
+
+// TestStatesOfADomainAreTakenAtTheirWord: which of them a disk is for is not
+// guessed from flags that contradict each other, nor ignored where there is none.
+func TestStatesOfADomainAreTakenAtTheirWord(t *testing.T) {
+	for _, tt := range []struct {
+		line, says string
+	}{
+		{"attach --persist --live domain /image", "give it alone"},
+		{"attach --persist --config domain /image", "give it alone"},
+		{"attach --config --keep-reconnect domain /image", "--keep-reconnect is for the running domain"},
+		{"attach --config --fd domain /image", "excludes --fd"},
+		{"attach --config /none/qmp /image", "a machine over QMP has no configuration"},
+		{"attach --config --via=qmp none /image", "a machine over QMP has no configuration"},
+		{"detach --config /none/qmp vda", "a machine over QMP has no configuration"},
+		{"resize --config domain vda 1G", "there is no option --config"},
+	} {
+		if code, _, stderr := ctl(t, strings.Fields(tt.line)...); code != exitUsage || !strings.Contains(stderr, tt.says) {
+			t.Errorf("%s: exit code %d, want %d with %q: %s", tt.line, code, exitUsage, tt.says, stderr)
+		}
+	}
+	for _, line := range []string{"attach --live --config --keep-reconnect domain nbd://localhost/x", "attach --config domain nbd://localhost/x", "detach --live --config domain vda"} {
+		want(t, exitFailed, append(strings.Fields(line), "--libvirt-socket=/none/libvirt")...)
+	}
+	for flags, in := range map[string]libvirtd.Scope{"": 0, "--live": libvirtd.Live, "--config": libvirtd.Config, "--live --config": libvirtd.Live | libvirtd.Config} {
+		f := &vmFlags{}
+		c := &cobra.Command{}
+		f.addScope(c, "", "")
+		must(t, c.ParseFlags(strings.Fields(flags)))
+		if got := f.scope(); got != in {
+			t.Errorf("%q: scope %b, want %b", flags, got, in)
+		}
 	}
 }
 

@@ -53,6 +53,6 @@ func (f *vmFlags) overLibvirt(ctx context.Context, name string) (*attach.Domain,
 	if err != nil {
 		return nil, nil, errors.Join(err, s.Close())
 	}
-	m := &attach.Domain{Session: s, Domain: d, Server: server, Note: f.note}
+	m := &attach.Domain{Session: s, Domain: d, Server: server, Scope: f.scope(), Note: f.note}
 	return m, func() { _ = s.Close() }, nil // nothing waits for a reply
 }

@@ -28,11 +28,18 @@ var ErrLibvirt = errors.New("libvirt has no way to it")
 // it will run it as: its QEMU could not connect.
 var ErrUnowned = errors.New("the socket would be the daemon's own")
 
+// ErrOff is for what only a running domain can be given.
+var ErrOff = errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
+
 // Domain is a machine that libvirt runs.
 type Domain struct {
 	Session *libvirtd.Session
 	Domain  libvirtd.Domain
 	Server  *client.Client // nil: only disks of other servers
+
+	// Scope is where a disk is attached and detached. 0 is the running machine
+	// for Attach, with Options.Persist the configuration too, and both for Detach.
+	Scope libvirtd.Scope
 
 	// Note is as Machine's.
 	Note func(text string)
@@ -168,22 +175,20 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if s.Owner == "" {
 		s.Owner = cmp.Or(ownerOf(all[libvirtd.Live]), ownerOf(all[libvirtd.Config]))
 	}
-	if err := s.setLabels(all[libvirtd.Live], d.SELinux); err != nil {
+	scope, err := d.scope(o.Persist)
+	if err != nil {
+		return nil, err
+	}
+	machine := all[libvirtd.Live]
+	if scope&libvirtd.Live == 0 {
+		machine = nil // the next start may have other categories
+	}
+	if err := s.setLabels(machine, d.SELinux); err != nil {
 		return nil, err
 	}
 	v, err := s.serve(ctx, d.Server, d.Domain.UUID, DiskID(s.name()))
 	if err != nil {
 		return nil, err
-	}
-	scope := libvirtd.Scope(0)
-	if d.Domain.Active {
-		scope |= libvirtd.Live
-	}
-	if o.Persist {
-		scope |= libvirtd.Config
-	}
-	if scope == 0 {
-		return nil, errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
 	}
 	if !d.Domain.Active && s.Image != "" && s.Owner == "" && s.Mode == "" {
 		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
@@ -212,6 +217,32 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	plan.Steps = append(append(v.steps, give), renew...)
 	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, o.Renew))
 	return plan, nil
+}
+
+// scope is where Attach puts a disk.
+func (d *Domain) scope(persist bool) (libvirtd.Scope, error) {
+	scope := d.Scope
+	if scope == 0 && d.Domain.Active {
+		scope = libvirtd.Live
+	}
+	if persist {
+		scope |= libvirtd.Config
+	}
+	if scope == 0 || scope&libvirtd.Live != 0 && !d.Domain.Active {
+		return 0, ErrOff
+	}
+	return scope, nil
+}
+
+// whereText says for people where a scope is.
+func whereText(scope libvirtd.Scope) string {
+	switch scope {
+	case libvirtd.Live:
+		return "the running domain"
+	case libvirtd.Config:
+		return "the domain's configuration"
+	}
+	return "the running domain and its configuration"
 }
 
 // number gives a disk a serial number, by which its guest is asked for it.
@@ -269,7 +300,7 @@ type gift struct {
 // step gives the domain the disk of the plan.
 func (g *gift) step(plan *Plan) Step {
 	return Step{
-		Name: fmt.Sprintf("give the domain disk %s, on bus %s, from %s", g.disk.Target.Dev, g.disk.Target.Bus, g.uri),
+		Name: fmt.Sprintf("give %s disk %s, on bus %s, from %s", whereText(g.scope), g.disk.Target.Dev, g.disk.Target.Bus, g.uri),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
@@ -390,6 +421,9 @@ func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.
 	return []Step{open, r.swapStep(), r.returnStep(), r.restoreStep(), r.endStep()}
 }
 
+// forgotten is the note of a libvirt that keeps no delay.
+const forgotten = "libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again"
+
 func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope, renewed bool) Step {
 	return Step{
 		Name: "see the disk in libvirt's description",
@@ -408,8 +442,10 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 			case libvirtd.ReconnectDelay(there) > 0:
 			case renewed && in&libvirtd.Live != 0:
 				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do; QEMU has it until the machine's next start")
+			case scope&libvirtd.Live == 0:
+				d.note(forgotten)
 			default:
-				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again. --keep-reconnect sets it in QEMU, through libvirt's monitor")
+				d.note(forgotten + ". --keep-reconnect sets it in QEMU, through libvirt's monitor")
 			}
 			return false, nil
 		},
@@ -517,13 +553,29 @@ func (s states) targets(fits func(transport.URI) bool) (found []string) {
 	return found
 }
 
+// within are those descriptions that are of the scope, all if it is 0.
+func (s states) within(scope libvirtd.Scope) states {
+	some := states{}
+	for one, x := range s {
+		if scope == 0 || scope&one != 0 {
+			some[one] = x
+		}
+	}
+	return some
+}
+
 // find is the NBD disk with the target, and where it is.
 func (d *Domain) find(ctx context.Context, target string) (libvirtd.Scope, *libvirtxml.DomainDisk, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
 		return 0, nil, err
 	}
-	in, disk := all.scope(isTarget(target))
+	return all.find(target)
+}
+
+// find is as Domain's.
+func (s states) find(target string) (libvirtd.Scope, *libvirtxml.DomainDisk, error) {
+	in, disk := s.scope(isTarget(target))
 	if disk != nil && source(disk).Kind == "" {
 		return 0, nil, fmt.Errorf("%w: disk %q of the domain is not from an NBD server", ErrDiffers, target)
 	}
@@ -552,16 +604,22 @@ func (d *Domain) serving(ctx context.Context, target, named string) (libvirtd.Sc
 	return in, disk, named, nil
 }
 
-// Detach is as Machine's, of the running machine and of its configuration. Of a
-// disk that neither has it removes the export.
+// Detach is as Machine's, of the running machine and of its configuration, or of
+// those that are in the Scope: then the export stays for the other that has the
+// disk. Of a disk that neither has it removes the export.
 func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, error) {
-	in, disk, err := d.find(ctx, target)
+	all, err := d.describe(ctx)
+	if err != nil {
+		return nil, err
+	}
+	in, disk, err := all.within(d.Scope).find(target)
 	if err != nil {
 		return nil, err
 	}
 	plan := &Plan{Aim: fmt.Sprintf("detach %s from domain %q", target, d.Domain.Name), Disk: target}
 	if disk == nil {
-		if m := d.machine(nil); m.serves(ctx, target) {
+		_, other := all.scope(isTarget(target))
+		if m := d.machine(nil); other == nil && m.serves(ctx, target) {
 			plan.Steps = []Step{m.removeStep(ExportName(m.Name, target), force)}
 		}
 		return plan, nil
@@ -571,28 +629,37 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	if own && d.Server == nil {
 		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
 	}
-	m, err := d.running(ctx)
-	if err != nil {
-		return nil, err
-	}
+	m := d.machine(all[libvirtd.Live])
 	if !force && in&libvirtd.Live != 0 {
 		plan.Steps = append(plan.Steps, Step{
 			Name: "see that the guest does not use the disk, if an agent answers",
 			Do:   func(ctx context.Context) (bool, error) { return false, d.unused(ctx, m, target) },
 		})
 	}
-	plan.Steps = append(plan.Steps, Step{
-		Name:  fmt.Sprintf("have the guest release disk %s, from %s", target, uri),
-		Final: true,
-		Do: func(ctx context.Context) (bool, error) {
-			err := d.detach(ctx, disk, uri, in)
-			return err == nil, err
-		},
-	})
-	if own {
+	plan.Steps = append(plan.Steps, d.takeStep(disk, uri, in))
+	if has, _ := all.scope(from(uri)); own && has&^in == 0 {
 		plan.Steps = append(plan.Steps, m.removeStep(uri.Export, force))
 	}
 	return plan, nil
+}
+
+// takeStep takes the disk out of the states that the scope has.
+func (d *Domain) takeStep(disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) Step {
+	name := fmt.Sprintf("take disk %s out of the domain's configuration, from %s", disk.Target.Dev, uri)
+	if scope&libvirtd.Live != 0 {
+		name = fmt.Sprintf("have the guest release disk %s, from %s", disk.Target.Dev, uri)
+	}
+	if scope == libvirtd.Live|libvirtd.Config {
+		name += ", and take it out of the domain's configuration"
+	}
+	return Step{
+		Name:  name,
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			err := d.detach(ctx, disk, uri, scope)
+			return err == nil, err
+		},
+	}
 }
 
 // Resize is as Machine's. While the domain runs the plan, not its making, goes

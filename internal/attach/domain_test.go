@@ -166,6 +166,94 @@ func diskOfADomain(t *testing.T, h *host) {
 	}
 }
 
+// TestDiskOfADomainIsInOneStateAlone takes a disk into the configuration and out
+// of it while the domain runs, without its guest, and the other way round. The
+// export lasts as long as either has the disk, and from the first that the
+// configuration has it past the daemon's end.
+func TestDiskOfADomainIsInOneStateAlone(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	plain := h.source(h.image(t, "disk", diskSize))
+	keep := plain
+	keep.Add.Persist = true
+	const both = libvirtd.Live | libvirtd.Config
+	give := func(scope libvirtd.Scope, s attach.Source) (*attach.Plan, error) {
+		h.Scope = scope
+		return h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	}
+	take := func(scope libvirtd.Scope) (*attach.Plan, error) {
+		h.Scope = scope
+		return h.Detach(ctx, "sda", false)
+	}
+	for _, tt := range []struct {
+		name string
+		plan func() (*attach.Plan, error)
+		says string
+		want libvirtd.Scope
+	}{
+		{"into the configuration", func() (*attach.Plan, error) { return give(libvirtd.Config, keep) }, "give the domain's configuration disk sda", libvirtd.Config},
+		{"into the machine", func() (*attach.Plan, error) { return give(libvirtd.Live, plain) }, "give the running domain disk sda", both},
+		{"out of the configuration", func() (*attach.Plan, error) { return take(libvirtd.Config) }, "take disk sda out of the domain's configuration", libvirtd.Live},
+		{"into the configuration beside the machine", func() (*attach.Plan, error) { return give(libvirtd.Config, keep) }, "give the domain's configuration disk sda", both},
+		{"out of the machine", func() (*attach.Plan, error) { return take(libvirtd.Live) }, "have the guest release disk sda", libvirtd.Config},
+		{"out of the machine that has it no more", func() (*attach.Plan, error) { return take(libvirtd.Live) }, "", libvirtd.Config},
+		{"out of the configuration, which is the last", func() (*attach.Plan, error) { return take(libvirtd.Config) }, "remove export", 0},
+		{"into both", func() (*attach.Plan, error) { return give(both, keep) }, "give the running domain and its configuration disk sda", both},
+		{"out of both", func() (*attach.Plan, error) { return take(both) }, "and take it out of the domain's configuration", 0},
+	} {
+		for _, first := range []bool{true, false} {
+			p, err := tt.plan()
+			must(t, err)
+			var text strings.Builder
+			must(t, p.Print(&text))
+			if changed := do(t, p, nil); changed != (first && tt.says != "") || first && !strings.Contains(text.String(), tt.says) {
+				t.Errorf("%s: changed %v, the first time %v, by the plan, which should say %q:\n%s", tt.name, changed, first, tt.says, text.String())
+			}
+		}
+		if got := h.states(t); got != tt.want {
+			t.Errorf("%s: the disk is in %b, want %b", tt.name, got, tt.want)
+		}
+		list, err := h.service.Exports(ctx)
+		must(t, err)
+		if len(list) > 1 || (len(list) == 1) != (tt.want != 0) || len(list) == 1 && list[0].Origin != "state" {
+			t.Errorf("%s: exports %+v", tt.name, list)
+		}
+	}
+	h.wantNothing(t)
+}
+
+// states are those that have a disk, as virsh says.
+func (h *host) states(t *testing.T) (in libvirtd.Scope) {
+	t.Helper()
+	for scope, more := range map[libvirtd.Scope][]string{libvirtd.Live: nil, libvirtd.Config: {"--inactive"}} {
+		if strings.Contains(h.Virsh(t, append([]string{"dumpxml", "--domain=" + domainName}, more...)...), "<disk") {
+			in |= scope
+		}
+	}
+	return in
+}
+
+// TestDiskForTheConfigurationThatFailsLeavesNothing: the user interrupts after
+// each step.
+func TestDiskForTheConfigurationThatFailsLeavesNothing(t *testing.T) {
+	h := startHost(t)
+	h.Scope = libvirtd.Config
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	for at := 0; ; at++ {
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+		must(t, err)
+		if at == len(p.Steps)-1 {
+			break
+		}
+		if err := interrupted(ctx, p, at); !errors.Is(err, context.Canceled) || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("interrupted at %q: %v", p.Steps[at].Name, err)
+		}
+		h.wantNothing(t)
+	}
+}
+
 // nodes are the machine's by libvirt's monitor, with their sizes.
 func (h *host) nodes(t *testing.T) (text string) {
 	t.Helper()
@@ -321,6 +409,11 @@ func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
 	h.Domain.Domain, err = h.Session.Lookup(ctx, domainName)
 	must(t, err)
 	image := h.image(t, "disk", diskSize)
+	h.Scope = libvirtd.Live
+	if _, err := h.Attach(ctx, h.source(image), attach.Options{}); !errors.Is(err, attach.ErrOff) {
+		t.Errorf("into the machine: got %v, want ErrOff", err)
+	}
+	h.Scope = 0
 	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
 	if _, err := h.Attach(ctx, h.lab.source(image), o); !errors.Is(err, attach.ErrUnowned) {
 		t.Errorf("without an owner: got %v, want ErrUnowned", err)

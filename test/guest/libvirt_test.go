@@ -126,7 +126,8 @@ func usesDisksOf(t *testing.T, l *testenv.Libvirt, owner, driver string) {
 	serials := []string{"LV0", "LV1", "IDLE2"}
 	var disks []string
 	for i, bus := range []string{"virtio", "scsi", "virtio"} {
-		out := e.run(t, "attach", e.image(t, fmt.Sprintf("d%d.img", i), 16<<20), "--persist", "--keep-reconnect", "--socket-owner="+owner, "--bus="+bus, "--serial="+serials[i])
+		states := [][]string{{"--persist"}, {"--live", "--config"}, {"--persist"}}[i]
+		out := e.run(t, "attach", append(states, e.image(t, fmt.Sprintf("d%d.img", i), 16<<20), "--keep-reconnect", "--socket-owner="+owner, "--bus="+bus, "--serial="+serials[i])...)
 		disks = append(disks, out.Disk)
 		e.expect(t, serials[i]+" appears")
 	}
@@ -148,7 +149,11 @@ func usesDisksOf(t *testing.T, l *testenv.Libvirt, owner, driver string) {
 	e.load(t, serials[0], 2)
 	mounted(t, e, l, disks[2])
 	for i, d := range disks {
-		e.run(t, "detach", d)
+		e.run(t, "detach", d, "--config")
+		if text := l.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName); strings.Contains(text, "<target dev='"+d+"'") {
+			t.Errorf("%s is in the configuration:\n%s", d, text)
+		}
+		e.run(t, "detach", d, "--live")
 		e.expect(t, serials[i]+" gone")
 	}
 	for _, more := range [][]string{nil, {"--inactive"}} {
