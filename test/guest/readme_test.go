@@ -12,8 +12,8 @@ import (
 )
 
 // quickStart runs what README.md prints, in folders /run and /srv of its own:
-// QEMU with the printed options, the first two commands in one terminal, the
-// third in another when the service answers. The words in capitals are put in.
+// QEMU with the printed options, the commands of the one terminal, and when the
+// service answers those of the other. The words in capitals are put in.
 const quickStart = `
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /srv
