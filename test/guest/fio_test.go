@@ -9,7 +9,7 @@ import (
 
 // TestFioOfAGuestSurvivesRestarts gives a guest a disk that its fio writes and
 // verifies: the service stops and starts while requests are in flight, the disk
-// grows, the service stops and starts again, without one request that fails. A
+// grows, the service is killed and starts again, without one request that fails. A
 // rate has a round last longer than a restart.
 func TestFioOfAGuestSurvivesRestarts(t *testing.T) {
 	t.Parallel()
@@ -21,17 +21,17 @@ func TestFioOfAGuestSurvivesRestarts(t *testing.T) {
 	e.expect(t, serial+" has 16 MiB")
 	e.load(t, serial, 1)
 	e.expect(t, serial+" another block is noticed")
-	e.restartUnderFio(t, serial)
+	e.underFio(t, serial, e.restart)
 	e.run(t, "resize", disk, "24M")
 	e.expect(t, serial+" has 24 MiB")
-	e.restartUnderFio(t, serial)
+	e.underFio(t, serial, e.kill)
 	e.run(t, "detach", disk)
 	e.expect(t, serial+" gone")
 }
 
-// restartUnderFio restarts the service while requests of a round are in flight,
-// and waits until the guest has read back all of the round.
-func (e *estate) restartUnderFio(t *testing.T, serial string) {
+// underFio restarts the service, as restart does it, while requests of a round
+// are in flight, and waits until the guest has read back all of the round.
+func (e *estate) underFio(t *testing.T, serial string, restart func(*testing.T)) {
 	t.Helper()
 	e.await(t, "requests are in flight", func() bool {
 		text := testenv.Run(t, e.ctl, "clients", "--json", "--socket", e.dir+"/control")
@@ -49,6 +49,6 @@ func (e *estate) restartUnderFio(t *testing.T, serial string) {
 		}
 		return false
 	})
-	e.restart(t)
+	restart(t)
 	e.load(t, serial, 1)
 }

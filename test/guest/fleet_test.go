@@ -106,6 +106,16 @@ func (e *estate) restart(t *testing.T) {
 	e.start(t)
 }
 
+// kill ends the service without a word and starts it again.
+func (e *estate) kill(t *testing.T) {
+	t.Helper()
+	if err := e.service.Process.Kill(); err != nil {
+		t.Errorf("the service had ended: %v", err)
+	}
+	_ = e.service.Wait() // it says that it was killed
+	e.start(t)
+}
+
 // done is what vmdiskctl says that it has done.
 type done struct {
 	Disk    string
