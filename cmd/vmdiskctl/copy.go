@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
@@ -26,6 +27,7 @@ type copyFlags struct {
 	sourceFormat      string
 	destinationFormat string
 	newLayout         bool // a flag says how the new image is built
+	forceShare        bool
 	connections       int
 	requests          int
 	requestSize       byteSize
@@ -40,7 +42,8 @@ func newCopy(terminal *os.File) *cobra.Command {
 		Long: `Copy a disk. SOURCE and DESTINATION are each an NBD URI, a file or a block
 device. A destination file that does not exist is made, sparse and of the
 right size, and is removed again when the copy fails. A destination that
-exists is written in place and must not be smaller than the source. With
+exists is written in place and must not be smaller than the source. Files that
+others use, as a running machine does, are refused as their locks say. With
 --source-format=qcow2 the source is the disk in an image and those that it
 stands on. With --destination-format=qcow2 the destination is a qcow2 image, in
 which zeroes take no space.`,
@@ -64,6 +67,7 @@ which zeroes take no space.`,
 	n := c.Flags()
 	n.StringVarP(&f.sourceFormat, "source-format", "f", formatRaw, "format of SOURCE when it is a file, never guessed: raw or qcow2")
 	n.StringVarP(&f.destinationFormat, "destination-format", "O", formatRaw, "format of DESTINATION when it is a file, never guessed: raw or qcow2")
+	n.BoolVarP(&f.forceShare, "force-share", "U", false, "copy a SOURCE that others write to, which need not be whole then")
 	n.IntVar(&f.connections, "connections", 4, "connections to a server that allows several")
 	n.IntVar(&f.requests, "requests", 16, "requests in flight on each connection")
 	n.Var(&f.requestSize, "request-size", "size of a request, with suffix K or M")
@@ -113,6 +117,10 @@ func (f *copyFlags) checkSource(c *cobra.Command, name string) error {
 		return usage("--source-format is %q, allowed are raw and qcow2", f.sourceFormat)
 	case f.sourceFormat != formatRaw && isURI(name):
 		return usage("--source-format is for files: a server says nothing of formats")
+	case f.forceShare && isURI(name):
+		return usage("--force-share is for files: who may share an export is the server's to say")
+	case f.forceShare:
+		f.lock = raw.LockOff
 	}
 	return f.chainFlags.check(c, f.sourceFormat)
 }
@@ -196,7 +204,7 @@ func (f *copyFlags) source(ctx context.Context, name string) (copier.Disk, error
 	if f.sourceFormat == formatQcow2 {
 		return f.openDisk(ctx, name, f.sourceFormat)
 	}
-	return copier.OpenFile(name)
+	return copier.OpenFile(name, f.lock)
 }
 
 // destination opens what can take the source and is not the source itself.
@@ -219,12 +227,9 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 		}
 		return d, nil
 	}
-	d, err := copier.CreateFile(name, src.Size())
+	d, err := copier.Claim{Mode: 0o644, Refuse: notSource(src)}.CreateFile(name, src.Size())
 	if err != nil {
 		return nil, err
-	}
-	if err := notSource(d, src); err != nil {
-		return nil, errors.Join(err, d.Discard())
 	}
 	if d.Created() {
 		f.DestinationIsZero = true
@@ -233,18 +238,20 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 }
 
 // notSource refuses a file that has bytes of the source.
-func notSource(d *copier.File, src copier.Disk) error {
-	same, err := false, error(nil)
-	switch o := src.(type) {
-	case *copier.File:
-		same = d.Same(o)
-	case *imageDisk:
-		same, err = o.Uses(d)
+func notSource(src copier.Disk) func(*copier.File) error {
+	return func(d *copier.File) error {
+		same, err := false, error(nil)
+		switch o := src.(type) {
+		case *copier.File:
+			same = d.Same(o)
+		case *imageDisk:
+			same, err = o.Uses(d)
+		}
+		if same && err == nil {
+			err = fmt.Errorf("%w: it is the source", copier.ErrRefused)
+		}
+		return err
 	}
-	if same && err == nil {
-		err = fmt.Errorf("%w: it is the source", copier.ErrRefused)
-	}
-	return err
 }
 
 func (f *copyFlags) export(ctx context.Context, uri string, contexts ...string) (*copier.NBD, error) {

@@ -105,6 +105,31 @@ func TestSmallerDestinationIsRefused(t *testing.T) {
 	want(t, exitRefused, "copy", img, link)
 }
 
+// TestDiskInUseIsNotCopied neither to nor from: its bytes change under the copy,
+// or under the machine that has it.
+func TestDiskInUseIsNotCopied(t *testing.T) {
+	img, used := disk(t), filepath.Join(t.TempDir(), "used")
+	must(t, os.WriteFile(used, []byte(strings.Repeat("guest's.", 1<<19)), 0o600))
+	u := uri(serve(t, "qemu-nbd", "-t", "-f", "raw", used), "")
+	want(t, exitDone, "info", u) // it has opened the image
+	_, _, stderr := ctl(t, "copy", img, used)
+	if !strings.Contains(stderr, "has it open for writing") {
+		t.Errorf("a copy over a disk in use says %q", stderr)
+	}
+	want(t, exitFailed, "copy", img, used)
+	if got, err := os.ReadFile(used); err != nil || string(got) != strings.Repeat("guest's.", 1<<19) {
+		t.Errorf("the disk in use was overwritten: it begins with %q, %v", got[:min(8, len(got))], err)
+	}
+	to := filepath.Join(t.TempDir(), "copy")
+	want(t, exitFailed, "copy", used, to)
+	if _, err := os.Stat(to); err == nil {
+		t.Error("a copy that was not begun has left a file")
+	}
+	want(t, exitDone, "copy", "-U", used, to)
+	same(t, used, to)
+	want(t, exitUsage, "copy", "--force-share", u, to)
+}
+
 func TestErrorsFailTheCopy(t *testing.T) {
 	img := disk(t)
 	for _, tt := range []struct {

@@ -3,19 +3,19 @@ package main
 import (
 	"context"
 	"errors"
-	"io/fs"
-	"os"
+	"path/filepath"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // targetImage is the disk in a qcow2 image that is written to.
 type targetImage struct {
-	path string
-	made bool // by this command, which removes it again when it fails
+	file *copier.File // locks it
 	dev  backing.Device
 	done func() error
 }
@@ -23,29 +23,31 @@ type targetImage struct {
 // targetImage makes an image for the disk src, or opens the one that is there.
 // No file is opened because that one names it.
 func (f *copyFlags) targetImage(ctx context.Context, path string, src copier.Disk) (*targetImage, error) {
-	d := &targetImage{path: path}
-	_, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		err = f.makeImage(ctx, path, src.Size())
-		d.made, f.DestinationIsZero = true, true
-	case err == nil && f.newLayout:
-		err = usage("flags that say how an image is built are for new ones")
-	case err == nil:
-		err = fileIsNotSource(path, src)
-	}
+	claim := copier.Claim{Mode: 0o600, Container: true, Lock: raw.LockOn, Refuse: notSource(src)}
+	file, err := claim.Open(path)
 	if err != nil {
 		return nil, err
 	}
-	if d.dev, d.done, err = (&chainFlags{}).openForWriting(ctx, path); err != nil {
-		return nil, errors.Join(err, d.remove())
+	d := &targetImage{file: file}
+	switch {
+	case file.Created():
+		err = f.makeImage(ctx, file, src.Size())
+		f.DestinationIsZero = true
+	case f.newLayout:
+		err = usage("flags that say how an image is built are for new ones")
+	}
+	if err == nil {
+		d.dev, d.done, err = (&chainFlags{}).openForWriting(ctx, path, file.File())
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Discard())
 	}
 	return d, nil
 }
 
 // makeImage makes an image whose disk has size bytes, in whole sectors, and
 // reads as zeroes.
-func (f *copyFlags) makeImage(ctx context.Context, path string, size int64) (err error) {
+func (f *copyFlags) makeImage(ctx context.Context, file *copier.File, size int64) error {
 	o, err := f.layoutFlags.options()
 	if err != nil {
 		return err
@@ -56,21 +58,16 @@ func (f *copyFlags) makeImage(ctx context.Context, path string, size int64) (err
 	if _, err := create.Measure(o); err != nil {
 		return usageError{err}
 	}
-	var files newFiles
-	defer func() { err = files.close(err) }()
-	st, err := files.open(path, false)
+	e := engine.NewPool(1)
+	defer e.Close()
+	st, err := storeIn(file, e)
 	if err != nil {
 		return err
 	}
-	return create.Image(ctx, st, o)
-}
-
-func fileIsNotSource(path string, src copier.Disk) error {
-	d, err := copier.OpenFile(path)
-	if err != nil {
+	if err := errors.Join(create.Image(ctx, st, o), st.Close()); err != nil {
 		return err
 	}
-	return errors.Join(notSource(d, src), d.Close())
+	return syncDirectory(filepath.Dir(file.File().Name()))
 }
 
 // Size implements copier.Disk.
@@ -115,21 +112,13 @@ func (d *targetImage) Extents(_ context.Context, yield func(copier.Extent) bool)
 
 // Close implements copier.Disk. An image that is not whole goes.
 func (d *targetImage) Close() error {
-	err := errors.Join(d.dev.Close(), d.done())
-	if err != nil {
-		err = errors.Join(err, d.remove())
+	if err := errors.Join(d.dev.Close(), d.done()); err != nil {
+		return errors.Join(err, d.file.Discard())
 	}
-	return err
+	return d.file.Close()
 }
 
 // Discard closes the image and removes it if it was made for the copy.
 func (d *targetImage) Discard() error {
-	return errors.Join(d.dev.Close(), d.done(), d.remove())
-}
-
-func (d *targetImage) remove() error {
-	if !d.made {
-		return nil
-	}
-	return os.Remove(d.path)
+	return errors.Join(d.dev.Close(), d.done(), d.file.Discard())
 }

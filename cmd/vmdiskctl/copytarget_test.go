@@ -164,3 +164,9 @@ func TestCopyToImageThatFailsLeavesNothing(t *testing.T) {
 		t.Error("half a copy was left behind")
 	}
 }
+
+// TestImageThatWasCopiedIsThere, also when another copy was to go there at the
+// same time.
+func TestImageThatWasCopiedIsThere(t *testing.T) {
+	twice(t, func(path string) []string { return []string{"copy", "-O", "qcow2", disk(t), path} })
+}

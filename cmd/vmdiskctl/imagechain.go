@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"errors"
+	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
 
@@ -18,6 +20,8 @@ type chainFlags struct {
 	backingFiles, dataFiles []string
 	snapshot                string
 	lenient                 bool
+
+	lock raw.LockMode // of images that are read
 }
 
 // chainFlagNames are the flags that add makes.
@@ -52,7 +56,7 @@ func (f *chainFlags) check(c *cobra.Command, format string) error {
 }
 
 // openChain opens an image for reading with those that it stands on, all with
-// the locks that QEMU knows. done gives back what closing the image does not.
+// the locks that QEMU knows, unless f says otherwise. done gives back what closing the image does not.
 func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *open.Image, done func() error, err error) {
 	policy, err := open.ParsePolicy(f.backing, f.backingFiles, f.dataFiles)
 	if err != nil {
@@ -60,7 +64,7 @@ func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *ope
 	}
 	e := engine.NewPool(chainWorkers)
 	i, err = open.OpenImage(ctx, open.Spec{
-		Path: path, Format: format, ReadOnly: true, Engine: e, Backing: policy, Snapshot: f.snapshot, Lenient: f.lenient,
+		Path: path, Format: format, ReadOnly: true, Engine: e, Backing: policy, Snapshot: f.snapshot, Lenient: f.lenient, Lock: f.lock,
 	})
 	if err != nil {
 		return nil, nil, errors.Join(err, e.Close())
@@ -69,14 +73,19 @@ func (f *chainFlags) openChain(ctx context.Context, path, format string) (i *ope
 }
 
 // openForWriting opens a qcow2 image for writing and those that it stands on for
-// reading, as openChain does.
-func (f *chainFlags) openForWriting(ctx context.Context, path string) (dev backing.Device, done func() error, err error) {
+// reading, as openChain does. If held is not nil it is the image, locked by the
+// caller, who closes it afterwards.
+func (f *chainFlags) openForWriting(ctx context.Context, path string, held *os.File) (dev backing.Device, done func() error, err error) {
 	policy, err := open.ParsePolicy(f.backing, f.backingFiles, f.dataFiles)
 	if err != nil {
 		return nil, nil, usageError{err}
 	}
 	e := engine.NewPool(chainWorkers)
-	dev, err = open.Open(ctx, open.Spec{Path: path, Format: formatQcow2, Engine: e, Backing: policy})
+	spec := open.Spec{Path: path, Format: formatQcow2, Engine: e, Backing: policy}
+	if held != nil {
+		spec.Files, spec.Lock = map[string]*os.File{path: held}, raw.LockOff
+	}
+	dev, err = open.Open(ctx, spec)
 	if err != nil {
 		return nil, nil, errors.Join(err, e.Close())
 	}

@@ -63,6 +63,19 @@ func (n *newFiles) open(path string, force bool) (store.Store, error) {
 	return st, nil
 }
 
+// storeIn is the space in a file that stays open, and locked, for longer.
+func storeIn(file *copier.File, e engine.Engine) (store.Store, error) {
+	f, err := file.Dup()
+	if err != nil {
+		return nil, err
+	}
+	d, err := raw.Open(f, e, raw.Options{Path: f.Name(), Container: true, Lock: raw.LockOff})
+	if err != nil {
+		return nil, err
+	}
+	return store.NewFile(d), nil
+}
+
 // close closes the files. If err says that the command failed, those that it
 // made go; else their names are made durable.
 func (n *newFiles) close(err error) error {

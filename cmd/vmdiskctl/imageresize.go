@@ -108,7 +108,7 @@ func (f *resizeFlags) resize(ctx context.Context, path string, want newSize) (si
 		})
 		return size, err
 	}
-	dev, done, err := f.openForWriting(ctx, path)
+	dev, done, err := f.openForWriting(ctx, path, nil)
 	if err != nil {
 		return 0, err
 	}

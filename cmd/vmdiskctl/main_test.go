@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -140,4 +142,24 @@ func disk(t testing.TB) string {
 	_, err = f.WriteAt(p, 3<<20)
 	must(t, err)
 	return path
+}
+
+// twice runs a command that makes the file at a path beside itself, again and
+// again, and fails unless the file is there when one of the two has succeeded.
+func twice(t *testing.T, command func(path string) []string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "made")
+	args := command(path)
+	for range 20 {
+		var codes [2]int
+		var both sync.WaitGroup
+		for i := range codes {
+			both.Go(func() { codes[i], _, _ = ctl(t, args...) })
+		}
+		both.Wait()
+		if _, err := os.Stat(path); err != nil && slices.Contains(codes[:], exitDone) {
+			t.Fatalf("vmdiskctl %s twice: exit codes %v, and no file: %v", strings.Join(args, " "), codes, err)
+		}
+		_ = os.Remove(path) // where both have failed there is none
+	}
 }

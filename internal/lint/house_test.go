@@ -79,7 +79,7 @@ var mayImport = map[string][]string{
 		"internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/transport/psk", "internal/version"},
 	"cmd/vmdiskd":                   {"internal/cmdline", "internal/config", "internal/confine", "internal/daemon", "internal/limits", "internal/nbd", "internal/obs", "internal/transport", "internal/version"},
 	"cmd/vmdiskctl":                 {"cmd/vmdiskctl/internal/copier", "internal/attach", "internal/backing", "internal/backing/open", "internal/backing/qcow2", "internal/backing/qcow2/check", "internal/backing/qcow2/create", "internal/backing/qcow2/format", "internal/backing/qcow2/store", "internal/backing/raw", "internal/cmdline", "internal/config", "internal/control/api", "internal/control/client", "internal/engine", "internal/limits", "internal/nbd/client", "internal/nbd/kernel", "internal/nbd/wire", "internal/progress", "internal/qmp", "internal/qmp/libvirtd", "internal/transport", "internal/transport/psk", "internal/version"},
-	"cmd/vmdiskctl/internal/copier": {"internal/backing", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
+	"cmd/vmdiskctl/internal/copier": {"internal/backing", "internal/backing/raw", "internal/limits", "internal/nbd/client", "internal/nbd/wire", "internal/progress", "internal/transport"},
 }
 
 // mayBeUnsafe are the rooms whose code may use package unsafe.

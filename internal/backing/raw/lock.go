@@ -96,6 +96,20 @@ func locksOf(o Options) lockBytes {
 // only be testing.
 const lockBackoff = 10 * time.Millisecond
 
+// Lock locks f, a regular file or a block device, as Open does with these
+// options, for one who reads or writes it by itself. unlock is called once,
+// before f is closed. Errors are those of Open; f stays the caller's.
+func Lock(f *os.File, o Options) (unlock func(), err error) {
+	if o.Log == nil {
+		o.Log = slog.Default()
+	}
+	g, err := survey(f, o)
+	if err == nil {
+		_, unlock, err = lockImage(f, g, o)
+	}
+	return unlock, backing.WrapIn("lock", o.Path, -1, 0, err)
+}
+
 // lockImage locks f. locked says whether others are kept from writing; unlock
 // is never nil.
 func lockImage(f *os.File, g geometry, o Options) (locked bool, unlock func(), err error) {

@@ -3,12 +3,12 @@ package copier
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -16,60 +16,46 @@ import (
 // device queue profit, more only costs threads.
 const fileRequests = 16
 
-// File is a regular file or a block device.
+// File is a regular file or a block device, locked as QEMU does it.
 type File struct {
 	f       *os.File
 	size    int64
 	created bool
+	unlock  func()
 }
 
-// OpenFile opens a source.
-func OpenFile(path string) (*File, error) { return openFile(path, os.O_RDONLY) }
-
-// CreateFile opens a destination, or makes a sparse file of size bytes if
-// there is none.
-func CreateFile(path string, size int64) (*File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
-	if errors.Is(err, os.ErrExist) {
-		return openFile(path, os.O_RDWR)
-	}
+// OpenFile opens a source. Unless lock says otherwise it is refused while
+// somebody else writes to it, and keeps others from that.
+func OpenFile(path string, lock raw.LockMode) (*File, error) {
+	d, err := openFile(path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
-	d := &File{f: f, size: size, created: true}
-	if err := f.Truncate(size); err != nil {
-		return nil, errors.Join(err, d.Discard())
+	if err := d.lock(raw.Options{Path: path, ReadOnly: true, Lock: lock}); err != nil {
+		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
 
 func openFile(path string, flag int) (*File, error) {
 	// O_NONBLOCK keeps a FIFO from holding the open.
-	f, err := os.OpenFile(path, flag|unix.O_NONBLOCK, 0)
+	f, err := os.OpenFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, err
 	}
-	size, err := measure(f)
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("open %q: %w", path, err)
-	}
-	return &File{f: f, size: size}, nil
+	return &File{f: f}, nil
 }
 
-// measure is the size of a file or block device.
-func measure(f *os.File) (int64, error) {
-	st, err := f.Stat()
-	if err != nil {
-		return 0, err
+// lock locks the file, whose size is asked for then.
+func (d *File) lock(o raw.Options) (err error) {
+	if d.unlock, err = raw.Lock(d.f, o); err != nil {
+		return err
 	}
-	if m := st.Mode(); !m.IsRegular() && m.Type() != os.ModeDevice {
-		return 0, errors.New("neither a regular file nor a block device")
-	}
-	return f.Seek(0, io.SeekEnd)
+	d.size, err = d.f.Seek(0, io.SeekEnd)
+	return err
 }
 
-// Created reports whether CreateFile has made the file.
+// Created reports whether a Claim has made the file.
 func (d *File) Created() bool { return d.created }
 
 // File is the open file, which stays the Disk's.
@@ -85,13 +71,14 @@ func (d *File) Same(o *File) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// Discard closes the file and removes it if CreateFile has made it.
-func (d *File) Discard() error {
-	err := d.f.Close()
-	if d.created {
-		err = errors.Join(err, os.Remove(d.f.Name()))
+// Dup is another descriptor of the same open file, whose lock is that of the
+// Disk. The caller closes it before the Disk.
+func (d *File) Dup() (*os.File, error) {
+	fd, err := unix.FcntlInt(d.f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
 	}
-	return err
+	return os.NewFile(uintptr(fd), d.f.Name()), nil
 }
 
 // Size implements Disk.
@@ -101,7 +88,12 @@ func (d *File) Size() int64 { return d.size }
 func (d *File) Shape() Shape { return Shape{Align: 1, MaxIO: limits.MaxIO, Requests: fileRequests} }
 
 // Close implements Disk.
-func (d *File) Close() error { return d.f.Close() }
+func (d *File) Close() error {
+	if d.unlock != nil {
+		d.unlock()
+	}
+	return d.f.Close()
+}
 
 // ReadAt implements Disk. The context is looked at between requests only: a
 // file answers.

@@ -8,7 +8,12 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
+
+// claim is how copy claims a raw destination.
+var claim = Claim{Mode: 0o644}
 
 func must(t *testing.T, err error) {
 	t.Helper()
@@ -40,7 +45,7 @@ func blocks(t *testing.T, path string) int64 {
 }
 
 func TestHolesOfAFileAreItsZeroExtents(t *testing.T) {
-	d, err := OpenFile(sparse(t))
+	d, err := OpenFile(sparse(t), raw.LockAuto)
 	must(t, err)
 	defer d.Close()
 	var got []Extent
@@ -59,7 +64,7 @@ func TestHoleAtTheEndIsAnExtent(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "hole")
 	must(t, os.WriteFile(path, nil, 0o600))
 	must(t, os.Truncate(path, 12345))
-	d, err := OpenFile(path)
+	d, err := OpenFile(path, raw.LockAuto)
 	must(t, err)
 	defer d.Close()
 	var got []Extent
@@ -71,7 +76,7 @@ func TestHoleAtTheEndIsAnExtent(t *testing.T) {
 
 func TestNewFileIsSparseAndGoesWhenDiscarded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "new")
-	d, err := CreateFile(path, 1<<30)
+	d, err := claim.CreateFile(path, 1<<30)
 	must(t, err)
 	if !d.Created() || d.Size() != 1<<30 || blocks(t, path) != 0 {
 		t.Errorf("created %v, %d bytes, %d allocated", d.Created(), d.Size(), blocks(t, path))
@@ -84,7 +89,7 @@ func TestNewFileIsSparseAndGoesWhenDiscarded(t *testing.T) {
 
 func TestFileThatExistsStaysWhenDiscarded(t *testing.T) {
 	path := sparse(t)
-	d, err := CreateFile(path, 1)
+	d, err := claim.CreateFile(path, 1)
 	must(t, err)
 	if d.Created() || d.Size() != 3<<20 {
 		t.Errorf("created %v, %d bytes", d.Created(), d.Size())
@@ -97,7 +102,7 @@ func TestFileThatExistsStaysWhenDiscarded(t *testing.T) {
 
 func TestZeroMakesHolesOrAllocates(t *testing.T) {
 	path := sparse(t)
-	d, err := CreateFile(path, 0)
+	d, err := claim.CreateFile(path, 0)
 	must(t, err)
 	defer d.Close()
 	must(t, d.Zero(t.Context(), 0, 1<<20, false))
@@ -129,13 +134,13 @@ func TestWhatIsNoDiskIsNotOpened(t *testing.T) {
 	fifo := filepath.Join(dir, "fifo")
 	must(t, syscall.Mkfifo(fifo, 0o600))
 	for _, path := range []string{dir, fifo, "/dev/null", filepath.Join(dir, "missing")} {
-		if d, err := OpenFile(path); err == nil {
+		if d, err := OpenFile(path, raw.LockAuto); err == nil {
 			d.Close()
 			t.Errorf("%s was opened as a source", path)
 		}
 	}
 	for _, path := range []string{dir, fifo, "/dev/null"} {
-		if d, err := CreateFile(path, 1); err == nil {
+		if d, err := claim.CreateFile(path, 1); err == nil {
 			d.Close()
 			t.Errorf("%s was opened as a destination", path)
 		}
@@ -146,20 +151,24 @@ func TestLinkToTheSourceIsTheSource(t *testing.T) {
 	path := sparse(t)
 	link := filepath.Join(t.TempDir(), "link")
 	must(t, os.Symlink(path, link))
-	a, err := OpenFile(path)
+	a, err := OpenFile(path, raw.LockAuto)
 	must(t, err)
 	defer a.Close()
-	b, err := CreateFile(link, 0)
-	must(t, err)
-	defer b.Close()
-	if !a.Same(b) {
-		t.Error("two names of one file are taken for two files")
+	same := errors.New("same")
+	c := Claim{Refuse: func(b *File) error {
+		if a.Same(b) {
+			return same
+		}
+		return nil
+	}}
+	if _, err := c.Open(link); !errors.Is(err, same) {
+		t.Errorf("two names of one file are taken for two files: %v", err)
 	}
 }
 
 func TestFileThatShrinksIsAnError(t *testing.T) {
 	path := sparse(t)
-	d, err := OpenFile(path)
+	d, err := OpenFile(path, raw.LockAuto)
 	must(t, err)
 	defer d.Close()
 	must(t, os.Truncate(path, 1<<20))
@@ -170,11 +179,11 @@ func TestFileThatShrinksIsAnError(t *testing.T) {
 
 func TestFilesAreCopiedWithTheirHoles(t *testing.T) {
 	path := sparse(t)
-	src, err := OpenFile(path)
+	src, err := OpenFile(path, raw.LockAuto)
 	must(t, err)
 	defer src.Close()
 	to := filepath.Join(t.TempDir(), "copy")
-	dst, err := CreateFile(to, src.Size())
+	dst, err := claim.CreateFile(to, src.Size())
 	must(t, err)
 	defer dst.Close()
 	o := whole
