@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
@@ -25,39 +22,26 @@ type newFiles struct {
 }
 
 type newFile struct {
-	path string
-	made bool // was not there before
+	file *copier.File
 	st   store.Store
 }
 
 // open makes a file, or empties one that is there when force allows it, and
 // locks it as QEMU does.
 func (n *newFiles) open(path string, force bool) (store.Store, error) {
-	made := true
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOCTTY, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		if !force {
-			return nil, fmt.Errorf("%w: %q exists", copier.ErrRefused, path)
-		}
-		made = false
-		f, err = os.OpenFile(path, os.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	}
+	file, err := copier.Claim{Mode: 0o600, Container: true, New: !force}.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	if n.engine == nil {
 		n.engine = engine.NewPool(1)
 	}
-	d, err := raw.Open(f, n.engine, raw.Options{Path: path, Container: true})
+	st, err := storeIn(file, n.engine)
 	if err != nil {
-		if made {
-			err = errors.Join(err, os.Remove(path))
-		}
-		return nil, err
+		return nil, errors.Join(err, file.Discard())
 	}
-	st := store.NewFile(d)
-	n.opened = append(n.opened, newFile{path, made, st})
-	if !made && !st.Fixed() {
+	n.opened = append(n.opened, newFile{file, st})
+	if !file.Created() && !st.Fixed() {
 		return st, st.Truncate(0)
 	}
 	return st, nil
@@ -83,12 +67,13 @@ func (n *newFiles) close(err error) error {
 		err = errors.Join(err, f.st.Close())
 	}
 	for _, f := range n.opened {
-		switch {
-		case !f.made:
-		case err != nil:
-			err = errors.Join(err, os.Remove(f.path))
-		default:
-			err = syncDirectory(filepath.Dir(f.path))
+		if err == nil && f.file.Created() {
+			err = syncDirectory(filepath.Dir(f.file.File().Name()))
+		}
+		if err != nil {
+			err = errors.Join(err, f.file.Discard())
+		} else {
+			err = f.file.Close()
 		}
 	}
 	if n.engine != nil {

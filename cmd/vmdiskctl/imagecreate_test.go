@@ -183,3 +183,11 @@ func TestImageCreateRefusesBadUsage(t *testing.T) {
 	want(t, exitFailed, "image", "create", "--backing-file=/dev/null", "--backing-format=raw", path)
 	want(t, exitUsage, "image")
 }
+
+// TestImageThatWasMadeIsThere, also when another command was to make it at the
+// same time.
+func TestImageThatWasMadeIsThere(t *testing.T) {
+	for _, format := range []string{"qcow2", "raw"} {
+		twice(t, func(path string) []string { return []string{"image", "create", "--force", "-f", format, path, "1M"} })
+	}
+}
