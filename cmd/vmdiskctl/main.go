@@ -10,6 +10,7 @@ import (
 )
 
 func main() {
+	outlivePipes()
 	ctx, stop := signal.NotifyContext(context.Background(), interruptions()...)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
@@ -25,3 +26,9 @@ func interruptions() []os.Signal {
 	}
 	return list
 }
+
+// outlivePipes makes a write to a pipe or terminal that nobody reads any more an
+// error like any other: the signal would end the program half way, or a process
+// that holds a device. It is caught, not ignored, for other programs that are
+// started from here to have it as usual.
+func outlivePipes() { signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) }

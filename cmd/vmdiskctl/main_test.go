@@ -7,10 +7,12 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -73,6 +75,56 @@ func TestOutputThatIsLostIsAFailure(t *testing.T) {
 		if code := run(t.Context(), args, full, os.Stderr); code != exitFailed {
 			t.Errorf("vmdiskctl %s: exit code %d, want %d", strings.Join(args, " "), code, exitFailed)
 		}
+	}
+}
+
+// TestOutputThatNobodyReadsIsAnError: what was begun is finished or taken back,
+// and the exit code says which.
+func TestOutputThatNobodyReadsIsAnError(t *testing.T) {
+	dir, img := t.TempDir(), disk(t)
+	exe, err := os.Executable()
+	must(t, err)
+	for _, tt := range []struct {
+		stdout bool // else standard error
+		args   []string
+		code   int
+		left   bool // a whole copy
+	}{
+		{true, []string{"image", "create", filepath.Join(dir, "image"), "1M"}, exitFailed, false},
+		{false, []string{"copy", "--progress", img, filepath.Join(dir, "copy")}, exitDone, true},
+		{false, []string{"copy", "--progress", filepath.Join(dir, "missing"), filepath.Join(dir, "none")}, exitFailed, false},
+	} {
+		r, w, err := os.Pipe()
+		must(t, err)
+		r.Close()
+		cmd := exec.Command(exe, tt.args...)
+		cmd.Env = append(os.Environ(), asMain+"=1")
+		if cmd.Stderr = w; tt.stdout {
+			cmd.Stdout, cmd.Stderr = w, nil
+		}
+		_ = cmd.Run() // the state says it
+		w.Close()
+		if got := cmd.ProcessState.ExitCode(); got != tt.code {
+			t.Errorf("vmdiskctl %s: %v, want exit code %d", strings.Join(tt.args, " "), cmd.ProcessState, tt.code)
+		}
+		left, err := os.ReadDir(dir)
+		must(t, err)
+		if (len(left) == 1) != tt.left {
+			t.Errorf("vmdiskctl %s: left are %v", strings.Join(tt.args, " "), left)
+		}
+		for _, f := range left {
+			same(t, img, filepath.Join(dir, f.Name()))
+			must(t, os.Remove(filepath.Join(dir, f.Name())))
+		}
+	}
+}
+
+func TestProgramsThatAreStartedHaveTheirPipes(t *testing.T) {
+	outlivePipes()
+	defer signal.Reset(syscall.SIGPIPE)
+	cmd := exec.Command("/bin/sh", "-c", "kill -PIPE $$; exit 0")
+	if err := cmd.Run(); err == nil {
+		t.Error("a program ignores SIGPIPE because it was started from here")
 	}
 }
 
