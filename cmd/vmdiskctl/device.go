@@ -144,8 +144,7 @@ type deviceReport struct {
 	Server   string `json:"server"`
 }
 
-// attach attaches the device, says so, and holds it if it is to. A device of
-// which that cannot be said is taken away again.
+// attach attaches the device, says so, and holds it if it is to.
 func (f *deviceFlags) attach(ctx context.Context, config kernel.Config, w io.Writer) error {
 	driver, err := kernel.Open()
 	if err != nil {
@@ -171,7 +170,7 @@ func (f *deviceFlags) attach(ctx context.Context, config kernel.Config, w io.Wri
 		return err // whoever uses it had it before
 	}
 	if err != nil {
-		return errors.Join(err, kernel.Detach(context.WithoutCancel(ctx), driver, config.Sysfs, v.Index(), true))
+		return errors.Join(err, withdraw(ctx, driver, config.Sysfs, v.Index()))
 	}
 	if f.stay {
 		return f.hold(ctx, &kernel.Keeper{Device: v, Dead: dead, Poll: f.poll, Say: say})
@@ -192,10 +191,18 @@ func (f *deviceFlags) announce(ctx context.Context, v *kernel.Device, uri string
 	} else {
 		err = f.report(w, v, uri)
 	}
-	if err != nil && f.swapOn {
-		err = errors.Join(err, swapOff(context.WithoutCancel(ctx), v.Path()))
-	}
 	return say, err
+}
+
+// withdraw takes a device away again that could not be announced, also when ctx
+// has ended. One that the machine goes on swapping to stays.
+func withdraw(ctx context.Context, driver *kernel.Driver, sysfs kernel.Sysfs, index int) error {
+	ctx = context.WithoutCancel(ctx)
+	device := "/dev/" + kernel.Name(index)
+	if err := swapOff(ctx, device); err != nil {
+		return fmt.Errorf("%s stays attached: %w", device, err)
+	}
+	return kernel.Detach(ctx, driver, sysfs, index, true)
 }
 
 func (f *deviceFlags) report(w io.Writer, v *kernel.Device, uri string) error {

@@ -1,7 +1,13 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,5 +97,40 @@ func TestSwapDevicesAreFoundInTheTable(t *testing.T) {
 		if got := swapsOn(table, device); got != want {
 			t.Errorf("%s: %v", device, got)
 		}
+	}
+}
+
+// TestSwapOnIsSeenToItsEnd: what is interrupted knows whether the machine swaps
+// to the device, which is not to be taken away then.
+func TestSwapOnIsSeenToItsEnd(t *testing.T) {
+	dir := t.TempDir()
+	must(t, syscall.Mkfifo(filepath.Join(dir, "begun"), 0o600))
+	must(t, syscall.Mkfifo(filepath.Join(dir, "go"), 0o600))
+	for name, text := range map[string]string{
+		"mkswap": "#!/bin/sh\n",
+		"swapon": "#!/bin/sh\ncd " + dir + "\necho >begun\nread -r _ <go\n: >done\n",
+	} {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o700))
+	}
+	t.Setenv("PATH", dir)
+	ctx, interrupt := context.WithCancel(t.Context())
+	var ended error
+	var swapping sync.WaitGroup
+	swapping.Go(func() { ended = swapOn(ctx, "/dev/nbd65535") })
+	_, err := os.ReadFile(filepath.Join(dir, "begun"))
+	must(t, err)
+	interrupt()
+	// Nobody reads this when swapon was killed.
+	fifo, err := os.OpenFile(filepath.Join(dir, "go"), os.O_RDWR, 0)
+	must(t, err)
+	defer fifo.Close()
+	_, err = fifo.WriteString("\n")
+	must(t, err)
+	swapping.Wait()
+	if !errors.Is(ended, context.Canceled) {
+		t.Errorf("an interrupted swapOn: %v, want %v", ended, context.Canceled)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "done")); err != nil {
+		t.Errorf("swapon has not come to its end: %v", err)
 	}
 }

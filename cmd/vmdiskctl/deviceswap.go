@@ -13,6 +13,9 @@ import (
 )
 
 // swapOn makes a swap area of a device and uses it, unless it is used already.
+// On an error that may be so all the same. swapon(8) is waited for whatever
+// becomes of ctx: the kernel finishes what that has asked for even if it is
+// killed.
 func swapOn(ctx context.Context, device string) error {
 	if on, err := isSwap(device); err != nil || on {
 		return err
@@ -20,7 +23,10 @@ func swapOn(ctx context.Context, device string) error {
 	if err := runTool(ctx, "mkswap", device); err != nil {
 		return err
 	}
-	return runTool(ctx, "swapon", device)
+	if err := runTool(context.WithoutCancel(ctx), "swapon", device); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
 }
 
 // swapOff stops swapping to a device, if that is done: a swap device that is

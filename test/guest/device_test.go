@@ -351,3 +351,40 @@ func TestDeviceWithoutItsServerFailsInTime(t *testing.T) {
 		bootDevice(t, k, lostScenario, "", "vsock_loopback")
 	})
 }
+
+// swapOnScenario: a signal comes while swapon(8) is at work, which the kernel
+// ends in its own time. The machine swaps to a device that is there, or to none.
+const swapOnScenario = serviceStart + `
+mkdir /run/bin
+cat >/run/bin/swapon <<END
+#!/bin/sh
+/bin/swapon "\$@"
+touch /run/on
+until [ -e /run/go ]; do sleep 0.1; done
+END
+chmod +x /run/bin/swapon
+for persist in "" --persist; do
+	rm -f /run/on /run/go
+	PATH=/run/bin:$PATH vmdiskctl device attach 'nbd+unix:///disk0?socket=/run/d/nbd' /dev/nbd0 --swap --swapon $persist &
+	attach=$!
+	await '[ -e /run/on ]'
+	kill -TERM $attach
+	touch /run/go
+	rc=0
+	wait $attach || rc=$?
+	cat /proc/swaps
+	vmdiskctl device list
+	there=0
+	if vmdiskctl device list | grep -q nbd0; then there=1; fi
+	[ $(grep -c "^/dev/nbd0 " /proc/swaps) = $there ]
+	[ $rc = $((1-there)) ]
+	[ $there = 0 ] || vmdiskctl device detach /dev/nbd0
+done
+if dmesg | grep -E 'I/O error|Read-error|Write-error|blocked for more'; then exit 9; fi
+`
+
+func TestDeviceThatIsSwappedToStays(t *testing.T) {
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+		bootDevice(t, k, swapOnScenario, "", "vsock_loopback")
+	})
+}
