@@ -126,7 +126,7 @@ func (f *deviceFlags) run(c *cobra.Command, args []string) error {
 		return err
 	}
 	if f.persist && !f.stay {
-		return f.background(c)
+		return f.background(c, config)
 	}
 	if f.stay {
 		config.Holds = holdsFolder

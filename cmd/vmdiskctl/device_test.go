@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
 )
 
 func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
@@ -132,5 +134,15 @@ func TestSwapOnIsSeenToItsEnd(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "done")); err != nil {
 		t.Errorf("swapon has not come to its end: %v", err)
+	}
+}
+
+func TestReportedDeviceIsRead(t *testing.T) {
+	for _, f := range []deviceFlags{{}, {json: true}} {
+		var b bytes.Buffer
+		must(t, f.report(&b, &kernel.Device{}, "nbd://host/"))
+		if index, err := f.heldDevice(b.Bytes()); err != nil || index != 0 {
+			t.Errorf("%q: device %d, %v", b.String(), index, err)
+		}
 	}
 }

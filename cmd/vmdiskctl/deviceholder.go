@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -34,8 +35,10 @@ type holderError struct {
 func (e *holderError) Error() string { return e.text }
 
 // background runs the same command again as a process of its own that stays,
-// and returns when that has attached the device, or failed to.
-func (f *deviceFlags) background(c *cobra.Command) error {
+// and returns when that has attached the device, or failed to. A device of which
+// that cannot be said is taken away again, unless it was attached before.
+func (f *deviceFlags) background(c *cobra.Command, config kernel.Config) error {
+	_, fresh := config.Sysfs.Info(config.Index) // an error: not attached
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -65,11 +68,41 @@ func (f *deviceFlags) background(c *cobra.Command) error {
 	defer stop()
 	line, err := io.ReadAll(io.LimitReader(ready, limits.MaxString))
 	if err == nil && len(line) > 0 {
-		_, err = c.OutOrStdout().Write(line)
+		if _, err = c.OutOrStdout().Write(line); err != nil && fresh != nil {
+			return errors.Join(err, f.dismiss(c.Context(), cmd, config.Sysfs, line))
+		}
 		return errors.Join(err, cmd.Process.Release())
 	}
 	text, _ := io.ReadAll(io.LimitReader(said, limits.MaxString))
 	return holderFailed(cmd.Wait(), text)
+}
+
+// dismiss takes away the device that a process holds, which has said line: that
+// ends the process.
+func (f *deviceFlags) dismiss(ctx context.Context, holder *exec.Cmd, sysfs kernel.Sysfs, line []byte) error {
+	driver, err := kernel.Open()
+	if err == nil {
+		defer driver.Close()
+		var index int
+		if index, err = f.heldDevice(line); err == nil {
+			err = withdraw(ctx, driver, sysfs, index)
+		}
+	}
+	if err != nil {
+		return errors.Join(err, holder.Process.Release())
+	}
+	return holder.Wait()
+}
+
+// heldDevice is the device of what report has written.
+func (f *deviceFlags) heldDevice(line []byte) (index int, err error) {
+	r := deviceReport{Device: string(bytes.TrimSpace(line))}
+	if f.json {
+		if err := json.Unmarshal(line, &r); err != nil {
+			return 0, err
+		}
+	}
+	return kernel.ParseDevice(r.Device)
 }
 
 // arguments are those of the command line that holds the device.

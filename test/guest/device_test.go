@@ -352,6 +352,49 @@ func TestDeviceWithoutItsServerFailsInTime(t *testing.T) {
 	})
 }
 
+// silentScenario: nobody reads what the process says that keeps a device, while
+// the service goes away and comes back under a writer; and a device whose name
+// cannot be said is not left behind, nor is a process that would keep it.
+const silentScenario = serviceStart + kept + `
+mkfifo /run/pipe
+exec 5<>/run/pipe 6>/run/pipe 5<&-
+unix='nbd+unix:///disk0?socket=/run/d/nbd'
+unsaid() {
+	fails 1 "$@"
+	[ "$(vmdiskctl device list --json)" = "[]" ]
+	await '! pidof vmdiskctl'
+}
+unsaid sh -c 'exec vmdiskctl device attach "$0" >&6' "$unix"
+unsaid sh -c 'exec vmdiskctl device attach "$0" --persist >&6' "$unix"
+unsaid sh -c 'exec vmdiskctl device attach "$0" --persist >/dev/full' "$unix"
+unsaid sh -c 'exec vmdiskctl device attach "$0" --persist --json --swap --swapon >/dev/full' "$unix"
+for uri in "$unix" nbd+vsock://1:10809/disk0; do
+	vmdiskctl device attach "$uri" /dev/nbd0 --foreground --timeout 2s >/run/name 2>&6 &
+	holder=$!
+	await '[ -s /run/name ]'
+	/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd0
+	mount -t ext4 /dev/nbd0 /mnt
+	rm -f /run/rounds
+	writer &
+	writer=$!
+	more
+	bounce
+	more
+	left
+	rm /run/name
+done
+vmdiskctl device attach "$unix" /dev/nbd0
+fails 1 sh -c 'exec vmdiskctl device attach "$0" /dev/nbd0 --persist >/dev/full' "$unix"
+[ "$(vmdiskctl device list --json)" != "[]" ]
+if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
+`
+
+func TestDeviceDoesNotNeedToBeHeard(t *testing.T) {
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+		bootDevice(t, k, silentScenario, "", "vsock_loopback")
+	})
+}
+
 // swapOnScenario: a signal comes while swapon(8) is at work, which the kernel
 // ends in its own time. The machine swaps to a device that is there, or to none.
 const swapOnScenario = serviceStart + `
