@@ -216,7 +216,11 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 		f.printNotes(c)
 		return plugError(err)
 	}
-	return f.report(c, p, &out, done)
+	err = f.report(c, p, &out, done)
+	if out.Changed {
+		err = reported(err)
+	}
+	return err
 }
 
 // report prints what has been done, or would be.

@@ -133,7 +133,7 @@ func (f *addFlags) run(c *cobra.Command, name, image string) error {
 		if err != nil {
 			return err
 		}
-		return f.printExport(c.OutOrStdout(), &e)
+		return reported(f.printExport(c.OutOrStdout(), &e))
 	})
 }
 

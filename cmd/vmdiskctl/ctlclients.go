@@ -112,11 +112,15 @@ export first.`,
 	})
 }
 
-// did says what was done: v in JSON, or the line.
-func (f *ctlFlags) did(c *cobra.Command, v any, format string, args ...any) error {
+// did says what was done, or would be: v in JSON, or the line.
+func (f *ctlFlags) did(c *cobra.Command, v any, format string, args ...any) (err error) {
 	if f.json {
-		return writeJSON(c.OutOrStdout(), v)
+		err = writeJSON(c.OutOrStdout(), v)
+	} else {
+		_, err = fmt.Fprintf(c.OutOrStdout(), format+"\n", args...)
 	}
-	_, err := fmt.Fprintf(c.OutOrStdout(), format+"\n", args...)
-	return err
+	if f.dryRun {
+		return err
+	}
+	return reported(err)
 }

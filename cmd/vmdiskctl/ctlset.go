@@ -109,9 +109,6 @@ func (f *ctlFlags) set(ctx context.Context, c *cobra.Command, cl *control.Client
 	if err != nil {
 		return err
 	}
-	if f.json {
-		return writeJSON(c.OutOrStdout(), e)
-	}
 	return f.did(c, e, "export %s is changed", shown(name))
 }
 

@@ -112,17 +112,14 @@ func newReload() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if f.json {
-					return writeJSON(c.OutOrStdout(), r)
-				}
-				p := &printer{w: c.OutOrStdout()}
-				if len(r.Changes) == 0 {
-					p.print("no changes\n")
-				}
+				lines := make([]string, 0, len(r.Changes))
 				for _, s := range r.Changes {
-					p.print("%s\n", visible(s))
+					lines = append(lines, visible(s))
 				}
-				return p.err
+				if len(lines) == 0 {
+					lines = append(lines, "no changes")
+				}
+				return f.did(c, r, "%s", strings.Join(lines, "\n"))
 			})
 		},
 	})

@@ -59,10 +59,10 @@ func (f *resizeFlags) run(c *cobra.Command, path, word string) error {
 		return err
 	}
 	if f.json {
-		return writeJSON(c.OutOrStdout(), created{Filename: path, Format: f.format, VirtualSize: size})
+		return reported(writeJSON(c.OutOrStdout(), created{Filename: path, Format: f.format, VirtualSize: size}))
 	}
 	_, err = fmt.Fprintf(c.OutOrStdout(), "%s: %s, %d bytes\n", path, f.format, size)
-	return err
+	return reported(err)
 }
 
 // newSize is a size in bytes, or what comes on top of the old one.

@@ -78,6 +78,61 @@ func TestOutputThatIsLostIsAFailure(t *testing.T) {
 	}
 }
 
+// TestWorkThatIsDoneAndNotReportedIsToldFromFailure: whoever takes it for one
+// does it twice.
+func TestWorkThatIsDoneAndNotReportedIsToldFromFailure(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	image, alone := d.image(t, "disk"), d.image(t, "alone")
+	for _, tt := range []struct {
+		args string
+		code int
+	}{
+		{"attach --bus=scsi --dry-run " + vm + " " + image, exitFailed},
+		{"attach --bus=scsi " + vm + " " + image, exitHalf},
+		{"attach --bus=scsi " + vm + " " + image, exitFailed}, // nothing had to be done
+		{"resize " + vm + " " + image + " +1M", exitHalf},
+		{"detach --json " + vm + " " + image, exitHalf},
+		{"export add one " + image, exitHalf},
+		{"export show one", exitFailed},
+		{"export set --dry-run one description=text", exitFailed},
+		{"export set --json one description=text", exitHalf},
+		{"export resize one +1M", exitHalf},
+		{"export pause one", exitHalf},
+		{"export remove one", exitHalf},
+		{"reload --dry-run", exitFailed},
+		{"reload", exitHalf},
+		{"image resize -f raw " + alone + " +1M", exitHalf},
+		{"image resize -f raw --json " + alone + " +1M", exitHalf},
+	} {
+		code, said := unheard(t, strings.Fields(tt.args)...)
+		if code != tt.code || strings.Contains(said, "it is done") != (tt.code == exitHalf) {
+			t.Errorf("vmdiskctl %s: exit code %d, want %d; %q", tt.args, code, tt.code, said)
+		}
+	}
+	for path, size := range map[string]int64{image: 3 << 20, alone: 3 << 20} {
+		if i, err := os.Stat(path); err != nil || i.Size() != size {
+			t.Errorf("%s: %v, %v, want %d bytes", path, i, err, size)
+		}
+	}
+}
+
+// unheard runs one command line without room for its output, and returns its
+// exit code and standard error.
+func unheard(t *testing.T, args ...string) (code int, said string) {
+	t.Helper()
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	must(t, err)
+	defer full.Close()
+	stderr, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	must(t, err)
+	defer stderr.Close()
+	code = run(t.Context(), args, full, stderr)
+	b, err := os.ReadFile(stderr.Name())
+	must(t, err)
+	return code, string(b)
+}
+
 // TestOutputThatNobodyReadsIsAnError: what was begun is finished or taken back,
 // and the exit code says which.
 func TestOutputThatNobodyReadsIsAnError(t *testing.T) {

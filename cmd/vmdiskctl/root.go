@@ -24,7 +24,7 @@ const (
 	exitFailed  = 1
 	exitUsage   = 2
 	exitRefused = 3
-	exitHalf    = 4 // rolled back incompletely
+	exitHalf    = 4 // rolled back incompletely, or done and not reported
 )
 
 // usageError is a mistake on the command line.
@@ -34,6 +34,23 @@ func (e usageError) Error() string { return e.err.Error() }
 func (e usageError) Unwrap() error { return e.err }
 
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// unreported is an error of a command that has done its work and cannot say so.
+// To take it for undone, and do it again, could do harm.
+type unreported struct{ err error }
+
+func (e unreported) Error() string {
+	return "it is done, but the report of that is lost: " + e.err.Error()
+}
+func (e unreported) Unwrap() error { return e.err }
+
+// reported is err, if any, of the report of what is done.
+func reported(err error) error {
+	if err == nil {
+		return nil
+	}
+	return unreported{err}
+}
 
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) int {
@@ -84,7 +101,7 @@ func exitCode(err error, begun bool) int {
 		return holder.code
 	case errors.As(err, &found):
 		return found.code()
-	case errors.Is(err, attach.ErrIncomplete):
+	case errors.Is(err, attach.ErrIncomplete), errors.As(err, new(unreported)):
 		return exitHalf
 	case !begun, errors.As(err, new(usageError)):
 		return exitUsage
@@ -111,7 +128,7 @@ nbd+unix:///export?socket=PATH, nbd+vsock://cid[:port]/export, and nbds for
 TLS.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 rolled back
-incompletely.`,
+incompletely, or done and not reported.`,
 		Version:       version.Version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
