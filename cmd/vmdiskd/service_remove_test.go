@@ -135,22 +135,83 @@ func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
 	s.stop()
 }
 
-// TestFileOfNoExportIsRemoved: one that an export of the configuration hides.
-func TestFileOfNoExportIsRemoved(t *testing.T) {
-	s := newService(t, "")
-	s.keep("a")
-	s.stop()
-	s.configure(exportA)
-	s.start()
-	for _, what := range []string{"the export of the configuration", "the file that it has hidden"} {
-		if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err != nil {
-			t.Errorf("remove %s: %v", what, err)
+// TestTwoExportsOfOneNameServeNeither: one of the configuration, and one that was
+// kept before. A guest that connects again never gets the disk of another, and the
+// empty name neither; when one of the two goes, the other can be served.
+func TestTwoExportsOfOneNameServeNeither(t *testing.T) {
+	for _, goes := range []string{"the one that was kept", "the one of the configuration"} {
+		s := newService(t, exportB)
+		kept := config.Export{Name: "a", Image: filepath.Join(s.dir, "c.img")}
+		if err := os.WriteFile(kept.Image, make([]byte, 2<<20), 0o600); err != nil {
+			t.Fatal(err)
 		}
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: kept, Persist: true}); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, "a reload to two of one name", s.reload(exportB+exportA), api.CodeExists)
+		s.stop()
+		s.configure(exportA + "default = true\n" + exportB)
+		s.start()
+		s.wantExports("with both", "a failed state", "b ready config")
+		for _, name := range []string{"a", ""} {
+			if got := s.size(s.uri(name)); got != "" {
+				t.Errorf("with both, name %q: got a disk of %s bytes, want none", name, got)
+			}
+		}
+		x, err := s.ctl.Status(t.Context())
+		for _, image := range []string{"a.img", "c.img"} {
+			if why := x.Notes["export a"]; err != nil || !strings.Contains(why, filepath.Join(s.dir, image)) {
+				t.Errorf("status: got %q, %v, want the name of %s", why, err, image)
+			}
+		}
+		if got := s.metric(`export_info{export="a",state="failed"}`); got != 1 {
+			t.Errorf("metrics: a failed: got %v, want 1", got)
+		}
+		if r, err := s.ctl.Reload(t.Context(), false); err != nil || len(r.Changes) > 0 {
+			t.Errorf("reload with both: got %q, %v, want no changes", r.Changes, err)
+		}
+		want := "1048576"
+		if goes == "the one that was kept" {
+			if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+				t.Error(err)
+			}
+			s.wantExports("without the file", "a failed config", "b ready config")
+		} else {
+			s.configure(exportB)
+			want = "2097152"
+		}
+		r, err := s.ctl.Reload(t.Context(), false)
+		if err != nil || !slices.Contains(r.Changes, `try export "a" again`) {
+			t.Errorf("reload without %s: got %q, %v, want a tried again", goes, r.Changes, err)
+		}
+		if got := s.size(s.uri("a")); got != want {
+			t.Errorf("without %s: got a disk of %q bytes, want %s", goes, got, want)
+		}
+		s.stop()
 	}
-	if got := s.kept(); len(got) != 0 {
-		t.Errorf("kept afterwards: got %q, want nothing", got)
+}
+
+// TestNameOfTheConfigurationIsNotKept: neither by adding another export of that
+// name, nor by a snapshot of one.
+func TestNameOfTheConfigurationIsNotKept(t *testing.T) {
+	s := newService(t, exportA)
+	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+		t.Fatal(err)
 	}
-	wantCode(t, "remove what is not there", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeNotFound)
+	add := func(persist bool) error {
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "b.img")}, Persist: persist})
+		return err
+	}
+	wantCode(t, "add to be kept", add(true), api.CodeExists)
+	if err := add(false); err != nil {
+		t.Fatal(err)
+	}
+	overlay := filepath.Join(s.dir, "top.qcow2")
+	_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay})
+	wantCode(t, "snapshot", err, api.CodeExists)
+	if got := s.kept(); len(got) != 0 || exists(overlay) {
+		t.Errorf("kept: got %q, overlay %t, want neither", got, exists(overlay))
+	}
 	s.stop()
 }
 

@@ -209,8 +209,8 @@ func (s *testService) outlivesHang() {
 	s.signal(syscall.SIGHUP)
 }
 
-// TestKeptExportThatHangsTakesNoOtherDown: one of the configuration that has its
-// name by now is served.
+// TestKeptExportThatHangsTakesNoOtherDown: its storage is not even asked where it is not
+// opened because the configuration has its name by now.
 func TestKeptExportThatHangsTakesNoOtherDown(t *testing.T) {
 	t.Parallel()
 	for _, confined := range []string{"auto", "off"} {
@@ -227,10 +227,13 @@ func TestKeptExportThatHangsTakesNoOtherDown(t *testing.T) {
 			}
 			s.stop()
 			s.hangStorage("h.img")
-			s.configure(exportA)
+			s.configure(exportA + exportB)
 			s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine="+confined) }
 			s.start()
-			s.wantExports("with the configuration's own", "a ready config")
+			s.wantExports("with the configuration's own", "a failed state", "b ready config")
+			if strings.Contains(s.log(), "no answer in time") {
+				t.Error("the storage of what is not opened was asked")
+			}
 			s.stop()
 		})
 	}

@@ -213,10 +213,15 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	return errors.Join(err, kept)
 }
 
-// keepPlace has the empty name stand for k, if it does, though k be away.
+// keepPlace has the empty name stand for k, if it does, though k be away. Of two
+// exports of one name, which are both away, either can be the default.
 func (d *daemon) keepPlace(k *disk) {
-	x, _, _ := d.disks.look(k)
+	x, now, failed := d.disks.look(k)
 	spec, _ := specOf(&x) // without grants it is everybody's
+	if now == nil && failed != nil {
+		c, _ := exportOf(d.conf.Load(), x.Name)
+		spec.Default = spec.Default || c.Default && k.origin == fromState
+	}
 	d.exports.Keep(spec)
 }
 
@@ -239,8 +244,8 @@ func (d *daemon) unpause(k *disk) {
 const openTimeout = time.Minute
 
 // allExports are those of the configuration or of the command line, and those that
-// were kept, as far as they can be read; none whose name the configuration has, which
-// cannot be opened.
+// were kept, as far as they can be read; without those of which there are two of one
+// name, which are not opened.
 func (d *daemon) allExports() (list []config.Export, err error) {
 	c := d.conf.Load()
 	if c == nil {
@@ -250,11 +255,15 @@ func (d *daemon) allExports() (list []config.Export, err error) {
 		return c.Exports, nil
 	}
 	kept, err := config.ReadExports(c.Control.State)
-	kept = slices.DeleteFunc(kept, func(x config.Export) bool {
-		_, taken := exportOf(c, x.Name)
-		return taken
+	return slices.Concat(otherThan(kept, c.Exports), otherThan(c.Exports, kept)), err
+}
+
+// otherThan are those of list whose names no export of others has.
+func otherThan(others, list []config.Export) []config.Export {
+	return slices.DeleteFunc(slices.Clone(list), func(x config.Export) bool {
+		_, both := named(others, x.Name)
+		return both
 	})
-	return slices.Concat(c.Exports, kept), err
 }
 
 // addConfigured opens the exports of the configuration, and those that were
@@ -265,23 +274,35 @@ func (d *daemon) addConfigured() error {
 	if _, err := d.groups.set(c.Groups); err != nil {
 		return err
 	}
-	var list []*disk
-	for _, x := range c.Exports {
-		list = append(list, &disk{cfg: x, origin: fromConfig})
-	}
 	kept, err := d.readKept(c.Control.State)
 	if err != nil {
 		return err
 	}
-	for _, x := range kept {
-		if _, taken := exportOf(c, x.Name); taken {
-			d.log.Error("export cannot be opened", "export", x.Name, "error", fmt.Errorf("%w: %q", export.ErrExists, x.Name))
-			continue
+	var list []*disk
+	for _, x := range c.Exports {
+		k := &disk{cfg: x, origin: fromConfig}
+		if other, both := named(kept, x.Name); both {
+			k = &disk{cfg: other, origin: fromState, failed: errTwo(&x, &other)}
 		}
+		list = append(list, k)
+	}
+	for _, x := range otherThan(c.Exports, kept) {
 		list = append(list, &disk{cfg: x, origin: fromState})
 	}
 	d.tryAll(d.stopping, list)
 	return nil
+}
+
+// errTwo is for a name of which the configuration has an export and another is kept.
+// To serve either could give a guest the disk of another.
+func errTwo(configured, kept *config.Export) error {
+	return fmt.Errorf("%w: the configuration has it with image %q, and one with image %q was added and is kept: neither is served while there are both",
+		export.ErrExists, configured.Image, kept.Image)
+}
+
+// errConfigured is for an export that would be kept beside one of the configuration.
+func errConfigured(name string) error {
+	return &api.Error{Code: api.CodeExists, Text: fmt.Sprintf("the configuration has an export %q: if another of that name were kept, neither would be served after a restart", name)}
 }
 
 // readKept reads the exports that were kept in a folder, if there is one. A file
@@ -311,6 +332,8 @@ func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 		k := list[i]
 		switch k.files = g.table; {
 		case ctx.Err() != nil:
+		case k.failed != nil:
+			d.giveUp(k)
 		case errors.Is(g.err, errNoAnswer):
 			k.failed = g.err
 			d.giveUp(k)
@@ -346,7 +369,8 @@ func (d *daemon) tryDisk(k *disk) {
 	}
 }
 
-// removeFailed forgets k, which does not work, if its file can be removed.
+// removeFailed forgets k, which does not work, if its file can be removed. An export
+// of the configuration that it has kept from being opened is for the next reload.
 func (d *daemon) removeFailed(k *disk, name string) error {
 	k.busy.Lock()
 	defer k.busy.Unlock()
@@ -356,7 +380,18 @@ func (d *daemon) removeFailed(k *disk, name string) error {
 	if err := d.forgetKept(k, name); err != nil {
 		return err
 	}
-	d.disks.forget(k, nil)
-	d.freePlace(name)
+	x, waits := exportOf(d.conf.Load(), name)
+	if !waits || k.origin != fromState {
+		d.disks.forget(k, nil)
+		d.freePlace(name)
+		return nil
+	}
+	next := &disk{cfg: x, origin: fromConfig, failed: errWaits}
+	d.disks.forget(k, next)
+	d.keepPlace(next)
 	return nil
 }
+
+// errWaits is what an export of the configuration has failed for when one that was
+// kept under its name has been removed.
+var errWaits = errors.New("another that was kept had its name: the next reload opens it")

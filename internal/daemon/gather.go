@@ -135,6 +135,9 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 	}
 	images := make([]config.Export, len(list))
 	for i, k := range list {
+		if k.failed != nil { // it is not opened
+			continue
+		}
 		images[i] = k.cfg
 		if k.origin != fromConfig {
 			continue

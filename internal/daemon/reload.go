@@ -37,7 +37,7 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
 	}
-	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(change)...)}
+	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(c, change)...)}
 	switch {
 	case dryRun || len(r.Changes) == 0:
 		return r, nil
@@ -212,16 +212,29 @@ func (r *reload) finish(ctx context.Context) {
 	}
 }
 
-// retries are the lines of a reload for what it tries to open again: not what has
-// failed while it was open, which has to be removed first.
-func (d *daemon) retries(change *config.Change) (lines []string) {
+// retries are the lines of a reload to c for what it tries to open again: not what
+// has failed while it was open, which has to be removed first.
+func (d *daemon) retries(c *config.Config, change *config.Change) (lines []string) {
 	for _, k := range d.disks.failed() {
 		x, now, _ := d.disks.look(k)
-		if now == nil && !slices.ContainsFunc(change.Exports, func(c config.ExportChange) bool { return c.Name == x.Name }) {
+		_, mine := d.wanted(c, k)
+		changed := slices.ContainsFunc(change.Exports, func(c config.ExportChange) bool { return c.Name == x.Name })
+		if now == nil && mine && (!changed || k.origin != fromConfig) {
 			lines = append(lines, fmt.Sprintf("try export %q again", x.Name))
 		}
 	}
 	return lines
+}
+
+// wanted is k as it is to be opened with the configuration c, if it is: c has it, or
+// it is kept and c has no other of its name.
+func (d *daemon) wanted(c *config.Config, k *disk) (x config.Export, ok bool) {
+	x, _, _ = d.disks.look(k)
+	configured, both := exportOf(c, x.Name)
+	if k.origin == fromConfig {
+		return configured, both
+	}
+	return x, !both
 }
 
 // retry tries to open what could not be opened for a reason that may have gone. It
@@ -229,12 +242,9 @@ func (d *daemon) retries(change *config.Change) (lines []string) {
 func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried bool) {
 	var again []*disk
 	for _, k := range d.disks.failed() {
-		x, now, why := d.disks.look(k)
-		known := now == nil && gone(why)
-		if known && k.origin == fromConfig {
-			x, known = exportOf(d.conf.Load(), x.Name)
-		}
-		if known {
+		_, now, why := d.disks.look(k)
+		x, known := d.wanted(d.conf.Load(), k)
+		if known && now == nil && gone(why) {
 			again = append(again, &disk{cfg: x, origin: k.origin, again: k})
 		}
 	}
@@ -326,11 +336,16 @@ func reopened(change *config.Change) (list []string) {
 
 // exportOf is an export as the configuration has it.
 func exportOf(c *config.Config, name string) (x config.Export, ok bool) {
-	i := slices.IndexFunc(c.Exports, func(x config.Export) bool { return x.Name == name })
+	return named(c.Exports, name)
+}
+
+// named is the export of list that is called name.
+func named(list []config.Export, name string) (x config.Export, ok bool) {
+	i := slices.IndexFunc(list, func(x config.Export) bool { return x.Name == name })
 	if i < 0 {
 		return x, false
 	}
-	return c.Exports[i], true
+	return list[i], true
 }
 
 // reopening is an export that is to be closed and opened as x says. Until end

@@ -144,7 +144,7 @@ func (d *daemon) forgetKept(k *disk, name string) error {
 }
 
 // removeFile removes the file of an export that is kept and not there: one that
-// could not be read, or in whose place the configuration had another.
+// could not be read.
 func (d *daemon) removeFile(name string) error {
 	state := d.conf.Load().Control.State
 	if state == "" || !config.HasExport(state, name) {
