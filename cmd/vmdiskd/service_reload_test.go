@@ -272,6 +272,25 @@ func TestReloadsTakeTurns(t *testing.T) {
 	}
 }
 
+// TestFailedSignalIsAnError: it is told where only warnings are logged, too.
+func TestFailedSignalIsAnError(t *testing.T) {
+	s := newService(t, exportA)
+	s.signal(syscall.SIGHUP)
+	s.await("the signal is told", func() bool { return strings.Contains(s.log(), "msg=reloaded") })
+	if log := s.log(); strings.Contains(log, "error=") {
+		t.Errorf("log of a reload that was done: got an error in %q", log)
+	}
+	if err := s.reload(exportA + "[log]\nlevel = \"warn\"\n"); err != nil {
+		t.Fatal(err)
+	}
+	s.configure(exportA + "[log]\nlevel = \"loud\"\n")
+	s.signal(syscall.SIGHUP)
+	s.await("it is told that the next one failed", func() bool {
+		return strings.Contains(s.log(), "level=ERROR msg=\"not reloaded\"")
+	})
+	s.stop()
+}
+
 // leave has a caller leave while what it asked for waits for the clients of b.
 func (s *testService) leave(ask func(context.Context) error) {
 	s.Helper()

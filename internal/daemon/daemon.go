@@ -438,8 +438,11 @@ func (d *daemon) wait(signals *signals) (int, error) {
 func (d *daemon) reload(done chan<- struct{}) {
 	defer close(done)
 	if d.conf.Load() != nil {
-		r, err := service{d}.Reload(d.stopping, false)
-		d.log.Info("reloaded", "changes", r.Changes, "error", err)
+		if r, err := (service{d}).Reload(d.stopping, false); err != nil {
+			d.log.Error("not reloaded", "error", err)
+		} else {
+			d.log.Info("reloaded", "changes", r.Changes)
+		}
 	}
 	if d.creds != nil {
 		d.creds.ServerConfig()
