@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"syscall"
@@ -500,6 +501,77 @@ func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
 	}
 	reader.reads(1)
 	s.stop()
+}
+
+// TestReloadKeepsWhatWasSet: until it finds that very key changed, whether the export
+// stays open for what it changes or not.
+func TestReloadKeepsWhatWasSet(t *testing.T) {
+	s := newService(t, exportA)
+	yes, most, cid, text := true, 3, []config.Grant{{Access: "rw", CIDs: []uint32{7}}}, "set"
+	rate := config.Rate{Ops: 1000}
+	p := api.Patch{ReadOnly: &yes, Connections: &most, Grants: &cid, TrustCID: &yes, Rate: &rate, Description: &text}
+	if _, err := s.ctl.Patch(t.Context(), "a", p); err != nil {
+		t.Fatal(err)
+	}
+	own := "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
+	var file string
+	for _, step := range []struct{ more, description string }{
+		{"log-requests = true\n", text},
+		{"description = \"of the file\"\n", "of the file"},
+		{"cache = \"none\"\n", "of the file"},
+		{own, "of the file"},
+	} {
+		file += step.more
+		if err := s.reload(exportA + file); err != nil {
+			t.Fatalf("%s: %v", step.more, err)
+		}
+		x, err := s.ctl.Export(t.Context(), "a")
+		got := api.Patch{ReadOnly: &x.ReadOnly, Connections: &x.Connections, Grants: &x.Grants, TrustCID: &x.TrustCID, Rate: x.Rate, Description: &x.Description}
+		p.Description = &step.description
+		if err != nil || !reflect.DeepEqual(got, p) {
+			t.Errorf("after a change of %s: got %+v, %v, want what was set and the description %q", step.more, x, err, step.description)
+		}
+		if got := s.size(s.uri("a")); got != "" {
+			t.Errorf("after a change of %s: everybody has access", step.more)
+		}
+	}
+	s.stop()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.ReadOnly || x.Grants != nil || x.Rate != nil {
+		t.Errorf("after a restart: got %+v, %v, want what the file says", x, err)
+	}
+	s.stop()
+}
+
+// TestRemovedExportOfTheConfigurationIsAway: until a reload finds a key of it
+// changed, or one of its listeners, and says that it is added.
+func TestRemovedExportOfTheConfigurationIsAway(t *testing.T) {
+	own := "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
+	for _, more := range []string{"description = \"new\"\n", "cache = \"none\"\n", own} {
+		s := newService(t, exportA+exportB)
+		if err := s.ctl.Remove(t.Context(), "b", false, 0); err != nil {
+			t.Fatal(err)
+		}
+		if x, err := s.ctl.Status(t.Context()); err != nil || !strings.Contains(x.Notes["export b"], "removed") {
+			t.Errorf("status: got notes %q, %v, want that b was removed", x.Notes, err)
+		}
+		if err := s.reload(exportA + "description = \"new\"\n" + exportB); err != nil {
+			t.Error(err)
+		}
+		s.wantExports("when another is changed", "a ready config")
+		s.configure(exportA + exportB + more)
+		for _, dry := range []bool{true, false} {
+			r, err := s.ctl.Reload(t.Context(), dry)
+			if err != nil || !slices.Contains(r.Changes, `add export "b"`) {
+				t.Errorf("reload with %s: got %q, %v, want that b is added", more, r.Changes, err)
+			}
+		}
+		s.wantExports("when it is changed", "a ready config", "b ready config")
+		if x, err := s.ctl.Status(t.Context()); err != nil || len(x.Notes) > 0 {
+			t.Errorf("status: got notes %q, %v, want none", x.Notes, err)
+		}
+		s.stop()
+	}
 }
 
 // TestRateGroupOfAnExportChangesInUse: into a group whose second write waits for

@@ -75,6 +75,44 @@ var liveFields = []string{
 	"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests", "fault",
 }
 
+// On is New for an export that is in use as live says: the keys of it that the
+// control API sets stay as they are, but for Fields.
+func (c *ExportChange) On(live *Export) Export {
+	x := *c.New
+	to, from := reflect.ValueOf(&x).Elem(), reflect.ValueOf(live).Elem()
+	for i := range to.NumField() {
+		key := to.Type().Field(i).Tag.Get("toml")
+		set := key == "readonly" || slices.Contains(liveFields, key)
+		if set && !slices.Contains(c.Fields, key) {
+			to.Field(i).Set(from.Field(i))
+		}
+	}
+	return x
+}
+
+// AddAbsent makes additions of what changes in exports of c, which c leads to, that
+// are not there: their listeners included.
+func (c *Change) AddAbsent(to *Config, absent func(name string) bool) {
+	changed := map[string]bool{}
+	for _, x := range c.Exports {
+		changed[x.Name] = x.What == Alter
+	}
+	for _, l := range c.Listeners {
+		if _, other := changed[l.Export]; l.Export != "" && !other {
+			changed[l.Export] = true
+		}
+	}
+	for name, x := range to.byName() {
+		if changed[name] && absent(name) {
+			c.Exports = slices.DeleteFunc(c.Exports, func(x ExportChange) bool { return x.Name == name })
+			c.Exports = append(c.Exports, ExportChange{What: Add, Name: name, New: x, Live: true})
+		}
+	}
+	slices.SortFunc(c.Exports, func(a, b ExportChange) int {
+		return cmp.Or(cmp.Compare(a.What, b.What), cmp.Compare(a.Name, b.Name))
+	})
+}
+
 // setting is a key outside of the lists.
 type setting struct {
 	key     string

@@ -34,6 +34,7 @@ func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
 	}
 	c.SpellAs(d.conf.Load())
 	change := config.Diff(d.conf.Load(), c)
+	change.AddAbsent(c, func(name string) bool { return d.disks.get(name) == nil })
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
 	}
@@ -162,21 +163,28 @@ func (r *reload) changeExports(context.Context) error {
 		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
 			continue
 		}
-		old, err := r.d.exchange(k, *x.New)
+		old, err := r.d.exchange(k, x.On)
 		if err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
-		r.onError(func(context.Context) { _, _ = r.d.exchange(k, old) }) // it was valid
+		r.onError(func(context.Context) { // it was valid
+			_, _ = r.d.exchange(k, func(*config.Export) config.Export { return old })
+		})
 	}
 	return nil
 }
 
 // reopenExports changes those that must be closed for it.
 func (r *reload) reopenExports(ctx context.Context) error {
-	var list []config.Export
+	var list []config.ExportChange
 	for _, name := range reopened(r.change) {
+		i := slices.IndexFunc(r.change.Exports, func(x config.ExportChange) bool { return x.Name == name })
+		if i >= 0 {
+			list = append(list, r.change.Exports[i])
+			continue
+		}
 		x, _ := exportOf(r.c, name) // reopened names exports of c
-		list = append(list, x)
+		list = append(list, config.ExportChange{Name: name, New: &x})
 	}
 	undo, err := r.d.reopen(ctx, list...)
 	r.undo = append(r.undo, undo...)
@@ -298,15 +306,17 @@ func (d *daemon) tellRetired(name string, err error) {
 	}
 }
 
-// exchange is change for who does not hold k.busy. It returns what was before.
-func (d *daemon) exchange(k *disk, x config.Export) (old config.Export, err error) {
+// exchange is change for who does not hold k.busy: to is what becomes of an export
+// of the configuration. It returns what was before.
+func (d *daemon) exchange(k *disk, to func(live *config.Export) config.Export) (old config.Export, err error) {
 	k.busy.Lock()
 	defer k.busy.Unlock()
 	old = k.cfg
 	if k.origin != fromConfig {
 		return old, errTaken
 	}
-	if x, err = d.placed(x); err != nil {
+	x, err := d.placed(to(&old))
+	if err != nil {
 		return old, err
 	}
 	return old, d.change(k, x)
@@ -357,11 +367,11 @@ type reopening struct {
 	files *open.Table // of x
 }
 
-// reopen closes exports and opens them as they are in list; one that is not open
-// is opened. None is closed before the files of all are open. It returns what takes
+// reopen closes exports and opens them as list says; one that is not open is
+// opened. None is closed before the files of all are open. It returns what takes
 // back what it has done, also with an error: an export that cannot be opened is
 // opened as it was.
-func (d *daemon) reopen(ctx context.Context, list ...config.Export) (undo []func(context.Context), err error) {
+func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []func(context.Context), err error) {
 	var all []*reopening
 	defer func() {
 		for _, r := range all {
@@ -375,7 +385,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.Export) (undo []func
 			err = errTaken
 		case d.disks.find(x.Name) == nil:
 			var back func(context.Context)
-			if back, err = d.openAgain(ctx, x, k); err == nil {
+			if back, err = d.openAgain(ctx, *x.New, k); err == nil {
 				undo = append(undo, back)
 			}
 		default:
@@ -399,8 +409,10 @@ func (d *daemon) reopen(ctx context.Context, list ...config.Export) (undo []func
 }
 
 // beginReopen refuses an export that the API has paused: the pause would be over.
-func (d *daemon) beginReopen(ctx context.Context, k *disk, x config.Export) (*reopening, error) {
+func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportChange) (*reopening, error) {
 	k.leave(1)
+	live, _, _ := d.disks.look(k)
+	x := change.On(&live)
 	files, err := (*open.Table)(nil), error(nil)
 	if d.disks.held(k) {
 		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)

@@ -83,6 +83,11 @@ func (s service) Status() api.Status {
 	if d.unread != "" {
 		t.Notes["state"] = d.unread
 	}
+	for _, x := range d.conf.Load().Exports {
+		if k := d.disks.get(x.Name); k == nil || d.disks.originOf(k) != fromConfig {
+			t.Notes["export "+x.Name] = "it was removed, and the configuration has it: the next start opens it, or a reload that finds a key of it changed"
+		}
+	}
 	for _, k := range d.disks.failed() {
 		cfg, _, err := d.disks.look(k)
 		t.Notes["export "+cfg.Name] = err.Error()
