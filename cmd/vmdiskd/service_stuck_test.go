@@ -136,6 +136,30 @@ func TestPauseHoldsUpNoEnd(t *testing.T) {
 	s.stop()
 }
 
+// TestPausedDiskIsNotResized, nor is a snapshot made of it: both would wait for the
+// end of the pause. What it is set to meanwhile is done at once.
+func TestPausedDiskIsNotResized(t *testing.T) {
+	s := newService(t, exportA)
+	if err := s.ctl.Pause(t.Context(), "a", 5*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.ctl.Resize(t.Context(), "a", api.Resize{Size: 2 << 20})
+	wantCode(t, "resize", err, api.CodeInUse)
+	_, err = s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")})
+	wantCode(t, "snapshot", err, api.CodeInUse)
+	text := "changed"
+	if x, err := s.ctl.Patch(t.Context(), "a", api.Patch{Description: &text}); err != nil || x.State != "paused" {
+		t.Errorf("set: got %+v, %v, want it done and paused", x, err)
+	}
+	if err := s.ctl.Resume(t.Context(), "a"); err != nil {
+		t.Error(err)
+	}
+	if x, err := s.ctl.Resize(t.Context(), "a", api.Resize{Size: 2 << 20}); err != nil || x.Size != 2<<20 {
+		t.Errorf("resize of what goes on: got %+v, %v", x, err)
+	}
+	s.stop()
+}
+
 // hangStorage makes a file of the service one whose storage does not answer: FUSE with a
 // server that is stopped.
 func (s *testService) hangStorage(name string) {

@@ -50,7 +50,7 @@ type daemon struct {
 	cage      []confine.Control // what confines the process
 	swapCage  []confine.Control // what protects a server of swap; made by settle
 	controls  []control
-	reloading sync.Mutex
+	reloading lock
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -40,7 +41,7 @@ type disk struct {
 
 	// busy is held by whoever changes the export. Removals hold it while they
 	// begin and while they end, not while they wait for clients and storage.
-	busy    sync.Mutex
+	busy    lock
 	leaving int // guarded by busy; removals under way, meanwhile nobody begins to change it
 }
 
@@ -53,11 +54,22 @@ type disks struct {
 // errAway is for another attempt at an export that has been removed meanwhile.
 var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
 
-// leave adds n to the removals of k that are under way.
-func (k *disk) leave(n int) {
-	k.busy.Lock()
+// leave begins a removal of k when who changes it has finished, unless ctx ends
+// before.
+func (k *disk) leave(ctx context.Context) error {
+	if err := k.busy.Wait(ctx); err != nil {
+		return err
+	}
 	defer k.busy.Unlock()
-	k.leaving += n
+	k.leaving++
+	return nil
+}
+
+// stay is the end of a removal after which k is still there.
+func (k *disk) stay() {
+	k.busy.Lock() // while it leaves nobody holds that for long
+	defer k.busy.Unlock()
+	k.leaving--
 }
 
 // claim takes a name. One that failed is for another attempt at that very export,

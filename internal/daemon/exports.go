@@ -154,17 +154,20 @@ func (d *daemon) closeDoors(list []*door) {
 
 // beginChange finds the export called name for somebody who changes it, and
 // holds its busy for them: it is there and ready, and stays until they are done.
-func (d *daemon) beginChange(name string) (*disk, error) {
+// Who has left before it is their turn changes nothing.
+func (d *daemon) beginChange(ctx context.Context, name string) (*disk, error) {
 	k := d.disks.find(name)
 	if k == nil {
 		return nil, unknownExport(name)
 	}
-	return k, d.hold(k, name)
+	return k, d.hold(ctx, k, name)
 }
 
 // hold is beginChange of k, which had that name when it was found.
-func (d *daemon) hold(k *disk, name string) (err error) {
-	k.busy.Lock()
+func (d *daemon) hold(ctx context.Context, k *disk, name string) (err error) {
+	if err := k.busy.Wait(ctx); err != nil {
+		return told(err)
+	}
 	switch x, _ := d.exports.StatusOf(name); {
 	case d.disks.get(name) != k:
 		err = unknownExport(name)
@@ -197,7 +200,9 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	d.keepPlace(k)
 	defer d.freePlace(name)
 	d.unpause(k) // who changes it may wait for that
-	k.leave(1)   // who changes it has finished
+	if err := k.leave(ctx); err != nil {
+		return fmt.Errorf("%w: %q is being changed: %w", export.ErrInUse, name, err)
+	}
 	d.unpause(k) // nobody pauses it any more
 	err := d.exports.Remove(ctx, name, force)
 	k.busy.Lock()
@@ -371,8 +376,10 @@ func (d *daemon) tryDisk(k *disk) {
 
 // removeFailed forgets k, which does not work, if its file can be removed. An export
 // of the configuration that it has kept from being opened is for the next reload.
-func (d *daemon) removeFailed(k *disk, name string) error {
-	k.busy.Lock()
+func (d *daemon) removeFailed(ctx context.Context, k *disk, name string) error {
+	if err := k.busy.Wait(ctx); err != nil {
+		return err
+	}
 	defer k.busy.Unlock()
 	if d.disks.get(name) != k {
 		return unknownExport(name)

@@ -23,10 +23,13 @@ import (
 // open exports that have failed. What comes is opened before anything is taken
 // away, and goes again if the rest fails. An export or a listener that must be
 // closed to be changed is opened as it was if it cannot be opened as it shall
-// be. A reload that has begun does not end with its caller, but with the daemon.
-func (s service) Reload(_ context.Context, dryRun bool) (api.Reload, error) {
+// be. A reload that has begun does not end with its caller, but with the daemon;
+// one whose caller has left before its turn is none.
+func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	d := s.d
-	d.reloading.Lock()
+	if err := d.reloading.Wait(ctx); err != nil {
+		return api.Reload{}, told(err)
+	}
 	defer d.reloading.Unlock()
 	c, err := config.Load(d.cfg.File)
 	if err != nil {
@@ -156,19 +159,22 @@ func (r *reload) addExports(ctx context.Context) error {
 }
 
 // changeExports changes those that stay open.
-func (r *reload) changeExports(context.Context) error {
+func (r *reload) changeExports(ctx context.Context) error {
 	reopen := reopened(r.change)
 	for _, x := range r.change.Exports {
 		k := r.d.disks.find(x.Name) // retry opens what has failed
 		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
 			continue
 		}
-		old, err := r.d.exchange(k, x.On)
+		old, err := r.d.exchange(ctx, k, x.On)
 		if err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
-		r.onError(func(context.Context) { // it was valid
-			_, _ = r.d.exchange(k, func(*config.Export) config.Export { return old })
+		r.onError(func(ctx context.Context) {
+			_, err := r.d.exchange(ctx, k, func(*config.Export) config.Export { return old })
+			if err != nil { // it was valid: the export is being changed, or is gone
+				r.d.log.Error("export stays changed", "export", x.Name, "error", err)
+			}
 		})
 	}
 	return nil
@@ -308,8 +314,10 @@ func (d *daemon) tellRetired(name string, err error) {
 
 // exchange is change for who does not hold k.busy: to is what becomes of an export
 // of the configuration. It returns what was before.
-func (d *daemon) exchange(k *disk, to func(live *config.Export) config.Export) (old config.Export, err error) {
-	k.busy.Lock()
+func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Export) config.Export) (old config.Export, err error) {
+	if err := k.busy.Wait(ctx); err != nil {
+		return old, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
+	}
 	defer k.busy.Unlock()
 	old = k.cfg
 	if k.origin != fromConfig {
@@ -410,7 +418,9 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 
 // beginReopen refuses an export that the API has paused: the pause would be over.
 func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportChange) (*reopening, error) {
-	k.leave(1)
+	if err := k.leave(ctx); err != nil {
+		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
+	}
 	live, _, _ := d.disks.look(k)
 	x := change.On(&live)
 	files, err := (*open.Table)(nil), error(nil)
@@ -420,7 +430,7 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 		files, err = d.gatherBeside(ctx, k, x)
 	}
 	if err != nil {
-		k.leave(-1)
+		k.stay()
 		return nil, err
 	}
 	return &reopening{d, k, x, files}, nil
@@ -428,7 +438,7 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 
 func (r *reopening) end() {
 	r.files.Close()
-	r.k.leave(-1)
+	r.k.stay()
 }
 
 // reopen closes the export and opens it as r.x says; if that fails, as it was. It
@@ -461,7 +471,9 @@ func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*o
 	if err != nil {
 		return nil, err
 	}
-	k.busy.Lock()
+	if err := k.busy.Wait(ctx); err != nil {
+		return nil, err
+	}
 	defer k.busy.Unlock()
 	return d.gather(ctx, &x, k.stack.files)
 }

@@ -98,7 +98,7 @@ func TestRemovedExportIsNotTriedAgain(t *testing.T) {
 	asked := 0
 	d.retry(t.Context(), func(error) bool {
 		if asked++; asked == 2 {
-			if err := d.removeFailed(d.disks.get("b"), "b"); err != nil {
+			if err := d.removeFailed(t.Context(), d.disks.get("b"), "b"); err != nil {
 				t.Errorf("removal: %v", err)
 			}
 		}
@@ -112,7 +112,7 @@ func TestRemovedExportIsNotTriedAgain(t *testing.T) {
 	}
 	_, back, err := d.closeFor(t.Context(), "a", d.disks.get("a").cfg)
 	if err == nil {
-		err = d.removeFailed(d.disks.get("a"), "a")
+		err = d.removeFailed(t.Context(), d.disks.get("a"), "a")
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -193,10 +193,12 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 // keepAdded writes the file of an export that was added to be kept, or takes it
 // away again.
 func (d *daemon) keepAdded(ctx context.Context, k *disk, name string) error {
-	err := d.writeAdded(k, name)
+	err := d.writeAdded(ctx, k, name)
 	if err == nil {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(d.stopping, openTimeout) // also where the caller has left
+	defer cancel()
 	away := d.takeAway(ctx, k, name, true, func() (*disk, error) { return nil, nil })
 	if errors.Is(away, nbd.ErrUnknownExport) { // by somebody else
 		return err
@@ -206,8 +208,8 @@ func (d *daemon) keepAdded(ctx context.Context, k *disk, name string) error {
 
 // writeAdded is the first part of keepAdded. With an error the file is as it was
 // before.
-func (d *daemon) writeAdded(k *disk, name string) error {
-	if err := d.hold(k, name); err != nil {
+func (d *daemon) writeAdded(ctx context.Context, k *disk, name string) error {
+	if err := d.hold(ctx, k, name); err != nil {
 		return err
 	}
 	defer k.busy.Unlock()
@@ -248,8 +250,8 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 	return nil
 }
 
-func (s service) Patch(_ context.Context, name string, p api.Patch) (api.Export, error) {
-	k, err := s.d.beginChange(name)
+func (s service) Patch(ctx context.Context, name string, p api.Patch) (api.Export, error) {
+	k, err := s.d.beginChange(ctx, name)
 	if err != nil {
 		return api.Export{}, err
 	}
@@ -359,7 +361,7 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	}
 	switch _, now, failed := s.d.disks.look(k); {
 	case now == nil && failed != nil:
-		return told(s.d.removeFailed(k, name))
+		return told(s.d.removeFailed(ctx, k, name))
 	case now == nil: // it is being opened
 		return unknownExport(name)
 	}
@@ -375,7 +377,7 @@ func (s service) Pause(ctx context.Context, name string, limit time.Duration) er
 	if limit == 0 {
 		limit = limits.PauseLongest
 	}
-	k, hold, err := s.d.beginPause(name, limit)
+	k, hold, err := s.d.beginPause(ctx, name, limit)
 	if err != nil {
 		return told(err)
 	}
@@ -388,8 +390,8 @@ func (s service) Pause(ctx context.Context, name string, limit time.Duration) er
 
 // beginPause makes the requests of an export wait until its pause is taken, by
 // whoever resumes or removes it.
-func (d *daemon) beginPause(name string, limit time.Duration) (*disk, *layer.Hold, error) {
-	k, err := d.beginChange(name)
+func (d *daemon) beginPause(ctx context.Context, name string, limit time.Duration) (*disk, *layer.Hold, error) {
+	k, err := d.beginChange(ctx, name)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -449,11 +451,14 @@ func (s *disks) unhold(k *disk) (hold *layer.Hold) {
 }
 
 func (s service) Resize(ctx context.Context, name string, want api.Resize) (api.Export, error) {
-	k, err := s.d.beginChange(name)
+	k, err := s.d.beginChange(ctx, name)
 	if err != nil {
 		return api.Export{}, err
 	}
 	defer k.busy.Unlock()
+	if err := k.mayMove(); err != nil {
+		return api.Export{}, err
+	}
 	r, ok := k.stack.top.(backing.Resizer)
 	if !ok {
 		return api.Export{}, told(backing.ErrNotSupported)
@@ -468,6 +473,15 @@ func (s service) Resize(ctx context.Context, name string, want api.Resize) (api.
 	return s.Export(name)
 }
 
+// mayMove refuses what would wait for the end of a pause. With k.busy, so that none
+// begins.
+func (k *disk) mayMove() error {
+	if k.stack.pause.Paused() {
+		return &api.Error{Code: api.CodeInUse, Text: "the disk is paused"}
+	}
+	return nil
+}
+
 // sizeOf is what a disk of old bytes shall have.
 func sizeOf(want api.Resize, old int64) (int64, error) {
 	switch {
@@ -480,13 +494,16 @@ func sizeOf(want api.Resize, old int64) (int64, error) {
 }
 
 func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, files []*os.File) (api.Export, error) {
-	k, err := s.d.beginChange(name)
+	k, err := s.d.beginChange(ctx, name)
 	if err != nil {
 		return api.Export{}, err
 	}
 	defer k.busy.Unlock()
 	if len(files) > 0 {
 		return api.Export{}, &api.Error{Code: api.CodeUnsupported, Text: "an overlay cannot come as a descriptor: its image would have no name for it"}
+	}
+	if err := k.mayMove(); err != nil {
+		return api.Export{}, err
 	}
 	if err := s.d.snapshot(ctx, k, a.Overlay); err != nil {
 		return api.Export{}, told(err)
@@ -495,11 +512,15 @@ func (s service) Snapshot(ctx context.Context, name string, a api.Snapshot, file
 }
 
 func (s service) Forget(ctx context.Context, name string, force, dryRun bool) (api.Forgotten, error) {
-	s.d.reloading.Lock()
+	if err := s.d.reloading.Wait(ctx); err != nil {
+		return api.Forgotten{}, told(err)
+	}
 	defer s.d.reloading.Unlock()
 	if k := s.d.disks.get(name); k != nil {
-		k.leave(1) // a snapshot may be on its way, and none must begin
-		defer k.leave(-1)
+		if err := k.leave(ctx); err != nil { // a snapshot may be on its way, and none must begin
+			return api.Forgotten{}, told(err)
+		}
+		defer k.stay()
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
