@@ -474,6 +474,15 @@ func (r *raw) unixEndpoint(c *daemon.Config) error {
 			return usagef("--unix-owner: %v", err)
 		}
 	}
+	if r.unixOwner == "" && r.unix == transport.PrivatePath && r.handed == nil {
+		to, err := confine.CredentialOf(r.user, r.group)
+		if err != nil {
+			return usagef("--user, --group: %v", err)
+		}
+		if to != nil { // whom the command of --run is, and who removes it
+			e.Owner = &transport.Owner{UID: int(to.Uid), GID: int(to.Gid)}
+		}
+	}
 	c.Endpoints = []transport.Endpoint{e}
 	return nil
 }

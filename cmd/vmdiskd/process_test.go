@@ -630,6 +630,30 @@ func TestCommandGetsTheDiskAndGivesItsStatus(t *testing.T) {
 	}
 }
 
+// TestCommandOfAnotherUserGetsTheDisk: it can enter the private folder, which is gone
+// afterwards.
+func TestCommandOfAnotherUserGetsTheDisk(t *testing.T) {
+	path := userImage(t)
+	dir, err := os.MkdirTemp("", "vmdiskd-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", dir)
+	for _, args := range [][]string{{"-u", "nobody", "-g", "nogroup"}, {"-u", "nobody", "-U", "-"}, {"-u", "65534", "--confine=off"}} {
+		out, err := program(append(args, "--run", "id -u; nbdinfo --size $uri", path)...).Output()
+		if err != nil || string(out) != "65534\n1048576\n" {
+			t.Errorf("%s: got %v, %q, want the user 65534 and the size 1048576", args, err, out)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left behind: %v, %v", args, left, err)
+		}
+	}
+}
+
 func TestCommandGetsTheAddressOfItsDisk(t *testing.T) {
 	for _, tt := range []struct {
 		name, want string

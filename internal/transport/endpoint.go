@@ -25,7 +25,7 @@ const FD Kind = "fd"
 const CIDAny = unix.VMADDR_CID_ANY
 
 // PrivatePath, as the path of a Unix endpoint, makes a socket in a new
-// directory that only this user may enter.
+// directory that only its owner may enter, this user if the endpoint names none.
 const PrivatePath = "-"
 
 // Owner is the owner of a Unix socket's file; -1 leaves that part as it is.

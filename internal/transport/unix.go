@@ -213,7 +213,8 @@ func chmodSocket(sock *socket.Conn, mode fs.FileMode) error {
 	return errors.Join(err, chmodErr)
 }
 
-// adopt opens the file that bind made and completes mode and owner.
+// adopt opens the file that bind made and completes mode and owner. A private
+// directory is the owner's too: who may connect has to get there.
 func (p *socketPath) adopt(mode fs.FileMode, o *Owner) error {
 	fd, err := unix.Openat(int(p.dir.Fd()), p.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -232,6 +233,11 @@ func (p *socketPath) adopt(mode fs.FileMode, o *Owner) error {
 	}
 	if o == nil || o.has(fi) {
 		return nil
+	}
+	if p.private != "" {
+		if err := p.dir.Chown(o.UID, o.GID); err != nil {
+			return fmt.Errorf("set owner %d:%d of its directory: %w", o.UID, o.GID, bare(err))
+		}
 	}
 	if err := unix.Fchownat(fd, "", o.UID, o.GID, unix.AT_EMPTY_PATH); err != nil {
 		return fmt.Errorf("set owner %d:%d: %w", o.UID, o.GID, err)
