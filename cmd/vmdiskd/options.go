@@ -196,6 +196,11 @@ var serviceOptions = []string{
 	"exit-with-parent", "confine", "timeout", "enable-fault-injection", "poll-max", "threads",
 }
 
+// imageOptions are those that no file says, as they are of a run with one IMAGE.
+var imageOptions = []string{
+	"run", "print-uri", "swap", "swap-headroom", "single", "stdin", "newstyle", "oldstyle", "no-sr", "no-mc", "mask-handshake",
+}
+
 // service is what --config says.
 func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	var wrong string
@@ -205,6 +210,8 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 		}
 	})
 	switch {
+	case contains(imageOptions, wrong):
+		return options{}, usagef("--%s does not go with --config: it is for one IMAGE", wrong)
 	case wrong != "":
 		return options{}, usagef("--%s does not go with --config: the file says it", wrong)
 	case f.NArg() > 0:

@@ -159,6 +159,9 @@ func TestMistakesSayWhatToWrite(t *testing.T) {
 		"-D tsl=debug disk":                   "daemon, nbd, backing, engine, tls, control, requests",
 		"-D tls=loud disk":                    "debug, info, warn or error",
 		"-t 0 disk":                           "want 1 to 128",
+		"--config x --run true":               "--run does not go with --config: it is for one IMAGE",
+		"--config x --swap":                   "it is for one IMAGE",
+		"--config x --engine=pool":            "the file says it",
 		"--format=qcow2 --backing=explicit x": "--backing=explicit needs --backing-file or --data-file",
 	} {
 		if _, err := parse(strings.Fields(line), nil); err == nil || !strings.Contains(err.Error(), want) {

@@ -292,6 +292,17 @@ func TestFailedSignalIsAnError(t *testing.T) {
 	s.stop()
 }
 
+// TestReloadSaysInALineWhyItNeedsARestart, with all that changes.
+func TestReloadSaysInALineWhyItNeedsARestart(t *testing.T) {
+	s := newService(t, exportA)
+	err := s.reload(exportB + "[metrics]\nlisten = \"127.0.0.1:0\"\n")
+	wantCode(t, "reload", err, api.CodeUnsupported)
+	if want := `needs a restart; remove export "a"; add export "b"`; err != nil && !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("reload: got %q, want it to end with %q", err, want)
+	}
+	s.stop()
+}
+
 // leave has a caller leave while what it asked for waits for the clients of b.
 func (s *testService) leave(ask func(context.Context) error) {
 	s.Helper()

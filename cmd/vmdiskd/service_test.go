@@ -210,6 +210,10 @@ func TestImageComesAsDescriptor(t *testing.T) {
 	if got := s.size(s.uri("x")); got != "4096" {
 		t.Errorf("size: got %q, want 4096", got)
 	}
+	_, err = s.ctl.Snapshot(t.Context(), "x", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")})
+	if wantCode(t, "snapshot", err, api.CodeUnsupported); err != nil && !strings.Contains(err.Error(), "descriptor") {
+		t.Errorf("snapshot: got %v, want the descriptor for a reason", err)
+	}
 	s.stop()
 }
 

@@ -87,8 +87,20 @@ func (c *Control) check(k checker) {
 		if k.most(l.key, len(l.list), limits.GrantFacts) {
 			for _, name := range l.list {
 				k.user(l.key, name)
+				k.known(l.key, name)
 			}
 		}
+	}
+}
+
+// overflow are the user and the group that all unknown ones seem to be
+// (user_namespaces(7)), which the control socket lets in under no name.
+var overflow = []string{"nobody", "nogroup", "65534"}
+
+// known refuses a rule that nobody ever fulfils.
+func (c checker) known(key, s string) {
+	if slices.Contains(overflow, s) {
+		c.fail("%s: %q is never let in: every user or group that is not known here seems to be 65534", key, s)
 	}
 }
 

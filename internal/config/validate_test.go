@@ -133,6 +133,8 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 		{"[control]\nsocket = \"/s\"\nowner = \"a:b:c\"", `control: owner: "b:c"`},
 		{"[control]\nsocket = \"/s\"\nchange-users = [\"\"]", `control: change-users: ""`},
 		{"[control]\nsocket = \"/s\"\nread-groups = [\"a\\u0000\"]", `control: read-groups: "a\x00" has a control`},
+		{"[control]\nsocket = \"/s\"\nread-users = [\"nobody\"]", `control: read-users: "nobody" is never let in`},
+		{"[control]\nsocket = \"/s\"\nchange-groups = [\"65534\"]", `control: change-groups: "65534" is never let in`},
 		{"[control]\nsocket = \"/s/\"", `control: socket: write "/s/" as "/s"`},
 		{"[control]\nsocket = \"/" + strings.Repeat("s", 107) + "\"", `control: socket: the path has 108 bytes`},
 		{"[control]\nsocket = \"/s\"\nstate = \"s\"", `control: state: "s"`},

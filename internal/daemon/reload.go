@@ -46,7 +46,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	case dryRun || len(r.Changes) == 0:
 		return r, nil
 	case change.Restart():
-		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + change.String()}
+		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(change.Lines(), "; ")}
 	}
 	ctx, cancel := context.WithTimeout(d.stopping, reloadTimeout)
 	defer cancel()

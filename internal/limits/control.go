@@ -6,16 +6,15 @@ import "time"
 // compromised must not take the service down with it.
 const (
 	// ControlHeader bounds the request line and the headers of a request: a
-	// path with an export's name of MaxString bytes in percent-encoding would
-	// need more, and curl's own headers are below 200 bytes.
-	ControlHeader = 8 << 10
+	// path with an export's name of ControlName bytes in percent-encoding, which
+	// makes three of one, and curl's own headers, which are below 200 bytes.
+	ControlHeader = 16 << 10
 
 	// ControlBody bounds the JSON of a request: the largest is an export.
 	ControlBody = ExportJSON
 
-	// ControlName bounds the name of an export in a path: what is left of
-	// ControlHeader when each byte takes three.
-	ControlName = 2 << 10
+	// ControlName bounds the name of an export in a path: that of any name.
+	ControlName = MaxString
 
 	// ControlFiles bounds the descriptors that come with one request: an image
 	// with a chain of backing files, and with its data file.

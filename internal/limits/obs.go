@@ -27,11 +27,6 @@ const (
 	EventBurst    = 10
 	EventInterval = time.Second
 
-	// Slow is how long a request may take before it is called slow, unless
-	// the operator says otherwise: well above what a healthy disk needs under
-	// load, well below the 30 seconds after which guests reset a disk.
-	Slow = time.Second
-
 	// StuckFactor times the threshold of slow requests is the age at which a
 	// request counts as stuck.
 	StuckFactor = 10

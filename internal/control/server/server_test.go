@@ -11,11 +11,13 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // names are names of exports that are syntax somewhere.
 var names = []string{
 	"disk", "a/b", "a%2Fb", "%", "..", ".", "a b", `quo"te`, "it's", "a,b=c", "<x>&amp;", "new\nline\r\n", "-rf", "json:{}", "ä☃", "?x=1", "#f", "a//b", "fd:0", "", "{name}", "exports", ";", "+",
+	strings.Repeat("ä", limits.MaxString/2),
 }
 
 func TestNamesAreDataInPathsAndBodies(t *testing.T) {
