@@ -149,6 +149,8 @@ func TestTwoExportsOfOneNameServeNeither(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantCode(t, "a reload to two of one name", s.reload(exportB+exportA), api.CodeExists)
+		_, err := s.ctl.Reload(t.Context(), true)
+		wantCode(t, "what it would do", err, api.CodeExists)
 		s.stop()
 		s.configure(exportA + "default = true\n" + exportB)
 		s.start()

@@ -41,6 +41,9 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
 	}
+	if err := d.mayTake(change); err != nil {
+		return api.Reload{}, told(err)
+	}
 	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(c, change)...)}
 	switch {
 	case dryRun || len(r.Changes) == 0:
@@ -67,6 +70,17 @@ func (d *daemon) mayDrop(change *config.Change) error {
 		}
 		if name, used := d.disks.usesGroup(g.Name); used {
 			return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("rate group %q cannot be removed: export %q, which was added by the control API, is in it", g.Name, name)}
+		}
+	}
+	return nil
+}
+
+// mayTake refuses to add or to change an export whose name one of the control API
+// has.
+func (d *daemon) mayTake(change *config.Change) error {
+	for _, x := range change.Exports {
+		if k := d.disks.get(x.Name); x.What != config.Remove && k != nil && d.disks.originOf(k) != fromConfig {
+			return fmt.Errorf("export %q: %w", x.Name, errTaken)
 		}
 	}
 	return nil
