@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -259,4 +260,38 @@ func TestFlushedBlocksOutliveKilledWritersOfQcow2(t *testing.T) {
 // order loses nothing that it has answered, and leaves no leaks.
 func TestAnsweredBlocksOutliveStoppedWritersOfQcow2(t *testing.T) {
 	newKillRun(t, true).rounds(4, false)
+}
+
+// TestForcedWritesOutliveAKilledWriterOfQcow2: what FUA asks for is in the image,
+// tables included, when the write is answered, without a flush.
+func TestForcedWritesOutliveAKilledWriterOfQcow2(t *testing.T) {
+	for _, engine := range []string{"vmdiskd-uring", "vmdiskd-pool"} {
+		t.Run(engine, func(t *testing.T) {
+			image := newQcow2(t, fmt.Sprint(killDisk))
+			kind, err := testenv.KindByName(engine)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx := testenv.Context(t)
+			s, err := kind.Launch(ctx, testenv.TempDir(t), writable(image))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(s.Kill)
+			const at, n = 3 << 20, 192 << 10 // three clusters
+			c := dial(t, s)
+			if err := c.WriteAt(ctx, bytes.Repeat([]byte{0x5a}, n), at, wire.FlagFUA); err != nil {
+				t.Fatal(err)
+			}
+			if err := c.Zero(ctx, at+n/2, killBlock, wire.FlagFUA|wire.FlagNoHole); err != nil {
+				t.Fatal(err)
+			}
+			s.Kill()
+			wantSound(t, image, true)
+			testenv.Run(t, "qemu-io", "-r", "-f", "qcow2",
+				"-c", fmt.Sprintf("read -P 0x5a %d %d", at, n/2),
+				"-c", fmt.Sprintf("read -P 0 %d %d", at+n/2, killBlock),
+				"-c", fmt.Sprintf("read -P 0x5a %d %d", at+n/2+killBlock, n/2-killBlock), image)
+		})
+	}
 }
