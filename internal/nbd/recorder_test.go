@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
@@ -124,5 +125,41 @@ func TestFlagsReachTheDisk(t *testing.T) {
 		if l := d.take(); len(l) != 1 || l[0].cmd != tt.cmd || l[0].flags != tt.want {
 			t.Errorf("%v of %d bytes with flags %#x: the disk saw %+v, want one with flags %#x", tt.cmd, tt.n, tt.flags, l, tt.want)
 		}
+	}
+}
+
+// TestFlushCoversWritesOfOtherConnections: what multi-conn promises. The disk is
+// flushed after the write was answered, and before the flush is.
+func TestFlushCoversWritesOfOtherConnections(t *testing.T) {
+	r, d := recorderRig(t)
+	d.flushing, d.open = make(chan struct{}, 1), make(chan struct{})
+	release := sync.OnceFunc(func() { close(d.open) })
+	defer release()
+	a, b := r.simple(), r.simple()
+	if e := r.ask(a, wire.CmdWrite, 0, 4096); e != wire.OK {
+		t.Fatalf("write: got %v", e)
+	}
+	r.send(b, message(wire.CmdFlush, 7, 0, 0))
+	select {
+	case <-d.flushing:
+	case <-time.After(hangLimit):
+		t.Fatal("the disk is not flushed")
+	}
+	// Replies leave in the order in which they are ready.
+	r.send(b, message(wire.CmdRead, 8, 0, 512))
+	if e, cookie := r.reply(b); e != wire.OK || cookie != 8 {
+		t.Errorf("while the disk is being flushed: got %v for %d, want OK for 8, the read", e, cookie)
+	}
+	r.expect(b, 512)
+	release()
+	if e, cookie := r.reply(b); e != wire.OK || cookie != 7 {
+		t.Errorf("flush: got %v for %d, want OK for 7", e, cookie)
+	}
+	l := d.take()
+	if len(l) != 2 || l[0].cmd != wire.CmdWrite || l[1].cmd != wire.CmdFlush {
+		t.Fatalf("the disk saw %+v, want a write and a flush", l)
+	}
+	if write, flush := l[0], l[1]; write.ended == 0 || flush.began < write.ended || flush.ended == 0 {
+		t.Errorf("the disk saw %+v, want the flush after the write, and its end", l)
 	}
 }
