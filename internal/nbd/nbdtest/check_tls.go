@@ -114,6 +114,14 @@ func tlsGarbageChecks(s *Server) []check {
 		if bytes.Contains(b, be.AppendUint64(nil, wire.MagicOptReply)) {
 			c.failf("the option behind STARTTLS was answered: % x", b)
 		}
+	}}, {id: "TL-05/handshake", claim: "a TLS handshake behind such bytes does not save the connection", negative: true, run: func(c *script) {
+		p := c.plain()
+		p.trySend(injected)
+		p.tryRecv(wire.OptReplyHeaderSize) // the ACK is allowed
+		if err := p.handshakeTLS(s.TLS.Config); err == nil {
+			c.failf("the handshake succeeds, as if nothing had come before it")
+		}
+		p.wantEnd("a handshake behind injected bytes")
 	}}}
 	for _, row := range []struct{ id, what, bytes string }{
 		{"TL-06/random", "random bytes", string(pattern(6, 512))},

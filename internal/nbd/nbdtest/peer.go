@@ -114,6 +114,12 @@ func (p *peer) recvInto(b []byte, what string) {
 	}
 }
 
+// tryRecv reads n bytes of a server that may close instead.
+func (p *peer) tryRecv(n int) {
+	_ = p.conn.SetReadDeadline(time.Now().Add(p.c.patience))
+	_, _ = io.CopyN(io.Discard, p.conn, int64(n))
+}
+
 // timedOut reports whether err means that the peer said nothing.
 func timedOut(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
