@@ -70,14 +70,20 @@ func TestBytesOfAClientAreCounted(t *testing.T) {
 	}
 }
 
-// unread waits until the only client leaves a reply unread.
-func (r *rig) unread() *session {
+// await waits until there is one client and it is as wanted. A client may be in
+// transmission before the server lists it.
+func (r *rig) await(wanted func(*session) bool) *session {
 	for {
-		if l := r.server.sessions(); len(l) == 1 && l[0].sending.waiting.Load() {
+		if l := r.server.sessions(); len(l) == 1 && wanted(l[0]) {
 			return l[0]
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// unread waits until the only client leaves a reply unread.
+func (r *rig) unread() *session {
+	return r.await(func(s *session) bool { return s.sending.waiting.Load() })
 }
 
 func TestBytesThatThePeerTakesLateAreCounted(t *testing.T) {

@@ -3,7 +3,6 @@ package nbd
 import (
 	"context"
 	"net"
-	"runtime"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -259,12 +258,7 @@ func TestStuckRequestIsReportedOnce(t *testing.T) {
 
 // partial waits until the only session waits for the rest of a message.
 func (r *rig) partial() *session {
-	for {
-		if l := r.server.sessions(); len(l) == 1 && l[0].receiving.waiting.Load() {
-			return l[0]
-		}
-		runtime.Gosched()
-	}
+	return r.await(func(s *session) bool { return s.receiving.waiting.Load() })
 }
 
 // stuckCache is an engine whose page cache answers when it is opened.

@@ -98,9 +98,7 @@ func TestUnreadReplyBehindOthersHoldsUpNoPause(t *testing.T) {
 		r.send(c, message(wire.CmdRead, i, 0, limits.InlineReply))
 	}
 	r.send(c, message(wire.CmdRead, small, 0, unreadSize))
-	for r.server.Clients()[0].Requests <= small {
-		time.Sleep(time.Millisecond)
-	}
+	r.await(func(s *session) bool { return s.requests.Load() > small })
 	mustPause(t, pause)
 	for range small + 1 {
 		e, cookie := r.reply(c)
