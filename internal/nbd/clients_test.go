@@ -2,9 +2,11 @@ package nbd
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"net"
 	"reflect"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -130,7 +132,10 @@ func TestDisconnectAnswersWhatIsInFlight(t *testing.T) {
 	}
 }
 
-func TestClientInsideTLSIsDescribed(t *testing.T) {
+// secure makes the server speak TLS, and returns the configuration of a client
+// that it takes.
+func (r *rig) secure(t *testing.T, mode TLSMode) *tls.Config {
+	t.Helper()
 	dir := t.TempDir()
 	ca := transporttest.NewCA(t, "test")
 	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
@@ -143,17 +148,50 @@ func TestClientInsideTLSIsDescribed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := memRig(t, 1<<20)
-	r.opt.TLS, r.opt.Encrypt = TLSRequire, (&transport.ServerSecurity{Certificates: creds}).Encrypt
+	r.opt.TLS, r.opt.Encrypt = mode, (&transport.ServerSecurity{Certificates: creds}).Encrypt
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.Cert)
+	return &tls.Config{ServerName: "localhost", RootCAs: pool, Certificates: []tls.Certificate{pair}}
+}
 
-	plain := r.dial(t)
+// simpleInsideTLS is simple for a server that secure has changed.
+func (r *rig) simpleInsideTLS(cfg *tls.Config) net.Conn {
+	r.t.Helper()
+	plain := r.dial(r.t)
 	plain.SetDeadline(time.Now().Add(hangLimit))
 	r.expect(plain, 18)
 	r.send(plain, wire.AppendOption([]byte{0, 0, 0, wire.FlagFixedNewstyle}, wire.OptStartTLS, nil))
 	r.expect(plain, wire.OptReplyHeaderSize)
-	var c net.Conn = tls.Client(plain, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}})
+	c := tls.Client(plain, cfg)
 	r.send(c, wire.AppendOption(nil, wire.OptExportName, nil))
 	r.expect(c, 10+wire.ExportNameZeroes)
+	return c
+}
+
+// ticketCache counts the session tickets that a client is given.
+type ticketCache struct{ given atomic.Int32 }
+
+func (*ticketCache) Get(string) (*tls.ClientSessionState, bool) { return nil, false }
+func (c *ticketCache) Put(string, *tls.ClientSessionState)      { c.given.Add(1) }
+
+// TestNoSessionTicketIsGiven: every connection is verified anew, with what is
+// revoked by then.
+func TestNoSessionTicketIsGiven(t *testing.T) {
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		r := memRig(t, 1<<20)
+		cfg, cache := r.secure(t, TLSRequire), new(ticketCache)
+		cfg.MaxVersion, cfg.ClientSessionCache = version, cache
+		c := r.simpleInsideTLS(cfg)
+		r.ask(c, wire.CmdRead, 0, 512) // tickets would come before the reply
+		if n := cache.given.Load(); n != 0 {
+			t.Errorf("%s: %d session tickets, want none", tls.VersionName(version), n)
+		}
+	}
+}
+
+func TestClientInsideTLSIsDescribed(t *testing.T) {
+	r := memRig(t, 1<<20)
+	c := r.simpleInsideTLS(r.secure(t, TLSRequire))
 	r.ask(c, wire.CmdRead, 0, 512)
 
 	x := r.server.sessions()[0]

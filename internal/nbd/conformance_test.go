@@ -2,8 +2,6 @@ package nbd
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"net"
 	"os"
 	"path/filepath"
@@ -16,7 +14,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
-	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // conformanceSize is the size of the disks that the suite works on.
@@ -155,27 +152,10 @@ func TestConformanceInsideTLS(t *testing.T) {
 		}
 		name := map[TLSMode]nbdtest.TLSMode{TLSOn: nbdtest.TLSOn, TLSRequire: nbdtest.TLSRequire}[mode]
 		t.Run(string(name), func(t *testing.T) {
-			dir := t.TempDir()
-			ca := transporttest.NewCA(t, "test")
-			transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
-			client := ca.IssueClient("client")
-			pool := x509.NewCertPool()
-			pool.AddCert(ca.Cert)
-			pair, err := tls.X509KeyPair(client.CertPEM(), client.KeyPEM(t))
-			if err != nil {
-				t.Fatal(err)
-			}
-			creds, err := transport.LoadCredentials(dir, transport.TLSOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
 			r := engineRig(t, "uring", "raw", "")
-			r.opt.TLS, r.opt.Encrypt = mode, (&transport.ServerSecurity{Certificates: creds}).Encrypt
 			s := r.expected()
+			s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
 			s.Dial = dialer(r.listen(t, tcpEndpoint()))
-			s.TLS = nbdtest.TLS{Mode: name, Config: &tls.Config{
-				ServerName: "localhost", RootCAs: pool, Certificates: []tls.Certificate{pair},
-			}}
 			nbdtest.Conformance(t, s)
 		})
 	}
