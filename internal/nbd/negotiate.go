@@ -40,6 +40,7 @@ type negotiation struct {
 	in   *bufio.Reader
 	out  []byte
 	slot *slot
+	quit <-chan struct{} // closed when the server drains
 
 	offered  uint16 // handshake flags sent
 	fixed    bool   // the client knows fixed newstyle
@@ -65,8 +66,8 @@ const (
 // handshakeBuffer is room for the usual options in one read.
 const handshakeBuffer = 4096
 
-func newNegotiation(o *Options, c transport.Conn, s *slot, tls TLSMode) *negotiation {
-	return &negotiation{opt: o, tls: tls, conn: c, slot: s, in: bufio.NewReaderSize(c, handshakeBuffer)}
+func newNegotiation(srv *Server, c transport.Conn, s *slot, tls TLSMode) *negotiation {
+	return &negotiation{opt: &srv.opt, tls: tls, conn: c, slot: s, quit: srv.quit, in: bufio.NewReaderSize(c, handshakeBuffer)}
 }
 
 // run ends with an export to serve, with nil and no export when the client
@@ -150,7 +151,8 @@ func (n *negotiation) option(ctx context.Context) (verdict, error) {
 	return n.answer(ctx, h.Opt, p)
 }
 
-// answer applies the TLS mode, then the option's row.
+// answer applies the TLS mode, then refuses what a server that drains does not
+// begin any more, then applies the option's row.
 func (n *negotiation) answer(ctx context.Context, o wire.Opt, p []byte) (verdict, error) {
 	row := findOption(o)
 	if n.tls == TLSRequire && !n.secure && !(row != nil && row.plain) {
@@ -160,6 +162,12 @@ func (n *negotiation) answer(ctx context.Context, o wire.Opt, p []byte) (verdict
 		}
 		return n.fail(o, wire.RepErrTLSReqd, "TLS is required"), nil
 	}
+	if o != wire.OptAbort && n.draining() {
+		if o == wire.OptExportName {
+			return hangUp, errDraining
+		}
+		return n.fail(o, wire.RepErrShutdown, errDraining.Error()), nil
+	}
 	if row == nil {
 		return n.fail(o, wire.RepErrUnsup, "option is not supported"), nil
 	}
@@ -167,6 +175,15 @@ func (n *negotiation) answer(ctx context.Context, o wire.Opt, p []byte) (verdict
 		return n.fail(o, wire.RepErrInvalid, "option takes no data"), nil
 	}
 	return row.run(n, ctx, o, p)
+}
+
+func (n *negotiation) draining() bool {
+	select {
+	case <-n.quit:
+		return true
+	default:
+		return false
+	}
 }
 
 // reply appends one reply to option o.

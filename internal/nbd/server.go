@@ -220,7 +220,7 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 	if err := slot.handshake(over.C, s.quit); err != nil {
 		return err
 	}
-	n := newNegotiation(&s.opt, c, slot, mode)
+	n := newNegotiation(s, c, slot, mode)
 	err = n.run(ctx)
 	if err == nil && n.export != nil {
 		slot.established()
@@ -340,6 +340,8 @@ func (s *Server) abandon(idle <-chan struct{}) error {
 	return ErrUnanswered
 }
 
+// startDrain tells all connections. One that negotiates has limits.Linger for
+// further options, which are refused; its replies have the time of a handshake.
 func (s *Server) startDrain() <-chan struct{} {
 	s.mu.Lock()
 	s.draining = true
@@ -350,7 +352,7 @@ func (s *Server) startDrain() <-chan struct{} {
 	}
 	s.mu.Unlock()
 	s.each((*session).drain, func(c transport.Conn) error {
-		return c.SetDeadline(time.Unix(1, 0))
+		return c.SetReadDeadline(time.Now().Add(limits.Linger))
 	})
 	return s.idle
 }

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // haggle connects and sends the flags of a modern client.
@@ -39,15 +41,25 @@ func (r *rig) option(c net.Conn, o wire.Opt, payload string) (l []told) {
 	r.t.Helper()
 	r.send(c, wire.AppendOption(nil, o, []byte(payload)))
 	for {
-		h, err := wire.DecodeOptReply(r.expect(c, wire.OptReplyHeaderSize))
-		if err != nil || h.Opt != o {
-			r.t.Fatalf("reply to %v: got one to %v, %v", o, h.Opt, err)
+		to, got := r.told(c)
+		if to != o {
+			r.t.Fatalf("reply to %v: got one to %v", o, to)
 		}
-		l = append(l, told{h.Rep, string(r.expect(c, int(h.Len)))})
-		if h.Rep == wire.RepAck || h.Rep.IsError() {
+		l = append(l, got)
+		if got.rep == wire.RepAck || got.rep.IsError() {
 			return l
 		}
 	}
+}
+
+// told reads one reply, and says to what.
+func (r *rig) told(c net.Conn) (wire.Opt, told) {
+	r.t.Helper()
+	h, err := wire.DecodeOptReply(r.expect(c, wire.OptReplyHeaderSize))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return h.Opt, told{h.Rep, string(r.expect(c, int(h.Len)))}
 }
 
 func infoRequest(name string, infos ...wire.Info) string {
@@ -208,5 +220,69 @@ func TestErrorsAreToldInFull(t *testing.T) {
 				t.Errorf("%s, cache %s: got %v %q, want %v %q", tt.name, cache, typ, p, tt.typ, tt.want)
 			}
 		}
+	}
+}
+
+// slowList is an export whose List waits until it is opened.
+type slowList struct {
+	*oneExport
+	entered, open chan struct{}
+}
+
+func (x *slowList) List(p *transport.Peer) []ExportInfo {
+	x.entered <- struct{}{}
+	<-x.open
+	return x.oneExport.List(p)
+}
+
+// TestOptionsOfADrainAreRefused: a client that negotiates when the server is told
+// to end learns why it gets no further, and may leave in good order; one that says
+// nothing is not waited for.
+func TestOptionsOfADrainAreRefused(t *testing.T) {
+	r := memRig(t, 1<<20)
+	r.opt.Handshake = time.Hour
+	x := &slowList{r.exports, make(chan struct{}), make(chan struct{})}
+	r.opt.Exports = x
+	silent, c := r.haggle(), r.haggle()
+	r.option(silent, wire.OptStructuredReply, "") // and no more
+	opts := []wire.Opt{wire.OptInfo, wire.OptStartTLS, wire.OptStructuredReply, 99, wire.OptGo, wire.OptAbort}
+	all := wire.AppendOption(nil, wire.OptList, nil)
+	for _, o := range opts {
+		all = wire.AppendOption(all, o, nil)
+	}
+	r.send(c, all)
+	<-x.entered
+	server, down := r.server, make(chan error, 1)
+	r.server = nil
+	go func() { down <- server.Shutdown(context.Background()) }()
+	<-server.quit
+	close(x.open)
+	for _, want := range []told{{wire.RepServer, "\x00\x00\x00\x04diska disk"}, {wire.RepAck, ""}} {
+		if o, got := r.told(c); o != wire.OptList || got != want {
+			t.Errorf("the option before the drain: got %v for %v, want %v", got, o, want)
+		}
+	}
+	for _, o := range opts {
+		want := told{wire.RepErrShutdown, "server is shutting down"}
+		if o == wire.OptAbort {
+			want = told{rep: wire.RepAck}
+		}
+		if to, got := r.told(c); to != o || got != want {
+			t.Errorf("%v: got %v for %v, want %v", o, got, to, want)
+		}
+	}
+	for _, c := range []net.Conn{c, silent} {
+		if n, err := c.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("afterwards: got %d bytes, %v, want EOF", n, err)
+		}
+		c.Close()
+	}
+	select {
+	case err := <-down:
+		if err != nil {
+			t.Errorf("shutdown: %v", err)
+		}
+	case <-time.After(hangLimit):
+		t.Error("the shutdown waits for a client that says nothing")
 	}
 }
