@@ -471,6 +471,9 @@ func (r *raw) passed(elsewhere bool) bool {
 }
 
 func (r *raw) unixEndpoint(c *daemon.Config) error {
+	if isDescriptor(r.unix) {
+		return usagef("--unix: %q is no path: sockets that are open already are passed as systemd does it, by LISTEN_FDS and LISTEN_PID; a file of that name is ./%s", r.unix, r.unix)
+	}
 	mode, err := transport.ParseMode(r.unixMode)
 	if err != nil {
 		return usagef("--unix-mode: %v", err)
@@ -492,6 +495,14 @@ func (r *raw) unixEndpoint(c *daemon.Config) error {
 	}
 	c.Endpoints = []transport.Endpoint{e}
 	return nil
+}
+
+// isDescriptor tells whether s is "fd:N", by which other servers take a socket
+// that is open already.
+func isDescriptor(s string) bool {
+	digits, ok := strings.CutPrefix(s, "fd:")
+	_, err := strconv.ParseUint(digits, 10, 32)
+	return ok && err == nil
 }
 
 // labels gives the Unix socket its labels. A request for one is never ignored.
