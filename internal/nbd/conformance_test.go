@@ -11,6 +11,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -61,7 +63,8 @@ func dialer(l transport.Listener) func(context.Context) (net.Conn, error) {
 func engineRig(t *testing.T, engine, format, cache string) *rig {
 	t.Helper()
 	if format == "mem" {
-		return memRig(t, conformanceSize)
+		bufs := bufpool.New(limits.BufferBudget)
+		return newRig(t, backing.NewEmulate(mem.New(conformanceSize, nil)), newEngine(t, engine, bufs), bufs)
 	}
 	path := filepath.Join(t.TempDir(), "disk.img")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
@@ -119,6 +122,7 @@ func TestConformance(t *testing.T) {
 		{name: "raw direct uring tcp", engine: "uring", format: "raw", cache: open.CacheNone, tcp: true},
 		{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone, race: true},
 		{name: "mem pool unix", engine: "pool", format: "mem"},
+		{name: "mem uring tcp", engine: "uring", format: "mem", tcp: true},
 		{name: "raw readonly", engine: "pool", format: "raw", readonly: true},
 	} {
 		if underRace && !tt.race {
@@ -146,15 +150,23 @@ func TestConformance(t *testing.T) {
 }
 
 func TestConformanceInsideTLS(t *testing.T) {
-	for _, mode := range []TLSMode{TLSOn, TLSRequire} {
-		if underRace && mode == TLSOn {
+	for _, tt := range []struct {
+		engine string
+		mode   TLSMode
+		name   nbdtest.TLSMode
+		race   bool
+	}{
+		{engine: "uring", mode: TLSOn, name: nbdtest.TLSOn},
+		{engine: "uring", mode: TLSRequire, name: nbdtest.TLSRequire, race: true},
+		{engine: "pool", mode: TLSOn, name: nbdtest.TLSOn},
+	} {
+		if underRace && !tt.race {
 			continue
 		}
-		name := map[TLSMode]nbdtest.TLSMode{TLSOn: nbdtest.TLSOn, TLSRequire: nbdtest.TLSRequire}[mode]
-		t.Run(string(name), func(t *testing.T) {
-			r := engineRig(t, "uring", "raw", "")
+		t.Run(tt.engine+" "+string(tt.name), func(t *testing.T) {
+			r := engineRig(t, tt.engine, "raw", "")
 			s := r.expected()
-			s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
+			s.TLS = nbdtest.TLS{Mode: tt.name, Config: r.secure(t, tt.mode)}
 			s.Dial = dialer(r.listen(t, tcpEndpoint()))
 			nbdtest.Conformance(t, s)
 		})

@@ -106,15 +106,22 @@ func rawRig(t testing.TB, path, engine, cache string) *rig {
 	log := slog.New(slog.DiscardHandler)
 	bufs := bufpool.New(limits.BufferBudget)
 	bufs.SetPoison(true)
-	eng, err := choose.New(engine, bufs, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	eng := newEngine(t, engine, bufs)
 	dev, err := open.Open(context.Background(), open.Spec{Path: path, Format: "raw", Cache: cache, Engine: eng, Buffers: bufs, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return newRig(t, dev, eng, bufs)
+}
+
+// newEngine makes the named engine.
+func newEngine(t testing.TB, name string, bufs *bufpool.Pool) engine.Engine {
+	t.Helper()
+	eng, err := choose.New(name, bufs, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return eng
 }
 
 func newRig(t testing.TB, dev backing.Device, eng engine.Engine, bufs *bufpool.Pool) *rig {
