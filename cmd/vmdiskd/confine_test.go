@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,13 +23,22 @@ import (
 )
 
 // forbid names system calls, separated by commas, that the test binary forbids
-// before it is vmdiskd, as the filters of containers do.
+// before it is vmdiskd, as the filters of containers do. NAME:N is a call whose
+// first argument is N, and stands alone.
 const forbid = "VMDISKD_TEST_FORBID"
 
 func forbidCalls(names string) error {
+	g := seccomp.SyscallGroup{Action: seccomp.ActionErrno, Names: strings.Split(names, ",")}
+	if name, arg, ok := strings.Cut(names, ":"); ok {
+		n, err := strconv.ParseUint(arg, 10, 64)
+		if err != nil {
+			return err
+		}
+		g.Names, g.NamesWithCondtions = nil, []seccomp.NameWithConditions{{Name: name, Conditions: seccomp.ArgumentConditions{
+			{Argument: 0, Operation: seccomp.Equal, Value: n}}}}
+	}
 	return seccomp.LoadFilter(seccomp.Filter{NoNewPrivs: true, Flag: seccomp.FilterFlagTSync,
-		Policy: seccomp.Policy{DefaultAction: seccomp.ActionAllow, Syscalls: []seccomp.SyscallGroup{
-			{Action: seccomp.ActionErrno, Names: strings.Split(names, ",")}}}})
+		Policy: seccomp.Policy{DefaultAction: seccomp.ActionAllow, Syscalls: []seccomp.SyscallGroup{g}}})
 }
 
 // fails runs the program, which must end with status 1 and say what.
@@ -292,6 +302,42 @@ func TestMissingControlsAreRefusedOrTold(t *testing.T) {
 		}
 		if said := d.stderr.String(); !strings.Contains(said, x.auto) {
 			t.Errorf("log %q", said)
+		}
+	}
+}
+
+// TestServiceIsNotReadyWhenItsSelfTestFails: a filter that hides whether
+// no_new_privs is set takes nothing away but what the self-test looks at.
+func TestServiceIsNotReadyWhenItsSelfTestFails(t *testing.T) {
+	dir := shortDir(t)
+	notify, socket := filepath.Join(dir, "notify"), filepath.Join(dir, "s")
+	c, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: notify, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	t.Setenv("NOTIFY_SOCKET", notify)
+	disk := image(t, 1<<20)
+	t.Setenv(forbid, fmt.Sprintf("prctl:%d", unix.PR_GET_NO_NEW_PRIVS))
+	fails(t, program("-U", socket, disk), "self-test: no_new_privs is 0, operation not permitted")
+	if exists(socket) {
+		t.Error("its socket is still there")
+	}
+	// What the daemon has sent is read before what is sent after its end.
+	if to, err := net.Dial("unixgram", notify); err != nil {
+		t.Fatal(err)
+	} else if _, err := to.Write([]byte("over")); err != nil {
+		t.Fatal(err)
+	} else if err := to.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for b, told := make([]byte, 4096), ""; told != "over"; {
+		n, err := c.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if told = string(b[:n]); strings.Contains(told, "READY=1") {
+			t.Errorf("the service manager was told %q", told)
 		}
 	}
 }
