@@ -17,6 +17,9 @@ const (
 // and the restriction lets through.
 var opcodes = [...]uint8{opFsync, opReadFixed, opWriteFixed, opFallocate, opRead, opWrite}
 
+// opOpenat is asked for once, and must be refused.
+const opOpenat = 18
+
 const (
 	sqeFixedFile = 1 << 0 // sqe.flags: fd is an index into the file table
 

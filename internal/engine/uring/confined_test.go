@@ -53,6 +53,8 @@ func TestChild(t *testing.T) {
 	case part == "":
 	case part == "memlock":
 		childMemlock(t)
+	case part == "unrestricted":
+		childUnrestricted(t)
 	case strings.HasPrefix(part, "seccomp "):
 		var e syscall.Errno
 		fmt.Sscanf(part, "seccomp %d", &e)
@@ -71,12 +73,21 @@ func TestSeccompRefusalIsExplained(t *testing.T) {
 // childSeccomp makes io_uring_setup answer e in the whole process, as the
 // filter of a container does.
 func childSeccomp(t *testing.T, e syscall.Errno) {
-	prog := []unix.SockFilter{
+	filterCalls(t, []unix.SockFilter{
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // seccomp_data.nr
 		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: unix.SYS_IO_URING_SETUP},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(e)},
 		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	})
+	_, err := New(Options{})
+	if !errors.Is(err, e) || !strings.Contains(err.Error(), "seccomp") {
+		t.Errorf("New: %v, want %v and a hint at seccomp", err, e)
 	}
+}
+
+// filterCalls puts all threads of the process under a filter.
+func filterCalls(t *testing.T, prog []unix.SockFilter) {
+	t.Helper()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -88,9 +99,28 @@ func childSeccomp(t *testing.T, e syscall.Errno) {
 	if errno != 0 {
 		t.Fatal(errno)
 	}
-	_, err := New(Options{})
-	if !errors.Is(err, e) || !strings.Contains(err.Error(), "seccomp") {
-		t.Errorf("New: %v, want %v and a hint at seccomp", err, e)
+}
+
+func TestRingThatIsNotRestrictedIsRefused(t *testing.T) { runChild(t, "unrestricted", nil) }
+
+// childUnrestricted has the registration of restrictions succeed without
+// being done.
+func childUnrestricted(t *testing.T) {
+	filterCalls(t, []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // seccomp_data.nr
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 3, K: unix.SYS_IO_URING_REGISTER},
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 24}, // seccomp_data.args[1], its lower half
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: registerRestrictions},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	})
+	e, err := New(Options{})
+	if err == nil {
+		err = e.Close()
+		t.Fatalf("an engine was made, closed with %v", err)
+	}
+	if !strings.Contains(err.Error(), "the ring is not restricted") {
+		t.Errorf("New: %v, want that it is not restricted", err)
 	}
 }
 

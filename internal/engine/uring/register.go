@@ -3,6 +3,7 @@ package uring
 import (
 	"fmt"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -19,8 +20,9 @@ var registers = [...]uint8{registerFilesUpdate2, registerBuffersUpdate}
 
 // prepare fills the disabled ring's tables, restricts it to what this package
 // does and enables it for the calling thread, which is its only issuer from
-// then on. A worker that is taken over cannot make the ring open, connect or
-// touch a descriptor that is not in the table; seccomp would not see it.
+// then on; last it tries the restriction. A worker that is taken over cannot
+// make the ring open, connect or touch a descriptor that is not in the table;
+// seccomp would not see it.
 func (r *ring) prepare(files int, wake int) error {
 	for _, step := range []struct {
 		name string
@@ -35,6 +37,26 @@ func (r *ring) prepare(files int, wake int) error {
 		if e := step.do(); e != 0 {
 			return fmt.Errorf("io_uring: %s: %w", step.name, e)
 		}
+	}
+	return r.tryRestriction()
+}
+
+// tryRestriction asks the enabled ring, which has nothing in flight, to open a
+// file. There is no file to open, nor an address of a name: a ring that is not
+// restricted looks at that, and says so, where one that is answers EACCES.
+// Nothing can loosen a restriction later.
+func (r *ring) tryRestriction() error {
+	q := r.next()
+	q.opcode, q.flags, q.fd = opOpenat, sqeFixedFile, wakeFile
+	for r.ready() == 0 {
+		if e := r.enter(1); e != 0 && e != syscall.EINTR && e != syscall.EAGAIN {
+			return fmt.Errorf("io_uring: try the restriction: %w", e)
+		}
+	}
+	c := r.cqes[*r.cqHead&r.cqMask]
+	atomic.StoreUint32(r.cqHead, *r.cqHead+1)
+	if c.res != -int32(syscall.EACCES) {
+		return fmt.Errorf("io_uring: the ring is not restricted: opening a file was answered with %d, not EACCES", c.res)
 	}
 	return nil
 }
