@@ -229,7 +229,11 @@ func TestStopOfAStartGivesUpTheImages(t *testing.T) {
 	dir := shortDir(t)
 	conf := fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/s\"\n", dir)
 	for i := range exports {
-		conf += fmt.Sprintf("[[export]]\nname = \"%d\"\nimage = %q\n", i, path)
+		name := filepath.Join(dir, fmt.Sprint(i, ".img"))
+		if err := os.Link(path, name); err != nil {
+			t.Fatal(err)
+		}
+		conf += fmt.Sprintf("[[export]]\nname = \"%d\"\nimage = %q\n", i, name)
 	}
 	file := filepath.Join(dir, "conf")
 	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {

@@ -89,7 +89,7 @@ fails(h.flush)
 assert not snapshot("again.qcow2")
 `)
 				x, err := s.ctl.Export(t.Context(), "a")
-				if err != nil || x.State != "failed" || !strings.Contains(x.Error, "in use by another process") || x.Size != 1<<20 {
+				if err != nil || x.State != "failed" || !strings.Contains(x.Error, "image is in use") || x.Size != 1<<20 {
 					t.Errorf("export: %+v, %v", x, err)
 				}
 				if got := s.states(); !slices.Equal(got, []string{"a failed", "c ready"}) {

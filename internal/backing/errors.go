@@ -23,7 +23,7 @@ const (
 	ErrInvalid      Kind = "invalid request"
 	ErrNotSupported Kind = "not supported"
 	ErrPoisoned     Kind = "an earlier write was lost, the disk must be opened anew"
-	ErrLocked       Kind = "image is in use by another process"
+	ErrLocked       Kind = "image is in use"
 	ErrNotMappable  Kind = "not mappable"
 )
 

@@ -318,7 +318,7 @@ func random(r *rand.Rand) *config.Config {
 }
 
 func randomExport(r *rand.Rand, i int) config.Export {
-	e := config.Export{Name: fmt.Sprint(i), Image: fmt.Sprintf("/srv/%d", r.IntN(2)), ReadOnly: r.IntN(2) == 0, LogRequests: r.IntN(2) == 0}
+	e := config.Export{Name: fmt.Sprint(i), Image: fmt.Sprintf("/srv/%d", 2*i+r.IntN(2)), ReadOnly: r.IntN(2) == 0, LogRequests: r.IntN(2) == 0}
 	if r.IntN(2) == 0 {
 		e.Grants = []config.Grant{{Access: "rw", UIDs: [][]uint32{nil, {}, {1}, {1, 2}}[r.IntN(4)]}}
 	}

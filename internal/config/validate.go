@@ -1,8 +1,11 @@
 package config
 
 import (
+	"errors"
+	"io/fs"
 	"maps"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,7 +17,8 @@ import (
 
 // Validate finds all problems of a configuration that has its defaults. An
 // error is of type Problems. What only the system knows, such as whether a file
-// or a user exists, is not looked at.
+// or a user exists, is not looked at, but for the overlays in control.state: they
+// say which exports have one image.
 func (c *Config) Validate() error {
 	k := newChecker("")
 	k.word("engine", c.Engine, "auto", "uring", "pool")
@@ -170,6 +174,7 @@ func (c checker) name(s string) {
 
 func (c *Config) checkExports(k checker) {
 	seen := make(map[string]int, len(c.Exports))
+	images := make(map[string]users, len(c.Exports))
 	dflt := 0
 	for i := range c.Exports {
 		e := &c.Exports[i]
@@ -186,10 +191,48 @@ func (c *Config) checkExports(k checker) {
 			dflt = i + 1
 		}
 		e.check(in, c.scope())
+		c.checkShared(in, e, images)
 		if k.full() {
 			return
 		}
 	}
+}
+
+// users are exports that have one image open, an example of each kind.
+type users struct{ reads, writes *Export }
+
+// checkShared refuses e where it and an export before it name one image, and the
+// locks of images let only one of the two be open: one of them writes, and neither
+// goes without a lock. An export whose
+// image a snapshot has put below an overlay is left out.
+func (c *Config) checkShared(k checker, e *Export, images map[string]users) {
+	if e.Format == "mem" || e.Format == "null" || e.Image == "" || e.Lock == "off" || c.mayHaveOverlay(e) {
+		return
+	}
+	at := images[e.Image]
+	other, how := at.writes, "writing"
+	if other == nil && !e.ReadOnly {
+		other, how = at.reads, "reading"
+	}
+	switch {
+	case other != nil:
+		k.fail("image: export %q has it open for %s: one export may write to an image, or all only read", cut(other.Name), how)
+	case e.ReadOnly:
+		at.reads = e
+	default:
+		at.writes = e
+	}
+	images[e.Image] = at
+}
+
+// mayHaveOverlay tells whether a snapshot may have put another image in place of
+// that of e: there is a file that says so, or none can be looked for.
+func (c *Config) mayHaveOverlay(e *Export) bool {
+	if c.Control.State == "" {
+		return false
+	}
+	_, err := os.Lstat(filepath.Join(c.Control.State, overlayPrefix+stateFile(e.Name)))
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // export is a checker for the export at index i: people know it by its name.

@@ -242,6 +242,60 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 	}
 }
 
+// TestOneImageHasOneWriter: two exports of it are refused where their locks would
+// let only one be open.
+func TestOneImageHasOneWriter(t *testing.T) {
+	const writing = `export "b": image: export "a" has it open for writing`
+	const reading = `export "b": image: export "a" has it open for reading`
+	for _, tt := range []struct{ a, b, want string }{
+		{"", "", writing},
+		{"", "readonly = true", writing},
+		{"readonly = true", "", reading},
+		{"readonly = true", "readonly = true", ""},
+		{"image-lock = \"off\"", "", ""},
+		{"", "image-lock = \"off\"", ""},
+		{"image-lock = \"auto\"", "image-lock = \"on\"", writing},
+		{"", "window = { offset = 4096 }", writing},
+		{"", "format = \"qcow2\"", writing},
+		{"format = \"qcow2\"", "format = \"qcow2\"\nreadonly = true\nsnapshot = \"1\"", writing},
+		{"format = \"qcow2\"\nsnapshot = \"2\"", "format = \"qcow2\"\nsnapshot = \"1\"", writing},
+		{"format = \"qcow2\"\nreadonly = true\nsnapshot = \"2\"", "format = \"qcow2\"\nreadonly = true\nsnapshot = \"1\"", ""},
+	} {
+		c := parsed(t, "[[export]]\nname = \"a\"\nimage = \"/i\"\n"+tt.a+"\n[[export]]\nname = \"b\"\nimage = \"/i\"\n"+tt.b)
+		switch got := texts(t, c.Validate()); {
+		case tt.want == "" && len(got) == 0:
+		case tt.want == "" || len(got) != 1 || !strings.HasPrefix(got[0], tt.want):
+			t.Errorf("%q and %q: got %q, want %q", tt.a, tt.b, got, tt.want)
+		}
+	}
+	c := parsed(t, strings.Repeat("[[export]]\nname = \"NAME\"\nimage = \"1M\"\nformat = \"mem\"\n", 2))
+	c.Exports[1].Name = "b"
+	if err := c.Validate(); err != nil {
+		t.Errorf("two disks of one size: %v", err)
+	}
+}
+
+// TestOneImageMayHaveAnOverlay: below that of a snapshot it is only read.
+func TestOneImageMayHaveAnOverlay(t *testing.T) {
+	dir := t.TempDir()
+	c := parsed(t, fmt.Sprintf(`
+control = { socket = "/s", state = %q }
+export = [{ name = "a", image = "/i", format = "qcow2" }, { name = "b", image = "/i", format = "qcow2", readonly = true }]
+`, dir))
+	if got := texts(t, c.Validate()); len(got) != 1 || !strings.HasPrefix(got[0], `export "b": image: export "a" has it open`) {
+		t.Errorf("without an overlay: got %q", got)
+	}
+	of := config.ImageOf(c.Exports[0])
+	serve := of
+	serve.Image = "/overlay"
+	if err := config.WriteInstead(dir, config.Instead{Of: of, Serve: serve}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Validate(); err != nil {
+		t.Errorf("with an overlay above that of a: %v", err)
+	}
+}
+
 func TestTokensOfAGrant(t *testing.T) {
 	const sum = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 	for in, want := range map[string]string{

@@ -92,6 +92,7 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 		ReadOnly: x.ReadOnly,
 		Cache:    x.Cache,
 		Lock:     raw.LockMode(x.Lock),
+		For:      fmt.Sprintf("export %q", x.Name),
 		Backing:  policy,
 		Snapshot: x.Snapshot,
 		Lenient:  x.Lenient,

@@ -173,7 +173,7 @@ func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, err
 	ch.seen[id] = path
 	dev, err := raw.Open(f, ch.spec.Engine, raw.Options{
 		Path: path, ReadOnly: readOnly, Direct: ch.cache.direct, Container: true,
-		Lock: ch.lock(readOnly), Buffers: ch.spec.Buffers, Log: ch.spec.Log, Poisoned: ch.spec.Poisoned,
+		Lock: ch.lock(readOnly), For: ch.spec.For, Buffers: ch.spec.Buffers, Log: ch.spec.Log, Poisoned: ch.spec.Poisoned,
 	})
 	if err != nil {
 		return nil, err

@@ -36,6 +36,7 @@ type Spec struct {
 	ReadOnly bool
 	Cache    string       // "" is CacheWriteback
 	Lock     raw.LockMode // "" is raw.LockAuto
+	For      string       // that of raw.Options, for all files
 	Engine   engine.Engine
 	Buffers  *bufpool.Pool
 	Log      *slog.Logger // nil: slog.Default
@@ -153,7 +154,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	}
 	dev, err := raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
-		Lock: s.Lock, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
+		Lock: s.Lock, For: s.For, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
 	})
 	if err != nil {
 		return nil, err

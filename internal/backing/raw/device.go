@@ -36,6 +36,7 @@ type Options struct {
 	Container bool
 
 	Lock    LockMode
+	For     string        // whom the image is opened for: those are told who cannot open it meanwhile
 	Buffers *bufpool.Pool // needed for direct files only
 	Log     *slog.Logger  // nil: slog.Default
 

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -121,20 +122,21 @@ func lockImage(f *os.File, g geometry, o Options) (locked bool, unlock func(), e
 	default:
 		return false, nothing, fmt.Errorf("%w: lock mode %q", backing.ErrInvalid, o.Lock)
 	}
-	if !inUse.add(g.id, o.ReadOnly) {
-		return false, nothing, lockedError(o, errors.New("this process serves it already"))
+	u := use{o.For, o.ReadOnly}
+	if other, ok := inUse.add(g.id, u); !ok {
+		return false, nothing, lockedError(o, other.holds())
 	}
 	if err := locksOf(o).take(f, o); err != nil {
 		if !errors.Is(err, errNoLocks) || o.Lock == LockOn {
-			inUse.remove(g.id, o.ReadOnly)
+			inUse.remove(g.id, u)
 			return false, nothing, err
 		}
 		logOf(o).Warn("image cannot be locked against other programs", "path", o.Path, "err", err)
-		return false, func() { inUse.remove(g.id, o.ReadOnly) }, nil
+		return false, func() { inUse.remove(g.id, u) }, nil
 	}
 	return true, func() {
 		_ = setLock(f, unix.F_UNLCK, usesBase, pastLocks-usesBase) // closing unlocks too
-		inUse.remove(g.id, o.ReadOnly)
+		inUse.remove(g.id, u)
 	}, nil
 }
 
@@ -218,37 +220,51 @@ func setLock(f *os.File, typ int16, at, n int64) error {
 	return unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l)
 }
 
-// useTable counts what this process serves. It sees what locks do not: two
-// nodes of one block device.
+// use is one opening of an image by this process.
+type use struct {
+	by       string // Options.For
+	readOnly bool
+}
+
+// holds is what is said to who finds u in the way.
+func (u use) holds() error {
+	by := u.by
+	if by == "" {
+		by = "this process"
+	}
+	if u.readOnly {
+		return fmt.Errorf("%s has it open for reading", by)
+	}
+	return fmt.Errorf("%s has it open for writing", by)
+}
+
+// useTable is what this process serves. It sees what locks do not: two nodes of
+// one block device.
 type useTable struct {
-	mu      sync.Mutex
-	readers map[imageID]int  // guarded by mu
-	writer  map[imageID]bool // guarded by mu
+	mu   sync.Mutex
+	uses map[imageID][]use // guarded by mu; one writer, or readers
 }
 
-var inUse = useTable{readers: map[imageID]int{}, writer: map[imageID]bool{}}
+var inUse = useTable{uses: map[imageID][]use{}}
 
-// add enters a user, unless one of the two writes.
-func (t *useTable) add(id imageID, readOnly bool) bool {
+// add enters a use, unless it or another one of the image writes: that is other.
+func (t *useTable) add(id imageID, u use) (other use, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.writer[id] || !readOnly && t.readers[id] > 0 {
-		return false
+	if all := t.uses[id]; len(all) > 0 && !(u.readOnly && all[0].readOnly) {
+		return all[0], false
 	}
-	if readOnly {
-		t.readers[id]++
-	} else {
-		t.writer[id] = true
-	}
-	return true
+	t.uses[id] = append(t.uses[id], u)
+	return use{}, true
 }
 
-func (t *useTable) remove(id imageID, readOnly bool) {
+// remove takes away a use that add has entered.
+func (t *useTable) remove(id imageID, u use) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !readOnly {
-		delete(t.writer, id)
-	} else if t.readers[id]--; t.readers[id] == 0 {
-		delete(t.readers, id)
+	all := t.uses[id]
+	i := slices.Index(all, u)
+	if t.uses[id] = slices.Delete(all, i, i+1); len(t.uses[id]) == 0 {
+		delete(t.uses, id)
 	}
 }

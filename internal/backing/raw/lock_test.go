@@ -35,33 +35,52 @@ func output(t *testing.T, name string, args ...string) (string, error) {
 	return string(b), err
 }
 
+// TestSecondOpenerInOneProcess is told who has the image, and for what.
 func TestSecondOpenerInOneProcess(t *testing.T) {
+	const writing, reading = `export "a" has it open for writing`, `export "a" has it open for reading`
 	for _, tt := range []struct {
 		name          string
 		first, second raw.Options
-		locked        bool
+		want          string // "" for an image that can be opened
 	}{
-		{"two writers", raw.Options{}, raw.Options{}, true},
-		{"reader after writer", raw.Options{}, raw.Options{ReadOnly: true}, true},
-		{"writer after reader", raw.Options{ReadOnly: true}, raw.Options{}, true},
-		{"two readers", raw.Options{ReadOnly: true}, raw.Options{ReadOnly: true}, false},
-		{"unlocked writer", raw.Options{}, raw.Options{Lock: raw.LockOff}, false},
+		{"two writers", raw.Options{}, raw.Options{}, writing},
+		{"reader after writer", raw.Options{}, raw.Options{ReadOnly: true}, writing},
+		{"writer after reader", raw.Options{ReadOnly: true}, raw.Options{}, reading},
+		{"two readers", raw.Options{ReadOnly: true}, raw.Options{ReadOnly: true}, ""},
+		{"unlocked writer", raw.Options{}, raw.Options{Lock: raw.LockOff}, ""},
+		{"writer after unlocked writer", raw.Options{Lock: raw.LockOff}, raw.Options{}, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			e := newEngine(t, "pool")
 			path := tempImage(t, 1<<20)
+			tt.first.For, tt.second.For = `export "a"`, `export "b"`
 			closeAfter(t, openRaw(t, path, e, false, tt.first))
 			d, err := tryRaw(t, path, e, false, tt.second)
 			if err == nil {
 				closeAfter(t, d)
 			}
-			if errors.Is(err, backing.ErrLocked) != tt.locked {
-				t.Fatalf("second open: got %v, want locked %v", err, tt.locked)
+			if errors.Is(err, backing.ErrLocked) != (tt.want != "") {
+				t.Fatalf("second open: got %v, want %q", err, tt.want)
 			}
-			if tt.locked && !strings.Contains(err.Error(), path) {
-				t.Errorf("error text %q: want the path %q in it", err, path)
+			if tt.want != "" && !(strings.Contains(err.Error(), path) && strings.HasSuffix(err.Error(), tt.want)) {
+				t.Errorf("error text %q: want the path %q and %q in it", err, path, tt.want)
 			}
 		})
+	}
+}
+
+// TestLastUserIsToldOf: who has left is not named.
+func TestLastUserIsToldOf(t *testing.T) {
+	e := newEngine(t, "pool")
+	path := tempImage(t, 1<<20)
+	a := openRaw(t, path, e, false, raw.Options{ReadOnly: true, For: "a"})
+	closeAfter(t, openRaw(t, path, e, false, raw.Options{ReadOnly: true, For: "b"}))
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := tryRaw(t, path, e, false, raw.Options{For: "c"})
+	if err == nil || !strings.HasSuffix(err.Error(), "b has it open for reading") {
+		t.Errorf("open for writing: got %v, want that b reads", err)
 	}
 }
 
