@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -101,7 +102,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVar(&r.lenient, "lenient", false, "with --readonly: read damaged places of a qcow2 image as QEMU does")
 	f.StringVar(&r.config, "config", "", "serve what the configuration `FILE` says instead of one IMAGE")
 	f.BoolVar(&r.faults, "enable-fault-injection", false, "with --config: let exports have faults, for tests of what depends on them")
-	f.BoolVar(&r.check, "check", false, "with --config: say what is wrong with the file, or what it would serve, and end")
+	f.BoolVar(&r.check, "check", false, "with --config: say what is wrong with the file, or what a reload of its service would change, or a start open, and end")
 	f.StringVar(&r.discard, "discard", "unmap", "what trims do in a qcow2 image: unmap frees clusters, keep keeps them as holes, ignore")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
@@ -229,13 +230,18 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 		return options{}, err
 	}
 	if r.check {
-		return options{text: whatIsServed(r.config, c)}, nil
+		text, err := check(r.config, c)
+		return options{text: text}, err
 	}
 	d, err := r.configure(f)
 	if err != nil {
 		return options{}, err
 	}
-	d.Service, d.File, d.Text, d.Endpoints, d.FaultInjection = c, r.config, text, nil, r.faults
+	d.File = r.config
+	if path, err := filepath.Abs(r.config); err == nil { // else a worker may not look where it is
+		d.File = path
+	}
+	d.Service, d.Text, d.Endpoints, d.FaultInjection = c, text, nil, r.faults
 	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
 	d.Log.Format = c.Log.Format
 	d.TLSCertificates, d.TLSVerifyPeer, d.TLSKeys = c.TLS.Certificates, c.TLS.VerifyPeer, c.TLS.PSK
@@ -243,16 +249,6 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
 	}
 	return options{config: d}, err
-}
-
-// whatIsServed is what --check says of a configuration without mistakes.
-func whatIsServed(file string, c *config.Config) string {
-	if len(c.Listeners)+len(c.Exports)+len(c.Groups) == 0 {
-		return file + " is right; it serves nothing yet\n"
-	}
-	nothing := *c
-	nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
-	return config.Diff(&nothing, c).String()
 }
 
 // configText is the configuration file, which the worker may not be able to

@@ -204,26 +204,27 @@ func TestComponentsAreThoseOfTheDaemon(t *testing.T) {
 	}
 }
 
-func TestCheckSaysWhatIsServed(t *testing.T) {
+func TestCheckSaysWhatAStartOpens(t *testing.T) {
 	dir := t.TempDir()
-	write := func(text string) string {
-		path := filepath.Join(dir, "vmdiskd.toml")
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+	path := filepath.Join(dir, "vmdiskd.toml")
+	const disk = "[[export]]\nname = \"a\"\nimage = \"1M\"\nformat = \"mem\"\n"
+	socket := "[control]\nsocket = \"" + dir + "/control\"\n"
+	for _, tt := range []struct{ text, want string }{
+		{"engine = \"pool\"\n", "no control.socket to ask a service at: a start opens\nnothing yet\n"},
+		{disk, "no control.socket to ask a service at: a start opens\nadd export \"a\"\n"},
+		{socket + disk, "no service answers at \"" + dir + "/control\": a start opens\nadd export \"a\"\n"},
+	} {
+		if err := os.WriteFile(path, []byte(tt.text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return path
+		if o, err := parse([]string{"--config", path, "--check"}, nil); err != nil || o.text != tt.want {
+			t.Errorf("%q: got %q, %v; want %q", tt.text, o.text, err, tt.want)
+		}
 	}
-	path := write("engine = \"pool\"\n")
-	o, err := parse([]string{"--config", path, "--check"}, nil)
-	if want := path + " is right; it serves nothing yet\n"; err != nil || o.text != want {
-		t.Errorf("got %q, %v; want %q", o.text, err, want)
+	if err := os.WriteFile(path, []byte("disk\x00\xff"), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	write("[[export]]\nname = \"a\"\nimage = \"1M\"\nformat = \"mem\"\n")
-	if o, err = parse([]string{"--config", path, "--check"}, nil); err != nil || !strings.Contains(o.text, `"a"`) {
-		t.Errorf("got %q, %v; want the export", o.text, err)
-	}
-	write("disk\x00\xff")
-	if _, err = parse([]string{"--config", path, "--check"}, nil); err == nil || !strings.Contains(err.Error(), "is that a configuration file?") {
+	if _, err := parse([]string{"--config", path, "--check"}, nil); err == nil || !strings.Contains(err.Error(), "is that a configuration file?") {
 		t.Errorf("a disk as a configuration: %v", err)
 	}
 }

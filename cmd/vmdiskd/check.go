@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"unicode"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+)
+
+// check is what --check says of a configuration without mistakes: what a reload
+// of the service that has this file would change, or what a start with it opens.
+// That the service cannot be asked is no error; that it refuses the file is one.
+func check(file string, c *config.Config) (string, error) {
+	if c.Control.Socket == "" {
+		return "no control.socket to ask a service at: a start opens\n" + opened(c), nil
+	}
+	at := fmt.Sprintf("%q", c.Control.Socket)
+	changes, err := askService(file, control.Dial(c.Control.Socket))
+	var refusal *api.Error
+	switch {
+	case err == nil && len(changes) == 0:
+		return "a reload of the service at " + at + " changes nothing\n", nil
+	case err == nil:
+		return "a reload of the service at " + at + " does\n" + strings.Join(changes, "\n") + "\n", nil
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+		return "no service answers at " + at + ": a start opens\n" + opened(c), nil
+	case errors.As(err, &refusal) && refusesFile[refusal.Code]:
+		return "", fmt.Errorf("a reload of the service at %s is refused: %s", at, visible(refusal.Text))
+	}
+	return "the service at " + at + " cannot say what a reload changes (" + visible(err.Error()) + "): a start opens\n" + opened(c), nil
+}
+
+// refusesFile are the codes by which a service that was asked for a reload says
+// that it cannot be done.
+var refusesFile = map[string]bool{api.CodeInvalid: true, api.CodeInUse: true, api.CodeUnsupported: true}
+
+// askService asks for a reload that changes nothing, if the service has that
+// file. What the service says is for a terminal.
+func askService(file string, s *control.Client) (changes []string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limits.ControlCall)
+	defer cancel()
+	is, err := s.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !sameFile(is.Config, file) {
+		return nil, fmt.Errorf("its file is %q", is.Config)
+	}
+	r, err := s.Reload(ctx, true)
+	for _, line := range r.Changes {
+		changes = append(changes, visible(line))
+	}
+	return changes, err
+}
+
+// sameFile tells whether the file of a service is the one that is checked.
+func sameFile(its, file string) bool {
+	a, err := os.Stat(its)
+	if err != nil || !filepath.IsAbs(its) {
+		return false
+	}
+	b, err := os.Stat(file)
+	return err == nil && os.SameFile(a, b)
+}
+
+// visible is a line in which nothing is what a terminal would obey.
+func visible(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(s)
+	}
+	return s
+}
+
+// opened is what a start does: the difference to a configuration that serves
+// nothing.
+func opened(c *config.Config) string {
+	nothing := *c
+	nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
+	if d := config.Diff(&nothing, c); !d.Empty() {
+		return d.String()
+	}
+	return "nothing yet\n"
+}

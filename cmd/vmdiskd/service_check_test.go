@@ -1,0 +1,118 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
+)
+
+// wantChecked is that --check says want, with status 0.
+func wantChecked(t *testing.T, what, file, want string) {
+	t.Helper()
+	out, err := program("--config", file, "--check").Output()
+	if err != nil || string(out) != want {
+		t.Errorf("%s: got %q, %v; want %q", what, out, err, want)
+	}
+}
+
+// TestCheckSaysWhatAReloadChanges: of the service that has the file, which the
+// check leaves as it is.
+func TestCheckSaysWhatAReloadChanges(t *testing.T) {
+	s := newService(t, exportA)
+	file, at := filepath.Join(s.dir, "conf"), fmt.Sprintf("%q", filepath.Join(s.dir, "control"))
+	wantChecked(t, "no change", file, "a reload of the service at "+at+" changes nothing\n")
+	s.configure(exportA + "[[export]]\nname = \"b\"\nimage = \"DIR/b.img\"\n")
+	wantChecked(t, "another export", file, "a reload of the service at "+at+" does\nadd export \"b\"\n")
+	if got := s.states(); len(got) != 1 {
+		t.Errorf("exports after the check: %q", got)
+	}
+
+	link, other := filepath.Join(s.dir, "link"), filepath.Join(s.dir, "other")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(other, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(file, link); err != nil {
+		t.Fatal(err)
+	}
+	wantChecked(t, "the file by another name", link, "a reload of the service at "+at+" does\nadd export \"b\"\n")
+	opens := fmt.Sprintf(": a start opens\nadd listener \"nbd+unix:///?socket=%s/nbd\"\nadd export \"a\"\nadd export \"b\"\n", s.dir)
+	wantChecked(t, "another file", other, fmt.Sprintf("the service at %s cannot say what a reload changes (its file is %q)", at, file)+opens)
+	s.stop()
+	wantChecked(t, "no service", file, "no service answers at "+at+opens)
+	t.Setenv(forbid, "connect")
+	wantChecked(t, "no right", file, fmt.Sprintf("the service at %s cannot say what a reload changes (control socket %s: connect: operation not permitted)", at, at)+opens)
+}
+
+// refusing is a service with a file, whose reload fails.
+type refusing struct {
+	controltest.Service
+	file string
+}
+
+func (s *refusing) Status() api.Status { return api.Status{Config: s.file} }
+
+// TestCheckSaysWhyItCannotAsk: who may only look, or not even that, is told what
+// a start opens; that the service refuses the file is an error.
+func TestCheckSaysWhyItCannotAsk(t *testing.T) {
+	const opens = ": a start opens\nnothing yet\n"
+	for _, tt := range []struct {
+		name   string
+		access server.Access
+		fail   *api.Error
+		want   string // in what is said
+		err    string // in the error
+	}{
+		{"no right to look", server.NoAccess, nil, "cannot say what a reload changes (", ""},
+		{"no right to reload", server.Read, nil, "cannot say what a reload changes (", ""},
+		{"refused", server.Change, &api.Error{Code: api.CodeInUse, Text: "rate group \x1b[31m is in use"}, "", `is refused: "rate group \x1b[31m is in use"`},
+		{"failed", server.Change, &api.Error{Code: api.CodeFailed, Text: "disk full"}, "cannot say what a reload changes (disk full)", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := shortDir(t)
+			socket, file := filepath.Join(dir, "s"), filepath.Join(dir, "conf")
+			if err := os.WriteFile(file, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			l, err := net.Listen("unix", socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			svc := &refusing{file: file}
+			if tt.fail != nil {
+				svc.Fail = tt.fail
+			}
+			s := server.New(server.Config{Service: svc, Authorize: func(server.Peer) server.Access { return tt.access },
+				Log: slog.New(slog.DiscardHandler)})
+			done := make(chan error, 1)
+			go func() { done <- s.Serve(l) }()
+			defer func() {
+				if err := s.Close(t.Context()); err != nil {
+					t.Error(err)
+				}
+				<-done
+			}()
+			said, err := check(file, &config.Config{Control: config.Control{Socket: socket}})
+			switch {
+			case tt.err != "":
+				if err == nil || !strings.Contains(err.Error(), tt.err) {
+					t.Errorf("got %q, %v; want the error %q", said, err, tt.err)
+				}
+			case err != nil || !strings.Contains(said, tt.want) || !strings.HasSuffix(said, opens):
+				t.Errorf("got %q, %v; want %q and what a start opens", said, err, tt.want)
+			}
+		})
+	}
+}
