@@ -161,7 +161,7 @@ func TestStartNeverOpensTheSocketWider(t *testing.T) {
 		}
 		return fmt.Errorf("connect while servers start: %w", err)
 	})
-	for range 200 {
+	for range 1000 {
 		ls, err := transport.Listen(t.Context(), transport.Endpoint{Kind: transport.Unix, Path: path})
 		if err != nil {
 			t.Errorf("start: %v", err)
