@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run demo test deps check fmt vet lint unit race plain fuzz endtoend interop guest lab lab-shell selinux bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race plain fuzz timing endtoend interop guest lab lab-shell selinux bench clean
 
 GO        ?= go
 # A count: a time makes `go test` fail now and then with "context deadline exceeded".
@@ -67,6 +67,9 @@ plain:
 
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)
+
+timing: ## TLS handshakes that must take one time, at length
+	$(GOTEST) -count=1 -run TakeTheSameTime ./internal/transport/psk -timing
 
 # Two packages at a time: test/guest has a guest for each processor, and leaves a
 # third of their time; the lab has one more.

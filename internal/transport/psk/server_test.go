@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,7 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-var timing = flag.Bool("timing", false, "compare the times of unknown identities and wrong keys")
+var timing = flag.Bool("timing", false, "compare the times of unknown identities and wrong keys by many handshakes")
 
 // someKeys are those of the tests.
 func someKeys(t testing.TB, text string) *Keys {
@@ -320,35 +321,81 @@ func TestUnknownIdentityAndWrongKeyGetTheSameBytes(t *testing.T) {
 	}
 }
 
-// TestUnknownIdentityAndWrongKeyTakeTheSameTime is Welch's t over handshakes
-// in random order, with -timing.
+// TestUnknownIdentityAndWrongKeyTakeTheSameTime is TL-14 as far as a run of all
+// tests can show it: a difference that 1500 handshakes tell with certainty. With
+// -timing, as `make timing` says it, there are 40 times as many.
+//
+// The order of the handshakes is random, so that what else the machine does meets
+// all of them alike. A third kind is the first again: when even those two seem to
+// differ, the round says nothing. A difference is one that each other round finds.
 func TestUnknownIdentityAndWrongKeyTakeTheSameTime(t *testing.T) {
 	needBuild(t)
-	if !*timing {
-		return
+	tries := 1500
+	if *timing {
+		tries = 60000
 	}
 	k := someKeys(t, "vm1:"+hexKey(32, 1)+"\nvm2:"+hexKey(32, 2))
-	msgs := [2][]byte{hello(t, "vm1", key(9)), hello(t, "vm9", key(9))}
-	var n, mean, m2 [2]float64
-	const tries = 20000
+	wrong, unknown := hello(t, "vm1", key(9)), hello(t, "vm9", key(9))
+	const rounds = 3
+	found := 0
+	for range rounds {
+		took := timesOf(t, k, tries, wrong, unknown, wrong)
+		score, control := welch(took[0], took[1]), welch(took[0], took[2])
+		t.Logf("%d handshakes: unknown identity and wrong key t = %.2f, wrong key and wrong key t = %.2f", tries, score, control)
+		switch {
+		case math.Abs(control) >= certain:
+		case math.Abs(score) < certain:
+			return
+		default:
+			found++
+		}
+	}
+	if found > 0 {
+		t.Errorf("the times tell an unknown identity from a wrong key, in all %d rounds of %d that say something", found, rounds)
+	}
+}
+
+// certain is the t that no chance explains: TL-14 has it, and dudect.
+const certain = 4.5
+
+// timesOf are those of handshakes with each message, in random order, in
+// nanoseconds. The slowest tenth of all is left out: the machine did something
+// else then.
+func timesOf(t *testing.T, k *Keys, tries int, msgs ...[]byte) [][]float64 {
+	t.Helper()
+	took, all := make([][]float64, len(msgs)), make([]float64, 0, tries)
 	for range tries {
-		i := rand.IntN(2)
+		i := rand.IntN(len(msgs))
 		begin := time.Now()
 		if _, err := answerTo(t, k, msgs[i]); err == nil {
 			t.Fatal("a wrong key was accepted")
 		}
 		x := float64(time.Since(begin))
-		n[i]++
-		d := x - mean[i]
-		mean[i] += d / n[i]
-		m2[i] += d * (x - mean[i])
+		took[i], all = append(took[i], x), append(all, x)
 	}
-	v0, v1 := m2[0]/(n[0]-1)/n[0], m2[1]/(n[1]-1)/n[1]
-	score := (mean[0] - mean[1]) / math.Sqrt(v0+v1)
-	t.Logf("wrong key %.0f ns, unknown identity %.0f ns, t = %.2f", mean[0], mean[1], score)
-	if math.Abs(score) > 4.5 {
-		t.Errorf("the times tell them apart: t = %.2f", score)
+	slices.Sort(all)
+	slow := all[len(all)*9/10]
+	for i := range took {
+		took[i] = slices.DeleteFunc(took[i], func(x float64) bool { return x > slow })
 	}
+	return took
+}
+
+// welch is Welch's t of two samples.
+func welch(a, b []float64) float64 {
+	moments := func(list []float64) (mean, ofMean float64) {
+		for _, x := range list {
+			mean += x / float64(len(list))
+		}
+		for _, x := range list {
+			ofMean += (x - mean) * (x - mean)
+		}
+		n := float64(len(list))
+		return mean, ofMean / (n - 1) / n
+	}
+	ma, va := moments(a)
+	mb, vb := moments(b)
+	return (ma - mb) / math.Sqrt(va+vb)
 }
 
 func TestHelloThatIsLongerThanAllowedIsNoKey(t *testing.T) {
