@@ -35,14 +35,20 @@ func check(file string, c *config.Config) (string, error) {
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
 		return "no service answers at " + at + ": a start opens\n" + opened(c), nil
 	case errors.As(err, &refusal) && refusesFile[refusal.Code]:
-		return "", fmt.Errorf("a reload of the service at %s is refused: %s", at, visible(refusal.Text))
+		return "", fmt.Errorf("the service at %s refuses the file: %s", at, visible(refusal.Text))
+	case errors.As(err, &refusal) && refusesReload[refusal.Code]:
+		return "the service at " + at + " refuses a reload (" + visible(refusal.Text) + "): a start opens\n" + opened(c), nil
 	}
 	return "the service at " + at + " cannot say what a reload changes (" + visible(err.Error()) + "): a start opens\n" + opened(c), nil
 }
 
 // refusesFile are the codes by which a service that was asked for a reload says
-// that it cannot be done.
-var refusesFile = map[string]bool{api.CodeInvalid: true, api.CodeInUse: true, api.CodeUnsupported: true}
+// that the file is wrong, and refusesReload those by which it says that it takes a
+// restart, or another moment.
+var (
+	refusesFile   = map[string]bool{api.CodeInvalid: true, api.CodeExists: true}
+	refusesReload = map[string]bool{api.CodeInUse: true, api.CodeUnsupported: true}
+)
 
 // askService asks for a reload that changes nothing, if the service has that
 // file. What the service says is for a terminal.

@@ -77,7 +77,9 @@ func TestCheckSaysWhyItCannotAsk(t *testing.T) {
 	}{
 		{"no right to look", server.NoAccess, nil, "cannot say what a reload changes (", ""},
 		{"no right to reload", server.Read, nil, "cannot say what a reload changes (", ""},
-		{"refused", server.Change, &api.Error{Code: api.CodeInUse, Text: "rate group \x1b[31m is in use"}, "", `is refused: "rate group \x1b[31m is in use"`},
+		{"taken", server.Change, &api.Error{Code: api.CodeExists, Text: "export \x1b[31m is another's"}, "", `refuses the file: "export \x1b[31m is another's"`},
+		{"restart", server.Change, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed"}, "refuses a reload (a restart is needed)", ""},
+		{"not now", server.Change, &api.Error{Code: api.CodeInUse, Text: "it is paused"}, "refuses a reload (it is paused)", ""},
 		{"failed", server.Change, &api.Error{Code: api.CodeFailed, Text: "disk full"}, "cannot say what a reload changes (disk full)", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
