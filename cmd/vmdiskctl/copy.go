@@ -227,7 +227,7 @@ func (f *copyFlags) destination(ctx context.Context, name string, src copier.Dis
 		}
 		return d, nil
 	}
-	d, err := copier.Claim{Mode: 0o644, Refuse: notSource(src)}.CreateFile(name, src.Size())
+	d, err := copier.Claim{Mode: 0o600, Refuse: notSource(src)}.CreateFile(name, src.Size())
 	if err != nil {
 		return nil, err
 	}

@@ -224,3 +224,15 @@ func TestInterruptedCopyFailsAndLeavesNothing(t *testing.T) {
 		t.Error("half a copy was left behind")
 	}
 }
+
+// TestCopiesAreTheirMakers: nobody else reads what may be a guest's disk.
+func TestCopiesAreTheirMakers(t *testing.T) {
+	img, dir := disk(t), t.TempDir()
+	defer syscall.Umask(syscall.Umask(0))
+	for _, args := range [][]string{{img, filepath.Join(dir, "raw")}, {"-O", "qcow2", img, filepath.Join(dir, "qcow2")}} {
+		want(t, exitDone, append([]string{"copy"}, args...)...)
+		if st, err := os.Stat(args[len(args)-1]); err != nil || st.Mode() != 0o600 {
+			t.Errorf("%s: %v, %v", args, st.Mode(), err)
+		}
+	}
+}
