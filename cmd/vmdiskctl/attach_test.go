@@ -170,7 +170,7 @@ func TestExportsAndURIsAreAttached(t *testing.T) {
 // TestNoFlagOfAttachIsIgnored: what has no meaning for a disk is refused before
 // anybody is asked.
 func TestNoFlagOfAttachIsIgnored(t *testing.T) {
-	for _, flag := range []string{"--cache=none", "--discard=keep", "--image-lock=off", "--lenient", "--format=raw", "--rate=1M", "--overlay=1M",
+	for _, flag := range []string{"--cache=none", "--discard=keep", "--image-lock=off", "--lenient", "--l2-cache-size=4M", "--format=raw", "--rate=1M", "--overlay=1M",
 		"--fd", "--socket-mode=0660", "--persist", "--keep-reconnect"} {
 		want(t, exitUsage, "attach", flag, "/none/qmp", "nbd://localhost/x")
 		want(t, exitUsage, "attach", flag, "--export", "/none/qmp", "x")

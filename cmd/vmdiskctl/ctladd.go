@@ -29,6 +29,7 @@ type addFlags struct {
 	protect []string
 	part    int
 	quota   byteSize
+	l2Cache byteSize
 	send    bool
 
 	window, blockSize, faults string
@@ -76,6 +77,7 @@ func (f *addFlags) addImage(c *cobra.Command) {
 	n.StringArrayVar(&x.DataFiles, "data-file", nil, "PATH of the external data file, instead of what the image says")
 	n.StringVar(&x.Snapshot, "snapshot", "", "ID or name of a snapshot within the image, instead of the disk")
 	n.StringVar(&x.Discard, "discard", "", "for qcow2: unmap (the default), keep or ignore")
+	n.Var(&f.l2Cache, "l2-cache-size", "`SIZE` that the mapping of a qcow2 image may take of the daemon's memory: 64M by default")
 	n.BoolVar(&x.Lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
 	n.BoolVar(&f.send, "fd", false, "open the files here and hand them over: the daemon needs no right to them")
 	n.IntVar(&f.part, "partition", 0, "only partition `N` of the disk, from 1")
@@ -245,6 +247,7 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		}
 		x.Faults = list.Faults
 	}
+	x.L2CacheSize = config.Size(f.l2Cache)
 	if c.Flags().Changed("overlay") {
 		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
 	}

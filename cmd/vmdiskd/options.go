@@ -63,7 +63,7 @@ type raw struct {
 	format, cache, lock, engine  string
 	backing, snapshot            string
 	lenient                      bool
-	discard, config              string
+	discard, config, l2Cache     string
 	check, faults                bool
 	backingFiles, dataFiles      []string
 	swap, headroom               string
@@ -104,6 +104,7 @@ func (r *raw) flags() *pflag.FlagSet {
 	f.BoolVar(&r.faults, "enable-fault-injection", false, "with --config: let exports have faults, for tests of what depends on them")
 	f.BoolVar(&r.check, "check", false, "with --config: say what is wrong with the file, or what a reload of its service would change, or a start open, and end")
 	f.StringVar(&r.discard, "discard", "unmap", "what trims do in a qcow2 image: unmap frees clusters, keep keeps them as holes, ignore")
+	f.StringVar(&r.l2Cache, "l2-cache-size", "", "`SIZE` that the mapping of a qcow2 image may take of memory: 64M by default")
 	f.StringVar(&r.cache, "cache", "writeback", "`MODE`: writeback, none, writethrough, directsync or unsafe")
 	f.StringVar(&r.lock, "image-lock", "auto", "lock the image against other programs: auto, on or off")
 	f.StringVar(&r.engine, "engine", "auto", "I/O `ENGINE`: auto, uring or pool")
@@ -362,9 +363,15 @@ func (r *raw) swapMode(f *pflag.FlagSet, c *daemon.Config) error {
 
 // chain checks the options of qcow2 images.
 func (r *raw) chain(f *pflag.FlagSet, c *daemon.Config) error {
-	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot", "lenient", "discard"} {
+	for _, name := range [...]string{"backing", "backing-file", "data-file", "snapshot", "lenient", "discard", "l2-cache-size"} {
 		if f.Changed(name) && r.format != "qcow2" {
 			return usagef("--%s needs --format=qcow2", name)
+		}
+	}
+	if f.Changed("l2-cache-size") {
+		n := &c.Disk.L2CacheSize
+		if err := n.UnmarshalText([]byte(r.l2Cache)); err != nil || *n < limits.MapCacheLeast || *n > limits.MapCacheMost {
+			return usagef("--l2-cache-size: want a size from 1M to 4G")
 		}
 	}
 	if f.Changed("snapshot") && r.snapshot == "" {

@@ -89,6 +89,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 		{"-r --format=qcow2 --backing=same-dir --snapshot=s1 disk.img", func(c daemon.Config) bool {
 			return c.Disk.Backing == "same-dir" && c.Disk.Snapshot == "s1"
 		}},
+		{"--format=qcow2 --l2-cache-size=4M disk.img", func(c daemon.Config) bool { return c.Disk.L2CacheSize == 4<<20 }},
 		{"-r --format=qcow2 --lenient disk.img", func(c daemon.Config) bool { return c.Disk.Lenient && c.Disk.ReadOnly }},
 		{"-r --format=qcow2 --backing=beneath=/images disk.img", func(c daemon.Config) bool {
 			return c.Disk.Backing == "beneath=/images"
@@ -132,6 +133,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--insecure-plaintext -U x disk", "--insecure-plaintext -s disk", "--insecure-plaintext --vsock -r disk",
 		"--insecure-plaintext --confine=strict disk", "--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock -r disk",
 		"--selinux-label=u:r:t:s0 -s disk", "--selinux-label= -U x disk", "--format=qcow2 --lenient disk", "-r --lenient disk",
+		"--l2-cache-size=4M disk", "--format=qcow2 --l2-cache-size=1K disk", "--format=qcow2 --l2-cache-size=5G disk", "--format=qcow2 --l2-cache-size=x disk",
 	} {
 		_, err := parse(strings.Fields(line), nil)
 		var usage usageError

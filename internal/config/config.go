@@ -117,6 +117,7 @@ type Export struct {
 	Snapshot     string   `toml:"snapshot" json:"snapshot,omitempty"`
 	Discard      string   `toml:"discard" json:"discard,omitempty"`
 	Lenient      bool     `toml:"lenient" json:"lenient,omitempty"`
+	L2CacheSize  Size     `toml:"l2-cache-size" json:"l2-cache-size,omitempty"` // bytes; 0 is limits.MapCache
 
 	// RequireTLS hides the export from connections that are not encrypted.
 	RequireTLS bool `toml:"require-tls" json:"require-tls,omitempty"`

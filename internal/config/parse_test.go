@@ -79,6 +79,7 @@ backing-files = ["/srv/images/base.qcow2:qcow2"]
 data-files = ["/srv/images/a.data"]
 snapshot = "s1"
 discard = "keep"
+l2-cache-size = "4M"
 lenient = true
 require-tls = true
 max-connections = 4

@@ -97,6 +97,9 @@ func descriptor(s string) (n int, ok bool) {
 // checkChain looks at what is for qcow2 images only.
 func (e *Export) checkChain(k checker, s Scope) {
 	k.word("discard", e.Discard, "unmap", "keep", "ignore")
+	if n := e.L2CacheSize; n != 0 && (n < limits.MapCacheLeast || n > limits.MapCacheMost) {
+		k.fail("l2-cache-size: %d is not from %d to %d", n, limits.MapCacheLeast, limits.MapCacheMost)
+	}
 	if e.Lenient && !e.ReadOnly {
 		k.fail("lenient: it needs readonly")
 	}
@@ -143,7 +146,7 @@ func (e *Export) checkNoChain(k checker) {
 	}{
 		{"backing", e.Backing != ""}, {"backing-files", len(e.BackingFiles) > 0},
 		{"data-files", len(e.DataFiles) > 0}, {"snapshot", e.Snapshot != ""},
-		{"discard", e.Discard != ""}, {"lenient", e.Lenient},
+		{"discard", e.Discard != ""}, {"lenient", e.Lenient}, {"l2-cache-size", e.L2CacheSize != 0},
 	} {
 		if w.given {
 			k.fail("%s: it needs format qcow2", w.key)

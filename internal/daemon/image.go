@@ -97,6 +97,7 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 		Snapshot: x.Snapshot,
 		Lenient:  x.Lenient,
 		Discard:  x.Discard,
+		L2Cache:  int64(x.L2CacheSize),
 		Engine:   d.engine,
 		Buffers:  d.buffers,
 	}, nil

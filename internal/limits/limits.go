@@ -320,6 +320,10 @@ const (
 	// neighbours lie together.
 	MapCache = 64 << 20
 
+	// MapCacheLeast and MapCacheMost bound what an export may ask for instead.
+	MapCacheLeast = 1 << 20
+	MapCacheMost  = 4 << 30
+
 	// L2Slice is how much of an L2 table of a writable image is read, cached
 	// and written as one, in bytes: what QEMU's cache uses too. A power of two.
 	L2Slice = 4 << 10

@@ -256,7 +256,8 @@ func (ch *chain) layer(ctx context.Context, l link) (qcow2.Layer, error) {
 // options hands on what lies below, and the data file of l.
 func (ch *chain) options(l link) qcow2.Options {
 	o := qcow2.Options{Path: l.path, ReadOnly: ch.readOnly(len(ch.links)), Backing: ch.below, DataFile: l.data,
-		Lenient: ch.spec.Lenient, Discard: qcow2.Discard(ch.spec.Discard), Poisoned: ch.spec.Poisoned, Log: ch.spec.Log}
+		Lenient: ch.spec.Lenient, Discard: qcow2.Discard(ch.spec.Discard), Poisoned: ch.spec.Poisoned, Log: ch.spec.Log,
+		CacheBytes: ch.spec.L2Cache}
 	ch.below = nil
 	if len(ch.links) == 0 { // l is the top
 		o.Snapshot = ch.spec.Snapshot

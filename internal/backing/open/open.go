@@ -71,6 +71,10 @@ type Spec struct {
 	// trims, one of the values of qcow2.Discard; "" is qcow2.Unmap.
 	Discard string
 
+	// L2Cache bounds the mapping of a qcow2 image, and that of what is below it,
+	// in memory: qcow2.Options.CacheBytes. 0 is limits.MapCache.
+	L2Cache int64
+
 	// Lenient reads damaged qcow2 images as QEMU does (qcow2.Options); only
 	// with ReadOnly.
 	Lenient bool

@@ -245,3 +245,30 @@ func TestOnlyTheTopOfAWritableChainIsWrittenTo(t *testing.T) {
 		t.Error("a backing file has changed")
 	}
 }
+
+// TestMappingTakesTheMemoryThatItMay: with clusters of 512 bytes the mapping of 80
+// MiB takes 1.25.
+func TestMappingTakesTheMemoryThatItMay(t *testing.T) {
+	dir := t.TempDir()
+	qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "t", "80M")
+	qemu(t, dir, "qemu-io", "-f", "qcow2", "-c", "write 0 80M", "t")
+	for _, most := range []int64{1 << 20, 16 << 20} {
+		d, err := open.Open(t.Context(), open.Spec{Path: filepath.Join(dir, "t"), Format: "qcow2", L2Cache: most,
+			Engine: engineNamed(t, "pool"), Buffers: buffers})
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := make([]byte, 512)
+		for off := int64(0); off < 80<<20; off += 32 << 10 {
+			if err := d.ReadAt(t.Context(), p, off); err != nil {
+				t.Fatalf("read at %d: %v", off, err)
+			}
+		}
+		if m, _ := open.MapStats(d); m.Bytes > most || m.Bytes < min(most, 5<<18)/2 {
+			t.Errorf("the mapping takes %d bytes, may take %d", m.Bytes, most)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
