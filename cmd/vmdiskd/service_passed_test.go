@@ -17,6 +17,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // manager is the service manager of a test: it keeps what it is given, as
@@ -28,6 +29,40 @@ type manager struct {
 
 	mu   sync.Mutex
 	kept map[string][]*os.File // guarded by mu
+	slow *slowness             // guarded by mu; nil for a manager that is quick
+}
+
+// slowness holds a manager up that is to forget something.
+type slowness struct {
+	asked  chan struct{} // has a value when it is to
+	forget func()        // lets it; further calls do nothing
+	let    chan struct{}
+}
+
+// slowDown makes the manager slow until the test calls forget or ends.
+func (m *manager) slowDown() *slowness {
+	s := &slowness{asked: make(chan struct{}, 1), let: make(chan struct{})}
+	s.forget = sync.OnceFunc(func() { close(s.let) })
+	m.Cleanup(s.forget)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.slow = s
+	return s
+}
+
+// dawdle waits as long as a slow manager does.
+func (m *manager) dawdle() {
+	m.mu.Lock()
+	s := m.slow
+	m.mu.Unlock()
+	if s == nil {
+		return
+	}
+	select {
+	case s.asked <- struct{}{}:
+	default:
+	}
+	<-s.let
 }
 
 func newManager(t *testing.T) *manager {
@@ -63,6 +98,9 @@ func (m *manager) listen() {
 		for line := range strings.Lines(string(text[:n])) {
 			key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 			said[key] = value
+		}
+		if said["FDSTOREREMOVE"] == "1" {
+			m.dawdle()
 		}
 		m.mu.Lock()
 		switch {
@@ -261,6 +299,64 @@ func TestChangedListenerIsOpenedAnew(t *testing.T) {
 				s.stop()
 			})
 		}
+	}
+}
+
+// hasVsock tells whether vsock ports can be had on this machine.
+func hasVsock() bool {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: unix.VMADDR_PORT_ANY}) == nil
+}
+
+// TestReopenedListenerDoesNotMeetItsPredecessor: the service manager has a
+// duplicate of that until it has come to forget it.
+func TestReopenedListenerDoesNotMeetItsPredecessor(t *testing.T) {
+	const small = "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n"
+	large := strings.Replace(small, "1M", "2M", 1)
+	tcp, vsock := "uri = \"nbd://127.0.0.1:"+freePort(t)+"\"\n", "uri = \"nbd+vsock://4294967295:"+freePort(t)+"\"\n"
+	type test struct {
+		name, before, after string
+		held                bool // the address is free only when it is forgotten
+	}
+	pki := t.TempDir()
+	ca := transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, pki, ca, ca.IssueServer("localhost"))
+	certificates := "[tls]\ncertificates = \"" + pki + "\"\n"
+	tests := []test{
+		{"of an export", small + "[[export.listener]]\n" + tcp, large + "[[export.listener]]\n" + tcp, false},
+		{"shared", certificates + small + "[[listener]]\ntls = \"on\"\n" + tcp, certificates + large + "[[listener]]\n" + tcp, false},
+	}
+	if hasVsock() {
+		more := "readonly = true\n[[export.listener]]\n" + vsock
+		tests = append(tests, test{"vsock", small + more, large + more, true})
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s, m := newManaged(t, tt.before, nil)
+			slow := m.slowDown()
+			s.start()
+			s.await("two listeners are kept", func() bool { return len(m.names()) == 2 })
+			s.configure(tt.after)
+			if tt.held {
+				go func() {
+					<-slow.asked
+					time.AfterFunc(200*time.Millisecond, slow.forget)
+				}()
+			}
+			if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+				t.Fatal(err)
+			}
+			if x, err := s.ctl.Export(t.Context(), "m"); err != nil || x.State != "ready" || x.Size != 2<<20 || len(x.URIs) == 0 {
+				t.Errorf("after the reload: %+v, %v", x, err)
+			}
+			slow.forget()
+			s.await("the new one is kept", func() bool { return len(m.names()) == 2 })
+			s.stop()
+		})
 	}
 }
 

@@ -40,9 +40,15 @@ func (o *door) show(exports []string) {
 	}
 }
 
-// Close stops accepting; it may be called again.
+// Close stops accepting; it may be called again. What waits for the next start
+// waits no more: the service manager has it until it has forgotten it, and would
+// go on listening.
 func (o *door) Close() error {
-	o.once.Do(func() { o.closed = o.Listener.Close() })
+	end := o.Listener.Close
+	if o.kept != "" {
+		end = func() error { return transport.End(o.Listener) }
+	}
+	o.once.Do(func() { o.closed = end() })
 	return o.closed
 }
 

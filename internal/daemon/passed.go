@@ -10,8 +10,12 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -121,7 +125,7 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 	if ls := d.resume(name, e); len(ls) > 0 {
 		return ls, name, nil
 	}
-	ls, err = d.listenAt(ctx, listenerKey(l), e)
+	ls, err = d.listenForgotten(ctx, listenerKey(l), e)
 	if err != nil || name == "" || d.kept.Load() >= int64(d.boss.Room()) {
 		return ls, "", err
 	}
@@ -132,6 +136,31 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 	return ls, name, nil
 }
 
+// forgetPoll is the pause between two attempts to have an address that the
+// service manager is to give up.
+const forgetPoll = 20 * time.Millisecond
+
+// listenForgotten is listenAt where a service manager that keeps sockets may not
+// have closed the one before it yet: of a vsock, which nothing but the last close
+// ends, the address is in use until then.
+func (d *daemon) listenForgotten(ctx context.Context, key string, e transport.Endpoint) ([]transport.Listener, error) {
+	ls, err := d.listenAt(ctx, key, e)
+	if e.Kind != transport.VSock || d.boss.Room() == 0 {
+		return ls, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, limits.Forgets)
+	defer cancel()
+	for errors.Is(err, unix.EADDRINUSE) {
+		select {
+		case <-time.After(forgetPoll):
+			ls, err = d.listenAt(ctx, key, e)
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+	return ls, err
+}
+
 // resume takes up the sockets that waited under name. If one of them is not
 // what it was, none is.
 func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Listener) {
@@ -139,9 +168,9 @@ func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Liste
 		return nil
 	}
 	files, err := d.passed.Files(name)
+	defer closeFiles(files)
 	for _, f := range files {
 		l, bad := transport.Resume(e, f)
-		f.Close()
 		if bad != nil {
 			err = errors.Join(err, bad)
 			continue
@@ -155,6 +184,9 @@ func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Liste
 	d.kept.Add(-int64(len(files)))
 	for _, l := range ls {
 		_ = l.Close() // another is opened in its place
+	}
+	for _, f := range files {
+		_, _ = transport.Abolish(f) // what is no listener has no address either
 	}
 	err = errors.Join(err, d.boss.Forget(name))
 	d.log.Warn("a listener that was kept cannot be taken up", "listener", e.Name, "error", err)

@@ -47,6 +47,10 @@ const (
 	// the daemon starts again; FileDescriptorStoreMax= of the units is no more.
 	KeptSockets = 256
 
+	// Forgets is how long a listener waits for its address while the service
+	// manager, which was told to forget the socket before it, still has that.
+	Forgets = 5 * time.Second
+
 	// JournalField bounds a field of a log entry for the journal, whose own
 	// bound is far higher; JournalFields bounds how many an entry has.
 	JournalField  = 32 << 10

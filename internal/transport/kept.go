@@ -47,10 +47,18 @@ func Resume(e Endpoint, f *os.File) (Listener, error) {
 	return l, nil
 }
 
-// Abolish ends a listening socket for all who have a duplicate of it, and removes
-// the Unix socket's file if that is still there and a socket. Its address is free
-// then, but for that of a vsock, which lasts as long as a duplicate. It returns
-// where the socket listened. f stays the caller's.
+// End closes l for all who have a duplicate of its socket. The address is free
+// then, but for that of a vsock, which lasts as long as a duplicate.
+func End(l Listener) error {
+	if own, ok := l.(*listener); ok {
+		own.forAll.Store(true)
+	}
+	return l.Close()
+}
+
+// Abolish is End for a socket that no Listener is made of, and removes the Unix
+// socket's file if that is still there and a socket. It returns where the socket
+// listened. f stays the caller's.
 func Abolish(f *os.File) (addr string, err error) {
 	l, err := activated(f)
 	if err != nil {
@@ -59,11 +67,7 @@ func Abolish(f *os.File) (addr string, err error) {
 	if l.kind == Unix {
 		_ = l.adopt() // without its file there is nothing to remove
 	}
-	err = l.Close()
-	if bad := unix.Shutdown(int(f.Fd()), unix.SHUT_RDWR); !errors.Is(bad, unix.ENOTCONN) { // a vsock's
-		err = errors.Join(err, os.NewSyscallError("shutdown", bad))
-	}
-	return l.Addr(), err
+	return l.Addr(), End(l)
 }
 
 // ListensAt tells whether f is a listening socket with the address of e, of a TCP

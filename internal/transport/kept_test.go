@@ -47,6 +47,24 @@ func TestClientsOfALeftListenerWaitForTheNext(t *testing.T) {
 	}
 }
 
+// TestEndedAddressIsFreeWhileThereAreDuplicates: another server takes it.
+func TestEndedAddressIsFreeWhileThereAreDuplicates(t *testing.T) {
+	for _, e := range []transport.Endpoint{
+		{Kind: transport.Unix, Path: filepath.Join(t.TempDir(), "s")},
+		{Kind: transport.TCP, Address: "127.0.0.1"},
+	} {
+		t.Run(string(e.Kind), func(t *testing.T) {
+			l := listen(t, e)[0]
+			inherit(t, l)
+			e.Port = targetOf(t, l).Port
+			put(t, transport.End(l))
+			next := listen(t, e)[0]
+			s, c := connect(t, next)
+			talk(t, s, c)
+		})
+	}
+}
+
 func TestResumeRefusesAnotherSocket(t *testing.T) {
 	u, path := listenUnix(t)
 	gone, gonePath := listenUnix(t)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,7 @@ type listener struct {
 	path   *socketPath
 	close  func() error
 	closed atomic.Bool
+	forAll atomic.Bool // Close ends the socket for those who have duplicates, too
 
 	// turn holds a value while an Accept waits on the socket: socket.Conn
 	// ends a wait by the socket's one deadline, which two waits would set and
@@ -126,7 +128,21 @@ func (l *listener) shut() error {
 	if l.path != nil {
 		err = l.path.remove()
 	}
+	if l.forAll.Load() {
+		err = errors.Join(err, l.shutdown())
+	}
 	return errors.Join(err, l.sock.Close())
+}
+
+// shutdown makes the socket listen no more, whoever has it. A vsock that listens
+// cannot be shut down (ENOTCONN).
+func (l *listener) shutdown() error {
+	var bad error
+	err := l.raw.Control(func(fd uintptr) { bad = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	if errors.Is(bad, unix.ENOTCONN) {
+		return err
+	}
+	return errors.Join(err, os.NewSyscallError("shutdown", bad))
 }
 
 // Kind implements Listener.
