@@ -189,8 +189,9 @@ const (
 	PortRetries = 16
 
 	// SocketLock is how long the making of a Unix socket waits for another
-	// process that makes one in the same directory.
-	SocketLock = 5 * time.Second
+	// process that makes one in the same directory, which takes that no more
+	// than milliseconds.
+	SocketLock = time.Second
 
 	// SecurityLabel bounds an SELinux context: the kernel's own bound is a
 	// page.

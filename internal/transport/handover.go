@@ -117,14 +117,10 @@ func adopt(p Handed) (*listener, error) {
 	return l, nil
 }
 
-// find opens the folder of the file, if it can: to lock it needs more rights
-// than to remove the file.
+// find opens the folder of the file, if it can, with no more rights than the
+// removal of the file needs.
 func (p *socketPath) find() {
-	for _, flag := range [...]int{os.O_RDONLY, unix.O_PATH} {
-		d, err := os.OpenFile(filepath.Dir(p.path), flag|unix.O_DIRECTORY, 0)
-		if err == nil {
-			p.dir = d
-			return
-		}
+	if d, err := os.OpenFile(filepath.Dir(p.path), unix.O_PATH|unix.O_DIRECTORY, 0); err == nil {
+		p.dir = d
 	}
 }

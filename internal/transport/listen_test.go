@@ -208,6 +208,41 @@ func TestOneOfManyStartersWins(t *testing.T) {
 	}
 }
 
+// TestStrangerWithTheLockStopsNobody: whoever may read the directory can hold its
+// lock. Sockets are made in spite of it, and removed without waiting for it.
+func TestStrangerWithTheLockStopsNobody(t *testing.T) {
+	dir := t.TempDir()
+	path := func(i int) string { return filepath.Join(dir, fmt.Sprint(i)) }
+	var ls []transport.Listener
+	for i := range 20 {
+		ls = append(ls, listen(t, transport.Endpoint{Kind: transport.Unix, Path: path(i)})...)
+	}
+	stranger, err := os.Open(dir)
+	put(t, err)
+	defer stranger.Close()
+	put(t, unix.Flock(int(stranger.Fd()), unix.LOCK_EX))
+	stale(t, path(len(ls)))
+	l := listen(t, transport.Endpoint{Kind: transport.Unix, Path: path(len(ls))})[0]
+	connect(t, l)
+	done := make(chan error, 1)
+	go func() {
+		var errs []error
+		for _, l := range append(ls, l) {
+			errs = append(errs, l.Close())
+		}
+		done <- errors.Join(errs...)
+	}()
+	select {
+	case err := <-done:
+		put(t, err)
+	case <-time.After(time.Minute):
+		t.Fatal("closing waits for the lock")
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v; want nothing", left, err)
+	}
+}
+
 // stale leaves a socket under path that nobody listens on.
 func stale(t *testing.T, path string) {
 	t.Helper()

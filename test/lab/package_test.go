@@ -86,7 +86,7 @@ func packageSteps() []Step {
 				find / -xdev -name '*vmdiskd*' >/root/before
 				dpkg -i /root/vmdiskd.deb
 				id vmdiskd | grep '(kvm)'
-				[ "$(stat -c '%U %G %a' /run/vmdiskd)" = 'vmdiskd kvm 2755' ]
+				[ "$(stat -c '%U %G %a' /run/vmdiskd)" = 'vmdiskd kvm 2711' ]
 				[ "$(stat -c '%U %a' /var/lib/vmdiskd/images)" = 'vmdiskd 750' ]
 				fails systemctl is-enabled vmdiskd.service vmdiskd.socket`},
 		{Name: "serve", Script: `
