@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -431,6 +432,43 @@ func TestExportsLeaveNothingBehind(t *testing.T) {
 	left, err := os.ReadDir(filepath.Join(s.dir, "state"))
 	if err != nil || len(left) != 1 || left[0].Name() != ".lock" {
 		t.Errorf("state folder: got %v, %v, want its lock alone", left, err)
+	}
+	s.stop()
+}
+
+// TestExportsWithoutDescriptorsFailSingly: the service starts with those that
+// there are enough for, and leaves no file of the others.
+func TestExportsWithoutDescriptorsFailSingly(t *testing.T) {
+	s := &testService{T: t, dir: t.TempDir()}
+	var exports strings.Builder
+	for i := range 64 {
+		fmt.Fprintf(&exports, "[[export]]\nname = \"e%d\"\nimage = \"DIR/e%d.img\"\n[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/e%d\"\n", i, i, i)
+		if err := os.WriteFile(filepath.Join(s.dir, fmt.Sprintf("e%d.img", i)), make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.configure(exports.String())
+	s.prepare = func(cmd *exec.Cmd) {
+		cmd.Args = append([]string{"sh", "-c", `ulimit -n 160; exec "$0" "$@"`, cmd.Path}, cmd.Args[1:]...)
+		cmd.Path = "/bin/sh"
+	}
+	s.start()
+	ready := 0
+	for _, is := range s.states() {
+		name, state, _ := strings.Cut(is, " ")
+		socket := filepath.Join(s.dir, name)
+		if has := exists(socket); has != (state == "ready") {
+			t.Errorf("export %s is %s, and that its socket is there is %v", name, state, has)
+		}
+		if state == "ready" {
+			ready++
+			if got := s.size("nbd+unix:///" + name + "?socket=" + socket); got != "1048576" {
+				t.Errorf("size of %s is %q", name, got)
+			}
+		}
+	}
+	if ready == 0 || ready == 64 {
+		t.Errorf("%d of 64 exports are ready, want some", ready)
 	}
 	s.stop()
 }

@@ -313,6 +313,7 @@ func (d *daemon) openExports() error {
 	if d.conf.Load() == nil {
 		return d.addExport(d.stopping, d.cfg.Disk, fromCommandLine, nil)
 	}
+	defer keepSpare().release()
 	return d.addConfigured()
 }
 

@@ -93,7 +93,7 @@ func (d *daemon) becomeWorker(signals *signals) error {
 		s.lookPassed,
 		s.listenAll,
 		s.openControl,
-		s.openImages,
+		s.handExports,
 		s.openPIDFile,
 		s.startCommand,
 		s.exec,
@@ -209,8 +209,7 @@ func (s *stage0) lookPassed() (err error) {
 	return nil
 }
 
-// listenAll opens the listeners. One of an export alone that cannot be opened
-// is the worker's to complain of, because other exports do not depend on it.
+// listenAll opens the listeners that all exports share.
 func (s *stage0) listenAll() error {
 	for i, e := range s.cfg.Endpoints {
 		if err := s.listen(endpointKey(i), e); err != nil {
@@ -226,12 +225,27 @@ func (s *stage0) listenAll() error {
 			return fmt.Errorf("listener %q: %w", l.URI, err)
 		}
 	}
+	return nil
+}
+
+// handExports opens listeners and images of the exports, after all that the
+// service cannot be without: descriptors may run out.
+func (s *stage0) handExports() error {
+	if s.served() {
+		defer keepSpare().release()
+		s.listenExports()
+	}
+	return s.openImages()
+}
+
+// listenExports opens the listeners of single exports. One that cannot be opened
+// is the worker's to complain of, because other exports do not depend on it.
+func (s *stage0) listenExports() {
 	for _, x := range s.exports0() {
 		for _, l := range x.Listeners {
 			_ = s.listenTo(l)
 		}
 	}
-	return nil
 }
 
 func (s *stage0) listenTo(l config.Listener) error {

@@ -61,4 +61,8 @@ const (
 	// two such times are less than the 90 seconds of systemd for a start.
 	ImagesAtOnce = 64
 	ImageAnswers = 30 * time.Second
+
+	// SpareFiles is how many descriptors the exports of the start leave to the
+	// rest of the service: to its confinement, the control API and clients.
+	SpareFiles = 64
 )

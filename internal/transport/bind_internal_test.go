@@ -75,6 +75,7 @@ func TestAFailedStartLeavesNoFile(t *testing.T) {
 			t.Fatal(err)
 		}
 		sock.Close()
+		p.unbind()
 		p.release()
 	} else if _, err := listenUnix(t.Context(), e); err == nil {
 		t.Fatal("an ordinary user gave its socket away")

@@ -25,6 +25,7 @@ var children = map[string]func() error{
 	"activated": childActivated,
 	"passed":    childPassed,
 	"dial":      childDial,
+	"full":      childFull,
 	"stdio":     childStdio,
 }
 

@@ -243,6 +243,55 @@ func TestStrangerWithTheLockStopsNobody(t *testing.T) {
 	}
 }
 
+// TestNothingIsLeftWhereDescriptorsRunOut has one descriptor more for each
+// attempt, so that each step of the start is the one that fails.
+func TestNothingIsLeftWhereDescriptorsRunOut(t *testing.T) {
+	if out, err := child(t, "full", filepath.Join(publicDir(t), "s")).Output(); err != nil {
+		t.Errorf("child: %v\n%s", err, out)
+	}
+}
+
+// childFull listens at the path of its argument, with too few descriptors at
+// first.
+func childFull() error {
+	e := transport.Endpoint{Kind: transport.Unix, Path: os.Args[1]}
+	warm, err := transport.Listen(context.Background(), e) // what the runtime opens once
+	if err != nil {
+		return err
+	}
+	if err := warm[0].Close(); err != nil {
+		return err
+	}
+	first, err := unix.Dup(0)
+	if err != nil {
+		return err
+	}
+	unix.Close(first)
+	var most syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &most); err != nil {
+		return err
+	}
+	for spare := range 32 {
+		few := syscall.Rlimit{Cur: uint64(first + spare), Max: most.Max}
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &few); err != nil {
+			return err
+		}
+		ls, err := transport.Listen(context.Background(), e)
+		switch {
+		case err == nil && spare == 0:
+			return errors.New("listening needs no descriptor")
+		case err == nil:
+			return ls[0].Close()
+		case !errors.Is(err, unix.EMFILE):
+			return fmt.Errorf("with %d descriptors: %w", spare, err)
+		}
+		if _, err := os.Lstat(e.Path); !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("after a start with %d descriptors: %v, want no file", spare, err)
+		}
+	}
+	return errors.New("listening needs more than 31 descriptors")
+}
+
 // stale leaves a socket under path that nobody listens on.
 func stale(t *testing.T, path string) {
 	t.Helper()

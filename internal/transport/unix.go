@@ -27,7 +27,8 @@ const defaultMode fs.FileMode = 0o600
 
 // listenUnix opens a Unix endpoint. The directory is locked from the look at
 // what lies under the path to the call of listen: two processes that start at
-// once would otherwise each take the other's fresh socket for a stale one.
+// once would otherwise each take the other's fresh socket for a stale one. What
+// it made is removed before the lock is let go if it fails.
 func listenUnix(ctx context.Context, e Endpoint) (*listener, error) {
 	p, err := newSocketPath(e.Path)
 	if err != nil {
@@ -107,6 +108,7 @@ func (p *socketPath) listen(ctx context.Context, e Endpoint) (*listener, error) 
 	}
 	l, err := startListening(sock, Unix, optionsOf(e))
 	if err != nil {
+		p.unbind()
 		return nil, err
 	}
 	l.path = p
@@ -151,11 +153,19 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := p.adopt(mode, e.Owner); err != nil {
+	if err = p.adopt(mode, e.Owner); err == nil {
+		err = p.verifyLabels(sock, e)
+	}
+	if err != nil {
+		p.unbind()
 		return nil, err
 	}
-	return sock, p.verifyLabels(sock, e)
+	return sock, nil
 }
+
+// unbind takes away the file that bind made. It asks for no descriptor, which
+// there may be none of, and relies on the lock for that nobody else's is there.
+func (p *socketPath) unbind() { _ = unix.Unlinkat(int(p.dir.Fd()), p.name, 0) }
 
 // withLabel adds the label, which the policy may refuse to this process.
 func withLabel(err error, label string) error {
@@ -322,13 +332,9 @@ func (p *socketPath) stat() (st unix.Stat_t, err error) {
 	return st, err
 }
 
-// release closes what socketPath holds. A file that bind made before a later
-// step failed goes as well.
+// release closes what socketPath holds.
 func (p *socketPath) release() {
 	if p.dir != nil {
-		if ours, err := p.ours(); err == nil && ours {
-			_ = unix.Unlinkat(int(p.dir.Fd()), p.name, 0)
-		}
 		p.dir.Close() // ends the lock, too
 	}
 	if p.inode != nil {
