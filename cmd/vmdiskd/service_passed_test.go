@@ -405,6 +405,35 @@ func TestKeptListenerWithoutItsPathIsOpenedAnew(t *testing.T) {
 	s.open("a").reads(1)
 }
 
+// TestKeptListenerWhosePathIsAnothers: clients would reach the other server, so
+// that the export fails, and the other's socket stays.
+func TestKeptListenerWhosePathIsAnothers(t *testing.T) {
+	s, m := newManaged(t, exportA+"[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n", nil)
+	s.start()
+	s.await("both listeners are kept", func() bool { return len(m.names()) == 2 })
+	s.stop()
+	own := filepath.Join(s.dir, "own")
+	if err := os.Remove(own); err != nil {
+		t.Fatal(err)
+	}
+	other, err := net.Listen("unix", own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	s.start()
+	if got := s.states(); !slices.Equal(got, []string{"a failed"}) {
+		t.Errorf("states %q, want one that failed", got)
+	}
+	s.await("one listener is kept", func() bool { return len(m.names()) == 1 })
+	s.stop()
+	c, err := net.Dial("unix", own)
+	if err != nil {
+		t.Fatalf("the other server: %v", err)
+	}
+	c.Close()
+}
+
 // unixSocket is a listening socket as a socket unit makes it.
 func unixSocket(t *testing.T, path string) *os.File {
 	t.Helper()

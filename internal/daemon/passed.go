@@ -51,7 +51,8 @@ func (d *daemon) tellClosed(l closedListener) {
 func (d *daemon) makeWay() (closed []closedListener, err error) {
 	wanted := d.keptNames()
 	files, err := transport.Withdraw(func(f *os.File) bool {
-		if _, taken := wanted[f.Name()]; taken || !strings.HasPrefix(f.Name(), config.KeptPrefix) {
+		listener, _ := splitKept(f.Name())
+		if _, taken := wanted[listener]; taken || !strings.HasPrefix(f.Name(), config.KeptPrefix) {
 			return false
 		}
 		for _, e := range wanted {
@@ -86,7 +87,8 @@ func (d *daemon) keptNames() map[string]transport.Endpoint {
 
 // endKept ends a socket that waited under name, with its path, and closes f.
 func (d *daemon) endKept(name string, f *os.File) closedListener {
-	addr, err := transport.Abolish(f)
+	_, file := splitKept(name)
+	addr, err := transport.Abolish(f, file)
 	l := closedListener{Address: addr}
 	if err = errors.Join(err, f.Close(), d.boss.Forget(name)); err != nil {
 		l.Error = err.Error()
@@ -94,8 +96,8 @@ func (d *daemon) endKept(name string, f *os.File) closedListener {
 	return l
 }
 
-// keptName names the sockets of a listener while they wait: who changes the
-// listener gets another. A port that the kernel chooses has no name, and ""
+// keptName begins the name of the sockets of a listener while they wait: who
+// changes the listener gets another. A port that the kernel chooses has no name, and ""
 // means that it does not wait.
 func keptName(l config.Listener, e transport.Endpoint) string {
 	if e.Kind != transport.Unix && e.Port == 0 {
@@ -110,6 +112,13 @@ func keptName(l config.Listener, e transport.Endpoint) string {
 	return config.KeptPrefix + hex.EncodeToString(sum[:16])
 }
 
+// splitKept takes the name of a socket that waits apart: into what keptName says
+// of its listener, and transport.FileID.
+func splitKept(name string) (listener, file string) {
+	listener, file, _ = strings.Cut(name, ".")
+	return listener, file
+}
+
 // bind opens the sockets of a listener, or takes up those that are there. kept
 // is the name under which they wait for the next start, or "".
 func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Listener, kept string, err error) {
@@ -122,18 +131,18 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 		return nil, "", err
 	}
 	name := keptName(l, e)
-	if ls := d.resume(name, e); len(ls) > 0 {
-		return ls, name, nil
+	if ls, kept := d.resume(name, e); len(ls) > 0 {
+		return ls, kept, nil
 	}
 	ls, err = d.listenForgotten(ctx, listenerKey(l), e)
 	if err != nil || name == "" || d.kept.Load() >= int64(d.boss.Room()) {
 		return ls, "", err
 	}
-	if err := d.keep(name, ls); err != nil {
+	if kept, err = d.keep(name, ls); err != nil {
 		d.log.Warn("the service manager does not keep the listener: clients are refused while the daemon starts again", "listener", l.URI, "error", err)
 		return ls, "", nil
 	}
-	return ls, name, nil
+	return ls, kept, nil
 }
 
 // forgetPoll is the pause between two attempts to have an address that the
@@ -161,16 +170,29 @@ func (d *daemon) listenForgotten(ctx context.Context, key string, e transport.En
 	return ls, err
 }
 
-// resume takes up the sockets that waited under name. If one of them is not
-// what it was, none is.
-func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Listener) {
-	if name == "" {
-		return nil
+// resume takes up the sockets of a listener that waited, which keptName says
+// listener of. kept is their whole name.
+func (d *daemon) resume(listener string, e transport.Endpoint) (ls []transport.Listener, kept string) {
+	if listener == "" {
+		return nil, ""
 	}
+	for _, name := range d.passed.Names() {
+		if of, file := splitKept(name); of == listener {
+			if ls := d.resumeAs(name, file, e); len(ls) > 0 {
+				return ls, name
+			}
+		}
+	}
+	return nil, ""
+}
+
+// resumeAs takes up the sockets that waited under name. If one of them is not
+// what it was, none is.
+func (d *daemon) resumeAs(name, file string, e transport.Endpoint) (ls []transport.Listener) {
 	files, err := d.passed.Files(name)
 	defer closeFiles(files)
 	for _, f := range files {
-		l, bad := transport.Resume(e, f)
+		l, bad := transport.Resume(e, f, file)
 		if bad != nil {
 			err = errors.Join(err, bad)
 			continue
@@ -186,26 +208,34 @@ func (d *daemon) resume(name string, e transport.Endpoint) (ls []transport.Liste
 		_ = l.Close() // another is opened in its place
 	}
 	for _, f := range files {
-		_, _ = transport.Abolish(f) // what is no listener has no address either
+		_, _ = transport.Abolish(f, file) // what is no listener has no address either
 	}
 	err = errors.Join(err, d.boss.Forget(name))
 	d.log.Warn("a listener that was kept cannot be taken up", "listener", e.Name, "error", err)
 	return nil
 }
 
-// keep lets the service manager have duplicates of the sockets.
-func (d *daemon) keep(name string, ls []transport.Listener) error {
+// keep lets the service manager have duplicates of the sockets of a listener. kept
+// is their whole name.
+func (d *daemon) keep(listener string, ls []transport.Listener) (kept string, err error) {
+	file, err := transport.FileID(ls[0]) // a Unix socket is alone
+	if err != nil {
+		return "", err
+	}
+	if kept = listener; file != "" {
+		kept += "." + file
+	}
 	for _, l := range ls {
 		f, err := transport.FileOf(l)
 		if err == nil {
-			err = errors.Join(d.boss.Keep(name, f), f.Close())
+			err = errors.Join(d.boss.Keep(kept, f), f.Close())
 		}
 		if err != nil {
-			return errors.Join(err, d.boss.Forget(name))
+			return "", errors.Join(err, d.boss.Forget(kept))
 		}
 	}
 	d.kept.Add(int64(len(ls)))
-	return nil
+	return kept, nil
 }
 
 // forget makes the service manager close what waits for doors that go.

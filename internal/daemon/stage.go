@@ -73,7 +73,7 @@ type stage0 struct {
 
 	signals *signals
 
-	waiting map[string]bool // names of sockets that the service manager passes
+	waiting map[string]bool // what the names of sockets begin with that the service manager passes
 }
 
 // becomeWorker opens everything, gives up all rights and goes on as the
@@ -204,7 +204,8 @@ func (s *stage0) lookPassed() (err error) {
 	}
 	s.waiting = map[string]bool{}
 	for _, name := range strings.Split(os.Getenv("LISTEN_FDNAMES"), ":") {
-		s.waiting[name] = true
+		listener, _ := splitKept(name)
+		s.waiting[listener] = true
 	}
 	return nil
 }

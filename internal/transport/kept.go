@@ -30,17 +30,37 @@ func (p *socketPath) disown() {
 	p.private = ""
 }
 
+// FileID names the file of a Unix socket that Listen made for l, as long as the
+// socket is open: no other file can get its number before. It has letters, digits
+// and hyphens, and is "" for other listeners.
+func FileID(l Listener) (string, error) {
+	own, ok := l.(*listener)
+	if !ok || own.path == nil || own.path.inode == nil {
+		return "", nil
+	}
+	return own.path.id()
+}
+
+func (p *socketPath) id() (string, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(p.inode.Fd()), &st); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%x-%x", st.Dev, st.Ino), nil
+}
+
 // Resume takes up a socket that Listen opened for e in a process before this
-// one: with the Unix socket's file, whose mode and owner stay, and which Close
-// removes. It fails if f is no listening socket of that kind and address, or if
-// nobody can reach it because its file is gone. f stays the caller's.
-func Resume(e Endpoint, f *os.File) (Listener, error) {
+// one: with the Unix socket's file, whose FileID was id, whose mode and owner
+// stay, and which Close removes. It fails if f is no listening socket of that kind
+// and address, or if nobody can reach it because its file is gone or another's.
+// f stays the caller's.
+func Resume(e Endpoint, f *os.File, id string) (Listener, error) {
 	l, err := activated(f)
 	if err != nil {
 		return nil, fmt.Errorf("resume %q: %w", e.Name, err)
 	}
 	l.opt = optionsOf(e)
-	if err := l.fits(e); err != nil {
+	if err := l.fits(e, id); err != nil {
 		l.Close()
 		return nil, fmt.Errorf("resume %q: %w", e.Name, err)
 	}
@@ -57,15 +77,15 @@ func End(l Listener) error {
 }
 
 // Abolish is End for a socket that no Listener is made of, and removes the Unix
-// socket's file if that is still there and a socket. It returns where the socket
+// socket's file if the FileID of what is there is id. It returns where the socket
 // listened. f stays the caller's.
-func Abolish(f *os.File) (addr string, err error) {
+func Abolish(f *os.File, id string) (addr string, err error) {
 	l, err := activated(f)
 	if err != nil {
 		return "", fmt.Errorf("end a listener: %w", err)
 	}
 	if l.kind == Unix {
-		_ = l.adopt() // without its file there is nothing to remove
+		_ = l.adopt(id) // without its file there is nothing to remove
 	}
 	return l.Addr(), End(l)
 }
@@ -83,11 +103,11 @@ func ListensAt(f *os.File, e Endpoint) bool {
 
 // fits compares a resumed listener with what is wanted, and takes over the file
 // of a Unix socket.
-func (l *listener) fits(e Endpoint) error {
+func (l *listener) fits(e Endpoint, id string) error {
 	if err := l.listensAt(e); err != nil || l.kind != Unix {
 		return err
 	}
-	return l.adopt()
+	return l.adopt(id)
 }
 
 func (l *listener) listensAt(e Endpoint) error {
@@ -115,8 +135,9 @@ func (l *listener) listensAt(e Endpoint) error {
 	return nil
 }
 
-// adopt makes the file of a resumed Unix socket this listener's.
-func (l *listener) adopt() error {
+// adopt makes the file of a resumed Unix socket this listener's, if its FileID is
+// id: the kernel says only which path the socket was bound to (unix(7)).
+func (l *listener) adopt(id string) error {
 	p, err := newSocketPath(l.Addr())
 	if err != nil {
 		return err
@@ -126,13 +147,16 @@ func (l *listener) adopt() error {
 		p.release()
 		return fmt.Errorf("open the file of the socket: %w", err)
 	}
-	file := os.NewFile(uintptr(fd), p.path)
-	if fi, err := file.Stat(); err != nil || !isSocket(fi) {
-		file.Close()
-		p.release()
-		return errors.Join(err, errors.New("its path is no socket any more"))
+	p.inode = os.NewFile(uintptr(fd), p.path)
+	is, err := p.id()
+	if err == nil && is != id {
+		err = errors.New("its path is another file's")
 	}
-	p.inode, l.path = file, p
+	if err != nil {
+		p.release()
+		return err
+	}
+	l.path = p
 	return nil
 }
 

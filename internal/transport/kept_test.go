@@ -26,12 +26,14 @@ func TestClientsOfALeftListenerWaitForTheNext(t *testing.T) {
 		t.Run(string(e.Kind), func(t *testing.T) {
 			l := listen(t, e)[0]
 			kept, to := inherit(t, l), targetOf(t, l)
+			id, err := transport.FileID(l)
+			put(t, err)
 			put(t, transport.Leave(l))
 			c, err := transport.Dial(t.Context(), to)
 			put(t, err)
 			defer c.Close()
 			e.Port = to.Port
-			next, err := transport.Resume(e, kept)
+			next, err := transport.Resume(e, kept, id)
 			put(t, err)
 			defer next.Close()
 			s := accept(t, next)
@@ -74,33 +76,47 @@ func TestResumeRefusesAnotherSocket(t *testing.T) {
 	put(t, os.Remove(gonePath))
 	put(t, os.Remove(oddPath))
 	put(t, os.WriteFile(oddPath, nil, 0o600))
+	lost, lostPath := listenUnix(t)
+	put(t, os.Remove(lostPath))
+	other := listen(t, transport.Endpoint{Kind: transport.Unix, Path: lostPath})[0]
 	null, err := os.Open(os.DevNull)
 	put(t, err)
 	defer null.Close()
 	for _, tt := range []struct {
 		name string
 		e    transport.Endpoint
-		f    *os.File
+		l    transport.Listener
 		want string
 	}{
-		{"kind", transport.Endpoint{Kind: transport.TCP, Port: port}, inherit(t, u), "kind unix"},
-		{"path", transport.Endpoint{Kind: transport.Unix, Path: path + "2"}, inherit(t, u), "not \"" + path + "2\""},
-		{"port", transport.Endpoint{Kind: transport.TCP, Port: port + 1}, inherit(t, tcp), "it listens at port"},
-		{"no path", transport.Endpoint{Kind: transport.Unix, Path: gonePath}, inherit(t, gone), "no such file"},
-		{"a file there", transport.Endpoint{Kind: transport.Unix, Path: oddPath}, inherit(t, odd), "no socket any more"},
-		{"no socket", transport.Endpoint{Kind: transport.Unix, Path: path}, null, "not a socket"},
+		{"kind", transport.Endpoint{Kind: transport.TCP, Port: port}, u, "kind unix"},
+		{"path", transport.Endpoint{Kind: transport.Unix, Path: path + "2"}, u, "not \"" + path + "2\""},
+		{"port", transport.Endpoint{Kind: transport.TCP, Port: port + 1}, tcp, "it listens at port"},
+		{"no path", transport.Endpoint{Kind: transport.Unix, Path: gonePath}, gone, "no such file"},
+		{"a file there", transport.Endpoint{Kind: transport.Unix, Path: oddPath}, odd, "another file's"},
+		{"another server there", transport.Endpoint{Kind: transport.Unix, Path: lostPath}, lost, "another file's"},
 	} {
-		l, err := transport.Resume(tt.e, tt.f)
+		f := inherit(t, tt.l)
+		id, err := transport.FileID(tt.l)
+		put(t, err)
+		l, err := transport.Resume(tt.e, f, id)
 		if err == nil {
 			l.Close()
 		}
 		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: got error %v, want one that says %q", tt.name, err, tt.want)
 		}
-		if _, err := unix.FcntlInt(tt.f.Fd(), unix.F_GETFD, 0); err != nil {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil {
 			t.Errorf("%s: the descriptor is closed", tt.name)
 		}
 	}
+	if _, err := transport.Resume(transport.Endpoint{Kind: transport.Unix, Path: path}, null, ""); err == nil || !strings.Contains(err.Error(), "not a socket") {
+		t.Errorf("no socket: got error %v", err)
+	}
+	id, err := transport.FileID(lost)
+	put(t, err)
+	_, err = transport.Abolish(inherit(t, lost), id)
+	put(t, err)
+	connect(t, other)
 	for _, p := range []string{path, oddPath} {
 		if _, err := os.Lstat(p); err != nil {
 			t.Errorf("what was not taken up is removed: %v", err)
