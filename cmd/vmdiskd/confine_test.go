@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // forbid names system calls, separated by commas, that the test binary forbids
@@ -494,4 +495,120 @@ func TestStatusShowsWhatConfines(t *testing.T) {
 			t.Errorf("%s is %q", name, states[name])
 		}
 	}
+}
+
+// rewrite changes the configuration file.
+func (s *testService) rewrite(from, to string) {
+	s.Helper()
+	path := filepath.Join(s.dir, "conf")
+	b, err := os.ReadFile(path)
+	if err == nil {
+		err = os.WriteFile(path, bytes.ReplaceAll(b, []byte(from), []byte(to)), 0o600)
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+func (s *testService) logged(what string) bool {
+	b, err := os.ReadFile(filepath.Join(s.dir, "log"))
+	return err == nil && bytes.Contains(b, []byte(what))
+}
+
+// TestCertificatesBehindLinksAreRenewed: they are laid out as by certbot, where a
+// renewal is a new file elsewhere and a new link.
+func TestCertificatesBehindLinksAreRenewed(t *testing.T) {
+	pki := t.TempDir()
+	live, archive := filepath.Join(pki, "live"), filepath.Join(pki, "archive")
+	ca := transporttest.NewCA(t, "test")
+	issue := func(version string) {
+		dir := filepath.Join(archive, version)
+		if err := errors.Join(os.MkdirAll(dir, 0o700), os.MkdirAll(live, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
+		files, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			to, next, link := filepath.Join(archive, version+"-"+f.Name()), filepath.Join(live, "next"), filepath.Join(live, f.Name())
+			if err := errors.Join(os.Rename(filepath.Join(dir, f.Name()), to), os.Symlink(to, next), os.Rename(next, link)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	issue("1")
+	s := newService(t, "[[listener]]\nuri = \"nbds+unix:///?socket=DIR/tls\"\ntls = \"require\"\n[tls]\ncertificates = \""+live+"\"\n")
+	issue("2")
+	if err := s.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	s.await("the certificates are read again", func() bool {
+		return s.logged("tls credentials reloaded") || s.logged("stay as they were")
+	})
+	if s.logged("stay as they were") {
+		t.Error("the certificates that have come are not served")
+	}
+	s.stop()
+}
+
+// TestConfigurationBehindALinkIsReloaded from the folder of the file.
+func TestConfigurationBehindALinkIsReloaded(t *testing.T) {
+	link := filepath.Join(t.TempDir(), "link")
+	s := &testService{T: t, dir: t.TempDir()}
+	s.configure("")
+	images := filepath.Join(s.dir, "images")
+	if err := errors.Join(os.Mkdir(images, 0o700), os.Symlink(filepath.Join(s.dir, "conf"), link)); err != nil {
+		t.Fatal(err)
+	}
+	s.rewrite(`roots = ["`+s.dir, `roots = ["`+images)
+	s.prepare = func(cmd *exec.Cmd) {
+		for i := range cmd.Args {
+			if cmd.Args[i] == filepath.Join(s.dir, "conf") {
+				cmd.Args[i] = link
+			}
+		}
+	}
+	s.start()
+	s.rewrite("[images]", "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n[images]")
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	if got := s.states(); len(got) != 1 || got[0] != "m ready" {
+		t.Errorf("states %q", got)
+	}
+	s.stop()
+}
+
+// TestRootThatComesLaterIsExplained: Landlock knows folders, not paths.
+func TestRootThatComesLaterIsExplained(t *testing.T) {
+	s := &testService{T: t, dir: t.TempDir()}
+	s.configure("")
+	late, replaced := filepath.Join(s.dir, "late"), filepath.Join(s.dir, "replaced")
+	if err := os.Mkdir(replaced, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.rewrite(`roots = ["`+s.dir, `roots = ["`+late+`", "`+replaced)
+	s.start()
+	s.await("the log names the missing root", func() bool { return s.logged("root=" + late) })
+	if s.logged("root=" + replaced) {
+		t.Error("the log names a root that is there")
+	}
+	if err := errors.Join(os.Mkdir(late, 0o700), os.Rename(replaced, replaced+".old"), os.Mkdir(replaced, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, root := range []string{late, replaced} {
+		x := api.AddExport{}
+		x.Name, x.Image = "a", filepath.Join(root, "a.img")
+		if err := os.WriteFile(x.Image, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.ctl.Add(t.Context(), x)
+		wantCode(t, "an image in a root that came later", err, api.CodeForbidden)
+		if err == nil || !strings.Contains(err.Error(), "start it again") {
+			t.Errorf("image in %s: got %v, want what to do", root, err)
+		}
+	}
+	s.stop()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"runtime"
@@ -50,6 +51,7 @@ type daemon struct {
 	cage      []confine.Control // what confines the process
 	swapCage  []confine.Control // what protects a server of swap; made by settle
 	controls  []control
+	rootsThen map[string]fs.FileInfo // image roots at the start, nil for one that was not there; nil without Landlock
 	reloading lock
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	rules     atomic.Pointer[server.Rules]  // of the control socket
@@ -446,7 +448,7 @@ func (d *daemon) reload(done chan<- struct{}) {
 		}
 	}
 	if d.creds != nil {
-		d.creds.ServerConfig()
+		d.creds.Look()
 	}
 	d.reloadKeys()
 }

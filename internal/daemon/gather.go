@@ -59,6 +59,7 @@ func (d *daemon) gatherOne(x *config.Export, buffers *bufpool.Pool) (g gathered)
 	}
 	spec.Log, spec.Buffers = slog.New(slog.DiscardHandler), buffers
 	g.table, g.err = gatherInTime(d.stopping, spec)
+	g.err = d.explain(spec.Path, g.err)
 	return g
 }
 

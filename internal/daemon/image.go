@@ -48,7 +48,7 @@ func (d *daemon) openSpec(ctx context.Context, s open.Spec) (i image, err error)
 	s.Log = d.logs.For("backing")
 	s.Opened = func(f *os.File) { i.files = append(i.files, f) }
 	i.dev, err = open.Open(ctx, s)
-	return i, err
+	return i, d.explain(s.Path, err)
 }
 
 // openGathered opens an image whose files are in t.
@@ -69,7 +69,8 @@ func (d *daemon) gather(ctx context.Context, x *config.Export, known []*os.File)
 		return nil, err
 	}
 	s.Log, s.Known, s.Buffers = d.logs.For("backing"), known, bufpool.New(limits.BufferBudget)
-	return gatherInTime(ctx, s)
+	t, err := gatherInTime(ctx, s)
+	return t, d.explain(s.Path, err)
 }
 
 // imageSpec is how the image of an export is opened.

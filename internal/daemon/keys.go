@@ -2,9 +2,7 @@ package daemon
 
 import (
 	"os"
-	"path/filepath"
 
-	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
@@ -45,7 +43,7 @@ func (s *stage0) openKeys() error {
 		return err
 	}
 	s.out.Keys = s.hand(f)
-	s.may(filepath.Dir(s.cfg.TLSKeys), confine.Read)
+	s.mayReadAgain(s.cfg.TLSKeys)
 	_, err = psk.LoadFrom(f, s.cfg.TLSKeys)
 	return err
 }

@@ -129,6 +129,16 @@ func (s *stage0) may(path string, r confine.Right) {
 	}
 }
 
+// mayReadAgain lets the worker read a file when it has been replaced: in its
+// folder, and in that of the file to which it is a symbolic link, as certbot and
+// Kubernetes lay out certificates.
+func (s *stage0) mayReadAgain(path string) {
+	s.may(filepath.Dir(path), confine.Read)
+	if to, err := filepath.EvalSymlinks(path); err == nil {
+		s.may(filepath.Dir(to), confine.Read)
+	}
+}
+
 // checkSwap is enterSwap without the exec, of which this one has its own.
 func (s *stage0) checkSwap() error {
 	if !s.cfg.Swap.On {
@@ -189,6 +199,7 @@ func (s *stage0) openTLS() error {
 	s.out.TLS = map[string]int{}
 	for name, f := range all {
 		s.out.TLS[name] = s.hand(f)
+		s.mayReadAgain(filepath.Join(s.cfg.TLSCertificates, name))
 	}
 	s.may(s.cfg.TLSCertificates, confine.Read)
 	return nil
@@ -325,7 +336,7 @@ func (s *stage0) openControl() error {
 	if c == nil {
 		return nil
 	}
-	s.may(filepath.Dir(s.cfg.File), confine.Read)
+	s.mayReadAgain(s.cfg.File)
 	s.mayLabel()
 	if c.Control.State != "" {
 		s.may(c.Control.State, confine.Images)

@@ -235,6 +235,9 @@ func (d *daemon) confine() error {
 		}
 		d.log.Warn("not confined as it could be", "control", c.Name, "state", c.State, "reason", c.Reason)
 	}
+	if d.confined(confine.ControlLandlock) {
+		d.watchRoots()
+	}
 	if c.State != confine.Enforced {
 		return nil
 	}

@@ -151,6 +151,9 @@ func ClientConfig(dir, serverName string) (*tls.Config, error) {
 	return c.ClientConfig(serverName), nil
 }
 
+// Look uses files that have changed at once, and not only for the next handshake.
+func (c *Credentials) Look() { c.current() }
+
 // current returns the newest set that is in order.
 func (c *Credentials) current() *credentialSet {
 	c.mu.Lock()
