@@ -79,6 +79,11 @@ const (
 	// Drain bounds how long requests in flight are waited for after SIGTERM.
 	Drain = 25 * time.Second
 
+	// AskSize is how long a file may take to say how large it is now, before
+	// the size that it had is taken: longer than storage that answers needs, and
+	// less than who connects or looks at a list waits.
+	AskSize = 3 * time.Second
+
 	// Sever is how long clients may take to leave when what they have in
 	// flight is not waited for any more; LastClose, after a drain that took
 	// too long, how long the disks of others may take to be flushed.

@@ -58,8 +58,9 @@ type Device struct {
 	locked bool // nobody else writes: what was seen of the file stays true
 
 	size   atomic.Int64 // bytes, never falls
-	shrunk atomic.Bool  // a read found the file shorter than size; said once
-	tail   atomic.Bool  // direct: parts of blocks were written at a moving end
+	growth growth
+	shrunk atomic.Bool // a read found the file shorter than size; said once
+	tail   atomic.Bool // direct: parts of blocks were written at a moving end
 	closed atomic.Bool
 
 	sync     syncer
@@ -136,16 +137,6 @@ func (d *Device) capabilities() backing.Caps {
 		c |= backing.CanFastZero
 	}
 	return c
-}
-
-// Info asks the file for its size again: growth is adopted. A file that
-// shrank keeps its size here, and reads beyond its end fail.
-func (d *Device) Info() backing.Info {
-	if now, err := currentSize(d.file.FD(), d.geo.block); err == nil {
-		for old := d.size.Load(); now > old && !d.size.CompareAndSwap(old, now); old = d.size.Load() {
-		}
-	}
-	return backing.Info{Size: d.size.Load(), MinBlock: 1, Preferred: d.geo.preferred, Caps: d.caps}
 }
 
 // ReadAt fills p. What lies beyond the end of a file that shrank is ErrIO.

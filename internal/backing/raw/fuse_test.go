@@ -55,6 +55,9 @@ func (b *badFile) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.
 }
 
 func (b *badFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	if _, e := b.judge("getattr", 0, 0); e != 0 {
+		return e
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	out.Size, out.Mode = uint64(len(b.data)), 0o600

@@ -10,12 +10,16 @@ import (
 var _ backing.Resizer = (*Device)(nil)
 
 // Resize extends the file. A file or block device that somebody else made
-// larger has its size already.
+// larger has its size already: it is waited for until the file tells it, or what
+// the other made would be cut off.
 func (d *Device) Resize(ctx context.Context, size int64) error {
 	if err := d.writable(); err != nil {
 		return err
 	}
-	end := d.Info().Size
+	if err := d.adopt(); err != nil {
+		return d.failed("resize", -1, 0, err)
+	}
+	end := d.size.Load()
 	var why error
 	switch {
 	case size < end:
