@@ -62,7 +62,8 @@ type Settings struct {
 	Connections int  // bound of the clients at a time; 0 for none
 }
 
-// Registry is safe for concurrent use.
+// Registry is safe for concurrent use. No device is asked for anything while mu
+// is held: storage that hangs is then waited for by those who use it alone.
 type Registry struct {
 	mu      sync.Mutex
 	byName  map[string]*entry // guarded by mu
@@ -347,67 +348,105 @@ func (e *entry) flush(ctx context.Context, dev backing.Device) error {
 
 // List implements nbd.Exports, sorted by name.
 func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := make([]nbd.ExportInfo, 0, len(r.byName))
-	known := learnt{lease: r.leaseLocked(p)}
-	for _, e := range r.byName {
-		if access, _ := r.accessLocked(e, p, known); access != NoAccess {
-			out = append(out, e.info())
-		}
+	specs := r.visible(p)
+	out := make([]nbd.ExportInfo, 0, len(specs))
+	for _, s := range specs {
+		out = append(out, s.info())
 	}
 	sort.Slice(out, func(i, j int) bool { return out[i].Name < out[j].Name })
 	return out
 }
 
+// visible are the exports that p may see, in any order.
+func (r *Registry) visible(p *transport.Peer) []Spec {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var specs []Spec
+	known := learnt{lease: r.leaseLocked(p)}
+	for _, e := range r.byName {
+		if access, _ := r.accessLocked(e, p, known); access != NoAccess {
+			specs = append(specs, e.spec)
+		}
+	}
+	return specs
+}
+
 // Find implements nbd.Exports.
 func (r *Registry) Find(name string, p *transport.Peer) (nbd.ExportInfo, error) {
+	s, err := r.find(name, p)
+	if err != nil {
+		return nbd.ExportInfo{}, err
+	}
+	return s.info(), nil
+}
+
+// find is the export that the name stands for to p.
+func (r *Registry) find(name string, p *transport.Peer) (Spec, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, _, _, err := r.findLocked(name, p)
 	if err != nil {
-		return nbd.ExportInfo{}, err
+		return Spec{}, err
 	}
-	return e.info(), nil
+	return e.spec, nil
 }
 
 // Open implements nbd.Exports: the view that it returns has the size that the
-// device has now, and no right to write if the peer or the export has none.
+// device has now, and no right to write if the peer or the export has none. The
+// export is in use from before the device is asked for that, which it may take
+// long to answer.
 func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd.Export, error) {
+	u, err := r.use(name, p)
+	if err != nil {
+		return nil, err
+	}
+	dev := backing.NewChecked(u.spec.Device, u.deny)
+	return &nbd.Export{
+		ExportInfo: u.spec.info(),
+		Device:     dev,
+		Gone:       u.gone,
+		Cut:        u.cut,
+		Stats:      u.spec.Stats,
+		Close: sync.OnceFunc(func() {
+			u.forget()
+			if u.spec.FlushOnLeave {
+				lastFlush(dev)
+			}
+			r.left(u.e)
+		}),
+	}, nil
+}
+
+// use is one use of an export, which left ends.
+type use struct {
+	e      *entry
+	spec   Spec         // of e when the use began
+	deny   backing.Caps // what the peer may not do
+	gone   context.Context
+	forget func() // frees gone
+	cut    context.Context
+}
+
+// use begins a use of an export by p.
+func (r *Registry) use(name string, p *transport.Peer) (use, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, access, x, err := r.findLocked(name, p)
 	if err != nil {
-		return nil, err
+		return use{}, err
 	}
 	if n := e.spec.Connections; n > 0 && e.users >= n {
-		return nil, errFull
+		return use{}, errFull
 	}
-	var deny backing.Caps
+	u := use{e: e, spec: e.spec, gone: e.gone, forget: func() {}, cut: e.cut}
 	if e.spec.ReadOnly || access != ReadWrite {
-		deny = backing.CanWrite
+		u.deny = backing.CanWrite
+	}
+	if x != nil {
+		u.gone, u.forget = either(e.gone, x.gone)
 	}
 	e.users++
-	gone, forget := e.gone, func() {}
-	if x != nil {
-		gone, forget = either(e.gone, x.gone)
-	}
-	dev := backing.NewChecked(e.spec.Device, deny)
-	flush := e.spec.FlushOnLeave
-	return &nbd.Export{
-		ExportInfo: e.info(),
-		Device:     dev,
-		Gone:       gone,
-		Cut:        e.cut,
-		Stats:      e.spec.Stats,
-		Close: sync.OnceFunc(func() {
-			forget()
-			if flush {
-				lastFlush(dev)
-			}
-			r.left(e)
-		}),
-	}, nil
+	return u, nil
 }
 
 // lastFlush makes durable what a client has written that has left. A failure
@@ -486,9 +525,9 @@ func (e *entry) shownTo(p *transport.Peer) bool {
 		(len(e.spec.At) == 0 || slices.Contains(e.spec.At, p.Scope))
 }
 
-func (e *entry) info() nbd.ExportInfo {
-	x := nbd.ExportInfo{Name: e.spec.Name, Description: e.spec.Description, NeedTLS: e.spec.NeedTLS}
-	if d, ok := e.spec.Device.(backing.Describer); ok {
+func (s *Spec) info() nbd.ExportInfo {
+	x := nbd.ExportInfo{Name: s.Name, Description: s.Description, NeedTLS: s.NeedTLS}
+	if d, ok := s.Device.(backing.Describer); ok {
 		x.Contexts = d.Descriptions()
 	}
 	return x
@@ -503,27 +542,39 @@ type Status struct {
 }
 
 // Status describes all exports, sorted by name. The devices in it may be closed
-// at any time.
+// at any time. It waits for the slowest of them.
 func (r *Registry) Status() []Status {
+	out := r.states()
+	var asked sync.WaitGroup
+	for i := range out {
+		asked.Go(out[i].ask)
+	}
+	asked.Wait()
+	sort.Slice(out, func(i, j int) bool { return out[i].Spec.Name < out[j].Spec.Name })
+	return out
+}
+
+// states are all exports, in any order, of which no device was asked yet.
+func (r *Registry) states() []Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make([]Status, 0, len(r.byName))
 	for _, e := range r.byName {
 		out = append(out, e.status())
 	}
-	sort.Slice(out, func(i, j int) bool { return out[i].Spec.Name < out[j].Spec.Name })
 	return out
 }
 
 // StatusOf describes one export, if it is there.
 func (r *Registry) StatusOf(name string) (s Status, ok bool) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	e := r.byName[name]
-	if e == nil {
-		return Status{}, false
+	if ok = e != nil; ok {
+		s = e.status()
 	}
-	return e.status(), true
+	r.mu.Unlock()
+	s.ask()
+	return s, ok
 }
 
 // Len is the number of exports.
@@ -533,12 +584,16 @@ func (r *Registry) Len() int {
 	return len(r.byName)
 }
 
+// status is what is known of e without its device.
 func (e *entry) status() Status {
-	s := Status{Spec: e.spec, State: e.state, Clients: e.users}
-	if e.spec.Device != nil {
-		s.Info = e.spec.Device.Info()
+	return Status{Spec: e.spec, State: e.state, Clients: e.users}
+}
+
+// ask completes s with what the device says of itself.
+func (s *Status) ask() {
+	if s.Spec.Device != nil {
+		s.Info = s.Spec.Device.Info()
 	}
-	return s
 }
 
 // Close waits until no connection uses an export any more, flushes the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
@@ -95,4 +96,115 @@ type closeSpy struct {
 func (s *closeSpy) Close() error {
 	s.closed = true
 	return s.Device.Close()
+}
+
+// silent is a disk whose storage does not say how large it is until it is told to.
+type silent struct {
+	backing.Device
+	asked  chan bool // gets one for each question
+	answer chan bool // closed when there are answers
+}
+
+func newSilent() *silent {
+	return &silent{mem.New(4096, nil), make(chan bool, 64), make(chan bool)}
+}
+
+func (s *silent) Info() backing.Info {
+	s.asked <- true
+	<-s.answer
+	return s.Device.Info()
+}
+
+// TestStorageThatHangsHoldsUpNoOtherExport: while one disk does not answer, who
+// asks for it waits and nobody else.
+func TestStorageThatHangsHoldsUpNoOtherExport(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		ask  func(*Registry, *transport.Peer)
+	}{
+		{"open", func(r *Registry, p *transport.Peer) {
+			if x, err := r.Open(context.Background(), "silent", p); err != nil {
+				t.Errorf("open of a disk that answers late: %v", err)
+			} else {
+				x.Close()
+			}
+		}},
+		{"status", func(r *Registry, _ *transport.Peer) { r.Status() }},
+		{"status of it", func(r *Registry, _ *transport.Peer) { r.StatusOf("silent") }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r, p, disk := NewRegistry(), &transport.Peer{Kind: transport.Unix}, newSilent()
+			for _, s := range []Spec{{Name: "silent", Device: disk}, {Name: "a", Device: mem.New(4096, nil)}} {
+				if err := r.Add(s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			answered := make(chan bool)
+			go func() {
+				defer close(answered)
+				tt.ask(r, p)
+			}()
+			<-disk.asked
+			x, err := r.Open(t.Context(), "a", p)
+			if err != nil {
+				t.Fatalf("open of the other: %v", err)
+			}
+			x.Close()
+			if list := r.List(p); len(list) != 2 {
+				t.Errorf("list: got %+v, want both", list)
+			}
+			if _, err := r.Find("silent", p); err != nil {
+				t.Errorf("find: %v", err)
+			}
+			if s, _ := r.StatusOf("a"); s.Info.Size != 4096 {
+				t.Errorf("status of the other: got %+v", s)
+			}
+			if err := r.Remove(t.Context(), "a", false); err != nil {
+				t.Errorf("remove the other: %v", err)
+			}
+			close(disk.answer)
+			<-answered
+			if err := r.Close(t.Context()); err != nil {
+				t.Errorf("close: %v", err)
+			}
+		})
+	}
+}
+
+// TestStorageThatHangsIsRemovedByForceInTime: its client is told to leave, and the
+// export stays until the storage answers.
+func TestStorageThatHangsIsRemovedByForceInTime(t *testing.T) {
+	r, p, disk := NewRegistry(), &transport.Peer{Kind: transport.Unix}, newSilent()
+	other := &closeSpy{Device: mem.New(4096, nil)}
+	for _, s := range []Spec{{Name: "silent", Device: disk}, {Name: "a", Device: other}} {
+		if err := r.Add(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opened := make(chan *nbd.Export)
+	go func() {
+		x, err := r.Open(context.Background(), "silent", p)
+		if err != nil {
+			t.Errorf("open: %v", err)
+		}
+		opened <- x
+	}()
+	<-disk.asked
+	over, cancel := context.WithDeadline(t.Context(), time.Unix(0, 0))
+	defer cancel()
+	if err := r.Remove(over, "silent", true); !errors.Is(err, ErrInUse) {
+		t.Errorf("remove: got %v, want %v", err, ErrInUse)
+	}
+	if err := r.Close(over); !errors.Is(err, ErrInUse) || !other.closed {
+		t.Errorf("close: got %v, want %v; the other is closed: %t", err, ErrInUse, other.closed)
+	}
+	close(disk.answer)
+	x := <-opened
+	if x.Gone.Err() == nil || x.Cut.Err() == nil {
+		t.Error("who came in meanwhile is not told to leave")
+	}
+	x.Close()
+	if err := r.Remove(t.Context(), "silent", true); err != nil {
+		t.Errorf("remove when the storage answers: %v", err)
+	}
 }
