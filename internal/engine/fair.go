@@ -48,9 +48,10 @@ func (io *IO) cost() int64 {
 // Turns alone would not help a guest with one request at a time: what the
 // neighbour has in flight stands before it in the queue of the disk. So, while
 // several owners use a disk, each has a part of what the disk moves in
-// limits.ShareDelay in flight there, so that a fast disk has more. And an owner
-// always leaves some places free, so that storage that hangs does not hang what
-// others have elsewhere.
+// limits.ShareDelay in flight there, so that a fast disk has more. And a disk
+// always leaves some places free, however many owners it has, so that storage
+// that hangs does not hang what others have elsewhere; what it takes, one owner
+// leaves some of to the others of the disk.
 type Queue struct {
 	places  int // bound of the transfers in flight
 	flying  int
@@ -85,10 +86,11 @@ type flow struct {
 
 // disk is what the queue knows of a disk that has owners.
 type disk struct {
-	flows []*flow
-	moved int64 // cost of all that was started
-	look  int64 // moved when measure comes again
-	bound int64 // cost of what several owners may have in flight
+	flows  []*flow
+	flying int   // of all owners
+	moved  int64 // cost of all that was started
+	look   int64 // moved when measure comes again
+	bound  int64 // cost of what several owners may have in flight
 
 	measured int64     // moved when measure came last
 	since    time.Time // when that was
@@ -182,18 +184,23 @@ func (q *Queue) pass() {
 	}
 }
 
-// may tells whether f may have one more in flight. Who has none may, as long
-// as there is a place.
+// may tells whether f may have one more in flight. A disk that has none may, as
+// long as there is a place, and so may an owner as long as the disk may.
 func (q *Queue) may(f *flow) bool {
-	if f.disk == nil || f.flying == 0 {
+	d := f.disk
+	if d == nil {
 		return true
 	}
-	if f.flying >= (limits.ShareSpare-1)*(q.places-q.flying) {
+	if room(f.flying, room(d.flying, q.places-q.flying)) <= 0 {
 		return false
 	}
-	n := int64(len(f.disk.flows))
-	return n == 1 || f.cost < f.disk.bound/n
+	n := int64(len(d.flows))
+	return n == 1 || f.cost < d.bound/n
 }
+
+// room is how many more of the free places may be taken by who has some: it
+// leaves one in limits.ShareSpare of both together.
+func room(has, free int) int { return free - (has+free)/limits.ShareSpare }
 
 // start takes the first transfer of f.
 func (q *Queue) start(f *flow) *IO {
@@ -215,6 +222,7 @@ func (q *Queue) start(f *flow) *IO {
 	f.flying++
 	f.cost += cost
 	if d := f.disk; d != nil {
+		d.flying++
 		if d.moved += cost; d.moved >= d.look {
 			d.measure(q.now())
 			q.forget(d, limits.ShareIdle)
@@ -231,8 +239,9 @@ func (q *Queue) leave(f *flow, cost int64) {
 	q.flying--
 	f.flying--
 	f.cost -= cost
-	if f.disk != nil {
-		f.seen = f.disk.moved
+	if d := f.disk; d != nil {
+		d.flying--
+		f.seen = d.moved
 	}
 }
 

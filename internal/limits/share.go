@@ -36,8 +36,9 @@ const (
 	// request when that owner does not count any more: some 50 ms.
 	ShareIdle = 32 << 20
 
-	// ShareSpare is the part of the places of an engine that the owner who has
-	// most of them leaves free, if its storage hangs: one in so many.
+	// ShareSpare is the part of the places of an engine that the disk which has
+	// most of them leaves free, if it hangs, and of what it takes the part that
+	// one owner leaves to others: one in so many.
 	ShareSpare = 8
 
 	// ShareOwners bounds the owners that are remembered for one disk while
