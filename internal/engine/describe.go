@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -57,6 +58,25 @@ func diskOf(f *os.File) uint64 {
 		return st.Rdev
 	}
 	return st.Dev
+}
+
+// remoteFiles are the file systems whose answers come from another process or
+// host, with the numbers of statfs(2).
+var remoteFiles = []int64{
+	unix.FUSE_SUPER_MAGIC, unix.NFS_SUPER_MAGIC, unix.CEPH_SUPER_MAGIC, unix.V9FS_MAGIC,
+	unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.AFS_SUPER_MAGIC, unix.AFS_FS_MAGIC, unix.CODA_SUPER_MAGIC,
+}
+
+// Remote reports whether a transfer of f is to be kept from whoever has others to
+// make: its file system may wait for an answer from elsewhere in a call that asks
+// it not to wait. FUSE does; before Linux 6.5 a ring relied on the others not to.
+// What cannot be asked counts as one of them.
+func Remote(f *os.File) bool {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return true
+	}
+	return slices.Contains(remoteFiles, int64(uint32(st.Type)))
 }
 
 // cachedChunk bounds one copy out of the page cache: the goroutine cannot be

@@ -124,3 +124,7 @@ func BenchmarkReadNow(b *testing.B) {
 		}
 	}
 }
+
+func TestFileThatHangsHoldsUpNoOther(t *testing.T) {
+	enginetest.RunSilent(t, t.TempDir(), func(*testing.T, *bufpool.Pool) engine.Engine { return engine.NewPool(0) })
+}

@@ -252,8 +252,12 @@ const (
 	// RingFiles bounds the registered files of one ring.
 	RingFiles = 1024
 
-	// PoolWorkers bounds the goroutines of the pool engine and those that
-	// run blocking calls for the ring engine.
+	// RemoteWorkers bounds the goroutines that make the transfers of a ring
+	// engine on files of other hosts: 48 in flight and more of one that
+	// hangs, as many of others.
+	RemoteWorkers = 64
+
+	// PoolWorkers bounds the goroutines of the pool engine.
 	PoolWorkers = 16
 
 	// MinProcs and PoolProcs are how many processors the Go runtime uses at

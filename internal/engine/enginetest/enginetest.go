@@ -43,6 +43,14 @@ func Run(t *testing.T, dir string, newEngine NewEngine) {
 	}
 }
 
+// RunSilent is Run with files that hang, on engines with as many transfers in
+// flight as they have in service.
+func RunSilent(t *testing.T, dir string, newEngine NewEngine) {
+	for mode, direct := range map[string]bool{"buffered": false, "direct": true} {
+		t.Run(mode, func(t *testing.T) { silentFile(newEnv(t, dir, direct, newEngine)) })
+	}
+}
+
 // claims are the tests of the suite, each with a fresh engine.
 var claims = []struct {
 	name string

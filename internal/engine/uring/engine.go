@@ -7,7 +7,8 @@
 //
 // The ring is restricted to the opcodes in use and to files in its table, so
 // that a worker taken over by a hostile guest gains nothing from it. What
-// cannot go through the ring, files beyond the table, goes to an engine.Pool.
+// cannot go through the ring, files of other hosts, which may stop the issuer,
+// and files beyond the table, goes to an engine.Pool.
 package uring
 
 import (
@@ -91,7 +92,7 @@ func New(o Options) (*Engine, error) { return newEngine(o, 0, limits.RingEntries
 // newEngine is New with the first profile to try, and the sizes of the
 // queue and of the file table.
 func newEngine(o Options, profile int, entries, files uint32) (*Engine, error) {
-	e := &Engine{log: o.Log, pool: engine.NewPool(0), ended: make(chan struct{})}
+	e := &Engine{log: o.Log, pool: engine.NewPool(limits.RemoteWorkers), ended: make(chan struct{})}
 	if e.log == nil {
 		e.log = slog.Default()
 	}
@@ -171,13 +172,21 @@ func explain(err error) error {
 func (e *Engine) Name() string { return "uring" }
 
 // Open takes over f and puts it into the ring's file table. When the table is
-// full the file works all the same, on the pool. On error f stays the
-// caller's. Open and File.Close wait for the issuer: not from Done.
+// full, or the file is engine.Remote, it works all the same, on the pool. On error f
+// stays the caller's. Open and File.Close wait for the issuer: not from Done.
 func (e *Engine) Open(f *os.File) (*engine.File, error) {
 	direct, align, err := engine.Describe(f)
 	if err != nil {
 		return nil, err
 	}
+	if engine.Remote(f) {
+		return engine.NewFile(f, direct, align, engine.NoFile, nil), nil
+	}
+	return e.enrol(f, direct, align), nil
+}
+
+// enrol puts f into the ring's file table, if there is a place.
+func (e *Engine) enrol(f *os.File, direct bool, align int) *engine.File {
 	index := e.place()
 	if index >= 0 {
 		errno := e.control(func(r *ring) syscall.Errno {
@@ -189,12 +198,12 @@ func (e *Engine) Open(f *os.File) (*engine.File, error) {
 		}
 	}
 	if index < 0 {
-		return engine.NewFile(f, direct, align, engine.NoFile, nil), nil
+		return engine.NewFile(f, direct, align, engine.NoFile, nil)
 	}
 	if direct {
 		e.pinArena()
 	}
-	return engine.NewFile(f, direct, align, index, func() error { return e.forget(index) }), nil
+	return engine.NewFile(f, direct, align, index, func() error { return e.forget(index) })
 }
 
 // forget empties a place of the file table: only then does closing the file

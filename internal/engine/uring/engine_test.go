@@ -56,6 +56,12 @@ func TestSmallRingsOfEveryProfilePassTheSuite(t *testing.T) {
 	}
 }
 
+func TestFileThatHangsHoldsUpNoOther(t *testing.T) {
+	enginetest.RunSilent(t, t.TempDir(), func(t *testing.T, bufs *bufpool.Pool) engine.Engine {
+		return mustNew(t, Options{Buffers: bufs}, 0, limits.RingEntries, limits.RingFiles)
+	})
+}
+
 // tempFile is a new file of n bytes, opened with the flags.
 func tempFile(t testing.TB, n, flags int) *os.File {
 	t.Helper()
