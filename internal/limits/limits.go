@@ -252,6 +252,13 @@ const (
 	// RingFiles bounds the registered files of one ring.
 	RingFiles = 1024
 
+	// RingWorkers bounds the transfers in flight in one ring, and the threads
+	// of the kernel that make those that may block: with one for each, none
+	// waits for a thread behind transfers that hang. The kernel's own number is
+	// four for each processor and as many as this at most. What ShareSpare leaves
+	// one owner of it is more than 32 for each of six connections.
+	RingWorkers = 256
+
 	// RemoteWorkers bounds the goroutines that make the transfers of a ring
 	// engine on files of other hosts: 48 in flight and more of one that
 	// hangs, as many of others.

@@ -59,6 +59,7 @@ const (
 	registerFilesUpdate2  = 14
 	registerBuffers2      = 15
 	registerBuffersUpdate = 16
+	registerWorkers       = 19 // 5.15
 	registerRingFDs       = 20 // 5.18
 )
 

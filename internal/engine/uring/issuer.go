@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // wakeData marks completions of the read of the eventfd.
@@ -44,8 +45,9 @@ type issuer struct {
 }
 
 func newIssuer(e *Engine, r *ring) *issuer {
-	// Every call in flight has room for its completion, and the eventfd too.
-	n := len(r.cqes) - 1
+	// Every call in flight has room for its completion, and the eventfd too; and
+	// a thread of the kernel, if it needs one.
+	n := min(len(r.cqes)-1, limits.RingWorkers)
 	s := &issuer{e: e, r: r, slots: make([]slot, n), free: make([]uint32, 0, n), again: make([]uint32, 0, n), backlog: engine.NewQueue(n)}
 	for i := range n {
 		s.free = append(s.free, uint32(n-1-i))

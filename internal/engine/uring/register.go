@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // wakeFile is the place of the engine's own eventfd in the file table; guest
@@ -31,6 +33,7 @@ func (r *ring) prepare(files int, wake int) error {
 		{"probe opcodes", r.probe},
 		{"register files", func() syscall.Errno { return r.registerFiles(files, wake) }},
 		{"register buffers", r.registerNoBuffer},
+		{"bound threads", r.boundWorkers},
 		{"restrict", r.restrict},
 		{"enable", func() syscall.Errno { return r.register(registerEnableRings, nil, 0) }},
 	} {
@@ -95,6 +98,18 @@ func (r *ring) registerNoBuffer() syscall.Errno {
 	defer pin.Unpin()
 	a := &rsrcRegister{nr: 1, data: pinned(&pin, new(unix.Iovec))}
 	return r.register(registerBuffers2, unsafe.Pointer(a), unsafe.Sizeof(*a))
+}
+
+// boundWorkers has the kernel use as many threads as there are transfers in
+// flight, for those that may block. Before 5.15 it has its own number, and
+// transfers that hang may leave none to others.
+func (r *ring) boundWorkers() syscall.Errno {
+	workers := [2]uint32{limits.RingWorkers, 0} // for files and disks; for the rest as it is
+	e := r.register(registerWorkers, unsafe.Pointer(&workers), uintptr(len(workers)))
+	if e == syscall.EINVAL {
+		return 0
+	}
+	return e
 }
 
 // restrict takes effect when the ring is enabled.
