@@ -260,6 +260,7 @@ func TestDaemonTakesDescriptors(t *testing.T) {
 	want(t, exitRefused, "export", "add", "-f", "qcow2", "--backing-file="+base, "x", top) // not in the roots
 	want(t, exitDone, "export", "add", "--fd", "-f", "qcow2", "--backing-file="+base, "x", top)
 	d.io(t, "x", "write -P 1 0 64k", "read -P 1 0 64k", "read -P 9 64k 64k", "flush")
+	must(t, testenv.Await(testenv.Context(t), func() bool { return shownAs(t, "x").Clients == 0 }))
 	want(t, exitDone, "export", "remove", "x")
 	judge(t, top)
 }
