@@ -128,6 +128,11 @@ func isTarget(target string) func(*libvirtxml.DomainDisk) bool {
 	return func(disk *libvirtxml.DomainDisk) bool { return disk.Target != nil && disk.Target.Dev == target }
 }
 
+// isDisk tells the disk with the source that has the target.
+func isDisk(target string, uri transport.URI) func(*libvirtxml.DomainDisk) bool {
+	return func(disk *libvirtxml.DomainDisk) bool { return isTarget(target)(disk) && from(uri)(disk) }
+}
+
 // element is the NBD disk for libvirt.
 func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, error) {
 	n := libvirtd.NBDDisk{Export: v.uri.Export, Target: target, Bus: bus, Serial: o.Serial, Reconnect: o.Reconnect,
@@ -384,13 +389,14 @@ func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
 	return ""
 }
 
-// detach takes the disk out of the states that have it.
+// detach takes the disk out of those states of the scope that have it under its
+// target, by which alone libvirt knows it.
 func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) error {
 	all, err := d.describe(ctx)
 	if err != nil {
 		return err
 	}
-	in, _ := all.scope(from(uri))
+	in, _ := all.scope(isDisk(disk.Target.Dev, uri))
 	if scope &= in; scope == 0 {
 		return nil
 	}
@@ -412,7 +418,11 @@ func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.
 	open.Do = func(ctx context.Context) (bool, error) {
 		ctx, cancel := steady(ctx)
 		defer cancel()
-		_, there, err := d.find(ctx, r.target)
+		all, err := d.describe(ctx)
+		if err != nil {
+			return false, err
+		}
+		_, there, err := all.within(libvirtd.Live).find(r.target)
 		if err != nil || there == nil || libvirtd.ReconnectDelay(there) > 0 {
 			return false, err
 		}
@@ -454,7 +464,9 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 
 // Resolve finds the target of a disk that its user names so, or by its image,
 // export or URI as Attach got it. A name that several disks have is
-// qmp.ErrInvalid. A disk that the domain has no more may have an export left.
+// qmp.ErrInvalid, one of a disk that the Scope does not have, but another under
+// its target, ErrDiffers. A disk that the domain has no more may have an export
+// left.
 func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
@@ -469,11 +481,24 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	}
 	own := ExportName(d.Domain.UUID, DiskID(path))
 	uri, uriErr := transport.ParseURI(word)
-	targets := all.targets(func(u transport.URI) bool {
-		return u.Export == own || uriErr == nil && u.String() == uri.String()
-	})
+	named := func(some states) []string {
+		targets := some.targets(func(u transport.URI) bool {
+			return u.Export == own || uriErr == nil && u.String() == uri.String()
+		})
+		if len(targets) == 0 {
+			targets = d.ofExport(ctx, some, word)
+		}
+		return targets
+	}
+	asked := all.within(d.Scope)
+	targets := named(asked)
 	if len(targets) == 0 {
-		targets = d.ofExport(ctx, all, word)
+		targets = named(all)
+		if _, other := asked.scope(func(disk *libvirtxml.DomainDisk) bool {
+			return disk.Target != nil && slices.Contains(targets, disk.Target.Dev)
+		}); other != nil {
+			return "", fmt.Errorf("%w: %s has another disk %q", ErrDiffers, whereText(d.Scope), other.Target.Dev)
+		}
 	}
 	switch len(targets) {
 	case 0:
@@ -564,7 +589,8 @@ func (s states) within(scope libvirtd.Scope) states {
 	return some
 }
 
-// find is the NBD disk with the target, and where it is.
+// find is the NBD disk with the target, and where it is. A target that is one
+// disk in the running machine and another in the configuration is ErrDiffers.
 func (d *Domain) find(ctx context.Context, target string) (libvirtd.Scope, *libvirtxml.DomainDisk, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
@@ -576,7 +602,14 @@ func (d *Domain) find(ctx context.Context, target string) (libvirtd.Scope, *libv
 // find is as Domain's.
 func (s states) find(target string) (libvirtd.Scope, *libvirtxml.DomainDisk, error) {
 	in, disk := s.scope(isTarget(target))
-	if disk != nil && source(disk).Kind == "" {
+	if disk == nil {
+		return 0, nil, nil
+	}
+	uri := source(disk)
+	if same, _ := s.scope(isDisk(target, uri)); same != in {
+		return 0, nil, fmt.Errorf("%w: the running domain has another disk %q than its configuration, detach takes one of them with --live or --config", ErrDiffers, target)
+	}
+	if uri.Kind == "" {
 		return 0, nil, fmt.Errorf("%w: disk %q of the domain is not from an NBD server", ErrDiffers, target)
 	}
 	return in, disk, nil
@@ -637,7 +670,8 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 		})
 	}
 	plan.Steps = append(plan.Steps, d.takeStep(disk, uri, in))
-	if has, _ := all.scope(from(uri)); own && has&^in == 0 {
+	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })
+	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil {
 		plan.Steps = append(plan.Steps, m.removeStep(uri.Export, force))
 	}
 	return plan, nil

@@ -222,6 +222,144 @@ func TestDiskOfADomainIsInOneStateAlone(t *testing.T) {
 	h.wantNothing(t)
 }
 
+// TestTargetWithAnotherDiskInEachState has the running domain and its
+// configuration differ in what a target is, as virsh may leave them: no disk goes
+// that was not asked for, and none loses its export.
+func TestTargetWithAnotherDiskInEachState(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	x, y := h.image(t, "x", diskSize), h.image(t, "y", diskSize)
+	names := map[string]string{}
+	for name, image := range map[string]string{"x": x, "y": y} {
+		names[attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(image))] = name
+	}
+	plain := fmt.Sprintf("<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='%s'/><target dev='sda' bus='scsi'/></disk>", y)
+	const both = libvirtd.Live | libvirtd.Config
+	for _, tt := range []struct {
+		name, live, config string // target=disk
+		word               string
+		scope              libvirtd.Scope
+		refused            bool
+		left, exports      string
+	}{
+		{"a file in the configuration", "sda=x", "sda=file sdb=x", "sda", 0, true, "sda=x, sda=file sdb=x", "x y"},
+		{"a file in the configuration, both asked for", "sda=x", "sda=file sdb=x", "sda", both, true, "sda=x, sda=file sdb=x", "x y"},
+		{"a file in the configuration, which is not asked", "sda=x", "sda=file sdb=x", x, libvirtd.Live, false, ", sda=file sdb=x", "x y"},
+		{"another disk in the machine", "sda=y", "sda=x", x, 0, true, "sda=y, sda=x", "x y"},
+		{"another disk in the machine, which is asked", "sda=y", "sda=x", x, libvirtd.Live, true, "sda=y, sda=x", "x y"},
+		{"another disk in the machine, which is not asked", "sda=y", "sda=x", x, libvirtd.Config, false, "sda=y, ", "y"},
+		{"one disk under two targets", "", "sda=x sdb=x", "sda", 0, false, ", sdb=x", "x y"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			elements := map[string]string{"sda=file": plain}
+			h.Scope = 0
+			for i, image := range []string{x, y} {
+				p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+				do(t, p, err)
+				for _, target := range []string{"sda", "sdb"} {
+					elements[target+"="+[]string{"x", "y"}[i]] = h.element(t, p.Disk, target)
+				}
+			}
+			h.empty(t)
+			h.put(t, "--live", elements, tt.live)
+			h.put(t, "--config", elements, tt.config)
+			defer h.empty(t)
+			h.Scope = tt.scope
+			p, err := h.detachByName(ctx, tt.word)
+			if err == nil {
+				_, err = p.Run(ctx)
+			}
+			if errors.Is(err, attach.ErrDiffers) != tt.refused || !tt.refused && err != nil {
+				t.Errorf("detach %q: %v, want it refused: %v", tt.word, err, tt.refused)
+			}
+			if left := h.disksOf(t, names) + ", " + h.disksOf(t, names, "--inactive"); left != tt.left {
+				t.Errorf("left %q, want %q", left, tt.left)
+			}
+			var exports []string
+			list, err := h.service.Exports(ctx)
+			must(t, err)
+			for _, e := range list {
+				exports = append(exports, names[e.Name])
+			}
+			slices.Sort(exports)
+			if got := strings.Join(exports, " "); got != tt.exports {
+				t.Errorf("exports %q, want %q", got, tt.exports)
+			}
+			if tt.live == "" || !tt.refused {
+				return
+			}
+			h.Scope = 0
+			_, grown := h.Resize(ctx, "sda", "", attach.Size{Bytes: diskSize, More: true})
+			_, kept := h.Snapshot(ctx, "sda", "", filepath.Join(h.dir, "overlay"), false)
+			if !errors.Is(grown, attach.ErrDiffers) || !errors.Is(kept, attach.ErrDiffers) {
+				t.Errorf("resize: %v, snapshot: %v, want ErrDiffers", grown, kept)
+			}
+		})
+	}
+}
+
+// detachByName is a detach as its user asks for it.
+func (h *host) detachByName(ctx context.Context, word string) (*attach.Plan, error) {
+	target, err := h.Resolve(ctx, word)
+	if err != nil {
+		return nil, err
+	}
+	return h.Detach(ctx, target, false)
+}
+
+// describe is the domain as virsh says.
+func (h *host) describe(t *testing.T, more ...string) *libvirtxml.Domain {
+	t.Helper()
+	x := &libvirtxml.Domain{}
+	must(t, x.Unmarshal(h.Virsh(t, append([]string{"dumpxml", "--domain=" + domainName}, more...)...)))
+	return x
+}
+
+// element is a disk of the running domain with another target.
+func (h *host) element(t *testing.T, target, as string) string {
+	t.Helper()
+	disk := libvirtd.Disk(h.describe(t), target)
+	disk.Target.Dev, disk.Address, disk.Alias = as, nil, nil
+	text, err := disk.Marshal()
+	must(t, err)
+	return text
+}
+
+// put has virsh give a state of the domain the named elements.
+func (h *host) put(t *testing.T, state string, elements map[string]string, which string) {
+	t.Helper()
+	for _, name := range strings.Fields(which) {
+		file := filepath.Join(t.TempDir(), "disk.xml")
+		must(t, os.WriteFile(file, []byte(elements[name]), 0o600))
+		h.Virsh(t, "attach-device", state, "--domain="+domainName, "--file="+file)
+	}
+}
+
+// empty has virsh take every disk out of both states.
+func (h *host) empty(t *testing.T) {
+	t.Helper()
+	for state, more := range map[string][]string{"--live": nil, "--config": {"--inactive"}} {
+		for _, disk := range h.describe(t, more...).Devices.Disks {
+			h.Virsh(t, "detach-disk", state, "--domain="+domainName, "--target="+disk.Target.Dev)
+		}
+	}
+}
+
+// disksOf are the disks of a state, those with an export by its name.
+func (h *host) disksOf(t *testing.T, names map[string]string, more ...string) string {
+	t.Helper()
+	var all []string
+	for _, disk := range h.describe(t, more...).Devices.Disks {
+		name := "file"
+		if disk.Source.Network != nil {
+			name = names[disk.Source.Network.Name]
+		}
+		all = append(all, disk.Target.Dev+"="+name)
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
+}
+
 // states are those that have a disk, as virsh says.
 func (h *host) states(t *testing.T) (in libvirtd.Scope) {
 	t.Helper()
