@@ -299,7 +299,8 @@ type gift struct {
 	disk    *libvirtxml.DomainDisk // its target may change until it is there
 	wanted  Options                // as the user has said
 	scope   libvirtd.Scope         // where the disk shall be
-	missing libvirtd.Scope         // where it was not
+	missing libvirtd.Scope         // where it is not
+	given   libvirtd.Scope         // where libvirt has put it, or may have
 }
 
 // step gives the domain the disk of the plan.
@@ -313,32 +314,41 @@ func (g *gift) step(plan *Plan) Step {
 			plan.Disk = g.disk.Target.Dev
 			return changed, err
 		},
-		Undo: func(ctx context.Context) error { return g.detach(ctx, g.disk, g.uri, g.missing) },
+		Undo: func(ctx context.Context) error {
+			_, err := g.detach(ctx, g.disk, g.uri, g.given)
+			return err
+		},
 	}
 }
 
 // give tries targets that are free: others may take them meanwhile, or give the
-// domain the same disk.
+// domain the same disk. libvirt plugs a disk before it saves a configuration: what
+// it refuses for both states may be in the running domain.
 func (g *gift) give(ctx context.Context) (bool, error) {
 	var refused error
 	for range limits.AttachPlaces {
 		changed, err := g.look(ctx)
 		switch {
 		case err != nil || g.missing == 0:
-			return false, err
+			return g.given != 0, err
 		case refused != nil && !changed:
-			return false, refused
+			return g.given != 0, refused
 		}
 		refused = g.Session.AttachDisk(ctx, g.Domain.Domain, g.disk, g.missing)
 		if refused == nil || !errors.As(refused, new(*libvirtd.Error)) {
+			g.given |= g.missing
 			return true, refused
 		}
+		if g.missing == libvirtd.Live|libvirtd.Config {
+			g.given = libvirtd.Live
+		}
 	}
-	return false, refused
+	return g.given != 0, refused
 }
 
 // look finds out where the disk is missing, and another target if its own is
-// another disk's by now. changed says that either is not as it was.
+// another disk's by now. changed says that either is not as it was. What is not
+// there under the target that libvirt was asked for is not given.
 func (g *gift) look(ctx context.Context) (changed bool, err error) {
 	all, err := g.describe(ctx)
 	if err != nil {
@@ -346,6 +356,8 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 	}
 	in, _ := all.scope(from(g.uri))
 	missing, target := g.scope&^in, g.disk.Target.Dev
+	there, _ := all.scope(isDisk(target, g.uri))
+	g.given &= there
 	if _, taken := all.scope(isTarget(target)); in != 0 || taken != nil {
 		if target, err = g.place(ctx, all, g.disk.Target.Bus); err != nil {
 			return false, err
@@ -389,18 +401,32 @@ func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
 	return ""
 }
 
-// detach takes the disk out of those states of the scope that have it under its
-// target, by which alone libvirt knows it.
-func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) error {
+// holds are those states of the scope that have the disk under its target, by
+// which alone libvirt knows it.
+func (d *Domain) holds(ctx context.Context, disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) (libvirtd.Scope, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	in, _ := all.scope(isDisk(disk.Target.Dev, uri))
-	if scope &= in; scope == 0 {
-		return nil
+	return in & scope, nil
+}
+
+// detach takes the disk out of those states of the scope that have it. changed
+// says that one has it no more or, with an error, may not have it: libvirt unplugs
+// a disk before it saves a configuration.
+func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) (changed bool, err error) {
+	in, err := d.holds(ctx, disk, uri, scope)
+	if err != nil || in == 0 {
+		return false, err
 	}
-	return d.Session.DetachDisk(ctx, d.Domain, disk, scope)
+	if err = d.Session.DetachDisk(ctx, d.Domain, disk, in); err == nil {
+		return true, nil
+	}
+	ctx, cancel := steady(ctx)
+	defer cancel()
+	left, unknown := d.holds(ctx, disk, uri, in)
+	return unknown != nil || left != in, err
 }
 
 // renewSteps give a disk that the step has plugged the delay that libvirt has
@@ -689,10 +715,7 @@ func (d *Domain) takeStep(disk *libvirtxml.DomainDisk, uri transport.URI, scope 
 	return Step{
 		Name:  name,
 		Final: true,
-		Do: func(ctx context.Context) (bool, error) {
-			err := d.detach(ctx, disk, uri, scope)
-			return err == nil, err
-		},
+		Do:    func(ctx context.Context) (bool, error) { return d.detach(ctx, disk, uri, scope) },
 	}
 }
 

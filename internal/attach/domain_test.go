@@ -392,6 +392,47 @@ func TestDiskForTheConfigurationThatFailsLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestConfigurationThatCannotBeSaved is refused by libvirt when the running domain
+// has got the disk, or has lost it: attach takes it back, and detach tells what it
+// cannot take back, and is done by a second one.
+func TestConfigurationThatCannotBeSaved(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	inTheWay := filepath.Join(h.Dir, "c/libvirt/qemu", domainName+".xml.new") // where libvirt writes
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	attached := func() *attach.Plan {
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Persist: true})
+		must(t, err)
+		return p
+	}
+	must(t, os.Mkdir(inTheWay, 0o700))
+	if _, err := attached().Run(ctx); !errors.As(err, new(*libvirtd.Error)) || errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("attach: %v, want libvirt's refusal alone", err)
+	}
+	h.wantNothing(t)
+	if left := h.nodes(t); left != "" {
+		t.Errorf("nodes left:\n%s", left)
+	}
+	must(t, os.Remove(inTheWay))
+	do(t, attached(), nil)
+	must(t, os.Mkdir(inTheWay, 0o700))
+	p, err := h.Detach(ctx, "sda", false)
+	must(t, err)
+	if changed, err := p.Run(ctx); !changed || !errors.As(err, new(*libvirtd.Error)) || !errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("detach: changed %v, %v, want libvirt's refusal and ErrIncomplete", changed, err)
+	}
+	if in := h.states(t); in != libvirtd.Config {
+		t.Errorf("detach: the disk is in %b, want %b", in, libvirtd.Config)
+	}
+	must(t, os.Remove(inTheWay))
+	p, err = h.Detach(ctx, "sda", false)
+	if !do(t, p, err) {
+		t.Error("the second detach changed nothing")
+	}
+	h.wantNothing(t)
+}
+
 // nodes are the machine's by libvirt's monitor, with their sizes.
 func (h *host) nodes(t *testing.T) (text string) {
 	t.Helper()

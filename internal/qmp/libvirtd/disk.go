@@ -73,7 +73,9 @@ func marshal(disk *libvirtxml.DomainDisk) (string, error) {
 	return text, nil
 }
 
-// AttachDisk adds the disk to each state of the scope, all or none.
+// AttachDisk adds the disk to each state of the scope. libvirt plugs a disk before
+// it saves a configuration: after its refusal of both states the running machine
+// may have the disk.
 func (s *Session) AttachDisk(ctx context.Context, d Domain, disk *libvirtxml.DomainDisk, scope Scope) error {
 	text, err := marshal(disk)
 	if err != nil {
@@ -88,8 +90,9 @@ func (s *Session) AttachDisk(ctx context.Context, d Domain, disk *libvirtxml.Dom
 // DetachDisk removes the disk with the target of disk from each state of the
 // scope and waits until the guest has released it, until ctx or, without an
 // earlier deadline, limits.QMPUnplug: qmp.ErrNotReleased,
-// qmp.ErrUnplugRefused or libvirt's refusal. libvirt itself waits for 5 s and
-// then reports success.
+// qmp.ErrUnplugRefused or libvirt's refusal, after which the running machine may
+// have the disk no more and the configuration still. libvirt itself waits for 5 s
+// and then reports success.
 func (s *Session) DetachDisk(ctx context.Context, d Domain, disk *libvirtxml.DomainDisk, scope Scope) error {
 	if disk.Target == nil || disk.Target.Dev == "" {
 		return fmt.Errorf("%w disk: no target", qmp.ErrInvalid)
