@@ -59,7 +59,8 @@ func runQEMU(t *testing.T, path string, args ...string) {
 	}))
 }
 
-// TestExampleOfAMachineHasRoom runs a machine as the example says.
+// TestExampleOfAMachineHasRoom runs a machine as the example says. Each of its disks
+// is shown by the name that attach has told, which the other commands take.
 func TestExampleOfAMachineHasRoom(t *testing.T) {
 	text, err := os.ReadFile(filepath.Join("..", "..", "packaging", "examples", "qemu-hotplug.cfg"))
 	must(t, err)
@@ -71,11 +72,18 @@ func TestExampleOfAMachineHasRoom(t *testing.T) {
 	if v := showVM(t, vm); v.PCI != 4 || v.SCSI != 1 {
 		t.Errorf("machine %+v", v)
 	}
+	var names []string
 	for i, bus := range []string{"virtio", "scsi", "nvme"} {
-		plannedBy(t, "attach", "--bus="+bus, "--agent="+agent, vm, d.image(t, fmt.Sprint(i)))
+		names = append(names, plannedBy(t, "attach", "--bus="+bus, "--agent="+agent, vm, d.image(t, fmt.Sprint(i))).Disk)
 	}
-	if v := showVM(t, vm); v.PCI != 2 || len(v.Disks) != 3 {
+	v := showVM(t, vm)
+	if v.PCI != 2 || len(v.Disks) != 3 {
 		t.Errorf("then: %+v", v)
+	}
+	for _, disk := range v.Disks {
+		if !slices.Contains(names, disk.Device) {
+			t.Errorf("%+v is shown of disks %q", disk, names)
+		}
 	}
 }
 

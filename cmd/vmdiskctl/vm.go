@@ -228,7 +228,7 @@ func (v *vmShown) ask(ctx context.Context, x qmp.Executor) error {
 		return err
 	}
 	for _, d := range disks {
-		one := vmDisk{Device: d.QDev, Status: d.IOStatus}
+		one := vmDisk{Device: d.ID(), Status: d.IOStatus}
 		if n := d.Inserted; n != nil {
 			one.Node, one.Driver, one.Size, one.ReadOnly, one.Source = n.Name, n.Driver, n.Image.VirtualSize, n.ReadOnly, n.File
 		}
