@@ -124,8 +124,9 @@ var (
 
 	// ErrNotReleased is for a guest that said nothing in time. The request
 	// stays with the guest: the device may go at any later moment, a reset
-	// of the machine included.
-	ErrNotReleased = errors.New("the guest has not released the device")
+	// of the machine included. No property of a machine tells of it, seen with
+	// QEMU 7.2.
+	ErrNotReleased = errors.New("the guest has not released the device, and the request stays: it may go at any time, a reset included")
 )
 
 // Unplug asks the guest to release a device and waits until it is gone, until
