@@ -25,7 +25,7 @@ run -i --nodeps "$old"
 version 0.1.0
 run -V --nodeps vmdiskd
 chroot . id vmdiskd | grep -q '(kvm)'
-[ "$(chroot . stat -c '%U %G %a' /run/vmdiskd)" = 'vmdiskd kvm 2755' ]
+[ "$(chroot . stat -c '%U %G %a' /run/vmdiskd)" = 'vmdiskd kvm 2711' ]
 [ "$(chroot . stat -c '%U %a' /var/lib/vmdiskd/images)" = 'vmdiskd 750' ]
 chroot . vmdiskd --config /etc/vmdiskd/vmdiskd.toml --check
 chroot . systemd-analyze verify --man=no /usr/lib/systemd/system/vmdiskd.service
