@@ -4,11 +4,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -154,16 +152,10 @@ type Base struct {
 // ReadBases are the images that the overlays in dir stand on, of exports of the
 // configuration as of those that are kept, as far as both can be read.
 func ReadBases(dir string) (list []Base, err error) {
-	d, err := openState(dir)
+	names, err := stateNames(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer d.Close()
-	names, err := d.Readdirnames(4*limits.ConfigExports + 1)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
-	slices.Sort(names)
 	for _, name := range names {
 		var over Export
 		switch {

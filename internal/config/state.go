@@ -159,18 +159,10 @@ func (e FileErrors) Unwrap() []error { return e }
 // the others: the error, beside the exports, is of type FileErrors and names
 // them all.
 func ReadExports(dir string) ([]Export, error) {
-	d, err := openState(dir)
+	names, err := stateNames(dir)
 	if err != nil {
 		return nil, err
 	}
-	defer d.Close()
-	// One more of each kind than there can be: an interrupted write leaves a
-	// second file, and an export of the configuration may have an overlay's.
-	names, err := d.Readdirnames(4*limits.ConfigExports + 1)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
-	slices.Sort(names)
 	var list []Export
 	var problems FileErrors
 	if len(names) > 4*limits.ConfigExports {
@@ -195,6 +187,23 @@ func ReadExports(dir string) ([]Export, error) {
 		return list, problems
 	}
 	return list, nil
+}
+
+// stateNames are the files of dir in their order, and one more than there can be
+// at most: an interrupted write leaves a second file, and an export of the
+// configuration may have an overlay's.
+func stateNames(dir string) ([]string, error) {
+	d, err := openState(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(4*limits.ConfigExports + 1)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	slices.Sort(names)
+	return names, nil
 }
 
 // readExport reads one file of dir, which must be that of its export.
