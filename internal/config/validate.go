@@ -203,8 +203,8 @@ type users struct{ reads, writes *Export }
 
 // checkShared refuses e where it and an export before it name one image, and the
 // locks of images let only one of the two be open: one of them writes, and neither
-// goes without a lock. An export whose
-// image a snapshot has put below an overlay is left out.
+// goes without a lock. An export whose image a snapshot has put below an overlay is
+// left out.
 func (c *Config) checkShared(k checker, e *Export, images map[string]users) {
 	if e.Format == "mem" || e.Format == "null" || e.Image == "" || e.Lock == "off" || c.mayHaveOverlay(e) {
 		return

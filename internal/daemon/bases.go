@@ -6,8 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -76,9 +74,8 @@ func (d *daemon) mayWriteTo(x *config.Export, files []*os.File) error {
 
 // imagePath is where the image of an export is, also if it came as a descriptor.
 func imagePath(x *config.Export, files []*os.File) string {
-	digits, given := strings.CutPrefix(x.Image, api.FilePrefix)
-	if n, err := strconv.Atoi(digits); given && err == nil && n >= 0 && n < len(files) {
-		if path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", files[n].Fd())); err == nil {
+	if f := given(files)[x.Image]; f != nil {
+		if path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err == nil {
 			return path
 		}
 	}

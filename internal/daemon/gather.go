@@ -46,7 +46,9 @@ func (d *daemon) gatherAll(list []config.Export) []gathered {
 }
 
 // hasFiles tells whether an export is of an image.
-func hasFiles(x *config.Export) bool { return x.Format != "mem" && x.Format != "null" }
+func hasFiles(x *config.Export) bool {
+	return x.Image != "" && x.Format != "mem" && x.Format != "null"
+}
 
 // gatherOne opens the files of one image, if it has files.
 func (d *daemon) gatherOne(x *config.Export, buffers *bufpool.Pool) (g gathered) {
@@ -136,8 +138,8 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 	}
 	images := make([]config.Export, len(list))
 	for i, k := range list {
-		if k.failed != nil { // it is not opened
-			continue
+		if k.failed != nil {
+			continue // it is not opened, and the export without an image has no files
 		}
 		images[i] = k.cfg
 		if k.origin != fromConfig {

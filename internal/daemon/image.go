@@ -79,16 +79,12 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 	if err != nil {
 		return open.Spec{}, err
 	}
-	given := map[string]*os.File{}
-	for i, f := range files {
-		given[fmt.Sprint(api.FilePrefix, i)] = f
-	}
 	name := x.Name
 	return open.Spec{
 		Poisoned: func(err error) { d.tellPoisoned(name, err) },
 		Path:     x.Image,
 		Format:   formatOf(x),
-		Files:    given,
+		Files:    given(files),
 		Roots:    d.roots(),
 		ReadOnly: x.ReadOnly,
 		Cache:    x.Cache,
@@ -102,4 +98,13 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 		Engine:   d.engine,
 		Buffers:  d.buffers,
 	}, nil
+}
+
+// given are files by the words "fd:N" that stand for them.
+func given(files []*os.File) map[string]*os.File {
+	byWord := make(map[string]*os.File, len(files))
+	for i, f := range files {
+		byWord[fmt.Sprint(api.FilePrefix, i)] = f
+	}
+	return byWord
 }

@@ -553,17 +553,16 @@ func TestKeepTellsThatTheBudgetIsTooSmall(t *testing.T) {
 	}
 }
 
-// TestLargeBuffersLeaveRoomForSmallOnes: who holds all that can be had of large
-// ones, or waits for more of them, keeps nobody from small ones.
-func TestLargeBuffersLeaveRoomForSmallOnes(t *testing.T) {
-	p := newPool(t, 8*limits.MaxIO)
-	var held []*Buf
-	for b := p.TryGet(limits.MaxIO); b != nil; b = p.TryGet(limits.MaxIO) {
+// tryAll takes buffers of n bytes until there are none.
+func tryAll(p *Pool, n int) (held []*Buf) {
+	for b := p.TryGet(n); b != nil; b = p.TryGet(n) {
 		held = append(held, b)
 	}
-	if len(held) != 7 {
-		t.Errorf("%d large buffers were lent, want 7 of 8", len(held))
-	}
+	return held
+}
+
+// waitForLarge has somebody wait for the largest buffer, who sends it.
+func waitForLarge(t *testing.T, p *Pool) <-chan *Buf {
 	got := make(chan *Buf)
 	go func() {
 		b, err := p.Get(context.Background(), limits.MaxIO)
@@ -574,10 +573,19 @@ func TestLargeBuffersLeaveRoomForSmallOnes(t *testing.T) {
 	}()
 	for p.lines[1].queued.Load() != 1 {
 	}
-	small := []*Buf{mustGet(t, p, 1)}
-	for b := p.TryGet(limits.TurnBuffer); b != nil; b = p.TryGet(limits.TurnBuffer) {
-		small = append(small, b)
+	return got
+}
+
+// TestLargeBuffersLeaveRoomForSmallOnes: who holds all that can be had of large
+// ones, or waits for more of them, keeps nobody from small ones.
+func TestLargeBuffersLeaveRoomForSmallOnes(t *testing.T) {
+	p := newPool(t, 8*limits.MaxIO)
+	held := tryAll(p, limits.MaxIO)
+	if len(held) != 7 {
+		t.Errorf("%d large buffers were lent, want 7 of 8", len(held))
 	}
+	got := waitForLarge(t, p)
+	small := append([]*Buf{mustGet(t, p, 1)}, tryAll(p, limits.TurnBuffer)...)
 	if _, bytes := p.Outstanding(); bytes <= 8*limits.MaxIO-limits.TurnBuffer {
 		t.Errorf("%d bytes are lent, want all but less than a small buffer", bytes)
 	}
@@ -600,20 +608,8 @@ func TestLargeBuffersLeaveRoomForSmallOnes(t *testing.T) {
 // TestSmallBuffersLeaveRoomForAWaitingLargeOne: they cannot starve it.
 func TestSmallBuffersLeaveRoomForAWaitingLargeOne(t *testing.T) {
 	p := newPool(t, 8*limits.MaxIO)
-	var small []*Buf
-	for b := p.TryGet(limits.TurnBuffer); b != nil; b = p.TryGet(limits.TurnBuffer) {
-		small = append(small, b)
-	}
-	got := make(chan *Buf)
-	go func() {
-		b, err := p.Get(context.Background(), limits.MaxIO)
-		if err != nil {
-			t.Error(err)
-		}
-		got <- b
-	}()
-	for p.lines[1].queued.Load() != 1 {
-	}
+	small := tryAll(p, limits.TurnBuffer)
+	got := waitForLarge(t, p)
 	for range limits.MaxIO / limits.TurnBuffer {
 		small[0].Release()
 		small = small[1:]
