@@ -585,6 +585,22 @@ func TestRemovedExportOfTheConfigurationIsAway(t *testing.T) {
 	}
 }
 
+// TestStatusTellsWhoHasAConfiguredName: another export was added by the name of
+// one that was removed.
+func TestStatusTellsWhoHasAConfiguredName(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	if err := s.ctl.Remove(t.Context(), "b", false, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img")}}); err != nil {
+		t.Fatal(err)
+	}
+	if x, err := s.ctl.Status(t.Context()); err != nil || !strings.Contains(x.Notes["export b"], "another was added") {
+		t.Errorf("got notes %q, %v, want that another export has the name", x.Notes, err)
+	}
+	s.stop()
+}
+
 // TestRateGroupOfAnExportChangesInUse: into a group whose second write waits for
 // more than an hour, and out of it.
 func TestRateGroupOfAnExportChangesInUse(t *testing.T) {

@@ -84,8 +84,11 @@ func (s service) Status() api.Status {
 		t.Notes["state"] = d.unread
 	}
 	for _, x := range d.conf.Load().Exports {
-		if k := d.disks.get(x.Name); k == nil || d.disks.originOf(k) != fromConfig {
+		switch k := d.disks.get(x.Name); {
+		case k == nil:
 			t.Notes["export "+x.Name] = "it was removed, and the configuration has it: the next start opens it, or a reload that finds a key of it changed"
+		case d.disks.originOf(k) != fromConfig:
+			t.Notes["export "+x.Name] = "the one of the configuration is not served: another was added by its name"
 		}
 	}
 	for _, k := range d.disks.failed() {
