@@ -164,9 +164,7 @@ func group(use, short string, list ...*cobra.Command) *cobra.Command {
 		Use:   use,
 		Short: short,
 		Args:  cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return usage("a command is missing: see vmdiskctl %s --help", c.Name())
-		},
+		RunE:  missingCommand,
 	}
 	c.AddCommand(list...)
 	return c

@@ -66,6 +66,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	root.SetArgs(args)
 	root.SetOut(text)
 	root.SetErr(stderr)
+	explainDefaults(root)
 	err := root.ExecuteContext(ctx)
 	if text.err != nil {
 		begun, err = true, text.err
@@ -133,9 +134,7 @@ incompletely, or done and not reported.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return usage("a command is missing: see %s --help", c.Name())
-		},
+		RunE:          missingCommand,
 	}
 	root.SetVersionTemplate(versionLine())
 	root.AddCommand(

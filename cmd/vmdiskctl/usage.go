@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"strings"
@@ -35,6 +36,40 @@ func explain(root *cobra.Command) {
 	walk(root)
 }
 
+// explainDefaults adds cobra's own commands, which write where root does by now,
+// and explains them: they would show help for a word that they do not know, as
+// if that had been asked for.
+func explainDefaults(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help":
+			c.Args = func(_ *cobra.Command, args []string) error {
+				at, rest, err := root.Find(args)
+				if err != nil || len(rest) == 0 {
+					return err
+				}
+				return unknownCommand(at, rest[0])
+			}
+		case "completion":
+			c.Args, c.RunE = noArguments, missingCommand
+		}
+	}
+}
+
+func noArguments(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return argumentError(c, args)
+}
+
+// missingCommand runs a command that is nothing without another behind it.
+func missingCommand(c *cobra.Command, _ []string) error {
+	return usage("a command is missing: see %s --help", c.CommandPath())
+}
+
 // isGroup tells whether c is nothing without another command behind it.
 func isGroup(c *cobra.Command) bool { return c.HasSubCommands() && c.Use == c.Name() }
 
@@ -62,10 +97,22 @@ func unknownCommand(c *cobra.Command, word string) error {
 		}
 	}
 	meant := ""
-	if near := cmdline.Nearest(word, names); near != "" {
+	if near := cmp.Or(cmdline.Nearest(word, names), strings.Join(below(c, word), " or ")); near != "" {
 		meant = ": did you mean " + near + "?"
 	}
 	return usage("there is no command %q%s; see %s --help", word, meant, c.CommandPath())
+}
+
+// below are the commands called word of the groups of c, with these.
+func below(c *cobra.Command, word string) (list []string) {
+	for _, group := range c.Commands() {
+		for _, sub := range group.Commands() {
+			if isGroup(group) && sub.IsAvailableCommand() && sub.Name() == word {
+				list = append(list, group.Name()+" "+word)
+			}
+		}
+	}
+	return list
 }
 
 // flagError words an error of the flags of c.

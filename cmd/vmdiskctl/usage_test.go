@@ -23,6 +23,11 @@ func TestMistakesSayWhatToWrite(t *testing.T) {
 	}{
 		{exitUsage, "exprt", `there is no command "exprt": did you mean export?; see vmdiskctl --help`},
 		{exitUsage, "quite-else", `there is no command "quite-else"; see vmdiskctl --help`},
+		{exitUsage, "list", `there is no command "list": did you mean device list or export list`},
+		{exitUsage, "help nosuch", `there is no command "nosuch"; see vmdiskctl --help`},
+		{exitUsage, "help export ad", `there is no command "ad": did you mean add?; see vmdiskctl export --help`},
+		{exitUsage, "completion tcsh", `there is no command "tcsh"`},
+		{exitUsage, "completion", "a command is missing: see vmdiskctl completion --help"},
 		{exitUsage, "export ad a b", "did you mean add?; see vmdiskctl export --help"},
 		{exitUsage, "export lst --jsn", "did you mean list?"},
 		{exitUsage, "copy", "want SOURCE DESTINATION, got 0 arguments; see vmdiskctl copy --help"},
