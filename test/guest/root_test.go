@@ -91,6 +91,17 @@ func makeRoot(t *testing.T, init string) (image string) {
 	return image
 }
 
+// rootInitramfs hands over to the disk.
+func rootInitramfs(t *testing.T, k testenv.Kernel) *initramfs {
+	t.Helper()
+	in, err := newInitramfs(testenv.Context(t), k, "", "virtio_pci", "virtio_blk", "ext4")
+	if err != nil {
+		t.Fatal(err)
+	}
+	in.addFile("init", 0o755, []byte(prelude+enterRoot))
+	return in
+}
+
 // nbdRoot are QEMU's arguments for a virtio disk that is an NBD export.
 func nbdRoot(socket string) []string {
 	return []string{
@@ -103,7 +114,7 @@ func nbdRoot(socket string) []string {
 func TestGuestLivesOnItsNBDRootDisk(t *testing.T) {
 	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
 		image := makeRoot(t, fmt.Sprintf(rootInit, knownLine, knownBytes, trimmed>>20))
-		in := rootInitramfs(t, k, "")
+		in := rootInitramfs(t, k)
 		s := testenv.Start(t, testenv.Options{Image: image})
 		console := mustBoot(t, in, 256, nbdRoot(s.Socket)...)
 		if err := s.Stop(); err != nil {

@@ -101,6 +101,7 @@ type Scenario struct {
 	MemoryMiB int      // 512 if it is 0
 	Kernel    string   // DefaultKernel if it is empty
 	Append    string   // to the kernel's command line
+	Root      []string // QEMU's arguments for the first disk; if empty, the image, which keeps nothing
 	Devices   []string // more arguments of QEMU
 }
 
@@ -407,9 +408,13 @@ func (s *Scenario) machine(ctx context.Context, dir, image string, steps []Step)
 	if s.Enforcing {
 		enforcing = 1
 	}
+	root := s.Root
+	if len(root) == 0 {
+		root = []string{"-drive", disk(image, "snapshot=on")}
+	}
 	return guest.Machine{
 		Kernel: kernel, Initrd: initrd, MemoryMiB: memory,
 		Append:  fmt.Sprintf("security=selinux selinux=1 enforcing=%d %s", enforcing, s.Append),
-		Devices: []string{"-drive", disk(image, "snapshot=on"), "-drive", disk(files, "readonly=on")},
+		Devices: append(slices.Clone(root), "-drive", disk(files, "readonly=on")),
 	}, nil
 }
