@@ -47,6 +47,11 @@ const (
 	// the rest, and finding this many takes the file system milliseconds.
 	MaxExtents = 1 << 13
 
+	// ExtentsLooked bounds the extents of a disk that one block status looks
+	// at: neighbours of one state are a single descriptor, however many they
+	// are. Enough for a layer that reports its pieces one by one.
+	ExtentsLooked = 4 * MaxExtents
+
 	// HoleRead is the shortest read for which a known hole is looked up: below
 	// it, sending zeroes costs less.
 	HoleRead = 32 << 10

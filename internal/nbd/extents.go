@@ -138,16 +138,19 @@ func state(x backing.Extent) (f uint32) {
 // statusList merges equal neighbours and keeps compact lengths below 2^32
 // (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS").
 type statusList struct {
-	list []backing.Status
-	wide bool // lengths have 64 bits
-	one  bool // REQ_ONE: there is one extent, cut where it has to be
+	list   []backing.Status
+	looked int  // at so many extents
+	wide   bool // lengths have 64 bits
+	one    bool // REQ_ONE: there is one extent, cut where it has to be
 }
 
 // maxCompactExtent is the longest extent of a compact reply, a multiple of
 // every block size.
 const maxCompactExtent = math.MaxUint32 &^ (64<<10 - 1)
 
+// add takes the next extent and reports whether more is wanted.
 func (e *statusList) add(x backing.Status) bool {
+	e.looked++
 	if k := len(e.list) - 1; k >= 0 && e.list[k].Value == x.Value {
 		x.Len += e.list[k].Len
 		e.list = e.list[:k]
@@ -168,5 +171,5 @@ func (e *statusList) add(x backing.Status) bool {
 		return false
 	}
 	e.list = append(e.list, x)
-	return true
+	return e.looked < limits.ExtentsLooked
 }
