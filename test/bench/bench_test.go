@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -72,6 +74,7 @@ func TestTableLinesHaveEqualWidth(t *testing.T) {
 		{Case: "rr4k-q32", Peer: "b"},
 		{Case: "memory", Peer: "b", RSS: 2048, RSSPerCon: 16},
 		{Case: "s-memory", Peer: "b", RSS: 2048, RSSPerCon: 16, RSSPerExport: 12.3},
+		{Case: "c-q32", Peer: "b", Ratio: 1.01, Spread: spread{Rounds: 60, LowQuarter: 0.9, HighQuarter: 1.1, Low: 1, High: 1.02}},
 		{Case: "s-rate", Peer: "b", MBps: 50, Limit: 50, WindowMin: 0.9, WindowMax: 1.1},
 	}
 	var out bytes.Buffer
@@ -151,8 +154,8 @@ func TestRatioOfACaseMayHaveItsOwnBaselineAndValue(t *testing.T) {
 		{Case: "q-zlib-1m", Peer: qemuPeer, PerIO: 9, MBps: 500},
 		{Case: "q-zlib-1m", Peer: "vmdiskd", PerIO: 1, MBps: 1500},
 	}
-	if got := ratio(samples, "q-zlib-1m", "vmdiskd", "nbdkit"); got != 3 {
-		t.Errorf("ratio: got %v, want 3, by MB/s", got)
+	if got := ratios(samples, "q-zlib-1m", "vmdiskd", "nbdkit"); len(got) != 1 || got[0] != 3 {
+		t.Errorf("ratios: got %v, want 3, by MB/s", got)
 	}
 }
 
@@ -281,6 +284,24 @@ func runLoad(t *testing.T, load string, server *testenv.Server, args ...string) 
 		t.Fatalf("%s: %v", out, err)
 	}
 	return s
+}
+
+// TestServerTimeIsFinerThanATick: the kernel's tick is 10 ms.
+func TestServerTimeIsFinerThanATick(t *testing.T) {
+	load, server, _ := startLoad(t)
+	var s struct {
+		CPU float64 `json:"server_cpu_s"`
+	}
+	for range 5 {
+		out := testenv.Run(t, load, "-u", server.Socket, "-p", strconv.Itoa(server.Pid()), "-t", "0.05", "-w", "0.05")
+		if err := json.Unmarshal([]byte(out), &s); err != nil {
+			t.Fatal(err)
+		}
+		if math.Abs(math.Remainder(s.CPU, 0.01)) > 1e-5 {
+			return
+		}
+	}
+	t.Errorf("processor time is a whole number of ticks: %v s", s.CPU)
 }
 
 func TestMemoryIsReadWithIdleConnections(t *testing.T) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -33,6 +34,22 @@ type testCase struct {
 	attach bool
 	// peers replaces those of the command line.
 	peers string
+	// parts, if not 0, cuts each round of a case that only reads a raw image
+	// into so many, which share its time: for a difference that is less than
+	// what one measurement is off by.
+	parts int
+}
+
+// confineParts are of 50 ms each by default.
+const confineParts = 40
+
+// confined is the peer with all of confinement: strict does not start with
+// less, and as root only for another user.
+func confined() string {
+	if os.Geteuid() == 0 {
+		return "vmdiskd --confine=strict --user=nobody"
+	}
+	return "vmdiskd --confine=strict"
 }
 
 func byIOPS(s sample) float64 { return s.IOPS }
@@ -68,6 +85,9 @@ var cases = []testCase{
 	{name: "q-rw4k", about: "the same: 4 KiB random write, in place", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: plainImage, writes: true, small: true, versus: qemuPeer},
 	{name: "q-alloc", about: "empty qcow2 overlay on a sparse raw disk of 64 GiB: 4 KiB random write, QD32, each to a new cluster", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: overlayImage, fresh: true, writes: true, versus: qemuPeer},
 	{name: "q-cow", about: "empty qcow2 overlay on the raw image: 4 KiB random write, QD32, to new clusters as long as there are", load: []string{"-o", "randwrite", "-b", "4096", "-q", "32"}, image: copyImage, fresh: true, writes: true, versus: qemuPeer},
+	{name: "c-q32", about: "what confinement costs: 4 KiB random read, QD32, in many short rounds; the goal is less than 2 % more", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "vmdiskd --confine=off," + confined(), versus: "vmdiskd --confine=off", parts: confineParts},
+	{name: "c-q1", about: "the same at QD1", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "vmdiskd --confine=off," + confined(), versus: "vmdiskd --confine=off", parts: confineParts},
+	{name: "c-q1-sleep", about: "the same at QD1, by servers that never poll: what polling costs would hide the rest", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "vmdiskd --confine=off --poll-max=0," + confined() + " --poll-max=0", versus: "vmdiskd --confine=off --poll-max=0", parts: confineParts},
 	{name: "s-layers", about: "service with one export, whose layers are all there and do nothing: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "vmdiskd,service 1", versus: "vmdiskd"},
 	{name: "s-exports", about: "service, one export of many is busy: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "service 1,service 10,service 100,service 1000", versus: "service 1"},
 	{name: "s-add", about: "the same at QD1, while an export is added and removed 20 times a second; compared by p99", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "service 10,service 10 adding", versus: "service 10", by: byP99},
@@ -170,6 +190,7 @@ func (p peer) options(c testCase, image string) (o testenv.Options, ok bool) {
 		return args, ok
 	}
 	if !c.direct {
+		o.ReadOnly = c.parts > 0 // its servers share the image
 		return o, true
 	}
 	args, ok := directArgs[p.kind.Program]

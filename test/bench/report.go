@@ -27,6 +27,7 @@ type row struct {
 	RSSPerExport         float64 // 0: there is nothing to compare with
 	WindowMin, WindowMax float64 // 0 and 0: not looked at
 	Limit                float64 // of a service in MB/s; 0 is none
+	Spread               spread  // of the ratio, in a case of many short rounds
 }
 
 // summarize returns a row for each case and peer, in the order of appearance.
@@ -53,8 +54,9 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 		}
 		return median(values)
 	}
+	compared := ratios(samples, name, peerName, baseline)
 	r := row{
-		Case: name, Peer: peerName, Ratio: ratio(samples, name, peerName, baseline),
+		Case: name, Peer: peerName, Ratio: median(compared),
 		PerIO:     of(func(s sample) float64 { return s.PerIO }),
 		IOPS:      of(func(s sample) float64 { return s.IOPS }),
 		MBps:      of(func(s sample) float64 { return s.MBps }),
@@ -68,6 +70,9 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 	if p, err := parsePeers(peerName); err == nil && p[0].exports > 0 {
 		r.Limit = float64(p[0].rate) / 1e6
 		r.RSSPerExport = perExport(samples, name, r.RSS, p[0].exports)
+	}
+	if i := indexCase(name); i >= 0 && cases[i].parts > 0 && peerName != cases[i].versus {
+		r.Spread = spreadOf(compared)
 	}
 	return r
 }
@@ -87,8 +92,9 @@ func perExport(samples []sample, name string, rss float64, exports int) float64 
 	return (rss - median(single)) / float64(exports-1)
 }
 
-// ratio compares round by round what the case is about.
-func ratio(samples []sample, name, peerName, baseline string) float64 {
+// ratios compares round by round what the case is about; where there is nothing
+// to compare with, it has none.
+func ratios(samples []sample, name, peerName, baseline string) []float64 {
 	value := func(s sample) float64 { return s.PerIO }
 	if i := indexCase(name); i >= 0 {
 		baseline = cmp.Or(cases[i].versus, baseline)
@@ -104,11 +110,12 @@ func ratio(samples []sample, name, peerName, baseline string) float64 {
 	}
 	var ratios []float64
 	for _, s := range samples {
-		if s.Case == name && s.Peer == peerName && base[s.Round] > 0 {
+		// A short round of a busy machine may have no request at all.
+		if s.Case == name && s.Peer == peerName && base[s.Round] > 0 && value(s) > 0 {
 			ratios = append(ratios, value(s)/base[s.Round])
 		}
 	}
-	return median(ratios)
+	return ratios
 }
 
 // median returns 0 for no values.
@@ -143,6 +150,7 @@ func writeTable(w io.Writer, rows []row) {
 	}
 	writeMemory(w, rows, width)
 	writeRates(w, rows, width)
+	writeSpreads(w, rows, width)
 }
 
 func writeRates(w io.Writer, rows []row, width int) {
@@ -260,7 +268,9 @@ func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
 	}
 	fmt.Fprintf(w, "\n## Results\n\n`CPU us/io` is the server's own processor time (user and system) per request. "+
 		"`ratio` is that time divided by the first peer's in the same round; in the direct case it is IOPS divided by those of "+
-		"fio on the same file; the q- cases are compared with qemu-nbd-uring, those of 1 MiB from compressed images by MB/s; the s- cases name what they are compared with. All figures are medians over the rounds.\n\n")
+		"fio on the same file; the q- cases are compared with qemu-nbd-uring, those of 1 MiB from compressed images by MB/s; the s- cases name what they are compared with, and the c- cases are compared with the same server that nothing confines. "+
+		"All figures are medians over the rounds. Where rounds are many and short, a table says how far half of them lie apart, "+
+		"and within what bounds the median is known: a difference that they hold on both sides of 0 is none that this run can show.\n\n")
 	writeTable(w, rows)
 	fmt.Fprintf(w, "\n## How to repeat\n\n```\nmake bench\n"+
 		"go run ./test/bench --cases rr4k-q32 --peers 'nbdkit,vmdiskd,vmdiskd --engine=pool' --rounds 5\n```\n")

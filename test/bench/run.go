@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -129,8 +130,7 @@ func (b *bench) settle() error {
 // measure runs one case once against one peer. ok is false when the peer does
 // not take part in this case.
 func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok bool, err error) {
-	o, ok := p.options(c, b.image)
-	if !ok {
+	if _, ok := p.options(c, b.image); !ok {
 		return sample{}, false, nil
 	}
 	dir, err := os.MkdirTemp("", "vmdb")
@@ -146,12 +146,7 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	if err := b.warm(c.small); err != nil {
 		return sample{}, true, err
 	}
-	if p.exports > 0 {
-		if err := b.configure(dir, b.image, p.service); err != nil {
-			return sample{}, true, err
-		}
-	}
-	server, err := p.kind.Launch(ctx, dir, o, "taskset", "-c", serverCPU)
+	server, err := b.launch(ctx, c, p, dir)
 	if err != nil {
 		return sample{}, true, err
 	}
@@ -165,11 +160,11 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 		s, err = b.memory(ctx, server)
 	case p.adding:
 		stop := b.disturb(ctx, dir)
-		s, err = b.runLoad(ctx, server, c.load)
+		s, err = b.runLoad(ctx, server, c)
 		n, failed := stop()
 		s.Added, err = n, errors.Join(err, failed)
 	default:
-		s, err = b.runLoad(ctx, server, c.load)
+		s, err = b.runLoad(ctx, server, c)
 	}
 	if err == nil && c.writes {
 		err = b.settle()
@@ -180,11 +175,29 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	return s, true, nil
 }
 
-func (b *bench) runLoad(ctx context.Context, server *testenv.Server, load []string) (s sample, err error) {
-	args := []string{"-c", loadCPU, b.load, "-u", server.Socket,
-		"-p", strconv.Itoa(server.Pid()), "-t", strconv.FormatFloat(b.secs, 'f', -1, 64)}
+// launch starts a peer that takes part in the case, with a folder of its own.
+// The caller calls Stop.
+func (b *bench) launch(ctx context.Context, c testCase, p peer, dir string, wrap ...string) (*testenv.Server, error) {
+	if p.exports > 0 {
+		if err := b.configure(dir, b.image, p.service); err != nil {
+			return nil, err
+		}
+	}
+	o, _ := p.options(c, b.image)
+	return p.kind.Launch(ctx, dir, o, append([]string{"taskset", "-c", serverCPU}, wrap...)...)
+}
+
+func (b *bench) runLoad(ctx context.Context, server *testenv.Server, c testCase) (s sample, err error) {
+	seconds := func(s float64) string { return strconv.FormatFloat(s, 'f', -1, 64) }
+	args := []string{"-c", loadCPU, b.load, "-u", server.Socket, "-p", strconv.Itoa(server.Pid())}
+	if c.parts > 0 {
+		part := seconds(b.secs / float64(c.parts))
+		args = append(args, "-t", part, "-w", part)
+	} else {
+		args = append(args, "-t", seconds(b.secs))
+	}
 	var stderr strings.Builder
-	cmd := exec.CommandContext(ctx, "taskset", append(args, load...)...)
+	cmd := exec.CommandContext(ctx, "taskset", append(args, c.load...)...)
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -296,7 +309,7 @@ func parseFio(out []byte) (s sample, err error) {
 }
 
 // runAll measures every case with every peer, round by round: a drift of the
-// machine hits all of them alike. Odd rounds go through the peers backwards.
+// machine hits all of them alike.
 func (b *bench) runAll(ctx context.Context, chosen []testCase, peers []peer, rounds int, progress io.Writer) ([]sample, error) {
 	var all []sample
 	for _, c := range chosen {
@@ -311,32 +324,47 @@ func (b *bench) runAll(ctx context.Context, chosen []testCase, peers []peer, rou
 			}
 		}
 		for round := range rounds {
-			for i := range peers {
-				if round%2 == 1 {
-					i = len(peers) - 1 - i
-				}
-				s, ok, err := b.measure(ctx, c, peers[i])
-				if err != nil {
-					return all, err
-				}
-				if ok {
-					s.Case, s.Peer, s.Round = c.name, peers[i].name, round
-					all = append(all, s)
-				}
-			}
-			if !c.direct {
-				continue
-			}
-			s, err := b.fio(ctx)
+			some, err := b.round(ctx, c, peers, round)
 			if err != nil {
 				return all, err
 			}
-			s.Case, s.Peer, s.Round = c.name, fioPeer, round
-			all = append(all, s)
+			all = append(all, some...)
 		}
 		fmt.Fprintf(progress, "%s %s\n", time.Now().Format(time.TimeOnly), c.name)
 	}
 	return all, nil
+}
+
+// round measures a case once with every peer that takes part.
+func (b *bench) round(ctx context.Context, c testCase, peers []peer, round int) (all []sample, err error) {
+	if c.parts > 0 {
+		return b.roundInParts(ctx, c, peers, round)
+	}
+	for _, p := range inTurn(peers, round) {
+		s, ok, err := b.measure(ctx, c, p)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			s.Case, s.Peer, s.Round = c.name, p.name, round
+			all = append(all, s)
+		}
+	}
+	if !c.direct {
+		return all, nil
+	}
+	s, err := b.fio(ctx)
+	s.Case, s.Peer, s.Round = c.name, fioPeer, round
+	return append(all, s), err
+}
+
+// inTurn has odd rounds go backwards: nobody is always the first.
+func inTurn[T any](list []T, round int) []T {
+	list = slices.Clone(list)
+	if round%2 == 1 {
+		slices.Reverse(list)
+	}
+	return list
 }
 
 // onDisk refuses a folder whose files would live in memory only.

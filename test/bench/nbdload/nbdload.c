@@ -657,23 +657,20 @@ static void drain(int ep, const struct conn *conns)
 		die("requests were never answered");
 }
 
+// server_cpu is the processor time of all threads of the server, ended ones too,
+// in seconds: to the nanosecond, which /proc/PID/stat has in ticks only.
 static double server_cpu(void)
 {
-	char path[64], text[2048];
-	unsigned long user, system;
+	struct timespec t;
+	clockid_t clock;
 	if (!opt.pid)
 		return 0;
-	snprintf(path, sizeof path, "/proc/%d/stat", opt.pid);
-	FILE *f = fopen(path, "r");
-	if (!f)
-		die("%s: %s", path, strerror(errno));
-	size_t n = fread(text, 1, sizeof text - 1, f);
-	fclose(f);
-	text[n] = 0;
-	const char *after = strrchr(text, ')'); // the name may hold anything
-	if (!after || sscanf(after + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
-		die("%s is not readable", path);
-	return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+	int err = clock_getcpuclockid(opt.pid, &clock);
+	if (!err && clock_gettime(clock, &t) < 0)
+		err = errno;
+	if (err)
+		die("processor time of process %d: %s", opt.pid, strerror(err));
+	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
 // window_part is a window's bytes as part of the mean.
@@ -688,7 +685,7 @@ static void report(double seconds, double cpu)
 	printf("{\"op\":\"%s\",\"block\":%u,\"depth\":%u,\"connections\":%u,\"seconds\":%.3f,"
 		"\"requests\":%" PRIu64 ",\"errors\":%" PRIu64 ",\"mismatches\":%" PRIu64 ","
 		"\"iops\":%.0f,\"mb_per_s\":%.1f,\"p50_us\":%.1f,\"p99_us\":%.1f,"
-		"\"server_cpu_s\":%.2f,\"server_us_per_io\":%.3f,\"window_min\":%.3f,\"window_max\":%.3f}\n",
+		"\"server_cpu_s\":%.6f,\"server_us_per_io\":%.3f,\"window_min\":%.3f,\"window_max\":%.3f}\n",
 		opt.op, opt.block, opt.depth, opt.connections, seconds,
 		stats.requests, stats.errors, stats.mismatches,
 		n / seconds, n * opt.block / seconds / 1e6,
