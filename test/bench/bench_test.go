@@ -74,6 +74,8 @@ func TestTableLinesHaveEqualWidth(t *testing.T) {
 		{Case: "rr4k-q32", Peer: "b"},
 		{Case: "memory", Peer: "b", RSS: 2048, RSSPerCon: 16},
 		{Case: "s-memory", Peer: "b", RSS: 2048, RSSPerCon: 16, RSSPerExport: 12.3},
+		{Case: "start", Peer: "b", Starts: 10, P50: 12345, P99: 98765, Ready: 10000, Ratio: 0.5},
+		{Case: "start", Peer: "c", Starts: 10, P50: 12345, P99: 98765},
 		{Case: "c-q32", Peer: "b", Ratio: 1.01, Spread: spread{Rounds: 60, LowQuarter: 0.9, HighQuarter: 1.1, Low: 1, High: 1.02}},
 		{Case: "s-rate", Peer: "b", MBps: 50, Limit: 50, WindowMin: 0.9, WindowMax: 1.1},
 	}

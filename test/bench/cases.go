@@ -32,6 +32,8 @@ type testCase struct {
 	by     func(sample) float64
 	// attach measures commands on a machine instead of requests.
 	attach bool
+	// start measures starts instead of requests.
+	start bool
 	// peers replaces those of the command line.
 	peers string
 	// parts, if not 0, cuts each round of a case that only reads a raw image
@@ -54,6 +56,7 @@ func confined() string {
 
 func byIOPS(s sample) float64 { return s.IOPS }
 func byMBps(s sample) float64 { return s.MBps }
+func byP50(s sample) float64  { return s.P50 }
 func byP99(s sample) float64  { return s.P99 }
 
 // idleConnections is what the memory case compares with a single connection.
@@ -88,13 +91,14 @@ var cases = []testCase{
 	{name: "c-q32", about: "what confinement costs: 4 KiB random read, QD32, in many short rounds; the goal is less than 2 % more", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "vmdiskd --confine=off," + confined(), versus: "vmdiskd --confine=off", parts: confineParts},
 	{name: "c-q1", about: "the same at QD1", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "vmdiskd --confine=off," + confined(), versus: "vmdiskd --confine=off", parts: confineParts},
 	{name: "c-q1-sleep", about: "the same at QD1, by servers that never poll: what polling costs would hide the rest", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "vmdiskd --confine=off --poll-max=0," + confined() + " --poll-max=0", versus: "vmdiskd --confine=off --poll-max=0", parts: confineParts},
+	{name: "start", about: "from the start of a program with one export until it says READY=1, if it does, and until a client has its greeting; the goal is less than 100 ms", start: true, peers: "nbdkit,qemu-nbd,qemu-nbd-uring,vmdiskd --confine=off,vmdiskd," + confined() + ",service 1", versus: "nbdkit", by: byP50},
 	{name: "s-layers", about: "service with one export, whose layers are all there and do nothing: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "vmdiskd,service 1", versus: "vmdiskd"},
 	{name: "s-exports", about: "service, one export of many is busy: 4 KiB random read, QD32", load: []string{"-o", "randread", "-b", "4096", "-q", "32"}, peers: "service 1,service 10,service 100,service 1000", versus: "service 1"},
 	{name: "s-add", about: "the same at QD1, while an export is added and removed 20 times a second; compared by p99", load: []string{"-o", "randread", "-b", "4096", "-q", "1"}, peers: "service 10,service 10 adding", versus: "service 10", by: byP99},
 	{name: "s-rate", about: fmt.Sprintf("4 KiB random read, QD32, limited to %d MiB/s: what comes as part of the limit, and in the quietest and the busiest 10 ms as parts of their mean", rateMiB), load: []string{"-o", "randread", "-b", "4096", "-q", "32", "-j", "10"}, peers: fmt.Sprintf("service 1 rate=%dM", rateMiB), by: byMBps},
 	{name: "s-attach", about: "vmdiskctl attach to a QEMU that does not run, over SCSI: latency of the whole command, processor time of the program", attach: true, peers: "service 1"},
 	{name: "s-memory", about: "resident memory of a service with few and many exports", peers: "service 1,service 1000"},
-	{name: "memory", about: fmt.Sprintf("resident memory, 1 and %d idle connections", idleConnections)},
+	{name: "memory", about: fmt.Sprintf("resident memory of a server with one export, 1 and %d idle connections; the goal is less than 24 MiB with 1", idleConnections)},
 }
 
 // chooseCases returns the named cases, all of them for an empty list.

@@ -27,6 +27,8 @@ type row struct {
 	RSSPerExport         float64 // 0: there is nothing to compare with
 	WindowMin, WindowMax float64 // 0 and 0: not looked at
 	Limit                float64 // of a service in MB/s; 0 is none
+	Ready                float64 // 0: it is not said
+	Starts               float64 // of one round
 	Spread               spread  // of the ratio, in a case of many short rounds
 }
 
@@ -66,6 +68,8 @@ func summarizeOne(samples []sample, name, peerName, baseline string) row {
 		RSSPerCon: of(func(s sample) float64 { return s.RSSPerCon }),
 		WindowMin: of(func(s sample) float64 { return s.WindowMin }),
 		WindowMax: of(func(s sample) float64 { return s.WindowMax }),
+		Ready:     of(func(s sample) float64 { return s.Ready }),
+		Starts:    of(func(s sample) float64 { return float64(s.Starts) }),
 	}
 	if p, err := parsePeers(peerName); err == nil && p[0].exports > 0 {
 		r.Limit = float64(p[0].rate) / 1e6
@@ -142,13 +146,14 @@ func writeTable(w io.Writer, rows []row) {
 	fmt.Fprintf(w, "|%s|%s|%s|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2),
 		dashes(10)+":", dashes(7)+":", dashes(10)+":", dashes(9)+":", dashes(10)+":", dashes(10)+":")
 	for _, r := range rows {
-		if r.RSS > 0 {
+		if r.RSS > 0 || r.Starts > 0 {
 			continue
 		}
 		fmt.Fprintf(w, "| %-10s | %-*s | %9.2f | %6s | %9.0f | %8.0f | %9.1f | %9.1f |\n",
 			r.Case, width, r.Peer, r.PerIO, ratioText(r.Ratio), r.IOPS, r.MBps, r.P50, r.P99)
 	}
 	writeMemory(w, rows, width)
+	writeStarts(w, rows, width)
 	writeRates(w, rows, width)
 	writeSpreads(w, rows, width)
 }

@@ -42,6 +42,8 @@ type sample struct {
 	RSS       float64 `json:"rss_kib,omitempty"`      // with 1 idle connection
 	RSSPerCon float64 `json:"rss_conn_kib,omitempty"` // for each further one
 	Added     int     `json:"added,omitempty"`        // exports, while it was measured
+	Starts    int     `json:"starts,omitempty"`       // whose greetings P50 and P99 are about
+	Ready     float64 `json:"ready_us,omitempty"`     // median of READY=1; 0: it is not said
 	WindowMin float64 `json:"window_min,omitempty"`   // quietest and busiest window of -j,
 	WindowMax float64 `json:"window_max,omitempty"`   // as part of their mean
 }
@@ -145,6 +147,10 @@ func (b *bench) measure(ctx context.Context, c testCase, p peer) (s sample, ok b
 	}
 	if err := b.warm(c.small); err != nil {
 		return sample{}, true, err
+	}
+	if c.start {
+		s, err := b.starts(ctx, c, p)
+		return s, true, err
 	}
 	server, err := b.launch(ctx, c, p, dir)
 	if err != nil {
