@@ -3,10 +3,13 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"flag"
 	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -191,6 +194,42 @@ func TestMarkdownTellsMachineCasesAndHowToRepeat(t *testing.T) {
 	for _, want := range []string{"a processor", "6.18", "nbdkit 1.32", "1024 MiB", "4 KiB random read, QD1", "20.00", "make bench"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing in:\n%s", want, out.String())
+		}
+	}
+}
+
+// TestPageStartsWithTheHead: how to run the cases does not wait for the next run
+// of all, and names cases and options that there are.
+func TestPageStartsWithTheHead(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(testenv.Root(), "docs", "benchmarks.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(string(page), pageHead) {
+		t.Error("docs/benchmarks.md does not start with test/bench/head.md")
+	}
+	commands := 0
+	for line := range strings.Lines(pageHead) {
+		args, ok := strings.CutPrefix(strings.TrimSpace(line), "go run ./test/bench --cases ")
+		if !ok {
+			continue
+		}
+		commands++
+		names, _, _ := strings.Cut(args, " ")
+		if _, err := chooseCases(names); err != nil {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+	if commands == 0 {
+		t.Error("the head has no command that chooses cases")
+	}
+	var help bytes.Buffer
+	if _, err := parseFlags([]string{"--help"}, &help); !errors.Is(err, flag.ErrHelp) {
+		t.Fatalf("help: %v", err)
+	}
+	for _, m := range regexp.MustCompile("--([a-z]+)").FindAllStringSubmatch(pageHead, -1) {
+		if name := m[1]; name != "help" && name != "engine" && !strings.Contains(help.String(), "  -"+name) {
+			t.Errorf("the head names --%s, which the help does not", name)
 		}
 	}
 }

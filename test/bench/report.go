@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"fmt"
 	"io"
 	"maps"
@@ -255,11 +256,14 @@ func firstLine(ctx context.Context, name string, args ...string) string {
 	return line
 }
 
+// pageHead is what the page starts with, whatever was measured.
+//
+//go:embed head.md
+var pageHead string
+
 // writeMarkdown writes the page that docs/benchmarks.md is.
 func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
-	fmt.Fprintf(w, "# Benchmarks\n\nWritten by `make bench`; to repeat it, run that again. "+
-		"All peers ran on one machine in one run, case by case and round by round in turn, so that a drift of the "+
-		"machine hits all of them alike. Compare the ratios: absolute figures are this machine's.\n\n")
+	fmt.Fprint(w, pageHead)
 	fmt.Fprintf(w, "| what | value |\n|---|---|\n| date | %s |\n| processor | %s, %d CPUs |\n| memory | %s |\n| kernel | %s |\n",
 		f.Date, f.CPU, f.CPUs, f.Memory, f.Kernel)
 	for _, name := range slices.Sorted(maps.Keys(f.Versions)) {
@@ -277,6 +281,4 @@ func writeMarkdown(w io.Writer, f facts, chosen []testCase, rows []row) {
 		"All figures are medians over the rounds. Where rounds are many and short, a table says how far half of them lie apart, "+
 		"and within what bounds the median is known: a difference that they hold on both sides of 0 is none that this run can show.\n\n")
 	writeTable(w, rows)
-	fmt.Fprintf(w, "\n## How to repeat\n\n```\nmake bench\n"+
-		"go run ./test/bench --cases rr4k-q32 --peers 'nbdkit,vmdiskd,vmdiskd --engine=pool' --rounds 5\n```\n")
 }
