@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -36,6 +37,9 @@ func TestMain(m *testing.M) {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)
 			}
+		}
+		if slices.ContainsFunc(os.Args, func(arg string) bool { return strings.HasPrefix(arg, "--swap") }) {
+			go answerWithMallocs()
 		}
 		os.Unsetenv(asProgram)
 		os.Exit(run(os.Args[1:]))

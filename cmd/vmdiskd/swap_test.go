@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -12,6 +15,25 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
+
+// mallocsPrefix is what the line starts with that a server of swap, when it is
+// the test binary, answers SIGWINCH with on standard error: how often it has
+// allocated until then. Its command line is all that the worker knows of a test.
+const mallocsPrefix = "mallocs "
+
+func answerWithMallocs() {
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, unix.SIGWINCH)
+	var m runtime.MemStats
+	line := make([]byte, 0, 64)
+	for range asked {
+		runtime.ReadMemStats(&m)
+		line = strconv.AppendUint(append(line[:0], mallocsPrefix...), m.Mallocs, 10)
+		if _, err := unix.Write(unix.Stderr, append(line, '\n')); err != nil {
+			panic(err)
+		}
+	}
+}
 
 // unprivileged is program without the capabilities that --swap takes, and with
 // a limit of locked memory that is no use to a Go program.
