@@ -201,7 +201,7 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 	for _, s := range f.grants {
 		g, err := parseGrant(s)
 		if err != nil {
-			return usage("--grant: %v", err)
+			return usage("--%v", err)
 		}
 		x.Grants = append(x.Grants, g)
 	}

@@ -34,6 +34,11 @@ The clients of an export that is called kick: vmdiskctl clients -- kick`,
 				if err != nil {
 					return err
 				}
+				if export != nil && *export != "" && len(list) == 0 {
+					if _, err := cl.Export(ctx, *export); err != nil { // a name that nobody has
+						return err
+					}
+				}
 				slices.SortFunc(list, func(a, b api.Client) int { return cmp.Compare(a.ID, b.ID) })
 				if f.json {
 					return writeJSON(c.OutOrStdout(), list)

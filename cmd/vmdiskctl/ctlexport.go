@@ -3,6 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"path/filepath"
 	"slices"
@@ -130,7 +132,11 @@ open it any more at once, and its clients are told to leave. The image stays.`,
 					}
 					return f.did(c, e, "export %s, with %d clients, would be removed", shown(e.Name), e.Clients)
 				}
-				if err := cl.Remove(ctx, args[0], force, timeout); err != nil {
+				err := cl.Remove(ctx, args[0], force, timeout)
+				if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.CodeInUse && !force {
+					return fmt.Errorf("%w; vmdiskctl clients %s lists who has it open, --force cuts them off", err, shown(args[0]))
+				}
+				if err != nil {
 					return err
 				}
 				return f.did(c, map[string]string{"name": args[0]}, "export %s is removed", shown(args[0]))

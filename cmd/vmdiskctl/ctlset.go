@@ -229,7 +229,10 @@ func parseRate(s string) (*config.Rate, error) {
 // parseGrant reads GRANT: the access and facts with commas between, or JSON.
 func parseGrant(s string) (g config.Grant, err error) {
 	if strings.HasPrefix(s, "{") {
-		return g, config.DecodeJSON([]byte(s), &g)
+		if err := config.DecodeJSON([]byte(s), &g); err != nil {
+			return g, usage("grant: %w", err)
+		}
+		return g, nil
 	}
 	word, rest, more := strings.Cut(s, ",")
 	if word != "rw" && word != "ro" && word != "none" {

@@ -160,9 +160,9 @@ func redrawn(lines []string, columns, rows int) string {
 }
 
 func topTable(list []load) *table {
-	t := &table{head: []string{"EXPORT", "READ/S ", "WRITE/S ", "ALL/S ", "READ MB/S ", "WRITE MB/S ", "P50 ", "P99 ", "IN FLIGHT ", "ERRORS/S "}}
+	t := &table{head: []string{"EXPORT", "READ/S ", "WRITE/S ", "ALL/S ", "READ MIB/S ", "WRITE MIB/S ", "P50 ", "P99 ", "IN FLIGHT ", "ERRORS/S "}}
 	rate := func(v float64) string { return strconv.FormatFloat(v, 'f', 0, 64) }
-	mega := func(v float64) string { return strconv.FormatFloat(v/1e6, 'f', 1, 64) }
+	mega := func(v float64) string { return strconv.FormatFloat(v/(1<<20), 'f', 1, 64) }
 	for _, l := range list {
 		t.add(shown(l.Export), rate(l.ReadIOPS), rate(l.WriteIOPS), rate(l.IOPS), mega(l.ReadBytes), mega(l.WriteBytes),
 			latency(l.P50), latency(l.P99), strconv.Itoa(l.InFlight), rate(l.Errors))

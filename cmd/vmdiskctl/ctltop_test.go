@@ -124,9 +124,9 @@ func TestTopPrintsATable(t *testing.T) {
 		{Export: "web", InFlight: 3, IOPS: 1250, ReadIOPS: 1000, WriteIOPS: 250, ReadBytes: 4.096e6, WriteBytes: 1.5e6, P50: 128, P99: 2048},
 		{Export: "a b"},
 	}).lines(), "\n")
-	want := `EXPORT  READ/S  WRITE/S  ALL/S  READ MB/S  WRITE MB/S    P50  P99  IN FLIGHT  ERRORS/S
-web       1000      250   1250        4.1         1.5  128µs  2ms          3         0
-"a b"        0        0      0        0.0         0.0      -    -          0         0`
+	want := `EXPORT  READ/S  WRITE/S  ALL/S  READ MIB/S  WRITE MIB/S    P50  P99  IN FLIGHT  ERRORS/S
+web       1000      250   1250         3.9          1.4  128µs  2ms          3         0
+"a b"        0        0      0         0.0          0.0      -    -          0         0`
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
