@@ -36,6 +36,10 @@ func TestPowerCutsLoseNothingThatWasFlushed(t *testing.T) {
 				}
 				states += n
 			}
+			if got := s.judge.images; got != states {
+				t.Errorf("qemu-img has judged %d of %d states", got, states)
+			}
+			t.Logf("%d states, %d of them distinct", states, len(s.judge.known))
 		})
 	}
 }
@@ -54,7 +58,7 @@ func TestPowerCutsAfterFailures(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 0))
 			h, r := s.start(t)
 			r.Faulty = true
-			cuts := disktest.PowerCuts{Format: s.format(), Oracle: r.Oracle, Files: h.files, PerSync: 4}
+			cuts := disktest.PowerCuts{Format: s.format(), Oracle: r.Oracle, Files: h.files, PerSync: 4, Check: s.judged}
 			cuts.Start(rnd, share-states)
 			shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 40, Largest: 40 * s.cluster}
 			script := shape.Random(rand.New(rand.NewPCG(seed, 1)))

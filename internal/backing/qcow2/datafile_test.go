@@ -29,6 +29,7 @@ func withData(t *testing.T, o create.Options) *specimen {
 	if err := create.Image(t.Context(), s.image, o); err != nil {
 		t.Fatal(err)
 	}
+	s.put(t, "data", nil)
 	return s
 }
 
@@ -58,7 +59,7 @@ func TestPowerCutLeavesTheRawFileTheDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		r := disktest.Run{Dev: dev, Oracle: disktest.NewOracle(bytes.Clone(s.first))}
-		cuts := disktest.PowerCuts{Format: raw, Oracle: r.Oracle, Files: h.files, PerSync: 5}
+		cuts := disktest.PowerCuts{Format: raw, Oracle: r.Oracle, Files: h.files, PerSync: 5, Check: s.judged}
 		cuts.Start(rnd, share-states)
 		shape := disktest.Shape{Size: dataSize, Cluster: s.cluster, Ops: 40, Largest: 40 * s.cluster}
 		script := shape.Random(rnd)

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -38,7 +37,8 @@ type specimen struct {
 	cluster     int64
 	discard     qcow2.Discard
 	bitmaps     bool
-	dir         string // for qemu-img to check images in
+	dir         string // for qemu-img to check images in, with the files that they name
+	judge       *judge // made when it is needed
 
 	perSync, perCall int // of disktest.PowerCuts; 0 for what is usual
 }
@@ -85,6 +85,9 @@ type host struct {
 }
 
 func (s *specimen) host() *host {
+	if s.judge == nil {
+		s.judge = newJudge(s.dir)
+	}
 	h := &host{s, []*storetest.Crash{storetest.NewCrash(s.image.Clone())}}
 	if s.data != nil {
 		h.files = append(h.files, storetest.NewCrash(s.data.Clone()))
@@ -176,10 +179,7 @@ func (s *specimen) episode(seed uint64, script disktest.Script, states int) (tak
 		err = r.Do(ctx, script)
 	} else {
 		rnd := rand.New(rand.NewPCG(seed, 1))
-		cuts := disktest.PowerCuts{Format: s.format(), Oracle: r.Oracle, Files: h.files, PerSync: max(5, s.perSync), PerCall: s.perCall}
-		if s.below == nil && s.data == nil {
-			cuts.Check = judgeSome(rnd, s.dir)
-		}
+		cuts := disktest.PowerCuts{Format: s.format(), Oracle: r.Oracle, Files: h.files, PerSync: max(5, s.perSync), PerCall: s.perCall, Check: s.judged}
 		cuts.Start(rnd, states)
 		err = r.Do(ctx, script)
 		var broken error
@@ -287,6 +287,7 @@ func created(t *testing.T) (list []*specimen) {
 		if tt.o.DataFile != "" {
 			s.data = storetest.New(nil)
 			tt.o.Data = s.data
+			s.put(t, "data", nil)
 		}
 		if tt.below > 0 {
 			tt.o.Backing, tt.o.BackingFormat = "below", "raw"
@@ -294,6 +295,7 @@ func created(t *testing.T) (list []*specimen) {
 			disktest.Fill(raw[:1<<20], 0, belowVersion)
 			s.below = func() (qcow2.Layer, error) { return qcow2.NewRawLayer(storetest.New(raw)) }
 			copy(s.first, raw)
+			s.put(t, "below", raw)
 		}
 		if err := create.Image(t.Context(), s.image, tt.o); err != nil {
 			t.Fatal(err)
@@ -301,6 +303,14 @@ func created(t *testing.T) (list []*specimen) {
 		list = append(list, s)
 	}
 	return append(list, onBlockDevice(list[0]), onBlockDevice(list[1]))
+}
+
+// put makes a file that images of s name.
+func (s *specimen) put(t *testing.T, name string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(s.dir, name), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Versions of what was there before a script.
@@ -418,33 +428,4 @@ func fromQEMUIO(t *testing.T, name, options string, cluster int64, size string, 
 	qemu(t, s.dir, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", "image", "raw")
 	s.image, s.first = storetest.New(b), fileBytes(t, filepath.Join(s.dir, "raw"))
 	return s
-}
-
-// judgeSome has qemu-img check one image in a hundred, in dir.
-func judgeSome(rnd *rand.Rand, dir string) func([]*storetest.Mem) error {
-	return func(files []*storetest.Mem) error {
-		if rnd.IntN(100) > 0 {
-			return nil
-		}
-		_, err := judged(dir, files[0].Contents())
-		return err
-	}
-}
-
-// judged has qemu-img check an image and says whether it leaks. Leaks are no
-// error.
-func judged(dir string, image []byte) (leaks bool, err error) {
-	path := filepath.Join(dir, "judged.qcow2")
-	if err := os.WriteFile(path, image, 0o600); err != nil {
-		return false, err
-	}
-	out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() == 3 {
-		return true, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("qemu-img check: %w\n%s", err, out)
-	}
-	return false, nil
 }

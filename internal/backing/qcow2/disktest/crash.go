@@ -47,8 +47,12 @@ type PowerCuts struct {
 	// PerCall after any other call. If that is 0, it is some after some calls.
 	PerSync, PerCall int
 
-	// Check looks at each state once more; it may be nil.
-	Check func(files []*storetest.Mem) error
+	// Check looks at each state once more, while the run goes on and at up to
+	// checksAtOnce at a time. The files are its own. It may be nil.
+	Check func(f Files) error
+
+	room   chan struct{} // of checksAtOnce
+	checks sync.WaitGroup
 
 	mu     sync.Mutex
 	rnd    *rand.Rand // guarded by mu
@@ -59,9 +63,12 @@ type PowerCuts struct {
 	first, again []byte // guarded by mu: what a state reads as
 }
 
+// checksAtOnce bounds the states that wait for Check, each a copy of the files.
+const checksAtOnce = 2
+
 // Start begins to take up to most states, at calls that rnd picks.
 func (k *PowerCuts) Start(rnd *rand.Rand, most int) {
-	k.rnd, k.most = rnd, most
+	k.rnd, k.most, k.room = rnd, most, make(chan struct{}, checksAtOnce)
 	for _, c := range k.Files {
 		c.SetHook(k.hook)
 	}
@@ -73,6 +80,7 @@ func (k *PowerCuts) Stop() (states int, err error) {
 	for _, c := range k.Files {
 		c.SetHook(nil)
 	}
+	k.checks.Wait()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.states, k.err
@@ -109,11 +117,37 @@ func (k *PowerCuts) take(when string, n int) {
 			files = append(files, data[k.rnd.IntN(len(data))].Clone())
 		}
 		k.states++
+		what := fmt.Sprintf("power cut at %s, which kept %s", when, name)
+		k.check(files, what)
 		if err := k.verify(files, m); err != nil {
-			k.err = fmt.Errorf("power cut at %s, which kept %s: %w", when, name, err)
+			k.err = fmt.Errorf("%s: %w", what, err)
 			return
 		}
 	}
+}
+
+// check begins a Check of a copy of files. k.mu is held.
+func (k *PowerCuts) check(files []*storetest.Mem, what string) {
+	if k.Check == nil {
+		return
+	}
+	k.room <- struct{}{}
+	var list []*storetest.Mem
+	for _, m := range files {
+		list = append(list, m.Clone())
+	}
+	k.checks.Go(func() {
+		err := k.Check(filesOf(list))
+		<-k.room // before mu: who holds it may wait for room
+		if err == nil {
+			return
+		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.err == nil {
+			k.err = fmt.Errorf("%s: %w", what, err)
+		}
+	})
 }
 
 // filesOf opens files once more.
@@ -133,11 +167,6 @@ func (k *PowerCuts) verify(files []*storetest.Mem, m Moment) error {
 	ctx := context.Background()
 	if _, err := k.Format.audit(ctx, filesOf(files)); err != nil {
 		return fmt.Errorf("audit: %w", err)
-	}
-	if k.Check != nil {
-		if err := k.Check(files); err != nil {
-			return err
-		}
 	}
 	dev, err := k.Format.Open(ctx, filesOf(files), true)
 	if err != nil {

@@ -5,7 +5,9 @@ package storetest
 import (
 	"context"
 	"errors"
+	"hash/maphash"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 
@@ -135,6 +137,46 @@ func (m *Mem) Peek(off, n int64) []byte {
 	p := make([]byte, n)
 	m.getLocked(p, off)
 	return p
+}
+
+// Sum differs for any two files with other contents that one will meet. It is the
+// same for those with the same pages.
+func (m *Mem) Sum(seed maphash.Seed) uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	sum := maphash.Comparable(seed, m.size)
+	var h maphash.Hash
+	h.SetSeed(seed)
+	for i, page := range m.pages {
+		h.Reset()
+		maphash.WriteComparable(&h, i)
+		_, _ = h.Write(page[:]) // it never fails
+		sum += h.Sum64()        // in whatever order
+	}
+	return sum
+}
+
+// Update makes a file of the host that holds has, nil for nothing, hold m. It
+// writes only what differs. After an error the file may hold anything.
+func (m *Mem) Update(f *os.File, has *Mem) error {
+	if has == nil {
+		has = New(nil)
+	}
+	now, was := m.Clone(), has.Clone() // that nobody else knows
+	for i := range was.pages {
+		if now.pages[i] == nil {
+			now.pages[i] = new([pageSize]byte)
+		}
+	}
+	for i, page := range now.pages {
+		if page == was.pages[i] {
+			continue
+		}
+		if _, err := f.WriteAt(page[:], i*pageSize); err != nil {
+			return err
+		}
+	}
+	return f.Truncate(now.size)
 }
 
 // Patch overwrites bytes behind the back of whoever uses the file: it is not

@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"hash/maphash"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -94,5 +97,40 @@ func TestMemIsSparse(t *testing.T) {
 	}
 	if err := m.Extents(context.Background(), 0, 1<<40+2, yield); !errors.Is(err, backing.ErrOutOfRange) {
 		t.Errorf("extents beyond the end: %v", err)
+	}
+}
+
+// TestUpdateLeavesTheContents has one file of the host hold states of a file in
+// turn, and tells those states apart.
+func TestUpdateLeavesTheContents(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "held"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	m, seed := New(bytes.Repeat([]byte("old"), 3000)), maphash.MakeSeed()
+	sums := map[uint64]bool{}
+	var has *Mem
+	for i, change := range []func(){
+		func() {},
+		func() { m.Patch(700, []byte("new")) },
+		func() { m.Patch(20000, []byte("behind a hole")) },
+		func() { m.Cut(5000) },
+		func() { m.Cut(9000) },
+		func() { _ = m.Punch(t.Context(), 100, 3000) },
+	} {
+		change()
+		if err := m.Update(f, has); err != nil {
+			t.Fatal(err)
+		}
+		has = m.Clone()
+		got, err := os.ReadFile(f.Name())
+		if err != nil || !bytes.Equal(got, m.Contents()) {
+			t.Errorf("change %d: %v, the file holds other bytes", i, err)
+		}
+		if has.Sum(seed) != m.Sum(seed) || sums[m.Sum(seed)] {
+			t.Errorf("change %d: the sum is not that of a clone, or that of something else", i)
+		}
+		sums[m.Sum(seed)] = true
 	}
 }
