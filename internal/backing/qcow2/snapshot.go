@@ -14,8 +14,9 @@ import (
 const firstSnapshotRead = 64 << 10
 
 // ReadSnapshots reads the snapshot table of the image in st, whose header is h,
-// as far as it has limit bytes. used is how many it takes. What is wrong with
-// the table is an error with a format.Corrupt.
+// as far as it has limit bytes. used is how many it takes. Entries without names
+// take one read, however many there are. What is wrong with the table is an error
+// with a format.Corrupt.
 func ReadSnapshots(ctx context.Context, st store.Store, h *format.Header, limit int64) (list []format.Snapshot, used int, err error) {
 	if h.Snapshots == 0 {
 		return nil, 0, nil
@@ -26,7 +27,7 @@ func ReadSnapshots(ctx context.Context, st store.Store, h *format.Header, limit 
 	}
 	off := int64(h.SnapshotsOffset)
 	most := min(size-off, limit)
-	for n := int64(firstSnapshotRead); ; n *= 4 {
+	for n := max(firstSnapshotRead, h.LeastSnapshotTable()); ; n *= 4 {
 		b := make([]byte, max(0, min(n, most)))
 		if err := store.ReadFull(ctx, st, b, off); err != nil {
 			return nil, 0, err

@@ -9,7 +9,10 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/check"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func snapshotOf(name string) qcow2.Options {
@@ -137,5 +140,50 @@ func TestLargeSnapshotTablesAreReadInPart(t *testing.T) {
 				t.Errorf("Snapshots: %v, want %q", err, tt.kind)
 			}
 		})
+	}
+}
+
+// TestManySnapshotsTakeOneRead is S7: a table of 65536 entries without names is
+// read as one of a single entry is, also where the file ends within it.
+func TestManySnapshotsTakeOneRead(t *testing.T) {
+	b := made(t, "cluster_size=64k", "64M", written)
+	const table, all = 16 << 20, 65536 * 40
+	for name, read := range map[string]func(st *storetest.Mem) error{
+		"open": func(st *storetest.Mem) error {
+			_, err := qcow2.OpenImage(t.Context(), st, quiet())
+			return err
+		},
+		"list": func(st *storetest.Mem) error {
+			h, err := qcow2.ReadHeader(t.Context(), st)
+			if err == nil {
+				_, _, err = qcow2.ReadSnapshots(t.Context(), st, h, limits.SnapshotTable)
+			}
+			if kind := format.Corrupt(""); errors.As(err, &kind) {
+				err = nil // the file ends within the table
+			}
+			return err
+		},
+		"check": func(st *storetest.Mem) error {
+			h, err := qcow2.ReadHeader(t.Context(), st)
+			if err == nil {
+				_, err = check.Run(t.Context(), st, h, check.Options{})
+			}
+			return err
+		},
+	} {
+		counts := func(digits string, end int64) (reads int, bytes int64) {
+			st := storetest.New(patch(t, b, format.OffSnapshots, digits+"0000000001000000"))
+			st.Cut(end)
+			if err := read(st); err != nil {
+				t.Fatalf("%s: %s snapshots in a file of %d bytes: %v", name, digits, end, err)
+			}
+			return st.Count(storetest.Read), st.Bytes(storetest.Read)
+		}
+		want, few := counts("00000001", table+all)
+		for _, end := range []int64{table + all, table + all + 100<<20, table + all/2, table + 100<<10, table + 40} {
+			if got, n := counts("00010000", end); got != want || n > few+all {
+				t.Errorf("%s: %d reads of %d bytes in a file that ends %d bytes into the table, want %d reads", name, got, n, end-table, want)
+			}
+		}
 	}
 }

@@ -106,7 +106,7 @@ func (w *walker) snapshots() error {
 // more of it until all are there.
 func (w *walker) snapshotTable(off int64, n int) (list []format.Snapshot, used int64) {
 	var err error
-	for size := int64(limits.CheckPiece); ; size *= 4 {
+	for size := max(limits.CheckPiece, w.h.LeastSnapshotTable()); ; size *= 4 {
 		all := size >= limits.CheckTable || size >= w.size-off
 		p := make([]byte, max(0, min(size, limits.CheckTable, w.size-off)))
 		if !w.read(p, off) {

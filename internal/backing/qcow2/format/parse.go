@@ -236,7 +236,7 @@ func (h *Header) checkTables() error {
 		return corrupt("reference count table offset %#x invalid", h.RefTableOffset)
 	case h.Snapshots > MaxSnapshots:
 		return corrupt("snapshot table too large: %d snapshots", h.Snapshots)
-	case !g.validTable(h.SnapshotsOffset, int64(h.Snapshots)*snapshotFixed):
+	case !g.validTable(h.SnapshotsOffset, h.LeastSnapshotTable()):
 		return corrupt("snapshot table offset %#x invalid", h.SnapshotsOffset)
 	case h.Snapshots > 0 && h.SnapshotsOffset == 0:
 		return corrupt("snapshot table offset is 0")

@@ -52,6 +52,9 @@ func (s *Snapshot) HasICount() bool { return s.ExtraSize >= extraICount }
 // version 3 must.
 func (s *Snapshot) HasDiskSize() bool { return s.ExtraSize >= extraDisk }
 
+// LeastSnapshotTable is how many bytes the snapshots take at least.
+func (h *Header) LeastSnapshotTable() int64 { return int64(h.Snapshots) * snapshotFixed }
+
 // knownExtra is how much of n bytes of extra data has a meaning.
 func knownExtra(n uint32) int { return int(min(n, extraICount) &^ 7) }
 
