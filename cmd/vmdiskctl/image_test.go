@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -78,28 +79,73 @@ func TestImageCheckHasFieldsAndExitCodesOfQEMU(t *testing.T) {
 	}
 }
 
-// TestImageCheckTellsOfMarks that keep the image from being served for writing,
-// and what the server recommends takes them away.
+// TestImageCheckTellsOfMarks that keep the image from being served for writing.
 func TestImageCheckTellsOfMarks(t *testing.T) {
 	for mark, bit := range map[string]byte{"dirty": 1, "corrupt": 2} {
 		path := qemuImage(t)
-		patchImage(t, path, 72+7, bit)
+		patchImage(t, path, incompatByte, bit)
 		code, stdout, stderr := ctl(t, "image", "check", path)
-		if code != exitCorrupt || !strings.Contains(stdout, "marked "+mark+": it is not served for writing\n") || !strings.Contains(stderr, "qemu-img check -r all") {
+		if code != exitCorrupt || !strings.Contains(stdout, "marked "+mark+": it is not served for writing\n") || !strings.Contains(stderr, "`--repair=leaks` takes the mark away") {
 			t.Errorf("%s: exit code %d, want %d:\n%s%s", mark, code, exitCorrupt, stdout, stderr)
 		}
 		var fields map[string]any
-		must(t, json.Unmarshal([]byte(want(t, exitCorrupt, "image", "check", "--json", "--repair=leaks", path)), &fields))
+		must(t, json.Unmarshal([]byte(want(t, exitCorrupt, "image", "check", "--json", path)), &fields))
 		if key := map[string]string{"dirty": "dirty-flag", "corrupt": "corrupt"}[mark]; fields[key] != true {
 			t.Errorf("%s: got %v, want %s", mark, fields, key)
 		}
-		if code, _, stderr := ctl(t, "image", "resize", path, "+1M"); code == exitDone || !strings.Contains(stderr, "`qemu-img check -r all IMAGE` repairs it") {
+		if code, _, stderr := ctl(t, "image", "resize", path, "+1M"); code == exitDone || !strings.Contains(stderr, "`vmdiskctl image check --repair=leaks IMAGE`") {
 			t.Errorf("%s: resize: exit code %d: %s", mark, code, stderr)
 		}
-		tool(t, "qemu-img", "check", "-q", "-r", "all", path)
+	}
+}
+
+// incompatByte is the offset of the incompatible features that are in use.
+const incompatByte = 72 + 7
+
+// TestRepairTakesMarksAwayLikeQEMU: of an image in which the check finds nothing
+// but leaks, and of no other. It is served for writing then.
+func TestRepairTakesMarksAwayLikeQEMU(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		bits byte
+		leak bool
+	}{{"dirty", 1, false}, {"corrupt", 2, false}, {"dirty and corrupt", 3, false}, {"dirty, leaks", 1, true}} {
+		path := qemuImage(t)
+		if tt.leak {
+			must(t, os.Truncate(path, 0xa0000))
+			patchImage(t, path, 0x20000+2*9, 0, 1)
+		}
+		patchImage(t, path, incompatByte, tt.bits)
+		theirs := filepath.Join(t.TempDir(), "theirs")
+		tool(t, "cp", path, theirs)
+		want(t, exitDone, "image", "check", "--repair=leaks", path)
 		want(t, exitDone, "image", "check", path)
+		tool(t, "qemu-img", "check", "-q", "-r", "leaks", theirs)
+		if a, b := fileBytes(t, path), fileBytes(t, theirs); !bytes.Equal(a, b[:len(a)]) {
+			t.Errorf("%s: the image is not what `qemu-img check -r leaks` makes of it", tt.name)
+		}
 		want(t, exitDone, "image", "resize", path, "+1M")
 	}
+	path := qemuImage(t)
+	patchImage(t, path, incompatByte, 1)
+	patchImage(t, path, 0x2000a, 0, 0) // a data cluster loses its refcount
+	before := fileBytes(t, path)
+	if got := want(t, exitCorrupt, "image", "check", "--repair=leaks", path); !strings.Contains(got, "marked dirty") {
+		t.Errorf("the mark is not named: %s", got)
+	}
+	if !bytes.Equal(fileBytes(t, path), before) {
+		t.Error("the corrupt image was changed")
+	}
+	if _, _, stderr := ctl(t, "image", "check", path); !strings.Contains(stderr, "`qemu-img check -r all` repairs it") {
+		t.Errorf("what repairs it is not named: %s", stderr)
+	}
+}
+
+func fileBytes(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	must(t, err)
+	return b
 }
 
 func TestImageCheckRefusesWhatIsNoImage(t *testing.T) {

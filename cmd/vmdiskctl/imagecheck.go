@@ -31,7 +31,11 @@ type unsound struct {
 func (u unsound) Error() string {
 	text := fmt.Sprintf("%d corruptions and %d leaked clusters found", u.corruptions, u.leaks)
 	if u.mark != "" {
-		text += fmt.Sprintf(", and the image is marked %s: it is not served for writing; `qemu-img check -r all` repairs it", u.mark)
+		way := "`--repair=leaks` takes the mark away"
+		if u.corruptions > 0 {
+			way = "`qemu-img check -r all` repairs it"
+		}
+		text += fmt.Sprintf(", and the image is marked %s: it is not served for writing; %s", u.mark, way)
 	}
 	return text
 }
@@ -57,7 +61,8 @@ func newImageCheck(terminal *os.File) *cobra.Command {
 and its refcount. No other file is opened.
 
 An image that is marked dirty, because it was not closed properly, or corrupt is
-not served for writing, whatever is found in it.
+not served for writing, whatever is found in it. With --repair=leaks the marks are
+taken away when nothing is wrong with it, or leaks only.
 
 Exit codes: 0 clean, 1 could not be checked, 2 corruptions or such a mark,
 3 leaked clusters only.`,
@@ -143,19 +148,33 @@ func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, termin
 	if err != nil {
 		return nil, err
 	}
-	if f.repair == "" || r.Leaks+r.Corruptions == 0 {
+	if f.repair == "" {
 		return &checked{r, h.Incompat}, nil
 	}
-	if err := check.RepairLeaks(ctx, st, h, r); errors.Is(err, check.ErrCorrupt) {
-		return &checked{r, h.Incompat}, nil
-	} else if err != nil {
-		return nil, err
+	return repaired(ctx, st, h, r)
+}
+
+// repaired repairs what r, the check of the image, allows to be repaired, and takes
+// the marks away of an image in which a check finds nothing then.
+func repaired(ctx context.Context, st store.Store, h *format.Header, r *check.Report) (*checked, error) {
+	if r.Leaks+r.Corruptions > 0 {
+		if err := check.RepairLeaks(ctx, st, h, r); errors.Is(err, check.ErrCorrupt) {
+			return &checked{r, h.Incompat}, nil
+		} else if err != nil {
+			return nil, err
+		}
+		var err error
+		if h, err = qcow2.ReadHeader(ctx, st); err != nil {
+			return nil, err
+		}
+		if r, err = check.Run(ctx, st, h, check.Options{}); err != nil {
+			return nil, err
+		}
 	}
-	if h, err = qcow2.ReadHeader(ctx, st); err != nil {
-		return nil, err
-	}
-	if r, err = check.Run(ctx, st, h, check.Options{}); err != nil {
-		return nil, err
+	if r.Leaks+r.Corruptions+r.Errors == 0 {
+		if err := check.ClearMarks(ctx, st, h); err != nil {
+			return nil, err
+		}
 	}
 	return &checked{r, h.Incompat}, nil
 }

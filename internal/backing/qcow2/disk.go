@@ -120,15 +120,18 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 // wayOut is what to do about an image that is not served for writing.
 const wayOut = "`qemu-img check -r all IMAGE` repairs it, --readonly serves it as it is"
 
+// unmark is that for one that is only marked so.
+const unmark = "`vmdiskctl image check --repair=leaks IMAGE` takes the mark away if it finds no corruptions, else " + wayOut
+
 // writableImage refuses marks in the header that stand against writing.
 func writableImage(h *format.Header, o Options) error {
 	switch {
 	case o.Snapshot != "":
 		return invalid(o.Path, "a snapshot can only be served read-only")
 	case h.Incompat&format.IncompatCorrupt != 0:
-		return invalid(o.Path, "image is marked corrupt: "+wayOut)
+		return invalid(o.Path, "image is marked corrupt: "+unmark)
 	case h.Incompat&format.IncompatDirty != 0:
-		return invalid(o.Path, "image is marked dirty, it was not closed properly: "+wayOut)
+		return invalid(o.Path, "image is marked dirty, it was not closed properly: "+unmark)
 	case h.BitmapsErr != nil:
 		return invalid(o.Path, "%w", h.BitmapsErr)
 	}

@@ -62,6 +62,24 @@ func lower(ctx context.Context, st store.Store, h *format.Header, r *Report) err
 	}
 }
 
+// ClearMarks takes the marks away, durably, that the image of h is dirty or corrupt,
+// as qemu-img check does: it is for an image in which Run finds nothing, and which
+// nothing may have changed since.
+func ClearMarks(ctx context.Context, st store.Store, h *format.Header) error {
+	bits := h.Incompat &^ (format.IncompatDirty | format.IncompatCorrupt)
+	if bits == h.Incompat {
+		return nil
+	}
+	if err := st.WriteAt(ctx, binary.BigEndian.AppendUint64(nil, bits), format.OffIncompat, false); err != nil {
+		return err
+	}
+	if err := st.Sync(ctx); err != nil {
+		return err
+	}
+	h.Incompat = bits
+	return nil
+}
+
 func clearUnknown(ctx context.Context, st store.Store, h *format.Header) error {
 	bits := h.Autoclear & format.KnownAutoclear
 	if h.Version < 3 || bits == h.Autoclear {

@@ -196,3 +196,31 @@ func TestFailedReadsAreErrorsAndForbidRepair(t *testing.T) {
 		}
 	}
 }
+
+// TestClearMarksCanBeDoneAgain makes each call fail in turn: the marks are there
+// or they are not, and all else stays.
+func TestClearMarksCanBeDoneAgain(t *testing.T) {
+	i := create(t, "", "1M", "write -P 1 0 64k")
+	clean := i.bytes()
+	marked := i.patch(format.OffIncompat, "0000000000000003").bytes()
+	ctx := context.Background()
+	for n, failed := 1, true; failed; n++ {
+		m, h := storetest.New(marked), i.header()
+		m.FailCall(n, errors.New("broken disk"))
+		failed = ClearMarks(ctx, m, h) != nil
+		if failed && h.Incompat != format.IncompatDirty|format.IncompatCorrupt {
+			t.Errorf("call %d failed: the header in memory has the marks %#x", n, h.Incompat)
+		}
+		if got := m.Contents(); failed && !bytes.Equal(got, marked) && !bytes.Equal(got, clean) {
+			t.Errorf("call %d failed: the image is something else", n)
+		}
+		m.Reopen()
+		m.FailCall(0, nil)
+		if err := ClearMarks(ctx, m, h); err != nil || !bytes.Equal(m.Contents(), clean) || h.Incompat != 0 {
+			t.Errorf("call %d failed: then it left the marks %#x, %v", n, h.Incompat, err)
+		}
+		if m.Count(storetest.Sync) == 0 {
+			t.Error("the marks were not cleared durably")
+		}
+	}
+}
