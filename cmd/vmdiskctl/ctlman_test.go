@@ -173,7 +173,7 @@ func TestCompletionKnowsTheWordsOfFlags(t *testing.T) {
 		"export add --format": "qcow2", "export add --cache": "writethrough", "export add --image-lock": "auto",
 		"export add --backing": "same-dir", "export add --discard": "unmap", "top --sort": "latency", "events --kind": "io-error",
 		"image create --preallocation": "falloc", "image create --compat": "1.1",
-		"image create --compression-type": "zstd", "copy --source-format": "qcow2", "copy --destination-format": "qcow2", "image check --repair": "leaks",
+		"image create --compression-type": "zstd", "copy --source-format": "qcow2", "copy --destination-format": "qcow2", "image check --repair": "bitmaps",
 	} {
 		args := append(append([]string{"__complete"}, strings.Fields(flag)...), "")
 		if got := want(t, exitDone, args...); !strings.Contains(got, word+"\n") {

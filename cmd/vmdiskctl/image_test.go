@@ -141,6 +141,30 @@ func TestRepairTakesMarksAwayLikeQEMU(t *testing.T) {
 	}
 }
 
+// TestRepairDropsDamagedBitmaps and no others: QEMU opens the image again, and it can
+// be written to.
+func TestRepairDropsDamagedBitmaps(t *testing.T) {
+	path := qemuImage(t)
+	tool(t, "qemu-img", "bitmap", "--add", path, "b0")
+	sound := fileBytes(t, path)
+	want(t, exitDone, "image", "check", "--repair=bitmaps", path)
+	if !bytes.Equal(fileBytes(t, path), sound) {
+		t.Error("an image with sound bitmaps was changed")
+	}
+	ext := bytes.Index(sound, []byte{0x23, 0x85, 0x28, 0x75})
+	patchImage(t, path, int64(ext+8), 0, 0, 0, 2)
+	for _, repair := range []string{"", "leaks"} {
+		want(t, exitCorrupt, "image", "check", "--repair="+repair, path)
+	}
+	if code, _, stderr := ctl(t, "image", "resize", path, "+1M"); code == exitDone || !strings.Contains(stderr, "--repair=bitmaps") {
+		t.Errorf("resize: exit code %d: %s", code, stderr)
+	}
+	want(t, exitDone, "image", "check", "--repair=bitmaps", path)
+	tool(t, "qemu-img", "check", "-q", path)
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "read -P 1 0 200k", path)
+	want(t, exitDone, "image", "resize", path, "+1M")
+}
+
 func fileBytes(t *testing.T, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)

@@ -22,6 +22,12 @@ const (
 	exitLeaks   = 3
 )
 
+// What --repair repairs.
+const (
+	repairLeaks   = "leaks"
+	repairBitmaps = "bitmaps"
+)
+
 // unsound is a check that was done and found something.
 type unsound struct {
 	corruptions, leaks int64
@@ -64,6 +70,9 @@ An image that is marked dirty, because it was not closed properly, or corrupt is
 not served for writing, whatever is found in it. With --repair=leaks the marks are
 taken away when nothing is wrong with it, or leaks only.
 
+Damaged bitmaps keep an image from being served for writing, and QEMU from opening
+it. --repair=bitmaps drops all bitmaps of such an image: the next backup is a full one.
+
 Exit codes: 0 clean, 1 could not be checked, 2 corruptions or such a mark,
 3 leaked clusters only.`,
 		Args: cobra.ExactArgs(1),
@@ -72,8 +81,8 @@ Exit codes: 0 clean, 1 could not be checked, 2 corruptions or such a mark,
 		},
 	}
 	f.add(c)
-	c.Flags().StringVar(&f.repair, "repair", "", "what to repair: leaks")
-	flagWords(c, "repair", "leaks")
+	c.Flags().StringVar(&f.repair, "repair", "", "what to repair: leaks, or bitmaps and then leaks")
+	flagWords(c, "repair", repairLeaks, repairBitmaps)
 	return c
 }
 
@@ -84,8 +93,8 @@ func (f *imageCheckFlags) run(ctx context.Context, path string, w io.Writer, ter
 	switch {
 	case f.format != formatQcow2:
 		return usage("images of format %q have nothing to check", f.format)
-	case f.repair != "" && f.repair != "leaks":
-		return usage("--repair is %q, allowed is leaks", f.repair)
+	case f.repair != "" && f.repair != repairLeaks && f.repair != repairBitmaps:
+		return usage("--repair is %q, allowed are leaks and bitmaps", f.repair)
 	}
 	var r *checked
 	err := withImage(ctx, path, f.repair == "", func(st store.Store) (err error) {
@@ -131,6 +140,11 @@ func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, termin
 	if err != nil {
 		return nil, err
 	}
+	if f.repair == repairBitmaps {
+		if h, err = withoutDamagedBitmaps(ctx, st, h); err != nil {
+			return nil, err
+		}
+	}
 	o := check.Options{}
 	if progress.IsTerminal(terminal) {
 		var bar *progress.Bar
@@ -152,6 +166,16 @@ func (f *imageCheckFlags) checkImage(ctx context.Context, st store.Store, termin
 		return &checked{r, h.Incompat}, nil
 	}
 	return repaired(ctx, st, h, r)
+}
+
+// withoutDamagedBitmaps drops bitmaps that cannot be loaded, unless more is wrong
+// with the image, and returns its header.
+func withoutDamagedBitmaps(ctx context.Context, st store.Store, h *format.Header) (*format.Header, error) {
+	dropped, err := qcow2.DropBitmaps(ctx, st, h)
+	if err != nil || !dropped {
+		return h, err
+	}
+	return qcow2.ReadHeader(ctx, st)
 }
 
 // repaired repairs what r, the check of the image, allows to be repaired, and takes

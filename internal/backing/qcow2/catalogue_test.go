@@ -90,7 +90,52 @@ func TestBrokenBitmapsLeaveTheDisk(t *testing.T) {
 			if got := opensForWriting(t, image); got == tt.broken {
 				t.Errorf("it is opened for writing: %v", got)
 			}
+			writableWithoutBitmaps(t, image, tt.broken)
 		})
+	}
+}
+
+// writableWithoutBitmaps drops the bitmaps of an image if they are broken: the disk
+// is what it was then, and both we and QEMU write to it.
+func writableWithoutBitmaps(t *testing.T, image []byte, broken bool) {
+	t.Helper()
+	st := storetest.New(image)
+	h, err := qcow2.ReadHeader(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dropped, err := qcow2.DropBitmaps(t.Context(), st, h)
+	if err != nil || dropped != broken {
+		t.Fatalf("drop: %v, %v, want %v", dropped, err, broken)
+	}
+	if !broken {
+		if !bytes.Equal(st.Contents(), image) {
+			t.Error("drop: an image with sound bitmaps was changed")
+		}
+		return
+	}
+	image = st.Contents()
+	served(t, image)
+	if r := checked(t, image); r.Corruptions+r.Errors > 0 {
+		t.Errorf("check without bitmaps: %v", r.Problems)
+	}
+	if !opensInQEMU(t, image) || !opensForWriting(t, image) {
+		t.Error("without bitmaps it is not opened, by QEMU or for writing")
+	}
+}
+
+// TestDropLeavesCorruptImagesAlone: what else is wrong with an image may be worse
+// when its header changes.
+func TestDropLeavesCorruptImagesAlone(t *testing.T) {
+	b, ext, _, _ := withBitmap(t)
+	b = patch(t, patch(t, b, ext+8, "00000002"), 0x2000a, "0000")
+	st := storetest.New(b)
+	h, err := qcow2.ReadHeader(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if dropped, err := qcow2.DropBitmaps(t.Context(), st, h); dropped || err != nil || !bytes.Equal(st.Contents(), b) {
+		t.Errorf("drop: %v, %v, and the image is as it was: %v", dropped, err, bytes.Equal(st.Contents(), b))
 	}
 }
 
@@ -106,8 +151,8 @@ func opensForWriting(t *testing.T, image []byte) bool {
 		}
 		return true
 	}
-	if !errors.Is(err, backing.ErrInvalid) {
-		t.Errorf("open for writing: got %v, want %v", err, backing.ErrInvalid)
+	if !errors.Is(err, backing.ErrInvalid) || !strings.Contains(err.Error(), "`vmdiskctl image check --repair=bitmaps IMAGE` drops them") {
+		t.Errorf("open for writing: got %v, want %v and what helps", err, backing.ErrInvalid)
 	}
 	if !bytes.Equal(st.Contents(), image) {
 		t.Error("open for writing: the image that it refuses was changed")

@@ -77,19 +77,24 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	if _, _, err := ReadSnapshots(ctx, top.st, h, limits.SnapshotTable); err != nil {
 		return nil, err
 	}
-	r, err := audit(ctx, top.st, h)
-	if err != nil {
-		return nil, err
-	}
 	log := o.Log
 	if log == nil {
 		log = slog.Default()
+	}
+	// Before the audit, to which damaged bitmaps are corruptions like any.
+	set, err := loadBitmaps(ctx, top, log)
+	if err != nil {
+		return nil, err
+	}
+	r, err := audit(ctx, top.st, h)
+	if err != nil {
+		return nil, err
 	}
 	if r.Leaks > 0 {
 		log.Warn("image has leaked clusters", "path", o.Path, "clusters", r.Leaks)
 	}
 	d := &disk{
-		described: described{path: o.Path}, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
+		described: described{path: o.Path, bitmaps: set}, log: log, header: h, g: top.g, st: top.st, data: top.data, end: top.stSize,
 		clusters: newClusterCache(o.ClusterBytes), discard: o.Discard, poisoned: o.Poisoned,
 		claims: map[int64]*claim{}, epoch: new(epoch),
 	}
@@ -97,9 +102,6 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 		return nil, err
 	}
 	d.space.Demand()
-	if d.bitmaps, err = bitmaps.Load(ctx, top.st, h, top.size, bitmaps.Options{Log: log}); err != nil {
-		return nil, err
-	}
 	if top.below != nil {
 		d.below = newChainDevice(top.below, o)
 		d.below.clusters = d.clusters
@@ -132,10 +134,18 @@ func writableImage(h *format.Header, o Options) error {
 		return invalid(o.Path, "image is marked corrupt: "+unmark)
 	case h.Incompat&format.IncompatDirty != 0:
 		return invalid(o.Path, "image is marked dirty, it was not closed properly: "+unmark)
-	case h.BitmapsErr != nil:
-		return invalid(o.Path, "%w", h.BitmapsErr)
 	}
 	return nil
+}
+
+// loadBitmaps reads the bitmaps of the disk, all of which must be usable or known
+// not to be.
+func loadBitmaps(ctx context.Context, top *Image, log *slog.Logger) (*bitmaps.Set, error) {
+	set, err := bitmaps.Load(ctx, top.st, top.header, top.size, bitmaps.Options{Log: log})
+	if errors.Is(err, backing.ErrInvalid) {
+		return nil, invalid(top.path, "%w: `vmdiskctl image check --repair=bitmaps IMAGE` drops them, --readonly serves it without them", err)
+	}
+	return set, err
 }
 
 // audit holds the whole mapping against the refcounts: an image where they

@@ -15,13 +15,24 @@ import (
 // It writes nothing. The Set keeps st and h; Begin and Save change the bitmaps
 // and the autoclear bit of h as they change the file. What is wrong with the
 // bitmaps is an error of the kind ErrInvalid; the disk can be read without
-// them, and written to after Drop.
+// them, and written to after Forget.
 func Load(ctx context.Context, st store.Store, h *format.Header, size int64, o Options) (*Set, error) {
 	s := newSet(st, h, size, o)
 	if err := s.load(ctx); err != nil {
 		return nil, backing.Wrap("bitmaps", -1, 0, err)
 	}
 	return s, nil
+}
+
+// Forget makes the image in st, whose header is h, one without bitmaps, durably. What
+// they had are leaks then. The header is to be read anew. No Set may be in use.
+func Forget(ctx context.Context, st store.Store, h *format.Header) error {
+	g := h.Geometry()
+	head, err := readHead(ctx, st, g.ClusterSize)
+	if err == nil {
+		err = head.forget()
+	}
+	return backing.Wrap("bitmaps", -1, 0, err)
 }
 
 func (s *Set) load(ctx context.Context) error {
