@@ -129,9 +129,9 @@ writer() {
 	n=0
 	rm -f /run/stop
 	while [ ! -e /run/stop ]; do
-		dd if=/dev/urandom of=/run/data bs=256k count=4 2>/dev/null
-		dd if=/run/data of=/mnt/w bs=256k oflag=direct conv=fsync 2>/run/dd || { cat /run/dd; return 1; }
-		dd if=/mnt/w of=/run/back bs=256k iflag=direct 2>/run/dd || { cat /run/dd; return 1; }
+		dd if=/dev/urandom of=/run/data bs=64k count=4 2>/dev/null
+		dd if=/run/data of=/mnt/w bs=64k oflag=direct conv=fsync 2>/run/dd || { cat /run/dd; return 1; }
+		dd if=/mnt/w of=/run/back bs=64k iflag=direct 2>/run/dd || { cat /run/dd; return 1; }
 		cmp /run/data /run/back || return 1
 		n=$((n+1))
 		echo $n >/run/rounds

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"flag"
 	"strings"
 	"testing"
 
@@ -67,11 +68,13 @@ done
 [ "$(nbdinfo --size $uri)" = 268435456 ]
 nbdinfo $uri | cat
 [ ! -e /usr/bin/vmdiskctl ] || vmdiskctl info $uri
-dd if=/dev/urandom of=/run/a bs=1M count=32 2>/dev/null
+dd if=/dev/urandom of=/run/a bs=1M count=8 2>/dev/null
 nbdcopy --connections=4 --flush /run/a $uri
 nbdcopy --connections=4 $uri /run/b
-cmp -n 33554432 /run/a /run/b
-for i in $(seq 100); do nbdinfo --size $uri >/dev/null; done
+cmp -n 8388608 /run/a /run/b
+for i in $(seq 30); do nbdinfo --size $uri >/dev/null; done
+[ ! -e /conform ] || /conform -test.run 'CHECKS' -test.v 1 10809 268435456 >/run/conform || { cat /run/conform; exit 1; }
+[ ! -e /conform ] || [ $(grep -c '^ *--- PASS: Conformance/' /run/conform) -ge 20 ]
 kill $server
 wait $server || [ $? = 143 ]
 `
@@ -105,10 +108,32 @@ func TestKernelClientUsesTheDiskWithFourConnections(t *testing.T) {
 	})
 }
 
+// conformChecks are the checks of the protocol that are made over vsock. All of
+// them, "Conformance", take an emulated guest some minutes.
+var conformChecks = flag.String("conform.checks", "Conformance/(HS|TX-0[1-7])", "pattern of `-test.run` for the checks that are made over vsock")
+
 func TestToolsReachTheServerOverVsock(t *testing.T) {
 	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
-		in := inGuest(t, k, vsockScenario, "-f --vsock -p 10809",
+		in := inGuest(t, k, strings.ReplaceAll(vsockScenario, "CHECKS", *conformChecks), "-f --vsock -p 10809",
 			[]string{"vsock_loopback"}, []string{"nbdinfo", "nbdcopy"})
+		if k == testenv.CloudKernel(t, kernels[0]) {
+			addConform(t, in)
+		}
 		mustBoot(t, in, 768)
 	})
+}
+
+// addConform puts the conformance suite into a guest with vmdiskd.
+func addConform(t *testing.T, in *initramfs) {
+	t.Helper()
+	if testenv.Under(t).Program != "" {
+		return
+	}
+	path, err := testenv.BuildAs(testenv.Context(t), "conform", "./test/guest/conform")
+	if err == nil {
+		err = in.copyFile(path, "conform")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
