@@ -36,8 +36,11 @@ const (
 
 	poison = 0xDB
 
-	// closedMark in Pool.used leaves no room for any charge.
-	closedMark = math.MaxInt64 / 2
+	// maxBudget is half of what charges can count.
+	maxBudget = 1 << (31 + minShift)
+
+	// closedMark in Pool.charged leaves no room for any charge.
+	closedMark charges = math.MaxUint32
 )
 
 // The largest class holds the largest request.
@@ -52,15 +55,14 @@ var ErrClosed = errors.New("buffer pool is closed")
 
 // Pool is safe for concurrent use.
 type Pool struct {
-	budget int64
-	spare  int64        // of budget, for small buffers
-	used   atomic.Int64 // charged for lent buffers; never above budget but for closedMark
-	large  atomic.Int64 // the part of used that is charged for large buffers
-	lent   atomic.Int64 // number of lent buffers
-	idle   atomic.Int64 // bytes on the arena and hot stacks
-	poison atomic.Bool
-	locked atomic.Bool // memory of slabs cannot be given back
-	kept   atomic.Bool // no memory is given back, see Keep
+	budget  int64
+	spare   int64         // of budget, for small buffers
+	charged atomic.Uint64 // charges for lent buffers; never above budget but for closedMark
+	lent    atomic.Int64  // number of lent buffers
+	idle    atomic.Int64  // bytes on the arena and hot stacks
+	poison  atomic.Bool
+	locked  atomic.Bool // memory of slabs cannot be given back
+	kept    atomic.Bool // no memory is given back, see Keep
 
 	classes [classes]class
 	arena   []byte
@@ -87,6 +89,23 @@ func (p *Pool) lineOf(size int64) *line {
 }
 
 func isLarge(size int64) bool { return size > limits.TurnBuffer }
+
+// charges counts pages: all that are charged for in the low half, those of large
+// buffers among them in the high half. It is one word, so that nobody sees one
+// half of a charge, or one that is taken back: who finds no room was refused for
+// buffers that are lent, and the release of one looks for those who wait.
+type charges uint64
+
+func chargesOf(size int64) charges {
+	c := charges(size >> minShift)
+	if isLarge(size) {
+		c |= c << 32
+	}
+	return c
+}
+
+func (c charges) used() int64  { return int64(c&math.MaxUint32) << minShift }
+func (c charges) large() int64 { return int64(c>>32) << minShift }
 
 // class is the free list of one size: three stacks linked by Buf.next, which
 // are tried in this order.
@@ -121,10 +140,10 @@ type Buf struct {
 	next *Buf
 }
 
-// New makes a pool that lends at most budgetBytes at a time. Memory is taken
-// from the system as it is used.
+// New makes a pool that lends at most budgetBytes at a time, or 8 TiB. Memory is
+// taken from the system as it is used.
 func New(budgetBytes int64) *Pool {
-	p := &Pool{budget: budgetBytes}
+	p := &Pool{budget: min(budgetBytes, maxBudget)}
 	if budgetBytes >= 8*limits.MaxIO {
 		p.spare = budgetBytes / 8
 	}
@@ -144,9 +163,8 @@ func (p *Pool) SetPoison(on bool) { p.poison.Store(on) }
 // Outstanding reports the buffers lent and not yet released, and the bytes of
 // budget that they hold.
 func (p *Pool) Outstanding() (bufs int, bytes int64) {
-	bytes = p.used.Load()
-	if bytes == closedMark {
-		bytes = 0
+	if c := charges(p.charged.Load()); c != closedMark {
+		bytes = c.used()
 	}
 	return int(p.lent.Load()), bytes
 }
@@ -196,38 +214,30 @@ func (p *Pool) fits(n int) error {
 	return nil
 }
 
-// charge takes size bytes out of the budget if they are there. While somebody
-// waits for a large buffer small ones have no more than what large ones leave.
+// charge takes size bytes out of the budget if they are there.
 func (p *Pool) charge(size int64) bool {
-	most := p.budget
-	switch {
-	case isLarge(size):
-		if !takeFrom(&p.large, size, p.budget-p.spare) {
-			return false
-		}
-	case p.spare > 0 && p.lines[1].queued.Load() > 0:
-		most = min(most, p.large.Load()+p.spare)
-	}
-	if takeFrom(&p.used, size, most) {
-		return true
-	}
-	if isLarge(size) {
-		p.large.Add(-size)
-	}
-	return false
-}
-
-// takeFrom adds n to a count that is never above most.
-func takeFrom(count *atomic.Int64, n, most int64) bool {
 	for {
-		old := count.Load()
-		if old+n > most {
+		c := charges(p.charged.Load())
+		if size > p.room(c, isLarge(size)) {
 			return false
 		}
-		if count.CompareAndSwap(old, old+n) {
+		if p.charged.CompareAndSwap(uint64(c), uint64(c+chargesOf(size))) {
 			return true
 		}
 	}
+}
+
+// room is what may be charged beside c. While somebody waits for a large buffer
+// small ones have no more than what large ones leave.
+func (p *Pool) room(c charges, large bool) int64 {
+	free := p.budget - c.used()
+	switch {
+	case large:
+		free = min(free, p.budget-p.spare-c.large())
+	case p.spare > 0 && p.lines[1].queued.Load() > 0:
+		free = min(free, p.spare-(c.used()-c.large()))
+	}
+	return free
 }
 
 // TryGet lends n bytes, or returns nil when the budget is used up right now,
@@ -334,10 +344,7 @@ func (p *Pool) Waiting() (longest time.Duration) {
 
 // refund gives budget back and wakes whoever waits for it.
 func (p *Pool) refund(size int64) {
-	if isLarge(size) {
-		p.large.Add(-size)
-	}
-	p.used.Add(-size)
+	p.charged.Add(-uint64(chargesOf(size)))
 	if p.lines[0].queued.Load() != 0 || p.lines[1].queued.Load() != 0 {
 		p.mu.Lock()
 		p.grantLocked()

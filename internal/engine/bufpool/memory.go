@@ -195,7 +195,7 @@ func (p *Pool) Close() error {
 	if p.closed {
 		return nil
 	}
-	if !p.used.CompareAndSwap(0, closedMark) {
+	if !p.charged.CompareAndSwap(0, uint64(closedMark)) {
 		bufs, bytes := p.Outstanding()
 		return fmt.Errorf("close buffer pool: %d buffers of %d bytes are still lent", bufs, bytes)
 	}
