@@ -315,19 +315,27 @@ func (p *Pool) wait(ctx context.Context, size int64) error {
 	return nil // granted meanwhile: the caller has its buffer
 }
 
-// grantLocked charges the budget for those waiters that now fit.
+// grantLocked charges the budget for those waiters that now fit, until nobody
+// does: whoever is granted may be the one that held back the other line.
 func (p *Pool) grantLocked() {
-	for i := range p.lines {
-		l, n := &p.lines[i], 0
-		for n < len(l.waiters) && p.charge(l.waiters[n].size) {
-			close(l.waiters[n].got)
-			n++
-		}
-		if n > 0 {
-			l.waiters = append(l.waiters[:0], l.waiters[n:]...)
-			l.queued.Store(int32(len(l.waiters)))
-		}
+	for p.grantLineLocked(&p.lines[0]) || p.grantLineLocked(&p.lines[1]) {
 	}
+}
+
+// grantLineLocked charges for those in front of a line, and tells whether there
+// was room for any.
+func (p *Pool) grantLineLocked(l *line) bool {
+	n := 0
+	for n < len(l.waiters) && p.charge(l.waiters[n].size) {
+		close(l.waiters[n].got)
+		n++
+	}
+	if n == 0 {
+		return false
+	}
+	l.waiters = append(l.waiters[:0], l.waiters[n:]...)
+	l.queued.Store(int32(len(l.waiters)))
+	return true
 }
 
 // Waiting is for how long somebody waits for memory by now, 0 if nobody does.
