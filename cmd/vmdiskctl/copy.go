@@ -243,7 +243,7 @@ func notSource(src copier.Disk) func(*copier.File) error {
 		same, err := false, error(nil)
 		switch o := src.(type) {
 		case *copier.File:
-			same = d.Same(o)
+			same, err = d.Same(o)
 		case *imageDisk:
 			same, err = o.Uses(d)
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -51,4 +52,25 @@ func Loop(t testing.TB, image string, sector uint32) string {
 	}
 	t.Skip("needs a free loop device: all are taken at once")
 	return ""
+}
+
+// SecondNode makes another node of a block device, which can be opened.
+func SecondNode(t testing.TB, node string) string {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(node, &st); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(t.TempDir(), "node")
+	if err := unix.Mknod(other, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
+		t.Skipf("needs CAP_MKNOD: %v", err)
+	}
+	f, err := os.Open(other)
+	if err != nil {
+		t.Skipf("needs a file system without nodev for temporary files: %v", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return other
 }

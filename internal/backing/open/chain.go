@@ -6,8 +6,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
@@ -18,7 +16,7 @@ import (
 // openQcow2 opens an image and the chain of its backing files. Those are
 // opened read-only whatever is to be done with the image.
 func openQcow2(ctx context.Context, s Spec, c cacheMode) (backing.Device, error) {
-	ch := &chain{spec: s, cache: c, seen: make(map[fileID]string)}
+	ch := &chain{spec: s, cache: c, seen: make(map[raw.ID]string)}
 	defer ch.close()
 	if err := ch.open(ctx); err != nil {
 		return nil, err
@@ -36,7 +34,7 @@ type chain struct {
 	spec  Spec
 	cache cacheMode
 	gate  *gate
-	seen  map[fileID]string // what is open, and by which path
+	seen  map[raw.ID]string // what is open, and by which path
 
 	links []link // top first; those that were handed on are cut off
 	below qcow2.Layer
@@ -50,12 +48,6 @@ type link struct {
 	data   store.Store // nil without a data file
 
 	dataPath string // with data
-}
-
-// fileID tells files apart, whatever their names.
-type fileID struct {
-	block    bool
-	dev, ino uint64
 }
 
 // open opens all files and reads the headers that name them. Whatever it has
@@ -161,7 +153,7 @@ func (ch *chain) add(f *os.File, path, format string) error {
 // store takes over f and locks it. The same file twice in a chain is a loop;
 // that is told by the open file, whatever is at the path by now.
 func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, error) {
-	id, err := idOf(f)
+	id, err := raw.Identify(f)
 	if err == nil && ch.seen[id] != "" {
 		err = &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.ErrInvalid,
 			Err: fmt.Errorf("the chain is a loop: it has this file already, as %q", ch.seen[id])}
@@ -189,21 +181,6 @@ func (ch *chain) lock(readOnly bool) raw.LockMode {
 		return l
 	}
 	return raw.LockOn
-}
-
-func idOf(f *os.File) (fileID, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return fileID{}, err
-	}
-	return idIn(&st), nil
-}
-
-func idIn(st *unix.Stat_t) fileID {
-	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
-		return fileID{block: true, dev: st.Rdev}
-	}
-	return fileID{dev: st.Dev, ino: st.Ino}
 }
 
 // files names the files of the chain, top first.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 // Image is an image and the chain below it, open for reading: for those who
@@ -18,7 +19,7 @@ type Image struct {
 	// Files has the paths of each layer's files, that of Top first.
 	Files []LayerFiles
 
-	seen map[fileID]string
+	seen map[raw.ID]string
 }
 
 // LayerFiles are the paths of the files of one layer.
@@ -40,7 +41,7 @@ func OpenImage(ctx context.Context, s Spec) (*Image, error) {
 	if !ok {
 		return nil, invalid(s, errors.New("unknown cache mode"))
 	}
-	ch := &chain{spec: s, cache: cache, seen: make(map[fileID]string)}
+	ch := &chain{spec: s, cache: cache, seen: make(map[raw.ID]string)}
 	defer ch.close()
 	if err := ch.open(ctx); err != nil {
 		return nil, err
@@ -64,7 +65,7 @@ func (i *Image) Device() backing.Device {
 
 // Has reports whether f is one of the files of the image.
 func (i *Image) Has(f *os.File) (bool, error) {
-	id, err := idOf(f)
+	id, err := raw.Identify(f)
 	return i.seen[id] != "", err
 }
 

@@ -51,7 +51,7 @@ func Gather(ctx context.Context, s Spec) (*Table, error) {
 			err = f.Close()
 		}
 	case formatQcow2:
-		ch := &chain{spec: s, cache: c, seen: make(map[fileID]string)}
+		ch := &chain{spec: s, cache: c, seen: make(map[raw.ID]string)}
 		err = ch.open(ctx)
 		ch.close()
 	}
@@ -76,7 +76,7 @@ func (t *Table) Contents() (files map[Request]*os.File, dirs map[string]string) 
 // Others are the paths of the files that are none of known.
 func (t *Table) Others(known []*os.File) (paths []string) {
 	for r, f := range t.files {
-		if id, err := idOf(f); err != nil || among(known, id) == nil {
+		if id, err := raw.Identify(f); err != nil || among(known, id) == nil {
 			paths = append(paths, r.Path)
 		}
 	}
@@ -84,9 +84,9 @@ func (t *Table) Others(known []*os.File) (paths []string) {
 }
 
 // among is one of files that is the file id, or nil.
-func among(files []*os.File, id fileID) *os.File {
+func among(files []*os.File, id raw.ID) *os.File {
 	for _, f := range files {
-		if of, err := idOf(f); err == nil && of == id {
+		if of, err := raw.Identify(f); err == nil && of == id {
 			return f
 		}
 	}
@@ -101,7 +101,7 @@ func known(files []*os.File, r Request, err error) (*os.File, error) {
 	if len(files) == 0 || !errors.Is(err, fs.ErrPermission) || unix.Stat(r.Path, &st) != nil {
 		return nil, err
 	}
-	if f := among(files, idIn(&st)); f != nil {
+	if f := among(files, raw.IDIn(&st)); f != nil {
 		return adopt(f, Spec{Path: r.Path, ReadOnly: r.ReadOnly}, cacheMode{direct: r.Direct})
 	}
 	return nil, err

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"os"
-	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -158,20 +157,10 @@ func TestLoopOverTruncatedFileFails(t *testing.T) {
 
 func TestSecondNodeIsTheSameDevice(t *testing.T) {
 	node := backingtest.Loop(t, tempImage(t, 1<<20), 512)
-	var st unix.Stat_t
-	if err := unix.Stat(node, &st); err != nil {
-		t.Fatal(err)
-	}
-	other := filepath.Join(t.TempDir(), "node")
-	if err := unix.Mknod(other, unix.S_IFBLK|0o600, int(st.Rdev)); err != nil {
-		t.Skipf("needs CAP_MKNOD: %v", err)
-	}
+	other := backingtest.SecondNode(t, node)
 	e := newEngine(t, "pool")
 	closeAfter(t, openRaw(t, node, e, false, raw.Options{}))
-	f, err := os.OpenFile(other, os.O_RDWR, 0)
-	if err != nil {
-		t.Skipf("needs a file system without nodev for temporary files: %v", err)
-	}
+	f := openFile(t, other, unix.O_RDWR)
 	if _, err := raw.Open(f, e, raw.Options{Path: other}); !errors.Is(err, backing.ErrLocked) {
 		t.Errorf("open by a second node: got %v, want %v", err, backing.ErrLocked)
 	}

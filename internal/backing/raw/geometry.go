@@ -38,13 +38,31 @@ type geometry struct {
 	fastZero   bool // block device: it makes zeroes itself
 
 	// id is equal for two names of one image.
-	id imageID
+	id ID
 }
 
-// imageID identifies a file, or a device whatever node names it.
-type imageID struct {
+// ID tells images apart, whatever their names: it is that of a file, or of a block
+// device, which many nodes may name.
+type ID struct {
 	block    bool
 	dev, ino uint64
+}
+
+// Identify is the ID of an open file.
+func Identify(f *os.File) (ID, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return ID{}, os.NewSyscallError("stat", err)
+	}
+	return IDIn(&st), nil
+}
+
+// IDIn is the ID of the file that st describes.
+func IDIn(st *unix.Stat_t) ID {
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return ID{block: true, dev: st.Rdev}
+	}
+	return ID{dev: st.Dev, ino: st.Ino}
 }
 
 // survey looks at an open file.
@@ -55,12 +73,12 @@ func survey(f *os.File, o Options) (geometry, error) {
 	if err := unix.Fstat(int(fd), &st); err != nil {
 		return g, err
 	}
+	g.id = IDIn(&st)
 	disk, optimal := st.Dev, int64(st.Blksize)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		g.id = imageID{dev: st.Dev, ino: st.Ino}
 	case unix.S_IFBLK:
-		g.block, g.id = true, imageID{block: true, dev: st.Rdev}
+		g.block = true
 		disk, optimal = st.Rdev, queueNumber(st.Rdev, "optimal_io_size")
 		g.fastZero = queueNumber(disk, "write_zeroes_max_bytes") > 0
 	default:

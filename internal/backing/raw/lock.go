@@ -242,13 +242,13 @@ func (u use) holds() error {
 // one block device.
 type useTable struct {
 	mu   sync.Mutex
-	uses map[imageID][]use // guarded by mu; one writer, or readers
+	uses map[ID][]use // guarded by mu; one writer, or readers
 }
 
-var inUse = useTable{uses: map[imageID][]use{}}
+var inUse = useTable{uses: map[ID][]use{}}
 
 // add enters a use, unless it or another one of the image writes: that is other.
-func (t *useTable) add(id imageID, u use) (other use, ok bool) {
+func (t *useTable) add(id ID, u use) (other use, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if all := t.uses[id]; len(all) > 0 && !(u.readOnly && all[0].readOnly) {
@@ -259,7 +259,7 @@ func (t *useTable) add(id imageID, u use) (other use, ok bool) {
 }
 
 // remove takes away a use that add has entered.
-func (t *useTable) remove(id imageID, u use) {
+func (t *useTable) remove(id ID, u use) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	all := t.uses[id]

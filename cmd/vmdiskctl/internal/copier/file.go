@@ -61,14 +61,14 @@ func (d *File) Created() bool { return d.created }
 // File is the open file, which stays the Disk's.
 func (d *File) File() *os.File { return d.f }
 
-// Same reports whether both are one file.
-func (d *File) Same(o *File) bool {
-	a, err := d.f.Stat()
+// Same reports whether both are one file, or one block device.
+func (d *File) Same(o *File) (bool, error) {
+	a, err := raw.Identify(d.f)
 	if err != nil {
-		return false
+		return false, err
 	}
-	b, err := o.f.Stat()
-	return err == nil && os.SameFile(a, b)
+	b, err := raw.Identify(o.f)
+	return a == b, err
 }
 
 // Dup is another descriptor of the same open file, whose lock is that of the

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
@@ -156,13 +157,31 @@ func TestLinkToTheSourceIsTheSource(t *testing.T) {
 	defer a.Close()
 	same := errors.New("same")
 	c := Claim{Refuse: func(b *File) error {
-		if a.Same(b) {
-			return same
+		if ok, err := a.Same(b); err != nil || !ok {
+			return err
 		}
-		return nil
+		return same
 	}}
 	if _, err := c.Open(link); !errors.Is(err, same) {
 		t.Errorf("two names of one file are taken for two files: %v", err)
+	}
+}
+
+// TestSecondNodeIsNoOtherFile: whatever is locked, and whether anything is.
+func TestSecondNodeIsNoOtherFile(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	must(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	node := backingtest.Loop(t, image, 512)
+	a, err := OpenFile(node, raw.LockOff)
+	must(t, err)
+	defer a.Close()
+	for path, want := range map[string]bool{backingtest.SecondNode(t, node): true, image: false} {
+		b, err := OpenFile(path, raw.LockOff)
+		must(t, err)
+		if got, err := a.Same(b); got != want || err != nil {
+			t.Errorf("%s and %s are one: got %v, %v, want %v", node, path, got, err, want)
+		}
+		must(t, b.Close())
 	}
 }
 
