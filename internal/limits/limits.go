@@ -123,10 +123,6 @@ const (
 	SlowWrite    = 10 * time.Millisecond
 	SlowWriteFor = 5 * time.Second
 
-	// LogInterval is the time over which LogBurst lines per peer may be
-	// written.
-	LogInterval = time.Second
-
 	// KeepAliveIdle, KeepAliveInterval and KeepAliveCount find dead TCP peers
 	// in about a minute and a half.
 	KeepAliveIdle     = 60 * time.Second
@@ -183,9 +179,6 @@ const (
 	// have BytesPerPeer in flight. There is room for one request of 2 MiB of
 	// each of 64 others.
 	BytesPerPeerAlone = 2 * BytesPerPeer
-
-	// LogBurst is the number of log lines a peer may cause per LogInterval.
-	LogBurst = 10
 )
 
 // Endpoints and certificates.

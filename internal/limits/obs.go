@@ -23,9 +23,16 @@ const (
 	AcceptFailures = time.Minute
 
 	// EventBurst is the number of events of one kind that a connection may
-	// cause per EventInterval; those in excess are counted.
+	// cause per EventInterval, and of lines of one text in the log about one
+	// export, image or peer; those in excess are counted.
 	EventBurst    = 10
 	EventInterval = time.Second
+
+	// LogKinds bounds the texts, each with what it is about, that the log counts
+	// apart; all others share one count. LogSubject bounds the name of what a line
+	// is about: a path is not longer.
+	LogKinds   = 1024
+	LogSubject = 4 << 10
 
 	// StuckFactor times the threshold of slow requests is the age at which a
 	// request counts as stuck.

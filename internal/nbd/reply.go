@@ -66,9 +66,7 @@ func (s *session) appendError(b []byte, req *wire.Request, e wire.Errno, text st
 func (s *session) appendFailure(b []byte, req *wire.Request, err error, at int64) []byte {
 	e := errnoOf(err, req)
 	if e == wire.EIO || e == wire.ENOSPC && backing.KindOf(err) == backing.ErrNoSpace {
-		s.reportFailed(req, e)
-		s.opt.Log.Warn("request failed", "peer", s.conn.Peer(), "command", req.Cmd.String(),
-			"offset", req.Off, "length", req.Len, "error", err)
+		s.reportFailed(req, e, err)
 	} else if s.chatty {
 		s.opt.Log.Debug("request refused", "peer", s.conn.Peer(), "command", req.Cmd.String(),
 			"offset", req.Off, "length", req.Len, "flags", req.Flags, "error", err)

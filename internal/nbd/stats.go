@@ -150,19 +150,18 @@ func (r *request) landed(failed bool) {
 // throttles of the events that a connection causes.
 type throttles struct{ ioError, slow, stuck obs.Throttle }
 
-// report publishes an event of this connection unless too many went before.
-// It says whether it is worth a line in the log.
-func (s *session) report(e obs.Event, t *obs.Throttle) bool {
+// report publishes an event of this connection unless too many went before. The
+// line in the log is written in any case: the log counts its own, of all
+// connections.
+func (s *session) report(e obs.Event, t *obs.Throttle) {
 	at := time.Now()
 	s.mu.Lock()
 	pass, cut := t.Allow(at)
 	s.mu.Unlock()
-	if !pass {
-		return false
+	if pass {
+		e.Time, e.Suppressed = at, cut
+		s.publish(e)
 	}
-	e.Time, e.Suppressed = at, cut
-	s.publish(e)
-	return true
 }
 
 // publish publishes an event of this connection.
@@ -179,19 +178,20 @@ func about(k obs.Kind, req *wire.Request, n int) obs.Event {
 	return obs.Event{Kind: k, Command: countedAs(req.Cmd).String(), Off: req.Off, Len: req.Len, Count: n}
 }
 
-func (s *session) reportFailed(req *wire.Request, e wire.Errno) {
+func (s *session) reportFailed(req *wire.Request, e wire.Errno, err error) {
 	v := about(obs.IOError, req, 1)
 	v.Reason = e.String()
 	s.report(v, &s.throttles.ioError)
+	s.opt.Log.Warn("request failed", "peer", s.conn.Peer(), "export", s.name, "command", v.Command,
+		"offset", req.Off, "length", req.Len, "error", err)
 }
 
 func (s *session) reportSlow(req *wire.Request, n int, took time.Duration) {
 	e := about(obs.SlowRequest, req, n)
 	e.Took = took
-	if s.report(e, &s.throttles.slow) {
-		s.opt.Log.Warn("slow request", "peer", s.conn.Peer(), "export", s.name, "command", e.Command,
-			"offset", req.Off, "length", req.Len, "took", took, "count", n)
-	}
+	s.report(e, &s.throttles.slow)
+	s.opt.Log.Warn("slow request", "peer", s.conn.Peer(), "export", s.name, "command", e.Command,
+		"offset", req.Off, "length", req.Len, "took", took, "count", n)
 }
 
 // watchStuck reports, each once, the requests that are still not answered
@@ -228,8 +228,7 @@ func (s *session) watchStuck() {
 
 func (s *session) reportStuck(e obs.Event, begun instant) {
 	e.Took = now().sub(begun)
-	if s.report(e, &s.throttles.stuck) {
-		s.opt.Log.Warn("request is stuck", "peer", s.conn.Peer(), "export", s.name, "command", e.Command,
-			"offset", e.Off, "length", e.Len, "age", e.Took, "count", e.Count)
-	}
+	s.report(e, &s.throttles.stuck)
+	s.opt.Log.Warn("request is stuck", "peer", s.conn.Peer(), "export", s.name, "command", e.Command,
+		"offset", e.Off, "length", e.Len, "age", e.Took, "count", e.Count)
 }

@@ -1,8 +1,12 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
+	"log/slog"
 	"net"
+	"regexp"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -196,6 +200,44 @@ func TestStorageErrorsAreEventsAndBounded(t *testing.T) {
 	all := r.exports.stats.Snapshot()
 	if s := all[obs.Read]; s.Requests != limits.EventBurst || s.Errors != s.Requests || s.Bytes != 0 {
 		t.Errorf("counted %+v, want %d errors and no bytes", s, limits.EventBurst)
+	}
+}
+
+// lines collects what is logged.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer // guarded by mu
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// TestFailureIsLoggedWithTheExport: with all that a line about a slow request says
+// of it; the log cuts floods, which it can count by the export alone.
+func TestFailureIsLoggedWithTheExport(t *testing.T) {
+	r := newRig(t, broken{mem.New(1<<20, nil)}, engine.NewPool(1), bufpool.New(limits.BufferBudget))
+	log := new(lines)
+	r.opt.Log = slog.New(slog.NewTextHandler(log, nil))
+	c := r.simpleOf("disk")
+	const requests = 2 * limits.EventBurst
+	for range requests {
+		if e := r.ask(c, wire.CmdRead, 512, 1024); e != wire.EIO {
+			t.Fatalf("read: got %v, want EIO", e)
+		}
+	}
+	r.leave(c)
+	want := regexp.MustCompile(`level=WARN msg="request failed" peer=\S+ export=disk command=read offset=512 length=1024 error="`)
+	if got := log.String(); len(want.FindAllString(got, -1)) != requests {
+		t.Errorf("log says %q, want %d lines like %q", got, requests, want)
 	}
 }
 

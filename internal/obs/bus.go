@@ -176,26 +176,3 @@ func (s *Subscription) Close() {
 	default:
 	}
 }
-
-// Throttle cuts a flood of events of one kind: limits.EventBurst pass in
-// limits.EventInterval. It is for one user at a time.
-type Throttle struct {
-	began  time.Time
-	passed int
-	cut    int
-}
-
-// Allow tells whether an event at the time now passes, and how many before it
-// did not since the last that passed.
-func (t *Throttle) Allow(now time.Time) (ok bool, cut int) {
-	if t.began.IsZero() || now.Sub(t.began) >= limits.EventInterval {
-		t.began, t.passed = now, 0
-	}
-	if t.passed >= limits.EventBurst {
-		t.cut++
-		return false, 0
-	}
-	t.passed++
-	cut, t.cut = t.cut, 0
-	return true, cut
-}

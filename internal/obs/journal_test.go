@@ -40,7 +40,7 @@ func journald(t *testing.T) (*Log, journalEnd) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &Log{opt: Options{Format: "journal"}, out: newQueue(j, lostIn["journal"]), cut: &limiter{now: time.Now}}
+	l := newLog(Options{Format: "journal"}, j)
 	t.Cleanup(l.Close)
 	return l, journalEnd{t, c}
 }

@@ -4,24 +4,28 @@
 package obs
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"log/syslog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // Components are those that a log has loggers for.
 var Components = []string{"daemon", "nbd", "backing", "engine", "tls", "control", "requests"}
+
+// whole are the components of which no line is left out: no client causes them, or
+// they have a bound of their own. They are what the daemon says of its start and
+// its work, the audit trail of the control socket, and the requests that somebody
+// wants to see.
+var whole = []string{"daemon", "control", "requests"}
 
 // Options of a log.
 type Options struct {
@@ -52,9 +56,14 @@ func Open(o Options) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{opt: o, out: newQueue(w, lostIn[o.Format]), cut: &limiter{now: time.Now}}
+	return newLog(o, w), nil
+}
+
+func newLog(o Options, w io.Writer) *Log {
+	l := &Log{opt: o, out: newQueue(w, lostIn[o.Format])}
 	l.level.Set(o.Level)
-	return l, nil
+	l.cut = &limiter{now: time.Now, seen: make(map[lineKind]*Throttle), out: l.handler(&slog.HandlerOptions{ReplaceAttr: l.dropTime})}
+	return l
 }
 
 // lostIn has, by format, what tells that lines were lost before one: a line of
@@ -115,7 +124,12 @@ func (l *Log) For(component string) *slog.Logger {
 		level = own
 	}
 	h := l.handler(&slog.HandlerOptions{Level: level, ReplaceAttr: l.dropTime})
-	return slog.New(&cutHandler{Handler: h.WithAttrs([]slog.Attr{slog.String("in", component)}), cut: l.cut})
+	return slog.New(&cutHandler{
+		Handler: h.WithAttrs([]slog.Attr{slog.String("in", component)}),
+		cut:     l.cut,
+		whole:   slices.Contains(whole, component),
+		kind:    lineKind{in: component},
+	})
 }
 
 // SetLevel changes the least severe level that is written, but of components
@@ -142,7 +156,10 @@ func (l *Log) dropTime(groups []string, a slog.Attr) slog.Attr {
 }
 
 // Close writes what is queued, for at most a second, and stops.
-func (l *Log) Close() { l.out.close() }
+func (l *Log) Close() {
+	l.cut.close()
+	l.out.close()
+}
 
 // queue decouples the log from its sink: a full pipe or a stopped journal
 // loses lines, and says how many, instead of stopping a guest.
@@ -205,72 +222,4 @@ func (q *queue) close() {
 	case <-q.done:
 	case <-time.After(time.Second):
 	}
-}
-
-// limiter cuts a flood: of one message, limits.LogBurst lines are written in
-// limits.LogInterval; the next line that passes says how many did not.
-type limiter struct {
-	now func() time.Time
-
-	mu    sync.Mutex
-	start time.Time            // guarded by mu
-	seen  map[string]*msgCount // guarded by mu
-}
-
-type msgCount struct{ passed, cut int }
-
-// allow tells whether a line passes and how many before it did not.
-func (l *limiter) allow(msg string) (ok bool, cut int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if now := l.now(); l.seen == nil || now.Sub(l.start) >= limits.LogInterval {
-		l.start = now
-		old := l.seen
-		l.seen = make(map[string]*msgCount)
-		for m, c := range old {
-			if c.cut > 0 {
-				l.seen[m] = &msgCount{cut: c.cut}
-			}
-		}
-	}
-	c := l.seen[msg]
-	if c == nil {
-		c = new(msgCount)
-		l.seen[msg] = c
-	}
-	if c.passed >= limits.LogBurst {
-		c.cut++
-		return false, 0
-	}
-	c.passed++
-	cut, c.cut = c.cut, 0
-	return true, cut
-}
-
-// cutHandler puts the limiter before a handler. Debug lines are asked for and
-// pass.
-type cutHandler struct {
-	slog.Handler
-	cut *limiter
-}
-
-func (h *cutHandler) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level > slog.LevelDebug {
-		ok, cut := h.cut.allow(r.Message)
-		if !ok {
-			return nil
-		}
-		if cut > 0 {
-			r.AddAttrs(slog.Int("suppressed", cut))
-		}
-	}
-	return h.Handler.Handle(ctx, r)
-}
-
-func (h *cutHandler) WithAttrs(a []slog.Attr) slog.Handler {
-	return &cutHandler{Handler: h.Handler.WithAttrs(a), cut: h.cut}
-}
-
-func (h *cutHandler) WithGroup(name string) slog.Handler {
-	return &cutHandler{Handler: h.Handler.WithGroup(name), cut: h.cut}
 }
