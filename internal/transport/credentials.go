@@ -177,7 +177,7 @@ func (c *Credentials) current() *credentialSet {
 		return set
 	}
 	if !known || err.Error() != c.refused.text {
-		c.log.Warn("tls credentials changed but stay as they were", "dir", c.dir, "err", err)
+		c.log.Warn("tls credentials changed but stay as they were", "dir", c.dir, "error", err)
 	}
 	c.refused.stamps, c.refused.text, c.refused.at = now, err.Error(), time.Now()
 	return c.set

@@ -163,7 +163,7 @@ func (rs revocations) warn(log *slog.Logger, dir string) {
 	now := time.Now()
 	for _, r := range rs {
 		if err := r.current(now); err != nil {
-			log.Warn("tls peers are refused", "dir", dir, "err", err)
+			log.Warn("tls peers are refused", "dir", dir, "error", err)
 		}
 	}
 }

@@ -72,7 +72,7 @@ func (l *RequestLog) seen(ctx context.Context, r request, do func() error) error
 	}
 	attrs = append(attrs, slog.Duration("took", took))
 	if err != nil {
-		attrs = append(attrs, slog.String("err", err.Error()))
+		attrs = append(attrs, slog.String("error", err.Error()))
 	}
 	if n := l.skipped.Swap(0); n > 0 {
 		attrs = append(attrs, slog.Int64("skipped", n))

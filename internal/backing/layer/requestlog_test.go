@@ -64,8 +64,8 @@ op=zero off=1 len=2 flags=fua,no-hole,fast-zero took=0s
 op=trim off=3 len=4 took=0s
 op=cache off=5 len=6 took=0s
 op=extents off=7 len=8 flags=req-one took=0s
-op=resize off=0 len=99 took=0s err="resize: not supported: a disk of this format has a fixed size"
-op=flush off=0 len=0 took=0s err="a \"bad\"\nday"
+op=resize off=0 len=99 took=0s error="resize: not supported: a disk of this format has a fixed size"
+op=flush off=0 len=0 took=0s error="a \"bad\"\nday"
 `
 		if b.String() != want {
 			t.Errorf("log: got\n%s\nwant\n%s", b, want)

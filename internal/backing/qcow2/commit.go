@@ -402,7 +402,7 @@ func (d *disk) reap(ctx context.Context) {
 			continue
 		}
 		if err := d.space.Release(ctx, refs); err != nil && !errors.Is(err, context.Canceled) {
-			d.log.Warn("clusters that are free could not be released", "path", d.path, "err", err)
+			d.log.Warn("clusters that are free could not be released", "path", d.path, "error", err)
 		}
 	}
 }

@@ -39,12 +39,12 @@ func (d *disk) condemn(why error) {
 	if !d.stopWrites(e) {
 		return
 	}
-	d.log.Error("image was damaged after it was opened, it takes no more writes until it is repaired", "path", d.path, "err", why)
+	d.log.Error("image was damaged after it was opened, it takes no more writes until it is repaired", "path", d.path, "error", why)
 	d.marking.Go(func() {
 		d.commits.one.Lock()
 		defer d.commits.one.Unlock()
 		if err := d.markCorrupt(context.Background()); err != nil {
-			d.log.Error("image could not be marked as corrupt", "path", d.path, "err", err)
+			d.log.Error("image could not be marked as corrupt", "path", d.path, "error", err)
 		}
 	})
 }

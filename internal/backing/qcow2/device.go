@@ -68,7 +68,7 @@ func (d *chainDevice) loadBitmaps(ctx context.Context, top *Image, o Options) {
 	}
 	set, err := bitmaps.Load(ctx, top.st, top.header, top.size, bitmaps.Options{Log: log})
 	if err != nil {
-		log.Warn("image has bitmaps that cannot be used", "path", o.Path, "err", err)
+		log.Warn("image has bitmaps that cannot be used", "path", o.Path, "error", err)
 		return
 	}
 	d.bitmaps = set

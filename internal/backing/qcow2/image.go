@@ -160,7 +160,7 @@ func (m *Image) warn(log *slog.Logger) {
 		log.Warn("damaged places of the image are read as QEMU reads them", "path", m.path)
 	}
 	if err := m.header.BitmapsErr; err != nil {
-		log.Warn("image has bitmaps that cannot be used", "path", m.path, "err", err)
+		log.Warn("image has bitmaps that cannot be used", "path", m.path, "error", err)
 	}
 }
 
@@ -177,7 +177,7 @@ func (m *Image) load(ctx context.Context, snapshot string, log *slog.Logger) err
 	case snapshot != "" || !isCorrupt(snapErr):
 		return snapErr
 	default:
-		log.Warn("image has snapshots that cannot be used", "path", m.path, "err", snapErr)
+		log.Warn("image has snapshots that cannot be used", "path", m.path, "error", snapErr)
 	}
 	l1, entries, size := int64(h.L1Offset), h.L1Size, int64(h.Size)
 	if snapshot != "" {

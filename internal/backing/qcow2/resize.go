@@ -215,7 +215,7 @@ func (d *disk) writeHeader(ctx context.Context, p []byte, off int64) error {
 	}
 	lost := &backing.Error{Op: "write header", Path: d.path, Off: -1, Kind: backing.ErrPoisoned, Err: err}
 	d.log.Error("it is not known what the header says, image takes no more writes until it is opened anew",
-		"path", d.path, "err", err)
+		"path", d.path, "error", err)
 	d.stopWrites(lost)
 	return err
 }

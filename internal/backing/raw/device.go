@@ -273,7 +273,7 @@ func (d *Device) lost(op string, err error) {
 	e := &backing.Error{Op: op, Path: d.opt.Path, Off: -1, Kind: backing.ErrPoisoned, Err: err}
 	if d.poison.CompareAndSwap(nil, e) {
 		d.opt.Log.Error("acknowledged writes may be lost, image takes no more writes until it is opened anew",
-			"path", d.opt.Path, "op", op, "err", err)
+			"path", d.opt.Path, "op", op, "error", err)
 		if d.opt.Poisoned != nil {
 			d.opt.Poisoned(e)
 		}

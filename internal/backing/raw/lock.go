@@ -131,7 +131,7 @@ func lockImage(f *os.File, g geometry, o Options) (locked bool, unlock func(), e
 			inUse.remove(g.id, u)
 			return false, nothing, err
 		}
-		logOf(o).Warn("image cannot be locked against other programs", "path", o.Path, "err", err)
+		logOf(o).Warn("image cannot be locked against other programs", "path", o.Path, "error", err)
 		return false, func() { inUse.remove(g.id, u) }, nil
 	}
 	return true, func() {

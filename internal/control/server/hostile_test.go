@@ -441,9 +441,9 @@ func TestAuditSaysWhoDidWhat(t *testing.T) {
 	_ = w.client.Remove(testContext(t), "a\nlevel=ERROR \"x\"", true, 0)
 	want := []string{
 		`msg="DELETE /v1/exports/a%0Alevel=ERROR%20%22x%22"`, fmt.Sprintf("peer.uid=%d", os.Getuid()),
-		fmt.Sprintf("peer.pid=%d", os.Getpid()), `query="force=true"`, "status=404", "err=",
+		fmt.Sprintf("peer.pid=%d", os.Getpid()), `query="force=true"`, "status=404", "error=",
 	}
-	eventually(t, "a line in the log", func() bool { return strings.Contains(w.log.String(), "err=") })
+	eventually(t, "a line in the log", func() bool { return strings.Contains(w.log.String(), "error=") })
 	for _, x := range want {
 		if !strings.Contains(w.log.String(), x) {
 			t.Errorf("no %s in %q", x, w.log)

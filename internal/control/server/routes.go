@@ -106,7 +106,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		closeAll(c.files)
 		err = c.fail(err)
 	} else if err = c.reply(v); err != nil {
-		s.log.Debug("control reply lost", "err", err)
+		s.log.Debug("control reply lost", "error", err)
 		err = nil
 	}
 	c.audit(start, err)
@@ -333,7 +333,7 @@ func (c *call) public(err error) (*api.Error, int) {
 func (c *call) fail(err error) error {
 	e, status := c.public(err)
 	if sendErr := c.send(status, e); sendErr != nil {
-		c.s.log.Debug("control reply lost", "err", sendErr)
+		c.s.log.Debug("control reply lost", "error", sendErr)
 	}
 	return err
 }
@@ -377,9 +377,8 @@ func (c *call) writeDeadline() error {
 }
 
 // audit writes the line about a change by somebody who may change things. Its
-// message has the subject, because a flood of one message is cut, and a
-// hundred exports made in a second are none. Of other requests there is a line
-// at level debug.
+// message has the subject, so that it reads as a sentence. Of other requests there
+// is a line at level debug.
 func (c *call) audit(start time.Time, err error) {
 	level := slog.LevelDebug
 	if c.route != nil && c.route.access == Change && c.conn.access == Change {
@@ -397,7 +396,7 @@ func (c *call) audit(start time.Time, err error) {
 		attrs = append(attrs, slog.Int("descriptors", len(c.files)))
 	}
 	if err != nil {
-		attrs = append(attrs, slog.String("err", short(err.Error(), limits.ControlErrorText)))
+		attrs = append(attrs, slog.String("error", short(err.Error(), limits.ControlErrorText)))
 	}
 	c.s.log.LogAttrs(context.WithoutCancel(c.ctx), level, msg, attrs...)
 }

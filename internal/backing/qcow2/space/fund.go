@@ -361,7 +361,7 @@ func (s *Space) unsetAside(ctx context.Context) {
 	s.mu.Unlock()
 	for _, c := range list {
 		if err := s.st.Punch(ctx, c<<s.g.ClusterBits, s.g.ClusterSize); err != nil {
-			s.log.Debug("free clusters keep their storage", "cluster", c, "err", err)
+			s.log.Debug("free clusters keep their storage", "cluster", c, "error", err)
 		}
 	}
 }

@@ -112,7 +112,7 @@ func (s *Space) decrement(p []byte, at, first, c, end int64) (free []stretch, er
 func (s *Space) free(ctx context.Context, r stretch) {
 	err := s.st.Punch(ctx, r.from<<s.g.ClusterBits, (r.to-r.from)<<s.g.ClusterBits)
 	if err != nil {
-		s.log.Debug("freed clusters keep their storage", "cluster", r.from, "n", r.to-r.from, "err", err)
+		s.log.Debug("freed clusters keep their storage", "cluster", r.from, "n", r.to-r.from, "error", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
