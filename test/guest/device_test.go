@@ -76,7 +76,7 @@ func bootDevice(t *testing.T, k testenv.Kernel, scenario, options string, module
 }
 
 func TestDeviceHoldsAFileSystemWithFourConnections(t *testing.T) {
-	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, deviceScenario, "-f -U /run/disk.sock")
 	})
 }
@@ -347,7 +347,7 @@ if ps -o stat,comm | grep '^D'; then exit 10; fi
 `
 
 func TestDeviceWithoutItsServerFailsInTime(t *testing.T) {
-	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, lostScenario, "", "vsock_loopback")
 	})
 }

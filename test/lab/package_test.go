@@ -115,12 +115,12 @@ func packageSteps() []Step {
 				` + size(made) + size(handed)},
 		{Name: "no client is refused while it starts again", Script: `
 				mkdir -p /run/systemd/system/vmdiskd.service.d
-				printf '[Service]\nExecStartPre=/bin/sleep 5\n' >/run/systemd/system/vmdiskd.service.d/slow.conf
+				printf '[Service]\nExecStartPre=/bin/sleep 3\n' >/run/systemd/system/vmdiskd.service.d/slow.conf
 				systemctl daemon-reload
 				for i in 1 2; do
 					old=$(systemctl show -P MainPID vmdiskd)
 					systemctl restart --no-block vmdiskd.service
-					while [ "$(systemctl show -P MainPID vmdiskd)" = "$old" ]; do sleep 0.1; done
+					while [ "$(systemctl show -P MainPID vmdiskd)" = "$old" ]; do sleep 0.5; done
 					[ "$(systemctl is-active vmdiskd)" = activating ]
 					` + size(own) + size(made) + `
 					systemctl is-active vmdiskd
