@@ -144,6 +144,52 @@ func TestOverlayOfAnExportOfTheAPIIsRemembered(t *testing.T) {
 	s.stop()
 }
 
+// TestWhatIsTakenBackBetweenTwoSnapshots, a reload or a forgetting, changes nothing
+// of what the second is remembered to stand for: the image that the file names.
+func TestWhatIsTakenBackBetweenTwoSnapshots(t *testing.T) {
+	before := exportA + unixListener("one", "")
+	for name, takenBack := range map[string]func(s *testService) error{
+		"the export cannot be opened as it shall be": func(s *testService) error {
+			defer s.configure(before)
+			return s.reload(exportA + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/no/such/folder\"\n" + unixListener("one", ""))
+		},
+		"a later step fails": func(s *testService) error {
+			defer s.configure(before)
+			return s.reload(exportA + "flush-on-close = true\n" + unixListener("one", "owner = \"no-such-user\"\n"))
+		},
+		"the image cannot be written to": func(s *testService) error {
+			x := config.Export{Name: "reader", Image: filepath.Join(s.dir, "a.img"), ReadOnly: true}
+			if _, err := s.ctl.Add(s.Context(), api.AddExport{Export: x}); err != nil {
+				s.Fatal(err)
+			}
+			_, err := s.ctl.Forget(s.Context(), "a", true, false)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, before)
+			two := filepath.Join(s.dir, "two.qcow2")
+			if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "one.qcow2")}); err != nil {
+				t.Fatal(err)
+			}
+			if err := takenBack(s); err == nil {
+				t.Error("nothing was taken back")
+			}
+			if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: two}); err != nil {
+				t.Fatal(err)
+			}
+			s.write("a", "0x38", "0")
+			s.stop()
+			s.start()
+			if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != two || x.Error != "" {
+				t.Fatalf("after a restart: %+v, %v, want %s", x, err, two)
+			}
+			s.wantBytes("a", "0x38", "0")
+			s.stop()
+		})
+	}
+}
+
 // TestOverlayNeedsAPlaceToBeRemembered: without one nothing is done.
 func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
 	s := newService(t, exportA)

@@ -18,7 +18,7 @@ import (
 // disk is an export with what the registry does not know of it.
 type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
-	named  config.Export // its image as the configuration had it when it was opened
+	named  config.Export // its image as the configuration has it, whatever snapshots have put above
 	origin string        // guarded by disks.mu; written with busy held too
 	doors  []*door       // its own
 	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed

@@ -55,7 +55,9 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	defer closeFiles(files)
 	x := k.cfg
 	if k.origin == fromConfig {
-		k.named = config.ImageOf(x)
+		if k.named.Name == "" {
+			k.named = config.ImageOf(x)
+		}
 		if x, err = d.placed(x); err != nil {
 			return err
 		}

@@ -458,9 +458,8 @@ func (r *reopening) end() {
 // reopen closes the export and opens it as r.x says; if that fails, as it was. It
 // returns what takes it back.
 func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
-	d, name := r.d, r.x.Name
-	old, _, _ := d.disks.look(r.k)
-	closed, back, err := d.closeFor(ctx, name, old)
+	d := r.d
+	closed, back, err := d.closeFor(ctx, r.k)
 	if err != nil {
 		return nil, err
 	}
@@ -469,9 +468,9 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		_, back, err := d.closeFor(ctx, name, old)
+		_, back, err := d.closeFor(ctx, r.k)
 		if err != nil {
-			d.log.Error("export stays changed", "export", name, "error", err)
+			d.log.Error("export stays changed", "export", r.x.Name, "error", err)
 			return
 		}
 		back()
@@ -495,10 +494,12 @@ func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*o
 // errReopening is what an export has failed for that closeFor has closed.
 var errReopening = errors.New("it is being opened again")
 
-// closeFor closes an export that is to come back: closed has its name, as one that
-// failed. back opens it as old says, if nobody has removed it; its image may be
-// elsewhere by now, and then that fails.
-func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (closed *disk, back func(), err error) {
+// closeFor closes an export that is to come back as was, which it is or has been:
+// closed has its name, as one that failed. back opens it, if nobody has removed it;
+// its image may be elsewhere by now, and then that fails.
+func (d *daemon) closeFor(ctx context.Context, was *disk) (closed *disk, back func(), err error) {
+	old, _, _ := d.disks.look(was)
+	name := old.Name
 	k := d.disks.find(name)
 	if k == nil {
 		return nil, nil, nbd.ErrUnknownExport
@@ -510,7 +511,7 @@ func (d *daemon) closeFor(ctx context.Context, name string, old config.Export) (
 	closed = &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening}
 	back = func() {
 		defer files.Close()
-		d.tryDisk(&disk{cfg: old, origin: closed.origin, files: files, again: closed})
+		d.tryDisk(&disk{cfg: old, named: was.named, origin: closed.origin, files: files, again: closed})
 	}
 	err = d.makeRoom(ctx, closed)
 	switch {

@@ -110,7 +110,7 @@ func TestRemovedExportIsNotTriedAgain(t *testing.T) {
 	if k := d.disks.get("b"); k != nil {
 		t.Errorf("what was removed is there again: %+v", k)
 	}
-	_, back, err := d.closeFor(t.Context(), "a", d.disks.get("a").cfg)
+	_, back, err := d.closeFor(t.Context(), d.disks.get("a"))
 	if err == nil {
 		err = d.removeFailed(t.Context(), d.disks.get("a"), "a")
 	}
