@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -453,6 +454,142 @@ func TestImageBelowAnOverlayIsNotWrittenTo(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.wantExports("once it is forgotten", "renamed ready config")
+	s.stop()
+}
+
+// away has the service start without a file, and back brings that again.
+func (s *testService) away(file string) (back func()) {
+	s.Helper()
+	move := func(from, to string) {
+		s.Helper()
+		s.stop()
+		if err := os.Rename(from, to); err != nil {
+			s.Fatal(err)
+		}
+		s.start()
+	}
+	move(file, file+".away")
+	return func() { s.Helper(); move(file+".away", file) }
+}
+
+// wantForbidden adds exports that would write to files, each given as its name and
+// format, and wants all to be refused.
+func (s *testService) wantForbidden(files ...string) {
+	s.Helper()
+	for _, f := range files {
+		name, format, _ := strings.Cut(f, ":")
+		x := config.Export{Name: "x", Image: filepath.Join(s.dir, name), Format: format}
+		if format == "qcow2" {
+			x.Backing = "same-dir"
+		}
+		_, err := s.ctl.Add(s.Context(), api.AddExport{Export: x})
+		wantCode(s.T, f, err, api.CodeForbidden)
+		if err == nil {
+			err = s.ctl.Remove(s.Context(), "x", true, 0)
+		} else {
+			x.ReadOnly = true
+			if _, err = s.ctl.Add(s.Context(), api.AddExport{Export: x}); err == nil {
+				err = s.ctl.Remove(s.Context(), "x", true, 0)
+			}
+		}
+		if err != nil {
+			s.Errorf("%s, read-only or removed: %v", f, err)
+		}
+	}
+}
+
+// images makes images with qemu-img create, each given by its arguments.
+func (s *testService) images(list ...string) {
+	s.Helper()
+	for _, args := range list {
+		if out, err := tool(s.T, s.dir, "qemu-img", append([]string{"create", "-q", "-f", "qcow2"}, strings.Fields(args)...)...); err != nil {
+			s.Fatalf("qemu-img create %s: %v: %s", args, err, out)
+		}
+	}
+}
+
+// TestFilesBelowAnOverlayAreNotWrittenTo, whatever names them: the overlay alone
+// does, or the export has them by another path. The overlay's file is not there when
+// the service starts, so that nothing is locked.
+func TestFilesBelowAnOverlayAreNotWrittenTo(t *testing.T) {
+	s := newService(t, "")
+	at := func(name string) string { return filepath.Join(s.dir, name) }
+	s.images("-b a.img -F raw one.qcow2", "-o data_file=data.raw base.qcow2 1M", "-o data_file=link.raw other.qcow2 1M")
+	configured := strings.ReplaceAll(exportA, "a.img", "one.qcow2") + "format = \"qcow2\"\nbacking = \"same-dir\"\n"
+	if err := s.reload(configured); err != nil {
+		t.Fatal(err)
+	}
+	kept := api.AddExport{Export: config.Export{Name: "k", Image: at("base.qcow2"), Format: "qcow2", Backing: "same-dir"}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), kept); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range [][2]string{{"a", "two.qcow2"}, {"a", "three.qcow2"}, {"k", "top.qcow2"}} {
+		if _, err := s.ctl.Snapshot(t.Context(), x[0], api.Snapshot{Overlay: at(x[1])}); err != nil {
+			t.Fatal(err)
+		}
+		s.write(x[0], "0x39", "0")
+	}
+	text := "changed"
+	if _, err := s.ctl.Patch(t.Context(), "k", api.Patch{Description: &text}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Link(at("a.img"), at("hard.img")), os.Remove(at("link.raw")), os.Link(at("a.img"), at("link.raw"))); err != nil {
+		t.Fatal(err)
+	}
+	back := s.away(at("three.qcow2"))
+	s.wantForbidden("a.img:raw", "one.qcow2:qcow2", "two.qcow2:qcow2", "hard.img:raw", "other.qcow2:qcow2")
+	back()
+	s.wantBytes("a", "0x39", "0")
+	back = s.away(at("top.qcow2"))
+	s.wantForbidden("base.qcow2:qcow2", "data.raw:raw")
+	back()
+	s.wantBytes("k", "0x39", "0")
+	if err := s.ctl.Remove(t.Context(), "k", true, 0); err != nil {
+		t.Fatal(err)
+	}
+	kept.Name, kept.Persist = "again", false
+	if _, err := s.ctl.Add(t.Context(), kept); err != nil {
+		t.Errorf("once it is forgotten: %v", err)
+	}
+	s.stop()
+}
+
+// TestOverlayThatNamesNoFilesBelowItIsRemembered: its folder was written by a
+// version that knew the names only.
+func TestOverlayThatNamesNoFilesBelowItIsRemembered(t *testing.T) {
+	s := newService(t, exportA)
+	b := api.AddExport{Export: config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img")}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	for name, file := range map[string]string{"a": ".overlay=a.json", "b": "b.json"} {
+		if _, err := s.ctl.Snapshot(t.Context(), name, api.Snapshot{Overlay: filepath.Join(s.dir, name+".qcow2")}); err != nil {
+			t.Fatal(err)
+		}
+		s.write(name, "0x3a", "0")
+		var x map[string]any
+		path := filepath.Join(s.dir, "state", file)
+		text, err := os.ReadFile(path)
+		if err == nil {
+			err = json.Unmarshal(text, &x)
+		}
+		if err != nil || x["below"] == nil {
+			t.Fatalf("%s: %v, %s", file, err, text)
+		}
+		delete(x, "below")
+		if text, err = json.Marshal(x); err == nil {
+			err = os.WriteFile(path, text, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, image := range map[string]string{"a": "a.img:raw", "b": "b.img:raw"} {
+		back := s.away(filepath.Join(s.dir, name+".qcow2"))
+		s.wantForbidden(image)
+		back()
+		s.wantBytes(name, "0x3a", "0")
+	}
 	s.stop()
 }
 

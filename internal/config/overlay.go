@@ -20,6 +20,7 @@ import (
 type Instead struct {
 	Of    Export `json:"of"`
 	Serve Export `json:"serve"`
+	Below []File `json:"below,omitempty"` // what the overlay stands on
 }
 
 // overlayPrefix begins the names of the files of overlays: no export's file
@@ -141,31 +142,42 @@ func readInstead(path string) (*Instead, error) {
 	return i, nil
 }
 
-// Base is an image that an overlay stands on which is kept in a folder: whoever
+// File is a file that images were opened with. Path is empty if it is not UTF-8.
+// The numbers are 0 where they would not tell the file from another after a
+// restart.
+type File struct {
+	Path string `json:"path,omitempty"`
+	Dev  uint64 `json:"dev,omitempty"`
+	Ino  uint64 `json:"ino,omitempty"`
+	Born int64  `json:"born,omitempty"` // nanoseconds since 1970; 0 where the file system does not tell
+}
+
+// Base is a file that an overlay stands on which is kept in a folder: whoever
 // writes to it destroys what the guest sees of Export.
 type Base struct {
-	Path    string
+	File
 	Export  string
 	Overlay string
 }
 
-// ReadBases are the images that the overlays in dir stand on, of exports of the
-// configuration as of those that are kept, as far as both can be read.
+// ReadBases are the files that the overlays in dir stand on, of exports of the
+// configuration as of those that are kept, as far as both can be read. Of what was
+// kept without Below it has the names that the export gives.
 func ReadBases(dir string) (list []Base, err error) {
 	names, err := stateNames(dir)
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range names {
-		var over Export
+		var over kept
 		switch {
 		case strings.HasPrefix(name, overlayPrefix):
 			i, err := readInstead(filepath.Join(dir, name))
 			if err != nil {
 				continue
 			}
-			over = i.Serve
-			list = append(list, Base{i.Of.Image, over.Name, over.Image})
+			over = kept{i.Serve, i.Below}
+			list = append(list, Base{File{Path: i.Of.Image}, over.Name, over.Image})
 		case strings.HasPrefix(name, "."):
 			continue
 		default:
@@ -173,8 +185,11 @@ func ReadBases(dir string) (list []Base, err error) {
 				continue
 			}
 		}
-		for _, below := range over.BackingFiles {
-			list = append(list, Base{withoutFormat(below), over.Name, over.Image})
+		for _, name := range over.BackingFiles {
+			list = append(list, Base{File{Path: withoutFormat(name)}, over.Name, over.Image})
+		}
+		for _, f := range over.Below {
+			list = append(list, Base{f, over.Name, over.Image})
 		}
 	}
 	return list, nil

@@ -66,12 +66,18 @@ func openState(dir string) (*os.File, error) {
 	return d, nil
 }
 
+// kept is what the file of an export has.
+type kept struct {
+	Export
+	Below []File `json:"below,omitempty"`
+}
+
 // WriteExport keeps e in the folder dir, which exists, and which nobody but root
-// and this user can write to. When it returns without an error, e is on stable
+// and this user can write to; below are the files that its image stands on. When it returns without an error, e is on stable
 // storage; with one, what was kept under its name before still is, unless the
 // error is ErrUnsynced. Calls for one folder exclude each other.
-func WriteExport(dir string, e Export) error {
-	b, err := encodeState(e)
+func WriteExport(dir string, e Export, below []File) error {
+	b, err := encodeState(kept{e, below})
 	if err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
@@ -82,7 +88,7 @@ func WriteExport(dir string, e Export) error {
 }
 
 // encodeState writes e so that it is read as the same again, or not at all.
-func encodeState(e Export) ([]byte, error) {
+func encodeState(e kept) ([]byte, error) {
 	for _, path := range slices.Concat([]string{e.Image}, e.BackingFiles, e.DataFiles) {
 		if _, ok := descriptor(withoutFormat(path)); ok {
 			return nil, errors.New("its image came as a descriptor, which has no name to open it by again")
@@ -95,7 +101,7 @@ func encodeState(e Export) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	var again Export
+	var again kept
 	if err := decodeJSON(b, &again, limits.StateFile); err != nil {
 		return nil, err
 	}
@@ -181,7 +187,7 @@ func ReadExports(dir string) ([]Export, error) {
 			problems = append(problems, err)
 			continue
 		}
-		list = append(list, e)
+		list = append(list, e.Export)
 	}
 	if problems != nil {
 		return list, problems
@@ -206,19 +212,26 @@ func stateNames(dir string) ([]string, error) {
 	return names, nil
 }
 
+// ReadBelow are the files below the image of the export called name, as WriteExport
+// has kept them.
+func ReadBelow(dir, name string) ([]File, error) {
+	e, err := readExport(dir, stateFile(name))
+	return e.Below, err
+}
+
 // readExport reads one file of dir, which must be that of its export.
-func readExport(dir, name string) (Export, error) {
+func readExport(dir, name string) (kept, error) {
 	path := filepath.Join(dir, name)
 	b, err := readFile(path, limits.StateFile+1, syscall.O_NOFOLLOW)
 	if err != nil {
-		return Export{}, err
+		return kept{}, err
 	}
-	var e Export
+	var e kept
 	if err := decodeJSON(b, &e, limits.StateFile+1); err != nil {
-		return Export{}, fmt.Errorf("%q: %w", path, err)
+		return kept{}, fmt.Errorf("%q: %w", path, err)
 	}
 	if stateFile(e.Name) != name {
-		return Export{}, fmt.Errorf("%q: it is export %q, which belongs in %q", path, cut(e.Name), stateFile(e.Name))
+		return kept{}, fmt.Errorf("%q: it is export %q, which belongs in %q", path, cut(e.Name), stateFile(e.Name))
 	}
 	return e, nil
 }

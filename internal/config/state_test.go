@@ -26,7 +26,7 @@ func stateDir(t *testing.T) string {
 // keep writes an export that is expected to be kept.
 func keep(t *testing.T, dir string, e config.Export) {
 	t.Helper()
-	if err := config.WriteExport(dir, e); err != nil {
+	if err := config.WriteExport(dir, e, nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -120,7 +120,7 @@ func TestWhatCannotComeBackIsNotKept(t *testing.T) {
 		"size":               {Name: "a", Image: "/a", Description: strings.Repeat("a", limits.StateFile)},
 		"negative":           {Name: "a", Image: "/a", Overlay: &config.Overlay{Quota: -1}},
 	} {
-		if err := config.WriteExport(dir, e); err == nil {
+		if err := config.WriteExport(dir, e, nil); err == nil {
 			t.Errorf("%s: kept", name)
 		}
 	}
@@ -169,7 +169,7 @@ func TestFolderOfOthersIsRefused(t *testing.T) {
 	keep(t, dir, config.Export{Name: "a", Image: "/a"})
 	refused := func(what, dir string) {
 		t.Helper()
-		if err := config.WriteExport(dir, config.Export{Name: "b", Image: "/b"}); err == nil {
+		if err := config.WriteExport(dir, config.Export{Name: "b", Image: "/b"}, nil); err == nil {
 			t.Errorf("%s: kept", what)
 		}
 		if list, err := config.ReadExports(dir); err == nil || list != nil {
@@ -216,7 +216,7 @@ func TestWriteIsAtomic(t *testing.T) {
 	if err := os.Symlink(outside, temp); err != nil {
 		t.Fatal(err)
 	}
-	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/new"}); !errors.Is(err, syscall.ELOOP) {
+	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/new"}, nil); !errors.Is(err, syscall.ELOOP) {
 		t.Errorf("wrote through a link: %v", err)
 	}
 	if b, err := os.ReadFile(outside); err != nil || string(b) != "mine" {
@@ -234,7 +234,7 @@ func TestWriteIsAtomic(t *testing.T) {
 		t.Errorf("got %+v, %v, files %q", list, err, files(t, dir))
 	}
 	gone := filepath.Join(dir, "gone")
-	if err := config.WriteExport(gone, config.Export{Name: "a"}); !errors.Is(err, fs.ErrNotExist) {
+	if err := config.WriteExport(gone, config.Export{Name: "a"}, nil); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no folder: %v", err)
 	}
 	if _, err := config.ReadExports(gone); !errors.Is(err, fs.ErrNotExist) {

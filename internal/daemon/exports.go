@@ -74,9 +74,6 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	}()
 	spec, err := specOf(&x)
 	if err == nil {
-		err = d.mayWriteTo(&x, files)
-	}
-	if err == nil {
 		k.doors, err = d.openDoors(ctx, &x)
 	}
 	if err != nil {

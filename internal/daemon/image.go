@@ -26,15 +26,11 @@ func (d *daemon) roots() []string {
 type image struct {
 	dev   backing.Device
 	files []*os.File // of the device, which closes them
+	below []config.File
 }
 
-// openImage opens the image of an export. files are what the words "fd:N" in x
-// stand for.
-func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.File) (image, error) {
-	s, err := d.imageSpec(x, files)
-	if err != nil {
-		return image{}, err
-	}
+// openImage opens the image of an export as s says, with what was handed over for it.
+func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (image, error) {
 	if err := d.cfg.Handed.images(x, &s); err != nil {
 		return image{}, err
 	}
@@ -46,7 +42,12 @@ func (d *daemon) openImage(ctx context.Context, x *config.Export, files []*os.Fi
 // openSpec opens an image.
 func (d *daemon) openSpec(ctx context.Context, s open.Spec) (i image, err error) {
 	s.Log = d.logs.For("backing")
-	s.Opened = func(f *os.File) { i.files = append(i.files, f) }
+	s.Opened = func(f *os.File, below bool) {
+		i.files = append(i.files, f)
+		if below {
+			i.below = append(i.below, fileOf(f))
+		}
+	}
 	i.dev, err = open.Open(ctx, s)
 	return i, d.explain(s.Path, err)
 }

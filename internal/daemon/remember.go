@@ -51,18 +51,18 @@ func (d *daemon) mayRemember() error {
 }
 
 // remember makes it durable that the export serves another image from now on,
-// and returns what takes that back. It comes before the first write to the
+// which stands on the files below, and returns what takes that back. It comes before the first write to the
 // image: were it not known after a restart, the guest would lose what it wrote. So
 // an export that was not to be kept is written too, for the caller to make it
 // fromState. With k.busy.
-func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err error) {
+func (d *daemon) remember(k *disk, cfg config.Export, below []config.File) (undo func() error, err error) {
 	state := d.conf.Load().Control.State
 	switch k.origin {
 	case fromState:
-		before := k.cfg
-		return func() error { return config.WriteExport(state, before) }, config.WriteExport(state, cfg)
+		before, under := k.cfg, k.stack.below
+		return func() error { return config.WriteExport(state, before, under) }, config.WriteExport(state, cfg, below)
 	case fromAPI:
-		return func() error { return config.RemoveExport(state, cfg.Name) }, config.WriteExport(state, cfg)
+		return func() error { return config.RemoveExport(state, cfg.Name) }, config.WriteExport(state, cfg, below)
 	case fromConfig:
 		before, err := config.ReadInstead(state, cfg.Name)
 		if err != nil {
@@ -74,7 +74,7 @@ func (d *daemon) remember(k *disk, cfg config.Export) (undo func() error, err er
 			}
 			return config.RemoveInstead(state, cfg.Name)
 		}
-		return undo, config.WriteInstead(state, config.Instead{Of: k.named, Serve: config.ImageOf(cfg)})
+		return undo, config.WriteInstead(state, config.Instead{Of: k.named, Serve: config.ImageOf(cfg), Below: below})
 	}
 	return func() error { return nil }, nil
 }

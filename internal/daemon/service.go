@@ -216,12 +216,17 @@ func (d *daemon) writeAdded(ctx context.Context, k *disk, name string) error {
 		return err
 	}
 	defer k.busy.Unlock()
+	state, old := d.conf.Load().Control.State, k.inPlaceOf
+	var below []config.File
+	if old != nil {
+		below, _ = config.ReadBelow(state, name) // of one that is damaged there is none
+	}
 	err := d.rewrite(k, k.cfg)
 	switch {
 	case err == nil:
 		d.disks.settle(k)
-	case errors.Is(err, config.ErrUnsynced) && k.inPlaceOf != nil:
-		err = errors.Join(err, d.rewrite(k, k.inPlaceOf.cfg))
+	case errors.Is(err, config.ErrUnsynced) && old != nil:
+		err = errors.Join(err, config.WriteExport(state, old.cfg, below))
 	case errors.Is(err, config.ErrUnsynced):
 		err = errors.Join(err, d.forgetKept(k, name))
 	}
@@ -312,7 +317,7 @@ func (d *daemon) rewrite(k *disk, x config.Export) error {
 	if k.origin != fromState {
 		return nil
 	}
-	return config.WriteExport(d.conf.Load().Control.State, x)
+	return config.WriteExport(d.conf.Load().Control.State, x, k.stack.below)
 }
 
 func set[T any](to *T, from *T) {

@@ -124,7 +124,7 @@ func (s *stack) takeOut(hold *layer.Hold) (backing.Device, error) {
 // put serves another image.
 func (s *stack) put(i image, x config.Export) {
 	s.swap.To(i.dev)
-	s.x, s.files = x, i.files
+	s.x, s.files, s.below = x, i.files, i.below
 }
 
 // raise closes the image of an export, which was taken out, and opens it again
@@ -142,7 +142,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	cfg := k.cfg // with k.busy
 	cfg.Image, cfg.Format, cfg.Snapshot, cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
 	cfg.Backing, cfg.BackingFiles = next.Backing, next.BackingFiles
-	undo, err := d.remember(k, cfg)
+	undo, err := d.remember(k, cfg, i.below)
 	if err != nil {
 		if errors.Is(err, config.ErrUnsynced) {
 			undone := undo()

@@ -26,6 +26,7 @@ type stack struct {
 	ro    *layer.ReadOnly
 	x     config.Export // how the image was opened last
 	files []*os.File    // of the image; with disk.busy
+	below []config.File // those of them that it stands on; with disk.busy
 }
 
 // build opens the image of an export and puts its layers on it. What fails
@@ -35,7 +36,7 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, 
 	if err != nil {
 		return nil, err
 	}
-	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files}
+	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files, below: i.below}
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
@@ -59,10 +60,16 @@ func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File,
 		}
 		defer t.Close()
 	}
-	if t != nil {
-		return d.openGathered(ctx, x, t)
+	s, err := d.imageSpec(x, files)
+	if err != nil {
+		return image{}, err
 	}
-	return d.openImage(ctx, x, files)
+	s.Writes = d.mayWrite(x)
+	if t != nil {
+		s.Table = t
+		return d.openSpec(ctx, s)
+	}
+	return d.openImage(ctx, x, s)
 }
 
 // putReadOnly lets a served disk be made read-only for those who use it. It is

@@ -108,12 +108,13 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 	names := qcow2.NamesOf(h)
 	if names.NeedsDataFile {
 		// What the image is opened for concerns its data file too.
-		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: ch.readOnly(len(ch.links) - 1)}
+		at := len(ch.links) - 1
+		w := wish{by: l.path, what: "data file", name: names.DataFile, readOnly: ch.readOnly(at)}
 		f, path, err := ch.gate.data(w)
 		if err != nil {
 			return false, err
 		}
-		if l.data, err = ch.store(f, path, w.readOnly); err != nil {
+		if l.data, err = ch.store(f, path, at); err != nil {
 			return false, err
 		}
 		l.dataPath = path
@@ -143,20 +144,25 @@ func (ch *chain) readOnly(i int) bool { return ch.spec.ReadOnly || i > 0 }
 
 // add takes over f as the next image of the chain.
 func (ch *chain) add(f *os.File, path, format string) error {
-	st, err := ch.store(f, path, ch.readOnly(len(ch.links)))
+	st, err := ch.store(f, path, len(ch.links))
 	if err == nil {
 		ch.links = append(ch.links, link{path: path, format: format, st: st})
 	}
 	return err
 }
 
-// store takes over f and locks it. The same file twice in a chain is a loop;
-// that is told by the open file, whatever is at the path by now.
-func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, error) {
+// store takes over f, a file of image i of the chain, and locks it. The same file
+// twice in a chain is a loop; that is told by the open file, whatever is at the
+// path by now.
+func (ch *chain) store(f *os.File, path string, i int) (store.Store, error) {
+	readOnly := ch.readOnly(i)
 	id, err := raw.Identify(f)
 	if err == nil && ch.seen[id] != "" {
 		err = &backing.Error{Op: "open", Path: path, Off: -1, Kind: backing.ErrInvalid,
 			Err: fmt.Errorf("the chain is a loop: it has this file already, as %q", ch.seen[id])}
+	}
+	if err == nil {
+		err = ch.spec.admit(f, readOnly)
 	}
 	if err != nil {
 		_ = f.Close() // the error that matters is err
@@ -170,7 +176,7 @@ func (ch *chain) store(f *os.File, path string, readOnly bool) (store.Store, err
 	if err != nil {
 		return nil, err
 	}
-	ch.spec.opened(f)
+	ch.spec.opened(f, i > 0)
 	return store.NewFile(dev), nil
 }
 

@@ -380,6 +380,58 @@ func TestDataFileIsOpenedThroughTheGate(t *testing.T) {
 	}
 }
 
+// TestOnlyWhatIsWrittenToIsAskedFor: the image and its data file, not what is below.
+// A refusal leaves nothing open.
+func TestOnlyWhatIsWrittenToIsAskedFor(t *testing.T) {
+	dir, _ := newChain(t)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=data", "-F", "raw", "-b", "base.raw", "own.qcow2", "1M")
+	refused := errors.New("refused")
+	for _, tt := range []struct {
+		image, format string
+		readOnly      bool
+		asked, below  []string
+	}{
+		{"base.raw", "raw", false, []string{"base.raw"}, nil},
+		{"base.raw", "raw", true, nil, nil},
+		{"top.qcow2", "qcow2", false, []string{"top.qcow2"}, []string{"mid.qcow2", "base.raw"}},
+		{"top.qcow2", "qcow2", true, nil, []string{"mid.qcow2", "base.raw"}},
+		{"own.qcow2", "qcow2", false, []string{"own.qcow2", "data"}, []string{"base.raw"}},
+	} {
+		var asked, below []string
+		s := chainSpec(t, at(tt.image), open.Policy{Mode: open.SameDir})
+		s.Format, s.ReadOnly = tt.format, tt.readOnly
+		s.Opened = func(f *os.File, is bool) {
+			if is {
+				below = append(below, filepath.Base(f.Name()))
+			}
+		}
+		for i := 0; i <= len(tt.asked); i++ { // the last is allowed all
+			before := descriptors(t)
+			asked, below = nil, nil
+			s.Writes = func(f *os.File) error {
+				if asked = append(asked, filepath.Base(f.Name())); len(asked) == i+1 {
+					return refused
+				}
+				return nil
+			}
+			d, err := open.Open(t.Context(), s)
+			if i < len(tt.asked) != errors.Is(err, refused) || (err == nil) != (d != nil) {
+				t.Fatalf("%s, refusal %d: got %v", tt.image, i, err)
+			}
+			if d != nil {
+				err = d.Close()
+			}
+			if got := descriptors(t); got != before || d != nil && err != nil {
+				t.Errorf("%s, refusal %d: %d descriptors are left, %v", tt.image, i, got-before, err)
+			}
+		}
+		if !slices.Equal(asked, tt.asked) || !slices.Equal(below, tt.below) {
+			t.Errorf("%s, read-only %v: asked for %q, below %q, want %q, %q", tt.image, tt.readOnly, asked, below, tt.asked, tt.below)
+		}
+	}
+}
+
 func TestSnapshotIsServedByIDOrName(t *testing.T) {
 	dir := t.TempDir()
 	qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "image.qcow2", "1M")

@@ -49,9 +49,14 @@ type Spec struct {
 	// from it; the caller closes it.
 	Table *Table
 
+	// Writes, if not nil, is asked about each file that is to be written to,
+	// before that is locked: an error refuses it.
+	Writes func(f *os.File) error
+
 	// Opened, if not nil, is called with each file of an image that was opened.
-	// It stays the device's.
-	Opened func(f *os.File)
+	// It stays the device's. below tells that it is of what the image stands on,
+	// which is never written to.
+	Opened func(f *os.File, below bool)
 
 	// Known are open files of the same image, each of which stands for its path
 	// where there is no right to open that.
@@ -156,6 +161,9 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := s.admit(f, s.ReadOnly); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
 	dev, err := raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
 		Lock: s.Lock, For: s.For, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
@@ -163,14 +171,22 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.opened(f)
+	s.opened(f, false)
 	return dev, nil
 }
 
+// admit asks whether a file may be written to, if it shall be.
+func (s *Spec) admit(f *os.File, readOnly bool) error {
+	if readOnly || s.Writes == nil {
+		return nil
+	}
+	return s.Writes(f)
+}
+
 // opened tells of a file that a device has now.
-func (s *Spec) opened(f *os.File) {
+func (s *Spec) opened(f *os.File, below bool) {
 	if s.Opened != nil {
-		s.Opened(f)
+		s.Opened(f, below)
 	}
 }
 

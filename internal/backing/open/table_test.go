@@ -136,7 +136,7 @@ func TestKnownFileStandsForItsPath(t *testing.T) {
 		}
 		var files []*os.File
 		s, _ := newSpec(t)
-		s.Path, s.Format, s.Opened = path, "raw", func(f *os.File) { files = append(files, f) }
+		s.Path, s.Format, s.Opened = path, "raw", func(f *os.File, _ bool) { files = append(files, f) }
 		if roots {
 			s.Roots = []string{dir}
 		}
@@ -198,7 +198,7 @@ func TestFileInTheWayIsNotKnown(t *testing.T) {
 	path := image(t, 4096)
 	var files []*os.File
 	s, _ := newSpec(t)
-	s.Path, s.Format, s.Opened = path, "raw", func(f *os.File) { files = append(files, f) }
+	s.Path, s.Format, s.Opened = path, "raw", func(f *os.File, _ bool) { files = append(files, f) }
 	mustOpen(t, s)
 	if err := errors.Join(os.Rename(path, path+".moved"), os.WriteFile(path, make([]byte, 4096), 0o600)); err != nil {
 		t.Fatal(err)
