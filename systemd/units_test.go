@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -90,6 +92,24 @@ func TestBootWithSwapHasNoRing(t *testing.T) {
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")
 	if out, _ := cmd.CombinedOutput(); strings.Contains(string(out), "cycle") { // other units of the machine have faults of their own
 		t.Errorf("systemd-analyze verify:\n%s", out)
+	}
+}
+
+// TestStartsHaveTheirTime: storage that is silent takes two of the times that it
+// has, and what else a start does fits in, whatever systemd allows by itself.
+func TestStartsHaveTheirTime(t *testing.T) {
+	const rest = 15 * time.Second
+	for name := range exposure {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, said, found := strings.Cut(string(text), "\nTimeoutStartSec=")
+		said, _, _ = strings.Cut(said, "\n")
+		limit, err := time.ParseDuration(said)
+		if !found || err != nil || limit < 2*limits.ImageAnswers+rest {
+			t.Errorf("%s: TimeoutStartSec=%s (%v), want %v at least", name, said, err, 2*limits.ImageAnswers+rest)
+		}
 	}
 }
 

@@ -41,6 +41,7 @@ type daemon struct {
 	exports   *export.Registry
 	disks     disks
 	bases     bases
+	asking    asking
 	unread    string   // what could not be read of kept exports; set by the start
 	stateLock *os.File // held until the process ends; nil without such a folder
 	groups    groups

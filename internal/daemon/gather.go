@@ -3,11 +3,14 @@ package daemon
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
-	"slices"
+	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,67 +29,137 @@ type gathered struct {
 }
 
 // gatherAll opens the files of all images without locking them. Storage that
-// hangs holds up no other's: its image has errNoAnswer after limits.ImageAnswers.
+// hangs holds up no other's: its images have errNoAnswer after limits.ImageAnswers,
+// and so have those whose turn does not come before.
 func (d *daemon) gatherAll(list []config.Export) []gathered {
 	out := make([]gathered, len(list))
-	buffers := bufpool.New(limits.BufferBudget)
-	slots := make(chan struct{}, limits.ImagesAtOnce)
-	var all sync.WaitGroup
+	var images []int
 	for i := range list {
-		slots <- struct{}{}
-		all.Add(1)
-		go func() {
-			defer all.Done()
-			out[i] = d.gatherOne(&list[i], buffers)
-			<-slots
-		}()
+		if hasFiles(&list[i]) {
+			images = append(images, i)
+		}
 	}
-	all.Wait()
+	buffers := bufpool.New(limits.BufferBudget)
+	all := d.asking.all(d.stopping, len(images), func(ctx context.Context, n int) gathered {
+		return d.gatherOne(ctx, &list[images[n]], buffers)
+	})
+	for n, i := range images {
+		out[i] = all[n].of(list[i].Image)
+	}
 	return out
 }
+
+// of names the image that has not answered.
+func (g gathered) of(image string) gathered {
+	if errors.Is(g.err, errNoAnswer) {
+		g.err = fmt.Errorf("image %q: %w", image, g.err)
+	}
+	return g
+}
+
+// errNoTurn is errNoAnswer for an image that nobody was asked for.
+var errNoTurn = fmt.Errorf("%w: others took all of the time", errNoAnswer)
 
 // hasFiles tells whether an export is of an image.
 func hasFiles(x *config.Export) bool {
 	return x.Image != "" && x.Format != "mem" && x.Format != "null"
 }
 
-// gatherOne opens the files of one image, if it has files.
-func (d *daemon) gatherOne(x *config.Export, buffers *bufpool.Pool) (g gathered) {
-	if !hasFiles(x) {
-		return gathered{}
-	}
+// gatherOne opens the files of one image. It may hang.
+func (d *daemon) gatherOne(ctx context.Context, x *config.Export, buffers *bufpool.Pool) gathered {
 	spec, err := d.imageSpec(x, nil)
 	if err != nil {
 		return gathered{err: err}
 	}
 	spec.Log, spec.Buffers = slog.New(slog.DiscardHandler), buffers
-	g.table, g.err = gatherInTime(d.stopping, spec)
-	g.err = d.explain(spec.Path, g.err)
-	return g
+	t, err := gatherAlone(ctx, spec)
+	return gathered{t, d.explain(spec.Path, err)}
 }
 
-// gatherInTime is open.Gather with errNoAnswer when ctx ends, after
-// limits.ImageAnswers at the latest. A call that hangs can be given up, but not
-// ended: it keeps its goroutine and its thread, and what comes of it later is
-// closed.
-func gatherInTime(ctx context.Context, spec open.Spec) (*open.Table, error) {
+// asking bounds the calls that open files of images, those included that hang. A
+// call that hangs can be given up, but not ended: it keeps its goroutine and its
+// threads until the storage answers, and what comes of it then is closed. The zero
+// value is ready.
+type asking struct {
+	once  sync.Once
+	calls chan struct{} // has a value for each; made by once
+}
+
+func (a *asking) places() chan struct{} {
+	a.once.Do(func() { a.calls = make(chan struct{}, limits.ImagesAsked) })
+	return a.calls
+}
+
+// all has ask open the files of n images, limits.ImagesAtOnce side by side. One
+// that does not answer in limits.ImageYields lets the next one begin, as long as
+// limits.ImagesAsked allows; together they have limits.ImageAnswers.
+func (a *asking) all(ctx context.Context, n int, ask func(ctx context.Context, i int) gathered) []gathered {
 	ctx, cancel := context.WithTimeout(ctx, limits.ImageAnswers)
 	defer cancel()
+	out := make([]gathered, n)
+	turns := make(chan struct{}, limits.ImagesAtOnce)
+	var begun sync.WaitGroup
+	for i := range out {
+		if !enter(ctx, turns) {
+			out[i].err = errNoTurn
+			continue
+		}
+		begun.Go(func() {
+			yield := sync.OnceFunc(func() { <-turns })
+			defer yield()
+			defer time.AfterFunc(limits.ImageYields, yield).Stop()
+			out[i] = a.one(ctx, func() gathered { return ask(ctx, i) })
+		})
+	}
+	begun.Wait()
+	return out
+}
+
+// one is ask, or errNoAnswer when ctx ends.
+func (a *asking) one(ctx context.Context, ask func() gathered) gathered {
+	if !enter(ctx, a.places()) {
+		return gathered{err: errNoTurn}
+	}
 	done := make(chan gathered)
 	go func() {
-		t, err := gatherAlone(ctx, spec)
+		g := ask()
+		<-a.places()
 		select {
-		case done <- gathered{t, err}:
+		case done <- g:
 		case <-ctx.Done():
-			t.Close()
+			g.table.Close()
 		}
 	}()
 	select {
 	case g := <-done:
-		return g.table, g.err
+		return g
 	case <-ctx.Done():
-		return nil, noAnswer(spec.Path)
+		return gathered{err: errNoAnswer}
 	}
+}
+
+// enter takes a place, unless ctx ends before there is one.
+func enter(ctx context.Context, places chan struct{}) bool {
+	if ctx.Err() != nil {
+		return false
+	}
+	select {
+	case places <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// gatherInTime is open.Gather, by limits.ImageAnswers at the latest.
+func (d *daemon) gatherInTime(ctx context.Context, spec open.Spec) (*open.Table, error) {
+	ctx, cancel := context.WithTimeout(ctx, limits.ImageAnswers)
+	defer cancel()
+	g := d.asking.one(ctx, func() gathered {
+		t, err := gatherAlone(ctx, spec)
+		return gathered{t, err}
+	}).of(spec.Path)
+	return g.table, g.err
 }
 
 // gatherAlone reads what it has to by an engine of its own, which a read that
@@ -99,35 +172,56 @@ func gatherAlone(ctx context.Context, s open.Spec) (*open.Table, error) {
 }
 
 // silentVar is the environment variable by which stage 0, executed anew, knows the
-// exports whose storage did not answer: their names in JSON.
+// exports whose storage did not answer: the descriptor of a file with handover.Silent
+// in JSON, which may be longer than a variable.
 const silentVar = "VMDISKD_SILENT"
 
-// takeSilent reads silentVar and unsets it.
-func takeSilent() (names []string, err error) {
+// takeSilent reads what silentVar names, and unsets it.
+func takeSilent() (silent map[string]bool, err error) {
 	word := os.Getenv(silentVar)
 	if word == "" {
-		return nil, nil
+		return map[string]bool{}, nil
 	}
-	if err := json.Unmarshal([]byte(word), &names); err != nil {
+	fd, err := strconv.ParseUint(word, 10, 31)
+	if err == nil {
+		f := os.NewFile(uintptr(fd), "silent exports")
+		defer f.Close()
+		err = json.NewDecoder(io.NewSectionReader(f, 0, limits.Handover)).Decode(&silent)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", silentVar, err)
 	}
-	return names, os.Unsetenv(silentVar)
+	return silent, os.Unsetenv(silentVar)
+}
+
+// keepSilent is a file for takeSilent that stays open in what is executed next.
+func keepSilent(silent map[string]bool) (*os.File, error) {
+	fd, err := unix.MemfdCreate("vmdiskd-silent", 0)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "silent exports")
+	if err := json.NewEncoder(f).Encode(silent); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // startAnew executes stage 0 again, which ends the threads that wait for storage:
 // Landlock is set on all threads (psx), and one that waits never does it. What
 // was made is undone before. It returns only if that is impossible.
-func (s *stage0) startAnew(silent []string) error {
-	word, err := json.Marshal(silent)
+func (s *stage0) startAnew() error {
+	f, err := keepSilent(s.out.Silent)
 	if err != nil {
 		return err
 	}
+	defer f.Close()
 	s.undo()
 	if sig := s.signals.release(); sig != nil {
 		return errStopped
 	}
-	err = unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), silentVar+"="+string(word)))
-	return fmt.Errorf("start without the exports %q, whose storage does not answer: %w", silent, err)
+	err = unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), fmt.Sprint(silentVar, "=", f.Fd())))
+	return fmt.Errorf("start without the %d exports whose storage does not answer: %w", len(s.out.Silent), err)
 }
 
 // filesOf gathers the files of exports that are to be opened. Those of the first
@@ -156,11 +250,14 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 func (t *Handed) gathered(list []*disk) []gathered {
 	out := make([]gathered, len(list))
 	for i, k := range list {
-		if slices.Contains(t.in.Silent, k.cfg.Name) {
-			out[i].err = noAnswer(k.cfg.Image)
+		asked, silent := t.in.Silent[k.cfg.Name]
+		switch {
+		case silent && asked:
+			out[i].err = errNoAnswer
+		case silent:
+			out[i].err = errNoTurn
 		}
+		out[i] = out[i].of(k.cfg.Image)
 	}
 	return out
 }
-
-func noAnswer(image string) error { return fmt.Errorf("image %q: %w", image, errNoAnswer) }

@@ -70,7 +70,7 @@ func (d *daemon) gather(ctx context.Context, x *config.Export, known []*os.File)
 		return nil, err
 	}
 	s.Log, s.Known, s.Buffers = d.logs.For("backing"), known, bufpool.New(limits.BufferBudget)
-	t, err := gatherInTime(ctx, s)
+	t, err := d.gatherInTime(ctx, s)
 	return t, d.explain(s.Path, err)
 }
 

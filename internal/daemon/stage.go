@@ -32,7 +32,7 @@ type handover struct {
 	Control   *transport.Handed             `json:"control,omitempty"`
 	Metrics   int                           `json:"metrics,omitempty"`
 	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
-	Silent    []string                      `json:"silent,omitempty"` // exports whose images did not answer
+	Silent    map[string]bool               `json:"silent,omitempty"` // exports whose images did not answer, and whether they were asked
 	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
 	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
 	Closed    []closedListener              `json:"closed,omitempty"`
@@ -373,7 +373,8 @@ func (s *stage0) openImages() (err error) {
 		return err
 	}
 	list := slices.DeleteFunc(slices.Clone(s.exports0()), func(x config.Export) bool {
-		return slices.Contains(s.out.Silent, x.Name)
+		_, silent := s.out.Silent[x.Name]
+		return silent
 	})
 	known := len(s.out.Silent)
 	done := make(chan []gathered, 1)
@@ -389,7 +390,7 @@ func (s *stage0) openImages() (err error) {
 		return errStopped
 	}
 	if len(s.out.Silent) > known {
-		return s.startAnew(s.out.Silent)
+		return s.startAnew()
 	}
 	for _, r := range s.roots() {
 		s.may(r, confine.Images)
@@ -400,7 +401,7 @@ func (s *stage0) openImages() (err error) {
 // handImage keeps the files of an image open until the worker has them.
 func (s *stage0) handImage(x *config.Export, g gathered) error {
 	if errors.Is(g.err, errNoAnswer) {
-		s.out.Silent = append(s.out.Silent, x.Name)
+		s.out.Silent[x.Name] = !errors.Is(g.err, errNoTurn)
 	}
 	if g.table == nil {
 		return g.err

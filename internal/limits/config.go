@@ -55,11 +55,19 @@ const (
 	// and 256 grants at most.
 	StateFile = 1 << 20
 
-	// ImagesAtOnce bounds the images that are opened side by side at the start;
-	// each that hangs has two threads. ImageAnswers is how long the storage of one
-	// has to open its files: more than a disk needs that has to start turning, and
-	// two such times are less than the 90 seconds of systemd for a start.
+	// ImagesAtOnce bounds the images whose files are opened side by side, those
+	// not counted that have not answered in ImageYields: so long only storage takes
+	// that hangs, or a disk that has to start turning. ImagesAsked bounds those
+	// that are counted and those that are not: each that hangs has two threads, of
+	// which Go allows 10000.
 	ImagesAtOnce = 64
+	ImageYields  = time.Second
+	ImagesAsked  = 1024
+
+	// ImageAnswers is how long the storage of all images that are opened together
+	// has to open their files: more than a disk needs that has to start turning. A
+	// start takes two such times if some is silent (daemon/gather.go), which leave
+	// it more than 15 of the 90 seconds that the units allow.
 	ImageAnswers = 30 * time.Second
 
 	// SpareFiles is how many descriptors the exports of the start leave to the
