@@ -12,6 +12,10 @@ const (
 	// copied to each.
 	EventSubscribers = 32
 
+	// EventsPerUser bounds those of one user who may change things: the others of
+	// its connections are for what it wants to do.
+	EventsPerUser = ControlConnsPerUID / 2
+
 	// EventReaders bounds those among them who may only read, and
 	// EventsPerReader those of one user: the others are for who may change
 	// things.

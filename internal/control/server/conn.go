@@ -1,14 +1,20 @@
 package server
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"sync"
+	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 	"golang.org/x/sys/unix"
@@ -49,7 +55,8 @@ func (t *connTable) leave(uid uint32) {
 	}
 }
 
-// listener accepts those that are allowed in. The others are closed unread.
+// listener accepts those that are allowed in. The others are closed unread, those
+// for whom there is no room with a reply that says so.
 type listener struct {
 	net.Listener
 	s *Server
@@ -65,16 +72,39 @@ func (l *listener) Accept() (net.Conn, error) {
 		if err == nil {
 			return in, nil
 		}
+		if full, ok := errors.AsType[*fullError](err); ok {
+			full.reply(c)
+		}
 		_ = c.Close()
 		l.s.log.Debug("control connection refused", "reason", err)
 	}
+}
+
+// fullError is that there is no room for a connection of a peer that may make one.
+type fullError struct{ text string }
+
+func (e *fullError) Error() string { return e.text }
+
+// reply answers a request that is not read. Nothing was sent on c yet, so that
+// there is room for it.
+func (e *fullError) reply(c net.Conn) {
+	b, err := json.Marshal(api.Error{Code: api.CodeInUse, Text: e.text})
+	if err != nil || c.SetWriteDeadline(time.Now().Add(limits.ControlRefusal)) != nil {
+		return
+	}
+	r := http.Response{
+		StatusCode: http.StatusServiceUnavailable, ProtoMajor: 1, ProtoMinor: 1, Close: true,
+		Header: http.Header{"Content-Type": {"application/json"}},
+		Body:   io.NopCloser(bytes.NewReader(b)), ContentLength: int64(len(b)),
+	}
+	_ = r.Write(c) // it may have left
 }
 
 // admit decides about a connection of which nothing was read yet.
 func (s *Server) admit(c net.Conn) (*conn, error) {
 	if s.authorize == nil {
 		if !s.conns.enter(0, limits.MetricsConns, limits.MetricsConns, Read) {
-			return nil, errors.New("too many connections")
+			return nil, &fullError{"too many connections"}
 		}
 		return &conn{Conn: c, access: Read, leave: func() { s.conns.leave(0) }}, nil
 	}
@@ -94,7 +124,7 @@ func (s *Server) admit(c net.Conn) (*conn, error) {
 		return nil, fmt.Errorf("user %d may not use it", p.UID)
 	}
 	if !s.conns.enter(p.UID, limits.ControlConnsPerUID, limits.ControlConns, a) {
-		return nil, fmt.Errorf("too many connections of user %d", p.UID)
+		return nil, &fullError{fmt.Sprintf("too many connections of user %d, or of those who may not change things", p.UID)}
 	}
 	return &conn{Conn: c, unix: u, peer: p, access: a, leave: func() { s.conns.leave(p.UID) }}, nil
 }

@@ -11,13 +11,15 @@ import (
 // events sends a line for each event, from now on, until the peer leaves or
 // the server ends.
 func (c *call) events() (any, error) {
-	if c.conn.access != Change {
-		uid := c.conn.peer.UID
-		if !c.s.readers.enter(uid, limits.EventsPerReader, limits.EventReaders, c.conn.access) {
-			return nil, &api.Error{Code: api.CodeInUse, Text: "too many listen to events who may not change things"}
-		}
-		defer c.s.readers.leave(uid)
+	uid, access := c.conn.peer.UID, c.conn.access
+	open, perUID := &c.s.readers, limits.EventsPerReader
+	if access == Change {
+		open, perUID = &c.s.changers, limits.EventsPerUser
 	}
+	if !open.enter(uid, perUID, limits.EventReaders, access) {
+		return nil, &api.Error{Code: api.CodeInUse, Text: "too many streams of events of this user, or of those who may not change things"}
+	}
+	defer open.leave(uid)
 	ch, cancel, err := c.s.service.Subscribe(limits.EventQueue)
 	if err != nil {
 		return nil, err

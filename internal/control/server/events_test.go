@@ -144,6 +144,27 @@ func TestReadersLeaveRoomForOthers(t *testing.T) {
 	}
 }
 
+// TestListenersLeaveTheirUserConnections: streams of events of who may change
+// things do not keep the same user from doing so.
+func TestListenersLeaveTheirUserConnections(t *testing.T) {
+	w := start(t, &controltest.Service{}, server.Change)
+	for range limits.EventsPerUser {
+		if _, err := w.client.Events(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range limits.ControlConnsPerUID {
+		_, err := w.client.Events(testContext(t))
+		var e *api.Error
+		if !errors.As(err, &e) || e.Code != api.CodeInUse {
+			t.Fatalf("one more: got %v, want an error with code %s", err, api.CodeInUse)
+		}
+	}
+	if _, err := w.client.Status(testContext(t)); err != nil {
+		t.Errorf("another request of the user: %v", err)
+	}
+}
+
 func TestServiceWithoutRoomSaysSo(t *testing.T) {
 	s := &controltest.Service{Fail: &api.Error{Code: api.CodeInUse, Text: "no room"}}
 	w := start(t, s, server.Change)

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -193,19 +194,27 @@ func TestSlowPeersAreGivenUp(t *testing.T) {
 	}
 }
 
-// TestNoUserTakesAllConnections holds the bound of one user, and that what was
-// closed makes room again.
+// TestNoUserTakesAllConnections holds the bound of one user, that who is beyond it
+// is told so, and that what was closed makes room again.
 func TestNoUserTakesAllConnections(t *testing.T) {
-	w := start(t, &controltest.Service{}, server.Change)
+	s := &controltest.Service{Started: make(chan string, 1)}
+	s.Put(export("a"))
+	w := start(t, s, server.Change)
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
+	var left sync.WaitGroup
+	defer left.Wait()
 	for range limits.ControlConnsPerUID {
-		if _, err := w.client.Events(ctx); err != nil {
-			t.Fatal(err)
-		}
+		left.Go(func() { _ = w.client.Remove(ctx, "a", false, limits.ControlRemoveMost) })
+		<-s.Started
 	}
-	if _, err := w.client.Status(ctx); err == nil {
-		t.Error("one connection more than the bound was served")
+	_, err := w.client.Status(ctx)
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != api.CodeInUse || !strings.Contains(e.Text, "too many connections") {
+		t.Errorf("one connection more than the bound: got %v, want an error with code %s", err, api.CodeInUse)
+	}
+	if got, err := io.ReadAll(w.dial(t)); status(string(got)) != "503" {
+		t.Errorf("one connection more than the bound: got %q, %v, want status 503", got, err)
 	}
 	cancel()
 	for ctx := testContext(t); ; {

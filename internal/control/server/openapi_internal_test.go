@@ -311,6 +311,8 @@ func TestOpenAPISaysTheBounds(t *testing.T) {
 		fmt.Sprintf("and so on, at most %d.", limits.ControlFiles),
 		fmt.Sprintf("at most %.0fm. Without, %s.", limits.ControlRemoveMost.Minutes(), limits.ControlRemove),
 		fmt.Sprintf("at most %d KiB", limits.ControlErrorText>>10),
+		fmt.Sprintf("At most %d listen at a time, and %d of one user; of those who may only read %d, and %d of one user.",
+			limits.EventSubscribers, limits.EventsPerUser, limits.EventReaders, limits.EventsPerReader),
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("openapi.yaml does not say %q", want)

@@ -91,6 +91,7 @@ type Server struct {
 	http      http.Server
 	conns     connTable
 	readers   connTable // streams of events of those who may only read
+	changers  connTable // the same of those who may change things
 
 	ending sync.Once
 	ended  chan struct{}      // closed by Close: streams of events end
