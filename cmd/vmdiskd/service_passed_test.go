@@ -27,9 +27,10 @@ type manager struct {
 	path string
 	conn *net.UnixConn
 
-	mu   sync.Mutex
-	kept map[string][]*os.File // guarded by mu
-	slow *slowness             // guarded by mu; nil for a manager that is quick
+	mu    sync.Mutex
+	kept  map[string][]*os.File // guarded by mu
+	slow  *slowness             // guarded by mu; nil for a manager that is quick
+	ready int                   // guarded by mu; services that were ready
 }
 
 // slowness holds a manager up that is to forget something.
@@ -114,9 +115,21 @@ func (m *manager) listen() {
 			}
 		case said["FDSTOREREMOVE"] == "1":
 			m.drop(said["FDNAME"])
+		case said["READY"] == "1":
+			m.ready++
 		}
 		m.mu.Unlock()
 	}
+}
+
+// awaitReady waits until n services were ready: what they have said before is done.
+func (m *manager) awaitReady(s *testService, n int) {
+	m.Helper()
+	s.await("the manager knows that the service is ready", func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.ready >= n
+	})
 }
 
 // drop closes what is kept under a name.
@@ -387,6 +400,59 @@ func TestKeptListenersAreTakenUpWithoutRoom(t *testing.T) {
 	if exists(filepath.Join(s.dir, "new")) {
 		t.Error("the socket that nobody keeps is still there")
 	}
+}
+
+// rename has what is kept under a name kept under another.
+func (m *manager) rename(to func(name string) string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, files := range maps.Clone(m.kept) {
+		delete(m.kept, name)
+		m.kept[to(name)] = files
+	}
+}
+
+// TestKeptListenerOfAnOlderVersionIsTakenUp: its name does not say how many sockets
+// there are.
+func TestKeptListenerOfAnOlderVersionIsTakenUp(t *testing.T) {
+	s, m := newManaged(t, exportA, nil)
+	s.start()
+	m.awaitReady(s, 1)
+	s.stop()
+	m.rename(func(name string) string { return strings.TrimSuffix(name, ".1") })
+	names := m.names()
+	if len(names) != 1 || strings.Count(names[0], ".") != 1 {
+		t.Fatalf("kept are %q, want one name with the file of the socket", names)
+	}
+	c := s.dialNBD()
+	defer c.Close()
+	s.start()
+	k, _ := mustGo(t, c, "a")
+	k.reads(1)
+	m.awaitReady(s, 2)
+	if got := m.names(); !slices.Equal(got, names) {
+		t.Errorf("kept are %q, before the restart %q", got, names)
+	}
+}
+
+// TestListenerThatIsNotKeptWholeIsOpenedAnew: of one at several addresses the
+// service manager may have dropped a socket.
+func TestListenerThatIsNotKeptWholeIsOpenedAnew(t *testing.T) {
+	port := freePort(t)
+	s, m := newManaged(t, exportA+"[[listener]]\nuri = \"nbd://127.0.0.1:"+port+"\"\n", nil)
+	s.start()
+	m.awaitReady(s, 1)
+	s.stop()
+	names := m.names()
+	if len(names) != 2 {
+		t.Fatalf("kept are %q, want two listeners", names)
+	}
+	m.rename(func(name string) string { return strings.Replace(name, "..1", "..2", 1) })
+	s.start()
+	if got := s.size("nbd://127.0.0.1:" + port + "/a"); got != "1048576" {
+		t.Errorf("size at the listener is %q", got)
+	}
+	s.await("it is kept anew, and what there was of it is not", func() bool { return slices.Equal(m.names(), names) })
 }
 
 // TestKeptListenerWithoutItsPathIsOpenedAnew: nobody could reach it.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -51,7 +52,7 @@ func (d *daemon) tellClosed(l closedListener) {
 func (d *daemon) makeWay() (closed []closedListener, err error) {
 	wanted := d.keptNames()
 	files, err := transport.Withdraw(func(f *os.File) bool {
-		listener, _ := splitKept(f.Name())
+		listener, _, _ := splitKept(f.Name())
 		if _, taken := wanted[listener]; taken || !strings.HasPrefix(f.Name(), config.KeptPrefix) {
 			return false
 		}
@@ -87,7 +88,7 @@ func (d *daemon) keptNames() map[string]transport.Endpoint {
 
 // endKept ends a socket that waited under name, with its path, and closes f.
 func (d *daemon) endKept(name string, f *os.File) closedListener {
-	_, file := splitKept(name)
+	_, file, _ := splitKept(name)
 	addr, err := transport.Abolish(f, file)
 	l := closedListener{Address: addr}
 	if err = errors.Join(err, f.Close(), d.boss.Forget(name)); err != nil {
@@ -112,11 +113,25 @@ func keptName(l config.Listener, e transport.Endpoint) string {
 	return config.KeptPrefix + hex.EncodeToString(sum[:16])
 }
 
-// splitKept takes the name of a socket that waits apart: into what keptName says
-// of its listener, and transport.FileID.
-func splitKept(name string) (listener, file string) {
-	listener, file, _ = strings.Cut(name, ".")
-	return listener, file
+// wholeKept is the name of the sockets of a listener while they wait: what keptName
+// says of it, transport.FileID, and how many they are.
+func wholeKept(listener, file string, n int) string {
+	return fmt.Sprintf("%s.%s.%d", listener, file, n)
+}
+
+// splitKept takes wholeKept apart. n is 0 for a name without a number, which version
+// 0.1 gave, and -1 if the number makes no sense.
+func splitKept(name string) (listener, file string, n int) {
+	listener, rest, _ := strings.Cut(name, ".")
+	file, number, counted := strings.Cut(rest, ".")
+	if !counted {
+		return listener, file, 0
+	}
+	n, err := strconv.Atoi(number)
+	if err != nil || n <= 0 {
+		n = -1
+	}
+	return listener, file, n
 }
 
 // bind opens the sockets of a listener, or takes up those that are there. kept
@@ -135,7 +150,7 @@ func (d *daemon) bind(ctx context.Context, l config.Listener) (ls []transport.Li
 		return ls, kept, nil
 	}
 	ls, err = d.listenForgotten(ctx, listenerKey(l), e)
-	if err != nil || name == "" || d.kept.Load() >= int64(d.boss.Room()) {
+	if err != nil || name == "" || !d.reserve(len(ls)) {
 		return ls, "", err
 	}
 	if kept, err = d.keep(name, ls); err != nil {
@@ -177,8 +192,8 @@ func (d *daemon) resume(listener string, e transport.Endpoint) (ls []transport.L
 		return nil, ""
 	}
 	for _, name := range d.passed.Names() {
-		if of, file := splitKept(name); of == listener {
-			if ls := d.resumeAs(name, file, e); len(ls) > 0 {
+		if of, file, n := splitKept(name); of == listener {
+			if ls := d.resumeAs(name, file, n, e); len(ls) > 0 {
 				return ls, name
 			}
 		}
@@ -187,10 +202,13 @@ func (d *daemon) resume(listener string, e transport.Endpoint) (ls []transport.L
 }
 
 // resumeAs takes up the sockets that waited under name. If one of them is not
-// what it was, none is.
-func (d *daemon) resumeAs(name, file string, e transport.Endpoint) (ls []transport.Listener) {
+// what it was, or they are not n, none is.
+func (d *daemon) resumeAs(name, file string, n int, e transport.Endpoint) (ls []transport.Listener) {
 	files, err := d.passed.Files(name)
 	defer closeFiles(files)
+	if n != 0 && n != len(files) {
+		err = errors.Join(err, fmt.Errorf("the service manager has kept %d of its sockets, not all", len(files)))
+	}
 	for _, f := range files {
 		l, bad := transport.Resume(e, f, file)
 		if bad != nil {
@@ -215,16 +233,29 @@ func (d *daemon) resumeAs(name, file string, e transport.Endpoint) (ls []transpo
 	return nil
 }
 
-// keep lets the service manager have duplicates of the sockets of a listener. kept
-// is their whole name.
+// reserve takes room for n sockets in the service manager, if it has that: what is
+// too much it drops without a word.
+func (d *daemon) reserve(n int) bool {
+	if d.kept.Add(int64(n)) <= int64(d.boss.Room()) {
+		return true
+	}
+	d.kept.Add(-int64(n))
+	return false
+}
+
+// keep lets the service manager have duplicates of the sockets of a listener, for
+// which there is room, or gives that up. kept is their whole name.
 func (d *daemon) keep(listener string, ls []transport.Listener) (kept string, err error) {
+	defer func() {
+		if err != nil {
+			d.kept.Add(-int64(len(ls)))
+		}
+	}()
 	file, err := transport.FileID(ls[0]) // a Unix socket is alone
 	if err != nil {
 		return "", err
 	}
-	if kept = listener; file != "" {
-		kept += "." + file
-	}
+	kept = wholeKept(listener, file, len(ls))
 	for _, l := range ls {
 		f, err := transport.FileOf(l)
 		if err == nil {
@@ -234,7 +265,6 @@ func (d *daemon) keep(listener string, ls []transport.Listener) (kept string, er
 			return "", errors.Join(err, d.boss.Forget(kept))
 		}
 	}
-	d.kept.Add(int64(len(ls)))
 	return kept, nil
 }
 

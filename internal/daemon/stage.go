@@ -215,7 +215,7 @@ func (s *stage0) lookPassed() (err error) {
 	}
 	s.waiting = map[string]bool{}
 	for _, name := range strings.Split(os.Getenv("LISTEN_FDNAMES"), ":") {
-		listener, _ := splitKept(name)
+		listener, _, _ := splitKept(name)
 		s.waiting[listener] = true
 	}
 	return nil
