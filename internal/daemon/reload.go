@@ -57,8 +57,17 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 		return api.Reload{}, told(err)
 	}
 	d.retry(ctx, func(error) bool { return true })
-	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: strings.Join(r.Changes, "; ")})
+	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
 	return r, nil
+}
+
+// tellChanges is the text of the event of a reload, which may have changed
+// everything.
+func tellChanges(all []string) string {
+	if n := limits.ReloadTold; len(all) > n {
+		return fmt.Sprintf("%d changes: %s; and %d more", len(all), strings.Join(all[:n], "; "), len(all)-n)
+	}
+	return strings.Join(all, "; ")
 }
 
 // mayDrop refuses to remove a rate group that an export uses which does not come

@@ -2,7 +2,9 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -13,7 +15,10 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
@@ -137,5 +142,50 @@ func TestAttemptThatFailsLeavesTheNameToWhatFailed(t *testing.T) {
 	k := d.disks.get("a")
 	if k == nil || k.origin != fromState || k.again != nil || k.inPlaceOf != nil || !errors.Is(k.failed, os.ErrNotExist) {
 		t.Errorf("got %+v, want the export with the reason %v", k, os.ErrNotExist)
+	}
+}
+
+// TestEventOfAReloadIsALine that clients take, however much has changed.
+func TestEventOfAReloadIsALine(t *testing.T) {
+	d := emptyService(t)
+	d.buffers, d.server = bufpool.New(1<<20), nbd.NewServer(nbd.Options{Exports: d.exports})
+	var text strings.Builder
+	const n = 3000
+	for i := range n {
+		fmt.Fprintf(&text, "[[export]]\nname = \"%d\"\nformat = \"mem\"\nimage = \"1M\"\n", i)
+	}
+	d.cfg.File = filepath.Join(t.TempDir(), "conf")
+	for _, text := range []string{"", text.String()} {
+		if err := os.WriteFile(d.cfg.File, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if text == "" {
+			c, err := config.Load(d.cfg.File)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.conf.Store(c)
+		}
+	}
+	sub, err := d.bus.Subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Close()
+	r, err := service{d}.Reload(t.Context(), false)
+	if err != nil || len(r.Changes) != n {
+		t.Fatalf("reload: %d changes, %v, want %d", len(r.Changes), err, n)
+	}
+	events, _, err := sub.Next(t.Context())
+	if err != nil || len(events) == 0 {
+		t.Fatalf("events %+v, %v", events, err)
+	}
+	last := events[len(events)-1]
+	line, err := json.Marshal(eventsOf([]obs.Event{last}, 0)[0])
+	if err != nil || len(line) >= limits.ControlEventLine {
+		t.Errorf("the event has %d bytes, %v, want less than %d", len(line), err, limits.ControlEventLine)
+	}
+	if !strings.HasPrefix(last.Reason, "3000 changes: ") || !strings.Contains(last.Reason, r.Changes[0]) || !strings.HasSuffix(last.Reason, "; and 2980 more") {
+		t.Errorf("the text of the event is %q", last.Reason)
 	}
 }

@@ -22,6 +22,13 @@ const (
 	EventReaders    = EventSubscribers / 2
 	EventsPerReader = EventReaders / 2
 
+	// EventText bounds the text of an event, in bytes: a line of it, in which each
+	// byte may be escaped, fits into ControlEventLine with the name of an export.
+	EventText = 4 << 10
+
+	// ReloadTold bounds the changes of a reload that its event names.
+	ReloadTold = 20
+
 	// AcceptFailures is how often a listener that cannot accept is said to: a
 	// client that holds all descriptors must not fill the journal.
 	AcceptFailures = time.Minute
@@ -67,3 +74,6 @@ const (
 	JournalField  = 32 << 10
 	JournalFields = 64
 )
+
+// A line of an event has some words beside these.
+var _ [ControlEventLine - 6*(MaxString+EventText) - 1024]struct{}

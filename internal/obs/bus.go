@@ -3,6 +3,7 @@ package obs
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,7 +36,7 @@ type Event struct {
 	Export string `json:"export,omitempty"`
 	Client uint64 `json:"client,omitempty"` // ID of the connection
 	Peer   string `json:"peer,omitempty"`   // its address in printable form
-	Reason string `json:"reason,omitempty"` // for people
+	Reason string `json:"reason,omitempty"` // for people; the bus cuts it at limits.EventText
 
 	// The request, of several the one that stands for them.
 	Command string        `json:"command,omitempty"`
@@ -74,6 +75,9 @@ func (b *Bus) Publish(e Event) {
 	}
 	if e.Time.IsZero() {
 		e.Time = time.Now()
+	}
+	if len(e.Reason) > limits.EventText {
+		e.Reason = strings.ToValidUTF8(e.Reason[:limits.EventText], "")
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -3,6 +3,7 @@ package obs
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
 
@@ -79,6 +80,21 @@ func TestEventsThatWereTakenAreNotOverwritten(t *testing.T) {
 	}
 	if events[0].Seq != 1 {
 		t.Errorf("event has become number %d, want 1", events[0].Seq)
+	}
+}
+
+// TestTextsAreCut: an event is a line, which who reads it bounds.
+func TestTextsAreCut(t *testing.T) {
+	var b Bus
+	s := subscribe(t, &b)
+	text := strings.Repeat("x", limits.EventText-1)
+	b.Publish(Event{Reason: text})
+	b.Publish(Event{Reason: text + "ä and more"})
+	events, _ := next(t, s)
+	for i, e := range events {
+		if e.Reason != text {
+			t.Errorf("event %d has a text of %d bytes, which ends with %q", i, len(e.Reason), e.Reason[len(e.Reason)-4:])
+		}
 	}
 }
 
