@@ -47,6 +47,7 @@ type daemon struct {
 	groups    groups
 	started   time.Time
 	bus       obs.Bus
+	told      toldStates
 	boss      *obs.Supervisor   // nil without a service manager
 	unstaged  string            // why there is no worker, if there is none
 	cage      []confine.Control // what confines the process

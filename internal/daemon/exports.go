@@ -66,7 +66,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	if err := d.disks.claim(k); err != nil {
 		return err
 	}
-	undo := []func(){func() { d.disks.forget(k, nil) }}
+	undo := []func(){func() { d.release(k, x.Name, nil) }}
 	defer func() {
 		for i := len(undo) - 1; err != nil && i >= 0; i-- {
 			undo[i]()
@@ -213,7 +213,7 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	}
 	d.closeDoors(k.doors)
 	instead, kept := forget()
-	d.disks.forget(k, instead)
+	d.release(k, name, instead)
 	return errors.Join(err, kept)
 }
 
@@ -359,6 +359,7 @@ func (d *daemon) giveUp(failed *disk) {
 	d.log.Error("export cannot be opened", "export", failed.cfg.Name, "error", failed.failed)
 	if d.disks.claim(failed) == nil {
 		d.keepPlace(failed)
+		d.tellState(failed.cfg.Name)
 	}
 }
 
@@ -388,12 +389,12 @@ func (d *daemon) removeFailed(ctx context.Context, k *disk, name string) error {
 	}
 	x, waits := exportOf(d.conf.Load(), name)
 	if !waits || k.origin != fromState {
-		d.disks.forget(k, nil)
+		d.release(k, name, nil)
 		d.freePlace(name)
 		return nil
 	}
 	next := &disk{cfg: x, origin: fromConfig, failed: errWaits}
-	d.disks.forget(k, next)
+	d.release(k, name, next)
 	d.keepPlace(next)
 	return nil
 }

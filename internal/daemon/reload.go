@@ -241,7 +241,7 @@ func (r *reload) finish(ctx context.Context) {
 		switch k := d.disks.get(x.Name); {
 		case k == nil || d.disks.originOf(k) != fromConfig: // another has taken the name
 		case d.disks.find(x.Name) == nil:
-			d.disks.forget(k, nil)
+			d.release(k, x.Name, nil)
 			d.freePlace(x.Name)
 		default:
 			d.retire(ctx, x.Name, nil)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -111,11 +112,56 @@ func (p *pulse) beat(limit time.Duration) error {
 	}
 }
 
+// toldStates are those of exports as the last event of each tells them.
+type toldStates struct {
+	mu   sync.Mutex              // before disks.mu and the lock of the registry
+	last map[string]export.State // guarded by mu; of exports that are not closed
+}
+
 // tellStates makes changes of the states of exports events.
 func (d *daemon) tellStates() {
-	d.exports.Changed = func(name string, s export.State) {
-		d.bus.Publish(obs.Event{Kind: obs.ExportState, Export: name, Reason: string(s)})
+	d.exports.Changed = func(name string, _ export.State) { d.tellState(name) }
+}
+
+// tellState makes the state that an export has now an event, unless the last one
+// was of that. It is called after each change, so that the last event tells what
+// the list of exports does.
+func (d *daemon) tellState(name string) {
+	d.told.mu.Lock()
+	defer d.told.mu.Unlock()
+	s, known := d.stateOf(name)
+	last, told := d.told.last[name]
+	switch {
+	case !known || s == last || s == export.Closed && !told:
+		return
+	case s == export.Closed:
+		delete(d.told.last, name)
+	case d.told.last == nil:
+		d.told.last = map[string]export.State{name: s}
+	default:
+		d.told.last[name] = s
 	}
+	d.bus.Publish(obs.Event{Kind: obs.ExportState, Export: name, Reason: string(s)})
+}
+
+// stateOf is the state of an export as the list shows it. It is not known while
+// somebody makes one of that name, or takes it away.
+func (d *daemon) stateOf(name string) (s export.State, known bool) {
+	if s, there := d.exports.StateOf(name); there {
+		return s, true
+	}
+	k := d.disks.get(name)
+	if k == nil {
+		return export.Closed, true
+	}
+	_, now, failed := d.disks.look(k)
+	return export.Failed, failed != nil && now == nil
+}
+
+// release frees the name of k, or gives it to instead, as disks.forget does.
+func (d *daemon) release(k *disk, name string, instead *disk) {
+	d.disks.forget(k, instead)
+	d.tellState(name)
 }
 
 // tellPoisoned makes a lost write of an image an event.

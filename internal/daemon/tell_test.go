@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"path/filepath"
 	"strings"
@@ -57,5 +58,75 @@ func TestPoisonedExportIsAnEvent(t *testing.T) {
 	e, _, err := sub.Next(t.Context())
 	if err != nil || len(e) != 1 || e[0].Kind != obs.ExportPoisoned || e[0].Export != "a" || !strings.Contains(e[0].Reason, "gone") {
 		t.Errorf("events %+v, %v", e, err)
+	}
+}
+
+// TestLastEventOfAnExportIsItsState: whoever follows the events knows what the list
+// of exports says, of those that fail too.
+func TestLastEventOfAnExportIsItsState(t *testing.T) {
+	d := emptyService(t)
+	d.tellStates()
+	sub, err := d.bus.Subscribe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sub.Close()
+	missing := func(name string) config.Export {
+		x := config.Export{Name: name, Format: "raw", Image: filepath.Join(t.TempDir(), "none")}
+		x.SetDefaults()
+		return x
+	}
+	there := config.Export{Name: "mem", Format: "mem", Image: "1M"}
+	there.SetDefaults()
+	last := map[string]string{}
+	s := service{d}
+	remove := func(name string) func() error {
+		return func() error { return s.Remove(t.Context(), name, true) }
+	}
+	for _, step := range []struct {
+		what string
+		do   func() error
+	}{
+		{"add one without an image", func() error {
+			if err := d.addExport(t.Context(), missing("added"), fromAPI, nil); err == nil {
+				return errors.New("it was added")
+			}
+			return nil
+		}},
+		{"start with one without an image", func() error { d.tryExport(missing("none"), fromAPI); return nil }},
+		{"start with one that hangs", func() error {
+			d.giveUp(&disk{cfg: there, origin: fromAPI, failed: errNoAnswer})
+			return nil
+		}},
+		{"try them again", func() error { d.retry(t.Context(), func(error) bool { return true }); return nil }},
+		{"remove what failed", remove("none")},
+		{"remove what is ready", remove("mem")},
+	} {
+		if err := step.do(); err != nil {
+			t.Fatalf("%s: %v", step.what, err)
+		}
+		d.bus.Publish(obs.Event{Kind: obs.Reloaded}) // there is one at least
+		events, _, err := sub.Next(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range events {
+			if e.Kind == obs.ExportState {
+				last[e.Export] = e.Reason
+			}
+		}
+		listed := map[string]string{}
+		for name := range last {
+			listed[name] = "closed"
+		}
+		for _, x := range s.Exports() {
+			listed[x.Name] = x.State
+		}
+		if !maps.Equal(last, listed) {
+			t.Errorf("after %s: the last events are %v, the list has %v", step.what, last, listed)
+		}
+	}
+	if len(last) != 3 || last["none"] != "closed" {
+		t.Errorf("the last events are %v, want three exports that are closed", last)
 	}
 }

@@ -577,6 +577,17 @@ func (r *Registry) StatusOf(name string) (s Status, ok bool) {
 	return s, ok
 }
 
+// StateOf is the state of one export, if it is there. No device is asked.
+func (r *Registry) StateOf(name string) (s State, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.byName[name]
+	if e == nil {
+		return "", false
+	}
+	return e.state, true
+}
+
 // Len is the number of exports.
 func (r *Registry) Len() int {
 	r.mu.Lock()
