@@ -1,14 +1,19 @@
 package daemon
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
@@ -89,5 +94,26 @@ func TestListenersAreBounded(t *testing.T) {
 	var e *api.Error
 	if _, _, err := s.Subscribe(limits.EventQueue); !errors.As(err, &e) || e.Code != api.CodeInUse {
 		t.Errorf("one more: got %v, want an error with code %s", err, api.CodeInUse)
+	}
+}
+
+// TestStatusIsAnObjectThatClientsTake, however many exports have failed.
+func TestStatusIsAnObjectThatClientsTake(t *testing.T) {
+	d := emptyService(t)
+	d.buffers, d.server, d.engine = bufpool.New(1<<20), nbd.NewServer(nbd.Options{Exports: d.exports}), engine.NewPool(1)
+	defer d.engine.Close()
+	why := errors.New(strings.Repeat("x", 300))
+	for i := range limits.ConfigExports {
+		if err := d.disks.claim(&disk{cfg: config.Export{Name: strconv.Itoa(i)}, failed: why}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := service{d}.Status()
+	b, err := json.Marshal(got)
+	if err != nil || len(b) > limits.ControlObject {
+		t.Errorf("the status has %d bytes, %v, want %d at most", len(b), err, limits.ControlObject)
+	}
+	if n := limits.StatusNotes; len(got.Notes) != n+1 || got.Notes["export 0"] == "" || !strings.Contains(got.Notes["exports"], fmt.Sprint(limits.ConfigExports-n)) {
+		t.Errorf("%d notes, of more it says %q, want %d and the number of the others", len(got.Notes), got.Notes["exports"], n)
 	}
 }

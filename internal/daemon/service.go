@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math"
 	"os"
 	"slices"
@@ -83,19 +84,49 @@ func (s service) Status() api.Status {
 	if d.unread != "" {
 		t.Notes["state"] = d.unread
 	}
-	for _, x := range d.conf.Load().Exports {
-		switch k := d.disks.get(x.Name); {
-		case k == nil:
-			t.Notes["export "+x.Name] = "it was removed, and the configuration has it: the next start opens it, or a reload that finds a key of it changed"
-		case d.disks.originOf(k) != fromConfig:
-			t.Notes["export "+x.Name] = "the one of the configuration is not served: another was added by its name"
+	more := 0
+	for name, text := range d.notes() {
+		if len(t.Notes) >= limits.StatusNotes {
+			more++
+			continue
 		}
+		t.Notes["export "+name] = text
 	}
-	for _, k := range d.disks.failed() {
-		cfg, _, err := d.disks.look(k)
-		t.Notes["export "+cfg.Name] = err.Error()
+	if more > 0 {
+		t.Notes["exports"] = fmt.Sprintf("there are notes about %d more: the list of exports shows those that failed", more)
 	}
 	return t
+}
+
+// notes are what there is to say about exports that are not what the configuration
+// wants, once of each: those first that have failed, by name.
+func (d *daemon) notes() iter.Seq2[string, string] {
+	return func(yield func(name, text string) bool) {
+		failed := map[string]bool{}
+		for _, k := range d.disks.failed() {
+			cfg, _, err := d.disks.look(k)
+			if err == nil { // it works by now
+				continue
+			}
+			failed[cfg.Name] = true
+			if !yield(cfg.Name, err.Error()) {
+				return
+			}
+		}
+		for _, x := range d.conf.Load().Exports {
+			text, k := "", d.disks.get(x.Name)
+			switch {
+			case failed[x.Name]:
+			case k == nil:
+				text = "it was removed, and the configuration has it: the next start opens it, or a reload that finds a key of it changed"
+			case d.disks.originOf(k) != fromConfig:
+				text = "the one of the configuration is not served: another was added by its name"
+			}
+			if text != "" && !yield(x.Name, text) {
+				return
+			}
+		}
+	}
 }
 
 func (s service) Exports() []api.Export {

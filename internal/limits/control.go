@@ -49,6 +49,10 @@ const (
 	// ControlErrorText bounds the text of an error that is sent.
 	ControlErrorText = 2 << 10
 
+	// StatusNotes bounds the notes of the status: one for each export that failed
+	// would be more than ControlObject.
+	StatusNotes = 100
+
 	// ControlAuditPath bounds the path of a request in the log.
 	ControlAuditPath = 1 << 10
 
