@@ -73,9 +73,10 @@ type kept struct {
 }
 
 // WriteExport keeps e in the folder dir, which exists, and which nobody but root
-// and this user can write to; below are the files that its image stands on. When it returns without an error, e is on stable
-// storage; with one, what was kept under its name before still is, unless the
-// error is ErrUnsynced. Calls for one folder exclude each other.
+// and this user can write to; below are the files that its image stands on. When it
+// returns without an error, e is on stable storage; with one, what was kept under
+// its name before still is, unless the error is ErrUnsynced. Calls for one folder
+// exclude each other.
 func WriteExport(dir string, e Export, below []File) error {
 	b, err := encodeState(kept{e, below})
 	if err != nil {

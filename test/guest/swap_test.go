@@ -16,15 +16,15 @@ import (
 )
 
 var (
+	swapHog      = flag.Int("swap.hog", 240, "mebibytes that each guest of 192 uses")
 	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
 	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, one beside reads of the page cache (cache), or four beside them (hard)")
 	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
 )
 
-// A guest of so much memory uses half as much again.
+// Mebibytes of a guest's memory and of its disks.
 const (
 	swapMemory = 192
-	swapHog    = 300
 	swapDisk   = 512
 )
 
@@ -129,7 +129,7 @@ var swapPressed = []struct{ name, scenario string }{
 begin
 (while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
 reads=$!
-/hog 200 1
+/hog 170 1
 [ -d /proc/$reads ]
 kill $reads
 kill $watcher
@@ -142,7 +142,7 @@ stop
 begin
 /hog keep 16 &
 kept=$!
-/hog 200 1
+/hog 170 1
 (while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
 reads=$!
 grep "^/dev/nbd0 " /proc/swaps
@@ -191,7 +191,7 @@ func swapGuest(t *testing.T, k testenv.Kernel, scenario, without string) *initra
 	if !ok {
 		t.Fatalf("-swap.load=%q is not known", *swapLoad)
 	}
-	script := strings.NewReplacer("HOG", strconv.Itoa(swapHog)).Replace(strings.ReplaceAll(scenario, "LOAD", load))
+	script := strings.NewReplacer("HOG", strconv.Itoa(*swapHog)).Replace(strings.ReplaceAll(scenario, "LOAD", load))
 	in, err := newInitramfs(ctx, k, script, "virtio_pci", "virtio_blk", "nbd")
 	if err != nil {
 		t.Fatal(err)
