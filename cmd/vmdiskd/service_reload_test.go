@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"os"
@@ -500,8 +501,12 @@ func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	reader := s.open("lost")
-	for _, more := range []string{"description = \"new\"\n", "cache = \"none\"\n"} {
-		wantCode(t, "a change of what has another's name", s.reload(exportLost+more), api.CodeExists)
+	for _, more := range []string{"description = \"new\"\n", "cache = \"none\"\n", "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"} {
+		s.configure(exportLost + more)
+		for _, dry := range []bool{true, false} {
+			_, err := s.ctl.Reload(t.Context(), dry)
+			wantCode(t, fmt.Sprintf("a change of what has another's name, dry run %t, by %q", dry, more), err, api.CodeExists)
+		}
 	}
 	if err := s.reload(""); err != nil {
 		t.Error(err)

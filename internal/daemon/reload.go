@@ -85,11 +85,17 @@ func (d *daemon) mayDrop(change *config.Change) error {
 }
 
 // mayTake refuses to add or to change an export whose name one of the control API
-// has.
+// has, in its keys or its listeners.
 func (d *daemon) mayTake(change *config.Change) error {
+	names := reopened(change)
 	for _, x := range change.Exports {
-		if k := d.disks.get(x.Name); x.What != config.Remove && k != nil && d.disks.originOf(k) != fromConfig {
-			return fmt.Errorf("export %q: %w", x.Name, errTaken)
+		if x.What != config.Remove {
+			names = append(names, x.Name)
+		}
+	}
+	for _, name := range names {
+		if k := d.disks.get(name); k != nil && d.disks.originOf(k) != fromConfig {
+			return fmt.Errorf("export %q: %w", name, errTaken)
 		}
 	}
 	return nil
