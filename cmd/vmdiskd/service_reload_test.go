@@ -489,6 +489,40 @@ func TestLockedImageIsTriedAgain(t *testing.T) {
 	s.stop()
 }
 
+// TestReloadOpensWhatHasFailedWhileItWasOpen when a key of it changes, whichever,
+// and changes the others. While its image is locked that fails, as for any export.
+func TestReloadOpensWhatHasFailedWhileItWasOpen(t *testing.T) {
+	s := newService(t, exportA+exportB)
+	const new = "description = \"new\"\n"
+	lock := s.deny("a.img")
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")}); err == nil {
+		t.Fatal("a snapshot of an image that another locks was made")
+	}
+	s.configure(exportA + new + exportB + new)
+	r, err := s.ctl.Reload(t.Context(), true)
+	if want := []string{`change export "a": description (is closed and opened again)`, `change export "b": description`}; err != nil || !slices.Equal(r.Changes, want) {
+		t.Errorf("dry run: got %q, %v, want %q", r.Changes, err, want)
+	}
+	if _, err := s.ctl.Reload(t.Context(), false); err == nil || !strings.Contains(err.Error(), "image is in use") {
+		t.Errorf("reload while the image is locked: got %v, want it to be in use", err)
+	}
+	s.wantExports("while the image is locked", "a failed config", "b ready config")
+	if err := lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	s.wantExports("after the reload", "a ready config", "b ready config")
+	for _, name := range []string{"a", "b"} {
+		if x, err := s.ctl.Export(t.Context(), name); err != nil || x.Description != "new" || x.Error != "" {
+			t.Errorf("got %+v, %v, want it with its description", x, err)
+		}
+	}
+	s.open("a").reads(1)
+	s.stop()
+}
+
 // TestReloadTouchesNoExportOfTheAPI, also if it has taken the name of one of the
 // configuration.
 func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {

@@ -38,6 +38,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	c.SpellAs(d.conf.Load())
 	change := config.Diff(d.conf.Load(), c)
 	change.AddAbsent(c, func(name string) bool { return d.disks.get(name) == nil })
+	d.openLost(change)
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
 	}
@@ -68,6 +69,21 @@ func tellChanges(all []string) string {
 		return fmt.Sprintf("%d changes: %s; and %d more", len(all), strings.Join(all[:n], "; "), len(all)-n)
 	}
 	return strings.Join(all, "; ")
+}
+
+// openLost makes a change of an export that has failed while it was open, whatever
+// changes, one for which it is closed and opened again.
+func (d *daemon) openLost(change *config.Change) {
+	for i := range change.Exports {
+		x := &change.Exports[i]
+		k := d.disks.find(x.Name)
+		if x.What != config.Alter || k == nil {
+			continue
+		}
+		if _, _, failed := d.disks.look(k); failed != nil {
+			x.Live = false
+		}
+	}
 }
 
 // mayDrop refuses to remove a rate group that an export uses which does not come
