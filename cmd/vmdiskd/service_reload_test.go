@@ -432,8 +432,19 @@ func TestImageMovesWhileItIsServed(t *testing.T) {
 
 const exportLost = "[[export]]\nname = \"lost\"\nimage = \"DIR/lost.img\"\n"
 
+// wantTried is a reload, or a dry run of one, that only tries an export again, and
+// what it says of that.
+func (s *testService) wantTried(when string, done bool, want string) {
+	s.Helper()
+	r, err := s.ctl.Reload(s.Context(), !done)
+	if err != nil || !slices.Equal(r.Changes, []string{want}) {
+		s.Errorf("reload %s, done %t: got %q, %v, want %q", when, done, r.Changes, err, want)
+	}
+}
+
 // TestFailedExportsComeBack: one that is changed and fails again is still known,
-// and each reload tries it, whether it is changed or not.
+// and each reload tries it, whether it is changed or not, and tells
+// what has come of it.
 func TestFailedExportsComeBack(t *testing.T) {
 	s := newService(t, exportA+exportLost)
 	image := filepath.Join(s.dir, "lost.img")
@@ -453,15 +464,27 @@ func TestFailedExportsComeBack(t *testing.T) {
 	if x, err := s.ctl.Export(t.Context(), "lost"); err != nil || x.Description != "new" || x.State != "failed" {
 		t.Errorf("lost: got %+v, %v, want it failed with its description", x, err)
 	}
+	events, err := s.ctl.Events(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.wantTried("while the image is missing", false, `try export "lost" again`)
+	fails := fmt.Sprintf(`export "lost" still fails: open image %s: no such file or directory`, image)
+	s.wantTried("while the image is missing", true, fails)
+	for e, err := range events {
+		if err == nil && e.Kind != "reloaded" {
+			continue
+		}
+		if err != nil || e.Text != fails {
+			t.Errorf("event: got %q, %v, want %q", e.Text, err, fails)
+		}
+		break
+	}
 	if err := os.WriteFile(image, make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, dry := range []bool{true, false} {
-		r, err := s.ctl.Reload(t.Context(), dry)
-		if want := []string{`try export "lost" again`}; err != nil || !slices.Equal(r.Changes, want) {
-			t.Errorf("reload when the image is there: got %q, %v, want %q", r.Changes, err, want)
-		}
-	}
+	s.wantTried("when the image is there", false, `try export "lost" again`)
+	s.wantTried("when the image is there", true, `export "lost" is open`)
 	s.wantExports("when the image is there", "a ready config", "lost ready config")
 	if got := s.size(s.uri("lost")); got != "4096" {
 		t.Errorf("size: got %q, want 4096", got)

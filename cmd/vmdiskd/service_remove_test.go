@@ -183,7 +183,7 @@ func TestTwoExportsOfOneNameServeNeither(t *testing.T) {
 			want = "2097152"
 		}
 		r, err := s.ctl.Reload(t.Context(), false)
-		if err != nil || !slices.Contains(r.Changes, `try export "a" again`) {
+		if err != nil || !slices.Contains(r.Changes, `export "a" is open`) {
 			t.Errorf("reload without %s: got %q, %v, want a tried again", goes, r.Changes, err)
 		}
 		if got := s.size(s.uri("a")); got != want {

@@ -45,9 +45,10 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.mayTake(change); err != nil {
 		return api.Reload{}, told(err)
 	}
-	r := api.Reload{DryRun: dryRun, Changes: append(change.Lines(), d.retries(c, change)...)}
+	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines()}, d.retries(c, change)
 	switch {
-	case dryRun || len(r.Changes) == 0:
+	case dryRun || len(r.Changes)+len(retries) == 0:
+		r.Changes = append(r.Changes, retries...)
 		return r, nil
 	case change.Restart():
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(change.Lines(), "; ")}
@@ -57,7 +58,9 @@ func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
 	if err := d.apply(ctx, c, change); err != nil {
 		return api.Reload{}, told(err)
 	}
-	d.retry(ctx, func(error) bool { return true })
+	for _, name := range d.retry(ctx, func(error) bool { return true }) {
+		r.Changes = append(r.Changes, d.outcome(name)...)
+	}
 	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
 	return r, nil
 }
@@ -271,8 +274,8 @@ func (r *reload) finish(ctx context.Context) {
 	}
 }
 
-// retries are the lines of a reload to c for what it tries to open again: not what
-// has failed while it was open, which has to be removed first.
+// retries are the lines of a dry run for what a reload to c tries to open again: not
+// what has failed while it was open, which has to be removed first, or changed.
 func (d *daemon) retries(c *config.Config, change *config.Change) (lines []string) {
 	for _, k := range d.disks.failed() {
 		x, now, _ := d.disks.look(k)
@@ -283,6 +286,22 @@ func (d *daemon) retries(c *config.Config, change *config.Change) (lines []strin
 		}
 	}
 	return lines
+}
+
+// outcome is the line for an export that was tried again, unless it was removed
+// meanwhile.
+func (d *daemon) outcome(name string) []string {
+	k := d.disks.get(name)
+	if k == nil {
+		return nil
+	}
+	switch _, now, failed := d.disks.look(k); {
+	case failed != nil:
+		return []string{fmt.Sprintf("export %q still fails: %v", name, failed)}
+	case now == nil: // another that is being opened
+		return nil
+	}
+	return []string{fmt.Sprintf("export %q is open", name)}
 }
 
 // wanted is k as it is to be opened with the configuration c, if it is: c has it, or
@@ -296,19 +315,20 @@ func (d *daemon) wanted(c *config.Config, k *disk) (x config.Export, ok bool) {
 	return x, !both
 }
 
-// retry tries to open what could not be opened for a reason that may have gone. It
-// tells whether there was such a one. With d.reloading.
-func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried bool) {
+// retry tries to open what could not be opened for a reason that may have gone, and
+// names all that it has tried. With d.reloading.
+func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried []string) {
 	var again []*disk
 	for _, k := range d.disks.failed() {
 		_, now, why := d.disks.look(k)
 		x, known := d.wanted(d.conf.Load(), k)
 		if known && now == nil && gone(why) {
 			again = append(again, &disk{cfg: x, origin: k.origin, again: k})
+			tried = append(tried, x.Name)
 		}
 	}
 	d.tryAll(ctx, again)
-	return len(again) > 0
+	return tried
 }
 
 // retryLocked is a step of the start: it has the exports tried again whose images
@@ -330,7 +350,7 @@ func (d *daemon) retryLocked() error {
 			}
 			tried := d.retry(d.stopping, func(why error) bool { return errors.Is(why, backing.ErrLocked) })
 			d.reloading.Unlock()
-			if !tried {
+			if len(tried) == 0 {
 				return
 			}
 			tries++

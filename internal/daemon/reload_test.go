@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -136,8 +137,8 @@ func TestAttemptThatFailsLeavesTheNameToWhatFailed(t *testing.T) {
 	if err := d.disks.claim(&disk{cfg: x, origin: fromState, failed: backing.ErrLocked}); err != nil {
 		t.Fatal(err)
 	}
-	if !d.retry(t.Context(), func(error) bool { return true }) {
-		t.Error("nothing was tried")
+	if got := d.retry(t.Context(), func(error) bool { return true }); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("tried %q, want a", got)
 	}
 	k := d.disks.get("a")
 	if k == nil || k.origin != fromState || k.again != nil || k.inPlaceOf != nil || !errors.Is(k.failed, os.ErrNotExist) {
