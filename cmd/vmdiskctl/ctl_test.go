@@ -117,6 +117,33 @@ web   ready    1G  rw            2  raw     config  /images/a.raw
 	sameJSON(t, want(t, exitDone, "export", "list", "--json"), []api.Export{exportOf(""), exportOf("db"), exportOf("web")})
 }
 
+// TestExportThatIsNotWellShowsSo: no access and no size of one that could not be
+// opened, and the reason.
+func TestExportThatIsNotWellShowsSo(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	e := exportOf("db")
+	e.State, e.Writable, e.Error = "poisoned", false, "a write was lost"
+	s.Put(e)
+	f := exportOf("lost")
+	f.State, f.Writable, f.Error, f.Size, f.Clients, f.URIs = "failed", false, "no such file", 0, 0, nil
+	s.Put(f)
+	expect := `NAME  STATE     SIZE  ACCESS  CLIENTS  FORMAT  ORIGIN  IMAGE
+db    poisoned    1G  ro            2  raw     config  /images/a.raw
+lost  failed       -  -             0  raw     config  /images/a.raw
+`
+	if got := want(t, exitDone, "export", "list"); got != expect {
+		t.Errorf("got\n%s\nwant\n%s", got, expect)
+	}
+	for _, tt := range []struct{ name, head, rest string }{
+		{"db", "state: poisoned\nerror: a write was lost\n", "size: 1073741824 (1G)\naccess: ro\n"},
+		{"lost", "state: failed\nerror: no such file\n", "size: -\naccess: -\n"},
+	} {
+		if got := want(t, exitDone, "export", "show", tt.name); !strings.Contains(got, tt.head) || !strings.Contains(got, tt.rest) {
+			t.Errorf("got\n%s\nwant %q and %q in it", got, tt.head, tt.rest)
+		}
+	}
+}
+
 func TestExportShow(t *testing.T) {
 	s := controlled(t, ctlserver.Read)
 	e := exportOf("web")

@@ -46,19 +46,33 @@ func newExportList() *cobra.Command {
 	})
 }
 
+// stateFailed is that of an export with which clients can do nothing.
+const stateFailed = "failed"
+
 // access is what clients may do at most.
 func access(e *api.Export) string {
-	if e.Writable {
+	switch {
+	case e.State == stateFailed:
+		return "-"
+	case e.Writable:
 		return "rw"
 	}
 	return "ro"
+}
+
+// knownSize is a size as it is written, unless the export never had one.
+func knownSize(e *api.Export, written string) string {
+	if e.State == stateFailed && e.Size == 0 {
+		return "-"
+	}
+	return written
 }
 
 func exportTable(list []api.Export) *table {
 	t := &table{head: []string{"NAME", "STATE", "SIZE ", "ACCESS", "CLIENTS ", "FORMAT", "ORIGIN", "IMAGE"}}
 	for i := range list {
 		e := &list[i]
-		t.add(shown(e.Name), shown(e.State), roundSize(e.Size), access(e), strconv.Itoa(e.Clients),
+		t.add(shown(e.Name), shown(e.State), knownSize(e, roundSize(e.Size)), access(e), strconv.Itoa(e.Clients),
 			shown(cmp.Or(e.Format, formatRaw)), shown(e.Origin), shown(e.Image))
 	}
 	return t
@@ -97,8 +111,8 @@ func (f *ctlFlags) printExport(w io.Writer, e *api.Export) error {
 	if e.Description != "" {
 		p.print("description: %s\n", visible(e.Description))
 	}
-	p.print("image: %s\nformat: %s\nsize: %d (%s)\naccess: %s\nclients: %d\norigin: %s\n", shown(e.Image),
-		shown(cmp.Or(e.Format, formatRaw)), e.Size, byteSize(e.Size), access(e), e.Clients, shown(e.Origin))
+	p.print("image: %s\nformat: %s\nsize: %s\naccess: %s\nclients: %d\norigin: %s\n", shown(e.Image),
+		shown(cmp.Or(e.Format, formatRaw)), knownSize(e, fmt.Sprintf("%d (%s)", e.Size, byteSize(e.Size))), access(e), e.Clients, shown(e.Origin))
 	settings, err := settings(e.Export)
 	if err != nil {
 		return err

@@ -132,6 +132,9 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	if err != nil {
 		return nil, err
 	}
+	if err := works(x, s.ReadOnly); err != nil {
+		return nil, err
+	}
 	creds, err := s.given()
 	if err != nil {
 		return nil, err
@@ -250,11 +253,22 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 	}
 }
 
-// States of an export that somebody is just adding or removing.
+// States of an export that somebody is just adding or removing, and of one with
+// which nobody can do anything.
 const (
 	opening  = "opening"
 	draining = "draining"
+	failed   = "failed"
 )
+
+// works refuses an export of which a machine would get errors: one that has failed,
+// or, unless it only reads, one that takes no more writes.
+func works(x api.Export, readOnly bool) error {
+	if x.Error == "" || readOnly && x.State != failed {
+		return nil
+	}
+	return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
+}
 
 // addOrFind adds an export that is not there; one that somebody is just adding
 // or removing is waited for. added says that it was, or with an error may have
@@ -342,13 +356,10 @@ func same(x api.Export, a api.AddExport) error {
 	if a.Persist && x.Origin != kept {
 		misfits = append(misfits, "it is not kept when the daemon ends")
 	}
-	switch {
-	case len(misfits) > 0:
+	if len(misfits) > 0 {
 		return fmt.Errorf("%w: export %q: %s: detach it first", ErrDiffers, x.Name, strings.Join(misfits, ", "))
-	case x.Error != "":
-		return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
 	}
-	return nil
+	return works(x, a.ReadOnly)
 }
 
 // removeExport removes an export that may be gone already. The server may

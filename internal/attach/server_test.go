@@ -3,9 +3,11 @@ package attach
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -86,6 +88,36 @@ func TestExportThatAnotherAddsIsWaitedFor(t *testing.T) {
 	}
 	if len(s.looks) != 0 {
 		t.Errorf("not looked at in the states %q", s.looks)
+	}
+}
+
+// TestExportThatIsNotWellIsRefused, by its name as for its image; one that takes no
+// more writes is served to who only reads.
+func TestExportThatIsNotWellIsRefused(t *testing.T) {
+	for _, tt := range []struct {
+		state, why         string
+		readOnly, accepted bool
+	}{
+		{"ready", "", false, true},
+		{"poisoned", "a write was lost", false, false},
+		{"poisoned", "a write was lost", true, true},
+		{"failed", "no such file", false, false},
+		{"failed", "no such file", true, false},
+	} {
+		t.Run(fmt.Sprint(tt.state, ",", tt.readOnly), func(t *testing.T) {
+			a := wanted()
+			a.ReadOnly = tt.readOnly
+			s := &busyService{}
+			s.Put(api.Export{Export: a.Export, State: tt.state, Error: tt.why, URIs: []string{"nbd+unix:///d?socket=/d.sock"}})
+			c := s.answer(t)
+			_, step := exportStep(c, a, nil, new(int64)).Do(t.Context())
+			_, named := (&Source{Export: "d", ReadOnly: tt.readOnly}).serveExport(t.Context(), c)
+			for _, err := range []error{step, named} {
+				if (err == nil) != tt.accepted || err != nil && !strings.Contains(err.Error(), tt.why) {
+					t.Errorf("got %v, want it accepted %t", err, tt.accepted)
+				}
+			}
+		})
 	}
 }
 

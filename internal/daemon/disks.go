@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
@@ -25,6 +27,7 @@ type disk struct {
 	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
 	files  *open.Table   // of the image, opened already; nil: none are
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
+	poison *poison       // guarded by disks.mu; of the image that was opened last
 
 	// again is the one that failed which this is another attempt at: that has the
 	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
@@ -50,6 +53,20 @@ type disks struct {
 	mu     sync.Mutex
 	byName map[string]*disk // guarded by mu
 }
+
+// poison is whether an image takes no more writes.
+type poison struct {
+	why atomic.Pointer[error] // nil: it takes them; set once
+}
+
+// health is what an export is good for. At most one of the two is not nil.
+type health struct {
+	failed   error // it could not be opened, or works no more
+	poisoned error // it can be read, and takes no more writes until its image is opened anew
+}
+
+// why is what is wrong with the export, nil for nothing.
+func (h health) why() error { return cmp.Or(h.failed, h.poisoned) }
 
 // errAway is for another attempt at an export that has been removed meanwhile.
 var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
@@ -169,6 +186,33 @@ func (s *disks) look(k *disk) (cfg config.Export, now *stack, failed error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return k.cfg, k.stack, k.failed
+}
+
+// healthOf is what k is good for now; nil, which is no disk, is well.
+func (s *disks) healthOf(k *disk) (h health) {
+	if k == nil {
+		return h
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if h.failed = k.failed; h.failed == nil && k.poison != nil {
+		if why := k.poison.why.Load(); why != nil {
+			h.poisoned = *why
+		}
+	}
+	return h
+}
+
+// renew begins the record of an image that is about to be opened for the export of
+// that name, if there is one.
+func (s *disks) renew(name string) *poison {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := new(poison)
+	if k := s.byName[name]; k != nil {
+		k.poison = p
+	}
+	return p
 }
 
 // originOf is where k is from.

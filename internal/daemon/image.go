@@ -36,12 +36,12 @@ func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (
 	}
 	defer s.Table.Close()
 	defer closeFiles(s.Known)
-	return d.openSpec(ctx, s)
+	return d.openSpec(ctx, x.Name, s)
 }
 
-// openSpec opens an image.
-func (d *daemon) openSpec(ctx context.Context, s open.Spec) (i image, err error) {
-	s.Log = d.logs.For("backing")
+// openSpec opens the image of an export of that name.
+func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec) (i image, err error) {
+	s.Log, s.Poisoned = d.logs.For("backing"), d.watch(name)
 	s.Opened = func(f *os.File, below bool) {
 		i.files = append(i.files, f)
 		if below {
@@ -59,7 +59,7 @@ func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Tab
 		return image{}, err
 	}
 	s.Table = t
-	return d.openSpec(ctx, s)
+	return d.openSpec(ctx, x.Name, s)
 }
 
 // gather opens the files of an image without locking them, while those in known
@@ -80,9 +80,7 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 	if err != nil {
 		return open.Spec{}, err
 	}
-	name := x.Name
 	return open.Spec{
-		Poisoned: func(err error) { d.tellPoisoned(name, err) },
 		Path:     x.Image,
 		Format:   formatOf(x),
 		Files:    given(files),

@@ -3,7 +3,6 @@ package daemon
 import (
 	"io"
 
-	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -25,11 +24,13 @@ func (s service) Metrics(w io.Writer) error {
 		m.Controls = append(m.Controls, obs.ControlMetrics{Name: c.Name, Value: values[c.State]})
 	}
 	for _, x := range d.all() {
+		h := d.disks.healthOf(d.disks.get(x.Spec.Name))
+		k := d.disks.find(x.Spec.Name)
 		e := obs.ExportMetrics{
-			Name: x.Spec.Name, State: string(x.State), Size: x.Info.Size, Clients: x.Clients,
-			Writable: x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly, Stats: x.Spec.Stats.Snapshot(),
+			Name: x.Spec.Name, State: string(x.State), Size: x.Info.Size, Clients: x.Clients, Writable: writable(&x, h),
+			Unopened: h.failed != nil && k == nil, Poisoned: h.poisoned != nil, Stats: x.Spec.Stats.Snapshot(),
 		}
-		if k := d.disks.find(x.Spec.Name); k != nil {
+		if k != nil {
 			if t, ok := open.MapStats(k.stack.swap.Below()); ok {
 				e.Map = (*obs.MapMetrics)(&t)
 			}

@@ -99,17 +99,20 @@ func (s service) Status() api.Status {
 }
 
 // notes are what there is to say about exports that are not what the configuration
-// wants, once of each: those first that have failed, by name.
+// wants, once of each: those first that have failed or take no more writes, by name.
 func (d *daemon) notes() iter.Seq2[string, string] {
 	return func(yield func(name, text string) bool) {
 		failed := map[string]bool{}
-		for _, k := range d.disks.failed() {
-			cfg, _, err := d.disks.look(k)
-			if err == nil { // it works by now
-				continue
+		for _, k := range d.disks.all() {
+			cfg, _, _ := d.disks.look(k)
+			text, h := "", d.disks.healthOf(k)
+			switch {
+			case h.failed != nil:
+				text, failed[cfg.Name] = h.failed.Error(), true
+			case h.poisoned != nil:
+				text = "it takes no more writes until its image is opened anew: " + h.poisoned.Error()
 			}
-			failed[cfg.Name] = true
-			if !yield(cfg.Name, err.Error()) {
+			if text != "" && !yield(cfg.Name, text) {
 				return
 			}
 		}
@@ -155,8 +158,16 @@ func unopened(name string) export.Status {
 	return export.Status{Spec: export.Spec{Name: name, Stats: new(obs.ExportStats)}, State: export.Failed}
 }
 
-// statePaused is a state of an export beside those of the registry.
-const statePaused = "paused"
+// States of an export beside those of the registry.
+const (
+	statePaused   = "paused"
+	statePoisoned = "poisoned"
+)
+
+// writable tells whether clients may write to an export that is as well as h says.
+func writable(x *export.Status, h health) bool {
+	return x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly && h.why() == nil
+}
 
 func (s service) Export(name string) (api.Export, error) {
 	if x, ok := s.d.exports.StatusOf(name); ok {
@@ -172,25 +183,27 @@ func (s service) Export(name string) (api.Export, error) {
 
 // describe is an export as the API shows it.
 func (d *daemon) describe(x export.Status) api.Export {
-	out := api.Export{State: string(x.State), Size: x.Info.Size, Clients: x.Clients,
-		Writable: x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly}
 	k := d.disks.get(x.Spec.Name)
+	h := d.disks.healthOf(k)
+	out := api.Export{State: string(x.State), Size: x.Info.Size, Clients: x.Clients, Writable: writable(&x, h)}
 	if k == nil {
 		out.Name = x.Spec.Name
 		return out
 	}
 	var now *stack
-	var failed error
-	out.Export, now, failed = d.disks.look(k)
+	out.Export, now, _ = d.disks.look(k)
 	out.Origin = d.disks.originOf(k)
-	if failed != nil {
-		out.Error = failed.Error()
+	if why := h.why(); why != nil {
+		out.Error = why.Error()
 	}
-	if failed != nil && now == nil { // it is nowhere to be seen
+	switch {
+	case now == nil && h.failed != nil: // it is nowhere to be seen
 		return out
-	}
-	if now != nil && now.pause != nil && now.pause.Paused() && x.State == export.Ready {
+	case x.State != export.Ready:
+	case now != nil && now.pause != nil && now.pause.Paused():
 		out.State = statePaused
+	case h.poisoned != nil:
+		out.State = statePoisoned
 	}
 	doors := k.doors
 	if len(doors) == 0 {

@@ -67,7 +67,7 @@ func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File,
 	s.Writes = d.mayWrite(x)
 	if t != nil {
 		s.Table = t
-		return d.openSpec(ctx, s)
+		return d.openSpec(ctx, x.Name, s)
 	}
 	return d.openImage(ctx, x, s)
 }

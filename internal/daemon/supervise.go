@@ -164,6 +164,20 @@ func (d *daemon) release(k *disk, name string, instead *disk) {
 	d.tellState(name)
 }
 
+// watch begins the record of an image that the export of that name opens, in place
+// of that of the image before. It returns what is to be told when the image takes no
+// more writes.
+func (d *daemon) watch(name string) func(why error) {
+	p := d.disks.renew(name)
+	return func(why error) {
+		if p.why.CompareAndSwap(nil, &why) {
+			d.log.Error("export takes no more writes until its image is opened anew: check the image, and remove the export and add it again, or restart",
+				"export", name, "error", why)
+		}
+		d.tellPoisoned(name, why)
+	}
+}
+
 // tellPoisoned makes a lost write of an image an event.
 func (d *daemon) tellPoisoned(name string, err error) {
 	d.bus.Publish(obs.Event{Kind: obs.ExportPoisoned, Export: name, Reason: err.Error()})

@@ -42,21 +42,38 @@ func TestFailuresToAcceptAreSaidOnce(t *testing.T) {
 	}
 }
 
-// TestPoisonedExportIsAnEvent: the image of an export says so by itself.
-func TestPoisonedExportIsAnEvent(t *testing.T) {
-	d := &daemon{}
+// TestPoisonedExportIsAnEventAndALine: the image of an export says so by itself, and
+// the line of the log what is to be done. The record of an image ends when another is
+// opened, whatever is told of it after that.
+func TestPoisonedExportIsAnEventAndALine(t *testing.T) {
+	var said bytes.Buffer
+	d := &daemon{log: slog.New(slog.NewTextHandler(&said, nil))}
 	sub, err := d.bus.Subscribe()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer sub.Close()
-	s, err := d.imageSpec(&config.Export{Name: "a", Image: filepath.Join(t.TempDir(), "i")}, nil)
-	if err != nil {
+	k := &disk{cfg: config.Export{Name: "a"}}
+	if err := d.disks.claim(k); err != nil {
 		t.Fatal(err)
 	}
-	s.Poisoned(&backing.Error{Op: "flush", Off: -1, Kind: backing.ErrPoisoned, Err: errors.New("gone")})
+	old := d.watch("a")
+	poisoned, gone := d.watch("a"), &backing.Error{Op: "flush", Off: -1, Kind: backing.ErrPoisoned, Err: errors.New("gone")}
+	old(errors.New("closed too late"))
+	if h := d.disks.healthOf(k); h != (health{}) {
+		t.Errorf("after the one before was lost: got %+v, want it well", h)
+	}
+	said.Reset()
+	poisoned(gone)
+	poisoned(errors.New("gone for long"))
+	if h := d.disks.healthOf(k); h != (health{poisoned: gone}) {
+		t.Errorf("got %+v, want it poisoned by %v", h, gone)
+	}
+	if got := said.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "export=a") || !strings.Contains(got, "check the image") {
+		t.Errorf("log: got %q, want one line", got)
+	}
 	e, _, err := sub.Next(t.Context())
-	if err != nil || len(e) != 1 || e[0].Kind != obs.ExportPoisoned || e[0].Export != "a" || !strings.Contains(e[0].Reason, "gone") {
+	if err != nil || len(e) == 0 || e[0].Kind != obs.ExportPoisoned || e[0].Export != "a" {
 		t.Errorf("events %+v, %v", e, err)
 	}
 }

@@ -34,8 +34,10 @@ type Metrics struct {
 type ExportMetrics struct {
 	Name     string
 	State    string
+	Unopened bool  // it could not be opened, and has no size
 	Size     int64 // bytes
 	Writable bool
+	Poisoned bool // no more writes until the image is opened anew
 	Clients  int
 	Stats    Snapshot
 
@@ -199,6 +201,13 @@ func ofExport(of func(*ExportMetrics) float64) func(*exposition, *ExportMetrics)
 	return func(e *exposition, x *ExportMetrics) { e.sample(of(x), label{"export", x.Name}) }
 }
 
+// sizes are of exports that are open.
+func sizes(e *exposition, x *ExportMetrics) {
+	if !x.Unopened {
+		e.sample(float64(x.Size), label{"export", x.Name})
+	}
+}
+
 // exportFamilies is the table of the metrics of an export.
 var exportFamilies = [...]struct {
 	name, kind, help string
@@ -207,8 +216,9 @@ var exportFamilies = [...]struct {
 	{"export_info", gauge, "State of an export; always 1.", func(e *exposition, x *ExportMetrics) {
 		e.sample(1, label{"export", x.Name}, label{"state", x.State})
 	}},
-	{"export_size_bytes", gauge, "Size of the disk.", ofExport(func(x *ExportMetrics) float64 { return float64(x.Size) })},
+	{"export_size_bytes", gauge, "Size of the disk.", sizes},
 	{"export_writable", gauge, "Whether the disk can be written to.", ofExport(func(x *ExportMetrics) float64 { return flag(x.Writable) })},
+	{"export_poisoned", gauge, "Whether the disk takes no more writes until its image is opened anew: one was lost, or the image damaged.", ofExport(func(x *ExportMetrics) float64 { return flag(x.Poisoned) })},
 	{"export_clients", gauge, "Connections that have the export open.", ofExport(func(x *ExportMetrics) float64 { return float64(x.Clients) })},
 	{"export_requests_total", counter, "Requests answered.", byCommand(func(o *OpSnapshot) float64 { return float64(o.Requests) })},
 	{"export_errors_total", counter, "Requests answered with an error.", byCommand(func(o *OpSnapshot) float64 { return float64(o.Errors) })},

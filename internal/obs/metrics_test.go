@@ -112,6 +112,20 @@ func TestMetricsAreReadByPrometheus(t *testing.T) {
 	}
 }
 
+// TestExportThatIsNotOpenHasNoSize: 0 would be one. That it takes no more writes is a
+// gauge of its own.
+func TestExportThatIsNotOpenHasNoSize(t *testing.T) {
+	families := parse(t, &Metrics{Exports: []ExportMetrics{{Name: "lost", State: "failed", Unopened: true}, {Name: "db", State: "ready", Size: 512, Poisoned: true}}})
+	if got := families["vmdiskd_export_size_bytes"].GetMetric(); len(got) != 1 || got[0].GetGauge().GetValue() != 512 {
+		t.Errorf("sizes: got %v, want that of the open export", got)
+	}
+	for name, want := range map[string]float64{"lost": 0, "db": 1} {
+		if got := find(t, families["vmdiskd_export_poisoned"], "export", name).GetGauge().GetValue(); got != want {
+			t.Errorf("%s poisoned: got %v, want %v", name, got, want)
+		}
+	}
+}
+
 func TestLatencyHistogramIsCumulative(t *testing.T) {
 	f := parse(t, exampleMetrics())["vmdiskd_export_request_duration_seconds"]
 	if got := len(f.GetMetric()); got != len(hostile) {

@@ -104,13 +104,13 @@ type AddExport struct {
 // Export is an export as it is.
 type Export struct {
 	config.Export
-	State    string   `json:"state"` // export.State, or "paused"
-	Size     int64    `json:"size"`  // bytes
+	State    string   `json:"state"` // export.State, "paused" or "poisoned"
+	Size     int64    `json:"size"`  // bytes; 0 of one that could not be opened
 	Writable bool     `json:"writable"`
 	Clients  int      `json:"clients"`
 	Origin   string   `json:"origin"`          // "config", "state", "api" or "command line"
 	URIs     []string `json:"uris"`            // where clients find it
-	Error    string   `json:"error,omitempty"` // why it does not work any more
+	Error    string   `json:"error,omitempty"` // why it does not work any more, or takes no more writes
 }
 
 // Patch changes what can change while an export is in use. What is absent
