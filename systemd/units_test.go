@@ -74,6 +74,31 @@ func TestUnitsAreRight(t *testing.T) {
 	}
 }
 
+// TestReloadOfAUnitLooksAtTheFileFirst: the signal cannot fail, a check of the file
+// that the service is started with can.
+func TestReloadOfAUnitLooksAtTheFileFirst(t *testing.T) {
+	for _, name := range []string{"vmdiskd.service", "vmdiskd@.service"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var file string
+		var reload []string
+		for line := range strings.Lines(string(text)) {
+			key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			switch key {
+			case "ExecStart":
+				_, file, _ = strings.Cut(value, "--config ")
+			case "ExecReload":
+				reload = append(reload, value)
+			}
+		}
+		if want := "/usr/sbin/vmdiskd --config " + file + " --check"; len(reload) != 2 || reload[0] != want || !strings.Contains(reload[1], "kill -HUP") {
+			t.Errorf("%s: a reload does %q, want %q and the signal", name, reload, want)
+		}
+	}
+}
+
 // TestBootWithSwapHasNoRing: the server of swap space is before all that waits
 // for swap space, such as a /tmp of memory, and waits for none of that.
 func TestBootWithSwapHasNoRing(t *testing.T) {

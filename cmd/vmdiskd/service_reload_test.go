@@ -274,9 +274,19 @@ func TestReloadsTakeTurns(t *testing.T) {
 	}
 }
 
+// wantReloadGauge is what the metrics say of the last reload.
+func (s *testService) wantReloadGauge(when string, want float64) {
+	s.Helper()
+	if got := s.metric("config_last_reload_success"); got != want {
+		s.Errorf("%s: the gauge of the last reload is %v, want %v", when, got, want)
+	}
+}
+
 // TestFailedSignalIsAnError: it is told where only warnings are logged, too.
+// The metrics tell of it until one is done; a dry run is none.
 func TestFailedSignalIsAnError(t *testing.T) {
 	s := newService(t, exportA)
+	s.wantReloadGauge("before any reload", 1)
 	s.signal(syscall.SIGHUP)
 	s.await("the signal is told", func() bool { return strings.Contains(s.log(), "msg=reloaded") })
 	if log := s.log(); strings.Contains(log, "error=") {
@@ -290,6 +300,19 @@ func TestFailedSignalIsAnError(t *testing.T) {
 	s.await("it is told that the next one failed", func() bool {
 		return strings.Contains(s.log(), "level=ERROR msg=\"not reloaded\"")
 	})
+	s.wantReloadGauge("after a signal that failed", 0)
+	if _, err := s.ctl.Reload(t.Context(), true); err == nil {
+		t.Error("a dry run with a mistake in the file was done")
+	}
+	s.configure(exportA)
+	if _, err := s.ctl.Reload(t.Context(), true); err != nil {
+		t.Error(err)
+	}
+	s.wantReloadGauge("after a dry run", 0)
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Error(err)
+	}
+	s.wantReloadGauge("after a reload", 1)
 	s.stop()
 }
 

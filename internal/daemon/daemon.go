@@ -55,6 +55,7 @@ type daemon struct {
 	controls  []control
 	rootsThen map[string]fs.FileInfo // image roots at the start, nil for one that was not there; nil without Landlock
 	reloading lock
+	staleConf atomic.Bool                   // the last reload was not done
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors

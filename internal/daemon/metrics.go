@@ -17,7 +17,7 @@ func (s service) Metrics(w io.Writer) error {
 	m := obs.Metrics{
 		Version: version.Version, Engine: d.engine.Name(), Started: d.started,
 		BuffersLent: lent, BufferBytes: used, BufferLimit: limits.BufferBudget,
-		Refused: d.refused.Load(),
+		Refused: d.refused.Load(), ReloadFailed: d.staleConf.Load(),
 	}
 	values := map[string]float64{confine.Enforced: 1, confine.Degraded: 0.5}
 	for _, c := range d.cage {

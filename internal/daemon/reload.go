@@ -25,12 +25,15 @@ import (
 // closed to be changed is opened as it was if it cannot be opened as it shall
 // be. A reload that has begun does not end with its caller, but with the daemon;
 // one whose caller has left before its turn is none.
-func (s service) Reload(ctx context.Context, dryRun bool) (api.Reload, error) {
+func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err error) {
 	d := s.d
 	if err := d.reloading.Wait(ctx); err != nil {
 		return api.Reload{}, told(err)
 	}
 	defer d.reloading.Unlock()
+	if !dryRun {
+		defer func() { d.staleConf.Store(err != nil) }()
+	}
 	c, err := config.Load(d.cfg.File)
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}

@@ -43,7 +43,11 @@ func (d *daemon) ready() error {
 }
 
 func (d *daemon) summary() string {
-	return fmt.Sprintf("serving %d exports", d.exports.Len())
+	s := fmt.Sprintf("serving %d exports", d.exports.Len())
+	if d.staleConf.Load() {
+		s += "; the last reload was not done, the log says why"
+	}
+	return s
 }
 
 // pulse tells the service manager that the daemon is alive after each round

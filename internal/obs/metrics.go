@@ -24,6 +24,8 @@ type Metrics struct {
 	BufferLimit int64  // the budget
 	Refused     uint64 // connections closed before the greeting
 
+	ReloadFailed bool // the last reload of the configuration
+
 	Controls []ControlMetrics // what confines the program
 
 	Exports []ExportMetrics // with different names
@@ -155,6 +157,7 @@ func (e *exposition) program(m *Metrics) {
 	e.one("buffers_lent_bytes", gauge, "Budget that I/O buffers in use hold.", float64(m.BufferBytes))
 	e.one("buffers_limit_bytes", gauge, "Budget of all I/O buffers.", float64(m.BufferLimit))
 	e.one("refused_connections_total", counter, "Connections closed before the greeting, since no export is for their peer.", float64(m.Refused))
+	e.one("config_last_reload_success", gauge, "Whether the last reload of the configuration was done, or there was none yet.", flag(!m.ReloadFailed))
 	e.family("confinement", gauge, "Measures that confine the program: 1 enforced, 0.5 degraded, 0 off.")
 	for _, c := range m.Controls {
 		e.sample(c.Value, label{"control", c.Name})
