@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -222,12 +221,8 @@ func (s *disks) originOf(k *disk) string {
 	return k.origin
 }
 
-// all are those in any state.
-func (s *disks) all() []*disk {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Collect(maps.Values(s.byName))
-}
+// all are those in any state, by name.
+func (s *disks) all() []*disk { return s.list(func(*disk) bool { return true }) }
 
 // len is the number of exports, in any state.
 func (s *disks) len() int {
@@ -236,17 +231,18 @@ func (s *disks) len() int {
 	return len(s.byName)
 }
 
-// failed are the exports that do not work.
-func (s *disks) failed() []*disk {
+// failed are the exports that do not work, by name.
+func (s *disks) failed() []*disk { return s.list(func(k *disk) bool { return k.failed != nil }) }
+
+// list are those that are wanted, which is called with s.mu, by name.
+func (s *disks) list(wanted func(*disk) bool) (list []*disk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var list []*disk
-	for _, k := range s.byName {
-		if k.failed != nil {
+	for _, name := range slices.Sorted(maps.Keys(s.byName)) {
+		if k := s.byName[name]; wanted(k) {
 			list = append(list, k)
 		}
 	}
-	slices.SortFunc(list, func(a, b *disk) int { return strings.Compare(a.cfg.Name, b.cfg.Name) })
 	return list
 }
 
