@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,22 +15,29 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/daemon"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // check is what --check says of a configuration without mistakes: what a reload
 // of the service that has this file would change, or what a start with it opens.
-// That the service cannot be asked is no error; that it refuses the file is one.
+// That the service cannot be asked, or needs a restart, is no error; that it refuses
+// the file, or that this machine lacks what any start with it needs, is one.
 func check(file string, c *config.Config) (string, error) {
+	if err := daemon.Lacks(c); err != nil {
+		return "", fmt.Errorf("%s: %w", file, err)
+	}
 	if c.Control.Socket == "" {
 		return "no control.socket to ask a service at: a start opens\n" + opened(c), nil
 	}
 	at := fmt.Sprintf("%q", c.Control.Socket)
-	changes, err := askService(file, control.Dial(c.Control.Socket))
+	changes, restart, err := askService(file, control.Dial(c.Control.Socket))
 	var refusal *api.Error
 	switch {
 	case err == nil && len(changes) == 0:
 		return "a reload of the service at " + at + " changes nothing\n", nil
+	case err == nil && restart:
+		return "the service at " + at + " refuses a reload and needs a restart, which does\n" + strings.Join(changes, "\n") + "\n", nil
 	case err == nil:
 		return "a reload of the service at " + at + " does\n" + strings.Join(changes, "\n") + "\n", nil
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
@@ -52,21 +60,21 @@ var (
 
 // askService asks for a reload that changes nothing, if the service has that
 // file. What the service says is for a terminal.
-func askService(file string, s *control.Client) (changes []string, err error) {
+func askService(file string, s *control.Client) (changes []string, restart bool, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.ControlCall)
 	defer cancel()
 	is, err := s.Status(ctx)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if !sameFile(is.Config, file) {
-		return nil, fmt.Errorf("its file is %q", is.Config)
+		return nil, false, fmt.Errorf("its file is %q", is.Config)
 	}
 	r, err := s.Reload(ctx, true)
 	for _, line := range r.Changes {
 		changes = append(changes, visible(line))
 	}
-	return changes, err
+	return changes, r.Restart, err
 }
 
 // sameFile tells whether the file of a service is the one that is checked.
@@ -88,12 +96,19 @@ func visible(s string) string {
 }
 
 // opened is what a start does: the difference to a configuration that serves
-// nothing.
+// nothing, or where there is none the sockets beside it.
 func opened(c *config.Config) string {
 	nothing := *c
 	nothing.Listeners, nothing.Exports, nothing.Groups = nil, nil, nil
 	if d := config.Diff(&nothing, c); !d.Empty() {
 		return d.String()
 	}
-	return "nothing yet\n"
+	var lines string
+	if at := c.Control.Socket; at != "" {
+		lines += fmt.Sprintf("control socket %q\n", at)
+	}
+	if at := c.Metrics.Listen; at != "" {
+		lines += fmt.Sprintf("metrics at %q\n", at)
+	}
+	return cmp.Or(lines, "nothing yet\n")
 }

@@ -36,6 +36,10 @@ func TestCheckSaysWhatAReloadChanges(t *testing.T) {
 		t.Errorf("exports after the check: %q", got)
 	}
 
+	s.configure(exportA + "[metrics]\nlisten = \"127.0.0.1:0\"\n")
+	wantChecked(t, "metrics", file, "the service at "+at+" refuses a reload and needs a restart, which does\nchange metrics.listen from \"\" to \"127.0.0.1:0\": needs a restart\n")
+	s.configure(exportA + "[[export]]\nname = \"b\"\nimage = \"DIR/b.img\"\n")
+
 	link, other := filepath.Join(s.dir, "link"), filepath.Join(s.dir, "other")
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -67,7 +71,6 @@ func (s *refusing) Status() api.Status { return api.Status{Config: s.file} }
 // TestCheckSaysWhyItCannotAsk: who may only look, or not even that, is told what
 // a start opens; that the service refuses the file is an error.
 func TestCheckSaysWhyItCannotAsk(t *testing.T) {
-	const opens = ": a start opens\nnothing yet\n"
 	for _, tt := range []struct {
 		name   string
 		access server.Access
@@ -112,9 +115,30 @@ func TestCheckSaysWhyItCannotAsk(t *testing.T) {
 				if err == nil || !strings.Contains(err.Error(), tt.err) {
 					t.Errorf("got %q, %v; want the error %q", said, err, tt.err)
 				}
-			case err != nil || !strings.Contains(said, tt.want) || !strings.HasSuffix(said, opens):
+			case err != nil || !strings.Contains(said, tt.want) || !strings.HasSuffix(said, fmt.Sprintf(": a start opens\ncontrol socket %q\n", socket)):
 				t.Errorf("got %q, %v; want %q and what a start opens", said, err, tt.want)
 			}
 		})
+	}
+}
+
+// TestCheckMissesWhatAStartNeeds on this machine: it is an error, whether a service
+// answers or not.
+func TestCheckMissesWhatAStartNeeds(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none")
+	for _, tt := range []struct{ text, want string }{
+		{"[control]\nsocket = \"/s\"\nread-groups = [\"no-such-group\"]\n", `[control]: no group "no-such-group"`},
+		{"[control]\nsocket = \"/s\"\nchange-users = [\"no-such-user\"]\n", `[control]: no user "no-such-user"`},
+		{"[control]\nsocket = \"/s\"\nowner = \"no-such-user\"\n", `control.owner: no user "no-such-user"`},
+		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nowner = \":no-such-group\"\n", `no group "no-such-group"`},
+		{fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:1\"\n", none), "tls.certificates: stat " + none},
+	} {
+		file := filepath.Join(t.TempDir(), "conf")
+		if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := program("--config", file, "--check").CombinedOutput(); err == nil || !strings.Contains(string(out), tt.want) {
+			t.Errorf("%s: got %q, %v; want %q and an error", tt.text, out, err, tt.want)
+		}
 	}
 }

@@ -194,7 +194,7 @@ func (d *daemon) watchParent() error {
 }
 
 func (d *daemon) loadTLS() (err error) {
-	if d.cfg.TLS == nbd.TLSOff && !d.encrypts() {
+	if d.cfg.TLS == nbd.TLSOff && !encrypts(d.conf.Load()) {
 		return nil
 	}
 	if err := d.loadKeys(); err != nil || d.cfg.TLSCertificates == "" {
@@ -216,14 +216,14 @@ func (d *daemon) loadTLS() (err error) {
 	return err
 }
 
-// encrypts tells whether a listener of the configuration does.
-func (d *daemon) encrypts() bool {
-	if d.conf.Load() == nil {
+// encrypts tells whether a listener of the configuration, nil for none, does.
+func encrypts(c *config.Config) bool {
+	if c == nil {
 		return false
 	}
 	encrypts := func(l config.Listener) bool { return tlsModes[l.TLS] != nbd.TLSOff }
-	return slices.ContainsFunc(d.conf.Load().Listeners, encrypts) ||
-		slices.ContainsFunc(d.conf.Load().Exports, func(x config.Export) bool {
+	return slices.ContainsFunc(c.Listeners, encrypts) ||
+		slices.ContainsFunc(c.Exports, func(x config.Export) bool {
 			return slices.ContainsFunc(x.Listeners, encrypts)
 		})
 }

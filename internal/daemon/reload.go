@@ -48,7 +48,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	if err := d.mayTake(change); err != nil {
 		return api.Reload{}, told(err)
 	}
-	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines()}, d.retries(c, change)
+	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines(), Restart: change.Restart()}, d.retries(c, change)
 	switch {
 	case dryRun || len(r.Changes)+len(retries) == 0:
 		r.Changes = append(r.Changes, retries...)

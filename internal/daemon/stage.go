@@ -181,7 +181,7 @@ func (s *stage0) checkState() error {
 }
 
 func (s *stage0) openTLS() error {
-	if s.cfg.TLS == nbd.TLSOff && !s.encrypts() {
+	if s.cfg.TLS == nbd.TLSOff && !encrypts(s.conf.Load()) {
 		return nil
 	}
 	if err := s.openKeys(); err != nil || s.cfg.TLSCertificates == "" {

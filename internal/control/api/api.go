@@ -228,4 +228,5 @@ type Event struct {
 type Reload struct {
 	DryRun  bool     `json:"dry-run,omitempty"`
 	Changes []string `json:"changes"`
+	Restart bool     `json:"restart,omitempty"` // of a dry run: a reload refuses it, a start does it
 }
