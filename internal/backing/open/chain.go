@@ -177,7 +177,11 @@ func (ch *chain) store(f *os.File, path string, i int) (store.Store, error) {
 		return nil, err
 	}
 	ch.spec.opened(f, i > 0)
-	return store.NewFile(dev), nil
+	st := store.NewFile(dev)
+	if ch.cache.unsafe {
+		st = carelessStore{st}
+	}
+	return st, nil
 }
 
 // lock is how a file is locked. A writer of qcow2 must know that it is the only

@@ -26,7 +26,7 @@ const (
 	CacheNone         = "none"         // O_DIRECT, durable at a flush
 	CacheWritethrough = "writethrough" // page cache, every write durable
 	CacheDirectSync   = "directsync"   // O_DIRECT, every write durable
-	CacheUnsafe       = "unsafe"       // page cache, flush and FUA ignored
+	CacheUnsafe       = "unsafe"       // page cache, and the host's disk is never asked to be durable
 )
 
 // Spec says what to open and how.
@@ -145,11 +145,7 @@ func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	dev = backing.NewEmulate(dev)
-	if cache.unsafe {
-		dev = careless{backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}}
-	}
-	return dev, nil
+	return backing.NewEmulate(dev), nil
 }
 
 func invalid(s Spec, why error) error {
@@ -172,6 +168,9 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 		return nil, err
 	}
 	s.opened(f, false)
+	if c.unsafe {
+		return careless{backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}}, nil
+	}
 	return dev, nil
 }
 
@@ -334,24 +333,6 @@ func (t through) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	}
 	return t.Next.Map(op, off, n, m)
 }
-
-// careless answers flushes without doing them, because the operator asked for
-// it: the disk's contents are lost if the host fails.
-type careless struct{ backing.Transparent }
-
-func (c careless) WriteAt(ctx context.Context, p []byte, off int64, f backing.Flags) error {
-	return c.Next.WriteAt(ctx, p, off, f&^backing.FUA)
-}
-
-func (c careless) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
-	return c.Next.Zero(ctx, off, n, f&^backing.FUA)
-}
-
-func (c careless) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
-	return c.Next.Trim(ctx, off, n, f&^backing.FUA)
-}
-
-func (c careless) Flush(context.Context) error { return nil }
 
 // MapStats says how the mapping of the image is cached that an Open has opened;
 // false for formats that have none.

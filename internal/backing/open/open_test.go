@@ -65,7 +65,7 @@ func mustOpen(t testing.TB, s open.Spec) backing.Device {
 func TestEveryCacheModeConforms(t *testing.T) {
 	for _, cache := range []string{"", open.CacheWriteback, open.CacheNone, open.CacheWritethrough, open.CacheDirectSync, open.CacheUnsafe} {
 		t.Run("cache="+cache, func(t *testing.T) {
-			backingtest.Run(t, backingtest.Maker{Ends: cache != open.CacheUnsafe, New: func(t testing.TB, size int64) backing.Device {
+			backingtest.Run(t, backingtest.Maker{Ends: true, New: func(t testing.TB, size int64) backing.Device {
 				s, _ := newSpec(t)
 				s.Path, s.Format, s.Cache = image(t, size), "raw", cache
 				return mustOpen(t, s)
@@ -272,16 +272,23 @@ func TestOpenOfOneWhoGaveUp(t *testing.T) {
 }
 
 func TestUnsafeCacheNeverPoisons(t *testing.T) {
-	s, e := newSpec(t)
-	s.Path, s.Format, s.Cache = image(t, 1<<20), "raw", open.CacheUnsafe
-	d := mustOpen(t, s)
-	e.Inject(backingtest.Rule{Times: -1, Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: unix.EIO}})
-	for _, err := range []error{
-		d.WriteAt(t.Context(), []byte{1}, 0, backing.FUA), d.Flush(t.Context()), d.Trim(t.Context(), 0, 8192, backing.FUA),
-	} {
-		if err != nil {
-			t.Errorf("got %v, want none", err)
-		}
+	for _, format := range []string{"raw", "qcow2"} {
+		t.Run(format, func(t *testing.T) {
+			s, e := newSpec(t)
+			s.Path, s.Format, s.Cache = image(t, 1<<20), format, open.CacheUnsafe
+			if format == "qcow2" {
+				qemu(t, "", "qemu-img", "create", "-q", "-f", "qcow2", s.Path, "1M")
+			}
+			d := mustOpen(t, s)
+			e.Inject(backingtest.Rule{Times: -1, Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: unix.EIO}})
+			for _, err := range []error{
+				d.WriteAt(t.Context(), []byte{1}, 0, backing.FUA), d.Flush(t.Context()), d.Trim(t.Context(), 0, 8192, backing.FUA),
+			} {
+				if err != nil {
+					t.Errorf("got %v, want none", err)
+				}
+			}
+		})
 	}
 }
 

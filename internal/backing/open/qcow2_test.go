@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/choose"
 )
@@ -75,7 +76,7 @@ func (w writable) maker() backingtest.Maker {
 		return d
 	}
 	return backingtest.Maker{
-		Granule: 512, Ends: w.cache != open.CacheUnsafe, // that one answers flushes
+		Granule: 512, Ends: true,
 		New: func(t testing.TB, size int64) backing.Device {
 			root = folder(t, w.disk)
 			s = open.Spec{Path: filepath.Join(root, "top.qcow2"), Format: "qcow2", Cache: w.cache, Backing: open.Policy{Mode: open.SameDir},
@@ -243,6 +244,48 @@ func TestOnlyTheTopOfAWritableChainIsWrittenTo(t *testing.T) {
 	}
 	if !bytes.Equal(readFile(t, filepath.Join(dir, "mid.qcow2")), mid) || !bytes.Equal(readFile(t, filepath.Join(dir, "base.raw")), base) {
 		t.Error("a backing file has changed")
+	}
+}
+
+// TestUnsafeFlushBringsTheMappingToTheFile: cache=unsafe spares the disk of the
+// host the flush, nothing else. Who opens the image, or copies it, or finds it
+// after this process was killed, reads what was flushed or written with FUA.
+func TestUnsafeFlushBringsTheMappingToTheFile(t *testing.T) {
+	for _, options := range []string{"compat=1.1", "data_file=data"} {
+		t.Run(options, func(t *testing.T) {
+			dir := t.TempDir()
+			qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "disk.qcow2", "4M")
+			s, e := newSpec(t)
+			s.Path, s.Format, s.Cache, s.Backing = filepath.Join(dir, "disk.qcow2"), "qcow2", open.CacheUnsafe, open.Policy{Mode: open.SameDir}
+			d := mustOpen(t, s)
+			e.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool {
+				if io.FUA || io.Op == engine.OpSync {
+					t.Errorf("%v of %d bytes at %d, FUA %v: asked for durability", io.Op, io.Len, io.Off, io.FUA)
+				}
+				return false
+			}})
+			want := make([]byte, 4<<20)
+			read := func(when string) {
+				t.Helper()
+				r := s
+				r.ReadOnly, r.Lock = true, raw.LockOff
+				p := make([]byte, len(want))
+				if err := mustOpen(t, r).ReadAt(t.Context(), p, 0); err != nil || !bytes.Equal(p, want) {
+					t.Errorf("%s: the file has something else, %v", when, err)
+				}
+			}
+			p := bytes.Repeat([]byte{0x41}, 192<<10)
+			copy(want, p)
+			if err := errors.Join(d.WriteAt(t.Context(), p, 0, 0), d.Flush(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			read("after a flush")
+			copy(want[2<<20:], p)
+			if err := d.WriteAt(t.Context(), p, 2<<20, backing.FUA); err != nil {
+				t.Fatal(err)
+			}
+			read("after a write with FUA")
+		})
 	}
 }
 
