@@ -103,6 +103,26 @@ func showVM(t *testing.T, vm string) (v vmShown) {
 	return v
 }
 
+// TestQcow2IsNotAttachedAsRawByDefault: the guest of a disk that was created as
+// qcow2 would write over its tables.
+func TestQcow2IsNotAttachedAsRawByDefault(t *testing.T) {
+	d := startDaemon(t)
+	vm := startQEMU(t, "-device", "virtio-scsi-pci,id=scsi0")
+	image := d.image(t, "vm.qcow2")
+	want(t, exitDone, "image", "create", "--force", image, "1M")
+	before, err := os.ReadFile(image)
+	must(t, err)
+	if code, _, stderr := ctl(t, "attach", "--bus=scsi", vm, image); code == exitDone || !strings.Contains(stderr, "--format=qcow2") {
+		t.Errorf("attach: exit code %d, %s, want a refusal that says what to write", code, stderr)
+	}
+	if after, err := os.ReadFile(image); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the refused image: %v, or it has changed", err)
+	}
+	plannedBy(t, "attach", "--bus=scsi", "--format=qcow2", vm, image)
+	plannedBy(t, "detach", vm, image)
+	plannedBy(t, "attach", "--bus=scsi", "--format=raw", vm, image)
+}
+
 // TestDiskOfARunningMachine goes through the commands on a real machine.
 func TestDiskOfARunningMachine(t *testing.T) {
 	d := startDaemon(t)

@@ -253,7 +253,8 @@ func TestDryRunChangesNothing(t *testing.T) {
 		{[]string{"export", "resize", "web", "2G"}, "export web would grow from 1073741824 to 2147483648 bytes\n"},
 		{[]string{"export", "snapshot", "web", "/o"}, "/o would be made above /images/a.raw, the image of export web\n"},
 		{[]string{"export", "set", "web", "rate.ops=5"}, `export web would be changed: {"rate-keys":{"ops":"5"}}` + "\n"},
-		{[]string{"export", "add", "new", "/i"}, `export new would be made: {"name":"new","image":"/i","format":"raw"}` + "\n"},
+		{[]string{"export", "add", "new", "/i"}, `export new would be made: {"name":"new","image":"/i"}` + "\n"},
+		{[]string{"export", "add", "new", "/i", "-f", "raw"}, `export new would be made: {"name":"new","image":"/i","format":"raw"}` + "\n"},
 		{[]string{"clients", "kick", "7"}, "client 7, uid:1000 at export web, would be cut off\n"},
 	} {
 		if got := want(t, exitDone, append(tt.args, "--dry-run")...); got != tt.said {

@@ -159,6 +159,9 @@ func (f *addFlags) rehearse(ctx context.Context, c *cobra.Command, cl *control.C
 func (f *addFlags) request(c *cobra.Command, name, image string) (a api.AddExport, err error) {
 	a = f.x
 	a.Name, a.Image = name, image
+	if !c.Flags().Changed("format") {
+		a.Format = "" // the daemon asks for it where the default would destroy the image
+	}
 	if f.send && a.Persist {
 		return a, usage("--persist needs a path that the daemon may open, and excludes --fd")
 	}

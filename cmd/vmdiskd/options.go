@@ -272,7 +272,7 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 	c := daemon.Config{
 		Disk: config.Export{
 			Name: r.export, Description: r.description,
-			Format: r.format, Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
+			Format: r.saidFormat(f), Cache: r.cache, Lock: r.lock, ReadOnly: r.readonly,
 			Backing: r.backing, BackingFiles: r.backingFiles, DataFiles: r.dataFiles,
 			Snapshot: r.snapshot, Lenient: r.lenient, Discard: r.discard,
 			TrustCID: r.trustCID,
@@ -293,6 +293,14 @@ func (r *raw) configure(f *pflag.FlagSet) (daemon.Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// saidFormat is --format, or nothing where it is the default.
+func (r *raw) saidFormat(f *pflag.FlagSet) string {
+	if !f.Changed("format") {
+		return ""
+	}
+	return r.format
 }
 
 // checkWords checks options that take one of a few words or numbers.

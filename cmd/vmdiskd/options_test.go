@@ -29,7 +29,7 @@ func TestCommandLineMeansWhatNbdkitMeans(t *testing.T) {
 	}{
 		{"disk.img", func(c daemon.Config) bool {
 			return first(c).Kind == transport.TCP && first(c).Port == 10809 && c.Disk.Image == "disk.img" &&
-				c.Disk.Format == "raw" && c.MaskHandshake == 0xffff && c.TLS == nbd.TLSOff
+				c.Disk.Format == "" && c.MaskHandshake == 0xffff && c.TLS == nbd.TLSOff
 		}},
 		{"-U /run/s disk.img", func(c daemon.Config) bool {
 			return first(c).Kind == transport.Unix && first(c).Path == "/run/s" && first(c).Mode == 0o600

@@ -107,7 +107,7 @@ type Export struct {
 
 	// The image: a path, or for the formats "mem" and "null" a size.
 	Image        string   `toml:"image" json:"image,omitempty"`
-	Format       string   `toml:"format" json:"format,omitempty"` // "" is raw
+	Format       string   `toml:"format" json:"format,omitempty"` // "" is raw that nobody said: see open.Open
 	ReadOnly     bool     `toml:"readonly" json:"readonly,omitempty"`
 	Cache        string   `toml:"cache" json:"cache,omitempty"`
 	Lock         string   `toml:"image-lock" json:"image-lock,omitempty"`

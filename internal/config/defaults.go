@@ -13,7 +13,8 @@ const (
 )
 
 // SetDefaults puts a value where the file has none and nothing is not a value:
-// afterwards no word is empty but those that say that something is absent.
+// afterwards no word is empty but those that say that something is absent, and a
+// format that nobody said.
 func (c *Config) SetDefaults() {
 	or(&c.Engine, "auto")
 	if c.Drain == 0 {
@@ -37,7 +38,6 @@ func (c *Config) SetDefaults() {
 
 // SetDefaults is that of Config, for one export.
 func (e *Export) SetDefaults() {
-	or(&e.Format, "raw")
 	or(&e.Cache, "writeback")
 	or(&e.Lock, "auto")
 	if e.Format == "qcow2" {

@@ -87,6 +87,9 @@ func (c *ExportChange) On(live *Export) Export {
 			to.Field(i).Set(from.Field(i))
 		}
 	}
+	if x.Format == "" && x.Image == live.Image && live.Format == formatOr(x.Format) {
+		x.Format = live.Format // it was taken for raw, whatever the guest has written since
+	}
 	return x
 }
 
@@ -273,7 +276,7 @@ func diffExports(oldConfig, newConfig *Config) (list []ExportChange) {
 	for _, name := range order {
 		c := ExportChange{What: m[name], Name: name, Old: old[name], New: new[name], Live: true}
 		if c.What == Alter {
-			c.Fields = slices.DeleteFunc(fields(*c.Old, *c.New), func(f string) bool { return f == "listener" })
+			c.Fields = slices.DeleteFunc(fields(c.Old.asOpened(), c.New.asOpened()), func(f string) bool { return f == "listener" })
 			if len(c.Fields) == 0 {
 				continue
 			}
@@ -284,6 +287,14 @@ func diffExports(oldConfig, newConfig *Config) (list []ExportChange) {
 		list = append(list, c)
 	}
 	return list
+}
+
+// asOpened is e with the format that it is opened with: to say the default
+// changes nothing.
+func (e *Export) asOpened() Export {
+	x := *e
+	x.Format = formatOr(x.Format)
+	return x
 }
 
 func (c *Config) byName() map[string]*Export {
@@ -311,7 +322,7 @@ func fields[T any](a, b T) (list []string) {
 // those of its listeners, what it is in e where want has something else. Both have
 // their defaults, and one name.
 func (e *Export) Misfits(want *Export) (list []string) {
-	list = misfits(*e, *want, append([]string{"listener"}, liveFields...))
+	list = misfits(e.asOpened(), want.asOpened(), append([]string{"listener"}, liveFields...))
 	for _, c := range diffListeners(&Config{Exports: []Export{*e}}, &Config{Exports: []Export{*want}}) {
 		switch c.What {
 		case Alter:

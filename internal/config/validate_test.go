@@ -536,7 +536,7 @@ func TestDefaults(t *testing.T) {
 		{"certificates", c.TLS.Certificates, "/etc/pki/vmdiskd"}, {"control mode", c.Control.Mode, "0600"},
 		{"tls of nbds", c.Listeners[0].TLS, "require"}, {"mode of TCP", c.Listeners[0].Mode, ""},
 		{"tls of nbd", c.Listeners[1].TLS, "off"}, {"mode of unix", c.Listeners[1].Mode, "0600"},
-		{"image format", c.Exports[0].Format, "raw"}, {"cache", c.Exports[0].Cache, "writeback"}, {"lock", c.Exports[0].Lock, "auto"},
+		{"format that was not said", c.Exports[0].Format, ""}, {"cache", c.Exports[0].Cache, "writeback"}, {"lock", c.Exports[0].Lock, "auto"},
 		{"discard of raw", c.Exports[0].Discard, ""}, {"backing of raw", c.Exports[0].Backing, ""},
 		{"discard of qcow2", c.Exports[1].Discard, "unmap"}, {"backing of qcow2", c.Exports[1].Backing, "deny"},
 		{"own listener", c.Exports[1].Listeners[0].TLS, "off"}, {"backing with files", c.Exports[2].Backing, "explicit"},

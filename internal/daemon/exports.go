@@ -91,6 +91,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		}
 		d.disks.mu.Lock()
 		k.stack, k.again = s, nil
+		k.cfg.Format = s.x.Format // as it is kept: what a guest writes later is no reason to ask
 		d.disks.mu.Unlock()
 		return s.top, nil
 	})

@@ -82,7 +82,7 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 	}
 	return open.Spec{
 		Path:     x.Image,
-		Format:   formatOf(x),
+		Format:   x.Format,
 		Files:    given(files),
 		Roots:    d.roots(),
 		ReadOnly: x.ReadOnly,

@@ -3,6 +3,7 @@ package open
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -32,7 +34,7 @@ const (
 // Spec says what to open and how.
 type Spec struct {
 	Path     string // of the image; for "mem" and "null" a size, see ParseSize
-	Format   string // "raw", "qcow2", "mem" or "null"; never guessed from contents
+	Format   string // "raw", "qcow2", "mem" or "null", never guessed from contents; "" is raw that nobody said: see Open
 	ReadOnly bool
 	Cache    string       // "" is CacheWriteback
 	Lock     raw.LockMode // "" is raw.LockAuto
@@ -97,6 +99,7 @@ const (
 
 // formats is all there is.
 var formats = map[string]func(context.Context, Spec, cacheMode) (backing.Device, error){
+	"":          openUnsaid,
 	formatRaw:   openRaw,
 	formatQcow2: openQcow2,
 	"mem":       openMem,
@@ -119,12 +122,13 @@ var cacheModes = map[string]cacheMode{
 // Open opens an image and stands Emulate above it: the device is ready for
 // Checked. The caller closes it. Errors are those of raw.Open, *fs.PathError
 // for a path that cannot be opened, and ErrInvalid for a Spec that makes no
-// sense or a path that names neither a regular file nor a block device.
+// sense or a path that names neither a regular file nor a block device, or for
+// writing without a format one that begins as a qcow2 image.
 func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	format, ok := formats[s.Format]
+	open, ok := formats[s.Format]
 	if !ok {
 		return nil, invalid(s, fmt.Errorf("unknown format %q", s.Format))
 	}
@@ -141,7 +145,7 @@ func Open(ctx context.Context, s Spec) (backing.Device, error) {
 	if err := checkPolicy(s); err != nil {
 		return nil, err
 	}
-	dev, err := format(ctx, s, cache)
+	dev, err := open(ctx, s, cache)
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +176,37 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 		return careless{backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}}, nil
 	}
 	return dev, nil
+}
+
+// openUnsaid is openRaw where raw is only the default. To write to a qcow2 image
+// as if it were raw destroys it: what begins as one is not opened for that until
+// somebody says what it is. Its bytes decide nothing else: a guest may have
+// written them to a raw disk.
+func openUnsaid(ctx context.Context, s Spec, c cacheMode) (backing.Device, error) {
+	dev, err := openRaw(ctx, s, c)
+	if err != nil || !beginsAsQcow2(ctx, dev) {
+		return dev, err
+	}
+	if !s.ReadOnly {
+		return nil, errors.Join(invalid(s, errUnsaid), dev.Close())
+	}
+	log := s.Log
+	if log == nil {
+		log = slog.Default()
+	}
+	log.Warn("image begins as a qcow2 image and is served as raw, because its format was not said", "path", s.Path)
+	return dev, nil
+}
+
+var errUnsaid = errors.New("its format was not said, and it begins as a qcow2 image; " +
+	"say --format=qcow2, or --format=raw if it really is raw (in a configuration format = \"qcow2\" or \"raw\")")
+
+// beginsAsQcow2 reads the magic number. What cannot be read is no qcow2 image
+// that could be destroyed.
+func beginsAsQcow2(ctx context.Context, dev backing.Device) bool {
+	p := make([]byte, 4)
+	return dev.Info().Size >= int64(len(p)) && dev.ReadAt(ctx, p, 0) == nil &&
+		binary.BigEndian.Uint32(p) == format.Magic
 }
 
 // admit asks whether a file may be written to, if it shall be.

@@ -161,7 +161,6 @@ func TestOpenRefuses(t *testing.T) {
 		{"character device", open.Spec{Format: "raw", Path: "/dev/zero"}, backing.ErrInvalid, "character device"},
 		{"nothing there", open.Spec{Format: "raw", Path: dir + "/none"}, fs.ErrNotExist, dir + "/none"},
 		{"no path", open.Spec{Format: "raw"}, fs.ErrNotExist, "open"},
-		{"no format", open.Spec{Path: disk}, backing.ErrInvalid, `""`},
 		{"unknown format", open.Spec{Format: "vhd", Path: disk}, backing.ErrInvalid, `"vhd"`},
 		{"unknown cache mode", open.Spec{Format: "raw", Path: disk, Cache: "fast"}, backing.ErrInvalid, `"fast"`},
 		{"unknown lock mode", open.Spec{Format: "raw", Path: disk, Lock: "maybe"}, backing.ErrInvalid, `"maybe"`},
@@ -222,6 +221,64 @@ func TestFormatIsNeverProbed(t *testing.T) {
 		if err := d.Close(); err != nil {
 			t.Errorf("close: %v", err)
 		}
+	}
+}
+
+// TestUnsaidFormatDoesNotDestroyAQcow2Image: where raw is only the default, an
+// image that begins as qcow2 is not opened for writing, and served read-only as
+// what it was opened as, with a warning.
+func TestUnsaidFormatDoesNotDestroyAQcow2Image(t *testing.T) {
+	for _, tt := range []struct {
+		name, begins, format     string
+		cache                    string
+		readOnly, refused, warns bool
+	}{
+		{name: "for writing", begins: "QFI\xfb", refused: true},
+		{name: "for writing, direct", begins: "QFI\xfb", cache: open.CacheNone, refused: true},
+		{name: "for writing, unsafe", begins: "QFI\xfb", cache: open.CacheUnsafe, refused: true},
+		{name: "read-only", begins: "QFI\xfb", readOnly: true, warns: true},
+		{name: "raw is said", begins: "QFI\xfb", format: "raw"},
+		{name: "raw is said, read-only", begins: "QFI\xfb", format: "raw", readOnly: true},
+		{name: "another beginning", begins: "QFI\xfa"},
+		{name: "cut short", begins: "QFI"},
+		{name: "empty"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, _ := newSpec(t)
+			var log bytes.Buffer
+			s.Log = slog.New(slog.NewTextHandler(&log, nil))
+			s.Path, s.Format, s.Cache, s.ReadOnly = image(t, 0), tt.format, tt.cache, tt.readOnly
+			p := []byte(tt.begins)
+			if len(p) == 4 {
+				p = append(p, make([]byte, 65532)...)
+			}
+			if err := os.WriteFile(s.Path, p, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			table, err := open.Gather(t.Context(), s)
+			if err != nil {
+				t.Fatalf("gather: %v, want what Open has to say", err)
+			}
+			s.Table = table
+			defer table.Close()
+			d, err := open.Open(t.Context(), s)
+			if tt.refused {
+				if !errors.Is(err, backing.ErrInvalid) || !strings.Contains(err.Error(), "--format=raw if it really is raw") {
+					t.Errorf("open: got %v, want a refusal that says what to write", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatalf("open: %v", err)
+			}
+			got := make([]byte, len(p))
+			if err := errors.Join(d.ReadAt(t.Context(), got, 0), d.Close()); err != nil || !bytes.Equal(got, p) {
+				t.Errorf("read: %v, or other bytes than those of the file", err)
+			}
+			if warned := strings.Contains(log.String(), "begins as a qcow2 image"); warned != tt.warns {
+				t.Errorf("log: %q, want a warning: %v", log.String(), tt.warns)
+			}
+		})
 	}
 }
 

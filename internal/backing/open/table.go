@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 
@@ -45,6 +46,8 @@ func Gather(ctx context.Context, s Spec) (*Table, error) {
 	s.Table, s.Lock = t, raw.LockOff
 	var err error
 	switch s.Format {
+	case "":
+		err = s.readAhead(ctx, c)
 	case formatRaw:
 		var f *os.File
 		if f, err = openFile(s, c); err == nil {
@@ -61,6 +64,19 @@ func Gather(ctx context.Context, s Spec) (*Table, error) {
 	}
 	t.filled = true
 	return t, nil
+}
+
+// readAhead reads of a raw image what Open will, so that storage that hangs
+// holds up its Gather, and not the Open of all. What Open makes of it is Open's to
+// say.
+func (s Spec) readAhead(ctx context.Context, c cacheMode) error {
+	s.Log = slog.New(slog.DiscardHandler)
+	dev, err := openRaw(ctx, s, c)
+	if err != nil {
+		return err
+	}
+	_ = beginsAsQcow2(ctx, dev)
+	return dev.Close()
 }
 
 // NewTable makes a table of what another has Contents of.
