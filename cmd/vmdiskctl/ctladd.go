@@ -172,6 +172,7 @@ func (f *addFlags) request(c *cobra.Command, name, image string) (a api.AddExpor
 	if err := f.layers(c, &a.Export); err != nil {
 		return a, err
 	}
+	noteSlow(c, a.Rate)
 	if a.Backing == "" && len(a.BackingFiles)+len(a.DataFiles) > 0 {
 		a.Backing = string(open.Explicit)
 	}

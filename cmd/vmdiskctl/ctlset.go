@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
@@ -75,6 +76,9 @@ func newExportSet() *cobra.Command {
 			p, err := parsePatch(args[1:])
 			if err != nil {
 				return err
+			}
+			if r, err := p.Rate.With(p.RateKeys); err == nil {
+				noteSlow(c, r)
 			}
 			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
 				return f.set(ctx, c, cl, args[0], p)
@@ -224,6 +228,22 @@ func parseRate(s string) (*config.Rate, error) {
 		}
 	}
 	return r, nil
+}
+
+// slowRate is the rate, in bytes per second, below which a suffix was forgotten
+// more likely than meant: one request of 64 KiB takes longer than a second.
+const slowRate = 64 << 10
+
+// noteSlow tells of a rate by which a machine seems to hang.
+func noteSlow(c *cobra.Command, r *config.Rate) {
+	if r == nil {
+		return
+	}
+	for _, n := range [...]config.Size{r.Bytes, r.ReadBytes, r.WriteBytes} {
+		if n > 0 && n < slowRate {
+			fmt.Fprintf(c.ErrOrStderr(), "vmdiskctl: note: the rate is %d bytes per second; 50M is 50 MiB/s\n", n)
+		}
+	}
 }
 
 // parseGrant reads GRANT: the access and facts with commas between, or JSON.
