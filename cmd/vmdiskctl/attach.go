@@ -195,12 +195,12 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 	}
 	m, close, err := f.machine(c.Context(), found)
 	if err != nil {
-		return plugError(err)
+		return plugError(interrupted(c.Context(), err))
 	}
 	defer close()
 	p, err := plan(c.Context(), m)
 	if err != nil {
-		return plugError(err)
+		return plugError(interrupted(c.Context(), err))
 	}
 	out := planned{VM: vm, Disk: p.Disk, DryRun: f.dryRun}
 	if f.dryRun {
@@ -214,7 +214,7 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 	out.Notes = f.notes
 	if err != nil {
 		f.printNotes(c)
-		return plugError(err)
+		return plugError(interrupted(c.Context(), err))
 	}
 	err = f.report(c, p, &out, done)
 	if out.Changed {
@@ -252,6 +252,14 @@ func (f *vmFlags) printNotes(c *cobra.Command) {
 	for _, n := range f.notes {
 		fmt.Fprintf(c.ErrOrStderr(), "vmdiskctl: note: %s\n", n)
 	}
+}
+
+// interrupted says of an error that a signal has ended the command.
+func interrupted(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		return err
+	}
+	return fmt.Errorf("interrupted: %w", err)
 }
 
 // machineError is an error of a plan for a terminal, in one line.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strings"
@@ -28,6 +29,9 @@ func DialSocket(ctx context.Context, path string) (*net.UnixConn, error) {
 	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", path)
+	if i, bad := os.Stat(path); err != nil && bad == nil && i.Mode()&fs.ModeSocket == 0 {
+		return nil, errors.New("it is no socket") // a kernel says that nobody listens
+	}
 	if err != nil {
 		return nil, err
 	}
