@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -250,6 +249,14 @@ func (v *vmShown) ask(ctx context.Context, x qmp.Executor) error {
 	return nil
 }
 
+// orDash is shown of what may be absent.
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return shown(s)
+}
+
 func (v *vmShown) print(p *printer) error {
 	p.print("vm: %s\nstate: %s\n", shown(v.VM), visible(v.State))
 	if v.UUID != "" {
@@ -268,7 +275,11 @@ func (v *vmShown) print(p *printer) error {
 		if d.ReadOnly {
 			access = "ro"
 		}
-		t.add(shown(d.Device), strconv.FormatInt(d.Size, 10), access, shown(d.Driver), shown(d.Node), shown(d.Source))
+		size := roundSize(d.Size)
+		if d.Driver == "" { // an empty drive
+			size, access = "-", "-"
+		}
+		t.add(orDash(d.Device), size, access, orDash(d.Driver), orDash(d.Node), orDash(d.Source))
 	}
 	return t.print(p.w)
 }
