@@ -56,6 +56,12 @@ const (
 	// ControlAuditPath bounds the path of a request in the log.
 	ControlAuditPath = 1 << 10
 
+	// ControlAuditChange bounds what a request changes, as JSON in the log: a
+	// list of some grants is there as a whole. ControlAuditText bounds the
+	// description of an export in it, which is anybody's prose.
+	ControlAuditChange = 2 << 10
+	ControlAuditText   = 64
+
 	// MetricsConns bounds the connections at a time to the listener that has
 	// only the metrics: a few collectors.
 	MetricsConns = 16

@@ -82,10 +82,20 @@ func (c *call) patch() (any, error) {
 	if err := c.into(&p); err != nil {
 		return nil, err
 	}
+	c.asked = inAudit(p)
 	if p.Rate != nil && len(p.RateKeys) > 0 {
 		return nil, invalid("rate and rate-keys exclude each other")
 	}
 	return whole(c.s.service.Patch(c.ctx, c.name, p))
+}
+
+// inAudit is p with a description that is cut. Of tokens it has the hashes.
+func inAudit(p api.Patch) api.Patch {
+	if p.Description != nil {
+		cut := short(*p.Description, limits.ControlAuditText)
+		p.Description = &cut
+	}
+	return p
 }
 
 func (c *call) remove() (any, error) {
@@ -111,6 +121,7 @@ func (c *call) pause() (any, error) {
 		if err := c.into(&p); err != nil {
 			return nil, err
 		}
+		c.asked = p
 	}
 	if p.Limit < 0 || p.Limit > config.Duration(limits.PauseLongest) {
 		return nil, invalid("limit is not from 0s to %s", limits.PauseLongest)
@@ -123,6 +134,7 @@ func (c *call) resize() (any, error) {
 	if err := c.into(&r); err != nil {
 		return nil, err
 	}
+	c.asked = r
 	if r.Size < 0 || r.By < 0 || (r.Size > 0) == (r.By > 0) {
 		return nil, invalid("want one of size and by, above 0")
 	}
@@ -134,6 +146,7 @@ func (c *call) snapshot() (any, error) {
 	if err := c.into(&s); err != nil {
 		return nil, err
 	}
+	c.asked = s
 	if s.Overlay == "" {
 		return nil, invalid("no overlay")
 	}

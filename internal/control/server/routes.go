@@ -80,6 +80,7 @@ type call struct {
 	body  []byte
 	files []*os.File // whose they are is said at Service
 	added string     // the name of the export that is made
+	asked any        // what is to be changed, for the log; no secrets
 
 	sentStatus int // 0 before the reply
 }
@@ -272,6 +273,15 @@ func short(s string, most int) string {
 	return s
 }
 
+// inLog is v as JSON, cut for the log.
+func inLog(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err.Error()
+	}
+	return short(string(b), limits.ControlAuditChange)
+}
+
 // into decodes the body.
 func (c *call) into(v any) error {
 	if err := decode(c.body, v); err != nil {
@@ -391,6 +401,9 @@ func (c *call) audit(start time.Time, err error) {
 	attrs := []slog.Attr{c.conn.auditAttrs(), slog.Int("status", c.sentStatus), slog.Duration("took", time.Since(start))}
 	if q := c.r.URL.RawQuery; q != "" {
 		attrs = append(attrs, slog.String("query", short(q, limits.ControlAuditPath)))
+	}
+	if c.asked != nil {
+		attrs = append(attrs, slog.String("change", inLog(c.asked)))
 	}
 	if len(c.files) > 0 {
 		attrs = append(attrs, slog.Int("descriptors", len(c.files)))
