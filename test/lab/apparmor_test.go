@@ -57,6 +57,7 @@ nbdcopy /tmp/data "$uri"; nbdcopy "$uri" /tmp/back; cmp /tmp/data /tmp/back
 nbdinfo --size nbd+vsock://1:10809/a
 vmdiskctl export add b /var/lib/vmdiskd/images/b.img --persist --listen 'nbd+unix:///?socket=/run/vmdiskd/b.sock'
 systemctl restart vmdiskd
+systemctl reload vmdiskd || { journalctl --no-pager -b -u vmdiskd; exit 1; }
 nbdinfo --size 'nbd+unix:///b?socket=/run/vmdiskd/b.sock'
 fails journalctl -b -k --quiet --no-pager --grep 'apparmor="DENIED".*profile="vmdiskd"'`},
 			{Name: "it opens nothing else", Seconds: 180, Script: `

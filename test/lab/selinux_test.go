@@ -165,8 +165,7 @@ mode = "0666"
 selinux-label = "system_u:system_r:vmdiskd_t:s0:c5"
 selinux-path-label = "system_u:object_r:svirt_image_t:s0:c5"
 end
-pid=$(systemctl show -P MainPID vmdiskd)
-kill -HUP $pid
+systemctl reload vmdiskd || { journalctl --no-pager -b -u vmdiskd; exit 1; }
 until [ -S /run/vmdiskd/later.sock ]; do sleep 0.2; done
 ls -Z /run/vmdiskd/later.sock | grep svirt_image_t:s0:c5
 ss -xlz | grep 'later.sock.*sock_ctx=system_u:system_r:vmdiskd_t:s0:c5)'
