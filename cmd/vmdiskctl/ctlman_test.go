@@ -41,7 +41,7 @@ var manualParts = []manualPart{
 // optionsOfOthers are those of the daemon, or of commands that another part is
 // about, which a part of the manual names.
 var optionsOfOthers = map[string][]string{
-	"THE DAEMON":            {"--config"},
+	"THE DAEMON":            {"--config", "--readonly"},
 	"EXPORT":                {"--persist"},
 	"Options of export add": {"--enable-fault-injection"},
 	"PRE-SHARED KEYS":       {"--tls-psk"},

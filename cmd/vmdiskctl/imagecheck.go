@@ -67,11 +67,12 @@ func newImageCheck(terminal *os.File) *cobra.Command {
 and its refcount. No other file is opened.
 
 An image that is marked dirty, because it was not closed properly, or corrupt is
-not served for writing, whatever is found in it. With --repair=leaks the marks are
-taken away when nothing is wrong with it, or leaks only.
+not served for writing, whatever is found in it. With --repair=leaks the marks
+are taken away when nothing is wrong with it, or leaks only.
 
-Damaged bitmaps keep an image from being served for writing, and QEMU from opening
-it. --repair=bitmaps drops all bitmaps of such an image: the next backup is a full one.
+Damaged bitmaps keep an image from being served for writing, and QEMU from
+opening it. --repair=bitmaps drops all bitmaps of such an image: the next backup
+is a full one.
 
 Exit codes: 0 clean, 1 could not be checked, 2 corruptions or such a mark,
 3 leaked clusters only.`,
