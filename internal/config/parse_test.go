@@ -196,10 +196,10 @@ func zeroFields(v reflect.Value, path string) map[string]bool {
 
 func TestMistakesHaveTheirPlace(t *testing.T) {
 	for _, tt := range []struct{ name, in, want string }{
-		{"unknown key", "engine = \"auto\"\nengin = \"pool\"\n", `f:2:1: there is no key "engin" here`},
-		{"other case", "Engine = \"auto\"", `f:1:1: there is no key "Engine" here`},
+		{"unknown key", "engine = \"auto\"\nengin = \"pool\"\n", `f:2:1: there is no key "engin" here: did you mean "engine"?`},
+		{"other case", "Engine = \"auto\"", `f:1:1: there is no key "Engine" here: did you mean "engine"?`},
 		{"kelvin", "loc\u212a = 1", "f:1:"},
-		{"unknown table", "\n[loog]\nlevel = \"info\"", `f:2:2: there is no key "loog" here`},
+		{"unknown table", "\n[loog]\nlevel = \"info\"", `f:2:2: there is no key "loog" here: did you mean "log"?`},
 		{"unknown in a table", "[log]\nlevel = \"info\"\n  size = 3", `f:3:3: there is no key "size" here`},
 		{"unknown in a list", "[[export]]\nname = \"a\"\n[[export.grant]]\nuser = 1", `f:4:1: there is no key "user" here`},
 		{"unknown inline", "[[export]]\nwindow = { part = 1 }", `f:2:12: there is no key "part" here`},

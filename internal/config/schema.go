@@ -8,6 +8,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2/unstable"
 
+	"github.com/vmdiskd/vmdiskd/internal/cmdline"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -119,20 +120,28 @@ func isTables(t reflect.Type) bool {
 // have is an error, and nil.
 func (s *schema) field(t reflect.Type, key *unstable.Node) reflect.Type {
 	name := string(key.Data)
+	var keys []string
 	switch t.Kind() {
 	case reflect.Map:
 		return t.Elem()
 	case reflect.Struct:
 		for i := range t.NumField() {
-			if f := t.Field(i); f.Tag.Get("toml") == name {
-				if f.Type.Kind() == reflect.Pointer {
-					return f.Type.Elem()
-				}
+			f := t.Field(i)
+			keys = append(keys, f.Tag.Get("toml"))
+			switch {
+			case keys[i] != name:
+			case f.Type.Kind() == reflect.Pointer:
+				return f.Type.Elem()
+			default:
 				return f.Type
 			}
 		}
 	}
-	s.fail(key.Raw, "there is no key %q here", name)
+	meant := ""
+	if near := cmdline.Nearest(name, keys); near != "" {
+		meant = fmt.Sprintf(": did you mean %q?", near)
+	}
+	s.fail(key.Raw, "there is no key %q here%s", name, meant)
 	return nil
 }
 

@@ -65,7 +65,7 @@ var mayImport = map[string][]string{
 	"internal/nbd/nbdtest":             {"internal/limits", "internal/nbd/wire"},
 	"internal/export":                  {"internal/backing", "internal/confine/selinux", "internal/limits", "internal/nbd", "internal/obs", "internal/transport"},
 	"internal/progress":                {},
-	"internal/config":                  {"internal/confine/selinux", "internal/limits", "internal/units"},
+	"internal/config":                  {"internal/cmdline", "internal/confine/selinux", "internal/limits", "internal/units"},
 	"internal/units":                   {},
 	"internal/cmdline":                 {},
 	"internal/version":                 {},
