@@ -19,6 +19,7 @@ func TestLogSaysWhatWasChanged(t *testing.T) {
 	grants := []config.Grant{{Access: "rw", UIDs: []uint32{1000}}}
 	_, _ = w.client.Patch(t.Context(), "a", api.Patch{ReadOnly: &readonly, Grants: &grants, RateKeys: map[string]string{"ops": "2000"}})
 	_, _ = w.client.Patch(t.Context(), "a", api.Patch{Description: &long})
+	_, _ = w.client.Add(t.Context(), api.AddExport{Export: config.Export{Name: "b", Image: "/srv/b.img", Description: long}, Persist: true})
 	_, _ = w.client.Resize(t.Context(), "a", api.Resize{By: 4096})
 	_, _ = w.client.Snapshot(t.Context(), "a", api.Snapshot{Overlay: "/srv/o.qcow2"})
 	many := make([]config.Grant, 200)
@@ -27,7 +28,7 @@ func TestLogSaysWhatWasChanged(t *testing.T) {
 	log := w.log.String()
 	for _, want := range []string{
 		`{\"readonly\":true,\"grants\":[{\"access\":\"rw\",\"uid\":[1000]}],\"rate-keys\":{\"ops\":\"2000\"}}`,
-		`{\"description\":\"prose prose`, `{\"by\":4096}`, `{\"overlay\":\"/srv/o.qcow2\"}`,
+		`{\"name\":\"b\",\"description\":\"prose prose`, `{\"description\":\"prose prose`, `{\"by\":4096}`, `{\"overlay\":\"/srv/o.qcow2\"}`,
 	} {
 		if !strings.Contains(log, "change=\""+want) {
 			t.Errorf("the log lacks %s:\n%s", want, log)

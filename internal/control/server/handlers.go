@@ -66,7 +66,7 @@ func (c *call) add() (any, error) {
 	if err := c.into(&a); err != nil {
 		return nil, err
 	}
-	c.added = a.Name
+	c.added, c.asked = a.Name, addInAudit(a)
 	if len(a.Name) > limits.ControlName {
 		return nil, invalid("the name is longer than %d bytes", limits.ControlName)
 	}
@@ -87,6 +87,12 @@ func (c *call) patch() (any, error) {
 		return nil, invalid("rate and rate-keys exclude each other")
 	}
 	return whole(c.s.service.Patch(c.ctx, c.name, p))
+}
+
+// addInAudit is a with a description that is cut. Of tokens it has the hashes.
+func addInAudit(a api.AddExport) api.AddExport {
+	a.Description = short(a.Description, limits.ControlAuditText)
+	return a
 }
 
 // inAudit is p with a description that is cut. Of tokens it has the hashes.
