@@ -73,7 +73,7 @@ func exportTable(list []api.Export) *table {
 	for i := range list {
 		e := &list[i]
 		t.add(shown(e.Name), shown(e.State), knownSize(e, roundSize(e.Size)), access(e), strconv.Itoa(e.Clients),
-			shown(cmp.Or(e.Format, formatRaw)), shown(e.Origin), shown(e.Image))
+			shown(e.ImageFormat()), shown(e.Origin), shown(e.Image))
 	}
 	return t
 }
@@ -112,7 +112,7 @@ func (f *ctlFlags) printExport(w io.Writer, e *api.Export) error {
 		p.print("description: %s\n", visible(e.Description))
 	}
 	p.print("image: %s\nformat: %s\nsize: %s\naccess: %s\nclients: %d\norigin: %s\n", shown(e.Image),
-		shown(cmp.Or(e.Format, formatRaw)), knownSize(e, fmt.Sprintf("%d (%s)", e.Size, byteSize(e.Size))), access(e), e.Clients, shown(e.Origin))
+		shown(e.ImageFormat()), knownSize(e, fmt.Sprintf("%d (%s)", e.Size, byteSize(e.Size))), access(e), e.Clients, shown(e.Origin))
 	settings, err := settings(e.Export)
 	if err != nil {
 		return err

@@ -216,7 +216,7 @@ func (s *Source) contents() ([]string, error) {
 	x.RequireTLS, x.Listeners, x.Grants, x.TrustCID, x.Connections = false, nil, nil, false, 0
 	x.Rate, x.RateGroup, x.LogRequests, x.FlushOnClose, x.Faults = nil, "", false, false, nil
 	x.SetDefaults()
-	x.Format = cmp.Or(x.Format, "raw")
+	x.Format = x.ImageFormat()
 	x.Cache, x.Lock, x.Discard = "", "", ""
 	files := slices.Concat([]string{s.Image}, x.BackingFiles, []string{""}, x.DataFiles)
 	for i, f := range s.Files {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -35,6 +36,9 @@ func (c *Config) SetDefaults() {
 		c.Exports[i].SetDefaults()
 	}
 }
+
+// ImageFormat is the format that the image is opened with, raw if nobody said one.
+func (e *Export) ImageFormat() string { return cmp.Or(e.Format, "raw") }
 
 // SetDefaults is that of Config, for one export.
 func (e *Export) SetDefaults() {

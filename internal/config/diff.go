@@ -87,7 +87,7 @@ func (c *ExportChange) On(live *Export) Export {
 			to.Field(i).Set(from.Field(i))
 		}
 	}
-	if x.Format == "" && x.Image == live.Image && live.Format == formatOr(x.Format) {
+	if x.Format == "" && x.Image == live.Image && live.Format == x.ImageFormat() {
 		x.Format = live.Format // it was taken for raw, whatever the guest has written since
 	}
 	return x
@@ -293,7 +293,7 @@ func diffExports(oldConfig, newConfig *Config) (list []ExportChange) {
 // changes nothing.
 func (e *Export) asOpened() Export {
 	x := *e
-	x.Format = formatOr(x.Format)
+	x.Format = x.ImageFormat()
 	return x
 }
 

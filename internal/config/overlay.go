@@ -40,7 +40,7 @@ func (i *Instead) Apply(e Export) (Export, error) {
 	switch {
 	case i.IsIn(e):
 		return e, nil
-	case e.Image != i.Of.Image || formatOr(e.Format) != formatOr(i.Of.Format) || e.Snapshot != i.Of.Snapshot:
+	case e.Image != i.Of.Image || e.ImageFormat() != i.Of.ImageFormat() || e.Snapshot != i.Of.Snapshot:
 		return e, fmt.Errorf("the guest has written to overlay %q since a snapshot of %q, and the configuration names neither of them as it was", i.Serve.Image, i.Of.Image)
 	}
 	e.Image, e.Format, e.Snapshot, e.Discard = i.Serve.Image, i.Serve.Format, i.Serve.Snapshot, i.Serve.Discard
@@ -52,14 +52,6 @@ func (i *Instead) Apply(e Export) (Export, error) {
 // i is forgotten.
 func (i *Instead) IsIn(e Export) bool {
 	return e.Image == i.Serve.Image && e.Format == i.Serve.Format
-}
-
-// formatOr is a format, or its default.
-func formatOr(s string) string {
-	if s == "" {
-		return "raw"
-	}
-	return s
 }
 
 // WriteInstead keeps i in the folder dir, as WriteExport keeps exports.

@@ -18,7 +18,7 @@ func (e *Export) check(k checker, s Scope) {
 		k.fail("name: it ends like one with a token, in \"?\" and %d hexadecimal digits", limits.TokenDigits)
 	}
 	k.text("description", e.Description, limits.MaxString, "\n\t")
-	k.word("format", formatOr(e.Format), "raw", "qcow2", "mem", "null")
+	k.word("format", e.ImageFormat(), "raw", "qcow2", "mem", "null")
 	k.word("cache", e.Cache, "writeback", "none", "writethrough", "directsync", "unsafe")
 	k.word("image-lock", e.Lock, "auto", "on", "off")
 	k.notNegative("max-connections", int64(e.Connections))

@@ -128,12 +128,13 @@ func (d *daemon) mayWrite(x *config.Export) func(f *os.File) error {
 		return nil
 	}
 	return func(f *os.File) error {
-		b, found, err := d.bases.find(c.Control.State, fileOf(f), config.File{Path: pathOf(f)}, config.File{Path: x.Image})
+		path := pathOf(f)
+		b, found, err := d.bases.find(c.Control.State, fileOf(f), config.File{Path: path}, config.File{Path: x.Image})
 		if err != nil || !found {
 			return err
 		}
 		return &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf(
 			"overlay %q of export %q stands on image %q: to write there would destroy what its guest has written. Serve the overlay, or have it forgotten (vmdiskctl export forget, or remove)",
-			b.Overlay, b.Export, pathOf(f))}
+			b.Overlay, b.Export, path)}
 	}
 }

@@ -122,7 +122,7 @@ func (d *daemon) subject() []any {
 	if d.conf.Load() != nil {
 		return []any{"config", d.cfg.File, "exports", d.exports.Len(), "failed", len(d.disks.failed())}
 	}
-	return []any{"image", d.cfg.Disk.Image, "format", formatOf(&d.cfg.Disk)}
+	return []any{"image", d.cfg.Disk.Image, "format", d.cfg.Disk.ImageFormat()}
 }
 
 // startUnless is start, or errStopped if a signal comes before it is done: what

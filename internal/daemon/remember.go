@@ -51,10 +51,10 @@ func (d *daemon) mayRemember() error {
 }
 
 // remember makes it durable that the export serves another image from now on,
-// which stands on the files below, and returns what takes that back. It comes before the first write to the
-// image: were it not known after a restart, the guest would lose what it wrote. So
-// an export that was not to be kept is written too, for the caller to make it
-// fromState. With k.busy.
+// which stands on the files below, and returns what takes that back. It comes before
+// the first write to the image: were it not known after a restart, the guest would
+// lose what it wrote. So an export that was not to be kept is written too, for the
+// caller to make it fromState. With k.busy.
 func (d *daemon) remember(k *disk, cfg config.Export, below []config.File) (undo func() error, err error) {
 	state := d.conf.Load().Control.State
 	switch k.origin {

@@ -185,7 +185,7 @@ func (d *daemon) fail(k *disk, why error) {
 
 // createOverlay makes the overlay.
 func (d *daemon) createOverlay(ctx context.Context, x, next *config.Export, size int64) error {
-	format := formatOf(x)
+	format := x.ImageFormat()
 	name := x.Image
 	if filepath.Dir(next.Image) == filepath.Dir(x.Image) {
 		name = filepath.Base(x.Image)
@@ -217,15 +217,7 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 		return next, fmt.Errorf("the backing policy same-dir needs the overlay in %q", filepath.Dir(x.Image))
 	case p.Mode == open.Deny || p.Mode == open.Explicit:
 		next.Backing = string(open.Explicit)
-		next.BackingFiles = append([]string{x.Image + ":" + formatOf(x)}, x.BackingFiles...)
+		next.BackingFiles = append([]string{x.Image + ":" + x.ImageFormat()}, x.BackingFiles...)
 	}
 	return next, nil
-}
-
-// formatOf is the format of the image of an export.
-func formatOf(x *config.Export) string {
-	if x.Format == "" {
-		return "raw"
-	}
-	return x.Format
 }

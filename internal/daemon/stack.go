@@ -37,7 +37,7 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, 
 		return nil, err
 	}
 	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files, below: i.below}
-	s.x.Format = formatOf(x)
+	s.x.Format = x.ImageFormat()
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,

@@ -84,7 +84,7 @@ func (c *Config) checkSwap() error {
 	}{
 		{c.Stdio, "standard input is no socket that the kernel can connect to; listen on a Unix socket (-U)"},
 		{c.TLS != nbd.TLSOff, "encryption takes memory for each reply; a Unix socket does not need it (--tls=off)"},
-		{formatOf(&c.Disk) != "raw", fmt.Sprintf("format %q takes memory to find its clusters; use --format=raw", c.Disk.Format)},
+		{c.Disk.ImageFormat() != "raw", fmt.Sprintf("format %q takes memory to find its clusters; use --format=raw", c.Disk.Format)},
 		{!directCache(c.Disk.Cache) && !confine.Without(confine.SwapDirect),
 			fmt.Sprintf("cache mode %q takes memory of the page cache; use --cache=none", c.Disk.Cache)},
 		{c.Engine == choose.Uring, "the kernel's threads of a ring are made as they are needed, which takes memory; use --engine=pool"},
