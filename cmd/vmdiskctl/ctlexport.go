@@ -46,13 +46,10 @@ func newExportList() *cobra.Command {
 	})
 }
 
-// stateFailed is that of an export with which clients can do nothing.
-const stateFailed = "failed"
-
 // access is what clients may do at most.
 func access(e *api.Export) string {
 	switch {
-	case e.State == stateFailed:
+	case e.State == api.StateFailed:
 		return "-"
 	case e.Writable:
 		return "rw"
@@ -62,7 +59,7 @@ func access(e *api.Export) string {
 
 // knownSize is a size as it is written, unless the export never had one.
 func knownSize(e *api.Export, written string) string {
-	if e.State == stateFailed && e.Size == 0 {
+	if e.State == api.StateFailed && e.Size == 0 {
 		return "-"
 	}
 	return written

@@ -254,18 +254,10 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 	}
 }
 
-// States of an export that somebody is just adding or removing, and of one with
-// which nobody can do anything.
-const (
-	opening  = "opening"
-	draining = "draining"
-	failed   = "failed"
-)
-
 // works refuses an export of which a machine would get errors: one that has failed,
 // or, unless it only reads, one that takes no more writes.
 func works(x api.Export, readOnly bool) error {
-	if x.Error == "" || readOnly && x.State != failed {
+	if x.Error == "" || readOnly && x.State != api.StateFailed {
 		return nil
 	}
 	return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
@@ -279,7 +271,7 @@ func addOrFind(ctx context.Context, c *client.Client, a api.AddExport, files []*
 	defer cancel()
 	for ctx.Err() == nil {
 		x, err = c.Export(call, a.Name)
-		changing := err == nil && (x.State == opening || x.State == draining)
+		changing := err == nil && (x.State == api.StateOpening || x.State == api.StateDraining)
 		if hasCode(err, api.CodeNotFound) {
 			x, err = c.Add(call, a, files...)
 			if !hasCode(err, api.CodeExists) {

@@ -35,7 +35,7 @@ func (s *busyService) Export(name string) (api.Export, error) {
 		return api.Export{}, &api.Error{Code: api.CodeNotFound, Text: "no export"}
 	}
 	x, err := s.Service.Export(name)
-	if x.State = state; state == opening {
+	if x.State = state; state == api.StateOpening {
 		x.Size = 0
 	}
 	return x, err
@@ -79,7 +79,7 @@ func wanted() api.AddExport {
 // TestExportThatAnotherAddsIsWaitedFor: two attaches of one disk at a time look
 // for its export, and only one adds it.
 func TestExportThatAnotherAddsIsWaitedFor(t *testing.T) {
-	s := &busyService{looks: []string{"", draining, "", opening, "ready"}}
+	s := &busyService{looks: []string{"", api.StateDraining, "", api.StateOpening, "ready"}}
 	s.Put(api.Export{Export: wanted().Export, State: "ready", Size: 4096})
 	var size int64
 	step := exportStep(s.answer(t), wanted(), nil, &size)
@@ -124,7 +124,7 @@ func TestExportThatIsNotWellIsRefused(t *testing.T) {
 // TestWaitForAnExportEndsByAnInterrupt and adds nothing.
 func TestWaitForAnExportEndsByAnInterrupt(t *testing.T) {
 	s := &busyService{}
-	s.Put(api.Export{Export: wanted().Export, State: draining})
+	s.Put(api.Export{Export: wanted().Export, State: api.StateDraining})
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if changed, err := exportStep(s.answer(t), wanted(), nil, new(int64)).Do(ctx); changed || !errors.Is(err, context.DeadlineExceeded) {

@@ -158,12 +158,6 @@ func unopened(name string) export.Status {
 	return export.Status{Spec: export.Spec{Name: name, Stats: new(obs.ExportStats)}, State: export.Failed}
 }
 
-// States of an export beside those of the registry.
-const (
-	statePaused   = "paused"
-	statePoisoned = "poisoned"
-)
-
 // writable tells whether clients may write to an export that is as well as h says.
 func writable(x *export.Status, h health) bool {
 	return x.Info.Caps.Has(backing.CanWrite) && !x.Spec.ReadOnly && h.why() == nil
@@ -201,9 +195,9 @@ func (d *daemon) describe(x export.Status) api.Export {
 		return out
 	case x.State != export.Ready:
 	case now != nil && now.pause != nil && now.pause.Paused():
-		out.State = statePaused
+		out.State = api.StatePaused
 	case h.poisoned != nil:
-		out.State = statePoisoned
+		out.State = api.StatePoisoned
 	}
 	doors := k.doors
 	if len(doors) == 0 {

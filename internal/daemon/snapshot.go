@@ -185,14 +185,13 @@ func (d *daemon) fail(k *disk, why error) {
 
 // createOverlay makes the overlay.
 func (d *daemon) createOverlay(ctx context.Context, x, next *config.Export, size int64) error {
-	format := x.ImageFormat()
 	name := x.Image
 	if filepath.Dir(next.Image) == filepath.Dir(x.Image) {
 		name = filepath.Base(x.Image)
 	}
 	return open.CreateOverlay(ctx, open.Spec{
 		Path: next.Image, Engine: d.engine, Buffers: d.buffers, Log: d.logs.For("backing"), Roots: d.roots(),
-	}, size, name, format)
+	}, size, name, x.ImageFormat())
 }
 
 // overlayOf is how an export opens an overlay above its image, by the policy

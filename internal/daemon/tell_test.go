@@ -13,6 +13,8 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -145,5 +147,16 @@ func TestLastEventOfAnExportIsItsState(t *testing.T) {
 	}
 	if len(last) != 3 || last["none"] != "closed" {
 		t.Errorf("the last events are %v, want three exports that are closed", last)
+	}
+}
+
+// TestStatesHaveTheNamesOfTheAPI: a client knows no others.
+func TestStatesHaveTheNamesOfTheAPI(t *testing.T) {
+	for state, want := range map[export.State]string{
+		export.Opening: api.StateOpening, export.Ready: api.StateReady, export.Failed: api.StateFailed, export.Draining: api.StateDraining,
+	} {
+		if string(state) != want {
+			t.Errorf("got %q, want %q", state, want)
+		}
 	}
 }

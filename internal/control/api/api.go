@@ -101,10 +101,21 @@ type AddExport struct {
 	Persist bool `json:"persist,omitempty"` // keep it in the state folder
 }
 
+// States of an export: those of package export in which it can be seen, and two
+// beside them.
+const (
+	StateOpening  = "opening"
+	StateReady    = "ready"
+	StateFailed   = "failed"
+	StateDraining = "draining"
+	StatePaused   = "paused"   // ready, but requests are held back
+	StatePoisoned = "poisoned" // ready, but it takes no more writes
+)
+
 // Export is an export as it is.
 type Export struct {
 	config.Export
-	State    string   `json:"state"` // export.State, "paused" or "poisoned"
+	State    string   `json:"state"` // see StateReady
 	Size     int64    `json:"size"`  // bytes; 0 of one that could not be opened
 	Writable bool     `json:"writable"`
 	Clients  int      `json:"clients"`

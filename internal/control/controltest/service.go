@@ -168,7 +168,7 @@ func (s *Service) Add(_ context.Context, a api.AddExport, files []*os.File) (api
 	if _, err := s.change(a.Name, func(*api.Export) {}); err == nil {
 		return api.Export{}, &api.Error{Code: api.CodeExists, Text: fmt.Sprintf("export %q exists", a.Name)}
 	}
-	e := api.Export{Export: a.Export, State: "ready", Writable: !a.ReadOnly, Origin: "api"}
+	e := api.Export{Export: a.Export, State: api.StateReady, Writable: !a.ReadOnly, Origin: "api"}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.exports = append(s.exports, e)
@@ -220,7 +220,7 @@ func (s *Service) Pause(_ context.Context, name string, limit time.Duration) err
 	if err := s.note("pause %q for %s", name, limit); err != nil {
 		return err
 	}
-	_, err := s.change(name, func(e *api.Export) { e.State = "paused" })
+	_, err := s.change(name, func(e *api.Export) { e.State = api.StatePaused })
 	return err
 }
 
@@ -228,7 +228,7 @@ func (s *Service) Resume(name string) error {
 	if err := s.note("resume %q", name); err != nil {
 		return err
 	}
-	_, err := s.change(name, func(e *api.Export) { e.State = "ready" })
+	_, err := s.change(name, func(e *api.Export) { e.State = api.StateReady })
 	return err
 }
 
