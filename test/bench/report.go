@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -142,16 +143,13 @@ func writeTable(w io.Writer, rows []row) {
 	for _, r := range rows {
 		width = max(width, len(r.Peer))
 	}
-	const head = "| %-10s | %-*s | %9s | %6s | %9s | %8s | %9s | %9s |\n"
-	fmt.Fprintf(w, head, "case", width, "peer", "CPU us/io", "ratio", "IOPS", "MB/s", "p50 us", "p99 us")
-	fmt.Fprintf(w, "|%s|%s|%s|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2),
-		dashes(10)+":", dashes(7)+":", dashes(10)+":", dashes(9)+":", dashes(10)+":", dashes(10)+":")
+	t := sheet{w: w, peer: width, columns: []column{{"CPU us/io", 9}, {"ratio", 6}, {"IOPS", 9}, {"MB/s", 8}, {"p50 us", 9}, {"p99 us", 9}}}
+	t.begin()
 	for _, r := range rows {
 		if r.RSS > 0 || r.Starts > 0 {
 			continue
 		}
-		fmt.Fprintf(w, "| %-10s | %-*s | %9.2f | %6s | %9.0f | %8.0f | %9.1f | %9.1f |\n",
-			r.Case, width, r.Peer, r.PerIO, ratioText(r.Ratio), r.IOPS, r.MBps, r.P50, r.P99)
+		t.add(r, fixed(r.PerIO, 2), ratioText(r.Ratio), fixed(r.IOPS, 0), fixed(r.MBps, 0), fixed(r.P50, 1), fixed(r.P99, 1))
 	}
 	writeMemory(w, rows, width)
 	writeStarts(w, rows, width)
@@ -160,41 +158,76 @@ func writeTable(w io.Writer, rows []row) {
 }
 
 func writeRates(w io.Writer, rows []row, width int) {
-	first := true
+	t := sheet{w: w, peer: width, columns: []column{{"part of the limit", 17}, {"quietest 10 ms", 14}, {"busiest 10 ms", 13}}}
 	for _, r := range rows {
-		if r.Limit == 0 {
-			continue
+		if r.Limit != 0 {
+			t.add(r, fixed(r.MBps/r.Limit, 3), fixed(r.WindowMin, 2), fixed(r.WindowMax, 2))
 		}
-		if first {
-			first = false
-			fmt.Fprintf(w, "\n| %-10s | %-*s | %17s | %14s | %13s |\n", "case", width, "peer", "part of the limit", "quietest 10 ms", "busiest 10 ms")
-			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(18)+":", dashes(15)+":", dashes(14)+":")
-		}
-		fmt.Fprintf(w, "| %-10s | %-*s | %17.3f | %14.2f | %13.2f |\n", r.Case, width, r.Peer, r.MBps/r.Limit, r.WindowMin, r.WindowMax)
 	}
 }
 
 func writeMemory(w io.Writer, rows []row, width int) {
-	first := true
+	t := sheet{w: w, peer: width, columns: []column{{"MiB with 1 connection", 22}, {"KiB per further connection", 26}, {"KiB per further export", 22}}}
 	for _, r := range rows {
 		if r.RSS == 0 {
 			continue
 		}
-		if first {
-			first = false
-			fmt.Fprintf(w, "\n| %-10s | %-*s | %22s | %26s | %22s |\n", "case", width, "peer",
-				"MiB with 1 connection", "KiB per further connection", "KiB per further export")
-			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(23)+":", dashes(27)+":", dashes(23)+":")
-		}
 		further := "-"
 		if r.RSSPerExport != 0 {
-			further = fmt.Sprintf("%.1f", r.RSSPerExport)
+			further = fixed(r.RSSPerExport, 1)
 		}
-		fmt.Fprintf(w, "| %-10s | %-*s | %22.1f | %26.1f | %22s |\n", r.Case, width, r.Peer, r.RSS/1024, r.RSSPerCon, further)
+		t.add(r, fixed(r.RSS/1024, 1), fixed(r.RSSPerCon, 1), further)
 	}
 }
 
+// sheet is a table of rows with so wide a column for the peer and some of its own.
+// One without rows is not there, unless it was begun.
+type sheet struct {
+	w       io.Writer
+	peer    int
+	columns []column
+	begun   bool
+}
+
+type column struct {
+	head  string
+	width int
+}
+
+// begin writes the head.
+func (t *sheet) begin() {
+	t.begun = true
+	var heads []string
+	under := fmt.Sprintf("|%s|%s|", dashes(12), dashes(t.peer+2))
+	for _, c := range t.columns {
+		heads = append(heads, c.head)
+		under += dashes(c.width+1) + ":|"
+	}
+	t.line("case", "peer", heads)
+	fmt.Fprintln(t.w, under)
+}
+
+// add writes a row with a cell for each column.
+func (t *sheet) add(r row, cells ...string) {
+	if !t.begun {
+		fmt.Fprintln(t.w)
+		t.begin()
+	}
+	t.line(r.Case, r.Peer, cells)
+}
+
+func (t *sheet) line(name, peer string, cells []string) {
+	fmt.Fprintf(t.w, "| %-10s | %-*s |", name, t.peer, peer)
+	for i, c := range t.columns {
+		fmt.Fprintf(t.w, " %*s |", c.width, cells[i])
+	}
+	fmt.Fprintln(t.w)
+}
+
 func dashes(n int) string { return strings.Repeat("-", n) }
+
+// fixed is v with so many digits behind the point.
+func fixed(v float64, digits int) string { return strconv.FormatFloat(v, 'f', digits, 64) }
 
 func ratioText(ratio float64) string {
 	if ratio == 0 {

@@ -47,22 +47,16 @@ func outermost(n int) (k int) {
 
 // writeSpreads says of the cases of many short rounds what their ratio is worth.
 func writeSpreads(w io.Writer, rows []row, width int) {
-	const line = "| %-10s | %-*s | %6s | %9s | %18s | %19s |\n"
-	first := true
+	t := sheet{w: w, peer: width, columns: []column{{"rounds", 6}, {"CPU more", 9}, {"half of the rounds", 18}, {"median, 95 % sure", 19}}}
 	for _, r := range rows {
 		if r.Spread.Rounds == 0 {
 			continue
-		}
-		if first {
-			first = false
-			fmt.Fprintf(w, "\n"+line, "case", width, "peer", "rounds", "CPU more", "half of the rounds", "median, 95 % sure")
-			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(7)+":", dashes(10)+":", dashes(19)+":", dashes(20)+":")
 		}
 		s, sure := r.Spread, "-"
 		if s.Low > 0 {
 			sure = percents(s.Low, s.High)
 		}
-		fmt.Fprintf(w, line, r.Case, width, r.Peer, fmt.Sprint(s.Rounds), percent(r.Ratio), percents(s.LowQuarter, s.HighQuarter), sure)
+		t.add(r, fmt.Sprint(s.Rounds), percent(r.Ratio), percents(s.LowQuarter, s.HighQuarter), sure)
 	}
 }
 

@@ -136,22 +136,16 @@ const greetingBytes = 8 + 8 + 2
 
 // writeStarts lists the times of starts, in milliseconds.
 func writeStarts(w io.Writer, rows []row, width int) {
-	const line = "| %-10s | %-*s | %6s | %11s | %14s | %12s | %6s |\n"
-	millis := func(us float64) string { return fmt.Sprintf("%.1f", us/1000) }
-	first := true
+	t := sheet{w: w, peer: width, columns: []column{{"starts", 6}, {"ms to READY", 11}, {"ms to greeting", 14}, {"99 % of them", 12}, {"ratio", 6}}}
+	millis := func(us float64) string { return fixed(us/1000, 1) }
 	for _, r := range rows {
 		if r.Starts == 0 {
 			continue
-		}
-		if first {
-			first = false
-			fmt.Fprintf(w, "\n"+line, "case", width, "peer", "starts", "ms to READY", "ms to greeting", "99 % of them", "ratio")
-			fmt.Fprintf(w, "|%s|%s|%s|%s|%s|%s|%s|\n", dashes(12), dashes(width+2), dashes(7)+":", dashes(12)+":", dashes(15)+":", dashes(13)+":", dashes(7)+":")
 		}
 		ready := "-"
 		if r.Ready > 0 {
 			ready = millis(r.Ready)
 		}
-		fmt.Fprintf(w, line, r.Case, width, r.Peer, fmt.Sprintf("%.0f", r.Starts), ready, millis(r.P50), millis(r.P99), ratioText(r.Ratio))
+		t.add(r, fixed(r.Starts, 0), ready, millis(r.P50), millis(r.P99), ratioText(r.Ratio))
 	}
 }
