@@ -254,14 +254,6 @@ func (f *vmFlags) printNotes(c *cobra.Command) {
 	}
 }
 
-// interrupted says of an error that a signal has ended the command.
-func interrupted(ctx context.Context, err error) error {
-	if ctx.Err() == nil {
-		return err
-	}
-	return fmt.Errorf("interrupted: %w", err)
-}
-
 // machineError is an error of a plan for a terminal, in one line.
 type machineError struct{ err error }
 

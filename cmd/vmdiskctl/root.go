@@ -52,6 +52,14 @@ func reported(err error) error {
 	return unreported{err}
 }
 
+// interrupted says of an error, if it is one, that a signal has ended the command.
+func interrupted(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() == nil {
+		return err
+	}
+	return fmt.Errorf("interrupted: %w", err)
+}
+
 // run executes one command line and returns its exit code.
 func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) int {
 	begun := false
