@@ -76,7 +76,7 @@ func bootDevice(t *testing.T, k testenv.Kernel, scenario, options string, module
 }
 
 func TestDeviceHoldsAFileSystemWithFourConnections(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, deviceScenario, "-f -U /run/disk.sock")
 	})
 }
@@ -247,7 +247,7 @@ if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
 `
 
 func TestDeviceIsTakenOverFromADeadProcess(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, takenScenario, "", "vsock_loopback")
 	})
 }
@@ -347,7 +347,7 @@ if ps -o stat,comm | grep '^D'; then exit 10; fi
 `
 
 func TestDeviceWithoutItsServerFailsInTime(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, lostScenario, "", "vsock_loopback")
 	})
 }
@@ -390,7 +390,7 @@ if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
 `
 
 func TestDeviceDoesNotNeedToBeHeard(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, silentScenario, "", "vsock_loopback")
 	})
 }
@@ -427,7 +427,7 @@ if dmesg | grep -E 'I/O error|Read-error|Write-error|blocked for more'; then exi
 `
 
 func TestDeviceThatIsSwappedToStays(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		bootDevice(t, k, swapOnScenario, "", "vsock_loopback")
 	})
 }

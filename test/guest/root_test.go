@@ -112,7 +112,7 @@ func nbdRoot(socket string) []string {
 }
 
 func TestGuestLivesOnItsNBDRootDisk(t *testing.T) {
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		image := makeRoot(t, fmt.Sprintf(rootInit, knownLine, knownBytes, trimmed>>20))
 		in := rootInitramfs(t, k)
 		s := testenv.Start(t, testenv.Options{Image: image})

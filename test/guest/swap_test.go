@@ -16,7 +16,7 @@ import (
 )
 
 var (
-	swapHog      = flag.Int("swap.hog", 240, "mebibytes that each guest of 192 uses")
+	swapHog      = flag.Int("swap.hog", 125, "mebibytes that each guest of 192 uses")
 	swapRuns     = flag.Int("swap.runs", 1, "how often each guest swaps to its own server")
 	swapLoad     = flag.String("swap.load", "one", "what takes the memory: one program, four, one beside reads of the page cache (cache), or four beside them (hard)")
 	swapAblation = flag.Bool("swap.ablation", false, "take each protection of a server of swap away: it must fail once in three runs")
@@ -107,7 +107,7 @@ LOAD
 kill $watcher
 grep "not stopping: the machine swaps to this disk" /run/server.log
 echo "ticks of the server, user and system: $(sed 's/.*) //' /proc/$server/stat | cut -d' ' -f12,13); of all: $(head -n 1 /proc/stat)"
-served 30000
+served 15000
 stop
 `
 
@@ -129,7 +129,7 @@ var swapPressed = []struct{ name, scenario string }{
 begin
 (while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
 reads=$!
-/hog 170 1
+/hog HOG 1
 [ -d /proc/$reads ]
 kill $reads
 kill $watcher
@@ -142,7 +142,7 @@ stop
 begin
 /hog keep 16 &
 kept=$!
-/hog 170 1
+/hog HOG 1
 (while :; do dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null; done) &
 reads=$!
 grep "^/dev/nbd0 " /proc/swaps
@@ -231,11 +231,11 @@ func swapBoot(t *testing.T, ctx context.Context, in *initramfs) (console string,
 	return bootUntil(ctx, in, swapMemory, drives...)
 }
 
-// TestMachineSwapsToItsOwnServer: -swap.runs times on each kernel.
+// TestMachineSwapsToItsOwnServer: -swap.runs times.
 func TestMachineSwapsToItsOwnServer(t *testing.T) {
 	onlyVmdiskd(t)
 	testenv.Require(t, "nbd-client")
-	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, newKernel, func(t *testing.T, k testenv.Kernel) {
 		in := swapGuest(t, k, swapScenario, "")
 		for run := range *swapRuns {
 			began := time.Now()
@@ -256,7 +256,7 @@ func TestMachineSwapsToItsOwnServer(t *testing.T) {
 func TestMachineSwapsUnderOtherPressure(t *testing.T) {
 	onlyVmdiskd(t)
 	testenv.Require(t, "nbd-client")
-	firstKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		for _, tt := range swapPressed {
 			t.Run(tt.name, func(t *testing.T) {
 				console, code, err := swapBoot(t, t.Context(), swapGuest(t, k, tt.scenario, ""))

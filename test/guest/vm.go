@@ -19,7 +19,12 @@ const bootPatience = 4 * time.Minute
 
 // kernels are the meta packages whose kernels are booted: the stable one,
 // whose nbd driver cannot zero, and the newest of the release.
-var kernels = []string{"linux-image-cloud-amd64", "linux-image-6.12-cloud-amd64"}
+var kernels = []string{stableKernel, newKernel}
+
+const (
+	stableKernel = "linux-image-cloud-amd64"
+	newKernel    = "linux-image-6.12-cloud-amd64"
+)
 
 // requireGuest skips what cannot be done without QEMU and the tools that
 // build a guest.
@@ -75,7 +80,7 @@ func mustBoot(t testing.TB, in *initramfs, memoryMiB int, devices ...string) (co
 	return console
 }
 
-var kernelsAll = flag.Bool("kernels.all", false, "boot every kernel also where the first is enough for a short run")
+var kernelsAll = flag.Bool("kernels.all", false, "boot every kernel also where one is enough for a short run")
 
 // eachKernel runs a scenario with every kernel.
 func eachKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
@@ -83,13 +88,13 @@ func eachKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
 	onKernels(t, kernels, scenario)
 }
 
-// firstKernel is eachKernel for scenarios that are long and in which kernels
-// differ little: the others take -kernels.all.
-func firstKernel(t *testing.T, scenario func(t *testing.T, k testenv.Kernel)) {
+// oneKernel is eachKernel for scenarios that are long and in which kernels
+// differ little: those beside meta take -kernels.all.
+func oneKernel(t *testing.T, meta string, scenario func(t *testing.T, k testenv.Kernel)) {
 	t.Helper()
 	on := kernels
 	if !*kernelsAll {
-		on = on[:1]
+		on = []string{meta}
 	}
 	onKernels(t, on, scenario)
 }
