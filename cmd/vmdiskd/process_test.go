@@ -204,6 +204,7 @@ func exists(path string) bool {
 }
 
 func TestSIGTERMEndsAnIdleServerInGoodOrder(t *testing.T) {
+	t.Parallel()
 	pid := filepath.Join(shortDir(t), "pid")
 	d := serve(t, "-P", pid, image(t, 1<<20))
 	b, err := os.ReadFile(pid)
@@ -227,6 +228,7 @@ func TestSIGTERMEndsAnIdleServerInGoodOrder(t *testing.T) {
 // TestStopOfAStartGivesUpTheImages: what is still to be opened, or waits for a
 // lock, is no reason to go on.
 func TestStopOfAStartGivesUpTheImages(t *testing.T) {
+	t.Parallel()
 	const exports = 100
 	path := image(t, 1<<20)
 	holder := serve(t, path)
@@ -269,6 +271,7 @@ func TestStopOfAStartGivesUpTheImages(t *testing.T) {
 }
 
 func TestSIGTERMUnderLoadLosesNoAcknowledgedWrite(t *testing.T) {
+	t.Parallel()
 	path := image(t, 64<<20)
 	d := serve(t, path)
 	c := d.dial()
@@ -323,6 +326,7 @@ func (d *daemonProcess) stuck() {
 // TestDrainHasABound: who does not take what was answered loses nothing by it.
 // TestStuckGuestLosesNobodysData is for what has no answer.
 func TestDrainHasABound(t *testing.T) {
+	t.Parallel()
 	d := serve(t, "--drain-timeout=300ms", image(t, 64<<20))
 	d.stuck()
 	d.signal(syscall.SIGTERM)
@@ -335,6 +339,7 @@ func TestDrainHasABound(t *testing.T) {
 }
 
 func TestSecondSignalEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	d := serve(t, "--drain-timeout=10m", image(t, 64<<20))
 	d.stuck()
 	d.signal(syscall.SIGTERM)
@@ -350,6 +355,7 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 }
 
 func TestOtherSignalsAreNoReasonToStop(t *testing.T) {
+	t.Parallel()
 	d := serve(t, image(t, 1<<20))
 	c := d.dial()
 	for range 500 {
@@ -362,6 +368,7 @@ func TestOtherSignalsAreNoReasonToStop(t *testing.T) {
 }
 
 func TestHalfOpenConnectionsDoNotHoldUpTheEnd(t *testing.T) {
+	t.Parallel()
 	d := serve(t, image(t, 1<<20))
 	for range 500 {
 		c, err := net.Dial("unix", d.socket)
@@ -377,6 +384,7 @@ func TestHalfOpenConnectionsDoNotHoldUpTheEnd(t *testing.T) {
 }
 
 func TestLogThatNobodyReadsStopsNothing(t *testing.T) {
+	t.Parallel()
 	socket := filepath.Join(shortDir(t), "s")
 	cmd := program("-v", "--print-uri", "-U", socket, image(t, 1<<20))
 	r, w, err := os.Pipe()
@@ -408,6 +416,7 @@ func TestLogThatNobodyReadsStopsNothing(t *testing.T) {
 // TestLogThatCannotBeWrittenStopsNothing: the partition of the log is full, or
 // whoever read it is gone (LI-14, LI-15).
 func TestLogThatCannotBeWrittenStopsNothing(t *testing.T) {
+	t.Parallel()
 	full := serve(t, "-v", "--log=/dev/full", image(t, 1<<20))
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -443,6 +452,7 @@ func TestLogThatCannotBeWrittenStopsNothing(t *testing.T) {
 }
 
 func TestImageInUseIsRefused(t *testing.T) {
+	t.Parallel()
 	path := image(t, 1<<20)
 	serve(t, path)
 	out, err := program("-U", "-", path).CombinedOutput()
@@ -455,6 +465,7 @@ func TestImageInUseIsRefused(t *testing.T) {
 // TestPIDFileIsOfAServerThatServes: one that does not start leaves none, and not
 // another's changed.
 func TestPIDFileIsOfAServerThatServes(t *testing.T) {
+	t.Parallel()
 	disk, dir := image(t, 1<<20), shortDir(t)
 	first := filepath.Join(dir, "first")
 	d := serve(t, "-P", first, disk)
@@ -485,6 +496,7 @@ func TestPIDFileIsOfAServerThatServes(t *testing.T) {
 // TestFilesThatTheWorkerCannotRemove: the PID file is left empty, and the log says
 // what stays.
 func TestFilesThatTheWorkerCannotRemove(t *testing.T) {
+	t.Parallel()
 	disk, pid := userImage(t), filepath.Join(shortDir(t), "pid")
 	d := serve(t, "-u", "65534", "-g", "65534", "-P", pid, disk)
 	b, err := os.ReadFile(pid)
@@ -506,6 +518,7 @@ func TestFilesThatTheWorkerCannotRemove(t *testing.T) {
 }
 
 func TestWhatIsNoDiskIsRefused(t *testing.T) {
+	t.Parallel()
 	dir := shortDir(t)
 	fifo := filepath.Join(dir, "fifo")
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
@@ -521,6 +534,7 @@ func TestWhatIsNoDiskIsRefused(t *testing.T) {
 }
 
 func TestReadOnlyImageIsOpenedReadOnly(t *testing.T) {
+	t.Parallel()
 	path := image(t, 1<<20)
 	d := serve(t, "-r", path)
 	c := d.dial()
@@ -562,6 +576,7 @@ func accessMode(t *testing.T, fdinfo []byte) int {
 }
 
 func TestServerEndsWithItsParent(t *testing.T) {
+	t.Parallel()
 	socket := filepath.Join(shortDir(t), "s")
 	ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
 	defer cancel()
@@ -589,6 +604,7 @@ func TestServerEndsWithItsParent(t *testing.T) {
 }
 
 func TestServerGivesUpItsRights(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -607,6 +623,7 @@ func TestServerGivesUpItsRights(t *testing.T) {
 }
 
 func TestKeyThatOthersCanReadIsRefused(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	ca := transporttest.NewCA(t, "test")
 	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
@@ -625,6 +642,7 @@ func TestKeyThatOthersCanReadIsRefused(t *testing.T) {
 }
 
 func TestCommandGetsTheDiskAndGivesItsStatus(t *testing.T) {
+	t.Parallel()
 	path := image(t, 1<<20)
 	out, err := program("-e", "it's", "--run", `echo "$uri|$unixsocket|$port|$exportname|$nbd"; exit 7`, path).Output()
 	var exit *exec.ExitError
@@ -663,6 +681,7 @@ func TestCommandOfAnotherUserGetsTheDisk(t *testing.T) {
 }
 
 func TestCommandGetsTheAddressOfItsDisk(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name, want string
 		args       []string
@@ -692,6 +711,7 @@ func TestCommandGetsTheAddressOfItsDisk(t *testing.T) {
 }
 
 func TestCommandEndedByASignalGivesTheStatusOfShells(t *testing.T) {
+	t.Parallel()
 	for _, confine := range []string{"auto", "off"} {
 		out, err := program("--confine="+confine, "--run", "kill -KILL $$", image(t, 1<<20)).CombinedOutput()
 		var exit *exec.ExitError
@@ -702,6 +722,7 @@ func TestCommandEndedByASignalGivesTheStatusOfShells(t *testing.T) {
 }
 
 func TestLiveSocketIsNotTakenAway(t *testing.T) {
+	t.Parallel()
 	d := serve(t, image(t, 1<<20))
 	out, err := program("-U", d.socket, image(t, 1<<20)).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), d.socket) {
@@ -711,6 +732,7 @@ func TestLiveSocketIsNotTakenAway(t *testing.T) {
 }
 
 func TestSocketOfAKilledServerIsReplaced(t *testing.T) {
+	t.Parallel()
 	path := image(t, 1<<20)
 	d := serve(t, path)
 	d.signal(syscall.SIGKILL)

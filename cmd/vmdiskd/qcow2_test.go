@@ -50,6 +50,7 @@ func qcow2Chain(t *testing.T) string {
 }
 
 func TestQcow2ChainIsServedAsQEMUReadsIt(t *testing.T) {
+	t.Parallel()
 	dir := qcow2Chain(t)
 	top := filepath.Join(dir, "top.qcow2")
 	if out, err := tool(t, dir, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", top, "want"); err != nil {
@@ -87,6 +88,7 @@ func TestQcow2ChainIsServedAsQEMUReadsIt(t *testing.T) {
 }
 
 func TestQcow2SnapshotIsServed(t *testing.T) {
+	t.Parallel()
 	dir := qcow2Chain(t)
 	top := filepath.Join(dir, "top.qcow2")
 	if out, err := tool(t, dir, "qemu-img", "convert", "-f", "qcow2", "-l", "before", "-O", "raw", top, "want"); err != nil {
@@ -100,6 +102,7 @@ func TestQcow2SnapshotIsServed(t *testing.T) {
 }
 
 func TestDamagedQcow2IsServedLeniently(t *testing.T) {
+	t.Parallel()
 	dir := qcow2Chain(t)
 	top := filepath.Join(dir, "top.qcow2")
 	b, err := os.ReadFile(top)
@@ -120,6 +123,7 @@ func TestDamagedQcow2IsServedLeniently(t *testing.T) {
 }
 
 func TestQcow2IsRefusedWithAReason(t *testing.T) {
+	t.Parallel()
 	dir := qcow2Chain(t)
 	top := filepath.Join(dir, "top.qcow2")
 	for _, tt := range []struct {
@@ -142,6 +146,7 @@ func TestQcow2IsRefusedWithAReason(t *testing.T) {
 }
 
 func TestKilledServerLeavesNoLockBehind(t *testing.T) {
+	t.Parallel()
 	dir := qcow2Chain(t)
 	d := serve(t, "-r", "--format=qcow2", "--backing=same-dir", filepath.Join(dir, "top.qcow2"))
 	write := func() (string, error) {

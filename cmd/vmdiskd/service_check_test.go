@@ -71,6 +71,7 @@ func (s *refusing) Status() api.Status { return api.Status{Config: s.file} }
 // TestCheckSaysWhyItCannotAsk: who may only look, or not even that, is told what
 // a start opens; that the service refuses the file is an error.
 func TestCheckSaysWhyItCannotAsk(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		access server.Access
@@ -125,6 +126,7 @@ func TestCheckSaysWhyItCannotAsk(t *testing.T) {
 // TestCheckMissesWhatAStartNeeds on this machine: it is an error, whether a service
 // answers or not.
 func TestCheckMissesWhatAStartNeeds(t *testing.T) {
+	t.Parallel()
 	none := filepath.Join(t.TempDir(), "none")
 	for _, tt := range []struct{ text, want string }{
 		{"[control]\nsocket = \"/s\"\nread-groups = [\"no-such-group\"]\n", `[control]: no group "no-such-group"`},

@@ -9,6 +9,7 @@ import (
 // TestEmptyNameOpensNoOtherDisk: neither after a reload that opens its export
 // again, nor while that has failed.
 func TestEmptyNameOpensNoOtherDisk(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	image := filepath.Join(s.dir, "a.img")
 	if err := os.Truncate(filepath.Join(s.dir, "b.img"), 2<<20); err != nil {

@@ -21,6 +21,7 @@ import (
 // TestClosedListenerShowsNothing: also not to those who came in by it before
 // and have opened no export yet.
 func TestClosedListenerShowsNothing(t *testing.T) {
+	t.Parallel()
 	const shared = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/some\"\nexports = [\"a\"]\n"
 	s := newService(t, exportA+shared)
 	own := filepath.Join(s.dir, "own")
@@ -51,6 +52,7 @@ func TestClosedListenerShowsNothing(t *testing.T) {
 
 // TestListenersOfOneURIAreTwo: the kernel gives each its own port.
 func TestListenersOfOneURIAreTwo(t *testing.T) {
+	t.Parallel()
 	const own = "[[export.listener]]\nuri = \"nbd://127.0.0.1:0\"\n"
 	s := newService(t, exportA+own+"[[export]]\nname = \"b\"\nimage = \"8M\"\nformat = \"mem\"\n"+own)
 	for name, want := range map[string]string{"a": "1048576", "b": "8388608"} {
@@ -67,6 +69,7 @@ func TestListenersOfOneURIAreTwo(t *testing.T) {
 
 // TestToolsListManyExports: they ask about each of them on one connection.
 func TestToolsListManyExports(t *testing.T) {
+	t.Parallel()
 	var exports strings.Builder
 	const many = 100
 	for i := range many {
@@ -89,6 +92,7 @@ func TestToolsListManyExports(t *testing.T) {
 // nobody, knows a stale one from a server's, again and again, and the server
 // sees nothing of it.
 func TestSocketsInTheWayOfAServiceThatRuns(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	own := filepath.Join(s.dir, "own")
 	x := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img"), Listeners: []config.Listener{{URI: "nbd+unix:///?socket=" + own}}}
@@ -130,6 +134,7 @@ func TestSocketsInTheWayOfAServiceThatRuns(t *testing.T) {
 
 // TestSocketThatComesLaterHasItsMode: its worker can change the mode of no path.
 func TestSocketThatComesLaterHasItsMode(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	for _, mode := range []string{"", "0600", "0660", "0666"} {
 		own := filepath.Join(s.dir, "own"+mode)
@@ -149,6 +154,7 @@ func TestSocketThatComesLaterHasItsMode(t *testing.T) {
 // TestNamesOfHostsInAServiceThatRuns: its worker asks no name server, and says
 // so.
 func TestNamesOfHostsInAServiceThatRuns(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	for host, want := range map[string]string{"localhost": "", "vmdiskd.invalid": "operation not permitted"} {
 		x := config.Export{Name: host, Image: "1M", Format: "mem"}

@@ -23,6 +23,7 @@ func (s *testService) newQcow2(name string) string {
 // written to as raw because nobody said its format. That concerns no other export,
 // and whoever says what it is gets it.
 func TestQcow2IsNotServedAsRawByDefault(t *testing.T) {
+	t.Parallel()
 	const exportB, exportR = "[[export]]\nname = \"b\"\nimage = \"DIR/b.qcow2\"\n", "[[export]]\nname = \"r\"\nimage = \"DIR/r.qcow2\"\nreadonly = true\n"
 	s := newService(t, "")
 	path := s.newQcow2("b.qcow2")
@@ -61,6 +62,7 @@ func TestQcow2IsNotServedAsRawByDefault(t *testing.T) {
 // one, whatever its guest writes to the first sector, while it is served and, if
 // the daemon keeps its export, from the next start on.
 func TestWhatAGuestWritesKeepsNoDiskFromIt(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	b := filepath.Join(s.dir, "b.img")
 	if x, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "b", Image: b}, Persist: true}); err != nil || x.Format != "raw" {

@@ -25,6 +25,7 @@ func grant(access, address string) string {
 // TestFirstGrantThatMatchesDecides is AU-09 and AU-10: no union of two that
 // match, and who may only read is told so and held to it.
 func TestFirstGrantThatMatchesDecides(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+
 		exportA+grant("ro", "127.0.0.2")+grant("rw", "127.0.0.0/8")+
@@ -58,6 +59,7 @@ func TestFirstGrantThatMatchesDecides(t *testing.T) {
 // be seen: the answer has the same bytes, the list leaves it out, no client of
 // it is counted.
 func TestWhatAPeerMayNotSeeDoesNotExist(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+exportA+grant("rw", "127.0.0.2")+exportB+grant("rw", "127.0.0.3"))
 	for _, o := range []wire.Opt{wire.OptGo, wire.OptInfo} {
@@ -105,6 +107,7 @@ func (s *testService) fails(what string) {
 // TestServiceTakesNobodysPath is AU-14, for the control socket and for that of
 // the disks.
 func TestServiceTakesNobodysPath(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.fails("a service that is alive")
 	if got := s.size(s.uri("a")); got != "1048576" {
@@ -139,6 +142,7 @@ func TestServiceTakesNobodysPath(t *testing.T) {
 
 // TestSocketsOfAKilledServiceAreReplaced is AU-15.
 func TestSocketsOfAKilledServiceAreReplaced(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.open("a").works()
 	if err := s.cmd.Process.Kill(); err != nil {
@@ -157,6 +161,7 @@ func TestSocketsOfAKilledServiceAreReplaced(t *testing.T) {
 
 // TestImagesLieInTheirRoots is CT-03.
 func TestImagesLieInTheirRoots(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	outside := filepath.Join(t.TempDir(), "secret")
 	if err := os.WriteFile(outside, make([]byte, 4096), 0o600); err != nil {
@@ -201,6 +206,7 @@ func TestImagesLieInTheirRoots(t *testing.T) {
 // TestDescriptorNeedsNoRoot is the other half of CT-03: the form for an image
 // on another mount, which no root covers. What is no disk is refused.
 func TestDescriptorNeedsNoRoot(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	dir, err := os.MkdirTemp("/dev/shm", "vmdiskd")
 	if err != nil {

@@ -30,6 +30,7 @@ func (s *testService) cpuTicks() (ticks int) {
 // TestIdleConnectionsCostLittle is LM-08 in short: 256 connections of 16 peers do
 // nothing, for a second. The first of each peer are there before what is counted.
 func TestIdleConnectionsCostLittle(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+exportA)
 	open := func(peers, each int) {

@@ -12,6 +12,7 @@ import (
 // TestLeasesAreKeptByTheControlSocket opens, renews and closes leases of a
 // running service, and asks for some that cannot be.
 func TestLeasesAreKeptByTheControlSocket(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	ctx := t.Context()
 	lease := api.OpenLease{CID: 42, VM: "vm 1", Start: "s?1", TTL: config.Duration(time.Minute)}

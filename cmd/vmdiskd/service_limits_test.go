@@ -28,6 +28,7 @@ import (
 // TestHalfOpenConnectionsKeepNobodyOut is LM-01: few of a thousand connections
 // that never negotiate are even greeted, and another peer is served meanwhile.
 func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+exportA)
 	begin := time.Now()
@@ -59,6 +60,7 @@ func TestHalfOpenConnectionsKeepNobodyOut(t *testing.T) {
 // TestHalfOpenConnectionsOfManyMakeRoom is LM-01 for a flood from several
 // addresses: it holds every place, and another peer is given one.
 func TestHalfOpenConnectionsOfManyMakeRoom(t *testing.T) {
+	t.Parallel()
 	for _, addrs := range []int{2, 40, 250} {
 		t.Run(strconv.Itoa(addrs), func(t *testing.T) {
 			addr, listener := tcpListener(t)
@@ -80,6 +82,7 @@ func TestHalfOpenConnectionsOfManyMakeRoom(t *testing.T) {
 
 // TestConnectionsOfAPeerAreBounded is LM-02, and the bound of an export.
 func TestConnectionsOfAPeerAreBounded(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+exportA+exportB+"max-connections = 2\n")
 	var all []*client
@@ -111,6 +114,7 @@ func TestConnectionsOfAPeerAreBounded(t *testing.T) {
 // TestAcceptPausesWithoutDescriptors is LM-03: what it cannot accept takes no
 // processor, and no place of those who are there.
 func TestAcceptPausesWithoutDescriptors(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	k := s.open("a")
 	var was unix.Rlimit
@@ -162,6 +166,7 @@ func flood(k *client, next func(i uint64) []byte) {
 // TestNobodyIsStarved is LM-04 and LM-05 without their clocks: whatever eight
 // connections of one peer ask for, another peer's requests are answered.
 func TestNobodyIsStarved(t *testing.T) {
+	t.Parallel()
 	write := wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdWrite, Off: 8192, Len: 4096})
 	write = append(write, make([]byte, 4096)...)
 	for name, next := range map[string]func(i uint64) []byte{
@@ -196,6 +201,7 @@ func TestNobodyIsStarved(t *testing.T) {
 // TestHangingImageHangsNobodyElse is LM-06, with requests of one export that
 // take for ever: another's are answered, and the service ends in its time.
 func TestHangingImageHangsNobodyElse(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+"[[export.fault]]\ndelay = \"10m\"\n"+exportB)
 	a := s.open("a")
 	a.request(wire.CmdRead, 1, 0, 4096, nil)
@@ -232,6 +238,7 @@ func TestHangingImageHangsNobodyElse(t *testing.T) {
 // TestReadOnlyIsSetWhileServed: nobody writes to a disk that is made read-only,
 // those neither who could before; and they can again.
 func TestReadOnlyIsSetWhileServed(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	k := s.open("a")
 	for _, tt := range []struct {
@@ -255,6 +262,7 @@ func TestReadOnlyIsSetWhileServed(t *testing.T) {
 }
 
 func TestImageOpenReadOnlyCannotBeMadeWritable(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+"readonly = true\n")
 	yes, no := true, false
 	_, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &no})
@@ -269,6 +277,7 @@ func TestImageOpenReadOnlyCannotBeMadeWritable(t *testing.T) {
 // TestRateChangesWhileServed is LM-07: a limit is never exceeded by more than
 // its burst, and one that is taken away is gone for those who wait, too.
 func TestRateChangesWhileServed(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	k := s.open("a")
 	set := func(r config.Rate) {
@@ -306,6 +315,7 @@ func TestRateChangesWhileServed(t *testing.T) {
 
 // TestSlowListenerIsToldOfLostEvents: and nobody waits for it.
 func TestSlowListenerIsToldOfLostEvents(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	c, err := net.Dial("unix", filepath.Join(s.dir, "control"))
 	if err != nil {
@@ -370,6 +380,7 @@ func (s *testService) settled(before use) (u use) {
 
 // TestSessionsLeaveNothingBehind is LM-09.
 func TestSessionsLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	cycle := func(n int) {
 		for i := range n {
@@ -390,6 +401,7 @@ func TestSessionsLeaveNothingBehind(t *testing.T) {
 
 // TestExportsLeaveNothingBehind: with all that an export can have.
 func TestExportsLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	ctx := context.WithoutCancel(t.Context())
 	cycle := func(n int) {
@@ -439,6 +451,7 @@ func TestExportsLeaveNothingBehind(t *testing.T) {
 // TestExportsWithoutDescriptorsFailSingly: the service starts with those that
 // there are enough for, and leaves no file of the others.
 func TestExportsWithoutDescriptorsFailSingly(t *testing.T) {
+	t.Parallel()
 	s := &testService{T: t, dir: t.TempDir()}
 	var exports strings.Builder
 	for i := range 64 {

@@ -40,6 +40,7 @@ func (s *testService) kill() {
 // a snapshot is there after the service was killed, after reloads, and with a
 // second snapshot; the image stays what it was.
 func TestOverlayOfTheConfigurationIsRemembered(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.write("a", "0x31", "0")
 	for i, name := range []string{"one.qcow2", "two.qcow2"} {
@@ -81,6 +82,7 @@ func TestOverlayOfTheConfigurationIsRemembered(t *testing.T) {
 // TestOverlayIsNotForgottenForAnother: a configuration that names a third image
 // gets no export, and one that names the overlay is right.
 func TestOverlayIsNotForgottenForAnother(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	overlay := filepath.Join(s.dir, "top.qcow2")
 	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
@@ -104,6 +106,7 @@ func TestOverlayIsNotForgottenForAnother(t *testing.T) {
 // kept: what a guest has written since is there after the service was killed, and
 // the name is no other image's until the export is removed.
 func TestOverlayOfAnExportOfTheAPIIsRemembered(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}}
 	if x, err := s.ctl.Add(t.Context(), a); err != nil || x.Origin != "api" {
@@ -148,6 +151,7 @@ func TestOverlayOfAnExportOfTheAPIIsRemembered(t *testing.T) {
 // TestWhatIsTakenBackBetweenTwoSnapshots, a reload or a forgetting, changes nothing
 // of what the second is remembered to stand for: the image that the file names.
 func TestWhatIsTakenBackBetweenTwoSnapshots(t *testing.T) {
+	t.Parallel()
 	before := exportA + unixListener("one", "")
 	for name, takenBack := range map[string]func(s *testService) error{
 		"the export cannot be opened as it shall be": func(s *testService) error {
@@ -193,6 +197,7 @@ func TestWhatIsTakenBackBetweenTwoSnapshots(t *testing.T) {
 
 // TestOverlayNeedsAPlaceToBeRemembered: without one nothing is done.
 func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.stop()
 	conf := filepath.Join(s.dir, "conf")
@@ -243,6 +248,7 @@ func TestOverlayNeedsAPlaceToBeRemembered(t *testing.T) {
 // served again, at once and after a restart, with what was merged into it. What
 // a guest would lose is refused without force.
 func TestOverlayIsForgottenIfTheOperatorSaysSo(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	overlay, image := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "a.img")
 	_, err := s.ctl.Forget(t.Context(), "a", true, false)
@@ -288,6 +294,7 @@ func TestOverlayIsForgottenIfTheOperatorSaysSo(t *testing.T) {
 // gone, what is remembered is damaged, or the file names a third image. One that
 // works by the overlay alone keeps it.
 func TestForgettingAnOverlayRepairsAnExport(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	overlay, image := filepath.Join(s.dir, "top.qcow2"), filepath.Join(s.dir, "a.img")
 	kept := filepath.Join(s.dir, "state/.overlay=a.json")
@@ -347,6 +354,7 @@ func TestForgettingAnOverlayRepairsAnExport(t *testing.T) {
 
 // TestRefusedSnapshotLeavesNoOverlay: it can be asked for again.
 func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}, Persist: true}
 	if _, err := s.ctl.Add(t.Context(), a); err != nil {
@@ -393,6 +401,7 @@ func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
 // TestPlaceOfAFileDecidesTheCode: outside of the roots is forbidden and a name
 // that is taken is taken, for images and overlays alike.
 func TestPlaceOfAFileDecidesTheCode(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	away := filepath.Join(t.TempDir(), "x")
 	add := func(image string) error {
@@ -425,6 +434,7 @@ func TestPlaceOfAFileDecidesTheCode(t *testing.T) {
 // TestImageBelowAnOverlayIsNotWrittenTo by an export of another name, or origin,
 // when no lock of the overlay's tells.
 func TestImageBelowAnOverlayIsNotWrittenTo(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	image, overlay := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "top.qcow2")
 	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
@@ -512,6 +522,7 @@ func (s *testService) images(list ...string) {
 // does, or the export has them by another path. The overlay's file is not there when
 // the service starts, so that nothing is locked.
 func TestFilesBelowAnOverlayAreNotWrittenTo(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	at := func(name string) string { return filepath.Join(s.dir, name) }
 	s.images("-b a.img -F raw one.qcow2", "-o data_file=data.raw base.qcow2 1M", "-o data_file=link.raw other.qcow2 1M")
@@ -557,6 +568,7 @@ func TestFilesBelowAnOverlayAreNotWrittenTo(t *testing.T) {
 // TestOverlayThatNamesNoFilesBelowItIsRemembered: its folder was written by a
 // version that knew the names only.
 func TestOverlayThatNamesNoFilesBelowItIsRemembered(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	b := api.AddExport{Export: config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img")}, Persist: true}
 	if _, err := s.ctl.Add(t.Context(), b); err != nil {
@@ -596,6 +608,7 @@ func TestOverlayThatNamesNoFilesBelowItIsRemembered(t *testing.T) {
 // TestImageBelowAKeptOverlayIsNotWrittenTo: the kept export has lost its name to
 // one of the configuration, which has the image as it was.
 func TestImageBelowAKeptOverlayIsNotWrittenTo(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	overlay := filepath.Join(s.dir, "top.qcow2")
 	a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}, Persist: true}

@@ -200,6 +200,7 @@ func newManaged(t *testing.T, more string, units map[string]*os.File) (*testServ
 // TestListenersSurviveARestart: a client that comes while the service is down
 // is not refused, but waits and is served (LI-09).
 func TestListenersSurviveARestart(t *testing.T) {
+	t.Parallel()
 	s, m := newManaged(t, exportA+`
 [[export]]
 name = "own"
@@ -234,6 +235,7 @@ uri = "nbd+unix:///?socket=DIR/own"
 // TestListenersThatGoAreNotKept: those that a reload removes, and those of a
 // configuration that has changed while the service was down.
 func TestListenersThatGoAreNotKept(t *testing.T) {
+	t.Parallel()
 	const more = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/more\"\n"
 	s, m := newManaged(t, more, nil)
 	s.start()
@@ -275,6 +277,7 @@ func freePort(t *testing.T) string {
 // TestChangedListenerIsOpenedAnew: the socket that waits is of a listener that
 // there is no more, and has the address of the one that is to be made.
 func TestChangedListenerIsOpenedAnew(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	unixURI, tcp := "nbd+unix:///?socket=DIR/l", "nbd://127.0.0.1:"+port
 	shared := "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n[[listener]]\n"
@@ -328,6 +331,7 @@ func hasVsock() bool {
 // TestReopenedListenerDoesNotMeetItsPredecessor: the service manager has a
 // duplicate of that until it has come to forget it.
 func TestReopenedListenerDoesNotMeetItsPredecessor(t *testing.T) {
+	t.Parallel()
 	const small = "[[export]]\nname = \"m\"\nformat = \"mem\"\nimage = \"1M\"\n"
 	large := strings.Replace(small, "1M", "2M", 1)
 	tcp, vsock := "uri = \"nbd://127.0.0.1:"+freePort(t)+"\"\n", "uri = \"nbd+vsock://4294967295:"+freePort(t)+"\"\n"
@@ -376,6 +380,7 @@ func TestReopenedListenerDoesNotMeetItsPredecessor(t *testing.T) {
 // TestKeptListenersAreTakenUpWithoutRoom: a listener that comes before them in
 // the configuration does not push one out.
 func TestKeptListenersAreTakenUpWithoutRoom(t *testing.T) {
+	t.Parallel()
 	const last = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/last\"\n"
 	s, m := newManaged(t, exportA+last, nil)
 	s.prepare = func(cmd *exec.Cmd) {
@@ -415,6 +420,7 @@ func (m *manager) rename(to func(name string) string) {
 // TestKeptListenerOfAnOlderVersionIsTakenUp: its name does not say how many sockets
 // there are.
 func TestKeptListenerOfAnOlderVersionIsTakenUp(t *testing.T) {
+	t.Parallel()
 	s, m := newManaged(t, exportA, nil)
 	s.start()
 	m.awaitReady(s, 1)
@@ -438,6 +444,7 @@ func TestKeptListenerOfAnOlderVersionIsTakenUp(t *testing.T) {
 // TestListenerThatIsNotKeptWholeIsOpenedAnew: of one at several addresses the
 // service manager may have dropped a socket.
 func TestListenerThatIsNotKeptWholeIsOpenedAnew(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	s, m := newManaged(t, exportA+"[[listener]]\nuri = \"nbd://127.0.0.1:"+port+"\"\n", nil)
 	s.start()
@@ -457,6 +464,7 @@ func TestListenerThatIsNotKeptWholeIsOpenedAnew(t *testing.T) {
 
 // TestKeptListenerWithoutItsPathIsOpenedAnew: nobody could reach it.
 func TestKeptListenerWithoutItsPathIsOpenedAnew(t *testing.T) {
+	t.Parallel()
 	s, m := newManaged(t, exportA, nil)
 	s.start()
 	s.await("the listener is kept", func() bool { return len(m.names()) == 1 })
@@ -474,6 +482,7 @@ func TestKeptListenerWithoutItsPathIsOpenedAnew(t *testing.T) {
 // TestKeptListenerWhosePathIsAnothers: clients would reach the other server, so
 // that the export fails, and the other's socket stays.
 func TestKeptListenerWhosePathIsAnothers(t *testing.T) {
+	t.Parallel()
 	s, m := newManaged(t, exportA+"[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n", nil)
 	s.start()
 	s.await("both listeners are kept", func() bool { return len(m.names()) == 2 })
@@ -520,6 +529,7 @@ func unixSocket(t *testing.T, path string) *os.File {
 // TestSocketsOfSystemdAreNamedByTheConfiguration, also after a reload has taken
 // the listener away and brought it back.
 func TestSocketsOfSystemdAreNamedByTheConfiguration(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "unit")
 	units := map[string]*os.File{"nbd": unixSocket(t, path)}
@@ -554,6 +564,7 @@ func TestSocketsOfSystemdAreNamedByTheConfiguration(t *testing.T) {
 // TestPassedSocketsThatDoNotFit: what systemd passes and what the configuration
 // or the command line says is one, or the start fails (CF-14).
 func TestPassedSocketsThatDoNotFit(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	null, err := os.Open(os.DevNull)
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 // TestImageOfAPausedExportIsWhole: while an export is paused, a copy of its
 // file is the disk, whatever the cache mode and without the daemon's help.
 func TestImageOfAPausedExportIsWhole(t *testing.T) {
+	t.Parallel()
 	for _, cache := range []string{"writeback", "none", "writethrough", "directsync", "unsafe"} {
 		t.Run(cache, func(t *testing.T) {
 			s := newService(t, "")

@@ -35,6 +35,7 @@ func spoil(t *testing.T, path string, mid int64) {
 // TestExportThatTakesNoMoreWritesIsNotWell: all who ask are told, until the image is
 // repaired and opened anew; what can be read is.
 func TestExportThatTakesNoMoreWritesIsNotWell(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	image := filepath.Join(dir, "q.qcow2")
 	for _, args := range [][]string{

@@ -17,6 +17,7 @@ import (
 // TestPSKFileThatOthersCanReadIsRefused is TL-17 for keys, and what a build
 // without the overlay of crypto/tls says.
 func TestPSKFileThatOthersCanReadIsRefused(t *testing.T) {
+	t.Parallel()
 	keys := filepath.Join(t.TempDir(), "keys.psk")
 	if err := os.WriteFile(keys, []byte("vm1:"+strings.Repeat("5a", 32)+"\n"), 0o644); err != nil {
 		t.Fatal(err)
@@ -53,6 +54,7 @@ psk = ["vm2"]
 // identity, a key that is replaced while both are good, and no word of a key
 // anywhere (AU-17).
 func TestKeyDecidesWhatAMachineSees(t *testing.T) {
+	t.Parallel()
 	if err := psk.Supported(); err != nil {
 		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
 	}

@@ -55,6 +55,7 @@ func unixListener(name, more string) string {
 // TestFailedReloadChangesNoListener: what goes and what changes is there as it
 // was, what came has gone, and the file can be mended without a restart.
 func TestFailedReloadChangesNoListener(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+unixListener("one", ""))
 	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
 	if err != nil {
@@ -84,6 +85,7 @@ func TestFailedReloadChangesNoListener(t *testing.T) {
 
 // TestExportsOfAListenerChangeInUse: the socket stays the same one.
 func TestExportsOfAListenerChangeInUse(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB+unixListener("one", "exports = [\"a\"]\n"))
 	path := filepath.Join(s.dir, "one")
 	before, err := os.Lstat(path)
@@ -110,6 +112,7 @@ func TestExportsOfAListenerChangeInUse(t *testing.T) {
 // TestListenerTakesTheAddressOfAnother: of one that goes, and of one whose export
 // keeps it no more. If it cannot, the other stays.
 func TestListenerTakesTheAddressOfAnother(t *testing.T) {
+	t.Parallel()
 	addr, one := tcpListener(t)
 	_, port, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -285,6 +288,7 @@ func (s *testService) wantReloadGauge(when string, want float64) {
 // TestFailedSignalIsAnError: it is told where only warnings are logged, too.
 // The metrics tell of it until one is done; a dry run is none.
 func TestFailedSignalIsAnError(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.wantReloadGauge("before any reload", 1)
 	s.signal(syscall.SIGHUP)
@@ -318,6 +322,7 @@ func TestFailedSignalIsAnError(t *testing.T) {
 
 // TestReloadSaysInALineWhyItNeedsARestart, with all that changes.
 func TestReloadSaysInALineWhyItNeedsARestart(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	err := s.reload(exportB + "[metrics]\nlisten = \"127.0.0.1:0\"\n")
 	wantCode(t, "reload", err, api.CodeUnsupported)
@@ -343,6 +348,7 @@ func (s *testService) leave(ask func(context.Context) error) {
 
 // TestReloadDoesNotEndWithItsCaller: it is done when the client has left.
 func TestReloadDoesNotEndWithItsCaller(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	s.hang("b")
 	s.configure(exportA + exportB + "flush-on-close = true\n")
@@ -359,6 +365,7 @@ func TestReloadDoesNotEndWithItsCaller(t *testing.T) {
 // TestExportWhoseClientsDoNotLeaveStays: when nobody waits any more for its end
 // it is served as it was, and its overlay is not forgotten.
 func TestExportWhoseClientsDoNotLeaveStays(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	overlay := filepath.Join(s.dir, "top.qcow2")
 	if _, err := s.ctl.Snapshot(t.Context(), "b", api.Snapshot{Overlay: overlay}); err != nil {
@@ -403,6 +410,7 @@ func (s *testService) wantExports(when string, want ...string) {
 // TestReloadThatCannotBeDoneClosesNothing: neither for the image of another export
 // that is missing, nor for one that is paused; and the pause goes on.
 func TestReloadThatCannotBeDoneClosesNothing(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	k := s.open("a")
 	image, again := filepath.Join(s.dir, "b.img"), "cache = \"none\"\n"
@@ -433,6 +441,7 @@ func TestReloadThatCannotBeDoneClosesNothing(t *testing.T) {
 
 // TestImageMovesWhileItIsServed: the configuration follows it.
 func TestImageMovesWhileItIsServed(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	k := s.open("a")
 	k.request(wire.CmdWrite, 1, 0, 4096, bytes.Repeat([]byte{7}, 4096))
@@ -469,6 +478,7 @@ func (s *testService) wantTried(when string, done bool, want string) {
 // and each reload tries it, whether it is changed or not, and tells
 // what has come of it.
 func TestFailedExportsComeBack(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportLost)
 	image := filepath.Join(s.dir, "lost.img")
 	if err := s.reload(exportA + exportLost + "cache = \"none\"\n"); err == nil {
@@ -521,6 +531,7 @@ func TestFailedExportsComeBack(t *testing.T) {
 // TestLockedImageIsTriedAgain: the export is there soon after the program has gone
 // that had its image, without a reload, and held up no other.
 func TestLockedImageIsTriedAgain(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	s.stop()
 	other := s.deny("a.img")
@@ -538,6 +549,7 @@ func TestLockedImageIsTriedAgain(t *testing.T) {
 // TestReloadOpensWhatHasFailedWhileItWasOpen when a key of it changes, whichever,
 // and changes the others. While its image is locked that fails, as for any export.
 func TestReloadOpensWhatHasFailedWhileItWasOpen(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	const new = "description = \"new\"\n"
 	lock := s.deny("a.img")
@@ -572,6 +584,7 @@ func TestReloadOpensWhatHasFailedWhileItWasOpen(t *testing.T) {
 // TestReloadTouchesNoExportOfTheAPI, also if it has taken the name of one of the
 // configuration.
 func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportLost)
 	if err := s.ctl.Remove(t.Context(), "lost", false, 0); err != nil {
 		t.Fatal(err)
@@ -602,6 +615,7 @@ func TestReloadTouchesNoExportOfTheAPI(t *testing.T) {
 // TestReloadKeepsWhatWasSet: until it finds that very key changed, whether the export
 // stays open for what it changes or not.
 func TestReloadKeepsWhatWasSet(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	yes, most, cid, text := true, 3, []config.Grant{{Access: "rw", CIDs: []uint32{7}}}, "set"
 	rate := config.Rate{Ops: 1000}
@@ -642,6 +656,7 @@ func TestReloadKeepsWhatWasSet(t *testing.T) {
 // TestRemovedExportOfTheConfigurationIsAway: until a reload finds a key of it
 // changed, or one of its listeners, and says that it is added.
 func TestRemovedExportOfTheConfigurationIsAway(t *testing.T) {
+	t.Parallel()
 	own := "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
 	for _, more := range []string{"description = \"new\"\n", "cache = \"none\"\n", own} {
 		s := newService(t, exportA+exportB)
@@ -673,6 +688,7 @@ func TestRemovedExportOfTheConfigurationIsAway(t *testing.T) {
 // TestStatusTellsWhoHasAConfiguredName: another export was added by the name of
 // one that was removed.
 func TestStatusTellsWhoHasAConfiguredName(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	if err := s.ctl.Remove(t.Context(), "b", false, 0); err != nil {
 		t.Fatal(err)
@@ -689,6 +705,7 @@ func TestStatusTellsWhoHasAConfiguredName(t *testing.T) {
 // TestRateGroupOfAnExportChangesInUse: into a group whose second write waits for
 // more than an hour, and out of it.
 func TestRateGroupOfAnExportChangesInUse(t *testing.T) {
+	t.Parallel()
 	const still, quick = "[rate-group.g]\nwrite-bytes = 1\n", "[rate-group.g]\nwrite-bytes = \"1G\"\n"
 	s := newService(t, still+exportA)
 	k := s.open("a")
@@ -738,6 +755,7 @@ func TestRateGroupOfAnExportChangesInUse(t *testing.T) {
 // TestRateGroupInUseStays: a reload that removes the group of an export of the
 // API is refused whole. Those of the configuration leave theirs with it.
 func TestRateGroupInUseStays(t *testing.T) {
+	t.Parallel()
 	const group = "[rate-group.g]\nops = 1000\n"
 	s := newService(t, group+exportA+"rate-group = \"g\"\n")
 	kept := config.Export{Name: "k", Image: filepath.Join(s.dir, "b.img"), RateGroup: "g"}
@@ -771,6 +789,7 @@ func TestRateGroupInUseStays(t *testing.T) {
 // TestListenerIsTheSameHoweverItIsSpelt: it can be changed and removed after a
 // reload in which its address was written in another way.
 func TestListenerIsTheSameHoweverItIsSpelt(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+unixListener("one", ""))
 	path := filepath.Join(s.dir, "one")
 	again := func(more string) string {

@@ -42,6 +42,7 @@ func (s *testService) keep(name string, faults ...config.Fault) {
 
 // TestRemovedExportStaysRemoved: also if it is changed at the same time.
 func TestRemovedExportStaysRemoved(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	for round := range 50 {
 		s.keep("a")
@@ -66,6 +67,7 @@ func TestRemovedExportStaysRemoved(t *testing.T) {
 // TestExportThatLeavesIsNotChanged: who asks for that is told at once, and not
 // when the last client has left.
 func TestExportThatLeavesIsNotChanged(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	held := config.Fault{Ops: []string{"flush"}, Delay: config.Duration(limits.InjectDelay)}
 	s.keep("a", held)
@@ -92,6 +94,7 @@ func TestExportThatLeavesIsNotChanged(t *testing.T) {
 // TestExportIsForgottenAlthoughItsFlushFails: the failure is told, once, and the
 // export does not come back.
 func TestExportIsForgottenAlthoughItsFlushFails(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	s.keep("a", config.Fault{Ops: []string{"flush"}, Error: "EIO"})
 	wantCode(t, "removal", s.ctl.Remove(t.Context(), "a", true, time.Minute), api.CodeFailed)
@@ -104,6 +107,7 @@ func TestExportIsForgottenAlthoughItsFlushFails(t *testing.T) {
 
 // TestExportThatCannotBeForgottenIsShown: until it can be. It is closed.
 func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	s.keep("a")
 	state := filepath.Join(s.dir, "state")
@@ -139,6 +143,7 @@ func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
 // kept before. A guest that connects again never gets the disk of another, and the
 // empty name neither; when one of the two goes, the other can be served.
 func TestTwoExportsOfOneNameServeNeither(t *testing.T) {
+	t.Parallel()
 	for _, goes := range []string{"the one that was kept", "the one of the configuration"} {
 		s := newService(t, exportB)
 		kept := config.Export{Name: "a", Image: filepath.Join(s.dir, "c.img")}
@@ -196,6 +201,7 @@ func TestTwoExportsOfOneNameServeNeither(t *testing.T) {
 // TestNameOfTheConfigurationIsNotKept: neither by adding another export of that
 // name, nor by a snapshot of one.
 func TestNameOfTheConfigurationIsNotKept(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
 		t.Fatal(err)
@@ -220,6 +226,7 @@ func TestNameOfTheConfigurationIsNotKept(t *testing.T) {
 // TestFailedExportKeepsItsName: until it is removed, or another is kept in its
 // place. Nothing that is not served comes back with the next start.
 func TestFailedExportKeepsItsName(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	image, away := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "away")
 	add := func(image string, persist bool) error {
@@ -261,6 +268,7 @@ func TestFailedExportKeepsItsName(t *testing.T) {
 // TestDamagedFileHoldsUpNoOther: the service starts without it, says so, and
 // removes it when it is told to.
 func TestDamagedFileHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.keep("b")
 	s.stop()
@@ -287,6 +295,7 @@ func TestDamagedFileHoldsUpNoOther(t *testing.T) {
 
 // TestChangeThatCannotBeKeptIsNone: as a whole or not at all.
 func TestChangeThatCannotBeKeptIsNone(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	s.keep("a")
 	before, err := s.ctl.Export(t.Context(), "a")
@@ -317,6 +326,7 @@ func TestChangeThatCannotBeKeptIsNone(t *testing.T) {
 
 // TestStateIsForOneService: another would remove what the first has kept.
 func TestStateIsForOneService(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	s.keep("a")
 	b, err := os.ReadFile(filepath.Join(s.dir, "conf"))
@@ -346,6 +356,7 @@ func TestStateIsForOneService(t *testing.T) {
 
 // TestExportThatCannotBeKeptIsNotAdded: and can be added when it can.
 func TestExportThatCannotBeKeptIsNotAdded(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	state := filepath.Join(s.dir, "state")
 	if err := os.Rename(state, state+"2"); err != nil {

@@ -13,6 +13,7 @@ import (
 // TestExportThatHasTheImageIsNamed: by the start, by a reload, by the control API
 // and, where the paths are one, by who reads the file.
 func TestExportThatHasTheImageIsNamed(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	s.stop()
 	for _, name := range []string{"c.img", "d.img"} {

@@ -17,6 +17,7 @@ import (
 // TestServiceEndsAndLeavesNoSocket is LI-01, with clients of two exports and a
 // listener of events.
 func TestServiceEndsAndLeavesNoSocket(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB+"[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n")
 	idle := s.open("a")
 	events, err := s.ctl.Events(t.Context())
@@ -41,6 +42,7 @@ func TestServiceEndsAndLeavesNoSocket(t *testing.T) {
 
 // TestEndOfAServiceLosesNoAcknowledgedWrite is LI-02, with two exports at once.
 func TestEndOfAServiceLosesNoAcknowledgedWrite(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	const size, blocks = 4096, 256
 	acked := map[string]chan int{}
@@ -109,6 +111,7 @@ func writeUntilTheEnd(k *client, size, blocks int, many chan<- struct{}) (acked 
 // TestEndDuringHandshakes is LI-03 and LI-05: half-open connections do not
 // hold up the end.
 func TestEndDuringHandshakes(t *testing.T) {
+	t.Parallel()
 	addr, listener := tcpListener(t)
 	s := newService(t, listener+exportA+exportB)
 	var half []net.Conn
@@ -138,6 +141,7 @@ func TestEndDuringHandshakes(t *testing.T) {
 // TestSignalsInAnyNumberEndNothing is LI-06: SIGHUP reloads, the others are no
 // reason for anything, and the clients of all exports are served.
 func TestSignalsInAnyNumberEndNothing(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB)
 	a, b := s.open("a"), s.open("b")
 	signals := []syscall.Signal{syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGCHLD, syscall.SIGPIPE, syscall.SIGXFSZ}
@@ -162,6 +166,7 @@ func TestSignalsInAnyNumberEndNothing(t *testing.T) {
 // TestSecondSignalEndsAServiceAtOnce is LI-04: the image has what was
 // acknowledged, and can be opened at once.
 func TestSecondSignalEndsAServiceAtOnce(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+exportB+"[[export.fault]]\ndelay = \"10m\"\nops = [\"read\"]\n")
 	a, b := s.open("a"), s.open("b")
 	a.request(wire.CmdWrite, 1, 0, 512, bytes.Repeat([]byte{7}, 512))

@@ -61,6 +61,7 @@ func (s *testService) deny(name string) *os.File {
 // TestExportThatLosesItsImageHasFailed: its clients get errors and see nothing of
 // the image that is opened next, and it can be removed.
 func TestExportThatLosesItsImageHasFailed(t *testing.T) {
+	t.Parallel()
 	for _, cache := range []string{"writeback", "none"} {
 		for _, engine := range []string{"uring", "pool"} {
 			t.Run(engine+","+cache, func(t *testing.T) {
@@ -125,6 +126,7 @@ assert not snapshot("again.qcow2")
 // TestSnapshotIsRefusedBeforeAnythingIsClosed: where the image has another name
 // by now, or another file has its name.
 func TestSnapshotIsRefusedBeforeAnythingIsClosed(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	move := func(from, to string) {
 		if err := os.Rename(filepath.Join(s.dir, from), filepath.Join(s.dir, to)); err != nil {
@@ -174,6 +176,7 @@ func (s *testService) asNobody() {
 // TestReloadOfAnImageThatTheWorkerMayNotOpen: the descriptor that it has will do,
 // or else nothing is closed.
 func TestReloadOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	s.stop()
 	s.asNobody()
@@ -195,6 +198,7 @@ func TestReloadOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
 // TestSnapshotOfAnImageThatTheWorkerMayNotOpen: stage 0 opened it, in this process
 // and again in the next, which finds the overlays.
 func TestSnapshotOfAnImageThatTheWorkerMayNotOpen(t *testing.T) {
+	t.Parallel()
 	for _, more := range []string{"", "cache = \"none\"\n", "format = \"qcow2\"\nbacking = \"same-dir\"\n"} {
 		s := newService(t, "")
 		s.stop()
@@ -239,6 +243,7 @@ assert h.pread(16384, 0) == b"1" * 4096 + b"2" * 4096 + b"3" * 4096 + b"4" * 409
 // TestSnapshotWaitsForAReload that has opened its export and may take it back: the
 // overlay would stand on another image than the export has then.
 func TestSnapshotWaitsForAReload(t *testing.T) {
+	t.Parallel()
 	for _, fails := range []bool{false, true} {
 		t.Run(fmt.Sprint("reload fails ", fails), func(t *testing.T) {
 			s := newService(t, exportA+slow)

@@ -42,6 +42,7 @@ const slow = "[[export]]\nname = \"slow\"\nimage = \"64M\"\nformat = \"mem\"\n[e
 // TestForceCutsOffWhoWaits: requests that wait for their turn do not keep an
 // export from being removed, nor a client from being disconnected.
 func TestForceCutsOffWhoWaits(t *testing.T) {
+	t.Parallel()
 	s := newService(t, slow)
 	c := s.stuck()
 	list, err := s.ctl.Clients(t.Context(), nil)
@@ -65,6 +66,7 @@ func TestForceCutsOffWhoWaits(t *testing.T) {
 
 // TestForceRemovesWhatHangs, and says that it could not flush.
 func TestForceRemovesWhatHangs(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+"[[export.fault]]\ndelay = \"10m\"\n")
 	s.open("a").request(wire.CmdWrite, 1, 0, 512, make([]byte, 512))
 	s.await("it hangs", func() bool {
@@ -83,6 +85,7 @@ func TestForceRemovesWhatHangs(t *testing.T) {
 // TestStuckGuestLosesNobodysData: a guest that does not let the service end in
 // good order is no reason not to flush the disks of others.
 func TestStuckGuestLosesNobodysData(t *testing.T) {
+	t.Parallel()
 	s := newService(t, "")
 	if out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(s.dir, "q"), "1M").CombinedOutput(); err != nil {
 		t.Fatalf("qemu-img: %v\n%s", err, out)
@@ -120,6 +123,7 @@ func TestStuckGuestLosesNobodysData(t *testing.T) {
 // TestPauseHoldsUpNoEnd: neither that of an export nor that of the service. A
 // removal that is refused ends no pause.
 func TestPauseHoldsUpNoEnd(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA+"[[export]]\nname = \"b\"\nimage = \"DIR/b.img\"\n")
 	for _, name := range []string{"a", "b"} {
 		if err := s.ctl.Pause(t.Context(), name, 5*time.Minute); err != nil {
@@ -139,6 +143,7 @@ func TestPauseHoldsUpNoEnd(t *testing.T) {
 // TestPausedDiskIsNotResized, nor is a snapshot made of it: both would wait for the
 // end of the pause. What it is set to meanwhile is done at once.
 func TestPausedDiskIsNotResized(t *testing.T) {
+	t.Parallel()
 	s := newService(t, exportA)
 	if err := s.ctl.Pause(t.Context(), "a", 5*time.Second); err != nil {
 		t.Fatal(err)

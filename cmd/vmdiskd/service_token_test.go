@@ -18,6 +18,7 @@ import (
 // export, wrong and expired ones get what a name gets that does not exist, and nothing
 // that the service says or keeps has a token in it.
 func TestTokenIsToldToNobody(t *testing.T) {
+	t.Parallel()
 	token, expired := strings.Repeat("c3", 32), strings.Repeat("f6", 32)
 	soon := time.Now().Add(time.Hour).Truncate(time.Second)
 	s := newService(t, `

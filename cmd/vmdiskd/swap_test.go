@@ -67,6 +67,7 @@ func wantRefusal(t *testing.T, cmd *exec.Cmd, want ...string) {
 // TestSwapIsRefusedWhereItIsNotSafe: what has a safe alternative is refused
 // with it, by best-effort too.
 func TestSwapIsRefusedWhereItIsNotSafe(t *testing.T) {
+	t.Parallel()
 	disk := image(t, 1<<20)
 	socket := "--unix=" + filepath.Join(shortDir(t), "s")
 	for _, tt := range []struct {
@@ -96,6 +97,7 @@ func TestSwapIsRefusedWhereItIsNotSafe(t *testing.T) {
 }
 
 func TestSwapNamesTheCapabilitiesThatItMisses(t *testing.T) {
+	t.Parallel()
 	socket := "--unix=" + filepath.Join(shortDir(t), "s")
 	wantRefusal(t, unprivileged("--swap", "--swap-headroom=skip", socket, image(t, 1<<20)),
 		"io-flusher: operation not permitted: it takes CAP_SYS_RESOURCE (in a unit: AmbientCapabilities=CAP_SYS_RESOURCE)",
@@ -106,6 +108,7 @@ func TestSwapNamesTheCapabilitiesThatItMisses(t *testing.T) {
 }
 
 func TestSwapRefusesFilesThatTakeMemory(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("/dev/shm", "vmd")
 	if err != nil {
 		t.Fatal(err)
@@ -132,6 +135,7 @@ func (d *daemonProcess) threads() int {
 // TestBestEffortServesWithoutWhatIsMissing: and says so. All memory is locked
 // if that is allowed.
 func TestBestEffortServesWithoutWhatIsMissing(t *testing.T) {
+	t.Parallel()
 	d := serve(t, "--swap=best-effort", image(t, 1<<20))
 	before := d.threads()
 	if before < limits.SwapThreads {
