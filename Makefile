@@ -71,8 +71,8 @@ fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 timing: ## TLS handshakes that must take one time, at length
 	$(GOTEST) -count=1 -run TakeTheSameTime ./internal/transport/psk -timing
 
-# Two packages at a time: test/guest has a guest for each processor, and leaves a
-# third of their time; the lab has one more.
+# Two packages at a time, with a guest for each processor: what guests wait for
+# leaves a third of its time.
 endtoend:
 	$(GOTEST) -count=1 -timeout 30m $$($(GO) list ./... | grep $(E2E))
 

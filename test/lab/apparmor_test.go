@@ -10,6 +10,7 @@ import (
 // TestServiceUnderAppArmor boots the guest with AppArmor in place of SELinux,
 // as Debian has it, and runs the unit of the packages in its profile.
 func TestServiceUnderAppArmor(t *testing.T) {
+	t.Parallel()
 	root := testenv.Root()
 	profile := filepath.Join(t.TempDir(), "profile")
 	_, err := testenv.Command(t.Context(), root, "apparmor_parser", "--skip-kernel-load", "--skip-cache",

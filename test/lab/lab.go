@@ -63,7 +63,7 @@ const (
 )
 
 // StepSeconds bounds a step that names no bound.
-const StepSeconds = 120
+const StepSeconds = 240
 
 const (
 	defaultMemoryMiB = 512

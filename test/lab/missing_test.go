@@ -36,6 +36,7 @@ service='--config /etc/vmdiskd/vmdiskd.toml'
 // does not start, auto says what it goes on without, and what was asked for by
 // name is refused.
 func TestWhatAMachineLacksIsSaid(t *testing.T) {
+	t.Parallel()
 	Run(t, Scenario{
 		Kernel: NewKernel, // the first with kernel.io_uring_disabled
 		Append: "lsm=capability",

@@ -173,6 +173,7 @@ esac
 // long as the lease is open, and whoever takes the CID after it has nothing; one
 // that no disk is for, and processes of the host, are not even greeted.
 func TestGuestsReachTheirDisksOverVsock(t *testing.T) {
+	t.Parallel()
 	Require(t)
 	for _, tool := range []string{"nbdinfo", "nbdcopy", "setpriv", "ldd"} {
 		if _, err := testenv.Tool(tool); err != nil {

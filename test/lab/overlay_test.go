@@ -241,6 +241,7 @@ func checkDisk(t *testing.T, disk string, files []toldFile) {
 // powered off in good order. Then nothing is wrong with the images, nor with
 // the file system, and the lower image is what it was.
 func TestDebianOnAnOverlayOutlivesAKill(t *testing.T) {
+	t.Parallel()
 	Require(t)
 	for _, tool := range []string{"qemu-img", "nbdcopy", "e2fsck", "debugfs"} {
 		if _, err := testenv.Tool(tool); err != nil {

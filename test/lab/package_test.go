@@ -55,6 +55,7 @@ image = "/var/lib/vmdiskd/images/b.img"
 // TestPackageFromInstallationToPurge does with the package what an operator
 // does with it.
 func TestPackageFromInstallationToPurge(t *testing.T) {
+	t.Parallel()
 	steps := packageSteps()
 	for i := range steps {
 		steps[i].Seconds = packageSeconds

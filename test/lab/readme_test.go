@@ -26,6 +26,7 @@ socket() { ls /run/vmdiskd/*.sock | grep -v control.sock; }
 // package, on a hypervisor with libvirt whose SELinux refuses. No domain is
 // permissive. Then it looks at what has become of it.
 func TestPackageToGuestOfTheReadme(t *testing.T) {
+	t.Parallel()
 	Require(t)
 	dir := testenv.TempDir(t)
 	if err := guest.WriteWatcher(t.Context(), dir); err != nil {

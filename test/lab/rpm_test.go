@@ -66,6 +66,7 @@ diff tmp/before tmp/after
 // TestRPMFromInstallationToErase does with the RPM package what an operator
 // does with it. Its scripts run in a Debian, where no service manager is.
 func TestRPMFromInstallationToErase(t *testing.T) {
+	t.Parallel()
 	Require(t)
 	testenv.Require(t, "rpm", "unshare")
 	if os.Getuid() != 0 {

@@ -75,6 +75,7 @@ avc() { journalctl --boot --no-pager --grep "avc:  denied .*$1"; }
 // TestLabelsUnderEnforcingSELinux is CF-05, CF-06, CF-07, AU-07 and AU-08 with
 // the unit and the policy of the packages.
 func TestLabelsUnderEnforcingSELinux(t *testing.T) {
+	t.Parallel()
 	root := testenv.Root()
 	clients, err := filepath.Abs("testdata/clients.cil")
 	if err != nil {

@@ -184,6 +184,7 @@ journalctl --unit=vmdiskd | grep -i 'watchdog timeout'
 // packages, on a real systemd with SELinux enforcing; and before them, in the same
 // boot, what every scenario relies on.
 func TestServiceOfThePackagesInAGuest(t *testing.T) {
+	t.Parallel()
 	s := service(true,
 		Step{Name: "transient units serve Unix and vsock", Script: transient},
 		Step{Name: "sockets start the service", Script: activated},
