@@ -147,7 +147,7 @@ func TestTableMayEndWithTheFile(t *testing.T) {
 	binary.BigEndian.PutUint16(shared[0x20000+end>>16*2:], 2)
 	for name, b := range map[string][]byte{"own": own, "shared": shared} {
 		t.Run(name, func(t *testing.T) {
-			mustMatch(t, openQuiet(t, storetest.New(b), true), 0, make([]byte, 128<<20))
+			mustMatch(t, openQuiet(t, storetest.New(b), true), 0, make([]byte, 48<<20))
 			st := storetest.New(b)
 			d := openQuiet(t, st, false)
 			data := []byte(strings.Repeat("\x05", 64<<10))
@@ -160,7 +160,7 @@ func TestTableMayEndWithTheFile(t *testing.T) {
 			st.Reopen()
 			wantSound(t, st, 2)
 			d = openQuiet(t, st, true)
-			mustMatch(t, d, 300<<20, make([]byte, 100<<20))
+			mustMatch(t, d, 380<<20, make([]byte, 20<<20))
 			mustMatch(t, d, 400<<20, data)
 		})
 	}

@@ -512,7 +512,7 @@ func TestPowerCutsWhileTheRefcountTableGrows(t *testing.T) {
 	}
 	ops := []disktest.Op{write(1800<<10, 300<<10, 1), flush, write(2200<<10, 40<<10, 2), write(0, 5000, 3), flush}
 	s.perSync, s.perCall = 8, 2
-	n, err := s.episode(1, serial(ops...), 400)
+	n, err := s.episode(1, serial(ops...), 400/thinner)
 	if err != nil || n < 50 {
 		t.Errorf("%d power cuts: %v", n, err)
 	}
