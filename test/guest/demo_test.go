@@ -17,7 +17,7 @@ func TestDemo(t *testing.T) {
 		t.Skipf("is about vmdiskd, not %s", k.Name)
 	}
 	testenv.Require(t, "depmod")
-	testenv.CloudKernel(t, kernels[0])
+	testenv.CloudKernel(t, stableKernel)
 	bin := filepath.Dir(testenv.Binary(t, "vmdiskd"))
 	testenv.Binary(t, "vmdiskctl")
 	cmd := exec.CommandContext(testenv.Context(t), filepath.Join(testenv.Root(), "scripts/demo.sh"), bin)

@@ -297,7 +297,7 @@ func TestDeviceIsEncryptedToItsServer(t *testing.T) {
 	if err := psk.Supported(); err != nil {
 		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
 	}
-	in := inGuest(t, testenv.CloudKernel(t, kernels[0]), securedScenario, "", []string{"nbd", "ext4", "vsock_loopback"}, []string{"mke2fs", "e2fsck"})
+	in := inGuest(t, testenv.CloudKernel(t, stableKernel), securedScenario, "", []string{"nbd", "ext4", "vsock_loopback"}, []string{"mke2fs", "e2fsck"})
 	pki := testenv.Certificates(t)
 	for _, name := range []string{"ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem"} {
 		b, err := os.ReadFile(filepath.Join(pki, name))

@@ -37,7 +37,7 @@ func newEstate(t *testing.T, programs ...string) *estate {
 	}
 	programs = append(programs, "qemu-ga")
 	testenv.Require(t, programs...)
-	kernel := testenv.CloudKernel(t, kernels[0])
+	kernel := testenv.CloudKernel(t, stableKernel)
 	e := &estate{dir: testenv.TempDir(t), ctl: testenv.Binary(t, "vmdiskctl"), memory: 384}
 	ctx := testenv.Context(t)
 	in, err := newInitramfs(ctx, kernel, fleet, "virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "nvme", "virtio_console", "ext4")

@@ -138,7 +138,7 @@ func TestFoldersComeBeforeWhatIsInThem(t *testing.T) {
 
 func TestFailedScenarioIsReportedWithItsConsole(t *testing.T) {
 	requireGuest(t)
-	in, err := newInitramfs(testenv.Context(t), testenv.CloudKernel(t, kernels[0]), "echo about to fail\nfalse\necho not reached\n")
+	in, err := newInitramfs(testenv.Context(t), testenv.CloudKernel(t, stableKernel), "echo about to fail\nfalse\necho not reached\n")
 	if err != nil {
 		t.Fatal(err)
 	}

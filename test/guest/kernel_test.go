@@ -113,10 +113,10 @@ func TestKernelClientUsesTheDiskWithFourConnections(t *testing.T) {
 var conformChecks = flag.String("conform.checks", "Conformance/(HS|TX-0[1-7])", "pattern of `-test.run` for the checks that are made over vsock")
 
 func TestToolsReachTheServerOverVsock(t *testing.T) {
-	eachKernel(t, func(t *testing.T, k testenv.Kernel) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		in := inGuest(t, k, strings.ReplaceAll(vsockScenario, "CHECKS", *conformChecks), "-f --vsock -p 10809",
 			[]string{"vsock_loopback"}, []string{"nbdinfo", "nbdcopy"})
-		if k == testenv.CloudKernel(t, kernels[0]) {
+		if k == testenv.CloudKernel(t, stableKernel) {
 			addConform(t, in)
 		}
 		mustBoot(t, in, 768)

@@ -30,7 +30,7 @@ type leased struct {
 func (e *estate) bootLeased(t *testing.T, options ...string) *leased {
 	t.Helper()
 	ctx := testenv.Context(t)
-	kernel := testenv.CloudKernel(t, kernels[0])
+	kernel := testenv.CloudKernel(t, stableKernel)
 	in, err := newInitramfs(ctx, kernel, "echo guest: up\nread line\n")
 	if err == nil {
 		err = in.writeFile(e.dir + "/leased")

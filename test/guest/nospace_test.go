@@ -50,7 +50,7 @@ func TestGuestPausesWhileStorageIsFull(t *testing.T) {
 	requireGuest(t)
 	testenv.Require(t, "unshare")
 	dir := testenv.TempDir(t)
-	in, err := newInitramfs(testenv.Context(t), testenv.CloudKernel(t, kernels[0]), fillDisk, "virtio_pci", "virtio_blk")
+	in, err := newInitramfs(testenv.Context(t), testenv.CloudKernel(t, stableKernel), fillDisk, "virtio_pci", "virtio_blk")
 	if err != nil {
 		t.Fatal(err)
 	}

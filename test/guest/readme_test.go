@@ -44,7 +44,7 @@ func TestQuickStartOfTheReadme(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	testenv.CloudKernel(t, kernels[0])
+	testenv.CloudKernel(t, stableKernel)
 	if err := WriteWatcher(testenv.Context(t), dir); err != nil {
 		t.Fatal(err)
 	}
