@@ -48,6 +48,8 @@ type link struct {
 	data   store.Store // nil without a data file
 
 	dataPath string // with data
+
+	guest *raw.Device // below that of st and data which has the guest's data
 }
 
 // open opens all files and reads the headers that name them. Whatever it has
@@ -114,7 +116,7 @@ func (ch *chain) descend(ctx context.Context) (more bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		if l.data, err = ch.store(f, path, at); err != nil {
+		if l.data, l.guest, err = ch.store(f, path, at); err != nil {
 			return false, err
 		}
 		l.dataPath = path
@@ -144,17 +146,17 @@ func (ch *chain) readOnly(i int) bool { return ch.spec.ReadOnly || i > 0 }
 
 // add takes over f as the next image of the chain.
 func (ch *chain) add(f *os.File, path, format string) error {
-	st, err := ch.store(f, path, len(ch.links))
+	st, dev, err := ch.store(f, path, len(ch.links))
 	if err == nil {
-		ch.links = append(ch.links, link{path: path, format: format, st: st})
+		ch.links = append(ch.links, link{path: path, format: format, st: st, guest: dev})
 	}
 	return err
 }
 
 // store takes over f, a file of image i of the chain, and locks it. The same file
 // twice in a chain is a loop; that is told by the open file, whatever is at the
-// path by now.
-func (ch *chain) store(f *os.File, path string, i int) (store.Store, error) {
+// path by now. dev is below the store, whose it is.
+func (ch *chain) store(f *os.File, path string, i int) (st store.Store, dev *raw.Device, err error) {
 	readOnly := ch.readOnly(i)
 	id, err := raw.Identify(f)
 	if err == nil && ch.seen[id] != "" {
@@ -166,22 +168,22 @@ func (ch *chain) store(f *os.File, path string, i int) (store.Store, error) {
 	}
 	if err != nil {
 		_ = f.Close() // the error that matters is err
-		return nil, err
+		return nil, nil, err
 	}
 	ch.seen[id] = path
-	dev, err := raw.Open(f, ch.spec.Engine, raw.Options{
+	dev, err = raw.Open(f, ch.spec.Engine, raw.Options{
 		Path: path, ReadOnly: readOnly, Direct: ch.cache.direct, Container: true,
 		Lock: ch.lock(readOnly), For: ch.spec.For, Buffers: ch.spec.Buffers, Log: ch.spec.Log, Poisoned: ch.spec.Poisoned,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ch.spec.opened(f, i > 0)
-	st := store.NewFile(dev)
+	st = store.NewFile(dev)
 	if ch.cache.unsafe {
 		st = carelessStore{st}
 	}
-	return st, nil
+	return st, dev, nil
 }
 
 // lock is how a file is locked. A writer of qcow2 must know that it is the only
@@ -224,6 +226,7 @@ func (ch *chain) device(ctx context.Context) (backing.Device, error) {
 		return nil, err
 	}
 	l := ch.cut()
+	l.guest.SetThreshold(ch.spec.Threshold)
 	o := ch.options(l)
 	dev, err := qcow2.Open(ctx, l.st, o)
 	if err != nil {

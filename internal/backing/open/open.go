@@ -86,6 +86,10 @@ type Spec struct {
 	// with ReadOnly.
 	Lenient bool
 
+	// Threshold, if not nil, is told of what is written to the file that has the
+	// guest's data: the image, or the data file that it names.
+	Threshold *raw.Threshold
+
 	// Poisoned, if not nil, is that of raw.Options, of each file that is open
 	// for writing, and that of qcow2.Options.
 	Poisoned func(err error)
@@ -171,6 +175,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	dev.SetThreshold(s.Threshold)
 	s.opened(f, false)
 	if c.unsafe {
 		return careless{backing.Transparent{Passthrough: backing.Passthrough{Next: dev}}}, nil

@@ -50,6 +50,7 @@ func (d *Device) Append(ctx context.Context, p []byte, off int64, f backing.Flag
 	}
 	if d.geo.block {
 		if end, err := d.End(); err != nil || off+n > end {
+			d.threshold.writes(off + n)
 			return d.failed("write", off, n, errors.Join(err, unix.ENOSPC))
 		}
 	}

@@ -63,6 +63,8 @@ type Device struct {
 	tail   atomic.Bool // direct: parts of blocks were written at a moving end
 	closed atomic.Bool
 
+	threshold *Threshold // nil for none; set before the first write
+
 	sync     syncer
 	durables durables
 	poison   atomic.Pointer[backing.Error] // set once
@@ -160,6 +162,7 @@ func (d *Device) WriteAt(ctx context.Context, p []byte, off int64, f backing.Fla
 	if err := d.writable(); err != nil {
 		return err
 	}
+	d.threshold.writes(off + int64(len(p)))
 	defer d.seen.changed()
 	var err error
 	if f&backing.FUA != 0 || d.opt.Writethrough {
@@ -201,6 +204,7 @@ func (d *Device) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 		if lease = d.leaseWrite(off, n); lease == nil {
 			return backing.ErrNotMappable
 		}
+		d.threshold.writes(off + n)
 	}
 	m.Runs[0], m.N, m.Lease = backing.Run{File: d.file, Off: off, Len: n}, 1, lease
 	if op == engine.OpRead && n >= limits.HoleRead && d.knownHole(off, n) {

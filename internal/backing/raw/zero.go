@@ -97,9 +97,11 @@ func (d *Device) zeroRange(ctx context.Context, off, n int64) error {
 		return unix.EOPNOTSUPP
 	}
 	err := d.operate(ctx, engine.OpZero, off, n)
-	if errors.Is(err, unix.EOPNOTSUPP) {
+	if errors.Is(err, unix.EOPNOTSUPP) { // what is written in its place counts
 		d.noZero.Store(true)
+		return err
 	}
+	d.threshold.writes(off + n)
 	return err
 }
 
@@ -165,6 +167,7 @@ func (d *Device) zeroWhole(ctx context.Context, lo, hi int64, f backing.Flags) e
 func (d *Device) writeZeroes(ctx context.Context, lo, hi int64) error {
 	for lo < hi {
 		p := zeroes[:min(hi-lo, fileBlock)]
+		d.threshold.writes(lo + int64(len(p)))
 		if err := d.al.WriteAt(ctx, p, lo, false); err != nil {
 			return err
 		}
