@@ -23,7 +23,7 @@ type eventFlags struct {
 }
 
 // eventKinds are what --kind takes.
-var eventKinds = []string{"client-connected", "client-left", "io-error", "slow-request", "stuck-request", "export-state", "export-poisoned", "reloaded", "lost"}
+var eventKinds = []string{"client-connected", "client-left", "io-error", "slow-request", "stuck-request", "export-state", "export-poisoned", "threshold", "reloaded", "lost"}
 
 func newEvents() *cobra.Command {
 	f := &eventFlags{}

@@ -119,6 +119,11 @@ type Export struct {
 	Lenient      bool     `toml:"lenient" json:"lenient,omitempty"`
 	L2CacheSize  Size     `toml:"l2-cache-size" json:"l2-cache-size,omitempty"` // bytes; 0 is limits.MapCache
 
+	// WriteThreshold is an offset in the file that has the guest's data, in bytes:
+	// the first write that goes beyond it is told. 0, or nil where it was never
+	// set, is none.
+	WriteThreshold *Size `toml:"write-threshold" json:"write-threshold,omitempty"`
+
 	// RequireTLS hides the export from connections that are not encrypted.
 	RequireTLS bool `toml:"require-tls" json:"require-tls,omitempty"`
 

@@ -40,6 +40,14 @@ func (c *Config) SetDefaults() {
 // ImageFormat is the format that the image is opened with, raw if nobody said one.
 func (e *Export) ImageFormat() string { return cmp.Or(e.Format, "raw") }
 
+// Threshold is WriteThreshold, 0 for none.
+func (e *Export) Threshold() int64 {
+	if e.WriteThreshold == nil {
+		return 0
+	}
+	return int64(*e.WriteThreshold)
+}
+
 // SetDefaults is that of Config, for one export.
 func (e *Export) SetDefaults() {
 	or(&e.Cache, "writeback")

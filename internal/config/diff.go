@@ -72,7 +72,8 @@ type ExportChange struct {
 // liveFields are the keys of an export that change while it is in use.
 // Connections that are open keep the access that they have.
 var liveFields = []string{
-	"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests", "fault",
+	"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests",
+	"write-threshold", "fault",
 }
 
 // On is New for an export that is in use as live says: the keys of it that the

@@ -149,7 +149,7 @@ func TestEverySettingIsCompared(t *testing.T) {
 		spoil(at(reflect.ValueOf(&b.Exports[0]).Elem(), key))
 		c := config.Diff(a, b)
 		top, _, _ := strings.Cut(key, ".")
-		live := slices.Contains([]string{"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests", "fault"}, top)
+		live := slices.Contains([]string{"description", "default", "grant", "vsock-trust-cid", "max-connections", "rate", "rate-group", "log-requests", "write-threshold", "fault"}, top)
 		switch {
 		case key == "name" || key == "listener":
 			if c.Empty() {

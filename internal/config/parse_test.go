@@ -80,6 +80,7 @@ data-files = ["/srv/images/a.data"]
 snapshot = "s1"
 discard = "keep"
 l2-cache-size = "4M"
+write-threshold = "8G"
 lenient = true
 require-tls = true
 max-connections = 4
@@ -157,7 +158,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 		}
 	}
 	if !c.Listeners[1].InsecurePlaintext || c.Exports[0].Rate.Bytes != 1<<20 || c.Exports[0].Rate.Burst != config.Duration(100*time.Millisecond) ||
-		c.Exports[1].Window.Length != 2<<20 || c.Groups["Gold"].Bytes != 100<<20 || *c.TLS.VerifyPeer ||
+		c.Exports[1].Window.Length != 2<<20 || c.Exports[0].Threshold() != 8<<30 || c.Exports[1].Threshold() != 0 || c.Groups["Gold"].Bytes != 100<<20 || *c.TLS.VerifyPeer ||
 		c.Groups["with a space"].Ops != 5 || c.Exports[0].Grants[1].CIDs[1] != 4 ||
 		c.Exports[0].Grants[0].SELinuxTypes[1] != "svirt_tcg_t" || c.Exports[0].Grants[0].SELinuxLevel != "s0:c1,c2" {
 		t.Errorf("read %+v", c)

@@ -22,6 +22,7 @@ func (e *Export) check(k checker, s Scope) {
 	k.word("cache", e.Cache, "writeback", "none", "writethrough", "directsync", "unsafe")
 	k.word("image-lock", e.Lock, "auto", "on", "off")
 	k.notNegative("max-connections", int64(e.Connections))
+	k.notNegative("write-threshold", e.Threshold())
 	e.checkImage(k, s)
 	if e.Format == "qcow2" {
 		e.checkChain(k, s)
@@ -55,6 +56,9 @@ func (e *Export) checkImage(k checker, s Scope) {
 	}
 	if e.Cache == "none" || e.Cache == "directsync" {
 		k.fail("cache: mode %s needs a file", e.Cache)
+	}
+	if e.Threshold() != 0 {
+		k.fail("write-threshold: format %s has no file", e.Format)
 	}
 }
 

@@ -180,11 +180,11 @@ func (s *disks) find(name string) *disk {
 	return nil
 }
 
-// look is what an export is like now.
+// look is what an export is like now, a threshold that was reached included.
 func (s *disks) look(k *disk) (cfg config.Export, now *stack, failed error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return k.cfg, k.stack, k.failed
+	return k.stack.live(k.cfg), k.stack, k.failed
 }
 
 // healthOf is what k is good for now; nil, which is no disk, is well.

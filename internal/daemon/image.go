@@ -52,13 +52,13 @@ func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec) (i imag
 	return i, d.explain(s.Path, err)
 }
 
-// openGathered opens an image whose files are in t.
-func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Table) (image, error) {
+// openGathered opens an image whose files are in t, and which th is told of.
+func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Table, th *raw.Threshold) (image, error) {
 	s, err := d.imageSpec(x, nil)
 	if err != nil {
 		return image{}, err
 	}
-	s.Table = t
+	s.Table, s.Threshold = t, th
 	return d.openSpec(ctx, x.Name, s)
 }
 

@@ -31,6 +31,7 @@ func (s service) Metrics(w io.Writer) error {
 			Unopened: h.failed != nil && k == nil, Poisoned: h.poisoned != nil, Stats: x.Spec.Stats.Snapshot(),
 		}
 		if k != nil {
+			e.Threshold = k.stack.threshold.At()
 			if t, ok := open.MapStats(k.stack.swap.Below()); ok {
 				e.Map = (*obs.MapMetrics)(&t)
 			}

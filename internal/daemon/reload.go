@@ -387,7 +387,7 @@ func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Exp
 		return old, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
 	defer k.busy.Unlock()
-	old = k.cfg
+	old = k.stack.live(k.cfg)
 	if k.origin != fromConfig {
 		return old, errTaken
 	}
@@ -395,7 +395,13 @@ func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Exp
 	if err != nil {
 		return old, err
 	}
-	return old, d.change(k, x)
+	if err := d.change(k, x); err != nil {
+		return old, err
+	}
+	if x.Threshold() != old.Threshold() {
+		k.stack.threshold.Set(x.Threshold())
+	}
+	return old, nil
 }
 
 // errTaken is for an export of the configuration that cannot be changed: it had

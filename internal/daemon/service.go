@@ -319,6 +319,9 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	set(&x.Connections, p.Connections)
 	set(&x.LogRequests, p.LogRequests)
 	set(&x.Faults, p.Faults)
+	if p.WriteThreshold != nil {
+		x.WriteThreshold = p.WriteThreshold
+	}
 	if p.Rate != nil {
 		x.Rate = p.Rate
 	}
@@ -346,6 +349,9 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if err := d.change(k, x); err != nil {
 		_ = d.change(k, old) // what was done of it; the rest fails again
 		return errors.Join(err, d.rewrite(k, old))
+	}
+	if p.WriteThreshold != nil {
+		k.stack.threshold.Set(x.Threshold())
 	}
 	return nil
 }
@@ -657,6 +663,7 @@ func eventsOf(events []obs.Event, lost int) (out []api.Event) {
 	}
 	for _, e := range events {
 		x := api.Event{Time: e.Time, Kind: string(e.Kind), Export: e.Export, Client: e.Client, Text: e.Reason}
+		x.Threshold, x.Exceeded = e.Threshold, e.Exceeded
 		if e.Kind == obs.ExportState {
 			x.State, x.Text = e.Reason, ""
 		}

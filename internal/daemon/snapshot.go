@@ -135,7 +135,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	if err := old.Close(); err != nil {
 		return false, err
 	}
-	i, err := d.openGathered(ctx, &next, t)
+	i, err := d.openGathered(ctx, &next, t, k.stack.threshold)
 	if err != nil {
 		return false, err
 	}
@@ -163,7 +163,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 // goOn opens an image again that was closed, with the files in t. If that cannot
 // be done the export has failed.
 func (d *daemon) goOn(k *disk, t *open.Table) error {
-	i, err := d.openGathered(context.Background(), &k.stack.x, t)
+	i, err := d.openGathered(context.Background(), &k.stack.x, t, k.stack.threshold)
 	if err != nil {
 		d.fail(k, fmt.Errorf("image cannot be opened again: %w", err))
 		return err

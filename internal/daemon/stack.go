@@ -10,6 +10,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 )
 
@@ -27,16 +28,21 @@ type stack struct {
 	x     config.Export // how the image was opened last
 	files []*os.File    // of the image; with disk.busy
 	below []config.File // those of them that it stands on; with disk.busy
+
+	// threshold is of the file with the guest's data, also if a snapshot gives
+	// it another.
+	threshold *raw.Threshold
 }
 
 // build opens the image of an export and puts its layers on it. What fails
 // leaves nothing open.
 func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (*stack, error) {
-	i, err := d.openIn(ctx, x, files, t)
+	th := d.newThreshold(x)
+	i, err := d.openIn(ctx, x, files, t, th)
 	if err != nil {
 		return nil, err
 	}
-	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files, below: i.below}
+	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files, below: i.below, threshold: th}
 	s.x.Format = x.ImageFormat()
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
@@ -53,7 +59,7 @@ func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, 
 // openIn opens the image of an export whose files may be in t. If none are, and the
 // daemon serves already, they are gathered first: storage that hangs holds up
 // nothing then but a while.
-func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (image, error) {
+func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File, t *open.Table, th *raw.Threshold) (image, error) {
 	if t == nil && d.server != nil && len(files) == 0 && hasFiles(x) {
 		var err error
 		if t, err = d.gather(ctx, x, nil); err != nil {
@@ -65,7 +71,7 @@ func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File,
 	if err != nil {
 		return image{}, err
 	}
-	s.Writes = d.mayWrite(x)
+	s.Writes, s.Threshold = d.mayWrite(x), th
 	if t != nil {
 		s.Table = t
 		return d.openSpec(ctx, x.Name, s)

@@ -23,6 +23,7 @@ const (
 	StuckRequest    Kind = "stuck-request"    // a request is still not answered
 	ExportState     Kind = "export-state"     // Reason is the new state
 	ExportPoisoned  Kind = "export-poisoned"  // a failed flush: writes are refused from now on
+	WriteThreshold  Kind = "threshold"        // a write went beyond that of an export, which is disarmed
 	Reloaded        Kind = "reloaded"         // the configuration; Reason says what has changed
 )
 
@@ -43,6 +44,10 @@ type Event struct {
 	Off     uint64        `json:"offset,omitempty"` // bytes
 	Len     uint64        `json:"length,omitempty"` // bytes
 	Took    time.Duration `json:"took_ns,omitempty"`
+
+	// Of a threshold, in bytes: the offset, and how far beyond it the write ends.
+	Threshold int64 `json:"write-threshold,omitempty"`
+	Exceeded  int64 `json:"amount-exceeded,omitempty"`
 
 	Count      int `json:"count,omitempty"`      // requests that the event is about
 	Suppressed int `json:"suppressed,omitempty"` // events of this kind that were left out before it

@@ -43,6 +43,8 @@ type ExportMetrics struct {
 	Clients  int
 	Stats    Snapshot
 
+	Threshold int64 // of writes, an offset in bytes; 0 for none
+
 	// Map is for images whose mapping is kept in memory; nil for others.
 	Map *MapMetrics
 }
@@ -222,6 +224,7 @@ var exportFamilies = [...]struct {
 	{"export_size_bytes", gauge, "Size of the disk.", sizes},
 	{"export_writable", gauge, "Whether the disk can be written to.", ofExport(func(x *ExportMetrics) float64 { return flag(x.Writable) })},
 	{"export_poisoned", gauge, "Whether the disk takes no more writes until its image is opened anew: one was lost, or the image damaged.", ofExport(func(x *ExportMetrics) float64 { return flag(x.Poisoned) })},
+	{"export_write_threshold_bytes", gauge, "Offset in the image's file beyond which a write is told of; 0 for none, and when it was reached.", ofExport(func(x *ExportMetrics) float64 { return float64(x.Threshold) })},
 	{"export_clients", gauge, "Connections that have the export open.", ofExport(func(x *ExportMetrics) float64 { return float64(x.Clients) })},
 	{"export_requests_total", counter, "Requests answered.", byCommand(func(o *OpSnapshot) float64 { return float64(o.Requests) })},
 	{"export_errors_total", counter, "Requests answered with an error.", byCommand(func(o *OpSnapshot) float64 { return float64(o.Errors) })},

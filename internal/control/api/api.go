@@ -137,6 +137,10 @@ type Patch struct {
 	LogRequests *bool           `json:"log-requests,omitempty"`
 	Faults      *[]config.Fault `json:"faults,omitempty"`
 
+	// WriteThreshold arms that of the export, also at the offset at which it was
+	// before; 0 disarms it.
+	WriteThreshold *config.Size `json:"write-threshold,omitempty"`
+
 	// RateKeys are single keys of the rate, as config.Rate.Set has them; the
 	// others stay. Not with Rate.
 	RateKeys map[string]string `json:"rate-keys,omitempty"`
@@ -233,6 +237,11 @@ type Event struct {
 	State  string    `json:"state,omitempty"`
 	Text   string    `json:"text,omitempty"`
 	Lost   uint64    `json:"lost,omitempty"` // of kind "lost": events that this listener was too slow for
+
+	// Of kind "threshold", both in bytes: the offset that a write has gone beyond,
+	// and by how much.
+	Threshold int64 `json:"write-threshold,omitempty"`
+	Exceeded  int64 `json:"amount-exceeded,omitempty"`
 }
 
 // Reload says what a reload of the configuration has changed, or would change.

@@ -325,7 +325,7 @@ func TestOpenAPINamesTheKindsOfEvents(t *testing.T) {
 	said := strings.Split(kind["description"].(string), ", ")
 	for _, k := range []obs.Kind{
 		obs.ClientConnected, obs.ClientLeft, obs.IOError, obs.SlowRequest, obs.StuckRequest,
-		obs.ExportState, obs.ExportPoisoned, "reloaded", "lost",
+		obs.ExportState, obs.ExportPoisoned, obs.WriteThreshold, "reloaded", "lost",
 	} {
 		if !slices.Contains(said, string(k)) {
 			t.Errorf("%q is not among %q", k, said)
