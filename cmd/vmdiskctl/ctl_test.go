@@ -318,6 +318,7 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 	t.Chdir(t.TempDir())
 	dir, err := os.Getwd()
 	must(t, err)
+	threshold := config.Size(3 << 30)
 	out := want(t, exitDone, "export", "add", "--json", "--dry-run", "-f", "qcow2", "-r", "--cache=none", "--image-lock=off",
 		"--backing-file=base:raw", "--data-file=data", "--snapshot=1", "--discard=keep", "--lenient", "--l2-cache-size=4M", "--partition=2",
 		"--overlay=1G", "--protect=0+4K", "--protect=1M+512", "--description="+nasty, "--default", "--require-tls",
@@ -325,7 +326,7 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 		"--selinux-label=a:b:c:s0:c1,c2", "--selinux-path-label=a:b:d:s0:c1,c2", "--grant=rw,uid=1000,uid=1,gid=5",
 		"--grant=ro,label=a:b:c:s0:c1,c2", "--grant=ro,selinux-type=t,selinux-type=u,selinux-level=s0:c1,c2",
 		`--grant={"access":"none","cert-name":["x, y"]}`, "--max-connections=4", "--rate=10M,ops=500,burst=2s",
-		"--rate-group=all", "--log-requests", "--flush-on-close", "--persist", "--", "-name", "image")
+		"--rate-group=all", "--write-threshold=3G", "--log-requests", "--flush-on-close", "--persist", "--", "-name", "image")
 	sameJSON(t, out, api.AddExport{Persist: true, Export: config.Export{
 		Name: "-name", Image: filepath.Join(dir, "image"), Format: "qcow2", ReadOnly: true, Cache: "none", Lock: "off",
 		Backing: "explicit", BackingFiles: []string{filepath.Join(dir, "base:raw")}, DataFiles: []string{filepath.Join(dir, "data")},
@@ -340,7 +341,7 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 			{Access: "none", CertNames: []string{"x, y"}},
 		},
 		Connections: 4, Rate: &config.Rate{Bytes: 10 << 20, Ops: 500, Burst: config.Duration(2 * time.Second)},
-		RateGroup: "all", LogRequests: true, FlushOnClose: true,
+		RateGroup: "all", WriteThreshold: &threshold, LogRequests: true, FlushOnClose: true,
 	}})
 }
 

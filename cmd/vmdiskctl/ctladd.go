@@ -32,6 +32,8 @@ type addFlags struct {
 	l2Cache byteSize
 	send    bool
 
+	threshold byteSize
+
 	window, blockSize, faults string
 }
 
@@ -101,6 +103,7 @@ func (f *addFlags) addUse(c *cobra.Command) {
 	n.BoolVar(&x.TrustCID, "vsock-trust-cid", false, "let vsock peers write without a lease, and a key or a token, in their grant")
 	n.IntVar(&x.Connections, "max-connections", 0, "clients at a time; 0 for no bound")
 	n.StringVar(&f.rate, "rate", "", "bound of throughput, as 10M or bytes=10M,ops=500: see export set")
+	n.Var(&f.threshold, "write-threshold", "offset `SIZE` in the image's file: the first write beyond it is an event, see export set")
 	n.StringVar(&x.RateGroup, "rate-group", "", "group of the configuration that it shares a bound with")
 	n.BoolVar(&x.LogRequests, "log-requests", false, "log every request")
 	n.BoolVar(&x.FlushOnClose, "flush-on-close", false, "flush when a client leaves")
@@ -252,6 +255,9 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		x.Faults = list.Faults
 	}
 	x.L2CacheSize = config.Size(f.l2Cache)
+	if at := config.Size(f.threshold); c.Flags().Changed("write-threshold") {
+		x.WriteThreshold = &at
+	}
 	if c.Flags().Changed("overlay") {
 		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
 	}

@@ -371,6 +371,74 @@ func TestDaemonIsWatched(t *testing.T) {
 	}
 }
 
+// TestDaemonTellsThatAnImageFills: once for each time that the threshold is set,
+// to who listens, and export show has it.
+func TestDaemonTellsThatAnImageFills(t *testing.T) {
+	d := startDaemon(t)
+	image := filepath.Join(d.dir, "disk.qcow2")
+	want(t, exitDone, "image", "create", image, "16M")
+	want(t, exitDone, "export", "add", "-f", "qcow2", "--write-threshold=1G", "web", image)
+	cmd := exec.Command(os.Args[0], "events", "--export=web", "--json")
+	cmd.Env = append(os.Environ(), asMain+"=1")
+	in, out := backingtest.Converse(t, cmd)
+	defer in.Close()
+	events := make(chan api.Event, 1000)
+	go func() {
+		defer close(events)
+		for j := json.NewDecoder(out); ; {
+			var e api.Event
+			if j.Decode(&e) != nil {
+				return
+			}
+			events <- e
+		}
+	}()
+	for heard := (api.Event{}); heard.Kind != "client-connected"; {
+		d.io(t, "web", "read 0 64k") // until somebody listens
+		select {
+		case heard = <-events:
+		default:
+		}
+	}
+	wantThreshold := func(when string, want config.Size) {
+		t.Helper()
+		if got := shownAs(t, "web").WriteThreshold; got == nil || *got != want {
+			t.Errorf("%s: got %v, want %v", when, got, want)
+		}
+	}
+	wantThreshold("as it was added", 1<<30)
+	for _, commands := range [][]string{{"write 0 8M", "write 8M 8M", "flush"}, {"write 4M 64k", "write 15M 1M", "write 12M 1M"}} {
+		want(t, exitDone, "export", "set", "web", "write-threshold=4M")
+		wantThreshold("as it was set", 4<<20)
+		d.io(t, "web", commands...)
+		wantThreshold("when it was reached", 0)
+	}
+	if got := want(t, exitDone, "export", "show", "web"); !strings.Contains(got, "\nwrite-threshold: 0\n") {
+		t.Errorf("got %q", got)
+	}
+	want(t, exitDone, "export", "remove", "web")
+	told := 0
+	for e := range events {
+		if e.Kind == "threshold" {
+			if told++; e.Export != "web" || e.Threshold != 4<<20 || e.Exceeded <= 0 || e.Exceeded > 16<<20 {
+				t.Errorf("got %+v", e)
+			}
+		}
+		if e.State == "closed" {
+			break
+		}
+	}
+	if told != 2 {
+		t.Errorf("it was set twice and told %d times", told)
+	}
+	must(t, cmd.Process.Signal(os.Interrupt))
+	for range events {
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("events: %v", err)
+	}
+}
+
 // TestPartOfADiskIsAnExport: a window and block sizes of the command line are
 // what clients get.
 func TestPartOfADiskIsAnExport(t *testing.T) {

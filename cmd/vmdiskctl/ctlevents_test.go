@@ -49,12 +49,14 @@ var happened = []api.Event{
 	{Time: noon, Kind: "client-connected", Export: "web", Client: 7},
 	{Time: noon, Kind: "export-state", Export: "a b", State: "paused"},
 	{Time: noon, Kind: "io-error", Export: "web", Text: "two\nlines \x1b[31m"},
+	{Time: noon, Kind: "threshold", Export: "web", Text: "a write went 512 bytes beyond its threshold of 4096", Threshold: 4096, Exceeded: 512},
 }
 
 var printed = []string{
 	"2026-11-21T12:00:00Z client-connected export=web client=7\n",
 	"2026-11-21T12:00:00Z export-state export=\"a b\" state=paused\n",
 	"2026-11-21T12:00:00Z io-error export=web: two\\nlines \\x1b[31m\n",
+	"2026-11-21T12:00:00Z threshold export=web: a write went 512 bytes beyond its threshold of 4096\n",
 }
 
 func TestEventsArePrintedAndChosen(t *testing.T) {
@@ -62,18 +64,19 @@ func TestEventsArePrintedAndChosen(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"--count=3"}, printed[0] + printed[1] + printed[2]},
+		{[]string{"--count=4"}, printed[0] + printed[1] + printed[2] + printed[3]},
 		{[]string{"--count=1"}, printed[0]},
 		{[]string{"--count=2", "--export=web"}, printed[0] + printed[2]},
 		{[]string{"--count=1", "--export=a b"}, printed[1]},
 		{[]string{"--count=2", "--kind=io-error,export-state"}, printed[1] + printed[2]},
+		{[]string{"--count=1", "--kind=threshold"}, printed[3]},
 	} {
 		code, got := follow(t, t.Context(), happened, stay, tt.args...)
 		if code != exitDone || got != tt.want {
 			t.Errorf("%q: exit code %d, got\n%s\nwant\n%s", tt.args, code, got, tt.want)
 		}
 	}
-	_, out := follow(t, t.Context(), happened, stay, "--count=3", "--json")
+	_, out := follow(t, t.Context(), happened, stay, "--count=4", "--json")
 	lines := strings.Split(strings.TrimSuffix(out, "\n"), "\n")
 	if len(lines) != len(happened) {
 		t.Fatalf("got %q", out)

@@ -56,6 +56,9 @@ func newExportSet() *cobra.Command {
   default=true|false       whether the empty name opens it too
   max-connections=N        0: no bound
   log-requests=true|false
+  write-threshold=SIZE     offset in the image's file, as 10G: the first write
+                           beyond it is an event (vmdiskctl events), and
+                           sets it to 0, which is none
   rate=RATE                10M, or bytes=10M,ops=500,burst=2s, or none; the keys
                            are bytes, read-bytes, write-bytes, ops, read-ops,
                            write-ops, per second, and burst
@@ -123,6 +126,7 @@ var patchKeys = map[string]func(p *api.Patch, value string) error{
 	"default":         func(p *api.Patch, v string) error { return setBool(&p.Default, v) },
 	"log-requests":    func(p *api.Patch, v string) error { return setBool(&p.LogRequests, v) },
 	"max-connections": func(p *api.Patch, v string) error { return setNumber(&p.Connections, v) },
+	"write-threshold": func(p *api.Patch, v string) error { return setSize(&p.WriteThreshold, v) },
 	"rate":            func(p *api.Patch, v string) (err error) { p.Rate, err = parseRate(v); return err },
 	"vsock-trust-cid": func(p *api.Patch, v string) error { return setBool(&p.TrustCID, v) },
 	"grants":          func(p *api.Patch, v string) error { return setJSON(p, "grants", v) },
@@ -194,6 +198,15 @@ func setNumber(to **int, s string) error {
 	}
 	v := int(n)
 	*to = &v
+	return nil
+}
+
+func setSize(to **config.Size, s string) error {
+	v := new(config.Size)
+	if err := v.UnmarshalText([]byte(s)); err != nil {
+		return err
+	}
+	*to = v
 	return nil
 }
 

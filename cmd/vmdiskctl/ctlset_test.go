@@ -18,6 +18,8 @@ func TestSettingsBecomeAPatch(t *testing.T) {
 		{[]string{"description="}, `{"description":""}`},
 		{[]string{"description=a=b, \"c\"", "readonly=true", "default=false"}, `{"description":"a=b, \"c\"","readonly":true,"default":false}`},
 		{[]string{"max-connections=0", "log-requests=true"}, `{"max-connections":0,"log-requests":true}`},
+		{[]string{"write-threshold=3G"}, `{"write-threshold":3221225472}`},
+		{[]string{"write-threshold=0"}, `{"write-threshold":0}`},
 		{[]string{"rate=10M"}, `{"rate":{"bytes":10485760}}`},
 		{[]string{"rate=none"}, `{"rate":{}}`},
 		{[]string{"rate=read-bytes=1K,write-bytes=2,ops=3,read-ops=4,write-ops=5,burst=6s"},
@@ -47,6 +49,7 @@ func TestSettingsThatMakeNoSenseAreRefused(t *testing.T) {
 	for _, args := range [][]string{
 		{""}, {"readonly"}, {"readonly=yes"}, {"readonly=TRUE"}, {"name=x"}, {"rate.=1"}, {"rate.x=1"}, {"rate.ops=1K"}, {"rate.bytes=x"},
 		{"rate="}, {"rate=-1"}, {"rate=1,2"}, {"rate=bytes=1,bytes=2"}, {"rate=burst=5"}, {"rate=ops=9223372036854775808"},
+		{"write-threshold="}, {"write-threshold=-1"}, {"write-threshold=none"}, {"write-threshold=1", "write-threshold=2"},
 		{"rate=1", "rate=2"}, {"rate=1", "rate.ops=2"}, {"rate.ops=1", "rate.ops=2"}, {"max-connections=-1"}, {"max-connections=4294967296"},
 		{"grant="}, {"grant=rw,"}, {"grant=rw,uid"}, {"grant=rw,uid="}, {"grant=rw,uid=-1"}, {"grant=rw,uid=4294967296"}, {"grant=rw,user=x"},
 		{"grant={}}"}, {`grant={"access":"rw","access":"ro"}`}, {`grant={"what":1}`}, {"grant=rw", "grants=[]"},

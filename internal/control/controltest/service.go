@@ -191,6 +191,9 @@ func (s *Service) Patch(_ context.Context, name string, p api.Patch) (api.Export
 		if p.Rate != nil {
 			e.Rate = p.Rate
 		}
+		if p.WriteThreshold != nil {
+			e.WriteThreshold = p.WriteThreshold
+		}
 		if e.Rate, wrong = e.Rate.With(p.RateKeys); wrong != nil {
 			wrong = &api.Error{Code: api.CodeInvalid, Text: wrong.Error()}
 		}
