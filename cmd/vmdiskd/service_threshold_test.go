@@ -2,12 +2,18 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 )
@@ -199,6 +205,68 @@ func TestThresholdStaysWithAnExport(t *testing.T) {
 	s.start()
 	s.wantThreshold("after a restart", at)
 	s.stop()
+}
+
+// TestVolumeGrowsBelowAnImage when the service has told that it fills, or is full:
+// the guest goes on, and the image is what QEMU takes for sound.
+func TestVolumeGrowsBelowAnImage(t *testing.T) {
+	s := &testService{T: t, dir: t.TempDir()}
+	volume := filepath.Join(s.dir, "volume")
+	if err := errors.Join(os.WriteFile(volume, nil, 0o600), os.Truncate(volume, 4<<20)); err != nil {
+		t.Fatal(err)
+	}
+	node := backingtest.Loop(t, volume, 512)
+	if out, err := tool(t, s.dir, "qemu-img", "create", "-q", "-f", "qcow2", node, "32M"); err != nil {
+		t.Fatal(err, out)
+	}
+	s.configure("[[export]]\nname = \"a\"\nimage = \"" + node + "\"\nformat = \"qcow2\"\nwrite-threshold = \"3M\"\n")
+	s.rewrite(`roots = ["`+s.dir+`"]`, `roots = ["`+s.dir+`", "/dev"]`)
+	s.start()
+	take := s.thresholds()
+	grow := func(size int64) {
+		t.Helper()
+		f, err := os.OpenFile(node, os.O_RDONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := errors.Join(os.Truncate(volume, size), unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(at string) error {
+		t.Helper()
+		out, err := tool(t, s.dir, "qemu-io", "-f", "raw", "-c", "write -P 7 "+at, "-c", "flush", s.uri("a"))
+		if err != nil || strings.Contains(out, "failed") {
+			return fmt.Errorf("qemu-io: %v: %s", err, out)
+		}
+		return nil
+	}
+	if err := write("0 3M"); err != nil {
+		t.Fatal(err)
+	}
+	s.wantReached("three of four", take, [2]int64{3 << 20})
+	grow(8 << 20)
+	s.setThreshold(7 << 20)
+	if err := write("3M 3M"); err != nil {
+		t.Fatal("a volume that has grown in time: ", err)
+	}
+	s.wantReached("six of eight", take)
+	if err := write("6M 6M"); err == nil || !strings.Contains(err.Error(), "No space") {
+		t.Fatalf("a volume that is full: got %v", err)
+	}
+	s.wantReached("eight of eight", take, [2]int64{7 << 20})
+	grow(64 << 20)
+	if err := write("6M 26M"); err != nil {
+		t.Fatal("a volume that was full: ", err)
+	}
+	s.stop()
+	if out, err := tool(t, s.dir, "qemu-img", "check", "-f", "qcow2", node); err != nil {
+		t.Error(err, out)
+	}
+	if out, err := tool(t, s.dir, "qemu-io", "-r", "-f", "qcow2", "-c", "read -P 7 0 32M", node); err != nil || strings.Contains(out, "failed") {
+		t.Error(err, out)
+	}
 }
 
 // TestWritersOfAGuestReachAThresholdOnce: four connections race over both ways of a

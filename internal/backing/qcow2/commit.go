@@ -226,8 +226,12 @@ func (d *disk) gatherTable(i int64, f *freshTable) dirtyTable {
 }
 
 // prepare makes durable what the mapping will refer to: refcounts, new tables,
-// data.
+// data. A write for which a device has no room waits for it: the device may have
+// become larger.
 func (d *disk) prepare(ctx context.Context, b *batch) error {
+	if err := d.space.Adopt(ctx); err != nil {
+		return err
+	}
 	if !b.linked && len(b.tables) == 0 && !d.space.Pending() {
 		return nil
 	}

@@ -102,7 +102,8 @@ func (d *disk) allocate(ctx context.Context, p []byte, off int64) (int64, error)
 	}
 	x, err := d.planFunded(ctx, off, int64(len(p)))
 	if errors.Is(err, backing.ErrNoSpace) {
-		// What is in quarantine is free after a commit, unless it is in use.
+		// What is in quarantine is free after a commit, unless it is in use, and a
+		// device that has become larger is known to be.
 		if err := d.commits.run(ctx); err != nil {
 			return 0, err
 		}

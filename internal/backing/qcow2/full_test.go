@@ -146,6 +146,51 @@ func TestZeroesFindWhatWasTrimmed(t *testing.T) {
 	wantSound(t, st, 0)
 }
 
+// TestGrownDeviceTakesWhatItRefused: who makes the volume below an image larger
+// when it is full, need not open the image anew.
+func TestGrownDeviceTakesWhatItRefused(t *testing.T) {
+	for _, tt := range []struct{ cluster, size int64 }{{512, 3 << 20}, {4096, 8 << 20}, {64 << 10, 64 << 20}} {
+		t.Run(fmt.Sprint(tt.cluster), func(t *testing.T) {
+			st := blank(t, "device", create.Options{Size: tt.size, ClusterSize: tt.cluster}).image
+			st.Cut(tt.size / 16)
+			st.SetFixed(true)
+			d := openQuiet(t, st, false)
+			at := int64(0)
+			for grown := tt.size / 16; grown < tt.size; grown *= 2 {
+				to, err := fillUp(t.Context(), d, at, tt.size, 1)
+				if !errors.Is(err, backing.ErrNoSpace) || to > grown {
+					t.Fatalf("a device of %d bytes: wrote %d to %d, got %v, want %v", grown, at, to, err, backing.ErrNoSpace)
+				}
+				if err := d.Flush(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				at = to
+				st.Cut(2 * grown)
+			}
+			st.Cut(2 * tt.size)
+			if to, err := fillUp(t.Context(), d, at, tt.size, 1); err != nil || to < tt.size {
+				t.Fatalf("with room for all: wrote %d to %d, got %v", at, to, err)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+			d = openQuiet(t, st, true)
+			got, want := make([]byte, tt.size), make([]byte, tt.size)
+			for off := int64(0); off < tt.size; off += 64 << 10 {
+				disktest.Fill(want[off:off+64<<10], off, 1)
+			}
+			if err := d.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("read: got %v, and other bytes: %t", err, !bytes.Equal(got, want))
+			}
+			if err := d.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // smallHost mounts an ext4 or a tmpfs, which cannot zero in place, of so many
 // bytes, on which only a file of ballast is.
 func smallHost(t *testing.T, kind string, size, ballast int64) (dir string) {

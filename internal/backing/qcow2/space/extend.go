@@ -47,6 +47,29 @@ func (s *Space) Extend(ctx context.Context, end int64) error {
 	return nil
 }
 
+// Adopt looks whether a block device that had no room has become larger, and
+// has all of it handed out then. What cannot be asked is as it was. Errors: those
+// of Write before it changes anything.
+func (s *Space) Adopt(ctx context.Context) error {
+	s.mu.Lock()
+	full := s.full
+	s.full = false
+	s.mu.Unlock()
+	if !full {
+		return nil
+	}
+	size, err := s.st.Size()
+	most := min(s.limit, size>>s.g.ClusterBits)
+	if err != nil || most <= s.max {
+		return nil
+	}
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	s.countSpare(most)
+	return nil
+}
+
 // End is how far the file reaches at least, in bytes.
 func (s *Space) End() int64 {
 	s.extendMu.Lock()

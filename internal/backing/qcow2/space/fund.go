@@ -308,7 +308,7 @@ func (s *Space) setAside(ctx context.Context, n int64) error {
 	}
 	if c < 0 {
 		defer s.mu.Unlock()
-		return s.noSpace(n << s.g.ClusterBits)
+		return s.noSpaceLocked(n << s.g.ClusterBits)
 	}
 	for i := range n {
 		s.used.Add(c + i)

@@ -40,16 +40,19 @@ type Run struct {
 type Ref struct{ Off, Len int64 }
 
 // Space is the account of one image. Reserve, ReserveMeta, ReserveTable, Drop,
-// IsMeta, Pending, Extend and End are for any goroutine; Write, Release, Fund
-// and Trim for one at a time, which is called the commit. Lock order: extendMu,
-// mu.
+// IsMeta, Pending, Extend and End are for any goroutine; Write, Release, Fund,
+// Adopt and Trim for one at a time, which is called the commit. Lock order:
+// extendMu, mu.
 type Space struct {
 	st    store.Store
 	g     format.Geometry
 	log   *slog.Logger
-	fixed bool  // the size of the file cannot change
+	fixed bool  // a block device: the size of the file cannot be changed here
 	limit int64 // clusters that an image can have
-	max   int64 // clusters that can be handed out: limit, or the device
+
+	// max is how many clusters can be handed out: limit, or the device. That of a
+	// device is guarded by mu, and changed by the commit, which reads it without.
+	max int64
 
 	mu   sync.Mutex
 	used *clusters.Set // guarded by mu: not free
@@ -66,6 +69,7 @@ type Space struct {
 	top    int64 // guarded by mu: all clusters from here on are free
 	virgin int64 // guarded by mu: from here on, nothing was ever handed out, and the file was not there
 	spare  int64 // guarded by mu: free clusters kept for refcounts, on a device
+	full   bool  // guarded by mu: the device had no room, and Adopt was not called since
 	rest   bool  // guarded by mu: the commit has something to do besides touched
 	bad    error // guarded by mu: the image is corrupt, for good
 	funds  funds // guarded by mu
@@ -102,7 +106,7 @@ func New(st store.Store, h *format.Header, r *check.Report, log *slog.Logger) (*
 	}
 	s.top = s.used.Last(s.limit) + 1
 	s.commit = newCommit(Ref{int64(h.RefTableOffset), int64(h.RefTableClusters) << s.g.ClusterBits})
-	s.spare = s.spareFor(s.commit.area.Len/pointer, func(i int64) bool {
+	s.spare = s.spareFor(s.max, s.commit.area.Len/pointer, func(i int64) bool {
 		return s.used.HasAny(i*s.g.BlockEntries, s.g.BlockEntries)
 	})
 	return s, nil
@@ -120,7 +124,7 @@ func (s *Space) Reserve(n int64) (Run, error) {
 	}
 	c, room := s.freeLocked(), s.roomLocked()
 	if c >= s.max || room <= 0 {
-		return Run{}, s.noSpace(n)
+		return Run{}, s.noSpaceLocked(n)
 	}
 	zeroed := s.zeroedLocked(c)
 	want := min(s.g.Clusters(min(n, limits.ReserveRun)), room)
@@ -149,7 +153,7 @@ func (s *Space) ReserveMeta(n int64) (Run, error) {
 // reserveMetaRoomLocked leaves what is kept for refcounts.
 func (s *Space) reserveMetaRoomLocked(n int64) (Run, error) {
 	if s.bad == nil && s.g.Clusters(n) > s.roomLocked() {
-		return Run{}, s.noSpace(n)
+		return Run{}, s.noSpaceLocked(n)
 	}
 	return s.reserveMetaLocked(n)
 }
@@ -161,14 +165,14 @@ func (s *Space) reserveMetaLocked(n int64) (Run, error) {
 	}
 	want := s.g.Clusters(n)
 	if want > s.max {
-		return Run{}, s.noSpace(n)
+		return Run{}, s.noSpaceLocked(n)
 	}
 	c := s.gapLocked(s.hint, want)
 	if c < 0 {
 		c = s.gapLocked(0, want)
 	}
 	if c < 0 {
-		return Run{}, s.noSpace(n)
+		return Run{}, s.noSpaceLocked(n)
 	}
 	return s.takeMetaLocked(c, c+want), nil
 }
@@ -184,7 +188,8 @@ func (s *Space) askLocked(n int64) error {
 	return nil
 }
 
-func (s *Space) noSpace(n int64) error {
+func (s *Space) noSpaceLocked(n int64) error {
+	s.full = s.fixed
 	return &backing.Error{Op: "allocate", Off: -1, Kind: backing.ErrNoSpace,
 		Err: fmt.Errorf("no room for %d bytes in an image of at most %d clusters", n, s.max)}
 }

@@ -31,19 +31,19 @@ func (s *Space) loadTable(ctx context.Context) error {
 		k.table[i] = binary.BigEndian.Uint64(p[i*pointer:])
 	}
 	k.loaded = true
-	s.countSpare()
+	s.countSpare(s.max)
 	return nil
 }
 
-// spareFor is how many clusters of a device are kept for refcounts, so that
-// what is reserved can be counted: for each block that is not there, and for a
-// table of more than the given entries, if the device needs it. The table
+// spareFor is how many clusters are kept for refcounts, of a device of as many as
+// most, so that what is reserved can be counted: for each block that is not there,
+// and for a table of more than the given entries, if the device needs it. The table
 // wants them in a row, which is not promised. A file may always grow.
-func (s *Space) spareFor(entries int64, has func(i int64) bool) int64 {
+func (s *Space) spareFor(most, entries int64, has func(i int64) bool) int64 {
 	if !s.fixed {
 		return 0
 	}
-	n, blocks := int64(0), (s.max+s.g.BlockEntries-1)/s.g.BlockEntries
+	n, blocks := int64(0), (most+s.g.BlockEntries-1)/s.g.BlockEntries
 	for i := range blocks {
 		if !has(i) {
 			n++
@@ -55,13 +55,17 @@ func (s *Space) spareFor(entries int64, has func(i int64) bool) int64 {
 	return n
 }
 
-// countSpare counts anew, with the table.
-func (s *Space) countSpare() {
+// countSpare counts anew, with the table, for as many clusters as most, which are
+// handed out from then on.
+func (s *Space) countSpare(most int64) {
 	t := s.commit.table
-	n := s.spareFor(int64(len(t)), func(i int64) bool { return i < int64(len(t)) && t[i] != 0 })
+	n := s.spareFor(most, int64(len(t)), func(i int64) bool { return i < int64(len(t)) && t[i] != 0 })
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.spare = n
+	if most > s.max { // a device
+		s.max = most
+	}
 	s.funds.entries = int64(len(t))
 }
 
@@ -200,18 +204,23 @@ func (s *Space) tableSize(i int64) int64 {
 	return min(s.g.Clusters(entries*pointer)<<s.g.ClusterBits, format.MaxRefTable)
 }
 
+// tableRun reserves the n bytes of a table with room for block i.
+func (s *Space) tableRun(i, n int64) (Run, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n/pointer <= i {
+		return Run{}, s.noSpaceLocked(n)
+	}
+	return s.reserveMetaLocked(n)
+}
+
 // grow reserves a larger area for the table, with room for block i. It returns
 // the blocks that count the area; where the table has no room for them, it
 // grows once more.
 func (s *Space) grow(ctx context.Context, i int64) (more []int64, err error) {
 	k := &s.commit
 	n := s.tableSize(i)
-	if n/pointer <= i {
-		return nil, s.noSpace(n)
-	}
-	s.mu.Lock()
-	run, err := s.reserveMetaLocked(n)
-	s.mu.Unlock()
+	run, err := s.tableRun(i, n)
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +233,7 @@ func (s *Space) grow(ctx context.Context, i int64) (more []int64, err error) {
 	}
 	k.moved = &run
 	k.table = append(k.table, make([]uint64, n/pointer-int64(len(k.table)))...)
-	s.countSpare()
+	s.countSpare(s.max)
 	span := s.g.BlockEntries << s.g.ClusterBits
 	for b := run.Off / span; b <= (run.Off+run.Len-1)/span; b++ {
 		more = append(more, b)
