@@ -116,7 +116,7 @@ func (c *Checked) Extents(ctx context.Context, off, n int64, f Flags, yield func
 	if err := c.check(off, n, 0, ""); err != nil {
 		return err
 	}
-	if err := c.checkFlags(f, ReqOne|AsRead); err != nil {
+	if err := c.checkFlags(f, ReqOne|AsRead|Partial); err != nil {
 		return err
 	}
 	return c.dev.Extents(ctx, off, n, f, yield)

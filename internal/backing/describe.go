@@ -18,8 +18,8 @@ type Describer interface {
 
 	// Describe yields the statuses of [off, off+n) in order, the first at
 	// off, none of length 0, the last clipped to the range, until yield
-	// returns false. It honours ReqOne. A name that Descriptions does not
-	// have is ErrInvalid.
+	// returns false. It honours ReqOne and Partial. A name that Descriptions
+	// does not have is ErrInvalid.
 	Describe(ctx context.Context, name string, off, n int64, f Flags, yield func(Status) bool) error
 }
 
@@ -47,7 +47,7 @@ func (c *Checked) Describe(ctx context.Context, name string, off, n int64, f Fla
 	if err := c.check(off, n, 0, ""); err != nil {
 		return err
 	}
-	if err := c.checkFlags(f, ReqOne); err != nil {
+	if err := c.checkFlags(f, ReqOne|Partial); err != nil {
 		return err
 	}
 	return Passthrough{Next: c.dev}.Describe(ctx, name, off, n, f, yield)

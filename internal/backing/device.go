@@ -25,6 +25,9 @@ const (
 	// AsRead: the answer of Extents, if it is one extent of zeroes, is taken
 	// for that of a read of the range, and counts as one.
 	AsRead
+	// Partial: Extents may end before its range, not before its first extent,
+	// where going on would read more tables than limits.StatusTables.
+	Partial
 )
 
 // Caps are the operations that a device does natively.
@@ -126,7 +129,7 @@ type Device interface {
 
 	// Extents yields the states of [off, off+n) in order, the first at off,
 	// none of length 0, the last clipped to the range, until yield returns
-	// false. It honours ReqOne and AsRead.
+	// false. It honours ReqOne, AsRead and Partial.
 	Extents(ctx context.Context, off, n int64, f Flags, yield func(Extent) bool) error
 
 	// Map names the host runs behind a guest range and leaves a lease open:

@@ -368,6 +368,12 @@ const (
 	// MapExtents bounds the extents of a page, 32 bytes each.
 	MapExtents = 4096
 
+	// StatusTables bounds the tables that one request for the state of a range
+	// looks at: pages of a map of MapPage, or slices of L2Slice. What a request
+	// without 64-bit lengths asks for with clusters of 64 KiB, 512 KiB of L2
+	// tables; a client asks again from where the answer ended.
+	StatusTables = 128
+
 	// MapHoles bounds the large holes of one image that are kept in memory,
 	// 320 bytes each; they lie in one sorted list, which moves when one is put
 	// in.

@@ -91,11 +91,12 @@ func (s *session) collectExtents(req *wire.Request, contexts []metaContext) ([]b
 	return b, nil
 }
 
-// describe fills e with what context c says of the range. FUA is accepted on
-// every command and means nothing here.
+// describe fills e with what context c says of the range, or of its beginning:
+// a client asks again for the rest (proto.md, "NBD_CMD_BLOCK_STATUS"). FUA is
+// accepted on every command and means nothing here.
 func (s *session) describe(req *wire.Request, c metaContext, e *statusList) error {
 	off, n := device(req)
-	f := deviceFlags(req.Flags & wire.FlagReqOne)
+	f := deviceFlags(req.Flags&wire.FlagReqOne) | backing.Partial
 	if c.name != wire.ContextAllocation {
 		return s.dev.Describe(s.ctx, c.name, off, n, f, e.add)
 	}

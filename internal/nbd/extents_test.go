@@ -95,3 +95,33 @@ func TestBlockStatusLooksAtABoundedNumberOfExtents(t *testing.T) {
 		})
 	}
 }
+
+// laborious is a disk that answers one gigabyte at a time where it may.
+type laborious struct{ torn }
+
+func (d *laborious) Extents(_ context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	d.looked.Store(n)
+	if f&backing.Partial != 0 {
+		d.looked.Store(min(n, 1<<30))
+	}
+	yield(backing.Extent{Len: d.looked.Load()})
+	return nil
+}
+
+// TestBlockStatusMayEndBeforeItsRange: a disk is never made to look at all of it
+// for one request.
+func TestBlockStatusMayEndBeforeItsRange(t *testing.T) {
+	const size = 1 << 40
+	d := &laborious{torn{Device: mem.New(size, nil)}}
+	r := newRig(t, backing.NewEmulate(d), engine.NewPool(2), bufpool.New(limits.BufferBudget))
+	c := r.extentsClient(t, client.Extended)
+	for _, f := range []wire.CmdFlags{0, wire.FlagReqOne} {
+		got, err := c.Extents(t.Context(), 0, size, f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(got[0]) != 1 || got[0][0].Len != 1<<30 || d.looked.Load() != 1<<30 {
+			t.Errorf("flags %v: got %v with %d bytes looked at, want one extent of 1 GiB", f, got[0], d.looked.Load())
+		}
+	}
+}

@@ -282,25 +282,25 @@ func (l *Overlay) Trim(ctx context.Context, off, n int64, _ backing.Flags) error
 func (l *Overlay) Flush(context.Context) error { return nil }
 
 func (l *Overlay) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
-	more := true
+	more, end := true, off+n
 	emit := func(x backing.Extent) bool {
+		off += x.Len
 		more = yield(x) && f&backing.ReqOne == 0
 		return more
 	}
-	for n > 0 && more {
-		c, k := l.lookup(off, n)
+	for off < end && more {
+		c, k := l.lookup(off, end-off)
 		switch c {
 		case absent:
-			if err := l.Next.Extents(ctx, off, k, f, emit); err != nil {
-				return err
+			to := off + k
+			if err := l.Next.Extents(ctx, off, k, f, emit); err != nil || off < to {
+				return err // or no more is wanted, or told
 			}
 		case zero:
 			emit(backing.Extent{Len: k, Hole: true, Zero: true})
 		default:
-			k = l.written(off, n)
-			emit(backing.Extent{Len: k})
+			emit(backing.Extent{Len: l.written(off, end-off)})
 		}
-		off, n = off+k, n-k
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package layer_test
 
 import (
 	"bytes"
+	"context"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -213,6 +214,57 @@ func TestOverlayShowsWhatIsWrittenInExtents(t *testing.T) {
 	want := []backing.Extent{{Len: 96 << 10}, hole(96 << 10), {Len: 32 << 10}, hole(32 << 10)}
 	if !slices.Equal(got, want) {
 		t.Errorf("extents: got %+v, want %+v", got, want)
+	}
+}
+
+// brief is a disk whose partial answers have n bytes.
+type brief struct {
+	backing.Device
+	n int64
+}
+
+func (d brief) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	if f&backing.Partial != 0 {
+		n = min(n, d.n)
+	}
+	return d.Device.Extents(ctx, off, n, f, yield)
+}
+
+// TestLayersPassPartialAnswersOn: an answer ends where that of the disk below
+// does, and whoever goes on there sees all that a whole answer has.
+func TestLayersPassPartialAnswersOn(t *testing.T) {
+	base := mem.New(256<<10, nil)
+	fill(t, base, 192<<10, 64<<10, 1)
+	o := must(layer.NewOverlay(brief{base, 20 << 10}, layer.OverlayOptions{Quota: 1 << 20}))
+	fill(t, o, 30<<10, 40<<10, 1)
+	for name, d := range map[string]backing.Device{
+		"overlay": o,
+		"blocks":  must(layer.NewBlockSize(brief{base, 20 << 10}, layer.BlockSizeOptions{Min: 16 << 10})),
+	} {
+		var whole, got []byte // the states of each KiB
+		into := func(list *[]byte) func(backing.Extent) bool {
+			return func(x backing.Extent) bool {
+				state := byte('d')
+				if x.Zero {
+					state = 'z'
+				}
+				*list = append(*list, bytes.Repeat([]byte{state}, int(x.Len>>10))...)
+				return true
+			}
+		}
+		if err := d.Extents(t.Context(), 0, 256<<10, 0, into(&whole)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		answers := 0
+		for ; len(got) < len(whole); answers++ {
+			off := int64(len(got)) << 10
+			if err := d.Extents(t.Context(), off, 256<<10-off, backing.Partial, into(&got)); err != nil || int64(len(got))<<10 == off {
+				t.Fatalf("%s: extents at %d: no answer, %v", name, off, err)
+			}
+		}
+		if answers < 4 || !bytes.Equal(got, whole) {
+			t.Errorf("%s: got %s in %d answers, want %s in several", name, got, answers, whole)
+		}
 	}
 }
 

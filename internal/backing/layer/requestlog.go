@@ -81,7 +81,8 @@ func (l *RequestLog) seen(ctx context.Context, r request, do func() error) error
 	return err
 }
 
-// flagNames are in the order of their bits, joined by commas.
+// flagNames are in the order of their bits, joined by commas. Partial has none: all
+// block status requests of clients have it.
 func flagNames(f backing.Flags) string {
 	names := ""
 	for _, x := range []struct {

@@ -7,6 +7,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // spanBatch is how many spans are looked up before their bytes are read.
@@ -219,12 +220,12 @@ func (d *disk) joinSpans(op engine.Op, off int64, spans []Span, j *join) bool {
 // Describe tells the depth of a range, or what a bitmap has of it.
 func (d *disk) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
 	return d.describe(name, off, n, f, yield, func(r *runs[uint32]) error {
-		return d.eachPiece(ctx, off, n, func(own bool, x *piece) bool {
+		return d.eachPiece(ctx, off, d.looked(off, n, f), func(own bool, x *piece) bool {
 			depth := depthOf(x)
 			if !own && depth > 0 {
 				depth++
 			}
-			return r.add(x.n, depth)
+			return r.looks(x) && r.add(x.n, depth)
 		})
 	})
 }
@@ -233,11 +234,11 @@ func (d *disk) Describe(ctx context.Context, name string, off, n int64, f backin
 // allocated.
 func (d *disk) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
 	r := extentRuns(f, yield)
-	err := d.eachSpan(ctx, off, n, func(at int64, s *Span) error {
+	err := d.eachSpan(ctx, off, d.looked(off, n, f), func(at int64, s *Span) error {
 		var more bool
 		switch s.Kind {
 		case Absent:
-			return d.eachBelow(ctx, at, s.Len, func(x *piece) bool { return addExtent(ctx, r, x) })
+			return d.eachBelow(ctx, at, s.Len, func(x *piece) bool { return r.looks(x) && addExtent(ctx, r, x) })
 		case Data:
 			more = addData(ctx, r, s.Store, s.Off, s.Len)
 		default:
@@ -252,6 +253,28 @@ func (d *disk) Extents(ctx context.Context, off, n int64, f backing.Flags, yield
 		err = nil
 	}
 	return d.wrap("extents", off, n, r.end(err))
+}
+
+// looked is how much of a range a request for its state looks at: with Partial
+// limits.StatusTables slices, and limits.MapHoleScan entries of the L1 table.
+func (d *disk) looked(off, n int64, f backing.Flags) int64 {
+	if f&backing.Partial == 0 {
+		return n
+	}
+	d.m.mu.RLock()
+	defer d.m.mu.RUnlock()
+	at, end := off, off+n
+	for slices, entry := 0, off/d.g.L2Coverage; at < end && at/d.g.L2Coverage-entry < limits.MapHoleScan; {
+		step := d.g.L2Coverage
+		if d.m.l1[at/d.g.L2Coverage] != 0 {
+			if slices++; slices > limits.StatusTables {
+				break
+			}
+			step = d.m.coverage
+		}
+		at = at - at%step + step
+	}
+	return min(at, end) - off
 }
 
 // piece is what s has in common with a piece of a chain.

@@ -52,7 +52,7 @@ func (d *described) describe(name string, off, n int64, f backing.Flags, yield f
 // damaged counts where that was found.
 func (d *chainDevice) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
 	return d.describe(name, off, n, f, yield, func(r *runs[uint32]) error {
-		return d.pieces(ctx, off, n, func(x *piece) bool { return r.add(x.n, depthOf(x)) })
+		return d.pieces(ctx, off, n, func(x *piece) bool { return r.looks(x) && r.add(x.n, depthOf(x)) })
 	})
 }
 
@@ -68,7 +68,7 @@ func depthOf(x *piece) uint32 {
 // as data: who reads it finds out.
 func (d *chainDevice) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
 	r := extentRuns(f, yield)
-	err := d.pieces(ctx, off, n, func(x *piece) bool { return addExtent(ctx, r, x) })
+	err := d.pieces(ctx, off, n, func(x *piece) bool { return r.looks(x) && addExtent(ctx, r, x) })
 	return d.wrap("extents", off, n, r.end(err))
 }
 
@@ -117,7 +117,7 @@ func stateOf(x *piece) (e backing.Extent) {
 	return e
 }
 
-// runs yields equal neighbours as one. It honours ReqOne.
+// runs yields equal neighbours as one. It honours ReqOne and Partial.
 type runs[S comparable] struct {
 	flags backing.Flags
 	yield func(n int64, state S) bool
@@ -125,6 +125,9 @@ type runs[S comparable] struct {
 	n     int64 // bytes of the run so far
 	state S
 	done  bool // yield wants no more
+
+	page  *page // of a chain that was looked at last
+	pages int   // that were looked at
 }
 
 func depthRuns(f backing.Flags, yield func(backing.Status) bool) *runs[uint32] {
@@ -138,6 +141,16 @@ func extentRuns(f backing.Flags, yield func(backing.Extent) bool) *runs[backing.
 		e.Len = n
 		return yield(e)
 	}}
+}
+
+// looks takes note of the page that x is of, if it is of one. It reports whether
+// the request may look at it.
+func (r *runs[S]) looks(x *piece) bool {
+	if x.page != nil && x.page != r.page {
+		r.page = x.page
+		r.pages++
+	}
+	return r.flags&backing.Partial == 0 || r.pages <= limits.StatusTables
 }
 
 // add takes the state of the next n bytes and reports whether more is wanted.
