@@ -28,14 +28,21 @@ type gathered struct {
 	err   error
 }
 
+// sought is an export whose files are to be opened, while those in known are open
+// that may be its too.
+type sought struct {
+	config.Export
+	known []*os.File
+}
+
 // gatherAll opens the files of all images without locking them. Storage that
 // hangs holds up no other's: its images have errNoAnswer after limits.ImageAnswers,
 // and so have those whose turn does not come before.
-func (d *daemon) gatherAll(list []config.Export) []gathered {
+func (d *daemon) gatherAll(list []sought) []gathered {
 	out := make([]gathered, len(list))
 	var images []int
 	for i := range list {
-		if hasFiles(&list[i]) {
+		if hasFiles(&list[i].Export) {
 			images = append(images, i)
 		}
 	}
@@ -66,12 +73,12 @@ func hasFiles(x *config.Export) bool {
 }
 
 // gatherOne opens the files of one image. It may hang.
-func (d *daemon) gatherOne(ctx context.Context, x *config.Export, buffers *bufpool.Pool) gathered {
-	spec, err := d.imageSpec(x, nil)
+func (d *daemon) gatherOne(ctx context.Context, x *sought, buffers *bufpool.Pool) gathered {
+	spec, err := d.imageSpec(&x.Export, nil)
 	if err != nil {
 		return gathered{err: err}
 	}
-	spec.Log, spec.Buffers = slog.New(slog.DiscardHandler), buffers
+	spec.Log, spec.Known, spec.Buffers = slog.New(slog.DiscardHandler), x.known, buffers
 	t, err := gatherAlone(ctx, spec)
 	return gathered{t, d.explain(spec.Path, err)}
 }
@@ -230,17 +237,17 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 	if t := d.cfg.Handed; t != nil && d.server == nil {
 		return t.gathered(list)
 	}
-	images := make([]config.Export, len(list))
+	images := make([]sought, len(list))
 	for i, k := range list {
 		if k.failed != nil {
 			continue // it is not opened, and the export without an image has no files
 		}
-		images[i] = k.cfg
+		images[i].Export = k.cfg
 		if k.origin != fromConfig {
 			continue
 		}
 		if placed, err := d.placed(k.cfg); err == nil { // addDisk complains
-			images[i] = placed
+			images[i].Export = placed
 		}
 	}
 	return d.gatherAll(images)

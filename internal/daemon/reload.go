@@ -197,16 +197,41 @@ func (r *reload) setRules(context.Context) error {
 }
 
 func (r *reload) addExports(ctx context.Context) error {
+	var list []*disk
 	for _, x := range r.change.Exports {
-		if x.What != config.Add {
-			continue
+		if x.What == config.Add {
+			list = append(list, &disk{cfg: *x.New, origin: fromConfig, trial: true})
 		}
-		if err := r.d.addDisk(ctx, &disk{cfg: *x.New, origin: fromConfig, trial: true}, nil); err != nil {
-			return fmt.Errorf("export %q: %w", x.Name, err)
-		}
-		r.onError(func(ctx context.Context) { r.d.retire(ctx, x.Name, nil) })
 	}
-	return nil
+	undo, err := r.d.addAll(ctx, list)
+	r.undo = append(r.undo, undo...)
+	return err
+}
+
+// addAll opens exports that are not open: none, unless the storage of all answers.
+// It returns what takes back what it has done, also with an error; one that had
+// failed before is that again.
+func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []func(context.Context), err error) {
+	all := d.filesOf(list)
+	defer func() {
+		for _, g := range all {
+			g.table.Close()
+		}
+	}()
+	for i, g := range all {
+		if errors.Is(g.err, errNoAnswer) { // of the others addDisk complains
+			return nil, fmt.Errorf("export %q: %w", list[i].cfg.Name, g.err)
+		}
+	}
+	for i, k := range list {
+		name, failed := k.cfg.Name, k.again
+		k.files = all[i].table
+		if err := d.addDisk(ctx, k, nil); err != nil {
+			return undo, fmt.Errorf("export %q: %w", name, err)
+		}
+		undo = append(undo, func(ctx context.Context) { d.retire(ctx, name, failed) })
+	}
+	return undo, nil
 }
 
 // changeExports changes those that stay open.
@@ -443,10 +468,11 @@ func named(list []config.Export, name string) (x config.Export, ok bool) {
 // reopening is an export that is to be closed and opened as x says. Until end
 // nobody changes it, or pauses it.
 type reopening struct {
-	d     *daemon
-	k     *disk
-	x     config.Export
-	files *open.Table // of x
+	d *daemon
+	k *disk
+	x config.Export
+
+	files, before *open.Table // of x, and of what k is; each nil for none
 }
 
 // reopen closes exports and opens them as list says; one that is not open is
@@ -454,6 +480,7 @@ type reopening struct {
 // back what it has done, also with an error: an export that cannot be opened is
 // opened as it was.
 func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []func(context.Context), err error) {
+	var away []*disk
 	var all []*reopening
 	defer func() {
 		for _, r := range all {
@@ -466,10 +493,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 		case k != nil && d.disks.originOf(k) != fromConfig:
 			err = errTaken
 		case d.disks.find(x.Name) == nil:
-			var back func(context.Context)
-			if back, err = d.openAgain(ctx, *x.New, k); err == nil {
-				undo = append(undo, back)
-			}
+			away = append(away, &disk{cfg: *x.New, origin: fromConfig, again: k, trial: true})
 		default:
 			var r *reopening
 			if r, err = d.beginReopen(ctx, k, x); err == nil {
@@ -477,8 +501,14 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 			}
 		}
 		if err != nil {
-			return undo, fmt.Errorf("export %q: %w", x.Name, err)
+			return nil, fmt.Errorf("export %q: %w", x.Name, err)
 		}
+	}
+	if err := d.gatherReopened(ctx, all); err != nil {
+		return nil, err
+	}
+	if undo, err = d.addAll(ctx, away); err != nil {
+		return undo, err
 	}
 	for _, r := range all {
 		back, err := r.reopen(ctx)
@@ -495,23 +525,51 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 	if err := k.leave(ctx); err != nil {
 		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
-	live, _, _ := d.disks.look(k)
-	x := change.On(&live)
-	files, err := (*open.Table)(nil), error(nil)
 	if d.disks.held(k) {
-		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
-	} else {
-		files, err = d.gatherBeside(ctx, k, x)
-	}
-	if err != nil {
 		k.stay()
-		return nil, err
+		return nil, fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
 	}
-	return &reopening{d, k, x, files}, nil
+	live, _, _ := d.disks.look(k)
+	return &reopening{d: d, k: k, x: change.On(&live)}, nil
+}
+
+// gatherReopened opens the files of exports that are to be opened anew, and once
+// more those that they have, for the case that it fails.
+func (d *daemon) gatherReopened(ctx context.Context, all []*reopening) error {
+	var list []sought
+	for _, r := range all {
+		live, _, _ := d.disks.look(r.k)
+		for _, x := range [...]config.Export{r.x, live} {
+			y, err := d.soughtBeside(ctx, r.k, x)
+			if err != nil {
+				return fmt.Errorf("export %q: %w", x.Name, err)
+			}
+			list = append(list, y)
+		}
+	}
+	out := d.gatherAll(list)
+	for i, r := range all {
+		r.files, r.before = out[2*i].table, out[2*i+1].table
+	}
+	for i, r := range all {
+		if err := out[2*i].err; err != nil {
+			return fmt.Errorf("export %q: %w", r.x.Name, err)
+		}
+		d.tellGone(r.x.Name, out[2*i+1].err)
+	}
+	return nil
+}
+
+// tellGone notes that an export cannot come back as it was, if err says so.
+func (d *daemon) tellGone(name string, err error) {
+	if err != nil {
+		d.log.Debug("the files of an export that is closed cannot be opened again", "export", name, "error", err)
+	}
 }
 
 func (r *reopening) end() {
 	r.files.Close()
+	r.before.Close()
 	r.k.stay()
 }
 
@@ -519,7 +577,9 @@ func (r *reopening) end() {
 // returns what takes it back.
 func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
 	d := r.d
-	closed, back, err := d.closeFor(ctx, r.k)
+	before := r.before
+	r.before = nil
+	closed, back, err := d.closeWith(ctx, r.k, before)
 	if err != nil {
 		return nil, err
 	}
@@ -527,6 +587,7 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 		back()
 		return nil, err
 	}
+	before.Close()
 	return func(ctx context.Context) {
 		_, back, err := d.closeFor(ctx, r.k)
 		if err != nil {
@@ -537,18 +598,18 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 	}, nil
 }
 
-// gatherBeside opens the files of an export as x says while k is open, whose files
+// soughtBeside are the files of an export as x says while k is open, whose files
 // may be the same ones: the daemon may have no right to open them again.
-func (d *daemon) gatherBeside(ctx context.Context, k *disk, x config.Export) (*open.Table, error) {
+func (d *daemon) soughtBeside(ctx context.Context, k *disk, x config.Export) (sought, error) {
 	x, err := d.placed(x)
 	if err != nil {
-		return nil, err
+		return sought{}, err
 	}
 	if err := k.busy.Wait(ctx); err != nil {
-		return nil, err
+		return sought{}, err
 	}
 	defer k.busy.Unlock()
-	return d.gather(ctx, &x, k.stack.files)
+	return sought{x, slices.Clone(k.stack.files)}, nil
 }
 
 // errReopening is what an export has failed for that closeFor has closed.
@@ -559,14 +620,28 @@ var errReopening = errors.New("it is being opened again")
 // its image may be elsewhere by now, and then that fails.
 func (d *daemon) closeFor(ctx context.Context, was *disk) (closed *disk, back func(), err error) {
 	old, _, _ := d.disks.look(was)
-	name := old.Name
-	k := d.disks.find(name)
+	k := d.disks.find(old.Name)
 	if k == nil {
 		return nil, nil, nbd.ErrUnknownExport
 	}
-	files, err := d.gatherBeside(ctx, k, old)
-	if err != nil {
-		d.log.Debug("the files of an export that is closed cannot be opened again", "export", name, "error", err)
+	x, err := d.soughtBeside(ctx, k, old)
+	g := gathered{err: err}
+	if err == nil {
+		g = d.gatherAll([]sought{x})[0]
+	}
+	d.tellGone(old.Name, g.err)
+	return d.closeWith(ctx, was, g.table)
+}
+
+// closeWith is closeFor with the files of was, which back closes. They are closed
+// where there is no way back.
+func (d *daemon) closeWith(ctx context.Context, was *disk, files *open.Table) (closed *disk, back func(), err error) {
+	old, _, _ := d.disks.look(was)
+	name := old.Name
+	k := d.disks.find(name)
+	if k == nil {
+		files.Close()
+		return nil, nil, nbd.ErrUnknownExport
 	}
 	closed = &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening}
 	back = func() {
@@ -583,15 +658,6 @@ func (d *daemon) closeFor(ctx context.Context, was *disk) (closed *disk, back fu
 		files.Close()
 	}
 	return nil, nil, err
-}
-
-// openAgain opens an export that has failed, or for nil one that was removed. If
-// it fails again, it stays what it was.
-func (d *daemon) openAgain(ctx context.Context, x config.Export, failed *disk) (undo func(context.Context), err error) {
-	if err := d.addDisk(ctx, &disk{cfg: x, origin: fromConfig, again: failed, trial: true}, nil); err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context) { d.retire(ctx, x.Name, failed) }, nil
 }
 
 // makeRoom removes an export for instead. If its clients do not leave before ctx

@@ -376,9 +376,13 @@ func (s *stage0) openImages() (err error) {
 		_, silent := s.out.Silent[x.Name]
 		return silent
 	})
+	images := make([]sought, len(list))
+	for i := range list {
+		images[i].Export = list[i]
+	}
 	known := len(s.out.Silent)
 	done := make(chan []gathered, 1)
-	go func() { done <- s.gatherAll(list) }()
+	go func() { done <- s.gatherAll(images) }()
 	select {
 	case all := <-done:
 		for i, g := range all {
