@@ -3,6 +3,7 @@ package nbd
 import (
 	"cmp"
 	"crypto/tls"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -118,10 +119,12 @@ func (s *session) info() ClientInfo {
 	return i
 }
 
-// announce publishes that the session begins; the function it returns, that
-// it has ended.
+// announce tells that the session begins; the function it returns, that it has
+// ended. The log cuts a flood of either line, by export.
 func (s *session) announce() (left func(error)) {
 	s.publish(obs.Event{Kind: obs.ClientConnected})
+	log := s.opt.Log.With("peer", s.conn.Peer(), "export", s.name, "client", s.id)
+	s.logConnected(log)
 	return func(err error) {
 		e := obs.Event{Kind: obs.ClientLeft}
 		switch {
@@ -131,5 +134,24 @@ func (s *session) announce() (left func(error)) {
 			e.Reason = "told to leave"
 		}
 		s.publish(e)
+		s.logLeft(log, e.Reason)
 	}
+}
+
+func (s *session) logConnected(log *slog.Logger) {
+	i := s.info()
+	more := []any{"tls", cmp.Or(i.TLSVersion, "off")}
+	if i.CertName != "" {
+		more = append(more, "certificate", i.CertName)
+	}
+	log.Info("client connected", append(more, "readonly", !i.Writable)...)
+}
+
+func (s *session) logLeft(log *slog.Logger, reason string) {
+	more := []any{"lasted", time.Since(s.since).Round(time.Millisecond), "requests", s.requests.Load(),
+		"bytes-in", s.bytesIn.Load(), "bytes-out", s.bytesOut.Load()}
+	if reason != "" {
+		more = append(more, "reason", reason)
+	}
+	log.Info("client left", more...)
 }

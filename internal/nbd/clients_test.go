@@ -5,12 +5,18 @@ import (
 	"crypto/x509"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -202,5 +208,91 @@ func TestClientInsideTLSIsDescribed(t *testing.T) {
 	r.leave(c)
 	if i = x.info(); i.BytesIn != 2*wire.RequestSize || i.BytesOut != wire.SimpleReplySize+512 {
 		t.Errorf("bytes inside TLS: %d in and %d out, want %d and %d", i.BytesIn, i.BytesOut, 2*wire.RequestSize, wire.SimpleReplySize+512)
+	}
+}
+
+// logged gives the server a log. read closes it and returns its lines.
+func (r *rig) logged(t *testing.T) (read func() []string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "log")
+	logs, err := obs.Open(obs.Options{Sink: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.opt.Log = logs.For("nbd")
+	return func() []string {
+		logs.Close()
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Split(strings.TrimSuffix(string(b), "\n"), "\n")
+	}
+}
+
+// wantLines compares lines with patterns, one for each.
+func wantLines(t *testing.T, got []string, want ...string) {
+	t.Helper()
+	for i, line := range got {
+		if i >= len(want) || !regexp.MustCompile(want[i]).MatchString(line) {
+			t.Errorf("line %d is %q", i+1, line)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("got %d lines, want %d", len(got), len(want))
+	}
+}
+
+// TestLogSaysWhoUsedAnExport, and nothing of who has chosen none.
+func TestLogSaysWhoUsedAnExport(t *testing.T) {
+	r := memRig(t, 1<<20)
+	read, cfg := r.logged(t), r.secure(t, TLSOn)
+	r.dial(t).Close()
+	<-r.errs
+	c := r.simple()
+	r.ask(c, wire.CmdRead, 0, 4096)
+	r.ask(c, wire.CmdWrite, 0, 512)
+	r.leave(c)
+	r.exports.deny = backing.CanWrite
+	c = r.simpleInsideTLS(cfg)
+	r.send(c, make([]byte, wire.RequestSize)) // not the magic of one
+	<-r.errs
+	wantLines(t, read(),
+		`level=INFO msg="client connected" in=nbd peer="unix:\S+" export=disk client=1 tls=off readonly=false$`,
+		`level=INFO msg="client left" in=nbd peer="unix:\S+" export=disk client=1 lasted=\S+ requests=3 bytes-in=596 bytes-out=4128$`,
+		`level=INFO msg="client connected" in=nbd peer="unix:\S+" export=disk client=2 tls="TLS 1.3" certificate="a guest" readonly=true$`,
+		`level=INFO msg="client left" in=nbd peer="unix:\S+" export=disk client=2 lasted=\S+ requests=0 bytes-in=28 bytes-out=0 reason=".*magic.*"$`,
+	)
+}
+
+// TestClientThatComesAndGoesFillsNoLog: its lines are counted by export.
+func TestClientThatComesAndGoesFillsNoLog(t *testing.T) {
+	const n = 3000
+	r := memRig(t, 1<<20)
+	read := r.logged(t)
+	began := time.Now()
+	for range n {
+		r.leave(r.simple())
+	}
+	intervals := 1 + int(time.Since(began)/limits.EventInterval)
+	told := map[string]int{} // lines, and what was left out, by their text
+	lines := read()
+	for _, line := range lines {
+		for _, text := range []string{"client connected", "client left"} {
+			switch left := regexp.MustCompile(`msg="log lines were left out".* text="` + text + `" export=disk count=(\d+)$`).FindStringSubmatch(line); {
+			case left != nil:
+				cut, _ := strconv.Atoi(left[1])
+				told[text] += cut
+			case strings.Contains(line, `msg="`+text+`"`):
+				told[text]++
+			}
+		}
+	}
+	if told["client connected"] != n || told["client left"] != n {
+		t.Errorf("the log accounts for %v, want %d of each", told, n)
+	}
+	// Twice what passes in an interval, and what was left out in it.
+	if most := (intervals + 1) * (2*limits.EventBurst + 2); len(lines) > most {
+		t.Errorf("%d lines in %d intervals, want at most %d", len(lines), intervals, most)
 	}
 }
