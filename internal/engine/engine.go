@@ -80,6 +80,10 @@ type File struct {
 	Direct bool // opened with O_DIRECT: the page cache is not consulted
 	Align  int  // Direct: alignment of buffer address, offset and length
 
+	// OnError, if not nil, is told of each error of an operation by Failed. It is set
+	// before the first one.
+	OnError func(err error) error
+
 	disk uint64 // number of the device that it is on, or is
 
 	// Both are NoFile when the file is closed: what had their values is then
@@ -101,6 +105,15 @@ func NewFile(f *os.File, direct bool, align int, index int32, closer func() erro
 	file.fd.Store(f.Fd())
 	file.index.Store(index)
 	return file
+}
+
+// Failed is what an error of an operation means, to its owner: who submits
+// operations of its own passes their errors through it. nil stays nil.
+func (f *File) Failed(err error) error {
+	if err == nil || f.OnError == nil {
+		return err
+	}
+	return f.OnError(err)
 }
 
 // FD is the descriptor of the file, and one that is never open once the file is

@@ -374,7 +374,7 @@ func (s *session) writeCached(req *wire.Request, m *backing.Mapping, p []byte) e
 	off, n := device(req)
 	for _, run := range m.Runs[:m.N] {
 		if _, err := run.File.WriteCached(p[:run.Len], run.Off); err != nil {
-			return backing.Wrap("write", off, n, err)
+			return backing.Wrap("write", off, n, run.File.Failed(err))
 		}
 		p = p[run.Len:]
 	}

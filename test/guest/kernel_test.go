@@ -116,9 +116,7 @@ func TestToolsReachTheServerOverVsock(t *testing.T) {
 	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
 		in := inGuest(t, k, strings.ReplaceAll(vsockScenario, "CHECKS", *conformChecks), "-f --vsock -p 10809",
 			[]string{"vsock_loopback"}, []string{"nbdinfo", "nbdcopy"})
-		if k == testenv.CloudKernel(t, stableKernel) {
-			addConform(t, in)
-		}
+		addConform(t, in)
 		mustBoot(t, in, 768)
 	})
 }

@@ -123,14 +123,7 @@ func TestBlockDeviceGrowthIsAdopted(t *testing.T) {
 	node := backingtest.Loop(t, image, 512)
 	d := openRaw(t, node, newEngine(t, "pool"), false, raw.Options{})
 	closeAfter(t, d)
-	if err := os.Truncate(image, 2<<20); err != nil {
-		t.Fatal(err)
-	}
-	f := openFile(t, node, unix.O_RDONLY)
-	defer f.Close()
-	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
-		t.Fatal(err)
-	}
+	setLoopSize(t, node, image, 2<<20)
 	if got := d.Info().Size; got != 2<<20 {
 		t.Errorf("size: got %d, want %d", got, 2<<20)
 	}
@@ -138,6 +131,61 @@ func TestBlockDeviceGrowthIsAdopted(t *testing.T) {
 
 // TestLoopOverTruncatedFileFails: reading what is gone is an error on a block
 // device too.
+// TestBlockDeviceThatIsGoneIsNotFull: what is pulled out of a machine has the
+// size 0 from then on, and the kernel says of a write to it that there is no
+// space. A guest would be told to wait for more of that.
+func TestBlockDeviceThatIsGoneIsNotFull(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		image := tempImage(t, 1<<20)
+		node := backingtest.Loop(t, image, 512)
+		var told []error
+		d := openRaw(t, node, newEngine(t, k.engine), k.direct, raw.Options{Poisoned: func(err error) { told = append(told, err) }})
+		defer d.Close()
+		setLoopSize(t, node, image, 0)
+		p := make([]byte, 4096)
+		for _, tt := range []struct {
+			name string
+			err  error
+			kind backing.Kind
+		}{
+			{"read", d.ReadAt(t.Context(), p, 0), backing.ErrIO},
+			{"write after it", d.WriteAt(t.Context(), p, 0, 0), backing.ErrPoisoned},
+			{"flush", d.Flush(t.Context()), backing.ErrPoisoned},
+		} {
+			if got := backing.KindOf(tt.err); tt.err == nil || got != tt.kind {
+				t.Errorf("%s: got %v of kind %v, want %v", tt.name, tt.err, got, tt.kind)
+			}
+		}
+		if len(told) != 1 || !errors.Is(told[0], unix.ENODEV) {
+			t.Errorf("told: got %v, want one %v", told, unix.ENODEV)
+		}
+	})
+	t.Run("write", func(t *testing.T) {
+		image := tempImage(t, 1<<20)
+		node := backingtest.Loop(t, image, 512)
+		d := openRaw(t, node, newEngine(t, "pool"), false, raw.Options{})
+		defer d.Close()
+		setLoopSize(t, node, image, 0)
+		err := d.WriteAt(t.Context(), make([]byte, 4096), 0, 0)
+		if backing.KindOf(err) != backing.ErrIO || !errors.Is(err, unix.ENODEV) {
+			t.Errorf("got %v of kind %v, want %v", err, backing.KindOf(err), backing.ErrIO)
+		}
+	})
+}
+
+// setLoopSize gives a loop device and its image another size.
+func setLoopSize(t *testing.T, node, image string, size int64) {
+	t.Helper()
+	if err := os.Truncate(image, size); err != nil {
+		t.Fatal(err)
+	}
+	f := openFile(t, node, unix.O_RDONLY)
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestLoopOverTruncatedFileFails(t *testing.T) {
 	image := tempImage(t, 1<<20)
 	d := openRaw(t, backingtest.Loop(t, image, 512), newEngine(t, "pool"), true, raw.Options{})

@@ -4,6 +4,7 @@ package raw
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -106,6 +107,7 @@ func (d *Device) open(f *os.File) (err error) {
 	if d.file, err = d.eng.Open(f); err != nil {
 		return err
 	}
+	d.file.OnError = d.explain
 	if d.geo.direct {
 		d.geo.align = max(d.geo.align, int64(d.file.Align))
 		d.file.Align = int(d.geo.align)
@@ -284,16 +286,27 @@ func (d *Device) lost(op string, err error) {
 	}
 }
 
-// failed wraps the error of a transfer. A device that went away does not come
-// back with what was written to it.
+// failed wraps the error of a transfer.
 func (d *Device) failed(op string, off, n int64, err error) error {
-	if err == nil {
-		return nil
+	return d.wrap(op, off, n, d.file.Failed(err))
+}
+
+// explain tells a device that went away from one that is full, or failed. It does
+// not come back with what was written to it. Linux gives a device that was pulled
+// out the size 0: reads of it end at once, and writes find no space.
+func (d *Device) explain(err error) error {
+	if backing.GaveUp(err) {
+		return err
+	}
+	if d.geo.block {
+		if n, e := currentSize(d.file.FD(), true); e == nil && n == 0 {
+			err = fmt.Errorf("%w: %v", unix.ENODEV, err)
+		}
 	}
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
-		d.lost(op, err)
+		d.lost("transfer", err)
 	}
-	return d.wrap(op, off, n, err)
+	return err
 }
 
 // wrap gives err its place, unless it has one or the caller gave up waiting.
