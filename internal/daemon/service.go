@@ -190,15 +190,10 @@ func (d *daemon) describe(x export.Status) api.Export {
 	if why := h.why(); why != nil {
 		out.Error = why.Error()
 	}
-	switch {
-	case now == nil && h.failed != nil: // it is nowhere to be seen
+	if now == nil && h.failed != nil { // it is nowhere to be seen
 		return out
-	case x.State != export.Ready:
-	case now != nil && now.pause != nil && now.pause.Paused():
-		out.State = api.StatePaused
-	case h.poisoned != nil:
-		out.State = api.StatePoisoned
 	}
+	out.State = d.shown(k, x.State)
 	doors := k.doors
 	if len(doors) == 0 {
 		doors = d.doors.shared(x.Spec.Name)

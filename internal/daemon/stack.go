@@ -91,9 +91,11 @@ func (d *daemon) putReadOnly(s *stack, x *config.Export) error {
 
 // putPause lets a served disk be paused. What waits above for its turn, by a
 // rate or a fault, is not in flight.
-func (d *daemon) putPause(s *stack, _ *config.Export) error {
+func (d *daemon) putPause(s *stack, x *config.Export) error {
 	if d.served() {
+		name := x.Name
 		s.pause = layer.NewPause(s.top)
+		s.pause.Changed = func() { d.tellState(name) }
 		s.top = s.pause
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
@@ -118,8 +119,8 @@ func (p *pulse) beat(limit time.Duration) error {
 
 // toldStates are those of exports as the last event of each tells them.
 type toldStates struct {
-	mu   sync.Mutex              // before disks.mu and the lock of the registry
-	last map[string]export.State // guarded by mu; of exports that are not closed
+	mu   sync.Mutex        // before disks.mu and the lock of the registry
+	last map[string]string // guarded by mu; of exports that are not closed
 }
 
 // tellStates makes changes of the states of exports events.
@@ -136,30 +137,46 @@ func (d *daemon) tellState(name string) {
 	s, known := d.stateOf(name)
 	last, told := d.told.last[name]
 	switch {
-	case !known || s == last || s == export.Closed && !told:
+	case !known || s == last || s == string(export.Closed) && !told:
 		return
-	case s == export.Closed:
+	case s == string(export.Closed):
 		delete(d.told.last, name)
 	case d.told.last == nil:
-		d.told.last = map[string]export.State{name: s}
+		d.told.last = map[string]string{name: s}
 	default:
 		d.told.last[name] = s
 	}
-	d.bus.Publish(obs.Event{Kind: obs.ExportState, Export: name, Reason: string(s)})
+	d.bus.Publish(obs.Event{Kind: obs.ExportState, Export: name, Reason: s})
 }
 
 // stateOf is the state of an export as the list shows it. It is not known while
 // somebody makes one of that name, or takes it away.
-func (d *daemon) stateOf(name string) (s export.State, known bool) {
-	if s, there := d.exports.StateOf(name); there {
-		return s, true
-	}
+func (d *daemon) stateOf(name string) (s string, known bool) {
 	k := d.disks.get(name)
+	if s, there := d.exports.StateOf(name); there {
+		return d.shown(k, s), true
+	}
 	if k == nil {
-		return export.Closed, true
+		return string(export.Closed), true
 	}
 	_, now, failed := d.disks.look(k)
-	return export.Failed, failed != nil && now == nil
+	return string(export.Failed), failed != nil && now == nil
+}
+
+// shown is the state of k, which may be nil, as the API has it, with s that of the
+// registry: what is ready there may be paused, or take no more writes.
+func (d *daemon) shown(k *disk, s export.State) string {
+	if k == nil || s != export.Ready {
+		return string(s)
+	}
+	_, now, _ := d.disks.look(k)
+	switch {
+	case now != nil && now.pause != nil && now.pause.Paused():
+		return api.StatePaused
+	case d.disks.healthOf(k).poisoned != nil:
+		return api.StatePoisoned
+	}
+	return string(s)
 }
 
 // release frees the name of k, or gives it to instead, as disks.forget does.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -118,6 +119,11 @@ func TestLastEventOfAnExportIsItsState(t *testing.T) {
 			return nil
 		}},
 		{"try them again", func() error { d.retry(t.Context(), func(error) bool { return true }); return nil }},
+		{"pause", func() error { return s.Pause(t.Context(), "mem", time.Minute) }},
+		{"resume", func() error { return s.Resume("mem") }},
+		{"pause again", func() error { return s.Pause(t.Context(), "mem", time.Minute) }},
+		{"lose a write meanwhile", func() error { d.watch("mem")(backing.ErrPoisoned); return nil }},
+		{"resume what has lost a write", func() error { return s.Resume("mem") }},
 		{"remove what failed", remove("none")},
 		{"remove what is ready", remove("mem")},
 	} {

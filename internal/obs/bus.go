@@ -21,7 +21,7 @@ const (
 	IOError         Kind = "io-error"         // the storage failed a request
 	SlowRequest     Kind = "slow-request"     // a request was answered late
 	StuckRequest    Kind = "stuck-request"    // a request is still not answered
-	ExportState     Kind = "export-state"     // Reason is the new state
+	ExportState     Kind = "export-state"     // Reason is the new state, as the control API has it
 	ExportPoisoned  Kind = "export-poisoned"  // a failed flush: writes are refused from now on
 	WriteThreshold  Kind = "threshold"        // a write went beyond that of an export, which is disarmed
 	Reloaded        Kind = "reloaded"         // the configuration; Reason says what has changed

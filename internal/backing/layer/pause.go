@@ -25,6 +25,10 @@ const pausedBit = 1 << 62
 type Pause struct {
 	backing.Passthrough
 
+	// Changed, if not nil, is called when a pause has begun and when it has
+	// ended, with no lock of the Pause. It is set before the first call.
+	Changed func()
+
 	// state counts the requests in flight, plus pausedBit. A request that
 	// finds the bit takes itself back.
 	state atomic.Int64
@@ -81,6 +85,14 @@ func (p *Pause) Begin(limit time.Duration) (*Hold, error) {
 	if limit <= 0 || limit > limits.PauseLongest {
 		return nil, invalid("pause", "limit %v is not between 0 and %v", limit, limits.PauseLongest)
 	}
+	h, err := p.begin(limit)
+	if err == nil {
+		p.changed()
+	}
+	return h, err
+}
+
+func (p *Pause) begin(limit time.Duration) (*Hold, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.hold != nil {
@@ -141,15 +153,23 @@ func (p *Pause) settle(ctx context.Context, h *Hold) error {
 // end lets requests go on, if h is the pause that they wait for.
 func (p *Pause) end(h *Hold) bool {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.hold != h {
+		p.mu.Unlock()
 		return false
 	}
 	p.hold = nil
 	h.timer.Stop()
 	p.state.And(^int64(pausedBit))
 	close(h.ended)
+	p.mu.Unlock()
+	p.changed()
 	return true
+}
+
+func (p *Pause) changed() {
+	if p.Changed != nil {
+		p.Changed()
+	}
 }
 
 // Paused tells whether requests wait.

@@ -274,3 +274,37 @@ func TestPauseMapsWithoutAllocating(t *testing.T) {
 		t.Errorf("map: got %v allocations, want none", n)
 	}
 }
+
+// TestPauseTellsItsBeginAndItsEnd, whatever ends it: who resumes, its limit, a flush
+// that fails, or the end of the disk.
+func TestPauseTellsItsBeginAndItsEnd(t *testing.T) {
+	lost := errors.New("lost")
+	for name, tt := range map[string]struct {
+		flush error
+		end   func(p *layer.Pause, h *layer.Hold) error
+		want  error
+	}{
+		"resumed": {end: func(_ *layer.Pause, h *layer.Hold) error { return h.Resume() }},
+		"limit":   {end: func(_ *layer.Pause, h *layer.Hold) error { <-h.Ended(); synctest.Wait(); return nil }},
+		"flush":   {flush: lost, end: func(_ *layer.Pause, h *layer.Hold) error { return h.Settle(t.Context()) }, want: lost},
+		"closed":  {end: func(p *layer.Pause, _ *layer.Hold) error { return p.Close() }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := layer.NewPause(&recorder{Device: mem.New(1000, nil), err: tt.flush})
+				told := make(chan bool, 10)
+				p.Changed = func() { told <- p.Paused() }
+				h, err := p.Begin(time.Second)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := tt.end(p, h); !errors.Is(err, tt.want) {
+					t.Errorf("got %v, want %v", err, tt.want)
+				}
+				if n := len(told); n != 2 || !<-told || <-told {
+					t.Errorf("told %d times, want first that it is paused, then that it is not", n)
+				}
+			})
+		})
+	}
+}
