@@ -195,12 +195,12 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 	}
 	m, close, err := f.machine(c.Context(), found)
 	if err != nil {
-		return plugError(interrupted(c.Context(), err))
+		return plugError(err)
 	}
 	defer close()
 	p, err := plan(c.Context(), m)
 	if err != nil {
-		return plugError(interrupted(c.Context(), err))
+		return plugError(err)
 	}
 	out := planned{VM: vm, Disk: p.Disk, DryRun: f.dryRun}
 	if f.dryRun {
@@ -214,7 +214,7 @@ func (f *vmFlags) run(c *cobra.Command, vm, done string, plan func(context.Conte
 	out.Notes = f.notes
 	if err != nil {
 		f.printNotes(c)
-		return plugError(interrupted(c.Context(), err))
+		return plugError(err)
 	}
 	err = f.report(c, p, &out, done)
 	if out.Changed {

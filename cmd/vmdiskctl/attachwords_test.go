@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -20,28 +21,47 @@ func TestAttachWithAnImageForTheMachineSaysSo(t *testing.T) {
 	}
 }
 
-// TestSignalIsAnInterruption, and no text about contexts alone.
-func TestSignalIsAnInterruption(t *testing.T) {
-	startDaemon(t)
-	path := filepath.Join(testenv.TempDir(t), "qmp")
+// silentMachine is the socket of a machine that says nothing. asked is called when
+// somebody has connected.
+func silentMachine(t *testing.T, asked func()) (path string) {
+	t.Helper()
+	path = filepath.Join(testenv.TempDir(t), "qmp")
 	l, err := net.Listen("unix", path)
 	must(t, err)
-	defer l.Close()
-	ctx, cancel := context.WithCancel(t.Context())
-	go func() { // a machine that says nothing
+	t.Cleanup(func() { l.Close() })
+	go func() {
 		if c, err := l.Accept(); err == nil {
 			defer c.Close()
-			cancel()
+			asked()
 			<-t.Context().Done()
 		}
 	}()
-	stderr, err := os.CreateTemp(t.TempDir(), "")
-	must(t, err)
-	defer stderr.Close()
-	code := run(ctx, []string{"detach", path, "disk"}, os.Stdout, stderr)
-	said, err := os.ReadFile(stderr.Name())
-	must(t, err)
-	if code != exitFailed || !strings.Contains(string(said), "interrupted: ") {
-		t.Errorf("exit code %d, %q, want interrupted", code, said)
+	return path
+}
+
+// TestSignalIsAnInterruption, and no text about contexts alone, whatever the command
+// has asked the machine for.
+func TestSignalIsAnInterruption(t *testing.T) {
+	startDaemon(t)
+	for _, args := range [][]string{
+		{"detach", "VM", "disk"},
+		{"vm", "list", "VM"},
+		{"vm", "show", "VM"},
+		{"vm", "lease", "VM", "--pid=1"},
+	} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			args := slices.Clone(args)
+			args[slices.Index(args, "VM")] = silentMachine(t, cancel)
+			stderr, err := os.CreateTemp(t.TempDir(), "")
+			must(t, err)
+			defer stderr.Close()
+			code := run(ctx, args, os.Stdout, stderr)
+			said, err := os.ReadFile(stderr.Name())
+			must(t, err)
+			if text := string(said); code != exitFailed || !strings.HasPrefix(text, "vmdiskctl: interrupted: ") || strings.Count(text, "interrupted") != 1 {
+				t.Errorf("exit code %d, %q, want interrupted", code, said)
+			}
+		})
 	}
 }

@@ -165,7 +165,7 @@ func (f *copyFlags) run(ctx context.Context, from, to string, terminal *os.File)
 	if err != nil {
 		return fmt.Errorf("destination %q: %w", to, err)
 	}
-	return finish(ctx, dst, interrupted(ctx, f.copy(ctx, src, dst, terminal)))
+	return finish(ctx, dst, f.copy(ctx, src, dst, terminal))
 }
 
 func (f *copyFlags) copy(ctx context.Context, src, dst copier.Disk, terminal *os.File) error {

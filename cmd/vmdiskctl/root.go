@@ -75,7 +75,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *os.File) 
 	root.SetOut(text)
 	root.SetErr(stderr)
 	explainDefaults(root)
-	err := root.ExecuteContext(ctx)
+	err := interrupted(ctx, root.ExecuteContext(ctx))
 	if text.err != nil {
 		begun, err = true, text.err
 	}
