@@ -58,6 +58,11 @@ func answerAt(path string, service ctlserver.Service, access ctlserver.Access) (
 	if err != nil {
 		return nil, err
 	}
+	return answerOn(l, service, access), nil
+}
+
+// answerOn does so on a listener.
+func answerOn(l net.Listener, service ctlserver.Service, access ctlserver.Access) (stop func()) {
 	s := ctlserver.New(ctlserver.Config{
 		Service: service, Log: slog.New(slog.DiscardHandler),
 		Authorize: func(ctlserver.Peer) ctlserver.Access { return access },
@@ -70,7 +75,7 @@ func answerAt(path string, service ctlserver.Service, access ctlserver.Access) (
 		if err := errors.Join(s.Close(ctx), <-done); err != nil {
 			panic(err)
 		}
-	}, nil
+	}
 }
 
 // nasty is a name that must not reach a terminal as it is.

@@ -221,8 +221,7 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 			continue
 		}
 		err := h.renew(ctx)
-		var refused *api.Error
-		if errors.As(err, &refused) {
+		if refused(err) {
 			return err
 		}
 		if bad := err != nil; bad != lost {
@@ -238,6 +237,12 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// refused reports whether the daemon does not want the lease: one that has no room
+// for the connection has not read what it is about.
+func refused(err error) bool {
+	return errors.As(err, new(*api.Error)) && !errors.As(err, new(*control.NoRoomError))
 }
 
 // third lets two attempts fail before the lease ends.

@@ -2,15 +2,24 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	ctlserver "github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // machineProcess is a process that stands for a QEMU.
@@ -69,6 +78,89 @@ func TestLeaseEndsWithItsMachineOrItsHolder(t *testing.T) {
 				t.Errorf("leases at the end: %+v", all)
 			}
 		})
+	}
+}
+
+// fullListener is a control socket that has no room, as often as full says.
+type fullListener struct {
+	net.Listener
+	full atomic.Int32
+}
+
+func (l *fullListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil || l.full.Add(-1) < 0 {
+			return c, err
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 503 No\r\nContent-Length: 31\r\n\r\n{\"code\":\"in-use\",\"text\":\"full\"}")
+		_ = c.Close()
+	}
+}
+
+// TestLeaseOutlivesAFullDaemon holds that a daemon without room for a connection
+// has not refused the lease, neither to renew nor to close it.
+func TestLeaseOutlivesAFullDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "control")
+	raw, err := net.Listen("unix", path)
+	must(t, err)
+	l := &fullListener{Listener: raw}
+	s := &controltest.Service{}
+	stop := answerOn(l, s, ctlserver.Change)
+	defer stop()
+	p, err := watchProcess(machineProcess(t).Process.Pid)
+	must(t, err)
+	defer p.close()
+	h := &leaseHolder{
+		client: control.Dial(path), process: p, note: func(string) {},
+		lease: api.OpenLease{CID: 42, VM: "vm1", Start: p.start, TTL: config.Duration(limits.LeaseShortest)},
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- h.hold(ctx) }()
+	limit := time.After(time.Minute)
+	for renewals, full := 0, 0; full < 3; {
+		if n := strings.Count(strings.Join(s.Calls(), "|"), "open lease 42"); n > renewals {
+			renewals, full = n, full+1
+			l.full.Store(3)
+		}
+		select {
+		case <-limit:
+			t.Fatalf("the lease is not renewed: %q", s.Calls())
+		case err := <-done:
+			t.Fatalf("ended with %v: %q", err, s.Calls())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	cancel()
+	select {
+	case err := <-done:
+		must(t, err)
+	case <-limit:
+		t.Fatal("it does not end")
+	}
+	if all := s.Leases(); len(all) != 0 {
+		t.Errorf("leases at the end: %+v", all)
+	}
+}
+
+// TestOnlyTheDaemonRefusesALease: what did not reach it is tried again.
+func TestOnlyTheDaemonRefusesALease(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want bool
+	}{
+		{&api.Error{Code: api.CodeInUse, Text: "leased to another"}, true},
+		{fmt.Errorf("wrapped: %w", &api.Error{Code: api.CodeForbidden}), true},
+		{&control.NoRoomError{Refusal: &api.Error{Code: api.CodeInUse, Text: "too many connections"}}, false},
+		{&control.SocketError{Path: "/nowhere", Err: io.EOF}, false},
+		{context.DeadlineExceeded, false},
+		{nil, false},
+	} {
+		if got := refused(tt.err); got != tt.want {
+			t.Errorf("%v: got %t, want %t", tt.err, got, tt.want)
+		}
 	}
 }
 

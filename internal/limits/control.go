@@ -83,6 +83,14 @@ const (
 	ControlObject  = 2 << 20
 	ControlObjects = 128 << 10
 
+	// ControlRoom is how long a call waits for a place if there is no room for
+	// one more connection: hundreds of commands of a second each pass in that
+	// time. It asks again after ControlRoomFirst at most, later after
+	// ControlRoomMost: a refusal costs the server as much as a short request.
+	ControlRoom      = 30 * time.Second
+	ControlRoomFirst = 20 * time.Millisecond
+	ControlRoomMost  = time.Second
+
 	// ControlReplyHeader bounds the headers of a reply.
 	ControlReplyHeader = 16 << 10
 

@@ -65,7 +65,7 @@ const (
 	CodeForbidden   = "forbidden"   // 403: the peer or the image's place does not allow it
 	CodeNotFound    = "not-found"   // 404
 	CodeExists      = "exists"      // 409: the name is taken
-	CodeInUse       = "in-use"      // 409: not while there are clients, or no room for one more; 503: too many connections
+	CodeInUse       = "in-use"      // 409: not while there are clients, or no room for one more; 503: too many connections, nothing was read
 	CodeUnsupported = "unsupported" // 422: this disk cannot do that
 	CodeTimeout     = "timeout"     // 504: it takes longer than was allowed
 	CodeFailed      = "failed"      // 500: the storage or the system failed

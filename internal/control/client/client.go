@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -30,10 +31,11 @@ import (
 // nothing to close. What the server refuses is an *api.Error.
 type Client struct {
 	path string
+	room time.Duration // how long a call waits for a place
 }
 
 // Dial names the socket; nothing is connected before the first call.
-func Dial(path string) *Client { return &Client{path: path} }
+func Dial(path string) *Client { return &Client{path: path, room: limits.ControlRoom} }
 
 // SocketError is that a request got no answer: nobody listens at the socket, or
 // who does hangs up, as the daemon does on a peer that may not even look.
@@ -47,6 +49,16 @@ func (e *SocketError) Error() string { return fmt.Sprintf("control socket %q: %v
 
 // Unwrap is the cause.
 func (e *SocketError) Unwrap() error { return e.Err }
+
+// NoRoomError is that the server had no room for one more connection for as long
+// as a call waits for it. Nothing of the request was read.
+type NoRoomError struct{ Refusal *api.Error }
+
+// Error is what the server says.
+func (e *NoRoomError) Error() string { return e.Refusal.Text }
+
+// Unwrap is the *api.Error.
+func (e *NoRoomError) Unwrap() error { return e.Refusal }
 
 // request is what a call sends.
 type request struct {
@@ -292,8 +304,25 @@ func (b *budget) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// open sends q and reads the header of the reply. An error reply is the error.
+// open is attempt, again as long as the server has no room. The waits double, and
+// are of random lengths: those who were refused together do not come back so.
 func (c *Client) open(ctx context.Context, q request) (*reply, error) {
+	until := time.Now().Add(c.room)
+	for most := limits.ControlRoomFirst; ; most = min(2*most, limits.ControlRoomMost) {
+		r, err := c.attempt(ctx, q)
+		if !errors.As(err, new(*NoRoomError)) || time.Now().After(until) {
+			return r, err
+		}
+		select {
+		case <-time.After(most/2 + rand.N(most/2)):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("control socket %q: %w: %w", c.path, ctx.Err(), err)
+		}
+	}
+}
+
+// attempt sends q and reads the header of the reply. An error reply is the error.
+func (c *Client) attempt(ctx context.Context, q request) (*reply, error) {
 	hr, err := q.http()
 	if err != nil {
 		return nil, err
@@ -396,6 +425,9 @@ func (r *reply) refusal() error {
 	e.Text = e.Text[:min(len(e.Text), limits.ControlErrorText)]
 	if e.Code == api.CodeInvalid && strings.Contains(e.Text, "unknown field") {
 		e.Text += ": the server is of an older version, which does not know it"
+	}
+	if r.http.StatusCode == http.StatusServiceUnavailable {
+		return &NoRoomError{Refusal: &e}
 	}
 	return &e
 }

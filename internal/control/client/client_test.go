@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -194,6 +195,39 @@ func TestOlderServerIsNamedAsTheReason(t *testing.T) {
 	c := evil(t, says("HTTP/1.1 400 No\r\n\r\n{\"code\":\"invalid\",\"text\":\"body: unknown field \\\"by\\\"\"}"))
 	if _, err := c.Resize(testContext(t), "a", api.Resize{By: 1}); err == nil || !strings.Contains(err.Error(), "older version") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestCallWaitsForAPlace holds that a full table of connections is no refusal: the
+// request is sent again until there is a place.
+func TestCallWaitsForAPlace(t *testing.T) {
+	const full = "HTTP/1.1 503 No\r\nContent-Length: 32\r\n\r\n{\"code\":\"in-use\",\"text\":\"full\"}\n"
+	var asked atomic.Int32
+	c := evil(t, func(c net.Conn) {
+		if asked.Add(1) <= 3 {
+			says(full)(c)
+		} else {
+			says(ok + `{"name":"a"}`)(c)
+		}
+	})
+	e, err := c.Add(testContext(t), api.AddExport{Export: config.Export{Name: "a", Image: "a.raw"}})
+	if err != nil || e.Name != "a" || asked.Load() != 4 {
+		t.Errorf("got %q, %v after %d requests, want \"a\" after 4", e.Name, err, asked.Load())
+	}
+}
+
+// TestOtherRefusalsAreNotAskedAgain: "in-use" is also the code of what is there
+// too often, as streams of events.
+func TestOtherRefusalsAreNotAskedAgain(t *testing.T) {
+	var asked atomic.Int32
+	c := evil(t, func(c net.Conn) {
+		asked.Add(1)
+		says("HTTP/1.1 409 No\r\n\r\n{\"code\":\"in-use\",\"text\":\"too many\"}")(c)
+	})
+	_, err := c.Events(testContext(t))
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != api.CodeInUse || errors.As(err, new(*client.NoRoomError)) || asked.Load() != 1 {
+		t.Errorf("got %v after %d requests, want a refusal after one", err, asked.Load())
 	}
 }
 

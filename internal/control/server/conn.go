@@ -94,7 +94,7 @@ func (e *fullError) reply(c net.Conn) {
 	}
 	r := http.Response{
 		StatusCode: http.StatusServiceUnavailable, ProtoMajor: 1, ProtoMinor: 1, Close: true,
-		Header: http.Header{"Content-Type": {"application/json"}},
+		Header: http.Header{"Content-Type": {"application/json"}, "Retry-After": {"1"}}, // in seconds
 		Body:   io.NopCloser(bytes.NewReader(b)), ContentLength: int64(len(b)),
 	}
 	_ = r.Write(c) // it may have left

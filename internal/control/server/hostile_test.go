@@ -208,23 +208,46 @@ func TestNoUserTakesAllConnections(t *testing.T) {
 		left.Go(func() { _ = w.client.Remove(ctx, "a", false, limits.ControlRemoveMost) })
 		<-s.Started
 	}
-	_, err := w.client.Status(ctx)
-	var e *api.Error
-	if !errors.As(err, &e) || e.Code != api.CodeInUse || !strings.Contains(e.Text, "too many connections") {
-		t.Errorf("one connection more than the bound: got %v, want an error with code %s", err, api.CodeInUse)
+	got, err := io.ReadAll(w.dial(t))
+	for _, want := range []string{"Retry-After: 1\r\n", `"code":"` + api.CodeInUse, "too many connections"} {
+		if status(string(got)) != "503" || !strings.Contains(string(got), want) {
+			t.Errorf("one connection more than the bound: got %q, %v, want status 503 with %q", got, err, want)
+		}
 	}
-	if got, err := io.ReadAll(w.dial(t)); status(string(got)) != "503" {
-		t.Errorf("one connection more than the bound: got %q, %v, want status 503", got, err)
-	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := w.client.Status(testContext(t))
+		done <- err
+	}()
 	cancel()
-	for ctx := testContext(t); ; {
-		_, err := w.client.Status(ctx)
-		if err == nil {
-			return
-		}
-		if ctx.Err() != nil {
-			t.Fatalf("no room after the others have left: %v", err)
-		}
+	if err := <-done; err != nil {
+		t.Errorf("no room after the others have left: %v", err)
+	}
+}
+
+// TestMoreCommandsThanConnectionsAreAllDone: who is beyond the bound of a user waits
+// for those before, with the descriptors that it sends.
+func TestMoreCommandsThanConnectionsAreAllDone(t *testing.T) {
+	s := &controltest.Service{}
+	w := start(t, s, server.Change)
+	disk := tempFile(t, unix.O_RDWR)
+	var all sync.WaitGroup
+	for i := range 4 * limits.ControlConnsPerUID {
+		all.Go(func() {
+			a := api.AddExport{Export: export(fmt.Sprintf("e%d", i)).Export}
+			a.Image = "fd:0"
+			if _, err := w.client.Add(testContext(t), a, disk); err != nil {
+				t.Errorf("export %d: %v", i, err)
+			}
+		})
+	}
+	all.Wait()
+	files := s.Files()
+	for _, f := range files {
+		_ = f.Close()
+	}
+	if got := len(s.Exports()); got != 4*limits.ControlConnsPerUID || len(files) != got {
+		t.Errorf("got %d exports and %d files", got, len(files))
 	}
 }
 
