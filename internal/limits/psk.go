@@ -29,6 +29,10 @@ const (
 	// random key has for certain).
 	StrongPSK = 32
 
+	// PSKLock is how long a command that changes a key file waits for others
+	// that do: each takes a few milliseconds.
+	PSKLock = 10 * time.Second
+
 	// PSKHello bounds what is remembered of the first messages of a
 	// handshake, for each side: two ClientHellos of the size that crypto/tls
 	// takes.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -41,8 +42,8 @@ func List(path string) ([]Listed, error) {
 }
 
 // Add puts a new random key of n bytes for an identity into a key file, which
-// is made with mode 0600 if it is not there, and replaced as a whole. Without
-// only the key that the identity has stays behind the new one, which clients
+// is made with mode 0600 if it is not there, and replaced as a whole. Several at
+// a time wait for each other. Without only the key that the identity has stays behind the new one, which clients
 // take; an identity with limits.PSKKeys keys gets no more.
 func Add(path, name string, n int, only bool) error {
 	if err := CheckIdentity(name); err != nil {
@@ -51,10 +52,73 @@ func Add(path, name string, n int, only bool) error {
 	if n < limits.MinPSK || n > limits.MaxPSK {
 		return fmt.Errorf("a key of %d bytes: allowed are %d to %d", n, limits.MinPSK, limits.MaxPSK)
 	}
-	old, err := readSecret(path)
-	fresh := errors.Is(err, fs.ErrNotExist)
-	if err != nil && !fresh {
-		return err
+	until := time.Now().Add(limits.PSKLock)
+	for {
+		f, err := lockFile(path, until)
+		if err != nil {
+			return err
+		}
+		err = addLocked(f, path, name, n, only)
+		if f != nil {
+			_ = f.Close() // nothing was written by it
+			return err
+		}
+		// Who has made the file meanwhile has put another key into it.
+		if !errors.Is(err, fs.ErrExist) || time.Now().After(until) {
+			return err
+		}
+	}
+}
+
+// lockFile opens the key file and locks it (flock(2)) against other commands that
+// replace it, until it is closed. It returns nil if there is no file.
+func lockFile(path string, until time.Time) (*os.File, error) {
+	for {
+		f, err := Open(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil && isAt(f, path) {
+			return f, nil
+		}
+		_ = f.Close() // nothing was written by it
+		switch {
+		case err != nil && !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR):
+			return nil, &fs.PathError{Op: "lock", Path: path, Err: err}
+		case time.Now().After(until):
+			return nil, fmt.Errorf("key file %q is locked by another process", path)
+		}
+		time.Sleep(lockBackoff)
+	}
+}
+
+// lockBackoff is the wait between two attempts to lock a key file.
+const lockBackoff = 5 * time.Millisecond
+
+// isAt tells whether f is still the file at path: who had the lock before has put
+// another one there.
+func isAt(f *os.File, path string) bool {
+	was, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	is, err := os.Lstat(path)
+	return err == nil && os.SameFile(was, is)
+}
+
+// addLocked is Add for a file that lockFile has locked, or nil for a new one; it
+// is fs.ErrExist if somebody else has made that.
+func addLocked(f *os.File, path, name string, n int, only bool) error {
+	var old []byte
+	if f != nil {
+		var err error
+		if old, err = readAll(f, path); err != nil {
+			return err
+		}
 	}
 	defer clear(old)
 	key := make([]byte, n)
@@ -72,7 +136,7 @@ func Add(path, name string, n int, only bool) error {
 	if _, err := parse(text); err != nil {
 		return fmt.Errorf("key file %q would be wrong: %w", path, err)
 	}
-	return replace(path, text, fresh)
+	return replace(f, path, text)
 }
 
 // with is the text of a key file with one line more, before those of its
@@ -102,15 +166,21 @@ func with(old []byte, name string, key []byte, only bool) []byte {
 	return text
 }
 
-// replace writes a file in one step. It keeps its owner.
-func replace(path string, text []byte, fresh bool) error {
+// replace puts a file in place of was in one step and durably, with its owner; if
+// that is nil, only where there is none.
+func replace(was *os.File, path string, text []byte) error {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
-	if !fresh {
-		err = sameOwner(path, f)
+	if was != nil {
+		err = sameOwner(was, f)
 	}
 	if err == nil {
 		_, err = f.Write(text)
@@ -121,14 +191,22 @@ func replace(path string, text []byte, fresh bool) error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if fresh {
-		return os.Link(f.Name(), path) // not over what somebody else has made meanwhile
+	if was == nil {
+		err = os.Link(f.Name(), path)
+	} else {
+		err = os.Rename(f.Name(), path)
 	}
-	return os.Rename(f.Name(), path)
+	if err != nil {
+		return err
+	}
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("key file %q has the key, but may not be on stable storage: %w", path, err)
+	}
+	return nil
 }
 
-func sameOwner(path string, f *os.File) error {
-	fi, err := os.Lstat(path)
+func sameOwner(was, f *os.File) error {
+	fi, err := was.Stat()
 	if err != nil {
 		return err
 	}

@@ -2,10 +2,13 @@ package psk
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
@@ -45,6 +48,67 @@ func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
 	}
 	if _, after := k.find([]byte("vm1")); string(after[0]) == string(before[0]) || string(after[0]) == string(before[1]) {
 		t.Error("the key is not a new one")
+	}
+}
+
+// TestKeysAddedAtOnceAreAllThere holds it for a new file and for one that is there.
+func TestKeysAddedAtOnceAreAllThere(t *testing.T) {
+	for _, there := range []bool{false, true} {
+		path := filepath.Join(t.TempDir(), "keys.psk")
+		if there {
+			path = keyFile(t, "old:"+hexKey(32, 1), 0o600)
+		}
+		var all sync.WaitGroup
+		const n = 16
+		for i := range n {
+			all.Go(func() {
+				if err := Add(path, fmt.Sprintf("vm%d", i), 32, false); err != nil {
+					t.Errorf("vm%d: %v", i, err)
+				}
+			})
+		}
+		all.Wait()
+		list, err := List(path)
+		names := map[string]bool{}
+		for _, l := range list {
+			names[l.Identity] = true
+		}
+		for i := range n {
+			if name := fmt.Sprintf("vm%d", i); !names[name] {
+				t.Errorf("file there before: %t: %s has no key", there, name)
+			}
+		}
+		if err != nil || names["old"] != there {
+			t.Errorf("file there before: %t: got %v, %v", there, list, err)
+		}
+		if files, err := os.ReadDir(filepath.Dir(path)); err != nil || len(files) != 1 {
+			t.Errorf("the folder has %v, %v", files, err)
+		}
+	}
+}
+
+// TestAddLeavesALockedFile holds that who has the file locked is not overwritten.
+func TestAddLeavesALockedFile(t *testing.T) {
+	path := keyFile(t, "vm1:"+hexKey(32, 1), 0o600)
+	now := time.Now()
+	f, err := lockFile(path, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := lockFile(path, now); err == nil || !strings.Contains(err.Error(), "locked by another process") {
+		t.Errorf("got %v", err)
+	}
+	if err := os.Rename(path, path+".old"); err != nil {
+		t.Fatal(err)
+	}
+	if isAt(f, path) {
+		t.Error("a file that was moved is still taken for the one at its path")
+	}
+	if g, err := lockFile(path, now); g != nil || err != nil {
+		t.Errorf("no file: got %v, %v", g, err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 
