@@ -196,6 +196,9 @@ func (f *createFlags) make(ctx context.Context, path string, o create.Options, w
 			return err
 		}
 	}
+	if err := files.empty(); err != nil {
+		return err
+	}
 	if f.format == formatRaw {
 		err = create.Raw(ctx, st, o.Size, o.Preallocation)
 	} else {

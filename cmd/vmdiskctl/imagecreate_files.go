@@ -26,8 +26,8 @@ type newFile struct {
 	st   store.Store
 }
 
-// open makes a file, or empties one that is there when force allows it, and
-// locks it as QEMU does.
+// open makes a file, or opens one that is there when force allows it, and locks it
+// as QEMU does.
 func (n *newFiles) open(path string, force bool) (store.Store, error) {
 	file, err := copier.Claim{Mode: 0o600, Container: true, New: !force}.Open(path)
 	if err != nil {
@@ -41,10 +41,21 @@ func (n *newFiles) open(path string, force bool) (store.Store, error) {
 		return nil, errors.Join(err, file.Discard())
 	}
 	n.opened = append(n.opened, newFile{file, st})
-	if !file.Created() && !st.Fixed() {
-		return st, st.Truncate(0)
-	}
 	return st, nil
+}
+
+// empty takes away what is in the files. It comes after the last open: a command
+// that is refused one of them leaves the others as they are.
+func (n *newFiles) empty() error {
+	for _, f := range n.opened {
+		if f.file.Created() || f.st.Fixed() {
+			continue
+		}
+		if err := f.st.Truncate(0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // storeIn is the space in a file that stays open, and locked, for longer.

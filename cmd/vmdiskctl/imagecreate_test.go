@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 )
 
 // judged is what qemu-img says of a sound image.
@@ -163,6 +165,26 @@ func TestImageCreateLeavesNothingWhenItFails(t *testing.T) {
 	must(t, err)
 	if len(left) != 1 || left[0].Name() != "data" {
 		t.Errorf("left are %v", left)
+	}
+}
+
+// TestImageCreateEmptiesNothingWhenAFileIsInUse, whichever of the two it is.
+func TestImageCreateEmptiesNothingWhenAFileIsInUse(t *testing.T) {
+	for _, used := range []string{"disk", "data"} {
+		dir := t.TempDir()
+		for _, name := range []string{"disk", "data"} {
+			must(t, os.WriteFile(filepath.Join(dir, name), []byte("precious "+name), 0o600))
+		}
+		user, err := copier.Claim{}.Open(filepath.Join(dir, used))
+		must(t, err)
+		want(t, exitFailed, "image", "create", "--force", "--data-file=data", filepath.Join(dir, "disk"), "1M")
+		must(t, user.Close())
+		for _, name := range []string{"disk", "data"} {
+			if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != "precious "+name {
+				t.Errorf("%s is in use: %s has %q, %v", used, name, got, err)
+			}
+		}
+		want(t, exitDone, "image", "create", "--force", "--data-file=data", filepath.Join(dir, "disk"), "1M")
 	}
 }
 
