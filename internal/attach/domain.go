@@ -735,11 +735,12 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	if err != nil {
 		return nil, err
 	}
-	g := &growth{Machine: m, id: target, size: size}
+	g := &growth{Machine: m, id: target, size: size, more: want.More}
 	plan := &Plan{
-		Aim:   fmt.Sprintf("grow %s of domain %q from %d to %d bytes", target, d.Domain.Name, x.Size, size),
-		Disk:  target,
-		Steps: []Step{g.exportStep(x.Name)},
+		Aim:    fmt.Sprintf("grow %s of domain %q from %d to %d bytes", target, d.Domain.Name, x.Size, size),
+		Disk:   target,
+		Steps:  []Step{g.exportStep(x.Name)},
+		Repeat: g.repeat,
 	}
 	if in&libvirtd.Live == 0 {
 		return plan, nil

@@ -616,6 +616,55 @@ func TestResizeThatFailsKeepsTheDiskAsItWas(t *testing.T) {
 	}
 }
 
+// TestResizeByMoreThatFailsNamesTheSize refuses each command of a resize by a number
+// of bytes in turn: what the error names does the rest, and no more. Before the image
+// has grown, and where a size was named, it says nothing of that.
+func TestResizeByMoreThatFailsNamesTheSize(t *testing.T) {
+	l := start(t, q35...)
+	p := newProxy(t, l.monitor)
+	m := l.machine(t, p.path, nil)
+	ctx := testenv.Context(t)
+	plan, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, plan, err)
+	size := func() int64 {
+		t.Helper()
+		x, err := l.service.Export(ctx, attach.ExportName(m.Name, "d0"))
+		must(t, err)
+		return x.Size
+	}
+	advised := 0
+	for n := 1; ; n++ {
+		before := size()
+		more := attach.Size{Bytes: diskSize, More: n%2 == 1}
+		if !more.More {
+			more.Bytes += before
+		}
+		p.set((n+1)/2, nil)
+		plan, err := m.Resize(ctx, "d0", "", more)
+		if err == nil {
+			_, err = plan.Run(ctx)
+		}
+		if _, refused := p.set(0, nil); refused == "" {
+			must(t, err)
+			break
+		}
+		want := err != nil && more.More && size() != before
+		advice := fmt.Sprintf("repeat it with the size %d and no plus sign", before+diskSize)
+		if got := err != nil && strings.Contains(err.Error(), advice); got != want {
+			t.Errorf("from %d bytes to %d: %v, which names the size: %t", before, size(), err, got)
+		}
+		if want {
+			advised++
+		}
+		plan, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: before + diskSize})
+		do(t, plan, err)
+		l.wantSize(t, m, "d0", before+diskSize)
+	}
+	if advised == 0 {
+		t.Error("no resize failed after the image had grown")
+	}
+}
+
 func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)

@@ -44,6 +44,10 @@ type Plan struct {
 	// Disk is the name by which the disk is found again. A step may change it.
 	Disk  string
 	Steps []Step
+
+	// Repeat, if not nil, says behind an error what is to be asked for in place
+	// of the same once more, or nothing.
+	Repeat func() string
 }
 
 // Print writes the plan for people, a line for each step.
@@ -72,7 +76,12 @@ func (p *Plan) Run(ctx context.Context) (changed bool, err error) {
 			break
 		}
 	}
-	return r.changed, r.end(err)
+	if err = r.end(err); err != nil && p.Repeat != nil {
+		if text := p.Repeat(); text != "" {
+			err = errors.Join(err, errors.New(text))
+		}
+	}
+	return r.changed, err
 }
 
 // run is a plan on its way.

@@ -54,6 +54,8 @@ type growth struct {
 	creds  credentials
 	uri    transport.URI
 
+	more     bool // the size was asked for as what is added
+	asked    bool // the export was to grow, and may have
 	longer   bool // the export has grown by this plan
 	exchange bool // the machine had another size, next takes the place of old
 }
@@ -71,11 +73,11 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 	if err != nil {
 		return nil, err
 	}
-	g := &growth{Machine: m, id: id, size: size}
+	g := &growth{Machine: m, id: id, size: size, more: want.More}
 	if err := g.prepare(ctx, x); err != nil {
 		return nil, err
 	}
-	plan := &Plan{Aim: fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size), Disk: id}
+	plan := &Plan{Aim: fmt.Sprintf("grow %s of %q from %d to %d bytes", id, m.Name, x.Size, size), Disk: id, Repeat: g.repeat}
 	if g.object != "" {
 		plan.Steps = append(plan.Steps, g.tryStep())
 	}
@@ -158,6 +160,15 @@ func (g *growth) grown(ctx context.Context) (bool, error) {
 	return hasSize(list, g.raw, g.size), err
 }
 
+// repeat names the size that the disk is to have: what was to be added to it is
+// there, and would be added again.
+func (g *growth) repeat() string {
+	if !g.more || !g.asked {
+		return ""
+	}
+	return fmt.Sprintf("repeat it with the size %d and no plus sign: the disk may be that large by now, and would grow once more", g.size)
+}
+
 func (g *growth) exportStep(name string) Step {
 	return Step{
 		Name:  fmt.Sprintf("grow export %q to %d bytes", name, g.size),
@@ -169,7 +180,9 @@ func (g *growth) exportStep(name string) Step {
 			if err != nil || x.Size == g.size {
 				return false, err
 			}
-			if x, err = g.Server.Resize(ctx, name, api.Resize{Size: g.size}); err != nil {
+			x, err = g.Server.Resize(ctx, name, api.Resize{Size: g.size})
+			g.asked = made(err)
+			if err != nil {
 				return false, err
 			}
 			g.longer = true
