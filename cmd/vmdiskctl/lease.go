@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"math"
@@ -35,7 +36,8 @@ func newVMLease() *cobra.Command {
 		Short: "Let a running machine open what is granted to it over vsock",
 		Long: `Lease the CID of a running machine for it, until it ends or this command does: a
 daemon's grants with vm = ["VM"] are for connections from that CID in the
-meantime, and those connections end with the lease.
+meantime, and those connections end with the lease. Where several of these
+commands hold it, it ends with the machine or with the last of them.
 
 VM is the name that the grants have. If it is the path of a QMP socket, it has a
 slash, and QEMU says its CID and who it is: then the machine has also ended when
@@ -91,7 +93,7 @@ func (f *leaseFlags) run(c *cobra.Command, vm string) error {
 			return plugError(err)
 		}
 	}
-	h := &leaseHolder{client: cl, process: p, lease: api.OpenLease{CID: f.cid, VM: vm, Start: p.start, TTL: config.Duration(f.ttl)}}
+	h := &leaseHolder{client: cl, process: p, lease: api.OpenLease{CID: f.cid, VM: vm, Start: p.start, TTL: config.Duration(f.ttl), Holder: rand.Text()}}
 	h.note = func(text string) { fmt.Fprintln(c.ErrOrStderr(), "vmdiskctl: note: "+visible(text)) }
 	return told(h.hold(c.Context()))
 }
@@ -205,8 +207,7 @@ type leaseHolder struct {
 // ends within that time after its machine.
 const leaseLook = 100 * time.Millisecond
 
-// hold returns when the process or its QMP socket has gone, or ctx has ended, and
-// the lease is closed.
+// hold returns when the machine has ended, or ctx has, and the lease is closed.
 // A daemon that does not answer is asked again; one that does not want the
 // lease ends it.
 func (h *leaseHolder) hold(ctx context.Context) error {
@@ -216,7 +217,7 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 	defer h.close()
 	h.note(fmt.Sprintf("CID %d is leased to %q", h.lease.CID, h.lease.VM))
 	next, lost := time.Now().Add(h.third()), false
-	for ctx.Err() == nil && !h.process.wait(leaseLook) && h.process.has(h.lease.VM) {
+	for ctx.Err() == nil && !h.ended(leaseLook) {
 		if time.Now().Before(next) {
 			continue
 		}
@@ -245,6 +246,12 @@ func refused(err error) bool {
 	return errors.As(err, new(*api.Error)) && !errors.As(err, new(*control.NoRoomError))
 }
 
+// ended waits for the end of the machine for at most d, and reports it: its
+// process or its QMP socket has gone.
+func (h *leaseHolder) ended(d time.Duration) bool {
+	return h.process.wait(d) || !h.process.has(h.lease.VM)
+}
+
 // third lets two attempts fail before the lease ends.
 func (h *leaseHolder) third() time.Duration { return time.Duration(h.lease.TTL) / 3 }
 
@@ -255,11 +262,20 @@ func (h *leaseHolder) renew(ctx context.Context) error {
 	return err
 }
 
-// close ends the lease; if the daemon does not answer, it ends by itself.
+// close ends the lease for this holder, and for all when the machine has ended; if
+// the daemon does not answer, it ends by itself.
 func (h *leaseHolder) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.ControlCall)
 	defer cancel()
-	if err := h.client.CloseLease(ctx, h.lease.CID, h.lease.Start); err != nil {
+	holder := h.lease.Holder
+	if h.ended(0) {
+		holder = ""
+	}
+	err := h.client.CloseLease(ctx, h.lease.CID, h.lease.Start, holder)
+	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.CodeNotFound {
+		return // another holder has seen the end of the machine, too
+	}
+	if err != nil {
 		h.note(fmt.Sprintf("the lease could not be closed: %v", err))
 	}
 }

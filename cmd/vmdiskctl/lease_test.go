@@ -34,11 +34,15 @@ func machineProcess(t *testing.T) *exec.Cmd {
 // TestLeaseEndsWithItsMachineOrItsHolder is the holder's side of AU-03: the
 // lease is there while both live, and is closed by name when one ends.
 func TestLeaseEndsWithItsMachineOrItsHolder(t *testing.T) {
-	for name, end := range map[string]func(vm *exec.Cmd, holder context.CancelFunc){
-		"machine": func(vm *exec.Cmd, _ context.CancelFunc) { _ = vm.Process.Kill(); _ = vm.Wait() },
-		"holder":  func(_ *exec.Cmd, holder context.CancelFunc) { holder() },
+	for _, tt := range []struct {
+		name  string
+		end   func(vm *exec.Cmd, holder context.CancelFunc)
+		whole bool // for other holders, too
+	}{
+		{"machine", func(vm *exec.Cmd, _ context.CancelFunc) { _ = vm.Process.Kill(); _ = vm.Wait() }, true},
+		{"holder", func(_ *exec.Cmd, holder context.CancelFunc) { holder() }, false},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
 			s := controlled(t, ctlserver.Change)
 			vm := machineProcess(t)
 			ctx, cancel := context.WithCancel(t.Context())
@@ -65,7 +69,7 @@ func TestLeaseEndsWithItsMachineOrItsHolder(t *testing.T) {
 			if len(all) != 1 || all[0].CID != 42 || all[0].VM != "vm 1" || !strings.HasPrefix(all[0].Start, strconv.Itoa(vm.Process.Pid)+"-") {
 				t.Errorf("leases: %+v", all)
 			}
-			end(vm, cancel)
+			tt.end(vm, cancel)
 			select {
 			case code := <-done:
 				if code != exitDone {
@@ -76,6 +80,19 @@ func TestLeaseEndsWithItsMachineOrItsHolder(t *testing.T) {
 			}
 			if all := s.Leases(); len(all) != 0 {
 				t.Errorf("leases at the end: %+v", all)
+			}
+			last := s.Calls()[len(s.Calls())-1]
+			if !strings.HasPrefix(last, "close lease 42") || strings.HasSuffix(last, ` by ""`) != tt.whole {
+				t.Errorf("at the end: %q; closed for all holders: want %t", last, tt.whole)
+			}
+			opened := map[string]bool{}
+			for _, c := range s.Calls() {
+				if _, by, ok := strings.Cut(c, " by "); ok && strings.HasPrefix(c, "open") {
+					opened[by] = true
+				}
+			}
+			if len(opened) != 1 || opened[`""`] {
+				t.Errorf("opened by %v, want one name", opened)
 			}
 		})
 	}

@@ -41,11 +41,11 @@ func TestLeasesAreKeptByTheControlSocket(t *testing.T) {
 	other.CID, other.TTL = 43, 0
 	_, err = s.ctl.OpenLease(ctx, other)
 	refused("no time", api.CodeInvalid, err)
-	refused("close another start's", api.CodeNotFound, s.ctl.CloseLease(ctx, 42, "s2"))
+	refused("close another start's", api.CodeNotFound, s.ctl.CloseLease(ctx, 42, "s2", ""))
 	if all, err := s.ctl.Leases(ctx); err != nil || len(all) != 1 || all[0].VM != "vm 1" || all[0].Start != "s?1" {
 		t.Errorf("leases: %+v, %v", all, err)
 	}
-	if err := s.ctl.CloseLease(ctx, 42, "s?1"); err != nil {
+	if err := s.ctl.CloseLease(ctx, 42, "s?1", ""); err != nil {
 		t.Errorf("close: %v", err)
 	}
 	if all, err := s.ctl.Leases(ctx); err != nil || len(all) != 0 {

@@ -16,10 +16,10 @@ func (s service) Leases() []api.Lease {
 }
 
 func (s service) OpenLease(l api.OpenLease) (api.Lease, error) {
-	x, err := s.d.exports.OpenLease(export.Lease{CID: l.CID, VM: l.VM, Start: l.Start}, time.Duration(l.TTL))
+	x, err := s.d.exports.OpenLease(export.Lease{CID: l.CID, VM: l.VM, Start: l.Start}, l.Holder, time.Duration(l.TTL))
 	return api.Lease(x), told(err)
 }
 
-func (s service) CloseLease(cid uint32, start string) error {
-	return told(s.d.exports.CloseLease(cid, start))
+func (s service) CloseLease(cid uint32, start, holder string) error {
+	return told(s.d.exports.CloseLease(cid, start, holder))
 }

@@ -25,7 +25,7 @@ func leasing(t *testing.T) (r *Registry, peer *transport.Peer) {
 
 func lend(t *testing.T, r *Registry, vm, start string) {
 	t.Helper()
-	if _, err := r.OpenLease(Lease{CID: 42, VM: vm, Start: start}, time.Hour); err != nil {
+	if _, err := r.OpenLease(Lease{CID: 42, VM: vm, Start: start}, "", time.Hour); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -69,7 +69,7 @@ func TestClosedLeaseEndsItsConnections(t *testing.T) {
 	if x.Gone.Err() != nil {
 		t.Fatal("a renewed lease ends its connections")
 	}
-	if err := r.CloseLease(42, "s1"); err != nil {
+	if err := r.CloseLease(42, "s1", ""); err != nil {
 		t.Fatal(err)
 	}
 	ended(t, x)
@@ -85,17 +85,17 @@ func TestLeaseNamesTheStart(t *testing.T) {
 	r, p := leasing(t)
 	lend(t, r, "vm1", "s1")
 	for _, l := range []Lease{{CID: 42, VM: "vm1", Start: "s2"}, {CID: 42, VM: "vm2", Start: "s1"}} {
-		if _, err := r.OpenLease(l, time.Hour); !errors.Is(err, ErrLeased) {
+		if _, err := r.OpenLease(l, "", time.Hour); !errors.Is(err, ErrLeased) {
 			t.Errorf("%+v: got %v, want ErrLeased", l, err)
 		}
 	}
-	if err := r.CloseLease(42, "s2"); !errors.Is(err, ErrLease) {
+	if err := r.CloseLease(42, "s2", ""); !errors.Is(err, ErrLease) {
 		t.Errorf("another start closes it: %v", err)
 	}
 	if !r.opens(t, p) {
 		t.Error("the lease is gone")
 	}
-	if err := r.CloseLease(42, "s1"); err != nil {
+	if err := r.CloseLease(42, "s1", ""); err != nil {
 		t.Fatal(err)
 	}
 	lend(t, r, "vm2", "s3")
@@ -109,7 +109,7 @@ func TestLeaseNamesTheStart(t *testing.T) {
 
 func TestLeaseThatNobodyRenewsEnds(t *testing.T) {
 	r, p := leasing(t)
-	if _, err := r.OpenLease(Lease{CID: 42, VM: "vm1", Start: "s1"}, limits.LeaseShortest); err != nil {
+	if _, err := r.OpenLease(Lease{CID: 42, VM: "vm1", Start: "s1"}, "", limits.LeaseShortest); err != nil {
 		t.Fatal(err)
 	}
 	x, err := r.Open(t.Context(), "a", p)
@@ -120,6 +120,83 @@ func TestLeaseThatNobodyRenewsEnds(t *testing.T) {
 	ended(t, x)
 	if r.opens(t, p) || len(r.Leases()) != 0 {
 		t.Error("it opens after the lease")
+	}
+}
+
+// TestLeaseLastsAsLongAsOneHolds: of two who watch one start of a machine neither
+// ends the lease of the other, whether it closes its own or does not renew it.
+func TestLeaseLastsAsLongAsOneHolds(t *testing.T) {
+	hold := func(r *Registry, holder string, d time.Duration) {
+		t.Helper()
+		if _, err := r.OpenLease(Lease{CID: 42, VM: "vm1", Start: "s1"}, holder, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		end  func(r *Registry) error // of the second holder
+	}{
+		{"closed", func(r *Registry) error { return r.CloseLease(42, "s1", "h2") }},
+		{"closed by both", func(r *Registry) error {
+			hold(r, "h3", time.Hour)
+			return errors.Join(r.CloseLease(42, "s1", "h2"), r.CloseLease(42, "s1", "h3"))
+		}},
+		{"machine has ended", func(r *Registry) error {
+			hold(r, "h3", time.Hour)
+			return r.CloseLease(42, "s1", "")
+		}},
+		{"not renewed", func(r *Registry) error {
+			hold(r, "h2", limits.LeaseShortest)
+			return nil
+		}},
+	} {
+		r, p := leasing(t)
+		hold(r, "h1", time.Hour)
+		hold(r, "h2", limits.LeaseShortest)
+		if got := r.Leases(); len(got) != 1 || time.Until(got[0].Expires) < time.Minute {
+			t.Errorf("%s: leases: %+v, want one for an hour", tt.name, got)
+		}
+		x, err := r.Open(t.Context(), "a", p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hold(r, "h2", time.Hour)
+		if err := r.CloseLease(42, "s1", "h1"); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.CloseLease(42, "s1", "h1"); !errors.Is(err, ErrLease) {
+			t.Errorf("%s: closed twice: got %v, want ErrLease", tt.name, err)
+		}
+		if x.Gone.Err() != nil || !r.opens(t, p) {
+			t.Errorf("%s: the first holder has ended the lease", tt.name)
+		}
+		if err := tt.end(r); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		ended(t, x)
+		x.Close()
+		if r.opens(t, p) || len(r.Leases()) != 0 {
+			t.Errorf("%s: it opens after the lease", tt.name)
+		}
+	}
+}
+
+func TestLeaseHasFewHolders(t *testing.T) {
+	r, _ := leasing(t)
+	l := Lease{CID: 42, VM: "vm1", Start: "s1"}
+	for i := range limits.LeaseHolders {
+		if _, err := r.OpenLease(l, strings.Repeat("h", i), time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := r.OpenLease(l, "one more", time.Hour); err == nil {
+		t.Error("there are more holders than may be")
+	}
+	if _, err := r.OpenLease(l, "h", time.Hour); err != nil {
+		t.Errorf("one of them renews: %v", err)
+	}
+	if _, err := r.OpenLease(l, strings.Repeat("x", limits.LeaseName+1), time.Hour); !errors.Is(err, ErrInvalid) {
+		t.Errorf("a long name: got %v, want ErrInvalid", err)
 	}
 }
 
@@ -135,7 +212,7 @@ func TestConnectionsOfOtherGrantsOutliveALease(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer x.Close()
-	if err := r.CloseLease(42, "s1"); err != nil {
+	if err := r.CloseLease(42, "s1", ""); err != nil {
 		t.Fatal(err)
 	}
 	if x.Gone.Err() != nil {
@@ -156,16 +233,16 @@ func TestLeasesOfOthersThanGuestsAreRefused(t *testing.T) {
 		{Lease{CID: 3, VM: long, Start: "s"}, time.Minute}, {Lease{CID: 3, VM: "v", Start: long}, time.Minute},
 		{Lease{CID: 3, VM: "v", Start: "s"}, 0}, {Lease{CID: 3, VM: "v", Start: "s"}, 1 << 62},
 	} {
-		if _, err := r.OpenLease(tt.l, tt.d); !errors.Is(err, ErrInvalid) {
+		if _, err := r.OpenLease(tt.l, "", tt.d); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%d %d/%d %v: got %v, want ErrInvalid", tt.l.CID, len(tt.l.VM), len(tt.l.Start), tt.d, err)
 		}
 	}
 	for cid := range uint32(limits.Leases) {
-		if _, err := r.OpenLease(Lease{CID: 100 + cid, VM: "v", Start: "s"}, time.Hour); err != nil {
+		if _, err := r.OpenLease(Lease{CID: 100 + cid, VM: "v", Start: "s"}, "", time.Hour); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := r.OpenLease(Lease{CID: 99, VM: "v", Start: "s"}, time.Hour); err == nil {
+	if _, err := r.OpenLease(Lease{CID: 99, VM: "v", Start: "s"}, "", time.Hour); err == nil {
 		t.Error("there are more leases than may be")
 	}
 }

@@ -8,8 +8,12 @@ const (
 	// more.
 	Leases = 1024
 
-	// LeaseName bounds the names of a machine and of its start: a UUID, a
-	// path of a QMP socket.
+	// LeaseHolders bounds who holds one lease at a time: the service of a
+	// machine, one that takes its place, and somebody who tries it by hand.
+	LeaseHolders = 16
+
+	// LeaseName bounds the names of a machine, of its start and of a holder: a
+	// UUID, a path of a QMP socket.
 	LeaseName = 256
 
 	// LeaseShortest and LeaseLongest bound how long a lease lasts if its

@@ -32,7 +32,8 @@ const Version = "v1"
 //	GET    /v1/events                     a line of JSON for each Event, until the client leaves
 //	GET    /v1/leases                     []Lease
 //	POST   /v1/leases                     OpenLease -> Lease
-//	DELETE /v1/leases/{id}?start=         {id} is a CID
+//	DELETE /v1/leases/{id}?start=&holder=
+//	                                      {id} is a CID
 //	POST   /v1/reload?dry-run=            Reload
 //	GET    /metrics                       Prometheus' text format
 const (
@@ -200,6 +201,10 @@ type OpenLease struct {
 	VM    string          `json:"vm"`    // as grants name it
 	Start string          `json:"start"` // tells this start of the machine from others
 	TTL   config.Duration `json:"ttl"`   // it ends then if it is not renewed
+
+	// Holder tells who says so from others who do: the lease lasts as long as one
+	// of them wants it to. Those without it are one.
+	Holder string `json:"holder,omitempty"`
 }
 
 // Lease is one that is open.

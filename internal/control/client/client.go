@@ -176,10 +176,14 @@ func (c *Client) OpenLease(ctx context.Context, l api.OpenLease) (x api.Lease, e
 	return x, c.call(ctx, request{method: "POST", path: api.PathLeases, body: l}, &x)
 }
 
-// CloseLease ends the lease of a start.
-func (c *Client) CloseLease(ctx context.Context, cid uint32, start string) error {
+// CloseLease ends the lease of a start for a holder, or for all if that is "".
+func (c *Client) CloseLease(ctx context.Context, cid uint32, start, holder string) error {
 	path := api.PathLeases + "/" + strconv.FormatUint(uint64(cid), 10)
-	return c.call(ctx, request{method: "DELETE", path: path, query: url.Values{"start": {start}}}, nil)
+	q := url.Values{"start": {start}}
+	if holder != "" {
+		q.Set("holder", holder)
+	}
+	return c.call(ctx, request{method: "DELETE", path: path, query: q}, nil)
 }
 
 // Stats are the counters of all exports.

@@ -301,7 +301,7 @@ func (s *Service) Leases() []api.Lease {
 
 func (s *Service) OpenLease(l api.OpenLease) (api.Lease, error) {
 	x := api.Lease{CID: l.CID, VM: l.VM, Start: l.Start, Expires: time.Now().Add(time.Duration(l.TTL))}
-	if err := s.note("open lease %d of %q %q", l.CID, l.VM, l.Start); err != nil {
+	if err := s.note("open lease %d of %q %q by %q", l.CID, l.VM, l.Start, l.Holder); err != nil {
 		return x, err
 	}
 	s.mu.Lock()
@@ -310,8 +310,9 @@ func (s *Service) OpenLease(l api.OpenLease) (api.Lease, error) {
 	return x, nil
 }
 
-func (s *Service) CloseLease(cid uint32, start string) error {
-	if err := s.note("close lease %d %q", cid, start); err != nil {
+// CloseLease is as in server.Service, but that each holder is the last.
+func (s *Service) CloseLease(cid uint32, start, holder string) error {
+	if err := s.note("close lease %d %q by %q", cid, start, holder); err != nil {
 		return err
 	}
 	s.mu.Lock()

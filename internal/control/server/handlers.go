@@ -210,7 +210,7 @@ func (c *call) closeLease() (any, error) {
 	if err != nil || len(start) == 0 {
 		return nil, &api.Error{Code: api.CodeNotFound, Text: "no such lease"}
 	}
-	return nil, c.s.service.CloseLease(uint32(cid), start[0])
+	return nil, c.s.service.CloseLease(uint32(cid), start[0], c.query.Get("holder"))
 }
 
 func (c *call) reload() (any, error) {

@@ -306,6 +306,7 @@ func TestOpenAPISaysTheBounds(t *testing.T) {
 		fmt.Sprintf("at most %d connections", limits.ControlConnsPerUID),
 		fmt.Sprintf("headers %d KiB in %.0f seconds, body %d KiB in %.0f seconds", limits.ControlHeader>>10,
 			limits.ControlHeaderTime.Seconds(), limits.ControlBody>>10, limits.ControlBodyTime.Seconds()),
+		fmt.Sprintf("by holder, of which there are at most %d.", limits.LeaseHolders),
 		fmt.Sprintf("at most %d levels", limits.ExportDepth),
 		fmt.Sprintf("at most %d bytes of UTF-8", limits.ControlName),
 		fmt.Sprintf("and so on, at most %d.", limits.ControlFiles),

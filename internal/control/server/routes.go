@@ -56,7 +56,7 @@ var routes = []route{
 	{method: "DELETE", path: api.PathClients + "/{id}", access: Change, do: (*call).disconnect},
 	{method: "GET", path: api.PathLeases, access: Read, do: (*call).leases},
 	{method: "POST", path: api.PathLeases, access: Change, body: mustHaveBody, do: (*call).openLease},
-	{method: "DELETE", path: api.PathLeases + "/{id}", access: Change, query: []string{"start"}, do: (*call).closeLease},
+	{method: "DELETE", path: api.PathLeases + "/{id}", access: Change, query: []string{"start", "holder"}, do: (*call).closeLease},
 	{method: "GET", path: api.PathStats, access: Read, do: (*call).stats},
 	{method: "GET", path: api.PathEvents, access: Read, do: (*call).events},
 	{method: "POST", path: api.PathReload, access: Change, query: []string{"dry-run"}, do: (*call).reload},

@@ -52,7 +52,8 @@ type Service interface {
 	Disconnect(id uint64) error
 	Leases() []api.Lease
 	OpenLease(l api.OpenLease) (api.Lease, error)
-	CloseLease(cid uint32, start string) error
+	// CloseLease for one holder, or for all if holder is "".
+	CloseLease(cid uint32, start, holder string) error
 	Stats() []api.Stats
 	// Subscribe gives the events from now on. At most n of them wait; of later
 	// ones an event of kind "lost" tells the number. The channel is closed

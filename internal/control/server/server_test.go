@@ -76,11 +76,11 @@ func TestEachCallReachesTheServiceAsItWasMade(t *testing.T) {
 	cs, err = w.client.Clients(ctx, &none)
 	check(t, "clients of the empty name", err, len(cs) == 1 && cs[0].ID == 8)
 	check(t, "disconnect", w.client.Disconnect(ctx, 7), true)
-	_, err = w.client.OpenLease(ctx, api.OpenLease{CID: 5, VM: "vm 1", Start: "s?1", TTL: config.Duration(time.Minute)})
+	_, err = w.client.OpenLease(ctx, api.OpenLease{CID: 5, VM: "vm 1", Start: "s?1", Holder: "h&1", TTL: config.Duration(time.Minute)})
 	check(t, "open a lease", err, true)
 	ls, err := w.client.Leases(ctx)
 	check(t, "leases", err, len(ls) == 1 && ls[0].CID == 5 && ls[0].VM == "vm 1" && ls[0].Start == "s?1")
-	check(t, "close a lease", w.client.CloseLease(ctx, 5, "s?1"), true)
+	check(t, "close a lease", w.client.CloseLease(ctx, 5, "s?1", "h&1"), true)
 	stats, err := w.client.Stats(ctx)
 	check(t, "stats", err, len(stats) == 1 && stats[0].Commands["read"].Requests == 1)
 	r, err := w.client.Reload(ctx, true)
@@ -89,7 +89,7 @@ func TestEachCallReachesTheServiceAsItWasMade(t *testing.T) {
 	err = w.client.Metrics(ctx, &m)
 	check(t, "metrics", err, m.String() == "vmdiskd_exports 1\n")
 
-	want := `patch "a"|resume "a"|snapshot "a" overlay "/o" files 0|forget "a" force true dry true|disconnect 7|open lease 5 of "vm 1" "s?1"|close lease 5 "s?1"|reload dry true`
+	want := `patch "a"|resume "a"|snapshot "a" overlay "/o" files 0|forget "a" force true dry true|disconnect 7|open lease 5 of "vm 1" "s?1" by "h&1"|close lease 5 "s?1" by "h&1"|reload dry true`
 	if got := strings.Join(s.Calls(), "|"); got != want {
 		t.Errorf("calls:\n got %s\nwant %s", got, want)
 	}
