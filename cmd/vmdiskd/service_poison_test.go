@@ -1,58 +1,37 @@
 package main
 
 import (
-	"encoding/binary"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
-// spoil damages a qcow2 image of which the middle was written: the entry of the L1
-// table at mid leads to a table whose first entry names no cluster.
-func spoil(t *testing.T, path string, mid int64) {
-	t.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	at := func(off int64) int64 {
-		var p [8]byte
-		if _, err := f.ReadAt(p[:], off); err != nil {
-			t.Fatal(err)
-		}
-		return int64(binary.BigEndian.Uint64(p[:]) & 0x00fffffffffffe00)
-	}
-	const l1Offset = 40 // of the header, see "Header" of the format
-	entry := binary.BigEndian.AppendUint64(nil, 1<<63|0x777)
-	if _, err := f.WriteAt(entry, at(at(l1Offset)+8*mid)); err != nil {
-		t.Fatal(err)
-	}
+// exportQ is of an image that poison can damage.
+const exportQ = "[[export]]\nname = \"q\"\nformat = \"qcow2\"\nimage = \"DIR/q.qcow2\"\n"
+
+// poison damages an image of testenv.SparseQcow2 which an export serves, and has a
+// client find that: the export takes no more writes.
+func (s *testService) poison(name, image string) {
+	s.Helper()
+	testenv.SpoilQcow2(s, image)
+	_, _ = tool(s.T, s.dir, "qemu-io", "-f", "raw", "-c", "write 2G 64k", s.uri(name)) // it fails, or opening the disk does
+	s.await("the export is poisoned", func() bool { return slices.Contains(s.states(), name+" poisoned") })
 }
 
 // TestExportThatTakesNoMoreWritesIsNotWell: all who ask are told, until the image is
 // repaired and opened anew; what can be read is.
 func TestExportThatTakesNoMoreWritesIsNotWell(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	image := filepath.Join(dir, "q.qcow2")
-	for _, args := range [][]string{
-		{"qemu-img", "create", "-q", "-f", "qcow2", image, "4G"},
-		{"qemu-io", "-f", "qcow2", "-c", "write -q 0 64k", "-c", "write -q 2G 64k", image},
-	} {
-		if out, err := tool(t, dir, args[0], args[1:]...); err != nil {
-			t.Fatalf("%q: %v: %s", args, err, out)
-		}
-	}
 	s := newService(t, exportA)
-	s.configure(exportA + "[[export]]\nname = \"q\"\nformat = \"qcow2\"\nimage = \"DIR/q.qcow2\"\n")
 	served := filepath.Join(s.dir, "q.qcow2")
-	if err := os.Rename(image, served); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+	testenv.SparseQcow2(t, served)
+	if err := s.reload(exportA + exportQ); err != nil {
 		t.Fatal(err)
 	}
 	if got := s.metric(`export_poisoned{export="q"}`); got != 0 {
@@ -62,9 +41,8 @@ func TestExportThatTakesNoMoreWritesIsNotWell(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spoil(t, served, 4)                                                             // 512 MiB for each entry
-	_, _ = tool(t, s.dir, "qemu-io", "-f", "raw", "-c", "write 2G 64k", s.uri("q")) // it fails, or opening the disk does
-	s.await("the export is poisoned", func() bool { return s.metric(`export_poisoned{export="q"}`) == 1 })
+	s.poison("q", served)
+	s.await("the gauge tells it", func() bool { return s.metric(`export_poisoned{export="q"}`) == 1 })
 	if got := s.states(); !slices.Equal(got, []string{"a ready", "q poisoned"}) {
 		t.Errorf("states: %q", got)
 	}
@@ -83,15 +61,88 @@ func TestExportThatTakesNoMoreWritesIsNotWell(t *testing.T) {
 	}
 	s.wantBytes("q", "0xcd", "0")
 
-	_ = s.ctl.Remove(t.Context(), "q", true, 0) // it cannot be flushed
+	if err := s.ctl.Remove(t.Context(), "q", true, 0); err != nil { // that it cannot be flushed is known
+		t.Error(err)
+	}
 	if err := os.WriteFile(served, sound, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.reload(exportA + "[[export]]\nname = \"q\"\nformat = \"qcow2\"\nimage = \"DIR/q.qcow2\"\ndescription = \"repaired\"\n"); err != nil {
+	if err := s.reload(exportA + exportQ + "description = \"repaired\"\n"); err != nil {
 		t.Fatal(err)
 	}
 	if x, err := s.ctl.Export(t.Context(), "q"); err != nil || x.State != "ready" || !x.Writable || x.Error != "" {
 		t.Errorf("when it is repaired: got %+v, %v, want it ready", x, err)
 	}
+	s.stop()
+}
+
+// TestPoisonedExportIsRemoved like any other: that it could not be flushed is known.
+func TestPoisonedExportIsRemoved(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	image := filepath.Join(s.dir, "q.qcow2")
+	testenv.SparseQcow2(t, image)
+	a := api.AddExport{Export: config.Export{Name: "q", Format: "qcow2", Image: image}, Persist: true}
+	if _, err := s.ctl.Add(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	s.poison("q", image)
+	if err := s.ctl.Remove(t.Context(), "q", false, 0); err != nil {
+		t.Errorf("remove: %v", err)
+	}
+	if states, files := s.states(), s.kept(); len(states)+len(files) != 0 {
+		t.Errorf("afterwards: got %q and %q, want nothing", states, files)
+	}
+	if log := s.log(); !strings.Contains(log, "msg=\"export was closed without its last writes") {
+		t.Error("the log has no line of it")
+	}
+	s.stop()
+}
+
+// TestPoisonedExportBecomesReadOnlyByAReload: what can be read stays so.
+func TestPoisonedExportBecomesReadOnlyByAReload(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	image := filepath.Join(s.dir, "q.qcow2")
+	testenv.SparseQcow2(t, image)
+	if err := s.reload(exportQ); err != nil {
+		t.Fatal(err)
+	}
+	s.poison("q", image)
+	if err := s.reload(exportQ + "readonly = true\n"); err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	if got := s.states(); !slices.Equal(got, []string{"q ready"}) {
+		t.Errorf("states: got %q, want it ready", got)
+	}
+	s.wantBytes("q", "0xcd", "0")
+	s.stop()
+}
+
+// TestPoisonedOverlayIsForgotten, and the export serves what the file names.
+func TestPoisonedOverlayIsForgotten(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	image, overlay := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "top.qcow2")
+	if err := os.Truncate(image, 4<<30); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportA + "format = \"raw\"\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "0x31", "2G")
+	s.stop()
+	s.start() // it has not looked at 2 GiB
+	s.poison("a", overlay)
+	if _, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil {
+		t.Errorf("forget: %v", err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || x.Image != image {
+		t.Errorf("afterwards: got %+v, %v, want %s", x, err, image)
+	}
+	s.wantBytes("a", "0", "2G")
 	s.stop()
 }

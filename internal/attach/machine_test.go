@@ -20,6 +20,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -1002,6 +1003,30 @@ func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 		if do(t, p, err); l.state(t, m.Monitor) != empty {
 			t.Errorf("stopped after %d steps: left %s", stop, l.state(t, m.Monitor))
 		}
+	}
+}
+
+// TestPoisonedDiskIsDetached as any other: that its last writes are lost is known.
+func TestPoisonedDiskIsDetached(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	empty := l.state(t, m.Monitor)
+	image := filepath.Join(l.dir, "q.qcow2")
+	testenv.SparseQcow2(t, image)
+	source := l.source(image)
+	source.Add.Format = "qcow2"
+	p, err := m.Attach(ctx, source, attach.Options{Model: qmp.SCSIDisk, ID: "q"})
+	do(t, p, err)
+	testenv.SpoilQcow2(t, image)
+	guestIO(t, m, "q", "write 2G 64k")
+	await(t, func() bool {
+		x, err := l.service.Export(ctx, attach.ExportName(m.Name, "q"))
+		return err == nil && x.State == api.StatePoisoned
+	})
+	p, err = m.Detach(ctx, "q", false)
+	if do(t, p, err); l.state(t, m.Monitor) != empty {
+		t.Errorf("left %s", l.state(t, m.Monitor))
 	}
 }
 

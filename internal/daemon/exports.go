@@ -192,7 +192,8 @@ func (d *daemon) removeExport(ctx context.Context, name string, instead *disk) e
 }
 
 // takeAway is removeExport of k, which has that name. When it has left, and
-// before its name is free, forget is called with k.busy.
+// before its name is free, forget is called with k.busy. Of an export that took no
+// more writes when this began, it is no error that it was closed without the last.
 func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() (instead *disk, err error)) error {
 	if x, _ := d.exports.StatusOf(name); x.Clients > 0 && !force { // as Remove says, before the pause is over
 		return fmt.Errorf("%w: %q", export.ErrInUse, name)
@@ -204,13 +205,20 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 		return fmt.Errorf("%w: %q is being changed: %w", export.ErrInUse, name, err)
 	}
 	d.unpause(k) // nobody pauses it any more
+	known := d.disks.healthOf(k).why()
 	err := d.exports.Remove(ctx, name, force)
 	k.busy.Lock()
 	defer k.busy.Unlock()
 	k.leaving--
-	_, stays := d.exports.StatusOf(name)
-	if stays || errors.Is(err, nbd.ErrUnknownExport) || d.disks.get(name) != k {
+	if _, stays := d.exports.StatusOf(name); stays || errors.Is(err, nbd.ErrUnknownExport) {
 		return err // it is in use, or opening, or another removal has taken it away
+	}
+	if known != nil && err != nil {
+		d.log.Warn("export was closed without its last writes, as it took no more", "export", name, "error", err)
+		err = nil
+	}
+	if d.disks.get(name) != k {
+		return err // as with another removal, which was told the same
 	}
 	d.closeDoors(k.doors)
 	instead, kept := forget()

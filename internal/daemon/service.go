@@ -412,12 +412,18 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	case now == nil: // it is being opened
 		return unknownExport(name)
 	}
-	return told(s.d.takeAway(ctx, k, name, force, func() (*disk, error) {
+	removed := false
+	err := s.d.takeAway(ctx, k, name, force, func() (*disk, error) {
 		if err := s.d.forgetKept(k, name); err != nil {
 			return &disk{cfg: k.cfg, origin: k.origin, failed: err}, err
 		}
+		removed = true
 		return nil, nil
-	}))
+	})
+	if removed && err != nil {
+		err = fmt.Errorf("export %q is removed, but what was written to it last may be lost: %w", name, err)
+	}
+	return told(err)
 }
 
 func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {

@@ -74,3 +74,39 @@ func SparseImage(t testing.TB, size int64) string {
 	}
 	return path
 }
+
+// SparseQcow2 makes a qcow2 image of 4 GiB of which the first 64 KiB and those at
+// 2 GiB are written, with the byte 0xcd.
+func SparseQcow2(t testing.TB, path string) {
+	t.Helper()
+	Run(t, "qemu-img", "create", "-q", "-f", "qcow2", path, "4G")
+	Run(t, "qemu-io", "-f", "qcow2", "-c", "write -q 0 64k", "-c", "write -q 2G 64k", path)
+}
+
+// SpoilQcow2 damages an image of 4 GiB in clusters of 64 KiB that has data at
+// 2 GiB: what maps that names no cluster any more. A write there poisons the disk,
+// if it has not looked there since it was opened.
+func SpoilQcow2(t testing.TB, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	at := func(off int64) int64 {
+		var p [8]byte
+		if _, err := f.ReadAt(p[:], off); err != nil {
+			t.Fatal(err)
+		}
+		return int64(binary.BigEndian.Uint64(p[:]) & 0x00fffffffffffe00)
+	}
+	const (
+		l1Offset = 40      // of the header, see "Header" of the format
+		perEntry = 1 << 29 // bytes of the disk for each entry of the L1 table
+		middle   = 2 << 30 / perEntry
+	)
+	entry := binary.BigEndian.AppendUint64(nil, 1<<63|0x777)
+	if _, err := f.WriteAt(entry, at(at(l1Offset)+8*middle)); err != nil {
+		t.Fatal(err)
+	}
+}
