@@ -67,7 +67,8 @@ type health struct {
 // why is what is wrong with the export, nil for nothing.
 func (h health) why() error { return cmp.Or(h.failed, h.poisoned) }
 
-// errAway is for another attempt at an export that has been removed meanwhile.
+// errAway is for an export that has been removed meanwhile, and for another attempt
+// at it.
 var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
 
 // leave begins a removal of k when who changes it has finished, unless ctx ends
@@ -178,6 +179,23 @@ func (s *disks) find(name string) *disk {
 		return k
 	}
 	return nil
+}
+
+// opened tells whether k has been opened.
+func (s *disks) opened(k *disk) bool {
+	_, now, _ := s.look(k)
+	return now != nil
+}
+
+// stillHas says why k has that name no more, nil if it has it.
+func (s *disks) stillHas(name string, k *disk) error {
+	switch s.get(name) {
+	case k:
+		return nil
+	case nil:
+		return errAway
+	}
+	return errTaken
 }
 
 // look is what an export is like now, a threshold that was reached included.

@@ -180,15 +180,13 @@ func (d *daemon) hold(ctx context.Context, k *disk, name string) (err error) {
 	return err
 }
 
-// removeExport takes an export away when its clients have finished what they
-// have in flight, and its listeners with it. One that is kept stays so. instead,
-// if not nil, has the name then.
-func (d *daemon) removeExport(ctx context.Context, name string, instead *disk) error {
-	k := d.disks.find(name)
-	if k == nil {
-		return nbd.ErrUnknownExport
-	}
-	return d.takeAway(ctx, k, name, true, func() (*disk, error) { return instead, nil })
+// removeExport takes k away, which has been opened, when its clients have finished
+// what they have in flight, and its listeners with it. One that is kept stays so.
+// instead, if not nil, has the name then. If somebody else has removed it before:
+// errAway.
+func (d *daemon) removeExport(ctx context.Context, k, instead *disk) error {
+	x, _, _ := d.disks.look(k)
+	return d.takeAway(ctx, k, x.Name, true, func() (*disk, error) { return instead, nil })
 }
 
 // takeAway is removeExport of k, which has that name. When it has left, and
@@ -203,6 +201,10 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	d.unpause(k) // who changes it may wait for that
 	if err := k.leave(ctx); err != nil {
 		return fmt.Errorf("%w: %q is being changed: %w", export.ErrInUse, name, err)
+	}
+	if d.disks.get(name) != k { // another removal has taken it away
+		k.stay()
+		return errAway
 	}
 	d.unpause(k) // nobody pauses it any more
 	known := d.disks.healthOf(k).why()

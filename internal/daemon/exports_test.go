@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
@@ -47,7 +49,7 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	}
 	err := d.exports.AddOpening(export.Spec{Name: "a"}, func() (backing.Device, error) {
 		k.stack = &stack{}
-		if err := d.removeExport(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		if err := d.removeExport(t.Context(), k, nil); !errors.Is(err, nbd.ErrUnknownExport) {
 			t.Errorf("removal before it is ready: got %v, want %v", err, nbd.ErrUnknownExport)
 		}
 		return mem.New(4096, nil), nil
@@ -55,9 +57,41 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	if err != nil || d.disks.get("a") != k {
 		t.Fatalf("afterwards: got %p, %v, want the export", d.disks.get("a"), err)
 	}
-	if err := d.removeExport(t.Context(), "a", nil); err != nil || d.disks.get("a") != nil {
+	if err := d.removeExport(t.Context(), k, nil); err != nil || d.disks.get("a") != nil {
 		t.Errorf("removal of what is ready: got %v", err)
 	}
+}
+
+// TestRemovalThatHasWaitedTakesNoOtherAway: another removal has come before it, and
+// the name is another export's.
+func TestRemovalThatHasWaitedTakesNoOtherAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &daemon{exports: export.NewRegistry()}
+		add := func() *disk {
+			k := &disk{cfg: config.Export{Name: "a"}, stack: &stack{}}
+			if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Device: mem.New(4096, nil)})); err != nil {
+				t.Fatal(err)
+			}
+			return k
+		}
+		first := add()
+		first.busy.Lock()
+		removed := make(chan error, 1)
+		go func() { removed <- d.removeExport(context.Background(), first, nil) }()
+		synctest.Wait()
+		if err := d.exports.Remove(t.Context(), "a", false); err != nil {
+			t.Fatal(err)
+		}
+		d.disks.forget(first, nil)
+		second := add()
+		first.busy.Unlock()
+		if err := <-removed; !errors.Is(err, errAway) {
+			t.Errorf("removal of the first: got %v, want %v", err, errAway)
+		}
+		if x, ok := d.exports.StatusOf("a"); !ok || x.State != export.Ready || d.disks.get("a") != second || first.leaving != 0 {
+			t.Errorf("the second export of the name: got %+v, %t, %d removals of the first, want it ready and none", x, ok, first.leaving)
+		}
+	})
 }
 
 // TestExportsAreBounded: what is added in excess would not come back.

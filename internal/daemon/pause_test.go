@@ -54,7 +54,7 @@ func TestRemovalEndsAPauseThatHasBegun(t *testing.T) {
 		if !p.Paused() {
 			t.Fatal("the pause has not begun")
 		}
-		if err := d.removeExport(t.Context(), "a", nil); err != nil {
+		if err := d.removeExport(t.Context(), d.disks.get("a"), nil); err != nil {
 			t.Errorf("removal: %v", err)
 		}
 		wantCode(t, "pause", <-paused, api.CodeTimeout)

@@ -15,7 +15,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
-	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
@@ -229,7 +228,7 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []func(context.
 		if err := d.addDisk(ctx, k, nil); err != nil {
 			return undo, fmt.Errorf("export %q: %w", name, err)
 		}
-		undo = append(undo, func(ctx context.Context) { d.retire(ctx, name, failed) })
+		undo = append(undo, func(ctx context.Context) { d.retire(ctx, k, failed) })
 	}
 	return undo, nil
 }
@@ -293,11 +292,11 @@ func (r *reload) finish(ctx context.Context) {
 		}
 		switch k := d.disks.get(x.Name); {
 		case k == nil || d.disks.originOf(k) != fromConfig: // another has taken the name
-		case d.disks.find(x.Name) == nil:
+		case !d.disks.opened(k):
 			d.release(k, x.Name, nil)
 			d.freePlace(x.Name)
 		default:
-			d.retire(ctx, x.Name, nil)
+			d.retire(ctx, k, nil)
 		}
 	}
 }
@@ -389,18 +388,31 @@ func (d *daemon) retryLocked() error {
 
 // retire is removeExport that cannot fail. Where clients hold that up beyond ctx,
 // it is done when they have left.
-func (d *daemon) retire(ctx context.Context, name string, instead *disk) {
-	err := d.removeExport(ctx, name, instead)
+func (d *daemon) retire(ctx context.Context, k, instead *disk) {
+	x, _, _ := d.disks.look(k)
+	name, err := x.Name, d.removeExport(ctx, k, instead)
 	if !errors.Is(err, export.ErrInUse) || d.stopping.Err() != nil {
 		d.tellRetired(name, err)
 		return
 	}
 	d.log.Warn("export is removed when its clients have left", "export", name)
-	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, name, instead)) })
+	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, k, instead)) })
+}
+
+// displaced tells that nothing was done to an export because somebody else has
+// removed it.
+func displaced(err error) bool { return errors.Is(err, errAway) || errors.Is(err, errTaken) }
+
+// tellChanged tells what has kept a reload that is taken back from making an export
+// what it was.
+func (d *daemon) tellChanged(name string, err error) {
+	if err != nil && !displaced(err) {
+		d.log.Error("export stays changed", "export", name, "error", err)
+	}
 }
 
 func (d *daemon) tellRetired(name string, err error) {
-	if err != nil {
+	if err != nil && !displaced(err) {
 		d.log.Warn("export was not removed in good order", "export", name, "error", err)
 	}
 }
@@ -492,7 +504,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 		switch {
 		case k != nil && d.disks.originOf(k) != fromConfig:
 			err = errTaken
-		case d.disks.find(x.Name) == nil:
+		case k == nil || !d.disks.opened(k):
 			away = append(away, &disk{cfg: *x.New, origin: fromConfig, again: k, trial: true})
 		default:
 			var r *reopening
@@ -525,11 +537,15 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 	if err := k.leave(ctx); err != nil {
 		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
-	if d.disks.held(k) {
-		k.stay()
-		return nil, fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
-	}
 	live, _, _ := d.disks.look(k)
+	err := d.disks.stillHas(live.Name, k)
+	if err == nil && d.disks.held(k) {
+		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
+	}
+	if err != nil {
+		k.stay()
+		return nil, err
+	}
 	return &reopening{d: d, k: k, x: change.On(&live)}, nil
 }
 
@@ -579,19 +595,20 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 	d := r.d
 	before := r.before
 	r.before = nil
-	closed, back, err := d.closeWith(ctx, r.k, before)
+	closed, back, err := d.closeWith(ctx, r.k, r.k, before)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.addDisk(ctx, &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed, trial: true}, nil); err != nil {
+	next := &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed, trial: true}
+	if err := d.addDisk(ctx, next, nil); err != nil {
 		back()
 		return nil, err
 	}
 	before.Close()
 	return func(ctx context.Context) {
-		_, back, err := d.closeFor(ctx, r.k)
+		_, back, err := d.closeFor(ctx, next, r.k)
 		if err != nil {
-			d.log.Error("export stays changed", "export", r.x.Name, "error", err)
+			d.tellChanged(r.x.Name, err)
 			return
 		}
 		back()
@@ -615,14 +632,14 @@ func (d *daemon) soughtBeside(ctx context.Context, k *disk, x config.Export) (so
 // errReopening is what an export has failed for that closeFor has closed.
 var errReopening = errors.New("it is being opened again")
 
-// closeFor closes an export that is to come back as was, which it is or has been:
-// closed has its name, as one that failed. back opens it, if nobody has removed it;
-// its image may be elsewhere by now, and then that fails.
-func (d *daemon) closeFor(ctx context.Context, was *disk) (closed *disk, back func(), err error) {
+// closeFor closes k, which is to come back as was, which it is or has been: closed
+// has its name, as one that failed. back opens it, if nobody has removed it; its
+// image may be elsewhere by now, and then that fails. Another that has taken the
+// name of k stays: errAway or errTaken.
+func (d *daemon) closeFor(ctx context.Context, k, was *disk) (closed *disk, back func(), err error) {
 	old, _, _ := d.disks.look(was)
-	k := d.disks.find(old.Name)
-	if k == nil {
-		return nil, nil, nbd.ErrUnknownExport
+	if err := d.disks.stillHas(old.Name, k); err != nil { // its files are closed
+		return nil, nil, err
 	}
 	x, err := d.soughtBeside(ctx, k, old)
 	g := gathered{err: err}
@@ -630,25 +647,24 @@ func (d *daemon) closeFor(ctx context.Context, was *disk) (closed *disk, back fu
 		g = d.gatherAll([]sought{x})[0]
 	}
 	d.tellGone(old.Name, g.err)
-	return d.closeWith(ctx, was, g.table)
+	return d.closeWith(ctx, k, was, g.table)
 }
 
 // closeWith is closeFor with the files of was, which back closes. They are closed
 // where there is no way back.
-func (d *daemon) closeWith(ctx context.Context, was *disk, files *open.Table) (closed *disk, back func(), err error) {
+func (d *daemon) closeWith(ctx context.Context, k, was *disk, files *open.Table) (closed *disk, back func(), err error) {
 	old, _, _ := d.disks.look(was)
 	name := old.Name
-	k := d.disks.find(name)
-	if k == nil {
+	if err := d.disks.stillHas(name, k); err != nil {
 		files.Close()
-		return nil, nil, nbd.ErrUnknownExport
+		return nil, nil, err
 	}
 	closed = &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening}
 	back = func() {
 		defer files.Close()
 		d.tryDisk(&disk{cfg: old, named: was.named, origin: closed.origin, files: files, again: closed})
 	}
-	err = d.makeRoom(ctx, closed)
+	err = d.makeRoom(ctx, k, closed)
 	switch {
 	case err == nil:
 		return closed, back, nil
@@ -660,10 +676,10 @@ func (d *daemon) closeWith(ctx context.Context, was *disk, files *open.Table) (c
 	return nil, nil, err
 }
 
-// makeRoom removes an export for instead. If its clients do not leave before ctx
-// ends, it stays.
-func (d *daemon) makeRoom(ctx context.Context, instead *disk) error {
-	err := d.removeExport(ctx, instead.cfg.Name, instead)
+// makeRoom removes k for instead. If its clients do not leave before ctx ends, it
+// stays.
+func (d *daemon) makeRoom(ctx context.Context, k, instead *disk) error {
+	err := d.removeExport(ctx, k, instead)
 	if errors.Is(err, export.ErrInUse) {
 		d.exports.Readmit(instead.cfg.Name)
 	}

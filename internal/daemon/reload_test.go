@@ -29,7 +29,8 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	var said strings.Builder
 	d := &daemon{exports: export.NewRegistry(), stopping: t.Context(), log: slog.New(slog.NewTextHandler(&said, nil))}
 	x := config.Export{Name: "a"}
-	if err := d.disks.claim(&disk{cfg: x, stack: &stack{}}); err != nil {
+	k := &disk{cfg: x, stack: &stack{}}
+	if err := d.disks.claim(k); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.exports.Add(export.Spec{Name: "a", Device: mem.New(1, nil)}); err != nil {
@@ -41,7 +42,7 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	}
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
-	d.retire(over, "a", nil)
+	d.retire(over, k, nil)
 	if d.disks.get("a") == nil {
 		t.Error("an export in use was forgotten")
 	}
@@ -116,7 +117,8 @@ func TestRemovedExportIsNotTriedAgain(t *testing.T) {
 	if k := d.disks.get("b"); k != nil {
 		t.Errorf("what was removed is there again: %+v", k)
 	}
-	_, back, err := d.closeFor(t.Context(), d.disks.get("a"))
+	k := d.disks.get("a")
+	_, back, err := d.closeFor(t.Context(), k, k)
 	if err == nil {
 		err = d.removeFailed(t.Context(), d.disks.get("a"), "a")
 	}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+)
+
+const (
+	// exportZ is closed after those that are called a and b.
+	exportZ = "[[export]]\nname = \"z\"\nimage = \"1M\"\nformat = \"mem\"\n"
+
+	// anew has an export closed and opened again.
+	anew = "flush-on-close = true\n"
+)
+
+// meanwhile does something while a reload waits for a client of z, and returns
+// what comes of the reload.
+func (s *testService) meanwhile(conf string, do func()) error {
+	s.Helper()
+	s.hang("z")
+	s.configure(conf)
+	reloaded := make(chan error, 1)
+	go func() {
+		_, err := control.Dial(filepath.Join(s.dir, "control")).Reload(s.Context(), false)
+		reloaded <- err
+	}()
+	s.await("the reload waits", func() bool { return slices.Contains(s.states(), "z draining") })
+	do()
+	s.letGo("z")
+	return <-reloaded
+}
+
+// replace removes an export, and adds another by its name, of 2 MiB, which grants
+// as say.
+func (s *testService) replace(name string, grants ...config.Grant) {
+	s.Helper()
+	image := filepath.Join(s.dir, name+".other")
+	if err := os.WriteFile(image, make([]byte, 2<<20), 0o600); err != nil {
+		s.Fatal(err)
+	}
+	if err := s.ctl.Remove(s.Context(), name, true, time.Minute); err != nil {
+		s.Fatal(err)
+	}
+	x := config.Export{Name: name, Image: image, Format: "raw", Grants: grants}
+	if _, err := s.ctl.Add(s.Context(), api.AddExport{Export: x}); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestReloadClosesNoOtherOfTheName: an export that takes a name while the reload
+// waits is not closed to open the one of the configuration, which is refused.
+func TestReloadClosesNoOtherOfTheName(t *testing.T) {
+	t.Parallel()
+	const first, last = "[[export]]\nname = \"x\"\nimage = \"1M\"\nformat = \"mem\"\n", "[[export]]\nname = \"zz\"\nimage = \"DIR/b.img\"\n"
+	s := newService(t, first+exportZ+last)
+	var other *client
+	err := s.meanwhile(first+anew+exportZ+anew+last+anew, func() {
+		s.replace("zz")
+		other = s.open("zz")
+	})
+	wantCode(t, "reload", err, api.CodeExists)
+	s.wantExports("after the reload", "x ready config", "z ready config", "zz ready api")
+	other.reads(1)
+	for name, want := range map[string]string{"x": "1048576", "z": "1048576", "zz": "2097152"} {
+		if x, err := s.ctl.Export(t.Context(), name); err != nil || x.FlushOnClose {
+			t.Errorf("%s: got %+v, %v, want it as it was", name, x, err)
+		}
+		if got := s.size(s.uri(name)); got != want {
+			t.Errorf("size of %s: got %q, want %q", name, got, want)
+		}
+	}
+	s.stop()
+}
+
+// TestReloadThatIsTakenBackTouchesNoOther: what has taken the name of an export
+// that the reload has opened stays as it is.
+func TestReloadThatIsTakenBackTouchesNoOther(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ what, before, after string }{
+		{"opened again", exportA, exportA + anew},
+		{"opened for the first time", "[[export]]\nname = \"a\"\nimage = \"DIR/c.img\"\n", exportA},
+		{"added", "", exportA},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tt.before+exportZ+unixListener("goes", ""))
+			busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer busy.Close()
+			err = s.meanwhile(tt.after+exportZ+anew+unixListener("busy", ""), func() {
+				s.open("a").disconnect()
+				s.replace("a", config.Grant{Access: "rw", UIDs: []uint32{4242}})
+			})
+			if err == nil {
+				t.Error("the reload opened a listener where another server listens")
+			}
+			s.wantExports("after the reload", "a ready api", "z ready config")
+			x, err := s.ctl.Export(t.Context(), "a")
+			if err != nil || x.Size != 2<<20 || x.Description != "" || len(x.Grants) != 1 {
+				t.Errorf("a: got %+v, %v, want the one of the API", x, err)
+			}
+			if got := s.size(s.uri("a")); got != "" {
+				t.Errorf("a can be opened without its grant, and has %s bytes", got)
+			}
+			s.stop()
+		})
+	}
+}
