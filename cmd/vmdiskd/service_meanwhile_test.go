@@ -81,13 +81,14 @@ func TestReloadClosesNoOtherOfTheName(t *testing.T) {
 }
 
 // TestReloadThatIsTakenBackTouchesNoOther: what has taken the name of an export
-// that the reload has opened stays as it is.
+// that the reload has opened or changed stays as it is.
 func TestReloadThatIsTakenBackTouchesNoOther(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ what, before, after string }{
 		{"opened again", exportA, exportA + anew},
 		{"opened for the first time", "[[export]]\nname = \"a\"\nimage = \"DIR/c.img\"\n", exportA},
 		{"added", "", exportA},
+		{"changed", exportA, exportA + "description = \"new\"\n"},
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			t.Parallel()

@@ -168,16 +168,24 @@ func (d *daemon) hold(ctx context.Context, k *disk, name string) (err error) {
 	if err := k.busy.Wait(ctx); err != nil {
 		return told(err)
 	}
-	switch x, _ := d.exports.StatusOf(name); {
-	case d.disks.get(name) != k:
+	if d.disks.get(name) != k {
 		err = unknownExport(name)
-	case k.leaving > 0 || x.State != export.Ready:
-		err = &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be changed: it is being opened or removed", name)}
+	} else {
+		err = d.mayChange(k, name)
 	}
 	if err != nil {
 		k.busy.Unlock()
 	}
 	return err
+}
+
+// mayChange refuses a change of k, which has that name, while it is being opened or
+// removed. With k.busy.
+func (d *daemon) mayChange(k *disk, name string) error {
+	if x, _ := d.exports.StatusOf(name); k.leaving > 0 || x.State != export.Ready {
+		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be changed: it is being opened or removed", name)}
+	}
+	return nil
 }
 
 // removeExport takes k away, which has been opened, when its clients have finished

@@ -247,9 +247,7 @@ func (r *reload) changeExports(ctx context.Context) error {
 		}
 		r.onError(func(ctx context.Context) {
 			_, err := r.d.exchange(ctx, k, func(*config.Export) config.Export { return old })
-			if err != nil { // it was valid: the export is being changed, or is gone
-				r.d.log.Error("export stays changed", "export", x.Name, "error", err)
-			}
+			r.d.tellChanged(x.Name, err) // it was valid: the export is being changed
 		})
 	}
 	return nil
@@ -418,7 +416,8 @@ func (d *daemon) tellRetired(name string, err error) {
 }
 
 // exchange is change for who does not hold k.busy: to is what becomes of an export
-// of the configuration. It returns what was before.
+// of the configuration. It returns what was before. Another that has taken the name
+// of k stays as it is: errAway or errTaken.
 func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Export) config.Export) (old config.Export, err error) {
 	if err := k.busy.Wait(ctx); err != nil {
 		return old, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
@@ -427,6 +426,12 @@ func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Exp
 	old = k.stack.live(k.cfg)
 	if k.origin != fromConfig {
 		return old, errTaken
+	}
+	if err := d.disks.stillHas(old.Name, k); err != nil {
+		return old, err
+	}
+	if err := d.mayChange(k, old.Name); err != nil {
+		return old, err
 	}
 	x, err := d.placed(to(&old))
 	if err != nil {
