@@ -117,3 +117,40 @@ func TestReloadThatIsTakenBackTouchesNoOther(t *testing.T) {
 		})
 	}
 }
+
+// TestNothingIsKeptThatAReloadLeavesNoRoomFor: neither by a name that comes, also if
+// the export of the reload has been removed, nor in a rate group that goes.
+func TestNothingIsKeptThatAReloadLeavesNoRoomFor(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "[rate-group.g]\nops = 1000\n"+exportZ)
+	a := config.Export{Name: "a", Image: filepath.Join(s.dir, "b.img"), Format: "raw"}
+	k := config.Export{Name: "k", Image: "1M", Format: "mem", RateGroup: "g"}
+	add := func(x config.Export, persist bool) error {
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: x, Persist: persist})
+		return err
+	}
+	err := s.meanwhile(exportA+exportZ+anew, func() {
+		if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, "one that is kept by a name that comes", add(a, true), api.CodeExists)
+		for _, persist := range []bool{true, false} {
+			wantCode(t, "one in a group that goes", add(k, persist), api.CodeInvalid)
+		}
+		if err := add(a, false); err != nil {
+			t.Errorf("one that is not kept: %v", err)
+		}
+		_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")})
+		wantCode(t, "a snapshot, for which it would be kept", err, api.CodeExists)
+	})
+	if err != nil {
+		t.Errorf("reload: %v", err)
+	}
+	if got := s.kept(); len(got) > 0 {
+		t.Errorf("kept are %q", got)
+	}
+	s.stop()
+	s.start()
+	s.wantExports("after a restart", "a ready config", "z ready config")
+	s.stop()
+}

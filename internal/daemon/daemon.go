@@ -57,6 +57,7 @@ type daemon struct {
 	reloading lock
 	staleConf atomic.Bool                   // the last reload was not done
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
+	coming    atomic.Pointer[config.Config] // what a reload that is under way makes of it, or nil
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors
 	probe     *transport.Probe  // of a service that is confined, or nil

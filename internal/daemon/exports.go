@@ -73,6 +73,9 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		}
 	}()
 	spec, err := specOf(&x)
+	if err == nil && (k.origin == fromAPI || k.origin == fromState) {
+		err = d.mayJoin(&x, k.origin == fromState) // a reload that begins now finds the name claimed
+	}
 	if err == nil {
 		k.doors, err = d.openDoors(ctx, &x)
 	}
@@ -321,6 +324,25 @@ func (d *daemon) addConfigured() error {
 func errTwo(configured, kept *config.Export) error {
 	return fmt.Errorf("%w: the configuration has it with image %q, and one with image %q was added and is kept: neither is served while there are both",
 		export.ErrExists, configured.Image, kept.Image)
+}
+
+// mayJoin refuses an export of the control API that does not go with the
+// configuration as it is, or as a reload is about to make it: its rate group is not
+// there, or it is to be kept beside one of its name.
+func (d *daemon) mayJoin(x *config.Export, kept bool) error {
+	coming := d.coming.Load() // before conf, which it may be then
+	for _, c := range [...]*config.Config{coming, d.conf.Load()} {
+		if c == nil {
+			continue
+		}
+		if _, both := exportOf(c, x.Name); both && kept {
+			return errConfigured(x.Name)
+		}
+		if _, has := c.Groups[x.RateGroup]; !has && x.RateGroup != "" {
+			return &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf("there is no rate group %q, or a reload is removing it", x.RateGroup)}
+		}
+	}
+	return nil
 }
 
 // errConfigured is for an export that would be kept beside one of the configuration.

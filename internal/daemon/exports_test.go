@@ -94,6 +94,26 @@ func TestRemovalThatHasWaitedTakesNoOtherAway(t *testing.T) {
 	})
 }
 
+// TestClaimedNameIsNoneOfAReload: an export that was allowed before a reload began
+// is looked at again when it has its name, which the reload looks for.
+func TestClaimedNameIsNoneOfAReload(t *testing.T) {
+	d := emptyService(t)
+	d.conf.Store(&config.Config{Groups: map[string]config.Rate{"g": {Ops: 1}}})
+	d.coming.Store(&config.Config{Exports: []config.Export{{Name: "a"}}})
+	x := config.Export{Name: "a", Format: "mem", Image: "1M"}
+	x.SetDefaults()
+	wantCode(t, "one that is kept by a name that comes", d.addExport(t.Context(), x, fromState, nil), api.CodeExists)
+	x.RateGroup = "g"
+	wantCode(t, "one in a group that goes", d.addExport(t.Context(), x, fromAPI, nil), api.CodeInvalid)
+	if k := d.disks.get("a"); k != nil || d.exports.Len() != 0 {
+		t.Errorf("left is %+v, and %d exports", k, d.exports.Len())
+	}
+	x.RateGroup = ""
+	if err := d.addExport(t.Context(), x, fromAPI, nil); err != nil {
+		t.Errorf("one that goes with the daemon: %v", err)
+	}
+}
+
 // TestExportsAreBounded: what is added in excess would not come back.
 func TestExportsAreBounded(t *testing.T) {
 	d := &daemon{}

@@ -38,6 +38,10 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
 	c.SpellAs(d.conf.Load())
+	if !dryRun { // before mayDrop and mayTake look at what the API has added
+		d.coming.Store(c)
+		defer d.coming.Store(nil)
+	}
 	change := config.Diff(d.conf.Load(), c)
 	change.AddAbsent(c, func(name string) bool { return d.disks.get(name) == nil })
 	d.openLost(change)

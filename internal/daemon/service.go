@@ -272,9 +272,6 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("there are %d exports already, and no more can be", n)}
 	}
 	why, c := "", d.conf.Load()
-	if _, both := exportOf(c, x.Name); both && persist {
-		return errConfigured(x.Name)
-	}
 	switch err := x.Validate(c.APIScope(files)); {
 	case errors.Is(err, config.ErrOutside):
 		return err
@@ -288,7 +285,7 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 	if why != "" {
 		return &api.Error{Code: api.CodeInvalid, Text: why}
 	}
-	return nil
+	return d.mayJoin(x, persist)
 }
 
 func (s service) Patch(ctx context.Context, name string, p api.Patch) (api.Export, error) {

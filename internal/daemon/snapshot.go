@@ -32,8 +32,10 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	if d.disks.passing(k) {
 		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("a reload that has opened export %q is under way, and may take it back: try again when it is over", cfg.Name)}
 	}
-	if _, both := exportOf(d.conf.Load(), cfg.Name); both && k.origin == fromAPI { // it would be kept
-		return errConfigured(cfg.Name)
+	if k.origin == fromAPI { // it would be kept
+		if err := d.mayJoin(&cfg, true); err != nil {
+			return err
+		}
 	}
 	next, err := overlayOf(&s.x, overlay)
 	if err == nil {
