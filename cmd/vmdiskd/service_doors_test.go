@@ -67,6 +67,63 @@ func TestListenersOfOneURIAreTwo(t *testing.T) {
 	s.stop()
 }
 
+// TestOneOfTwoListenersOfAURIChanges: the other stays as it is, with its port.
+func TestOneOfTwoListenersOfAURIChanges(t *testing.T) {
+	t.Parallel()
+	const b = "[[export]]\nname = \"b\"\nimage = \"8M\"\nformat = \"mem\"\n"
+	const one, plain, ofB = "[[listener]]\nuri = \"nbd://127.0.0.1:0\"\n", "insecure-plaintext = true\n", "exports = [\"b\"]\n"
+	const sizeA, sizeB = "1048576", "8388608"
+	s := newService(t, exportA+b+one+one)
+	was := s.tcpListeners()
+	for _, tt := range []struct {
+		what, conf string
+		stays      []int    // of those before, by their order
+		sizes      []string // of the default at those that stay, and at the others
+	}{
+		{"the second shows another export", one + one + ofB, []int{0, 1}, []string{sizeA, sizeB}},
+		{"the second is opened again", one + one + ofB + plain, []int{0}, []string{sizeA, sizeB}},
+		{"the first is opened again", one + plain + one + ofB + plain, []int{1}, []string{sizeB, sizeA}},
+		{"the second goes", one + plain, []int{1}, []string{sizeA}},
+		{"another comes", one + plain + one, []int{0}, []string{sizeA, sizeA}},
+	} {
+		if err := s.reload(exportA + b + tt.conf); err != nil {
+			t.Fatalf("%s: %v", tt.what, err)
+		}
+		now := s.tcpListeners()
+		if len(now) != len(tt.sizes) {
+			t.Fatalf("%s: got %q, want %d listeners", tt.what, now, len(tt.sizes))
+		}
+		for i, n := range tt.stays {
+			if now[i] != was[n] {
+				t.Errorf("%s: got %q after %q, want number %d to stay", tt.what, now, was, n)
+			}
+		}
+		for i, uri := range now {
+			if got := s.size(uri); got != tt.sizes[i] {
+				t.Errorf("%s: size at %s: got %q, want %s", tt.what, uri, got, tt.sizes[i])
+			}
+		}
+		was = now
+	}
+	s.stop()
+}
+
+// tcpListeners are the addresses of the service that have a port, those first that
+// have been there longer.
+func (s *testService) tcpListeners() (list []string) {
+	s.Helper()
+	x, err := s.ctl.Status(s.Context())
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, uri := range x.Listeners {
+		if strings.HasPrefix(uri, "nbd://") {
+			list = append(list, uri)
+		}
+	}
+	return list
+}
+
 // TestToolsListManyExports: they ask about each of them on one connection.
 func TestToolsListManyExports(t *testing.T) {
 	t.Parallel()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"maps"
 	"reflect"
 	"slices"
@@ -54,6 +55,7 @@ type GroupChange struct {
 // another one is removed and added.
 type ListenerChange struct {
 	What     What
+	Place    Place
 	Export   string    // that it belongs to; "" for those of all
 	Old, New *Listener // nil where there is none
 	Fields   []string  // the keys that change, for Alter
@@ -204,33 +206,55 @@ func match[K comparable, V any](old, new map[K]V) map[K]What {
 	return m
 }
 
-// place is what makes a listener the same in two configurations.
-type place struct {
+// Place is what makes a listener the same in two configurations.
+type Place struct {
 	export string
 	at     address
 	nth    int // of those with a port that the kernel chooses
 }
 
+// Without is the place of a listener when the one at q is not there any more.
+func (p Place) Without(q Place) Place {
+	if p.export == q.export && p.at == q.at && p.nth > q.nth {
+		p.nth--
+	}
+	return p
+}
+
+// Shared are the listeners that exports share, in their order.
+func (c *Config) Shared() iter.Seq2[Place, *Listener] {
+	return func(yield func(Place, *Listener) bool) {
+		taken := map[Place]bool{}
+		for i := range c.Listeners {
+			if l := &c.Listeners[i]; !yield(l.place("", taken), l) {
+				return
+			}
+		}
+	}
+}
+
+// place is where a listener is, after those that have taken places.
+func (l *Listener) place(export string, taken map[Place]bool) Place {
+	a, err := parseAddress(l.URI)
+	if err != nil {
+		a = address{kind: l.URI} // not valid, but not lost
+	}
+	p := Place{export: export, at: a}
+	for taken[p] {
+		p.nth++
+	}
+	taken[p] = true
+	return p
+}
+
 // listeners are all of a configuration.
-func (c *Config) listeners() map[place]*Listener {
-	m := map[place]*Listener{}
-	add := func(export string, l *Listener) {
-		a, err := parseAddress(l.URI)
-		if err != nil {
-			a = address{kind: l.URI} // not valid, but not lost
-		}
-		p := place{export: export, at: a}
-		for m[p] != nil {
-			p.nth++
-		}
-		m[p] = l
-	}
-	for i := range c.Listeners {
-		add("", &c.Listeners[i])
-	}
+func (c *Config) listeners() map[Place]*Listener {
+	m := maps.Collect(c.Shared())
+	taken := map[Place]bool{}
 	for i := range c.Exports {
 		for j := range c.Exports[i].Listeners {
-			add(c.Exports[i].Name, &c.Exports[i].Listeners[j])
+			l := &c.Exports[i].Listeners[j]
+			m[l.place(c.Exports[i].Name, taken)] = l
 		}
 	}
 	return m
@@ -251,12 +275,12 @@ func (c *Config) SpellAs(old *Config) {
 func diffListeners(oldConfig, newConfig *Config) (list []ListenerChange) {
 	old, new := oldConfig.listeners(), newConfig.listeners()
 	m := match(old, new)
-	order := slices.SortedFunc(maps.Keys(m), func(a, b place) int {
+	order := slices.SortedFunc(maps.Keys(m), func(a, b Place) int {
 		return cmp.Or(cmp.Compare(m[a], m[b]), cmp.Compare(a.export, b.export),
 			cmp.Compare(a.at.String(), b.at.String()), cmp.Compare(a.nth, b.nth))
 	})
 	for _, p := range order {
-		c := ListenerChange{What: m[p], Export: p.export, Old: old[p], New: new[p], Live: true}
+		c := ListenerChange{What: m[p], Place: p, Export: p.export, Old: old[p], New: new[p], Live: true}
 		if c.What == Alter {
 			if c.Fields = fields(*c.Old, *c.New); len(c.Fields) == 0 {
 				continue

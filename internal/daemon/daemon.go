@@ -249,12 +249,10 @@ func (d *daemon) listen() error {
 		}
 	}
 	if d.conf.Load() != nil {
-		for _, l := range d.conf.Load().Listeners {
-			list, err := d.openDoor(d.ctx, l, false)
-			if err != nil {
+		for place, l := range d.conf.Load().Shared() {
+			if _, err := d.share(d.ctx, place, *l); err != nil {
 				return err
 			}
-			d.doors.add(list...)
 		}
 	}
 	for i, e := range d.cfg.Endpoints {

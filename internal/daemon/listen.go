@@ -25,6 +25,10 @@ type door struct {
 	own  bool   // of a single export
 	kept string // the name under which it waits for the next start, or ""
 
+	// place is that of a listener of the configuration that exports share; with
+	// daemon.reloading, but for the start.
+	place config.Place
+
 	scope transport.Scope
 
 	once   sync.Once
@@ -91,9 +95,16 @@ func (s *doors) named(name string) (list []*door) {
 	return list
 }
 
-// sharedAt are the doors of a name that exports share.
-func (s *doors) sharedAt(name string) []*door {
-	return slices.DeleteFunc(s.named(name), func(o *door) bool { return o.own })
+// sharedAt are the doors at a place.
+func (s *doors) sharedAt(p config.Place) []*door {
+	return slices.DeleteFunc(s.all(), func(o *door) bool { return o.place != p })
+}
+
+// lost gives the doors the places that they have without a listener.
+func (s *doors) lost(p config.Place) {
+	for _, o := range s.all() {
+		o.place = o.place.Without(p)
+	}
 }
 
 // shared are the doors at which an export without its own can be found.

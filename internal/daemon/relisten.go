@@ -26,9 +26,9 @@ func (r *reload) listeners(what config.What) (list []config.ListenerChange) {
 func (r *reload) addListeners(ctx context.Context) error {
 	goes := slices.ContainsFunc(r.change.Listeners, func(l config.ListenerChange) bool { return l.What == config.Remove })
 	for _, l := range r.listeners(config.Add) {
-		switch err := r.share(ctx, *l.New); {
+		switch err := r.share(ctx, l); {
 		case goes && errors.Is(err, unix.EADDRINUSE):
-			r.late = append(r.late, *l.New)
+			r.late = append(r.late, l)
 		case err != nil:
 			return err
 		}
@@ -36,9 +36,9 @@ func (r *reload) addListeners(ctx context.Context) error {
 	return nil
 }
 
-// share opens a listener; it is closed if the reload fails.
-func (r *reload) share(ctx context.Context, l config.Listener) error {
-	list, err := r.d.share(ctx, l)
+// share opens a listener as it shall be; it is closed if the reload fails.
+func (r *reload) share(ctx context.Context, l config.ListenerChange) error {
+	list, err := r.d.share(ctx, l.Place, *l.New)
 	if err != nil {
 		return err
 	}
@@ -56,8 +56,8 @@ func (r *reload) changeListeners(ctx context.Context) error {
 			r.show(l)
 			continue
 		}
-		r.close(*l.Old)
-		if err := r.share(ctx, *l.New); err != nil {
+		r.close(l)
+		if err := r.share(ctx, l); err != nil {
 			return err
 		}
 	}
@@ -65,7 +65,7 @@ func (r *reload) changeListeners(ctx context.Context) error {
 		return nil
 	}
 	for _, l := range r.listeners(config.Remove) {
-		r.close(*l.Old)
+		r.close(l)
 	}
 	for _, l := range r.late {
 		if err := r.share(ctx, l); err != nil {
@@ -78,7 +78,7 @@ func (r *reload) changeListeners(ctx context.Context) error {
 // show changes which exports can be found at a listener.
 func (r *reload) show(l config.ListenerChange) {
 	show := func(exports []string) {
-		for _, o := range r.d.doors.sharedAt(l.Old.URI) {
+		for _, o := range r.d.doors.sharedAt(l.Place) {
 			o.show(exports)
 		}
 	}
@@ -86,14 +86,14 @@ func (r *reload) show(l config.ListenerChange) {
 	r.onError(func(context.Context) { show(l.Old.Exports) })
 }
 
-// close closes a listener; it is opened again if the reload fails.
-func (r *reload) close(l config.Listener) {
-	r.d.closeDoors(r.d.doors.sharedAt(l.URI))
+// close closes a listener; it is opened again as it was if the reload fails.
+func (r *reload) close(l config.ListenerChange) {
+	r.d.closeDoors(r.d.doors.sharedAt(l.Place))
 	r.onError(func(ctx context.Context) {
-		list, err := r.d.share(ctx, l)
+		list, err := r.d.share(ctx, l.Place, *l.Old)
 		if err != nil {
-			r.d.log.Error("listener cannot be opened again, the next reload tries it", "listener", l.URI, "error", err)
-			r.d.lose(l)
+			r.d.log.Error("listener cannot be opened again, the next reload tries it", "listener", l.Old.URI, "error", err)
+			r.d.lose(l.Place)
 			return
 		}
 		for _, o := range list {
@@ -102,22 +102,29 @@ func (r *reload) close(l config.Listener) {
 	})
 }
 
-// lose takes a listener out of the configuration that is served, so that it is
-// a change to have it.
-func (d *daemon) lose(l config.Listener) {
-	c := *d.conf.Load()
-	i := slices.IndexFunc(c.Listeners, func(o config.Listener) bool { return o.URI == l.URI })
-	if i >= 0 {
-		c.Listeners = slices.Delete(slices.Clone(c.Listeners), i, i+1)
-		d.conf.Store(&c)
+// lose takes a listener that is closed out of the configuration that is served, so
+// that it is a change to have it.
+func (d *daemon) lose(place config.Place) {
+	old := d.conf.Load()
+	c := *old
+	c.Listeners = nil
+	for p, l := range old.Shared() {
+		if p != place {
+			c.Listeners = append(c.Listeners, *l)
+		}
 	}
+	d.conf.Store(&c)
+	d.doors.lost(place)
 }
 
 // share opens a listener that exports share. Nothing is accepted yet.
-func (d *daemon) share(ctx context.Context, l config.Listener) ([]*door, error) {
+func (d *daemon) share(ctx context.Context, place config.Place, l config.Listener) ([]*door, error) {
 	list, err := d.openDoor(ctx, l, false)
 	if err != nil {
 		return nil, err
+	}
+	for _, o := range list {
+		o.place = place
 	}
 	d.doors.add(list...)
 	return list, nil

@@ -142,7 +142,7 @@ type reload struct {
 	change *config.Change
 	undo   []func(context.Context) // of what is done, in its order
 	fresh  []*door                 // open; nothing is accepted at them before the end
-	late   []config.Listener       // added ones whose addresses were in use
+	late   []config.ListenerChange // added ones whose addresses were in use
 }
 
 // apply does a reload: what comes, what changes, and when all that is done, what
@@ -286,7 +286,7 @@ func (r *reload) finish(ctx context.Context) {
 	d.server.SetSlow(d.slow())
 	d.logs.SetLevel(levels[r.c.Log.Level])
 	for _, l := range r.listeners(config.Remove) {
-		d.closeDoors(d.doors.sharedAt(l.Old.URI))
+		d.closeDoors(d.doors.sharedAt(l.Place))
 	}
 	for _, x := range r.change.Exports {
 		if x.What != config.Remove {

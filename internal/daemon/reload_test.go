@@ -148,6 +148,32 @@ func TestAttemptThatFailsLeavesTheNameToWhatFailed(t *testing.T) {
 	}
 }
 
+// TestLostListenerLeavesItsPlaceToTheNext of its URI, which can be found as the
+// configuration has it then.
+func TestLostListenerLeavesItsPlaceToTheNext(t *testing.T) {
+	d := emptyService(t)
+	one := config.Listener{URI: "nbd://127.0.0.1:0"}
+	d.conf.Store(&config.Config{Listeners: []config.Listener{one, one}})
+	var places []config.Place
+	var open [][]*door
+	for place, l := range d.conf.Load().Shared() {
+		list, err := d.share(t.Context(), place, *l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.closeDoors(list)
+		places, open = append(places, place), append(open, list)
+	}
+	d.closeDoors(d.doors.sharedAt(places[0]))
+	d.lose(places[0])
+	if got := d.doors.sharedAt(places[0]); !slices.Equal(got, open[1]) || len(d.conf.Load().Listeners) != 1 {
+		t.Errorf("at the first place are %d doors, of %d listeners of the configuration, want those of the second, and one", len(got), len(d.conf.Load().Listeners))
+	}
+	if got := d.doors.sharedAt(places[1]); len(got) > 0 {
+		t.Errorf("at the second place are %d doors, want none", len(got))
+	}
+}
+
 // TestEventOfAReloadIsALine that clients take, however much has changed.
 func TestEventOfAReloadIsALine(t *testing.T) {
 	d := emptyService(t)
