@@ -653,6 +653,43 @@ func TestReloadKeepsWhatWasSet(t *testing.T) {
 	s.stop()
 }
 
+// TestReadOnlyThatWasSetCanBeTakenBack, also when a reload has closed the export and
+// opened it again, as it shall be or as it was.
+func TestReadOnlyThatWasSetCanBeTakenBack(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA+exportB)
+	set := func(on bool) {
+		t.Helper()
+		if x, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &on}); err != nil || x.Writable == on {
+			t.Errorf("read-only is set to %t: got %+v, %v", on, x, err)
+		}
+	}
+	const direct = "cache = \"none\"\n"
+	for _, step := range []struct {
+		what, a, b string
+		locked     bool // b, so that it cannot be opened again
+	}{
+		{"another key", direct, "", false},
+		{"a window that the image has not", direct + "window = { offset = \"1G\" }\n", "", false},
+		{"a change of another that fails later", "", direct, true},
+	} {
+		set(true)
+		if step.locked {
+			defer s.deny("b.img").Close()
+		}
+		err := s.reload(exportA + step.a + exportB + step.b)
+		if fails := step.what != "another key"; (err != nil) != fails {
+			t.Errorf("%s: got %v, want an error %t", step.what, err, fails)
+		}
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || !x.ReadOnly || x.Writable || x.Cache != "none" {
+			t.Errorf("%s: got %+v, %v, want it read-only, past the cache of the host", step.what, x, err)
+		}
+		set(false)
+		s.write("a", "0x31", "0")
+	}
+	s.stop()
+}
+
 // TestRemovedExportOfTheConfigurationIsAway: until a reload finds a key of it
 // changed, or one of its listeners, and says that it is added.
 func TestRemovedExportOfTheConfigurationIsAway(t *testing.T) {

@@ -27,6 +27,7 @@ type disk struct {
 	files  *open.Table   // of the image, opened already; nil: none are
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
+	writes bool          // its image is opened for writing, though cfg may have been set read-only since
 
 	// again is the one that failed which this is another attempt at: that has the
 	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
@@ -70,6 +71,12 @@ func (h health) why() error { return cmp.Or(h.failed, h.poisoned) }
 // errAway is for an export that has been removed meanwhile, and for another attempt
 // at it.
 var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
+
+// opens is x, an export with the image of k, as that is opened.
+func (k *disk) opens(x config.Export) config.Export {
+	x.ReadOnly = x.ReadOnly && !k.writes
+	return x
+}
 
 // leave begins a removal of k when who changes it has finished, unless ctx ends
 // before.

@@ -88,7 +88,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	}
 	d.warnVsock(k, &x)
 	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
-		s, err := d.build(ctx, &x, files, k.files)
+		s, err := d.build(ctx, &x, k.opens(x), files, k.files)
 		if err != nil {
 			return nil, err
 		}

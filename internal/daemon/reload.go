@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
@@ -486,14 +485,12 @@ func named(list []config.Export, name string) (x config.Export, ok bool) {
 	return list[i], true
 }
 
-// reopening is an export that is to be closed and opened as x says. Until end
+// reopening is an export that is to be closed and opened as next says. Until end
 // nobody changes it, or pauses it.
 type reopening struct {
-	d *daemon
-	k *disk
-	x config.Export
-
-	files, before *open.Table // of x, and of what k is; each nil for none
+	d            *daemon
+	k            *disk
+	next, before *disk // others of its name, with their files: before is as k is
 }
 
 // reopen closes exports and opens them as list says; one that is not open is
@@ -534,7 +531,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	for _, r := range all {
 		back, err := r.reopen(ctx)
 		if err != nil {
-			return undo, fmt.Errorf("export %q: %w", r.x.Name, err)
+			return undo, fmt.Errorf("export %q: %w", r.next.cfg.Name, err)
 		}
 		undo = append(undo, back)
 	}
@@ -555,7 +552,8 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 		k.stay()
 		return nil, err
 	}
-	return &reopening{d: d, k: k, x: change.On(&live)}, nil
+	next := &disk{cfg: change.On(&live), origin: fromConfig, writes: !change.New.ReadOnly, trial: true}
+	return &reopening{d: d, k: k, next: next, before: d.likeness(k)}, nil
 }
 
 // gatherReopened opens the files of exports that are to be opened anew, and once
@@ -563,24 +561,24 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 func (d *daemon) gatherReopened(ctx context.Context, all []*reopening) error {
 	var list []sought
 	for _, r := range all {
-		live, _, _ := d.disks.look(r.k)
-		for _, x := range [...]config.Export{r.x, live} {
-			y, err := d.soughtBeside(ctx, r.k, x)
+		for _, other := range [...]*disk{r.next, r.before} {
+			x, err := d.soughtBeside(ctx, r.k, other)
 			if err != nil {
-				return fmt.Errorf("export %q: %w", x.Name, err)
+				return fmt.Errorf("export %q: %w", other.cfg.Name, err)
 			}
-			list = append(list, y)
+			list = append(list, x)
 		}
 	}
 	out := d.gatherAll(list)
 	for i, r := range all {
-		r.files, r.before = out[2*i].table, out[2*i+1].table
+		r.next.files, r.before.files = out[2*i].table, out[2*i+1].table
 	}
 	for i, r := range all {
+		name := r.next.cfg.Name
 		if err := out[2*i].err; err != nil {
-			return fmt.Errorf("export %q: %w", r.x.Name, err)
+			return fmt.Errorf("export %q: %w", name, err)
 		}
-		d.tellGone(r.x.Name, out[2*i+1].err)
+		d.tellGone(name, out[2*i+1].err)
 	}
 	return nil
 }
@@ -593,41 +591,44 @@ func (d *daemon) tellGone(name string, err error) {
 }
 
 func (r *reopening) end() {
-	r.files.Close()
-	r.before.Close()
+	r.next.files.Close()
+	r.before.files.Close()
 	r.k.stay()
 }
 
-// reopen closes the export and opens it as r.x says; if that fails, as it was. It
-// returns what takes it back.
+// reopen closes the export and opens it as r.next says; if that fails, as it was.
+// It returns what takes it back.
 func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
 	d := r.d
-	before := r.before
-	r.before = nil
-	closed, back, err := d.closeWith(ctx, r.k, r.k, before)
+	closed, back, err := d.closeWith(ctx, r.k, r.before)
 	if err != nil {
 		return nil, err
 	}
-	next := &disk{cfg: r.x, origin: fromConfig, files: r.files, again: closed, trial: true}
-	if err := d.addDisk(ctx, next, nil); err != nil {
+	r.next.again = closed
+	if err := d.addDisk(ctx, r.next, nil); err != nil {
 		back()
 		return nil, err
 	}
-	before.Close()
 	return func(ctx context.Context) {
-		_, back, err := d.closeFor(ctx, next, r.k)
+		_, back, err := d.closeFor(ctx, r.next, r.k)
 		if err != nil {
-			d.tellChanged(r.x.Name, err)
+			d.tellChanged(r.next.cfg.Name, err)
 			return
 		}
 		back()
 	}, nil
 }
 
-// soughtBeside are the files of an export as x says while k is open, whose files
-// may be the same ones: the daemon may have no right to open them again.
-func (d *daemon) soughtBeside(ctx context.Context, k *disk, x config.Export) (sought, error) {
-	x, err := d.placed(x)
+// likeness is another disk of the name of k, to be opened as k is, or was last.
+func (d *daemon) likeness(k *disk) *disk {
+	x, s, _ := d.disks.look(k)
+	return &disk{cfg: x, named: k.named, writes: !s.x.ReadOnly}
+}
+
+// soughtBeside are the files of another disk while k is open, whose files may be
+// the same ones: the daemon may have no right to open them again.
+func (d *daemon) soughtBeside(ctx context.Context, k, other *disk) (sought, error) {
+	x, err := d.placed(other.opens(other.cfg))
 	if err != nil {
 		return sought{}, err
 	}
@@ -646,32 +647,34 @@ var errReopening = errors.New("it is being opened again")
 // image may be elsewhere by now, and then that fails. Another that has taken the
 // name of k stays: errAway or errTaken.
 func (d *daemon) closeFor(ctx context.Context, k, was *disk) (closed *disk, back func(), err error) {
-	old, _, _ := d.disks.look(was)
-	if err := d.disks.stillHas(old.Name, k); err != nil { // its files are closed
+	again := d.likeness(was)
+	if err := d.disks.stillHas(again.cfg.Name, k); err != nil { // its files are closed
 		return nil, nil, err
 	}
-	x, err := d.soughtBeside(ctx, k, old)
+	x, err := d.soughtBeside(ctx, k, again)
 	g := gathered{err: err}
 	if err == nil {
 		g = d.gatherAll([]sought{x})[0]
 	}
-	d.tellGone(old.Name, g.err)
-	return d.closeWith(ctx, k, was, g.table)
+	d.tellGone(again.cfg.Name, g.err)
+	again.files = g.table
+	return d.closeWith(ctx, k, again)
 }
 
-// closeWith is closeFor with the files of was, which back closes. They are closed
-// where there is no way back.
-func (d *daemon) closeWith(ctx context.Context, k, was *disk, files *open.Table) (closed *disk, back func(), err error) {
-	old, _, _ := d.disks.look(was)
-	name := old.Name
+// closeWith is closeFor with the disk that back opens, a likeness with its files.
+// Those are closed where there is no way back.
+func (d *daemon) closeWith(ctx context.Context, k, again *disk) (closed *disk, back func(), err error) {
+	name := again.cfg.Name
 	if err := d.disks.stillHas(name, k); err != nil {
-		files.Close()
+		again.files.Close()
 		return nil, nil, err
 	}
-	closed = &disk{cfg: old, origin: d.disks.originOf(k), failed: errReopening}
+	again.origin = d.disks.originOf(k)
+	closed = &disk{cfg: again.cfg, origin: again.origin, failed: errReopening}
+	again.again = closed
 	back = func() {
-		defer files.Close()
-		d.tryDisk(&disk{cfg: old, named: was.named, origin: closed.origin, files: files, again: closed})
+		defer again.files.Close()
+		d.tryDisk(again)
 	}
 	err = d.makeRoom(ctx, k, closed)
 	switch {
@@ -680,7 +683,7 @@ func (d *daemon) closeWith(ctx context.Context, k, was *disk, files *open.Table)
 	case d.disks.find(name) == nil: // in bad order
 		back()
 	default:
-		files.Close()
+		again.files.Close()
 	}
 	return nil, nil, err
 }

@@ -34,16 +34,16 @@ type stack struct {
 	threshold *raw.Threshold
 }
 
-// build opens the image of an export and puts its layers on it. What fails
-// leaves nothing open.
-func (d *daemon) build(ctx context.Context, x *config.Export, files []*os.File, t *open.Table) (*stack, error) {
+// build opens the image of an export as opened says, and puts the layers of x on it.
+// What fails leaves nothing open.
+func (d *daemon) build(ctx context.Context, x *config.Export, opened config.Export, files []*os.File, t *open.Table) (*stack, error) {
 	th := d.newThreshold(x)
-	i, err := d.openIn(ctx, x, files, t, th)
+	i, err := d.openIn(ctx, &opened, files, t, th)
 	if err != nil {
 		return nil, err
 	}
-	s := &stack{swap: layer.NewSwap(i.dev), x: *x, files: i.files, below: i.below, threshold: th}
-	s.x.Format = x.ImageFormat()
+	s := &stack{swap: layer.NewSwap(i.dev), x: opened, files: i.files, below: i.below, threshold: th}
+	s.x.Format = opened.ImageFormat()
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
