@@ -108,21 +108,56 @@ func TestExportIsForgottenAlthoughItsFlushFails(t *testing.T) {
 	s.stop()
 }
 
-// TestExportThatCannotBeForgottenIsShown: until it can be. It is closed.
+// TestExportThatCannotBeForgottenStays, and its clients too.
+func TestExportThatCannotBeForgottenStays(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	s.keep("a")
+	k := s.open("a")
+	state := filepath.Join(s.dir, "state")
+	s.rename(state, state+"2")
+	if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err == nil {
+		t.Error("removal without the folder of its file: no error")
+	}
+	s.wantExports("afterwards", "a ready state")
+	k.reads(1)
+	s.rename(state+"2", state)
+	if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err != nil {
+		t.Error(err)
+	}
+	if got, files := s.states(), s.kept(); len(got)+len(files) != 0 {
+		t.Errorf("after the next: got %q and %q, want nothing", got, files)
+	}
+	s.stop()
+}
+
+func (s *testService) rename(from, to string) {
+	s.Helper()
+	if err := os.Rename(from, to); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestExportThatCannotBeForgottenIsShown, where that could be foreseen by nobody: until
+// it can be. It is closed.
 func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
 	t.Parallel()
 	s := newService(t, "")
 	s.keep("a")
+	s.hang("a")
+	first := make(chan error, 1)
+	go func() {
+		first <- control.Dial(filepath.Join(s.dir, "control")).Remove(t.Context(), "a", true, time.Minute)
+	}()
+	s.await("the export leaves", func() bool { return slices.Equal(s.states(), []string{"a draining"}) })
 	state := filepath.Join(s.dir, "state")
-	rename := func(from, to string) {
-		t.Helper()
-		if err := os.Rename(from, to); err != nil {
-			t.Fatal(err)
-		}
-	}
-	rename(state, state+"2")
-	for range 2 {
-		if err := s.ctl.Remove(t.Context(), "a", true, time.Minute); err == nil {
+	s.rename(state, state+"2")
+	s.letGo("a")
+	for _, remove := range []func() error{
+		func() error { return <-first },
+		func() error { return s.ctl.Remove(t.Context(), "a", true, time.Minute) },
+	} {
+		if err := remove(); err == nil {
 			t.Error("removal without the folder of its file: no error")
 		}
 		if got := s.states(); !slices.Equal(got, []string{"a failed"}) {
@@ -132,7 +167,7 @@ func TestExportThatCannotBeForgottenIsShown(t *testing.T) {
 	if got := s.size(s.uri("a")); got != "" {
 		t.Errorf("its size: got %q, want that it is not served", got)
 	}
-	rename(state+"2", state)
+	s.rename(state+"2", state)
 	if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
 		t.Error(err)
 	}

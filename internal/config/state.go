@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -151,6 +152,24 @@ func RemoveExport(dir, name string) error {
 		return fmt.Errorf("forget export %q: %w", cut(name), err)
 	}
 	return d.Sync()
+}
+
+// MayRemoveExport is why RemoveExport would fail, as far as a file that is made in
+// dir and removed tells: nil where there was no room for one, as none is needed.
+func MayRemoveExport(dir, name string) error {
+	d, err := openState(dir)
+	if err == nil {
+		defer d.Close()
+		trial := filepath.Join(dir, "."+stateFile(name)+".try")
+		if err = writeFile(trial, nil); errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+			err = nil
+		}
+		err = cmp.Or(err, removeFile(trial))
+	}
+	if err != nil {
+		return fmt.Errorf("forget export %q: %w", cut(name), err)
+	}
+	return nil
 }
 
 // FileErrors are errors about single files of a folder of kept exports.

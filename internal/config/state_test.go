@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -175,6 +176,9 @@ func TestFolderOfOthersIsRefused(t *testing.T) {
 		if list, err := config.ReadExports(dir); err == nil || list != nil {
 			t.Errorf("%s: read %+v", what, list)
 		}
+		if err := config.MayRemoveExport(dir, "a"); err == nil {
+			t.Errorf("%s: may be removed", what)
+		}
 		if err := config.RemoveExport(dir, "a"); err == nil {
 			t.Errorf("%s: removed", what)
 		}
@@ -200,6 +204,23 @@ func TestFolderOfOthersIsRefused(t *testing.T) {
 	}
 	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 {
 		t.Errorf("got %+v, %v", list, err)
+	}
+}
+
+// TestRemovalIsTried and leaves the folder as it was.
+func TestRemovalIsTried(t *testing.T) {
+	dir := stateDir(t)
+	keep(t, dir, config.Export{Name: "a", Image: "/a"})
+	if err := config.MayRemoveExport(dir, "a"); err != nil {
+		t.Error(err)
+	}
+	if got := files(t, dir); !slices.Equal(got, []string{"a.json"}) {
+		t.Errorf("afterwards: got %q, want a.json", got)
+	}
+	for _, dir := range []string{filepath.Join(dir, "gone"), "/proc/self/fdinfo"} { // where nobody can make files
+		if err := config.MayRemoveExport(dir, "a"); err == nil {
+			t.Errorf("%s: no error", dir)
+		}
 	}
 }
 

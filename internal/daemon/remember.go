@@ -143,6 +143,14 @@ func (d *daemon) forgetKept(k *disk, name string) error {
 	return nil
 }
 
+// mayForget is why forgetKept would fail, as far as that can be foreseen.
+func (d *daemon) mayForget(k *disk, name string) error {
+	if d.disks.originOf(k) != fromState {
+		return nil
+	}
+	return config.MayRemoveExport(d.conf.Load().Control.State, name)
+}
+
 // removeFile removes the file of an export that is kept and not there: one that
 // could not be read.
 func (d *daemon) removeFile(name string) error {

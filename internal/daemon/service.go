@@ -409,6 +409,9 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	case now == nil: // it is being opened
 		return unknownExport(name)
 	}
+	if err := s.d.mayForget(k, name); err != nil { // nobody is cut off for that
+		return told(err)
+	}
 	removed := false
 	err := s.d.takeAway(ctx, k, name, force, func() (*disk, error) {
 		if err := s.d.forgetKept(k, name); err != nil {
