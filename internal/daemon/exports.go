@@ -394,9 +394,14 @@ func (d *daemon) tryExport(x config.Export, origin string) {
 	d.tryDisk(&disk{cfg: x, origin: origin})
 }
 
-// giveUp makes an export known that does not work. A name that is taken has its
-// own export.
+// giveUp makes an export known that does not work, with the image that it would have
+// served. A name that is taken has its own export.
 func (d *daemon) giveUp(failed *disk) {
+	if failed.origin == fromConfig {
+		if x, err := d.placed(failed.cfg); err == nil { // else that is why it failed
+			failed.cfg = x
+		}
+	}
 	d.log.Error("export cannot be opened", "export", failed.cfg.Name, "error", failed.failed)
 	if d.disks.claim(failed) == nil {
 		d.keepPlace(failed)

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -111,6 +113,39 @@ func TestClaimedNameIsNoneOfAReload(t *testing.T) {
 	x.RateGroup = ""
 	if err := d.addExport(t.Context(), x, fromAPI, nil); err != nil {
 		t.Errorf("one that goes with the daemon: %v", err)
+	}
+}
+
+// TestFailedExportShowsItsOverlay, which is what could not be opened, and not the image
+// below that, whether it was tried or its storage does not answer.
+func TestFailedExportShowsItsOverlay(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	x := config.Export{Name: "a", Image: filepath.Join(dir, "a.img")}
+	x.SetDefaults()
+	over := config.ImageOf(x)
+	over.Image, over.Format = filepath.Join(dir, "top.qcow2"), "qcow2"
+	if err := config.WriteInstead(dir, config.Instead{Of: config.ImageOf(x), Serve: over}); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		fail func(d *daemon)
+	}{
+		{"it was tried", func(d *daemon) { d.tryExport(x, fromConfig) }},
+		{"no answer", func(d *daemon) { d.giveUp(&disk{cfg: x, origin: fromConfig, failed: errNoAnswer}) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := emptyService(t)
+			d.conf.Store(&config.Config{Control: config.Control{State: dir}})
+			tt.fail(d)
+			got, err := service{d}.Export("a")
+			if err != nil || got.State != "failed" || got.Image != over.Image || got.Format != "qcow2" {
+				t.Errorf("got %+v, %v, want it failed with image %q of format qcow2", got, err, over.Image)
+			}
+		})
 	}
 }
 
