@@ -325,7 +325,7 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 	must(t, err)
 	threshold := config.Size(3 << 30)
 	out := want(t, exitDone, "export", "add", "--json", "--dry-run", "-f", "qcow2", "-r", "--cache=none", "--image-lock=off",
-		"--backing-file=base:raw", "--data-file=data", "--snapshot=1", "--discard=keep", "--lenient", "--l2-cache-size=4M", "--partition=2",
+		"--backing-file=base:raw", "--data-file=data", "--snapshot=1", "--discard=keep", "--lenient", "--l2-cache-size=4M", "--partition=2", "--sector-size=4K",
 		"--overlay=1G", "--protect=0+4K", "--protect=1M+512", "--description="+nasty, "--default", "--require-tls",
 		"--listen=nbd://[::1]:1", "--listen=nbd+unix:///?socket=/s", "--socket-owner=a:b", "--socket-mode=0660",
 		"--selinux-label=a:b:c:s0:c1,c2", "--selinux-path-label=a:b:d:s0:c1,c2", "--grant=rw,uid=1000,uid=1,gid=5",
@@ -335,7 +335,7 @@ func TestExportAddSaysWhatItIsTold(t *testing.T) {
 	sameJSON(t, out, api.AddExport{Persist: true, Export: config.Export{
 		Name: "-name", Image: filepath.Join(dir, "image"), Format: "qcow2", ReadOnly: true, Cache: "none", Lock: "off",
 		Backing: "explicit", BackingFiles: []string{filepath.Join(dir, "base:raw")}, DataFiles: []string{filepath.Join(dir, "data")},
-		Snapshot: "1", Discard: "keep", Lenient: true, L2CacheSize: 4 << 20, Window: &config.Window{Partition: 2}, Overlay: &config.Overlay{Quota: 1 << 30},
+		Snapshot: "1", Discard: "keep", Lenient: true, L2CacheSize: 4 << 20, Window: &config.Window{Partition: 2, SectorSize: 4096}, Overlay: &config.Overlay{Quota: 1 << 30},
 		Protect:     []config.Range{{Length: 4096}, {Offset: 1 << 20, Length: 512}},
 		Description: nasty, Default: true, RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://[::1]:1"}, {
 			URI: "nbd+unix:///?socket=/s", Owner: "a:b", Mode: "0660", SELinuxLabel: "a:b:c:s0:c1,c2", SELinuxPathLabel: "a:b:d:s0:c1,c2",

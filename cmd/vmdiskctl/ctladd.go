@@ -30,6 +30,7 @@ type addFlags struct {
 	part    int
 	quota   byteSize
 	l2Cache byteSize
+	sector  byteSize
 	send    bool
 
 	threshold byteSize
@@ -83,6 +84,7 @@ func (f *addFlags) addImage(c *cobra.Command) {
 	n.BoolVar(&x.Lenient, "lenient", false, "read damaged places of a qcow2 image as QEMU does")
 	n.BoolVar(&f.send, "fd", false, "open the files here and hand them over: the daemon needs no right to them")
 	n.IntVar(&f.part, "partition", 0, "only partition `N` of the disk, from 1")
+	n.Var(&f.sector, "sector-size", "`SIZE` of the sectors that its partition table counts in: by default those of the block device, and 512 for a file")
 	n.Var(&f.quota, "overlay", "keep what is written in a temporary overlay of at most this `SIZE`, which is thrown away at the end")
 	n.StringVar(&f.window, "window", "", "`OFFSET[+LENGTH]`: only this part of the disk, up to its end without a length")
 	n.StringVar(&f.blockSize, "block-size", "", "`SIZES` that clients are told and held to, as 4K or minimum=4K,preferred=64K,maximum=1M")
@@ -230,7 +232,10 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		if f.part < 1 {
 			return usage("--partition: want a number from 1")
 		}
-		x.Window = &config.Window{Partition: f.part}
+		x.Window = &config.Window{Partition: f.part, SectorSize: config.Size(f.sector)}
+	}
+	if c.Flags().Changed("sector-size") && x.Window == nil {
+		return usage("--sector-size is that of a partition table: it needs --partition")
 	}
 	if c.Flags().Changed("window") {
 		if x.Window != nil {

@@ -55,6 +55,7 @@ func TestMistakesSayWhatToWrite(t *testing.T) {
 		{exitUsage, "export set a rate.ops=abc", `rate: ops: "abc": want a number`},
 		{exitUsage, "export add a b --rate ops=abc", `--rate: ops: "abc": want a number`},
 		{exitUsage, "export add a b --partition 0", "--partition: want a number from 1"},
+		{exitUsage, "export add a b --window 1M --sector-size 4K", "it needs --partition"},
 		{exitUsage, "export remove a --timeout 10", `--timeout: "10": want a time such as 10s`},
 		{exitUsage, "copy --flush=maybe a b", "want true or false"},
 	} {

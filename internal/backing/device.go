@@ -57,6 +57,11 @@ type Info struct {
 	MinBlock  int64 // smallest request the device takes, a power of two ≥ 1
 	Preferred int64 // request size without read-modify-write, power of two ≥ 512
 	Caps      Caps
+
+	// Sector is the logical sector of the block device that has the disk byte for
+	// byte, or had it before there were overlays: a power of two ≥ 512, 0 if there
+	// is no such device. Whoever made a partition table on that device counted in it.
+	Sector int64
 }
 
 // Extent is a run of bytes of one state.

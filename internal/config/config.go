@@ -192,6 +192,10 @@ type Window struct {
 	Offset    Size `toml:"offset" json:"offset,omitempty"`
 	Length    Size `toml:"length" json:"length,omitempty"`
 	Partition int  `toml:"partition" json:"partition,omitempty"` // from 1
+
+	// SectorSize is what the partition table counts in, in bytes; 0 for the
+	// logical sectors of a block device, and 512 for a file.
+	SectorSize Size `toml:"sector-size" json:"sector-size,omitempty"`
 }
 
 // Overlay takes all writes and forgets them at the end.

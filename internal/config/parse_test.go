@@ -88,7 +88,7 @@ rate-group = "Gold"
 log-requests = true
 flush-on-close = true
 vsock-trust-cid = true
-window = { partition = 2 }
+window = { partition = 2, sector-size = "4K" }
 overlay = { quota = "1G" }
 block-size = { minimum = 512, preferred = 4096, maximum = "1M" }
 protect = [{ offset = 512, length = 512 }]

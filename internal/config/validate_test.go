@@ -208,6 +208,11 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 
 		{a + "window = { partition = 129 }", in(", window") + "partition: want 1 to 128"},
 		{a + "window = { partition = 1, offset = 512 }", in(", window") + "partition excludes"},
+		{a + "window = { sector-size = 512 }", in(", window") + "sector-size: it needs partition"},
+		{a + "window = { partition = 1, sector-size = 256 }", in(", window") + "sector-size: want a power of two from 512"},
+		{a + "window = { partition = 1, sector-size = 1000 }", in(", window") + "sector-size: want a power of two from 512"},
+		{a + "window = { partition = 1, sector-size = -512 }", in(", window") + "sector-size: want a power of two from 512"},
+		{a + "window = { partition = 1, sector-size = \"128K\" }", in(", window") + "sector-size: want a power of two from 512"},
 		{a + "window = { offset = -1 }", in(", window") + "offset -1"},
 		{a + "window = { offset = 9223372036854775807, length = 1 }", in(", window") + "offset 9223372036854775807 and length 1 are beyond"},
 		{a + "overlay = {}", in(", overlay") + "quota: it must be"},

@@ -193,6 +193,10 @@ func (w *Window) check(k checker) {
 		k.fail("partition: want 1 to %d", limits.Partitions)
 	case w.Partition > 0 && (w.Offset != 0 || w.Length != 0):
 		k.fail("partition excludes offset and length")
+	case w.SectorSize != 0 && w.Partition == 0:
+		k.fail("sector-size: it needs partition")
+	case w.SectorSize != 0 && (w.SectorSize < 512 || w.SectorSize > limits.LargestBlock || w.SectorSize&(w.SectorSize-1) != 0):
+		k.fail("sector-size: want a power of two from 512 to %d", limits.LargestBlock)
 	}
 }
 

@@ -107,7 +107,7 @@ func (s *stack) putWindow(x *config.Export) error {
 	}
 	o := layer.WindowOptions{Off: int64(x.Window.Offset), Size: int64(x.Window.Length)}
 	if n := x.Window.Partition; n > 0 {
-		r, err := layer.FindPartition(context.Background(), s.top, n)
+		r, err := layer.FindPartition(context.Background(), s.top, n, int64(x.Window.SectorSize))
 		if err != nil {
 			return fmt.Errorf("window: %w", err)
 		}

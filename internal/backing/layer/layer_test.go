@@ -53,7 +53,6 @@ func newEngine(t testing.TB, name string) engine.Engine {
 // newRaw serves a new file, all hole.
 func newRaw(t testing.TB, engineName string, size int64, flags int) backing.Device {
 	t.Helper()
-	e := newEngine(t, engineName)
 	path := filepath.Join(t.TempDir(), "disk.img")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -61,6 +60,13 @@ func newRaw(t testing.TB, engineName string, size int64, flags int) backing.Devi
 	if err := os.Truncate(path, size); err != nil {
 		t.Fatal(err)
 	}
+	return openRaw(t, engineName, path, flags)
+}
+
+// openRaw opens a file or block device as a disk.
+func openRaw(t testing.TB, engineName, path string, flags int) backing.Device {
+	t.Helper()
+	e := newEngine(t, engineName)
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC|flags, 0)
 	if err != nil {
 		t.Fatalf("open %s: %v", path, err)

@@ -2,6 +2,7 @@ package layer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -17,15 +18,33 @@ import (
 // MBR from 5; extended partitions themselves have none to offer. A GPT is read
 // from the end of the disk if its beginning is damaged.
 //
+// A table counts in the logical sectors of the disk that it was made on, and does
+// not tell their size: sector is that in bytes, 0 for what dev says of itself. Where
+// dev does not know it either, an MBR counts in 512 bytes, and a GPT is looked for
+// as one of 512 and of 4096 bytes.
+//
 // The table is a guest's word: it is bounded and checked, and what it names
-// lies in the disk. Errors: ErrInvalid for a table that is missing or damaged,
-// and for a partition that is missing, empty or not in the disk; those of
-// reading.
-func FindPartition(ctx context.Context, dev backing.Device, n int) (Range, error) {
+// lies in the disk. Errors: ErrInvalid for a sector that is no power of two from
+// 512 to limits.LargestBlock, for a table that is missing, damaged or contradicts
+// another, and for a partition that is missing, empty or not in the disk; those
+// of reading.
+func FindPartition(ctx context.Context, dev backing.Device, n int, sector int64) (Range, error) {
 	if n < 1 || n > limits.Partitions {
 		return Range{}, invalid("find partition", "number %d is not between 1 and %d", n, limits.Partitions)
 	}
-	t := table{ctx: ctx, dev: dev, size: dev.Info().Size, block: max(dev.Info().MinBlock, 512)}
+	if sector != 0 && (sector < mbrSize || sector > limits.LargestBlock || sector&(sector-1) != 0) {
+		return Range{}, invalid("find partition", "sectors of %d bytes", sector)
+	}
+	i := dev.Info()
+	t := table{ctx: ctx, dev: dev, size: i.Size, block: max(i.MinBlock, mbrSize), sector: cmp.Or(sector, i.Sector, mbrSize)}
+	switch {
+	case sector != 0:
+		t.gpts = [][]int64{{sector}}
+	case i.Sector != 0:
+		t.gpts = [][]int64{{i.Sector}, gptSectors}
+	default:
+		t.gpts = [][]int64{gptSectors}
+	}
 	r, err := t.find(n)
 	if err != nil {
 		return Range{}, err
@@ -41,6 +60,11 @@ type table struct {
 	ctx         context.Context
 	dev         backing.Device
 	size, block int64
+	sector      int64 // what an MBR counts in, bytes
+
+	// gpts are the sizes of sectors that a GPT may count in. Those of one list
+	// are as likely as each other, those of the next are tried if there is none.
+	gpts [][]int64
 }
 
 // Types of MBR partitions.
@@ -51,8 +75,9 @@ const (
 	mbrProtective    = 0xee
 )
 
-// mbrSector is what MBR tables count in. Disks with larger sectors have GPTs.
-const mbrSector = 512
+// mbrSize is that of an MBR or an EBR in bytes, whatever the sector that it begins,
+// and what it counts in on a disk of which nothing is known.
+const mbrSize = 512
 
 // mbrEntry is one of the four of an MBR or an EBR.
 type mbrEntry struct {
@@ -64,8 +89,9 @@ func (e mbrEntry) extended() bool {
 	return e.kind == mbrExtended || e.kind == mbrExtendedLBA || e.kind == mbrExtendedLinux
 }
 
-func (e mbrEntry) at(base int64) Range {
-	return Range{(base + e.first) * mbrSector, e.count * mbrSector}
+// at is where e lies, in bytes: e counts from the sector base.
+func (t *table) at(e mbrEntry, base int64) Range {
+	return Range{(base + e.first) * t.sector, e.count * t.sector}
 }
 
 // read reads n ≤ 1 MiB bytes at off, in whole blocks of the device.
@@ -100,14 +126,14 @@ func (t *table) find(n int) (Range, error) {
 	if e.kind == 0 || e.count == 0 || e.extended() {
 		return Range{}, missing(n)
 	}
-	return e.at(0), nil
+	return t.at(e, 0), nil
 }
 
 func missing(n int) error { return invalid("find partition", "there is no number %d", n) }
 
 // mbr reads the four entries of the table in a sector.
 func (t *table) mbr(sector int64) (list [4]mbrEntry, err error) {
-	p, err := t.read(sector*mbrSector, mbrSector)
+	p, err := t.read(sector*t.sector, mbrSize)
 	if err != nil {
 		return list, err
 	}
@@ -142,7 +168,7 @@ func (t *table) findLogical(mbr [4]mbrEntry, n int) (Range, error) {
 		}
 		if e := ebr[0]; e.kind != 0 && e.count != 0 && !e.extended() {
 			if no++; no == n {
-				return e.at(at), nil
+				return t.at(e, at), nil
 			}
 		}
 		if next = ebr[1].first; !ebr[1].extended() || next == 0 {
@@ -152,9 +178,8 @@ func (t *table) findLogical(mbr [4]mbrEntry, n int) (Range, error) {
 	return Range{}, missing(n)
 }
 
-// gptSectors are the sizes of sectors that a GPT may count in. The table does
-// not tell.
-var gptSectors = [...]int64{512, 4096}
+// gptSectors are the sizes of sectors that are usual.
+var gptSectors = []int64{512, 4096}
 
 // Bounds of a GPT header and of the entries that it announces, in bytes.
 const (
@@ -164,22 +189,49 @@ const (
 	gptMaxTable  = 1 << 20
 )
 
-// findGPT tries both copies of the table, for each size of sectors, and takes
-// the first that is whole.
+// findGPT takes the first table that is whole. Copies at the beginning of the disk
+// come before those at its end: whoever makes a table for sectors of another size
+// overwrites the beginning of the old one, and of its end perhaps nothing.
 func (t *table) findGPT(n int) (Range, error) {
 	var first error
-	for _, sector := range gptSectors {
-		for _, lba := range []int64{1, t.size/sector - 1} {
-			r, whole, err := t.gpt(sector, lba, n)
+	for _, sectors := range t.gpts {
+		for _, end := range [...]bool{false, true} {
+			r, whole, err := t.gptOf(sectors, end, n)
 			if whole || backing.KindOf(err) != backing.ErrInvalid {
 				return r, err
 			}
-			if first == nil {
-				first = err
-			}
+			first = cmp.Or(first, err)
 		}
 	}
 	return Range{}, first
+}
+
+// gptOf finds a partition by the copies at the beginning or at the end of the disk,
+// for each size of sectors. If more than one is whole, they must say the same.
+func (t *table) gptOf(sectors []int64, end bool, n int) (r Range, whole bool, err error) {
+	var first error
+	var by int64 // the sectors of that which is whole
+	for _, sector := range sectors {
+		lba := int64(1)
+		if end {
+			lba = t.size/sector - 1
+		}
+		s, ok, e := t.gpt(sector, lba, n)
+		switch {
+		case !ok && backing.KindOf(e) != backing.ErrInvalid:
+			return Range{}, false, e
+		case !ok:
+			first = cmp.Or(first, e)
+		case whole && (s != r || (e == nil) != (err == nil)):
+			return Range{}, true, invalid("find partition", "GPTs in sectors of %d and of %d bytes contradict each other: the size of the sectors must be given", by, sector)
+		default:
+			r, whole, err, by = s, true, e, sector
+		}
+	}
+	if !whole {
+		err = first
+	}
+	return r, whole, err
 }
 
 // gpt finds a partition by the header in block lba, if that and its entries

@@ -15,13 +15,14 @@ import (
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 )
 
-// sfdisk makes a table by a script and returns the disk, and what sfdisk
+// sfdisk makes a table by a script on the disk at path, and returns what sfdisk
 // itself says of it, by number.
-func sfdisk(t *testing.T, script string) ([]byte, map[int]layer.Range) {
+func sfdisk(t *testing.T, path, script string, sector int64) map[int]layer.Range {
 	t.Helper()
 	tool, err := exec.LookPath("sfdisk")
 	if err != nil {
@@ -29,11 +30,7 @@ func sfdisk(t *testing.T, script string) ([]byte, map[int]layer.Range) {
 			t.Fatalf("needs sfdisk of the package fdisk: %v", err)
 		}
 	}
-	path := filepath.Join(t.TempDir(), "disk.img")
-	if err := os.WriteFile(path, make([]byte, 16<<20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(tool, "--quiet", path)
+	cmd := exec.Command(tool, "--quiet", "--no-reread", "--no-tell-kernel", path)
 	cmd.Stdin = strings.NewReader(script)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("sfdisk: %v\n%s", err, out)
@@ -44,6 +41,7 @@ func sfdisk(t *testing.T, script string) ([]byte, map[int]layer.Range) {
 	}
 	var said struct {
 		PartitionTable struct {
+			SectorSize int64
 			Partitions []struct {
 				Node, Type  string
 				Start, Size int64
@@ -53,27 +51,53 @@ func sfdisk(t *testing.T, script string) ([]byte, map[int]layer.Range) {
 	if err := json.Unmarshal(out, &said); err != nil {
 		t.Fatal(err)
 	}
+	if got := said.PartitionTable.SectorSize; got != sector {
+		t.Fatalf("sfdisk counts in %d bytes, want %d", got, sector)
+	}
 	list := map[int]layer.Range{}
 	for _, p := range said.PartitionTable.Partitions {
-		no, err := strconv.Atoi(strings.TrimPrefix(p.Node, path))
+		no, err := strconv.Atoi(strings.TrimPrefix(strings.TrimPrefix(p.Node, path), "p"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if p.Type != "5" && p.Type != "f" {
-			list[no] = layer.Range{Off: p.Start * 512, Len: p.Size * 512}
+			list[no] = layer.Range{Off: p.Start * sector, Len: p.Size * sector}
 		}
 	}
+	if len(list) < 3 {
+		t.Fatalf("sfdisk made %v", list)
+	}
+	return list
+}
+
+// scriptSectors is how many sectors a disk needs for the scripts.
+const scriptSectors = 32 << 10
+
+// emptyDisk is the path of a file with room for the scripts in sectors of a size.
+func emptyDisk(t *testing.T, sector int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, scriptSectors*sector)); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// sfdiskFile is a file with a table, and what sfdisk says of that.
+func sfdiskFile(t *testing.T, script string) ([]byte, map[int]layer.Range) {
+	t.Helper()
+	path := emptyDisk(t, 512)
+	list := sfdisk(t, path, script, 512)
 	return must(os.ReadFile(path)), list
 }
 
 func diskOf(p []byte) backing.Device { return mem.New(int64(len(p)), p) }
 
 // findsAll compares all numbers up to 40.
-func findsAll(t *testing.T, disk []byte, want map[int]layer.Range) {
+func findsAll(t *testing.T, d backing.Device, sector int64, want map[int]layer.Range) {
 	t.Helper()
-	d := diskOf(disk)
 	for n := 1; n <= 40; n++ {
-		r, err := layer.FindPartition(t.Context(), d, n)
+		r, err := layer.FindPartition(t.Context(), d, n, sector)
 		if w, ok := want[n]; ok && (err != nil || r != w) {
 			t.Errorf("partition %d: got %+v, %v, want %+v", n, r, err, w)
 		} else if !ok {
@@ -88,37 +112,59 @@ const (
 	gptScript = "label: gpt\n2: start=2048,size=2048\n5: start=8192,size=1\n30: start=10240\n"
 )
 
-func TestPartitionsAreWhereSfdiskPutThem(t *testing.T) {
+// forScripts runs a test with a table of each kind.
+func forScripts(t *testing.T, test func(t *testing.T, script string)) {
 	for name, script := range map[string]string{"dos": dosScript, "gpt": gptScript} {
-		t.Run(name, func(t *testing.T) {
-			disk, want := sfdisk(t, script)
-			if len(want) < 3 {
-				t.Fatalf("sfdisk made %v", want)
-			}
-			findsAll(t, disk, want)
+		t.Run(name, func(t *testing.T) { test(t, script) })
+	}
+}
+
+func TestPartitionsAreWhereSfdiskPutThem(t *testing.T) {
+	forScripts(t, func(t *testing.T, script string) {
+		disk, want := sfdiskFile(t, script)
+		findsAll(t, diskOf(disk), 0, want)
+	})
+}
+
+// TestTableCountsInTheSectorsOfItsDisk: those of the block device that has the disk,
+// whatever is in between, and of its copy in a file those that are given.
+func TestTableCountsInTheSectorsOfItsDisk(t *testing.T) {
+	for _, sector := range []int64{512, 4096} {
+		t.Run(strconv.FormatInt(sector, 10), func(t *testing.T) {
+			forScripts(t, func(t *testing.T, script string) {
+				path := emptyDisk(t, sector)
+				node := backingtest.Loop(t, path, uint32(sector))
+				want := sfdisk(t, node, script, sector)
+				d := closing(t, openRaw(t, "pool", node, 0))
+				if got := d.Info().Sector; got != sector {
+					t.Errorf("a device with sectors of %d bytes says %d", sector, got)
+				}
+				findsAll(t, layer.NewSwap(backing.NewChecked(d, 0)), 0, want)
+				findsAll(t, closing(t, openRaw(t, "pool", path, 0)), sector, want)
+			})
 		})
 	}
 }
 
 func TestGPTIsReadFromTheEnd(t *testing.T) {
-	disk, want := sfdisk(t, gptScript)
+	disk, want := sfdiskFile(t, gptScript)
 	for _, at := range []int{512 + 20, 1024 + 128, 1024 + 5000} { // header, entries
 		spoilt := bytes.Clone(disk)
 		spoilt[at] ^= 1
-		findsAll(t, spoilt, want)
+		findsAll(t, diskOf(spoilt), 0, want)
 		spoilt[len(disk)-512+56] ^= 1
-		_, err := layer.FindPartition(t.Context(), diskOf(spoilt), 2)
+		_, err := layer.FindPartition(t.Context(), diskOf(spoilt), 2, 0)
 		isKind(t, "both copies damaged", err, backing.ErrInvalid)
 	}
 }
 
 // The copy at the end is not asked for what a whole table does not have.
 func TestStaleCopyIsNotRead(t *testing.T) {
-	disk, _ := sfdisk(t, gptScript)
+	disk, _ := sfdiskFile(t, gptScript)
 	e := disk[1024:][:128*128]
 	clear(e[128:256]) // number 2
 	seal(disk, 512)
-	_, err := layer.FindPartition(t.Context(), diskOf(disk), 2)
+	_, err := layer.FindPartition(t.Context(), diskOf(disk), 2, 0)
 	isKind(t, "partition that was deleted", err, backing.ErrInvalid)
 }
 
@@ -154,10 +200,66 @@ func makeGPT(sector int, first, last uint64) []byte {
 }
 
 func TestGPTOfLargeBlocks(t *testing.T) {
-	findsAll(t, makeGPT(4096, 10, 19), map[int]layer.Range{1: {Off: 40960, Len: 40960}})
+	findsAll(t, diskOf(makeGPT(4096, 10, 19)), 0, map[int]layer.Range{1: {Off: 40960, Len: 40960}})
 	coarse := checkedBlocks(diskOf(makeGPT(4096, 10, 19)), 4096)
-	if r, err := layer.FindPartition(t.Context(), coarse, 1); err != nil || r != (layer.Range{Off: 40960, Len: 40960}) {
+	if r, err := layer.FindPartition(t.Context(), coarse, 1, 0); err != nil || r != (layer.Range{Off: 40960, Len: 40960}) {
 		t.Errorf("on a disk of large blocks: got %+v, %v", r, err)
+	}
+}
+
+// sectored is a disk that tells its sectors.
+type sectored struct {
+	backing.Device
+	sector int64
+}
+
+func (d sectored) Info() backing.Info {
+	i := d.Device.Info()
+	i.Sector = d.sector
+	return i
+}
+
+func TestGPTsOfTwoSizesOfSectors(t *testing.T) {
+	const size = 1 << 20
+	small, large := layer.Range{Off: 51200, Len: 51200}, layer.Range{Off: 40960, Len: 40960}
+	// both has a table for each size, and those in same agree.
+	both, same := makeGPT(4096, 10, 19), makeGPT(4096, 10, 19)
+	copy(both[512:2048], makeGPT(512, 100, 199)[512:])
+	copy(same[512:2048], makeGPT(512, 80, 159)[512:])
+	// stale has a table for large sectors, and of that for small ones which was
+	// there before the copy at the end.
+	stale := makeGPT(512, 100, 199)
+	binary.LittleEndian.PutUint64(stale[512+24:], size/512-1)
+	seal(stale, 512)
+	copy(stale[size-512:], stale[512:1024])
+	clear(stale[512:1024])
+	copy(stale[4096:12288], makeGPT(4096, 10, 19)[4096:])
+	for _, tt := range []struct {
+		name         string
+		disk         []byte
+		says, sector int64
+		want         layer.Range // none is ErrInvalid
+	}{
+		{"nothing is known", both, 0, 0, layer.Range{}},
+		{"they agree", same, 0, 0, large},
+		{"512 is given", both, 0, 512, small},
+		{"4096 is given", both, 0, 4096, large},
+		{"the disk says 512", both, 512, 0, small},
+		{"the disk says 4096", both, 4096, 0, large},
+		{"the disk says another", both, 1024, 0, layer.Range{}},
+		{"512 is given for a disk of 4096", both, 4096, 512, small},
+		{"one that is not there is given", both, 512, 1024, layer.Range{}},
+		{"one is a copy", stale, 0, 0, large},
+		{"the disk says that of the copy", stale, 512, 0, small},
+		{"one that a guest made", makeGPT(512, 100, 199), 4096, 0, small},
+	} {
+		r, err := layer.FindPartition(t.Context(), sectored{diskOf(tt.disk), tt.says}, 1, tt.sector)
+		switch {
+		case tt.want == layer.Range{}:
+			isKind(t, tt.name, err, backing.ErrInvalid)
+		case err != nil || r != tt.want:
+			t.Errorf("%s: got %+v, %v, want %+v", tt.name, r, err, tt.want)
+		}
 	}
 }
 
@@ -191,16 +293,20 @@ func TestHostileTablesAreRefused(t *testing.T) {
 		disk := makeGPT(512, 100, 199)
 		spoil(disk)
 		seal(disk, 512)
-		_, err := layer.FindPartition(t.Context(), diskOf(disk), 1)
+		_, err := layer.FindPartition(t.Context(), diskOf(disk), 1, 0)
 		isKind(t, name, err, backing.ErrInvalid)
 	}
 	for _, size := range []int64{0, 1, 511, 512, 600, 1024} {
-		_, err := layer.FindPartition(t.Context(), mem.New(size, makeGPT(512, 1, 1)), 1)
+		_, err := layer.FindPartition(t.Context(), mem.New(size, makeGPT(512, 1, 1)), 1, 0)
 		isKind(t, "disk of "+strconv.FormatInt(size, 10), err, backing.ErrInvalid)
 	}
 	for _, n := range []int{-1, 0, 129, 1 << 40} {
-		_, err := layer.FindPartition(t.Context(), diskOf(makeGPT(512, 100, 199)), n)
+		_, err := layer.FindPartition(t.Context(), diskOf(makeGPT(512, 100, 199)), n, 0)
 		isKind(t, "number "+strconv.Itoa(n), err, backing.ErrInvalid)
+	}
+	for _, sector := range []int64{-512, 1, 256, 1000, 128 << 10, 1 << 62} {
+		_, err := layer.FindPartition(t.Context(), diskOf(makeGPT(512, 100, 199)), 1, sector)
+		isKind(t, "sectors of "+strconv.FormatInt(sector, 10), err, backing.ErrInvalid)
 	}
 }
 
@@ -232,22 +338,22 @@ func TestChainOfLogicalPartitionsMayBeHostile(t *testing.T) {
 		"partition far away":        mbrDisk(0x83, 1<<32-1, 1, 0),
 		"partition without sectors": mbrDisk(0x83, 1, 0, 0),
 	} {
-		_, err := layer.FindPartition(t.Context(), diskOf(disk), 5)
+		_, err := layer.FindPartition(t.Context(), diskOf(disk), 5, 0)
 		isKind(t, name, err, backing.ErrInvalid)
 	}
-	findsAll(t, mbrDisk(0x83, 1, 5, 0), map[int]layer.Range{5: {Off: 11 * 512, Len: 5 * 512}})
+	findsAll(t, diskOf(mbrDisk(0x83, 1, 5, 0)), 0, map[int]layer.Range{5: {Off: 11 * 512, Len: 5 * 512}})
 }
 
 func TestErrorOfReadingATableIsItself(t *testing.T) {
 	for _, at := range []int64{0, 512, 1024} {
 		lost := faulty(diskOf(makeGPT(512, 100, 199)), 0, layer.Fault{Ops: layer.FaultRead, Range: layer.Range{Off: at, Len: 1}, Probability: 1, Error: backing.ErrIO})
-		_, err := layer.FindPartition(t.Context(), lost, 1)
+		_, err := layer.FindPartition(t.Context(), lost, 1, 0)
 		isKind(t, "read of "+strconv.FormatInt(at, 10), err, backing.ErrIO)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	late := paused(t, diskOf(makeGPT(512, 100, 199)))
-	if _, err := layer.FindPartition(ctx, late, 1); !errors.Is(err, context.Canceled) {
+	if _, err := layer.FindPartition(ctx, late, 1, 0); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a context that has ended: got %v, want %v", err, context.Canceled)
 	}
 }
@@ -263,16 +369,16 @@ func paused(t *testing.T, d backing.Device) backing.Device {
 // FuzzFindPartition checks that what is found lies in the disk, and that no
 // table takes the parser down.
 func FuzzFindPartition(f *testing.F) {
-	f.Add(makeGPT(512, 100, 199)[:4096], 1)
-	f.Add(makeGPT(4096, 1, 5)[:16384], 1)
-	f.Add(mbrDisk(0x83, 1, 5, 0)[:8192], 5)
-	f.Fuzz(func(t *testing.T, p []byte, n int) {
+	f.Add(makeGPT(512, 100, 199)[:4096], 1, uint8(0))
+	f.Add(makeGPT(4096, 1, 5)[:16384], 1, uint8(3))
+	f.Add(mbrDisk(0x83, 1, 5, 0)[:8192], 5, uint8(7))
+	f.Fuzz(func(t *testing.T, p []byte, n int, log uint8) {
 		disk := bytes.Clone(p)
 		if len(disk) >= 2048 {
 			seal(disk, 512)
 		}
 		d := diskOf(disk)
-		r, err := layer.FindPartition(t.Context(), d, n)
+		r, err := layer.FindPartition(t.Context(), sectored{d, 512 << (log % 8)}, n, 0)
 		if err != nil {
 			isKind(t, "error", err, backing.ErrInvalid)
 			return

@@ -81,7 +81,7 @@ func newChainDevice(top Layer, o Options) *chainDevice {
 		chain:     newChain(top, o.CacheBytes), clusters: newClusterCache(o.ClusterBytes),
 	}
 	d.info = backing.Info{
-		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred,
+		Size: d.chain.size, MinBlock: 1, Preferred: defaultPreferred, Sector: sectorBelow(top),
 		Caps: backing.CanFlush | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
 	}
 	if c, ok := top.(Clustered); ok {

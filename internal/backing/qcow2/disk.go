@@ -112,7 +112,7 @@ func openDisk(ctx context.Context, top *Image, o Options) (*disk, error) {
 	d.size.Store(top.size)
 	d.reach.Store(top.size)
 	d.info = backing.Info{
-		MinBlock: 1, Preferred: max(4096, min(d.g.SubSize, defaultPreferred)),
+		MinBlock: 1, Preferred: max(4096, min(d.g.SubSize, defaultPreferred)), Sector: sectorBelow(top),
 		Caps: backing.CanWrite | backing.CanFlush | backing.CanFUA | backing.CanTrim | backing.CanZero |
 			backing.CanFastZero | backing.CanMultiConn | backing.CanExtents | backing.CanCache,
 	}

@@ -33,6 +33,18 @@ func (l *rawLayer) Below() Layer { return nil }
 // Close closes the file.
 func (l *rawLayer) Close() error { return l.st.Close() }
 
+// sectorBelow is the logical sector of the block device that a chain of layers
+// stands on and has byte for byte, in bytes; 0 if there is none.
+func sectorBelow(l Layer) int64 {
+	for l.Below() != nil {
+		l = l.Below()
+	}
+	if r, ok := l.(*rawLayer); ok {
+		return r.st.Sector()
+	}
+	return 0
+}
+
 // Spans yields the data of the file, and its holes as zeroes.
 func (l *rawLayer) Spans(ctx context.Context, off, n int64, yield func(Span) bool) error {
 	if err := checkRange("map", "", off, n, l.size); err != nil {

@@ -16,6 +16,14 @@ import (
 // Fixed reports that the end cannot move: a block device.
 func (d *Device) Fixed() bool { return d.geo.block }
 
+// Sector is the logical sector of a block device in bytes; 0 for a file.
+func (d *Device) Sector() int64 {
+	if !d.geo.block {
+		return 0
+	}
+	return d.geo.sector
+}
+
 // End asks the file where it ends now.
 func (d *Device) End() (int64, error) {
 	if err := d.usable(); err != nil {

@@ -32,7 +32,7 @@ func (d *Device) Info() backing.Info {
 		}
 		// The answer may be older than this call; that of the next one is not.
 	}
-	return backing.Info{Size: d.size.Load(), MinBlock: 1, Preferred: d.geo.preferred, Caps: d.caps}
+	return backing.Info{Size: d.size.Load(), MinBlock: 1, Preferred: d.geo.preferred, Sector: d.Sector(), Caps: d.caps}
 }
 
 // ask is the question that is under way, or a new one. Who began it waits for it

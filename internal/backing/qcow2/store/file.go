@@ -20,6 +20,8 @@ func (f file) Size() (int64, error) { return f.dev.End() }
 
 func (f file) Fixed() bool { return f.dev.Fixed() }
 
+func (f file) Sector() int64 { return f.dev.Sector() }
+
 func (f file) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return f.dev.ReadSome(ctx, p, off)
 }

@@ -19,6 +19,9 @@ type Store interface {
 	// it is known to be zero.
 	Fixed() bool
 
+	// Sector is the logical sector of a block device in bytes; 0 for a file.
+	Sector() int64
+
 	// ReadAt fills p and returns how much of it the file had; that is less
 	// than len(p), without an error, only where the file ends.
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)

@@ -230,6 +230,9 @@ func (m *Mem) Fixed() bool {
 	return m.fixed
 }
 
+// Sector is that of a file, also of one that plays a block device.
+func (m *Mem) Sector() int64 { return 0 }
+
 // ReadAt fills p as far as the file reaches.
 func (m *Mem) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	m.mu.Lock()
