@@ -39,6 +39,11 @@ const (
 	// have to wait for their turn.
 	RatePiece = 1 << 20
 
+	// RateEffect is the most of a request without payload that counts as one
+	// where its bytes do not count: about what fits a compact request, which has
+	// 32 bits for it. Extended headers have 64.
+	RateEffect = 4 << 30
+
 	// RateGroups bounds the groups that one disk shares its rates with.
 	RateGroups = 8
 

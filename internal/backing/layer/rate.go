@@ -2,6 +2,7 @@ package layer
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -85,13 +86,24 @@ func (p *pairOfBuckets) set(r Rate) {
 	p.ops.set(r.Ops, r.Burst)
 }
 
-// buckets are those that a request of n bytes takes from, and how much.
-func (l *Limiter) buckets(write bool, n int64) [4]share {
+// cost is what a request takes from limiters.
+type cost struct {
+	write      bool
+	ops, bytes int64
+}
+
+// effect is the cost of a request without payload whose bytes do not count.
+func effect(n int64) cost {
+	return cost{write: true, ops: (n-1)/limits.RateEffect + 1}
+}
+
+// buckets are those that a request takes from, and how much.
+func (l *Limiter) buckets(c cost) [4]share {
 	own := &l.read
-	if write {
+	if c.write {
 		own = &l.write
 	}
-	return [4]share{{&own.ops, 1}, {&l.total.ops, 1}, {&own.bytes, n}, {&l.total.bytes, n}}
+	return [4]share{{&own.ops, c.ops}, {&l.total.ops, c.ops}, {&own.bytes, c.bytes}, {&l.total.bytes, c.bytes}}
 }
 
 type share struct {
@@ -112,20 +124,20 @@ type limiters []*Limiter
 
 // RateLimit makes requests wait until all limiters have tokens for them. A
 // read or a write counts with its bytes; so does zeroing where the disk has to
-// write the zeroes. All others count as requests only.
+// write the zeroes. All others count as requests only, those without payload as
+// one for each limits.RateEffect that they begin.
 //
 // A read or a write that is larger than a burst goes as a whole, and what
 // follows waits the longer.
 type RateLimit struct {
 	backing.Passthrough
 	limiters atomic.Pointer[limiters]
-	fastZero bool
 }
 
 // NewRateLimit stands on dev. No more than limits.RateGroups limiters, else
 // ErrInvalid.
 func NewRateLimit(dev backing.Device, o RateOptions) (*RateLimit, error) {
-	l := &RateLimit{Passthrough: backing.Passthrough{Next: dev}, fastZero: dev.Info().Caps.Has(backing.CanFastZero)}
+	l := &RateLimit{Passthrough: backing.Passthrough{Next: dev}}
 	if err := l.Set(o); err != nil {
 		return nil, err
 	}
@@ -144,16 +156,16 @@ func (l *RateLimit) Set(o RateOptions) error {
 }
 
 // try takes all tokens of a request, or none.
-func (l limiters) try(write bool, n int64) bool {
+func (l limiters) try(c cost) bool {
 	for i, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
-		shares := lim.buckets(write, n)
+		shares := lim.buckets(c)
 		for j, s := range shares {
 			if !s.b.try(s.n) {
 				putBack(shares[:j])
-				l[:i].putBack(write, n)
+				l[:i].putBack(c)
 				return false
 			}
 		}
@@ -162,16 +174,16 @@ func (l limiters) try(write bool, n int64) bool {
 }
 
 // take waits for the tokens of a request.
-func (l limiters) take(ctx context.Context, write bool, n int64) error {
+func (l limiters) take(ctx context.Context, c cost) error {
 	for i, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
-		shares := lim.buckets(write, n)
+		shares := lim.buckets(c)
 		for j, s := range shares {
 			if err := s.b.take(ctx, s.n); err != nil {
 				putBack(shares[:j])
-				l[:i].putBack(write, n)
+				l[:i].putBack(c)
 				return err
 			}
 		}
@@ -180,12 +192,12 @@ func (l limiters) take(ctx context.Context, write bool, n int64) error {
 }
 
 // putBack returns what a request took.
-func (l limiters) putBack(write bool, n int64) {
+func (l limiters) putBack(c cost) {
 	for _, lim := range l {
 		if !lim.bounds.Load() {
 			continue
 		}
-		shares := lim.buckets(write, n)
+		shares := lim.buckets(c)
 		putBack(shares[:])
 	}
 }
@@ -196,8 +208,14 @@ func putBack(shares []share) {
 	}
 }
 
+// bounded reports whether any of them has a rate.
+func (l limiters) bounded() bool {
+	return slices.ContainsFunc(l, func(lim *Limiter) bool { return lim.bounds.Load() })
+}
+
+// take waits for the tokens of one request of n bytes.
 func (l *RateLimit) take(ctx context.Context, write bool, n int64) error {
-	return l.limiters.Load().take(ctx, write, n)
+	return l.limiters.Load().take(ctx, cost{write, 1, n})
 }
 
 func (l *RateLimit) ReadAt(ctx context.Context, p []byte, off int64) error {
@@ -214,13 +232,24 @@ func (l *RateLimit) WriteAt(ctx context.Context, p []byte, off int64, f backing.
 	return l.Next.WriteAt(ctx, p, off, f)
 }
 
-// Zero goes in pieces where its bytes count.
+// Zero goes in pieces where its bytes count: where the disk, as it is now, says
+// that it cannot make these zeroes faster than by writing them.
 func (l *RateLimit) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
-	if l.fastZero {
-		if err := l.take(ctx, true, 0); err != nil {
+	all := *l.limiters.Load()
+	if !all.bounded() {
+		return l.Next.Zero(ctx, off, n, f)
+	}
+	asked := f&backing.FastZero != 0
+	if asked || l.Next.Info().Caps.Has(backing.CanFastZero) {
+		c := effect(n)
+		if err := all.take(ctx, c); err != nil {
 			return err
 		}
-		return l.Next.Zero(ctx, off, n, f)
+		err := l.Next.Zero(ctx, off, n, f|backing.FastZero)
+		if asked || !errors.Is(err, backing.ErrNotSupported) {
+			return err
+		}
+		all.putBack(c) // its pieces take it
 	}
 	return l.pieces(ctx, true, off, n, func(off, n int64) error { return l.Next.Zero(ctx, off, n, f) })
 }
@@ -242,7 +271,7 @@ func (l *RateLimit) pieces(ctx context.Context, write bool, off, n int64, do fun
 }
 
 func (l *RateLimit) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
-	if err := l.take(ctx, true, 0); err != nil {
+	if err := l.limiters.Load().take(ctx, effect(n)); err != nil {
 		return err
 	}
 	return l.Next.Trim(ctx, off, n, f)
@@ -286,13 +315,13 @@ func (l *RateLimit) askForRead(ctx context.Context, off, n int64, f backing.Flag
 
 // Map forwards while there are tokens.
 func (l *RateLimit) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
-	write := op != engine.OpRead
+	c := cost{op != engine.OpRead, 1, n}
 	all := *l.limiters.Load()
-	if !all.try(write, n) {
+	if !all.try(c) {
 		return backing.ErrNotMappable
 	}
 	if err := l.Next.Map(op, off, n, m); err != nil {
-		all.putBack(write, n)
+		all.putBack(c)
 		return err
 	}
 	return nil

@@ -385,6 +385,16 @@ func TestWhatCannotBeMappedCostsOnce(t *testing.T) {
 	})
 }
 
+// keeper refuses to zero fast where no hole may be left, as block devices do.
+type keeper struct{ backing.Device }
+
+func (k keeper) Zero(ctx context.Context, off, n int64, f backing.Flags) error {
+	if f&(backing.FastZero|backing.NoHole) == backing.FastZero|backing.NoHole {
+		return backing.ErrNotSupported
+	}
+	return k.Device.Zero(ctx, off, n, f)
+}
+
 // plodder zeroes by writing.
 type plodder struct{ backing.Device }
 
@@ -397,17 +407,99 @@ func (p plodder) Info() backing.Info {
 func TestZeroesThatAreWrittenCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := layer.Rates{Write: layer.Rate{Bytes: 1 << 20}}
+		fast := mem.Null(1 << 40)
 		for _, tt := range []struct {
+			name string
 			dev  backing.Device
+			f    backing.Flags
 			want time.Duration
-		}{{mem.Null(1 << 40), 0}, {plodder{mem.Null(1 << 40)}, 64 * time.Second}} {
+		}{
+			{"zeroes fast", fast, 0, 0},
+			{"zeroes by writing", plodder{fast}, 0, 64 * time.Second},
+			{"zeroes fast with holes only", keeper{fast}, 0, 0},
+			{"zeroes fast with holes only, and may leave none", keeper{fast}, backing.NoHole, 64 * time.Second},
+			{"has the zeroes written for it", backing.NewEmulate(keeper{fast}), backing.NoHole | backing.FUA, 64 * time.Second},
+		} {
 			d := limited(tt.dev, r)
-			got := elapsed(t, func() error { return d.Zero(t.Context(), 0, 64<<20, 0) })
+			got := elapsed(t, func() error { return d.Zero(t.Context(), 0, 64<<20, tt.f) })
 			if got > tt.want || got < tt.want*95/100 {
-				t.Errorf("zero 64 MiB at 1 MiB/s on a disk of caps %#x: took %v, want %v", tt.dev.Info().Caps, got, tt.want)
+				t.Errorf("zero 64 MiB at 1 MiB/s on a disk that %s: took %v, want %v", tt.name, got, tt.want)
 			}
 			if got := elapsed(t, func() error { return d.Trim(t.Context(), 0, 1<<40, 0) }); got != 0 {
 				t.Errorf("trim: took %v", got)
+			}
+		}
+	})
+}
+
+// TestZeroesAreThoseOfTheDiskNow: an image above the one that was there when the limits
+// were put on it may zero in another way.
+func TestZeroesAreThoseOfTheDiskNow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fast, slow := mem.Null(1<<40), plodder{mem.Null(1 << 40)}
+		swap := layer.NewSwap(fast)
+		d := limited(swap, layer.Rates{Total: layer.Rate{Bytes: 1 << 20}})
+		for i, tt := range []struct {
+			dev  backing.Device
+			want time.Duration
+		}{{slow, 64 * time.Second}, {fast, 0}, {slow, 64 * time.Second}} {
+			swap.To(tt.dev)
+			got := elapsed(t, func() error { return d.Zero(t.Context(), 0, 64<<20, 0) })
+			if got > tt.want || got < tt.want*95/100 {
+				t.Errorf("disk %d: zero 64 MiB at 1 MiB/s took %v, want %v", i, got, tt.want)
+			}
+		}
+	})
+}
+
+// TestFastZeroIsRefusedAtOnce: a client that asked for nothing slow gets it neither
+// written nor delayed, however little may be written.
+func TestFastZeroIsRefusedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, caps := range []backing.Device{mem.Null(1 << 40), plodder{mem.Null(1 << 40)}} {
+			d := limited(backing.NewEmulate(keeper{caps}), layer.Rates{Write: layer.Rate{Bytes: 1}})
+			got := elapsed(t, func() error {
+				isKind(t, "fast zero", d.Zero(t.Context(), 0, 64<<20, backing.FastZero|backing.NoHole), backing.ErrNotSupported)
+				return nil
+			})
+			if got != 0 {
+				t.Errorf("fast zero on a disk of caps %#x: took %v", caps.Info().Caps, got)
+			}
+		}
+	})
+}
+
+// TestZeroesCountAsRequests: once, whichever way they are made, and a long one for
+// each limits.RateEffect.
+func TestZeroesCountAsRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fast := mem.Null(1 << 44)
+		for _, tt := range []struct {
+			name string
+			dev  backing.Device
+			n    int64
+			want time.Duration // of ten
+		}{
+			{"fast", fast, 4096, time.Second},
+			{"refused to be fast", keeper{fast}, 4096, time.Second},
+			{"long", fast, 5 * limits.RateEffect, 5 * time.Second},
+			{"of the whole disk", fast, 1 << 44, 1 << 44 / limits.RateEffect * time.Second},
+		} {
+			f := backing.NoHole
+			d := limited(tt.dev, layer.Rates{Write: layer.Rate{Ops: 10}})
+			for i, do := range []func() error{
+				func() error { return d.Zero(t.Context(), 0, tt.n, f) },
+				func() error { return d.Trim(t.Context(), 0, tt.n, 0) },
+			} {
+				got := elapsed(t, func() (err error) {
+					for range 10 {
+						err = errors.Join(err, do())
+					}
+					return err
+				})
+				if got > tt.want || got < tt.want*85/100 {
+					t.Errorf("%s: ten of kind %d at 10 in a second took %v, want %v", tt.name, i, got, tt.want)
+				}
 			}
 		}
 	})
