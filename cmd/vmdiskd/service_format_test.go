@@ -58,6 +58,39 @@ func TestQcow2IsNotServedAsRawByDefault(t *testing.T) {
 	s.stop()
 }
 
+// TestQcow2IsNotWrittenToAsRawAfterItWasRead: that an image was served read-only as
+// raw, because nobody said its format, does not say it for writing.
+func TestQcow2IsNotWrittenToAsRawAfterItWasRead(t *testing.T) {
+	t.Parallel()
+	const exportQ = "[[export]]\nname = \"q\"\nimage = \"DIR/q.qcow2\"\n"
+	s := newService(t, "")
+	path := s.newQcow2("q.qcow2")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, said := range []string{"", "format = \"raw\"\n"} {
+		s.stop()
+		s.configure(exportQ + "readonly = true\n" + said)
+		s.start()
+		s.configure(exportQ + "readonly = false\n")
+		_, err := s.ctl.Reload(t.Context(), false)
+		wantCode(t, "reload for writing", err, api.CodeInvalid)
+		s.wantExports("as before", "q ready config")
+	}
+	k := config.Export{Name: "k", Image: path, ReadOnly: true}
+	if x, err := s.ctl.Add(t.Context(), api.AddExport{Export: k, Persist: true}); err != nil || x.Format != "" {
+		t.Errorf("added: %+v, %v, want no format", x, err)
+	}
+	if list, err := config.ReadExports(filepath.Join(s.dir, "state")); err != nil || len(list) != 1 || list[0].Format != "" {
+		t.Errorf("kept: got %+v, %v, want no format", list, err)
+	}
+	s.stop()
+	if after, err := os.ReadFile(path); err != nil || string(after) != string(before) {
+		t.Errorf("the image: %v, or it has changed", err)
+	}
+}
+
 // TestWhatAGuestWritesKeepsNoDiskFromIt: a disk that was taken for raw stays
 // one, whatever its guest writes to the first sector, while it is served and, if
 // the daemon keeps its export, from the next start on.

@@ -90,7 +90,8 @@ func (c *ExportChange) On(live *Export) Export {
 			to.Field(i).Set(from.Field(i))
 		}
 	}
-	if x.Format == "" && x.Image == live.Image && live.Format == x.ImageFormat() {
+	begins := live.ReadOnly && !x.ReadOnly // to be written to as what nobody says by now
+	if x.Format == "" && x.Image == live.Image && live.Format == x.ImageFormat() && !begins {
 		x.Format = live.Format // it was taken for raw, whatever the guest has written since
 	}
 	return x

@@ -112,6 +112,35 @@ add export "b\nc\" \u2028"
 	}
 }
 
+// TestFormatThatWasSaidOnceIsNoWordForWriting: an image without a format goes on
+// as what it was taken for, but what nobody could write to as that is asked for its
+// format when it becomes writable.
+func TestFormatThatWasSaidOnceIsNoWordForWriting(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		live, to config.Export
+		fields   []string
+		want     string
+	}{
+		{name: "writable", live: config.Export{Format: "raw"}, want: "raw"},
+		{name: "read-only", live: config.Export{ReadOnly: true}, to: config.Export{ReadOnly: true}},
+		{name: "becomes writable", live: config.Export{Format: "raw", ReadOnly: true}, fields: []string{"readonly"}},
+		{name: "stays read-only", live: config.Export{Format: "raw", ReadOnly: true}, to: config.Export{ReadOnly: true}, want: "raw"},
+		{name: "is read-only by the API", live: config.Export{Format: "raw", ReadOnly: true}, want: "raw"},
+		{name: "becomes read-only", live: config.Export{Format: "raw"}, to: config.Export{ReadOnly: true}, fields: []string{"readonly"}, want: "raw"},
+		{name: "another image", live: config.Export{Format: "raw"}, to: config.Export{Image: "/srv/other"}},
+		{name: "another format", live: config.Export{Format: "qcow2"}},
+		{name: "said", live: config.Export{Format: "raw"}, to: config.Export{Format: "qcow2"}, want: "qcow2"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := config.ExportChange{New: &tt.to, Fields: tt.fields}
+			if x := c.On(&tt.live); x.Format != tt.want {
+				t.Errorf("got format %q, want %q", x.Format, tt.want)
+			}
+		})
+	}
+}
+
 // Listeners whose ports the kernel chooses are as many as they are.
 func TestListenersWithPort0AreCounted(t *testing.T) {
 	one := parsed(t, "[[listener]]\nuri = \"nbd://h:0\"\n")

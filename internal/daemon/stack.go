@@ -43,7 +43,9 @@ func (d *daemon) build(ctx context.Context, x *config.Export, opened config.Expo
 		return nil, err
 	}
 	s := &stack{swap: layer.NewSwap(i.dev), x: opened, files: i.files, below: i.below, threshold: th}
-	s.x.Format = opened.ImageFormat()
+	if !opened.ReadOnly { // it was asked for its format, and a guest may make it look like another
+		s.x.Format = opened.ImageFormat()
+	}
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
 		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
