@@ -216,6 +216,35 @@ func TestStorageThatHangsHoldsUpNoOther(t *testing.T) {
 	}
 }
 
+// TestOverlayThatHangsHoldsUpNoOther: one that is remembered, whose storage is not that
+// of the image that the configuration names, which answers.
+func TestOverlayThatHangsHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
+	for _, confined := range []string{"auto", "off"} {
+		t.Run("confine "+confined, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, exportA+exportB)
+			overlay := filepath.Join("elsewhere", "top.qcow2")
+			if err := os.Mkdir(filepath.Join(s.dir, "elsewhere"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, overlay)}); err != nil {
+				t.Fatal(err)
+			}
+			s.stop()
+			s.hangStorage(overlay)
+			s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--confine="+confined) }
+			s.start()
+			s.wantExports("with a silent overlay", "a failed config", "b ready config")
+			if x, err := s.ctl.Export(t.Context(), "a"); err != nil || !strings.Contains(x.Error, overlay+`": no answer in time`) {
+				t.Errorf("got %q, %v, want the overlay that does not answer", x.Error, err)
+			}
+			s.open("b").reads(1)
+			s.stop()
+		})
+	}
+}
+
 // outlivesHang has the service open b.img, whose storage hangs, by a reload and by
 // an addition, which are answered, and then by a reload that is not waited for.
 func (s *testService) outlivesHang() {

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -231,31 +233,43 @@ func (s *stage0) startAnew() error {
 	return fmt.Errorf("start without the %d exports whose storage does not answer: %w", len(s.out.Silent), err)
 }
 
-// filesOf gathers the files of exports that are to be opened. Those of the first
-// exports of the worker stage 0 has opened, which knows whose did not answer.
+// filesOf gathers the files of exports that are to be opened. For the first exports
+// of the worker stage 0 has opened what the configuration names, and knows whose did
+// not answer.
 func (d *daemon) filesOf(list []*disk) []gathered {
-	if t := d.cfg.Handed; t != nil && d.server == nil {
-		return t.gathered(list)
+	var first *Handed
+	if d.server == nil {
+		first = d.cfg.Handed
 	}
+	out := first.gathered(list)
 	images := make([]sought, len(list))
 	for i, k := range list {
-		if k.failed != nil {
+		if k.failed != nil || out[i].err != nil {
 			continue // it is not opened, and the export without an image has no files
 		}
 		images[i].Export = k.cfg
-		if k.origin != fromConfig {
-			continue
+		if k.origin == fromConfig {
+			if placed, err := d.placed(k.cfg); err == nil { // addDisk complains
+				images[i].Export = placed
+			}
 		}
-		if placed, err := d.placed(k.cfg); err == nil { // addDisk complains
-			images[i].Export = placed
+		images[i] = first.lacks(images[i].Export)
+	}
+	for i, g := range d.gatherAll(images) {
+		if out[i].err == nil {
+			out[i] = g
 		}
 	}
-	return d.gatherAll(images)
+	return out
 }
 
-// gathered has no tables: openImage finds what was handed over.
+// gathered says of which exports there are no tables because their images did not
+// answer stage 0.
 func (t *Handed) gathered(list []*disk) []gathered {
 	out := make([]gathered, len(list))
+	if t == nil {
+		return out
+	}
 	for i, k := range list {
 		asked, silent := t.in.Silent[k.cfg.Name]
 		switch {
@@ -267,4 +281,18 @@ func (t *Handed) gathered(list []*disk) []gathered {
 		out[i] = out[i].of(k.cfg.Image)
 	}
 	return out
+}
+
+// lacks is x if its image has not been handed over, such as a remembered overlay, and
+// no image otherwise: openImage finds what has.
+func (t *Handed) lacks(x config.Export) sought {
+	if t == nil {
+		return sought{Export: x}
+	}
+	h, ok := t.in.Images[x.Name]
+	if ok && h.Image == x.Image {
+		return sought{}
+	}
+	known, _ := h.open() // images complains
+	return sought{x, slices.Collect(maps.Values(known))}
 }

@@ -55,6 +55,8 @@ type handedFile struct {
 	ReadOnly bool   `json:"read-only,omitempty"`
 	Direct   bool   `json:"direct,omitempty"`
 	FD       int    `json:"fd"`
+
+	file *os.File // of the worker, once it has looked at it
 }
 
 // Keys of listeners.
@@ -372,21 +374,19 @@ func (s *stage0) openImages() (err error) {
 	if s.out.Silent, err = takeSilent(); err != nil {
 		return err
 	}
-	list := slices.DeleteFunc(slices.Clone(s.exports0()), func(x config.Export) bool {
-		_, silent := s.out.Silent[x.Name]
-		return silent
-	})
-	images := make([]sought, len(list))
-	for i := range list {
-		images[i].Export = list[i]
+	var list []sought
+	for _, x := range s.exports0() {
+		if _, silent := s.out.Silent[x.Name]; !silent {
+			list = append(list, sought{Export: x})
+		}
 	}
 	known := len(s.out.Silent)
 	done := make(chan []gathered, 1)
-	go func() { done <- s.gatherAll(images) }()
+	go func() { done <- s.gatherAll(list) }()
 	select {
 	case all := <-done:
 		for i, g := range all {
-			if err := s.handImage(&list[i], g); err != nil && !s.served() {
+			if err := s.handImage(&list[i].Export, g); err != nil && !s.served() {
 				return err
 			}
 		}

@@ -141,13 +141,10 @@ func (t *Handed) images(x *config.Export, s *open.Spec) error {
 		return nil
 	}
 	delete(t.in.Images, x.Name)
-	files := map[open.Request]*os.File{}
-	for _, x := range h.Files {
-		f, err := file(x.FD, x.Path)
-		if err != nil {
-			return err
-		}
-		files[open.Request{Path: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct}] = f
+	files, err := h.open()
+	if err != nil {
+		closeFiles(slices.Collect(maps.Values(files)))
+		return err
 	}
 	if h.Image != x.Image {
 		s.Known = slices.Collect(maps.Values(files))
@@ -155,6 +152,24 @@ func (t *Handed) images(x *config.Export, s *open.Spec) error {
 	}
 	s.Table = open.NewTable(files, h.Dirs)
 	return nil
+}
+
+// open takes up the files, each once: who asks again gets the same ones.
+func (h *handedImage) open() (files map[open.Request]*os.File, err error) {
+	files = map[open.Request]*os.File{}
+	for i := range h.Files {
+		x := &h.Files[i]
+		if x.file == nil {
+			f, bad := file(x.FD, x.Path)
+			if bad != nil {
+				err = errors.Join(err, bad)
+				continue
+			}
+			x.file = f
+		}
+		files[open.Request{Path: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct}] = x.file
+	}
+	return files, err
 }
 
 // closeRest closes listeners and images that nobody has asked for: those of an
@@ -169,11 +184,8 @@ func (t *Handed) closeRest() {
 		delete(t.in.Listeners, key)
 	}
 	for name, h := range t.in.Images {
-		for _, x := range h.Files {
-			if f, err := file(x.FD, x.Path); err == nil {
-				_ = f.Close() // nothing was written by it
-			}
-		}
+		files, _ := h.open()
+		closeFiles(slices.Collect(maps.Values(files)))
 		delete(t.in.Images, name)
 	}
 }

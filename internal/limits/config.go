@@ -66,8 +66,9 @@ const (
 
 	// ImageAnswers is how long the storage of all images that are opened together
 	// has to open their files: more than a disk needs that has to start turning. A
-	// start takes two such times if some is silent (daemon/gather.go), which leave
-	// it more than 15 of the 90 seconds that the units allow.
+	// start takes three such times if some is silent (daemon/gather.go), two of stage
+	// 0 and one of the worker for remembered overlays, which leave it more than 15 of
+	// the 120 seconds that the units allow.
 	ImageAnswers = 30 * time.Second
 
 	// SpareFiles is how many descriptors the exports of the start leave to the
