@@ -48,7 +48,7 @@ func (d *daemon) gatherAll(list []sought) []gathered {
 			images = append(images, i)
 		}
 	}
-	buffers := bufpool.New(limits.BufferBudget)
+	buffers := d.asking.memory()
 	all := d.asking.all(d.stopping, len(images), func(ctx context.Context, n int) gathered {
 		return d.gatherOne(ctx, &list[images[n]], buffers)
 	})
@@ -92,6 +92,16 @@ func (d *daemon) gatherOne(ctx context.Context, x *sought, buffers *bufpool.Pool
 type asking struct {
 	once  sync.Once
 	calls chan struct{} // has a value for each; made by once
+
+	reads   sync.Once
+	buffers *bufpool.Pool // made by reads
+}
+
+// memory is what all calls read with, as long as the process lives: one that hangs
+// has its buffers until the storage answers, and takes none from clients.
+func (a *asking) memory() *bufpool.Pool {
+	a.reads.Do(func() { a.buffers = bufpool.New(limits.BufferBudget) })
+	return a.buffers
 }
 
 func (a *asking) places() chan struct{} {

@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -101,6 +105,64 @@ func TestImagesThatGoOnHangingAreBounded(t *testing.T) {
 			t.Errorf("when the storage is well again: %v", g.err)
 		}
 	})
+}
+
+// poolMemory is how much is mapped as buffers are, whether or not it is resident: in
+// KiB, of what is left out of core dumps.
+func poolMemory(t *testing.T) (total int) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := 0
+	for line := range strings.Lines(string(b)) {
+		key, value, _ := strings.Cut(line, ":")
+		switch words := strings.Fields(value); {
+		case key == "Size":
+			if size, err = strconv.Atoi(words[0]); err != nil {
+				t.Fatal(err)
+			}
+		case key == "VmFlags" && slices.Contains(words, "dd"):
+			total += size
+		}
+	}
+	return total
+}
+
+// TestGatheringLeavesNoMemory: however many images are gathered, what they were read
+// with is one pool.
+func TestGatheringLeavesNoMemory(t *testing.T) {
+	d := emptyService(t)
+	x := config.Export{Name: "x", Image: filepath.Join(t.TempDir(), "x"), Cache: open.CacheNone}
+	if err := os.WriteFile(x.Image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	gather := func() {
+		t.Helper()
+		one, err := d.gather(t.Context(), &x, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		one.Close()
+		for _, g := range d.gatherAll([]sought{{Export: x}, {Export: x}}) {
+			if g.err != nil {
+				t.Fatal(g.err)
+			}
+			g.table.Close()
+		}
+	}
+	gather()
+	before := poolMemory(t)
+	for range 50 {
+		gather()
+	}
+	if more := poolMemory(t) - before; more > limits.RingArena>>10 {
+		t.Errorf("150 images that were gathered leave %d KiB mapped", more)
+	}
+	if n, bytes := d.asking.memory().Outstanding(); n != 0 {
+		t.Errorf("%d buffers of %d bytes are lent when all calls have ended", n, bytes)
+	}
 }
 
 // TestSilentExportsAreKnownAfterTheExec, however many: they are longer than a

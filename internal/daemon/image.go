@@ -10,8 +10,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
-	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // roots are the folders that images may come from, nil for everywhere.
@@ -69,7 +67,7 @@ func (d *daemon) gather(ctx context.Context, x *config.Export, known []*os.File)
 	if err != nil {
 		return nil, err
 	}
-	s.Log, s.Known, s.Buffers = d.logs.For("backing"), known, bufpool.New(limits.BufferBudget)
+	s.Log, s.Known, s.Buffers = d.logs.For("backing"), known, d.asking.memory()
 	t, err := d.gatherInTime(ctx, s)
 	return t, d.explain(s.Path, err)
 }
