@@ -339,10 +339,19 @@ func (d *daemon) mayJoin(x *config.Export, kept bool) error {
 			return errConfigured(x.Name)
 		}
 		if _, has := c.Groups[x.RateGroup]; !has && x.RateGroup != "" {
-			return &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf("there is no rate group %q, or a reload is removing it", x.RateGroup)}
+			return errNoGroup(x.RateGroup, c == coming)
 		}
 	}
 	return nil
+}
+
+// errNoGroup is for an export whose rate group is not there, or goes with a reload.
+func errNoGroup(name string, goes bool) error {
+	text := "there is no rate group %q"
+	if goes {
+		text = "a reload that is under way removes the rate group %q"
+	}
+	return &api.Error{Code: api.CodeInvalid, Text: fmt.Sprintf(text, name)}
 }
 
 // errConfigured is for an export that would be kept beside one of the configuration.

@@ -106,7 +106,11 @@ func TestClaimedNameIsNoneOfAReload(t *testing.T) {
 	x.SetDefaults()
 	wantCode(t, "one that is kept by a name that comes", d.addExport(t.Context(), x, fromState, nil), api.CodeExists)
 	x.RateGroup = "g"
-	wantCode(t, "one in a group that goes", d.addExport(t.Context(), x, fromAPI, nil), api.CodeInvalid)
+	err := d.addExport(t.Context(), x, fromAPI, nil)
+	wantCode(t, "one in a group that goes", err, api.CodeInvalid)
+	if want := `a reload that is under way removes the rate group "g"`; err != nil && err.Error() != want {
+		t.Errorf("one in a group that goes: got %q, want %q", err, want)
+	}
 	if k := d.disks.get("a"); k != nil || d.exports.Len() != 0 {
 		t.Errorf("left is %+v, and %d exports", k, d.exports.Len())
 	}

@@ -266,7 +266,7 @@ func (d *daemon) limitersOf(s *stack, x *config.Export) (o layer.RateOptions, er
 	}
 	g := d.groups.find(x.RateGroup)
 	if g == nil {
-		return o, fmt.Errorf("there is no rate group %q", x.RateGroup)
+		return o, errNoGroup(x.RateGroup, false)
 	}
 	o.Limiters = append(o.Limiters, g)
 	return o, nil
