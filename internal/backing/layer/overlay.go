@@ -289,7 +289,7 @@ func (l *Overlay) Extents(ctx context.Context, off, n int64, f backing.Flags, yi
 		return more
 	}
 	for off < end && more {
-		c, k := l.lookup(off, end-off)
+		c, k := l.stateOf(off, end-off)
 		switch c {
 		case absent:
 			to := off + k
@@ -299,25 +299,25 @@ func (l *Overlay) Extents(ctx context.Context, off, n int64, f backing.Flags, yi
 		case zero:
 			emit(backing.Extent{Len: k, Hole: true, Zero: true})
 		default:
-			emit(backing.Extent{Len: l.written(off, end-off)})
+			emit(backing.Extent{Len: k})
 		}
 	}
 	return nil
 }
 
-// written is how many of n bytes from off the overlay has, in a row.
-func (l *Overlay) written(off, n int64) int64 {
+// stateOf is lookup in which all that is written in a row is one state.
+func (l *Overlay) stateOf(off, n int64) (cluster, int64) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	at := int64(0)
-	for at < n {
-		c, k := l.table.run(off+at, n-at)
-		if c <= absent {
+	c, k := l.table.run(off, n)
+	for c > absent && k < n {
+		next, more := l.table.run(off+k, n-k)
+		if next <= absent {
 			break
 		}
-		at += k
+		k += more
 	}
-	return at
+	return c, k
 }
 
 // Descriptions are none: those of the disk below are not true any more.

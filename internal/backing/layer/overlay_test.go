@@ -3,6 +3,7 @@ package layer_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -265,6 +266,46 @@ func TestLayersPassPartialAnswersOn(t *testing.T) {
 		if answers < 4 || !bytes.Equal(got, whole) {
 			t.Errorf("%s: got %s in %d answers, want %s in several", name, got, answers, whole)
 		}
+	}
+}
+
+// TestOverlayShowsNoEmptyExtent while what it shows is trimmed away.
+func TestOverlayShowsNoEmptyExtent(t *testing.T) {
+	const size = 64 * clusterBytes
+	o := must(layer.NewOverlay(mem.New(size, nil), layer.OverlayOptions{Quota: 2 * size}))
+	defer o.Close()
+	stop, stopped := make(chan struct{}), make(chan error)
+	go func() {
+		p, err := make([]byte, clusterBytes), error(nil)
+		for n := int64(0); err == nil; n++ {
+			select {
+			case <-stop:
+				stopped <- nil
+				return
+			default:
+			}
+			off := n % 64 * clusterBytes
+			err = errors.Join(o.WriteAt(t.Context(), p, off, 0), o.Trim(t.Context(), off, clusterBytes, 0))
+		}
+		stopped <- err
+	}()
+	for range 20000 {
+		at := int64(0)
+		err := o.Extents(t.Context(), 0, size, 0, func(x backing.Extent) bool {
+			if x.Len <= 0 {
+				t.Errorf("extent at %d: length %d", at, x.Len)
+			}
+			at += x.Len
+			return !t.Failed()
+		})
+		if err != nil || t.Failed() || at != size {
+			t.Errorf("extents of %d bytes: %v, want %d", at, err, size)
+			break
+		}
+	}
+	close(stop)
+	if err := <-stopped; err != nil {
+		t.Error(err)
 	}
 }
 
