@@ -684,6 +684,12 @@ func TestReadOnlyThatWasSetCanBeTakenBack(t *testing.T) {
 		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.State != "ready" || !x.ReadOnly || x.Writable || x.Cache != "none" {
 			t.Errorf("%s: got %+v, %v, want it read-only, past the cache of the host", step.what, x, err)
 		}
+		k := s.open("a")
+		k.request(wire.CmdWrite, 7, 0, 4096, make([]byte, 4096))
+		if e, _ := k.reply(); e != wire.EPERM {
+			t.Errorf("%s: write got %v, want %v", step.what, e, wire.EPERM)
+		}
+		k.disconnect()
 		set(false)
 		s.write("a", "0x31", "0")
 	}
