@@ -45,52 +45,55 @@ func TestEndOfAServiceLosesNoAcknowledgedWrite(t *testing.T) {
 	t.Parallel()
 	s := newService(t, exportA+exportB)
 	const size, blocks = 4096, 256
-	acked := map[string]chan int{}
-	many := make(chan struct{}, 2)
+	acked := map[string]chan []int{}
+	many := make(chan struct{}, 4)
 	for _, name := range []string{"a", "b"} {
 		k := s.open(name)
-		acked[name] = make(chan int, 1)
+		acked[name] = make(chan []int, 1)
 		go func() {
-			n, err := writeUntilTheEnd(k, size, blocks, many)
+			list, err := writeUntilTheEnd(k, size, blocks, many)
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
-			acked[name] <- n
+			many <- struct{}{}
+			acked[name] <- list
 		}()
 	}
 	<-many
 	<-many
 	s.stop()
 	for name, ch := range acked {
-		n := <-ch
+		list := <-ch
 		b, err := os.ReadFile(filepath.Join(s.dir, name+".img"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := max(0, n-blocks); i < n; i++ {
+		for _, i := range list[max(0, len(list)-blocks):] {
 			at := i % blocks * size
 			// One that was sent later may have been done without its reply.
 			if got := b[at]; got != byte(i/blocks) && got != byte(i/blocks+1) || !bytes.Equal(b[at:at+size], bytes.Repeat([]byte{got}, size)) {
-				t.Fatalf("%s: acknowledged write %d of %d is not in the image: got %d", name, i, n, got)
+				t.Fatalf("%s: acknowledged write %d is not in the image: got %d", name, i, got)
 			}
 		}
 	}
 }
 
 // writeUntilTheEnd writes blocks in turn, each time with the next byte, and
-// counts the acknowledged ones until the server leaves between two replies.
-func writeUntilTheEnd(k *client, size, blocks int, many chan<- struct{}) (acked int, err error) {
+// collects the acknowledged ones until the server leaves between two replies. Those
+// may come in any order: a write waits until the sixteenth before it, and so the
+// last to its block, is acknowledged.
+func writeUntilTheEnd(k *client, size, blocks int, many chan<- struct{}) (acked []int, err error) {
 	request := func(i int) []byte {
 		r := wire.Request{Cmd: wire.CmdWrite, Cookie: uint64(i), Off: uint64(i % blocks * size), Len: uint64(size)}
 		return append(wire.AppendRequest(nil, r), bytes.Repeat([]byte{byte(i / blocks)}, size)...)
 	}
 	const window = 16
-	for i := range window {
-		if _, err := k.Write(request(i)); err != nil {
-			return 0, err
+	flying := map[int]bool{}
+	for sent, oldest := 0, 0; ; {
+		for ; sent < oldest+window; sent++ {
+			_, _ = k.Write(request(sent)) // the server may have left
+			flying[sent] = true
 		}
-	}
-	for ; ; acked++ {
 		b := make([]byte, wire.SimpleReplySize)
 		if _, err := io.ReadFull(k, b); err == io.EOF {
 			return acked, nil
@@ -98,13 +101,17 @@ func writeUntilTheEnd(k *client, size, blocks int, many chan<- struct{}) (acked 
 			return acked, err
 		}
 		e, cookie, err := wire.DecodeSimpleReply(b)
-		if err != nil || e != wire.OK || cookie != uint64(acked) {
-			return acked, fmt.Errorf("reply: %v for %d, %v; want OK for %d", e, cookie, err, acked)
+		i := int(cookie)
+		if err != nil || e != wire.OK || !flying[i] {
+			return acked, fmt.Errorf("reply: %v for %d, %v; want OK for one of %v", e, cookie, err, flying)
 		}
-		if acked == 500 {
+		delete(flying, i)
+		for oldest < sent && !flying[oldest] {
+			oldest++
+		}
+		if acked = append(acked, i); len(acked) == 500 {
 			many <- struct{}{}
 		}
-		_, _ = k.Write(request(acked + window)) // the server may have left
 	}
 }
 
