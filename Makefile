@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help build run demo test deps check fmt vet lint unit race plain beside fuzz timing endtoend interop guest lab lab-shell selinux bench clean
+.PHONY: help build run demo test deps check fmt vet lint unit race plain fuzz timing endtoend interop guest lab lab-shell selinux bench clean
 
 GO        ?= go
 # A count: a time makes `go test` fail now and then with "context deadline exceeded".
@@ -39,7 +39,7 @@ run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 demo: build ## attach a disk to a guest, grow it, restart the service, detach it
 	@GO=$(GO) scripts/demo.sh bin
 
-test: deps fmt vet beside endtoend ## install what the tests need and run all of them
+test: deps fmt vet race plain fuzz endtoend ## install what the tests need and run all of them
 
 deps: ## install the packages that the tests need
 	scripts/install-test-deps.sh
@@ -64,10 +64,6 @@ race: ## unit tests with the race detector
 
 plain:
 	$(GOTEST) -p $(PACKAGES) $(PLAIN)
-
-# Each of them waits a third of its time.
-beside:
-	+@$(MAKE) --no-print-directory -j3 -Otarget race plain fuzz
 
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)
