@@ -18,7 +18,7 @@ type Lease struct {
 	CID     uint32
 	VM      string    // as grants name it
 	Start   string    // tells this start of the machine from others
-	Expires time.Time // of the holder that renews it last
+	Expires time.Time // when the last of its holders lets go
 }
 
 // lease is an open one; guarded by Registry.mu.

@@ -71,6 +71,24 @@ func endless(begin, text string) func(net.Conn) {
 	}
 }
 
+// TestCallEndsWhereThereIsNoRoomForEver holds that the wait for a place is bounded,
+// by the client and by the context, and that its end is told from other refusals.
+func TestCallEndsWhereThereIsNoRoomForEver(t *testing.T) {
+	c := evil(t, says("HTTP/1.1 503 No\r\nConnection: close\r\n\r\n{\"code\":\"in-use\",\"text\":\"full\"}"))
+	c.WaitForRoom(50 * time.Millisecond)
+	_, err := c.Status(testContext(t))
+	var refusal *api.Error
+	if !errors.As(err, new(*client.NoRoomError)) || !errors.As(err, &refusal) || refusal.Code != api.CodeInUse {
+		t.Errorf("after the wait: got %v, want no room", err)
+	}
+	c.WaitForRoom(time.Hour)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := c.Status(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("after the context's end: got %v, want that", err)
+	}
+}
+
 const ok = "HTTP/1.1 200 OK\r\n\r\n"
 
 // TestHostileServersAreLeft holds that each reply ends in an error, and that

@@ -42,9 +42,9 @@ func List(path string) ([]Listed, error) {
 }
 
 // Add puts a new random key of n bytes for an identity into a key file, which
-// is made with mode 0600 if it is not there, and replaced as a whole. Several at
-// a time wait for each other. Without only the key that the identity has stays behind the new one, which clients
-// take; an identity with limits.PSKKeys keys gets no more.
+// is made with mode 0600 if it is not there, and replaced as a whole. Several at a
+// time wait for each other. Without only the key that the identity has stays behind
+// the new one, which clients take; an identity with limits.PSKKeys keys gets no more.
 func Add(path, name string, n int, only bool) error {
 	if err := CheckIdentity(name); err != nil {
 		return err
