@@ -125,9 +125,10 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 	if o.Size, err = f.size(c.Context(), args); err != nil {
 		return err
 	}
+	length := o.Size
 	switch f.format {
 	case formatQcow2:
-		_, err = create.Measure(o)
+		length, err = create.Measure(o)
 	case formatRaw:
 		for _, name := range qcow2Only {
 			if c.Flags().Changed(name) {
@@ -138,7 +139,7 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 		return usage("--format is %q, allowed are qcow2 and raw", f.format)
 	}
 	if err == nil {
-		err = f.make(c.Context(), args[0], o, c.OutOrStdout())
+		err = f.make(c.Context(), args[0], length, o, c.OutOrStdout())
 	}
 	var bad *create.OptionError
 	if errors.As(err, &bad) {
@@ -174,9 +175,9 @@ func beside(path, name string) string {
 	return filepath.Join(filepath.Dir(path), name)
 }
 
-// make makes the files, reports that to w, and removes those again that it made
-// when it fails.
-func (f *createFlags) make(ctx context.Context, path string, o create.Options, w io.Writer) (err error) {
+// make makes the files, of which that of the image has length bytes, reports that to
+// w, and removes those again that it made when it fails.
+func (f *createFlags) make(ctx context.Context, path string, length int64, o create.Options, w io.Writer) (err error) {
 	for _, other := range []string{f.backing, f.dataFile} {
 		if other != "" && sameFile(path, beside(path, other)) {
 			return fmt.Errorf("%w: %q cannot be both the image and its other file", copier.ErrRefused, path)
@@ -187,12 +188,12 @@ func (f *createFlags) make(ctx context.Context, path string, o create.Options, w
 	}
 	var files newFiles
 	defer func() { err = files.close(err) }()
-	st, err := files.open(path, f.force)
+	st, err := files.open(path, length, f.force)
 	if err != nil {
 		return err
 	}
 	if o.DataFile != "" {
-		if o.Data, err = files.open(beside(path, o.DataFile), f.force); err != nil {
+		if o.Data, err = files.open(beside(path, o.DataFile), o.Size, f.force); err != nil {
 			return err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -26,9 +27,9 @@ type newFile struct {
 	st   store.Store
 }
 
-// open makes a file, or opens one that is there when force allows it, and locks it
-// as QEMU does.
-func (n *newFiles) open(path string, force bool) (store.Store, error) {
+// open makes a file for length bytes, or opens one that is there when force allows
+// it, and locks it as QEMU does.
+func (n *newFiles) open(path string, length int64, force bool) (store.Store, error) {
 	file, err := copier.Claim{Mode: 0o600, Container: true, New: !force}.Open(path)
 	if err != nil {
 		return nil, err
@@ -41,7 +42,7 @@ func (n *newFiles) open(path string, force bool) (store.Store, error) {
 		return nil, errors.Join(err, file.Discard())
 	}
 	n.opened = append(n.opened, newFile{file, st})
-	return st, nil
+	return st, create.Room(st, length)
 }
 
 // empty takes away what is in the files. It comes after the last open: a command

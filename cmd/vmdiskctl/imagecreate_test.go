@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 )
 
 // judged is what qemu-img says of a sound image.
@@ -186,6 +187,21 @@ func TestImageCreateEmptiesNothingWhenAFileIsInUse(t *testing.T) {
 		}
 		want(t, exitDone, "image", "create", "--force", "--data-file=data", filepath.Join(dir, "disk"), "1M")
 	}
+}
+
+// TestImageCreateEmptiesNothingWhenADeviceIsTooSmall, which only turns out when both
+// files are open.
+func TestImageCreateEmptiesNothingWhenADeviceIsTooSmall(t *testing.T) {
+	dir := t.TempDir()
+	disk, small := filepath.Join(dir, "disk"), filepath.Join(dir, "small")
+	must(t, os.WriteFile(disk, []byte("precious"), 0o600))
+	must(t, os.WriteFile(small, make([]byte, 1<<20), 0o600))
+	device := backingtest.Loop(t, small, 512)
+	want(t, exitFailed, "image", "create", "--force", "--data-file="+device, disk, "2M")
+	if got, err := os.ReadFile(disk); err != nil || string(got) != "precious" {
+		t.Errorf("the image has %d bytes, %v, want what it had", len(got), err)
+	}
+	want(t, exitDone, "image", "create", "--force", "--data-file="+device, disk, "1M")
 }
 
 func TestImageCreateRefusesBadUsage(t *testing.T) {

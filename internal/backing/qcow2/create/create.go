@@ -45,6 +45,11 @@ func Image(ctx context.Context, st store.Store, o Options) error {
 	if (o.DataFile != "") != (o.Data != nil) {
 		return &OptionError{Option: "data file", Why: "name and file must come together"}
 	}
+	if o.Data != nil {
+		if err := Room(o.Data, o.Size); err != nil {
+			return fmt.Errorf("data file: %w", err)
+		}
+	}
 	if err := prepare(st, p.end()); err != nil {
 		return err
 	}
@@ -69,18 +74,27 @@ func Image(ctx context.Context, st store.Store, o Options) error {
 	return st.Sync(ctx)
 }
 
+// Room refuses a block device of less than n bytes: ErrNoSpace. A file gets its
+// length when something is made in it.
+func Room(st store.Store, n int64) error {
+	size, err := st.Size()
+	if err == nil && st.Fixed() && size < n {
+		err = &backing.Error{Op: "create", Off: -1, Kind: backing.ErrNoSpace,
+			Err: fmt.Errorf("the block device has %d bytes, the image needs %d", size, n)}
+	}
+	return err
+}
+
 // prepare gives an empty file its length; a block device must have it.
 func prepare(st store.Store, n int64) error {
+	if st.Fixed() {
+		return Room(st, n)
+	}
 	size, err := st.Size()
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case st.Fixed() && size < n:
-		return &backing.Error{Op: "create", Off: -1, Kind: backing.ErrNoSpace,
-			Err: fmt.Errorf("the block device has %d bytes, the image needs %d", size, n)}
-	case st.Fixed():
-		return nil
-	case size != 0:
+	}
+	if size != 0 {
 		return &backing.Error{Op: "create", Off: -1, Kind: backing.ErrInvalid,
 			Err: fmt.Errorf("the file is not empty but has %d bytes", size)}
 	}

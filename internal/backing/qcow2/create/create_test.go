@@ -127,6 +127,12 @@ func TestBlockDeviceMustBeLargeEnough(t *testing.T) {
 		t.Errorf("error %v, want %v", err, backing.ErrNoSpace)
 	}
 	must(t, Image(context.Background(), oldDevice(t, int(n)), o))
+	file := storetest.New(nil)
+	o.DataFile, o.Data = "data", oldDevice(t, int(o.Size-512))
+	err = Image(context.Background(), file, o)
+	if size, _ := file.Size(); !errors.Is(err, backing.ErrNoSpace) || size != 0 {
+		t.Errorf("data on a small device: error %v and an image of %d bytes, want %v and none", err, size, backing.ErrNoSpace)
+	}
 }
 
 // TestRubbishOnBlockDeviceIsOverwritten judges every byte: an image on a block
