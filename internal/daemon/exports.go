@@ -73,6 +73,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		}
 	}()
 	spec, err := specOf(&x)
+	spec.Owner = k
 	if err == nil && (k.origin == fromAPI || k.origin == fromState) {
 		err = d.mayJoin(&x, k.origin == fromState) // a reload that begins now finds the name claimed
 	}
@@ -219,7 +220,7 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	}
 	d.unpause(k) // nobody pauses it any more
 	known := d.disks.healthOf(k).why()
-	err := d.exports.Remove(ctx, name, force)
+	err := d.exports.Remove(ctx, name, k, force)
 	k.busy.Lock()
 	defer k.busy.Unlock()
 	k.leaving--

@@ -49,7 +49,7 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	if err := d.disks.claim(k); err != nil {
 		t.Fatal(err)
 	}
-	err := d.exports.AddOpening(export.Spec{Name: "a"}, func() (backing.Device, error) {
+	err := d.exports.AddOpening(export.Spec{Name: "a", Owner: k}, func() (backing.Device, error) {
 		k.stack = &stack{}
 		if err := d.removeExport(t.Context(), k, nil); !errors.Is(err, nbd.ErrUnknownExport) {
 			t.Errorf("removal before it is ready: got %v, want %v", err, nbd.ErrUnknownExport)
@@ -71,7 +71,7 @@ func TestRemovalThatHasWaitedTakesNoOtherAway(t *testing.T) {
 		d := &daemon{exports: export.NewRegistry()}
 		add := func() *disk {
 			k := &disk{cfg: config.Export{Name: "a"}, stack: &stack{}}
-			if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Device: mem.New(4096, nil)})); err != nil {
+			if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Owner: k, Device: mem.New(4096, nil)})); err != nil {
 				t.Fatal(err)
 			}
 			return k
@@ -81,7 +81,7 @@ func TestRemovalThatHasWaitedTakesNoOtherAway(t *testing.T) {
 		removed := make(chan error, 1)
 		go func() { removed <- d.removeExport(context.Background(), first, nil) }()
 		synctest.Wait()
-		if err := d.exports.Remove(t.Context(), "a", false); err != nil {
+		if err := d.exports.Remove(t.Context(), "a", first, false); err != nil {
 			t.Fatal(err)
 		}
 		d.disks.forget(first, nil)
@@ -94,6 +94,22 @@ func TestRemovalThatHasWaitedTakesNoOtherAway(t *testing.T) {
 			t.Errorf("the second export of the name: got %+v, %t, %d removals of the first, want it ready and none", x, ok, first.leaving)
 		}
 	})
+}
+
+// TestRemovalOfWhatHasGoneTakesNoOtherAway: the name is another export's although
+// it was that of the first a moment ago.
+func TestRemovalOfWhatHasGoneTakesNoOtherAway(t *testing.T) {
+	d := &daemon{exports: export.NewRegistry()}
+	first, second := &disk{cfg: config.Export{Name: "a"}, stack: &stack{}}, &disk{}
+	if err := errors.Join(d.disks.claim(first), d.exports.Add(export.Spec{Name: "a", Owner: second, Device: mem.New(4096, nil)})); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.removeExport(t.Context(), first, nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("removal of the first: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+	if x, ok := d.exports.StatusOf("a"); !ok || x.State != export.Ready {
+		t.Errorf("the second export of the name: got %+v, %t, want it ready", x, ok)
+	}
 }
 
 // TestClaimedNameIsNoneOfAReload: an export that was allowed before a reload began

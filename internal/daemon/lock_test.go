@@ -20,7 +20,7 @@ func TestWhoHasLeftChangesNothing(t *testing.T) {
 	d := &daemon{exports: export.NewRegistry(), stopping: t.Context()}
 	d.conf.Store(&config.Config{})
 	k := &disk{cfg: config.Export{Name: "a"}, stack: &stack{top: p, pause: p}}
-	if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Device: p})); err != nil {
+	if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Owner: k, Device: p})); err != nil {
 		t.Fatal(err)
 	}
 	s, text := service{d}, "changed"

@@ -34,7 +34,7 @@ func stuck(t *testing.T) (d *daemon, p *layer.Pause, gate chan struct{}) {
 	p = layer.NewPause(stuckWrite{mem.New(4096, nil), gate})
 	d = &daemon{exports: export.NewRegistry()}
 	k := &disk{cfg: config.Export{Name: "a"}, stack: &stack{top: p, pause: p}}
-	if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Device: p})); err != nil {
+	if err := errors.Join(d.disks.claim(k), d.exports.Add(export.Spec{Name: "a", Owner: k, Device: p})); err != nil {
 		t.Fatal(err)
 	}
 	go func() { _ = p.WriteAt(context.Background(), make([]byte, 512), 0, 0) }()

@@ -693,7 +693,7 @@ func (d *daemon) closeWith(ctx context.Context, k, again *disk) (closed *disk, b
 func (d *daemon) makeRoom(ctx context.Context, k, instead *disk) error {
 	err := d.removeExport(ctx, k, instead)
 	if errors.Is(err, export.ErrInUse) {
-		d.exports.Readmit(instead.cfg.Name)
+		d.exports.Readmit(instead.cfg.Name, k)
 	}
 	return err
 }

@@ -33,7 +33,7 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	if err := d.disks.claim(k); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.exports.Add(export.Spec{Name: "a", Device: mem.New(1, nil)}); err != nil {
+	if err := d.exports.Add(export.Spec{Name: "a", Owner: k, Device: mem.New(1, nil)}); err != nil {
 		t.Fatal(err)
 	}
 	client, err := d.exports.Open(t.Context(), "a", nil)

@@ -43,7 +43,7 @@ func TestEmptyNameWaitsForItsExport(t *testing.T) {
 			standsFor(t, r, tt.peer, "at first", "a")
 			r.Keep(a)
 			standsFor(t, r, tt.peer, "kept", "a")
-			if err := r.Remove(t.Context(), "a", false); err != nil {
+			if err := r.Remove(t.Context(), "a", nil, false); err != nil {
 				t.Fatal(err)
 			}
 			standsFor(t, r, tt.peer, "away", "")
@@ -59,7 +59,7 @@ func TestEmptyNameWaitsForItsExport(t *testing.T) {
 			standsFor(t, r, tt.peer, "back", "a")
 			r.Fail("a")
 			standsFor(t, r, tt.peer, "failed", "")
-			if err := r.Remove(t.Context(), "a", false); err != nil {
+			if err := r.Remove(t.Context(), "a", nil, false); err != nil {
 				t.Fatal(err)
 			}
 			r.Release("a")

@@ -1,12 +1,12 @@
 package export
 
-// Readmit makes an export again what it was that a Remove has left in the state
-// Draining, and tells whether there is such a one. Clients that were told to
-// leave still do. While another Remove waits, that one has its way.
-func (r *Registry) Readmit(name string) bool {
+// Readmit makes the export of an owner again what it was that a Remove has left in
+// the state Draining, and tells whether there is such a one. Clients that were told
+// to leave still do. While another Remove waits, that one has its way.
+func (r *Registry) Readmit(name string, owner any) bool {
 	r.mu.Lock()
 	e := r.byName[name]
-	if e == nil || e.state != Draining || e.removing > 0 || e.spec.Device == nil {
+	if e == nil || e.spec.Owner != owner || e.state != Draining || e.removing > 0 || e.spec.Device == nil {
 		r.mu.Unlock()
 		return false
 	}

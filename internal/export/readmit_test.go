@@ -19,7 +19,7 @@ func TestReadmittedExportServesAgain(t *testing.T) {
 	r.Changed = func(_ string, s State) { states = append(states, string(s)) }
 	dev := &recorder{Device: mem.New(1, nil)}
 	add(t, r, Spec{Name: "a", Device: dev})
-	if r.Readmit("a") || r.Readmit("b") {
+	if r.Readmit("a", nil) || r.Readmit("b", nil) {
 		t.Error("an export was readmitted that did not go")
 	}
 	slow, err := r.Open(t.Context(), "a", nil)
@@ -28,10 +28,10 @@ func TestReadmittedExportServesAgain(t *testing.T) {
 	}
 	hasty, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := r.Remove(hasty, "a", true); !errors.Is(err, ErrInUse) {
+	if err := r.Remove(hasty, "a", nil, true); !errors.Is(err, ErrInUse) {
 		t.Fatalf("remove that may not wait: got %v, want %v", err, ErrInUse)
 	}
-	if !r.Readmit("a") {
+	if !r.Readmit("a", nil) {
 		t.Fatal("the export was not readmitted")
 	}
 	next, err := r.Open(t.Context(), "a", nil)
@@ -46,7 +46,7 @@ func TestReadmittedExportServesAgain(t *testing.T) {
 	if len(dev.calls) > 0 {
 		t.Errorf("device when all have left: got %q, want nothing", dev.calls)
 	}
-	if err := r.Remove(t.Context(), "a", true); err != nil {
+	if err := r.Remove(t.Context(), "a", nil, true); err != nil {
 		t.Error(err)
 	}
 	if got := strings.Join(states, " "); got != "opening ready draining ready draining closed" {
@@ -69,9 +69,9 @@ func TestWhatIsBeingRemovedIsNotReadmitted(t *testing.T) {
 		t.Fatal(err)
 	}
 	removed := make(chan error, 1)
-	go func() { removed <- r.Remove(t.Context(), "a", true) }()
+	go func() { removed <- r.Remove(t.Context(), "a", nil, true) }()
 	<-draining
-	if r.Readmit("a") {
+	if r.Readmit("a", nil) {
 		t.Error("an export was readmitted while another removes it")
 	}
 	x.Close()

@@ -37,6 +37,10 @@ type Spec struct {
 	Device  backing.Device // owned by the registry from Add on
 	NeedTLS bool           // only for connections that are encrypted
 
+	// Owner tells the export from a later one of the same name, for who takes it
+	// away. It is compared with ==.
+	Owner any
+
 	// FlushOnLeave flushes the device, as long as limits.CloseFlush may wait for
 	// its turn, when a client leaves that may write.
 	FlushOnLeave bool
@@ -245,17 +249,17 @@ func (r *Registry) Fail(name string) {
 	}
 }
 
-// Remove takes an export away: no peer sees it any more, and those that use it
-// leave when what they have in flight is finished. Without force an export in
+// Remove takes the export of an owner away: no peer sees it any more, and those that
+// use it leave when what they have in flight is finished. Without force an export in
 // use stays: ErrInUse. With it, what is in flight at the deadline of ctx is given
 // up. When all have left, the disk is flushed and closed. If ctx is cancelled
 // before that, or the storage still has requests, the export stays in the state
 // Draining, and Remove can be called again, or Readmit.
-func (r *Registry) Remove(ctx context.Context, name string, force bool) error {
+func (r *Registry) Remove(ctx context.Context, name string, owner any, force bool) error {
 	r.mu.Lock()
 	e := r.byName[name]
 	switch {
-	case e == nil || e.state == Opening:
+	case e == nil || e.spec.Owner != owner || e.state == Opening:
 		r.mu.Unlock()
 		return nbd.ErrUnknownExport
 	case e.users > 0 && !force:

@@ -249,7 +249,7 @@ func TestDefaultIsWhatIsSaidNow(t *testing.T) {
 	}
 	remove := func(name string) {
 		t.Helper()
-		if err := r.Remove(t.Context(), name, false); err != nil {
+		if err := r.Remove(t.Context(), name, nil, false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -281,12 +281,12 @@ func used(t *testing.T) (r *Registry, dev *recorder, x *nbd.Export, states *[]st
 
 func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 	r, dev, x, states := used(t)
-	if err := r.Remove(t.Context(), "a", false); !errors.Is(err, ErrInUse) {
+	if err := r.Remove(t.Context(), "a", nil, false); !errors.Is(err, ErrInUse) {
 		t.Errorf("remove of an export in use: got %v, want %v", err, ErrInUse)
 	}
 	hasty, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := r.Remove(hasty, "a", true); !errors.Is(err, ErrInUse) || !errors.Is(err, context.Canceled) {
+	if err := r.Remove(hasty, "a", nil, true); !errors.Is(err, ErrInUse) || !errors.Is(err, context.Canceled) {
 		t.Errorf("forced remove that may not wait: got %v, want %v", err, ErrInUse)
 	}
 	if x.Gone.Err() == nil {
@@ -296,7 +296,7 @@ func TestRemoveWaitsForThoseWhoLeave(t *testing.T) {
 		t.Errorf("open while it goes: got %v, want %v", err, nbd.ErrUnknownExport)
 	}
 	removed := make(chan error)
-	go func() { removed <- r.Remove(context.Background(), "a", true) }()
+	go func() { removed <- r.Remove(context.Background(), "a", nil, true) }()
 	x.Close()
 	if err := <-removed; err != nil {
 		t.Error(err)
@@ -327,7 +327,7 @@ func TestFailedExportStaysWithItsUsers(t *testing.T) {
 		t.Errorf("open: got %v, want %v", err, nbd.ErrUnknownExport)
 	}
 	x.Close()
-	if err := r.Remove(t.Context(), "a", false); err != nil {
+	if err := r.Remove(t.Context(), "a", nil, false); err != nil {
 		t.Error(err)
 	}
 	if got := strings.Join(dev.calls, " "); got != "close" {

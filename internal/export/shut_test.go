@@ -30,11 +30,11 @@ func TestRemovalsOfOneExportEndTogether(t *testing.T) {
 	add(t, r, Spec{Name: "a", Device: d})
 	e := r.byName["a"]
 	removed := make(chan error, 1)
-	go func() { removed <- r.Remove(context.Background(), "a", true) }()
+	go func() { removed <- r.Remove(context.Background(), "a", nil, true) }()
 	<-d.flushing
 	hasty, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := r.Remove(hasty, "a", true); !errors.Is(err, ErrInUse) || !errors.Is(err, context.Canceled) {
+	if err := r.Remove(hasty, "a", nil, true); !errors.Is(err, ErrInUse) || !errors.Is(err, context.Canceled) {
 		t.Errorf("a second removal that may not wait: got %v, want ErrInUse", err)
 	}
 	select {

@@ -44,7 +44,7 @@ func TestSlowOpenHoldsUpNobodyElse(t *testing.T) {
 	if err := r.Add(Spec{Name: "slow", Device: mem.New(4096, nil)}); !errors.Is(err, ErrExists) {
 		t.Errorf("take its name: %v", err)
 	}
-	if err := r.Remove(t.Context(), "a", false); err != nil {
+	if err := r.Remove(t.Context(), "a", nil, false); err != nil {
 		t.Errorf("remove another: %v", err)
 	}
 	close(proceed)
@@ -159,7 +159,7 @@ func TestStorageThatHangsHoldsUpNoOtherExport(t *testing.T) {
 			if s, _ := r.StatusOf("a"); s.Info.Size != 4096 {
 				t.Errorf("status of the other: got %+v", s)
 			}
-			if err := r.Remove(t.Context(), "a", false); err != nil {
+			if err := r.Remove(t.Context(), "a", nil, false); err != nil {
 				t.Errorf("remove the other: %v", err)
 			}
 			close(disk.answer)
@@ -192,7 +192,7 @@ func TestStorageThatHangsIsRemovedByForceInTime(t *testing.T) {
 	<-disk.asked
 	over, cancel := context.WithDeadline(t.Context(), time.Unix(0, 0))
 	defer cancel()
-	if err := r.Remove(over, "silent", true); !errors.Is(err, ErrInUse) {
+	if err := r.Remove(over, "silent", nil, true); !errors.Is(err, ErrInUse) {
 		t.Errorf("remove: got %v, want %v", err, ErrInUse)
 	}
 	if err := r.Close(over); !errors.Is(err, ErrInUse) || !other.closed {
@@ -204,7 +204,7 @@ func TestStorageThatHangsIsRemovedByForceInTime(t *testing.T) {
 		t.Error("who came in meanwhile is not told to leave")
 	}
 	x.Close()
-	if err := r.Remove(t.Context(), "silent", true); err != nil {
+	if err := r.Remove(t.Context(), "silent", nil, true); err != nil {
 		t.Errorf("remove when the storage answers: %v", err)
 	}
 }
