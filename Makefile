@@ -15,9 +15,12 @@ UNIT       = $$($(GO) list ./... | grep -v $(E2E))
 # suite as it runs against the servers of others, nor in the tests of test tools.
 RACELESS  := -e /internal/lint -e /nbdtest -e /disktest -e /qcowtest
 RACE       = $$($(GO) list ./... | grep -v $(E2E) $(RACELESS))
-# Those, and the packages that test more or otherwise without it.
+# Those, and the packages that test otherwise under it.
 PLAIN      = $$($(GO) list ./... | grep $(RACELESS)) \
-	$$(grep -rl '^//go:build !race' --include='*.go' ./cmd ./internal | xargs dirname | sort -u)
+	$$(grep -rl '^//go:build race' --include='*.go' ./cmd ./internal | xargs dirname | sort -u)
+# What is not built under it, in the other packages.
+NORACE     = $$(grep -rl '^//go:build !race' --include='*_test.go' ./cmd ./internal | \
+	grep -v $$(printf -- '-e ^%s/[^/]*$$ ' $(PLAIN)))
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
 export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
@@ -64,6 +67,9 @@ race: ## unit tests with the race detector
 
 plain:
 	$(GOTEST) -p $(PACKAGES) $(PLAIN)
+	@files="$(NORACE)"; \
+	$(GOTEST) -p $(PACKAGES) -run "^($$(sed -n 's/^func \(Test[^(]*\)(.*/\1/p' $$files | paste -sd '|'))$$" \
+		$$(dirname $$files | sort -u)
 
 fuzz: ## every fuzz target for FUZZTIME, as go test takes it
 	scripts/fuzz.sh $(FUZZTIME)

@@ -112,65 +112,54 @@ func tcpEndpoint() transport.Endpoint {
 	return transport.Endpoint{Kind: transport.TCP, Address: "127.0.0.1"}
 }
 
+// kind is a way to serve a disk.
+type kind struct {
+	name, engine, format, cache string
+	tcp, readonly               bool
+}
+
+// TestConformance is of two kinds: the race detector makes the suite five times as
+// slow, and TestConformanceOfEveryKind does without.
 func TestConformance(t *testing.T) {
-	for _, tt := range []struct {
-		name, engine, format, cache string
-		tcp, readonly, race         bool
-	}{
-		{name: "raw uring unix", engine: "uring", format: "raw", race: true},
-		{name: "raw pool tcp", engine: "pool", format: "raw", tcp: true},
-		{name: "raw direct uring tcp", engine: "uring", format: "raw", cache: open.CacheNone, tcp: true},
-		{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone, race: true},
-		{name: "mem pool unix", engine: "pool", format: "mem"},
-		{name: "mem uring tcp", engine: "uring", format: "mem", tcp: true},
-		{name: "raw readonly", engine: "pool", format: "raw", readonly: true},
-	} {
-		if underRace && !tt.race {
-			continue
-		}
-		t.Run(tt.name, func(t *testing.T) {
-			r := engineRig(t, tt.engine, tt.format, tt.cache)
-			if tt.readonly {
-				r.exports.deny = backing.CanWrite
-			}
-			e := unixEndpoint(t)
-			if tt.tcp {
-				e = tcpEndpoint()
-			}
-			r.exports.large = backing.NewEmulate(mem.New(largeSize, nil))
-			s := r.expected()
-			s.Other = "large"
-			if !tt.readonly {
-				s.Large = &nbdtest.Export{Name: "large", Size: largeSize}
-			}
-			s.Dial = dialer(r.listen(t, e))
-			nbdtest.Conformance(t, s)
-		})
-	}
+	conforms(t, kind{name: "raw uring unix", engine: "uring", format: "raw"})
+	conforms(t, kind{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone})
 }
 
 func TestConformanceInsideTLS(t *testing.T) {
-	for _, tt := range []struct {
-		engine string
-		mode   TLSMode
-		name   nbdtest.TLSMode
-		race   bool
-	}{
-		{engine: "uring", mode: TLSOn, name: nbdtest.TLSOn},
-		{engine: "uring", mode: TLSRequire, name: nbdtest.TLSRequire, race: true},
-		{engine: "pool", mode: TLSOn, name: nbdtest.TLSOn},
-	} {
-		if underRace && !tt.race {
-			continue
+	conformsInsideTLS(t, "uring", TLSRequire, nbdtest.TLSRequire)
+}
+
+// conforms runs the suite on a disk of that kind.
+func conforms(t *testing.T, k kind) {
+	t.Run(k.name, func(t *testing.T) {
+		r := engineRig(t, k.engine, k.format, k.cache)
+		if k.readonly {
+			r.exports.deny = backing.CanWrite
 		}
-		t.Run(tt.engine+" "+string(tt.name), func(t *testing.T) {
-			r := engineRig(t, tt.engine, "raw", "")
-			s := r.expected()
-			s.TLS = nbdtest.TLS{Mode: tt.name, Config: r.secure(t, tt.mode)}
-			s.Dial = dialer(r.listen(t, tcpEndpoint()))
-			nbdtest.Conformance(t, s)
-		})
-	}
+		e := unixEndpoint(t)
+		if k.tcp {
+			e = tcpEndpoint()
+		}
+		r.exports.large = backing.NewEmulate(mem.New(largeSize, nil))
+		s := r.expected()
+		s.Other = "large"
+		if !k.readonly {
+			s.Large = &nbdtest.Export{Name: "large", Size: largeSize}
+		}
+		s.Dial = dialer(r.listen(t, e))
+		nbdtest.Conformance(t, s)
+	})
+}
+
+// conformsInsideTLS runs it in that mode, which the suite knows by name.
+func conformsInsideTLS(t *testing.T, engine string, mode TLSMode, name nbdtest.TLSMode) {
+	t.Run(engine+" "+string(name), func(t *testing.T) {
+		r := engineRig(t, engine, "raw", "")
+		s := r.expected()
+		s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
+		s.Dial = dialer(r.listen(t, tcpEndpoint()))
+		nbdtest.Conformance(t, s)
+	})
 }
 
 func TestConformanceOfTheTimeLimits(t *testing.T) {

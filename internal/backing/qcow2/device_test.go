@@ -122,7 +122,7 @@ func TestRandomChainsReadAsTheirModel(t *testing.T) {
 			if got := d.Info().Size; got != int64(len(guest)) {
 				t.Fatalf("size: got %d, want %d", got, len(guest))
 			}
-			for range 300 {
+			for range 300 / thinner {
 				off, n := somewhere(r, int64(len(guest)))
 				mustMatch(t, d, off, guest[off:off+n])
 			}
