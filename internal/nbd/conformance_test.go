@@ -10,7 +10,6 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
@@ -118,20 +117,20 @@ type kind struct {
 	tcp, readonly               bool
 }
 
-// TestConformance is of two kinds: the race detector makes the suite five times as
+// TestConformance is of one kind: the race detector makes the suite five times as
 // slow, and TestConformanceOfEveryKind does without.
 func TestConformance(t *testing.T) {
 	conforms(t, kind{name: "raw uring unix", engine: "uring", format: "raw"})
-	conforms(t, kind{name: "raw direct pool unix", engine: "pool", format: "raw", cache: open.CacheNone})
 }
 
 func TestConformanceInsideTLS(t *testing.T) {
-	conformsInsideTLS(t, "uring", TLSRequire, nbdtest.TLSRequire)
+	conformsInsideTLS(t, "pool", TLSRequire, nbdtest.TLSRequire)
 }
 
 // conforms runs the suite on a disk of that kind.
 func conforms(t *testing.T, k kind) {
 	t.Run(k.name, func(t *testing.T) {
+		t.Parallel()
 		r := engineRig(t, k.engine, k.format, k.cache)
 		if k.readonly {
 			r.exports.deny = backing.CanWrite
@@ -154,6 +153,7 @@ func conforms(t *testing.T, k kind) {
 // conformsInsideTLS runs it in that mode, which the suite knows by name.
 func conformsInsideTLS(t *testing.T, engine string, mode TLSMode, name nbdtest.TLSMode) {
 	t.Run(engine+" "+string(name), func(t *testing.T) {
+		t.Parallel()
 		r := engineRig(t, engine, "raw", "")
 		s := r.expected()
 		s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
