@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -373,7 +374,8 @@ func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
 func isKey(name string) bool { return name == "server-key.pem" || name == "client-key.pem" }
 
 // eachPEM calls f for each block of data, of which there must be at least one
-// and none of another kind.
+// and none of another kind. What package pem passes over, as it cannot decode it, is
+// an error: a list of which half is missing would let in whom that half revokes.
 func eachPEM(data []byte, kind string, f func(der []byte) error) error {
 	n := 0
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
@@ -385,8 +387,12 @@ func eachPEM(data []byte, kind string, f func(der []byte) error) error {
 		}
 		n++
 	}
-	if n == 0 {
+	begun := bytes.Count(data, []byte("-----BEGIN "))
+	switch {
+	case n == 0:
 		return fmt.Errorf("holds no %q", kind)
+	case n != begun:
+		return fmt.Errorf("begins %d blocks, of which %d can be decoded", begun, n)
 	}
 	return nil
 }

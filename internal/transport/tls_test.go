@@ -500,6 +500,14 @@ func TestDirectoriesThatAreNotLoaded(t *testing.T) {
 		{"large CA", "ca-cert.pem", text(strings.Repeat("x", limits.CertificateFile+1)), 0o644, "more than"},
 		{"CA as CRL", "ca-crl.pem", func(p *pki) []byte { return p.ca.PEM() }, 0o644, "X509 CRL"},
 		{"broken CRL", "ca-crl.pem", text("-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"), 0o644, "ca-crl.pem"},
+		{"CRL cut off behind another", "ca-crl.pem", func(p *pki) []byte {
+			list := p.ca.CRL(time.Now().Add(time.Hour))
+			return append(list, list[:len(list)-40]...)
+		}, 0o644, "begins 2 blocks"},
+		{"damaged CA behind another", "ca-cert.pem", func(p *pki) []byte {
+			cert := p.ca.PEM()
+			return append(cert, bytes.Replace(cert, []byte("MI"), []byte("M!"), 1)...)
+		}, 0o644, "begins 2 blocks"},
 		{"forged CRL", "ca-crl.pem", forgedCRL(t), 0o644, "verification"},
 		{"delta CRL", "ca-crl.pem", deltaCRL(t), 0o644, "critical"},
 	} {
