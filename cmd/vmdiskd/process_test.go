@@ -577,10 +577,17 @@ func accessMode(t *testing.T, fdinfo []byte) int {
 
 func TestServerEndsWithItsParent(t *testing.T) {
 	t.Parallel()
+	for name, flags := range map[string]string{"confined": "", "unconfined": "--confine=off", "another user": "--confine=off -u 65534 -g 65534"} {
+		t.Run(name, func(t *testing.T) { endsWithItsParent(t, flags) })
+	}
+}
+
+// endsWithItsParent starts a server with flags under a shell, and kills that.
+func endsWithItsParent(t *testing.T, flags string) {
 	socket := filepath.Join(shortDir(t), "s")
 	ctx, cancel := context.WithTimeout(t.Context(), hangLimit)
 	defer cancel()
-	sh := exec.CommandContext(ctx, "/bin/sh", "-c", `"$0" --exit-with-parent --print-uri -U "$1" "$2" & wait`,
+	sh := exec.CommandContext(ctx, "/bin/sh", "-c", `"$0" --exit-with-parent --print-uri `+flags+` -U "$1" "$2" & wait`,
 		os.Args[0], socket, image(t, 1<<20))
 	sh.Env = append(os.Environ(), asProgram+"=1")
 	out, err := sh.StdoutPipe()

@@ -13,8 +13,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
@@ -65,6 +63,7 @@ type daemon struct {
 	kept      atomic.Int64      // sockets that the service manager keeps
 	server    *nbd.Server
 	pid       *pidFile // nil without --pidfile
+	parent    int      // process of the start, with ExitWithParent
 
 	ctx      context.Context // ends when serving ends
 	cancel   context.CancelFunc
@@ -187,11 +186,14 @@ func (d *daemon) watchParent() error {
 	if !d.cfg.ExitWithParent {
 		return nil
 	}
-	err := confine.ExitWithParent()
-	if t := d.cfg.Handed; err == nil && t != nil && os.Getppid() != t.in.Parent {
-		err = unix.Kill(os.Getpid(), unix.SIGTERM) // it ended during the exec
+	switch t := d.cfg.Handed; {
+	case d.parent != 0:
+	case t != nil:
+		d.parent = t.in.Parent // which may have ended during the exec
+	default:
+		d.parent = os.Getppid()
 	}
-	return err
+	return confine.ExitWithParent(d.parent)
 }
 
 func (d *daemon) loadTLS() (err error) {
@@ -341,7 +343,10 @@ func (d *daemon) dropPrivileges() error {
 	if d.cfg.User == "" && d.cfg.Group == "" || d.cfg.Handed != nil {
 		return nil
 	}
-	return confine.Drop(d.cfg.User, d.cfg.Group)
+	if err := confine.Drop(d.cfg.User, d.cfg.Group); err != nil {
+		return err
+	}
+	return d.watchParent() // the kernel has forgotten that
 }
 
 // slow is how long a request may take before it is reported.
