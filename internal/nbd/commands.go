@@ -336,15 +336,30 @@ func (s *session) write(req *wire.Request) error {
 	}
 	s.begin() // receiving may have ended the turn
 	cached, err := s.mapWrite(req, &s.m)
-	if cached {
+	switch {
+	case cached:
 		err = s.writeCached(req, &s.m, p)
+	case err == nil:
+		if b := s.tryBuffer(int(n)); b != nil {
+			return s.writeMapped(req, b, p)
+		}
+		err = backing.ErrNotMappable // nothing stays mapped while others are waited for
 	}
 	s.m.Release()
-	if !cached && (err == nil || err == backing.ErrNotMappable) {
+	if err == backing.ErrNotMappable {
 		return s.writeLater(req, int(n))
 	}
 	s.in.skip(int(n))
 	return s.writeDone(req, err)
+}
+
+// writeMapped leaves p, of the turn's buffer, to the engine by a copy in b.
+func (s *session) writeMapped(req *wire.Request, b *bufpool.Buf, p []byte) error {
+	r := s.buffered(req, b, false)
+	r.m, s.m = s.m, backing.Mapping{}
+	s.in.skip(copy(r.p, p))
+	r.transferWrite()
+	return nil
 }
 
 func (s *session) writeDone(req *wire.Request, err error) error {
@@ -414,6 +429,12 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 		}
 		return s.writeDone(req, err)
 	}
+	r.transferWrite()
+	return nil
+}
+
+// transferWrite has the engine write r where it is mapped.
+func (r *request) transferWrite() {
 	at := int64(0)
 	for i := range r.m.N {
 		run := &r.m.Runs[i]
@@ -421,7 +442,6 @@ func (s *session) writeLater(req *wire.Request, n int) error {
 		at += run.Len
 	}
 	r.transferred()
-	return nil
 }
 
 // flush takes no range: offset and length are reserved (proto.md,
