@@ -206,6 +206,14 @@ func (l *Faults) Extents(ctx context.Context, off, n int64, f backing.Flags, yie
 	return l.Next.Extents(ctx, off, n, f, yield)
 }
 
+// Describe fails as Extents does.
+func (l *Faults) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	if err := l.strike(ctx, FaultExtents, "extents", off, n); err != nil {
+		return err
+	}
+	return l.Passthrough.Describe(ctx, name, off, n, f, yield)
+}
+
 // Map forwards what no rule names.
 func (l *Faults) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	kind := FaultRead

@@ -299,6 +299,15 @@ func (l *RateLimit) Extents(ctx context.Context, off, n int64, f backing.Flags, 
 	return l.Next.Extents(ctx, off, n, f, yield)
 }
 
+// Describe counts as Extents does: a block status is as many requests as it asks for
+// descriptions.
+func (l *RateLimit) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	if err := l.take(ctx, false, 0); err != nil {
+		return err
+	}
+	return l.Passthrough.Describe(ctx, name, off, n, f, yield)
+}
+
 // askForRead takes what a read does, if there will be none because the answer
 // is one.
 func (l *RateLimit) askForRead(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {

@@ -170,6 +170,33 @@ func TestOpsAreCountedWhateverTheirSize(t *testing.T) {
 	}
 }
 
+// TestDescriptionsAreRequests: what a disk is asked beyond its extents counts, is
+// written down and fails as those are.
+func TestDescriptionsAreRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ask := func(d backing.Describer) error {
+			return d.Describe(t.Context(), "x", 1, 10, backing.ReqOne, func(backing.Status) bool { return true })
+		}
+		d := &growing{Device: mem.New(4096, nil)}
+		slow := limited(d, layer.Rates{Read: layer.Rate{Ops: 10}})
+		if got := elapsed(t, func() (err error) {
+			for range 10 {
+				err = errors.Join(err, ask(slow))
+			}
+			return err
+		}); got < 850*time.Millisecond {
+			t.Errorf("ten at 10 in a second took %v", got)
+		}
+		l, b := logOf(d)
+		l.Set(true)
+		if err := ask(l); err != nil || b.String() != "op=\"describe x\" off=1 len=10 flags=req-one took=0s\n" {
+			t.Errorf("log: got %q, %v", b, err)
+		}
+		broken := faulty(d, 0, layer.Fault{Ops: layer.FaultExtents, Probability: 1, Error: backing.ErrIO})
+		isKind(t, "describe", ask(broken), backing.ErrIO)
+	})
+}
+
 // elapsed is how long one call takes on the clock of the bubble.
 func elapsed(t *testing.T, do func() error) time.Duration {
 	t.Helper()

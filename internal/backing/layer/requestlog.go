@@ -128,6 +128,10 @@ func (l *RequestLog) Extents(ctx context.Context, off, n int64, f backing.Flags,
 	return l.seen(ctx, request{"extents", off, n, f}, func() error { return l.Next.Extents(ctx, off, n, f, yield) })
 }
 
+func (l *RequestLog) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
+	return l.seen(ctx, request{"describe " + name, off, n, f}, func() error { return l.Transparent.Describe(ctx, name, off, n, f, yield) })
+}
+
 func (l *RequestLog) Resize(ctx context.Context, size int64) error {
 	return l.seen(ctx, request{op: "resize", n: size}, func() error { return l.Transparent.Resize(ctx, size) })
 }
