@@ -596,7 +596,7 @@ func (r *raw) logging(_ *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--log: %q is not stderr, syslog, null or an absolute path", r.log)
 	}
 	c.Log.Sink = r.log
-	c.Log.Level = slog.LevelInfo
+	c.Log.Level, c.Verbose = slog.LevelInfo, r.verbose
 	if r.verbose {
 		c.Log.Level = slog.LevelDebug
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -123,6 +124,26 @@ func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 	reload()
 	sees("vm1", vm1, "a", "")
 	sees("vm1", last, "a", size)
+
+	next = add("vm2", true)
+	r, err := s.ctl.Reload(t.Context(), false)
+	if err != nil || !slices.Equal(r.Changes, []string{"pre-shared keys"}) {
+		t.Errorf("reload by the control API: got %q, %v, want that the keys are others", r.Changes, err)
+	}
+	sees("vm2", next, "b", size)
+	sees("vm2", vm2, "b", "")
+	if err := os.Chmod(keys, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Reload(t.Context(), false); err == nil {
+		t.Error("keys that others can read are taken by a reload")
+	}
+	s.wantReloadGauge("after keys that cannot be read", 0)
+	if err := os.Chmod(keys, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reload()
+	s.wantReloadGauge("after keys that can", 1)
 	for _, name := range []string{"cmdline", "environ"} {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", s.cmd.Process.Pid, name))
 		if err != nil {

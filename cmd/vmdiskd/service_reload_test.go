@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -275,6 +276,23 @@ func TestReloadsTakeTurns(t *testing.T) {
 	if got, want := said(), []string{"READY", "RELOADING", "READY", "RELOADING", "READY", "STOPPING"}; !slices.Equal(got, want) {
 		t.Errorf("the service manager was told %q, want %q", got, want)
 	}
+}
+
+// TestVerboseLogStaysSo: a reload sets the level of the configuration only where the
+// command line has not said it.
+func TestVerboseLogStaysSo(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA)
+	s.stop()
+	s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--verbose") }
+	s.start()
+	if err := s.reload(exportA + exportB); err != nil {
+		t.Fatal(err)
+	}
+	before := strings.Count(s.log(), "level=DEBUG")
+	s.open("b").works()
+	s.await("a client is told of in full", func() bool { return strings.Count(s.log(), "level=DEBUG") > before })
+	s.stop()
 }
 
 // wantReloadGauge is what the metrics say of the last reload.

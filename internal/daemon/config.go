@@ -22,6 +22,9 @@ type Config struct {
 	Disk    config.Export
 	Service *config.Config
 
+	// Verbose says that the level of the log is not for the configuration to say.
+	Verbose bool
+
 	// FaultInjection allows exports to have faults.
 	FaultInjection bool
 

@@ -15,6 +15,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -443,21 +444,24 @@ func (d *daemon) wait(signals *signals) (int, error) {
 	}
 }
 
-// reload is SIGHUP; it closes done. Each handshake looks whether certificates
-// have changed; the signal does it at once and shows mistakes in the log.
+// reload is SIGHUP; it closes done.
 func (d *daemon) reload(done chan<- struct{}) {
 	defer close(done)
-	if d.conf.Load() != nil {
-		if r, err := (service{d}).Reload(d.stopping, false); err != nil {
-			d.log.Error("not reloaded", "error", err)
-		} else {
-			d.log.Info("reloaded", "changes", r.Changes)
-		}
+	var changes []string
+	var err error
+	if d.conf.Load() == nil {
+		changes, err = d.readSecrets()
+		d.staleConf.Store(err != nil)
+	} else {
+		var r api.Reload
+		r, err = service{d}.Reload(d.stopping, false)
+		changes = r.Changes
 	}
-	if d.creds != nil {
-		d.creds.Look()
+	if err != nil {
+		d.log.Error("not reloaded", "error", err)
+	} else {
+		d.log.Info("reloaded", "changes", changes)
 	}
-	d.reloadKeys()
 }
 
 // leaveReload waits for the end of a reload that was given up. done is nil if

@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"errors"
+	"fmt"
 	"os"
 
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
@@ -62,15 +64,27 @@ func (d *daemon) warnOfKeys() {
 	}
 }
 
-// reloadKeys reads them again; what is wrong with the file is for the log.
-func (d *daemon) reloadKeys() {
-	if d.keys == nil {
-		return
+// readSecrets reads certificates and pre-shared keys again, and says what has
+// changed. What is wrong with a file is an error, and changes nothing of it; the other
+// may have changed, as certificates do at any handshake.
+func (d *daemon) readSecrets() (changes []string, err error) {
+	if d.creds != nil {
+		changed, wrong := d.creds.Look()
+		if changed {
+			changes = append(changes, "certificates")
+		}
+		err = wrong
 	}
-	if err := d.keys.Reload(); err != nil {
-		d.logs.For("tls").Warn("pre-shared keys stay as they were", "error", err)
-		return
+	if d.keys != nil {
+		changed, wrong := d.keys.Reload()
+		if wrong != nil {
+			return changes, errors.Join(err, fmt.Errorf("pre-shared keys stay as they were: %w", wrong))
+		}
+		if changed {
+			changes = append(changes, "pre-shared keys")
+		}
+		d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
+		d.warnOfKeys()
 	}
-	d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
-	d.warnOfKeys()
+	return changes, err
 }

@@ -52,22 +52,39 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	}
 	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines(), Restart: change.Restart()}, d.retries(c, change)
 	switch {
-	case dryRun || len(r.Changes)+len(retries) == 0:
+	case dryRun:
 		r.Changes = append(r.Changes, retries...)
 		return r, nil
 	case change.Restart():
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(change.Lines(), "; ")}
 	}
+	secrets, err := d.readSecrets()
+	if err != nil {
+		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
+	}
+	if len(r.Changes)+len(retries) > 0 {
+		if err := d.applyAll(c, change, &r); err != nil {
+			return api.Reload{}, told(err)
+		}
+	}
+	if r.Changes = append(r.Changes, secrets...); len(r.Changes) > 0 {
+		d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
+	}
+	return r, nil
+}
+
+// applyAll applies a change, and tries the exports again that have failed; r gets
+// what becomes of them.
+func (d *daemon) applyAll(c *config.Config, change *config.Change, r *api.Reload) error {
 	ctx, cancel := context.WithTimeout(d.stopping, reloadTimeout)
 	defer cancel()
 	if err := d.apply(ctx, c, change); err != nil {
-		return api.Reload{}, told(err)
+		return err
 	}
 	for _, name := range d.retry(ctx, func(error) bool { return true }) {
 		r.Changes = append(r.Changes, d.outcome(name)...)
 	}
-	d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
-	return r, nil
+	return nil
 }
 
 // tellChanges is the text of the event of a reload, which may have changed
@@ -283,7 +300,9 @@ func (r *reload) finish(ctx context.Context) {
 	d.conf.Store(r.c)
 	d.groups.keep(r.c.Groups)
 	d.server.SetSlow(d.slow())
-	d.logs.SetLevel(levels[r.c.Log.Level])
+	if !d.cfg.Verbose {
+		d.logs.SetLevel(levels[r.c.Log.Level])
+	}
 	for _, l := range r.listeners(config.Remove) {
 		d.closeDoors(d.doors.sharedAt(l.Place))
 	}

@@ -152,8 +152,27 @@ func ClientConfig(dir, serverName string) (*tls.Config, error) {
 	return c.ClientConfig(serverName), nil
 }
 
-// Look uses files that have changed at once, and not only for the next handshake.
-func (c *Credentials) Look() { c.current() }
+// Look uses files that have changed at once, and not only for the next handshake,
+// and tells whether it does. What is wrong with them is an error; then those that
+// were read before stay in use.
+func (c *Credentials) Look() (changed bool, err error) {
+	before := c.inUse()
+	if c.current() != before {
+		return true, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.refused.text != "" {
+		err = fmt.Errorf("certificates in %q: %s", c.dir, c.refused.text)
+	}
+	return false, err
+}
+
+func (c *Credentials) inUse() *credentialSet {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.set
+}
 
 // current returns the newest set that is in order.
 func (c *Credentials) current() *credentialSet {
@@ -161,6 +180,7 @@ func (c *Credentials) current() *credentialSet {
 	defer c.mu.Unlock()
 	now := stampAll(c.dir, c.opt)
 	if maps.Equal(now, c.set.stamps) {
+		c.refused.stamps, c.refused.text = nil, ""
 		return c.set
 	}
 	known := maps.Equal(now, c.refused.stamps)

@@ -43,7 +43,7 @@ func TestAddedKeysAreInTheFileAndPrivate(t *testing.T) {
 	if err != nil || len(list) != 3 || len(list[1].Bytes) != 1 || list[1].Identity != "vm1" || list[1].Bytes[0] != 32 {
 		t.Errorf("got %+v, %v; want vm1 between the others, with one key", list, err)
 	}
-	if err := k.Reload(); err != nil {
+	if _, err := k.Reload(); err != nil {
 		t.Fatal(err)
 	}
 	if _, after := k.find([]byte("vm1")); string(after[0]) == string(before[0]) || string(after[0]) == string(before[1]) {

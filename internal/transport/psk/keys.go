@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"unicode"
@@ -62,37 +63,43 @@ func LoadFrom(f *os.File, path string) (*Keys, error) {
 	if _, err := rand.Read(k.decoy); err != nil {
 		return nil, err
 	}
-	if err := k.read(f); err != nil {
+	if _, err := k.read(f); err != nil {
 		return nil, err
 	}
 	return k, nil
 }
 
-// Reload reads the file again. On an error the keys stay what they are.
-// Connections that are open stay as well.
-func (k *Keys) Reload() error {
+// Reload reads the file again, and tells whether it has other keys. On an error they
+// stay what they are. Connections that are open stay as well.
+func (k *Keys) Reload() (changed bool, err error) {
 	f, err := Open(k.path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.Close()
 	return k.read(f)
 }
 
-func (k *Keys) read(f *os.File) error {
+func (k *Keys) read(f *os.File) (changed bool, err error) {
 	data, err := readAll(f, k.path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	list, err := parse(data)
 	clear(data)
 	if err != nil {
-		return fmt.Errorf("key file %q: %w", k.path, err)
+		return false, fmt.Errorf("key file %q: %w", k.path, err)
 	}
 	k.mu.Lock()
+	defer k.mu.Unlock()
+	changed = !slices.EqualFunc(k.list, list, identity.is)
 	k.list = list
-	k.mu.Unlock()
-	return nil
+	return changed, nil
+}
+
+// is tells whether j is the same identity with the same keys.
+func (i identity) is(j identity) bool {
+	return i.name == j.name && slices.EqualFunc(i.keys, j.keys, bytes.Equal)
 }
 
 // Short names the identities with a key below limits.StrongPSK.

@@ -158,7 +158,7 @@ func TestSwappedKeyFileIsNotFollowed(t *testing.T) {
 		if n == 1<<20 {
 			t.Fatalf("met the link %d times, the file %d times", links, files)
 		}
-		switch err := k.Reload(); {
+		switch _, err := k.Reload(); {
 		case err == nil:
 			files++
 		case strings.Contains(err.Error(), "symbolic link"):
@@ -188,16 +188,19 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if changed, err := k.Reload(); changed || err != nil {
+		t.Errorf("the same file: got %t, %v", changed, err)
+	}
 	write("vm1:broken\n")
-	if err := k.Reload(); err == nil {
+	if _, err := k.Reload(); err == nil {
 		t.Error("a broken file was taken")
 	}
 	if name, _ := k.find([]byte("vm1")); name != "vm1" {
 		t.Error("the keys are gone after a broken reload")
 	}
 	write("vm2:" + hexKey(32, 2) + "\n")
-	if err := k.Reload(); err != nil {
-		t.Fatal(err)
+	if changed, err := k.Reload(); !changed || err != nil {
+		t.Fatalf("another file: got %t, %v", changed, err)
 	}
 	if name, _ := k.find([]byte("vm1")); name != "" || k.Len() != 1 {
 		t.Error("an identity that the file has no more is still there")
