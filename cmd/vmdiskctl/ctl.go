@@ -173,8 +173,8 @@ func group(use, short string, list ...*cobra.Command) *cobra.Command {
 // completionTime is what a shell waits for names.
 const completionTime = 2 * time.Second
 
-// exportNames completes the name of an export as the first argument. Names
-// that the protocol of shell completion has no room for are left out.
+// exportNames completes the name of an export as the first argument. Names that
+// a shell would not take as they are, or this command not as names, are left out.
 func (f *ctlFlags) exportNames(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	const directive = cobra.ShellCompDirectiveNoFileComp
 	cl, err := f.dial()
@@ -189,11 +189,23 @@ func (f *ctlFlags) exportNames(c *cobra.Command, args []string, _ string) ([]str
 	}
 	var names []string
 	for i := range list {
-		if name := list[i].Name; shown(name) == name {
-			names = append(names, name+"\t"+list[i].State+", "+byteSize(list[i].Size).String())
+		if name := list[i].Name; plainWord(name) {
+			names = append(names, name+"\t"+shown(list[i].State)+", "+byteSize(list[i].Size).String())
 		}
 	}
 	return names, directive
+}
+
+// plainWord tells whether s is the same word on the command line of every shell,
+// without quotes, and no option. Bash puts what all completions begin with on the
+// line as it is, and evaluates that line when it completes again: a name of the
+// daemon must not be a command there.
+func plainWord(s string) bool {
+	special := func(r rune) bool {
+		letter := 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z' || '0' <= r && r <= '9'
+		return !letter && !strings.ContainsRune("._:@%+/-", r)
+	}
+	return s != "" && s[0] != '-' && !strings.ContainsFunc(s, special)
 }
 
 // flagWords completes a flag that takes one of a few words.

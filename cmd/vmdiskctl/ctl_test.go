@@ -12,9 +12,11 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -446,12 +448,16 @@ func TestStatus(t *testing.T) {
 func TestCompletionNamesExports(t *testing.T) {
 	s := controlled(t, ctlserver.Read)
 	s.Put(exportOf("web"))
-	s.Put(exportOf("-x"))
-	s.Put(exportOf(nasty))
-	for _, command := range []string{"show", "remove", "set", "pause", "resume", "resize", "snapshot"} {
-		if got := want(t, exitDone, "__complete", "export", command, ""); got != "web\tready, 1G\n-x\tready, 1G\n:4\n" {
+	for _, command := range []string{"show", "remove", "set", "pause", "resume", "resize", "snapshot", "forget"} {
+		if got := want(t, exitDone, "__complete", "export", command, ""); got != "web\tready, 1G\n:4\n" {
 			t.Errorf("%s: got %q", command, got)
 		}
+	}
+	if got := want(t, exitDone, "__complete", "events", "--export", ""); got != "web\tready, 1G\n:4\n" {
+		t.Errorf("events --export: got %q", got)
+	}
+	if got := want(t, exitDone, "__complete", "clients", "w"); got != "web\tready, 1G\n:4\n" {
+		t.Errorf("clients: got %q", got)
 	}
 	if got := want(t, exitDone, "__complete", "export", "show", "web", ""); got != ":4\n" {
 		t.Errorf("a second name: got %q", got)
@@ -461,5 +467,44 @@ func TestCompletionNamesExports(t *testing.T) {
 	}
 	if got := want(t, exitDone, "__complete", "export", "show", "--socket=/none", ""); got != ":4\n" {
 		t.Errorf("without a daemon: got %q", got)
+	}
+}
+
+// TestCompletionNamesOnlyWhatAShellTakesAsItIs: bash puts what several names
+// begin with on the command line unquoted, and evaluates that line at the next
+// TAB.
+func TestCompletionNamesOnlyWhatAShellTakesAsItIs(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	var offered []string
+	for r := range rune(0x100) {
+		name := fmt.Sprintf("a%cb", r)
+		s.Put(exportOf(name))
+		if unicode.In(r, unicode.Letter, unicode.Digit) && r < 0x80 || strings.ContainsRune("._:@%+/-", r) {
+			offered = append(offered, name)
+		}
+	}
+	for _, name := range []string{"", "-x", "--force", nasty, "`touch${IFS}/tmp/x`1", "$(id)", "~root", "a\u4e00"} {
+		s.Put(exportOf(name))
+	}
+	var got []string
+	for line := range strings.Lines(want(t, exitDone, "__complete", "export", "show", "")) {
+		if name, _, has := strings.Cut(line, "\t"); has {
+			got = append(got, name)
+		}
+	}
+	slices.Sort(got)
+	slices.Sort(offered)
+	if !slices.Equal(got, offered) {
+		t.Errorf("got %q, want %q", got, offered)
+	}
+}
+
+func TestCompletionShowsNoControlCharacters(t *testing.T) {
+	s := controlled(t, ctlserver.Read)
+	e := exportOf("web")
+	e.State = "\x1b[31m"
+	s.Put(e)
+	if got, expect := want(t, exitDone, "__complete", "export", "show", ""), "web\t\"\\x1b[31m\", 1G\n:4\n"; got != expect {
+		t.Errorf("got %q, want %q", got, expect)
 	}
 }
