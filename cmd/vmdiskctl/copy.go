@@ -28,8 +28,7 @@ type copyFlags struct {
 	destinationFormat string
 	newLayout         bool // a flag says how the new image is built
 	forceShare        bool
-	connections       int
-	requests          int
+	use               copier.Use
 	requestSize       byteSize
 	progress          bool
 }
@@ -52,6 +51,7 @@ which zeroes take no space.`,
 			if !c.Flags().Changed("progress") {
 				f.progress = progress.IsTerminal(terminal)
 			}
+			f.use.All = c.Flags().Changed("connections")
 			if err := f.checkSource(c, args[0]); err != nil {
 				return err
 			}
@@ -68,8 +68,8 @@ which zeroes take no space.`,
 	n.StringVarP(&f.sourceFormat, "source-format", "f", formatRaw, "format of SOURCE when it is a file, never guessed: raw or qcow2")
 	n.StringVarP(&f.destinationFormat, "destination-format", "O", formatRaw, "format of DESTINATION when it is a file, never guessed: raw or qcow2")
 	n.BoolVarP(&f.forceShare, "force-share", "U", false, "copy a SOURCE that others write to, which need not be whole then")
-	n.IntVar(&f.connections, "connections", 4, "connections to a server that allows several")
-	n.IntVar(&f.requests, "requests", 16, "requests in flight on each connection")
+	n.IntVar(&f.use.Connections, "connections", 4, "connections to a server that allows several")
+	n.IntVar(&f.use.Requests, "requests", 16, "requests in flight on each connection")
 	n.Var(&f.requestSize, "request-size", "size of a request, with suffix K or M")
 	n.BoolVar(&f.Allocated, "allocated", false, "write zeroes so that the whole destination is allocated")
 	n.BoolVar(&f.DestinationIsZero, "destination-is-zero", false, "the destination reads as zeroes already")
@@ -83,10 +83,10 @@ which zeroes take no space.`,
 
 func (f *copyFlags) check() error {
 	switch {
-	case f.connections < 1 || f.connections > limits.ConnectionsPerPeer:
-		return usage("--connections is %d, allowed are 1 to %d", f.connections, limits.ConnectionsPerPeer)
-	case f.requests < 1 || f.requests > limits.ClientRequests:
-		return usage("--requests is %d, allowed are 1 to %d", f.requests, limits.ClientRequests)
+	case f.use.Connections < 1 || f.use.Connections > limits.ConnectionsPerPeer:
+		return usage("--connections is %d, allowed are 1 to %d", f.use.Connections, limits.ConnectionsPerPeer)
+	case f.use.Requests < 1 || f.use.Requests > limits.ClientRequests:
+		return usage("--requests is %d, allowed are 1 to %d", f.use.Requests, limits.ClientRequests)
 	case f.requestSize < 512 || f.requestSize > limits.MaxIO:
 		return usage("--request-size is %d, allowed are 512 to %d", f.requestSize, limits.MaxIO)
 	}
@@ -256,5 +256,5 @@ func (f *copyFlags) export(ctx context.Context, uri string, contexts ...string) 
 		return nil, err
 	}
 	connect := func(ctx context.Context) (*client.Client, error) { return s.open(ctx, contexts...) }
-	return copier.OpenNBD(ctx, connect, f.connections, f.requests)
+	return copier.OpenNBD(ctx, connect, f.use)
 }

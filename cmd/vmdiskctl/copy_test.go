@@ -48,6 +48,28 @@ func TestCopyInAllDirections(t *testing.T) {
 	}
 }
 
+// TestCopyMakesDoWithTheConnectionsItGets unless it was told how many.
+func TestCopyMakesDoWithTheConnectionsItGets(t *testing.T) {
+	img := disk(t)
+	for _, tt := range []struct {
+		limit string
+		code  int
+		args  []string
+	}{
+		{"1", exitDone, nil},
+		{"3", exitDone, nil},
+		{"2", exitDone, []string{"--connections=2"}},
+		{"2", exitFailed, []string{"--connections=4"}},
+	} {
+		full := nbdkit(t, "--filter=limit", "file", img, "limit="+tt.limit)
+		dst := filepath.Join(t.TempDir(), "copy")
+		want(t, tt.code, append([]string{"copy", full, dst}, tt.args...)...)
+		if tt.code == exitDone {
+			same(t, img, dst)
+		}
+	}
+}
+
 func TestCopyOverNonZeroDestination(t *testing.T) {
 	img := disk(t)
 	dst := filepath.Join(t.TempDir(), "old")

@@ -3,6 +3,7 @@ package copier
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync/atomic"
 
@@ -17,23 +18,33 @@ type NBD struct {
 	next     atomic.Uint32 // whose turn it is
 }
 
-// OpenNBD connects as often as connections says when the export can be used
-// by several connections, or once. It is meant for requests in flight on each.
-func OpenNBD(ctx context.Context, connect func(context.Context) (*client.Client, error), connections, requests int) (*NBD, error) {
+// Use is how an export is to be used.
+type Use struct {
+	Connections int  // at most, and 1 where several cannot share the export
+	All         bool // fail where the server takes fewer
+	Requests    int  // meant to be in flight on each
+}
+
+// OpenNBD connects as often as u says. CanMultiConn does not tell how many
+// clients a server has room for: this is found out by asking.
+func OpenNBD(ctx context.Context, connect func(context.Context) (*client.Client, error), u Use) (*NBD, error) {
 	first, err := connect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	d := &NBD{conns: []*client.Client{first}, requests: requests}
+	d := &NBD{conns: []*client.Client{first}, requests: u.Requests}
 	e := first.Export()
 	if !e.Has(wire.CanMultiConn) {
 		return d, nil
 	}
-	for len(d.conns) < connections {
+	for len(d.conns) < u.Connections {
 		c, err := connect(ctx)
+		if err != nil && !u.All && ctx.Err() == nil {
+			break
+		}
 		if err != nil {
 			d.Close()
-			return nil, err
+			return nil, fmt.Errorf("connection %d of %d: %w", len(d.conns)+1, u.Connections, err)
 		}
 		d.conns = append(d.conns, c)
 		if o := c.Export(); o.Size != e.Size || o.Flags != e.Flags {
