@@ -20,6 +20,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	ctlserver "github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -442,6 +443,26 @@ func TestStatus(t *testing.T) {
 	must(t, json.Unmarshal([]byte(want(t, exitDone, "status", "--json")), &j))
 	if j.Version != "test" || j.Exports != 1 {
 		t.Errorf("got %+v", j)
+	}
+}
+
+// TestOnlyClientsAreToldOfWhereAnExportIsNotRemoved: a daemon without room for the
+// connection has the same code.
+func TestOnlyClientsAreToldOfWhereAnExportIsNotRemoved(t *testing.T) {
+	inUse := &api.Error{Code: api.CodeInUse, Text: "export is in use"}
+	for _, tt := range []struct {
+		err   error
+		force bool
+		want  string
+	}{
+		{inUse, false, "export is in use; vmdiskctl clients web lists who has it open, --force cuts them off"},
+		{inUse, true, "export is in use"},
+		{&control.NoRoomError{Refusal: &api.Error{Code: api.CodeInUse, Text: "too many connections"}}, false, "too many connections"},
+		{&api.Error{Code: api.CodeForbidden, Text: "not allowed"}, false, "not allowed"},
+	} {
+		if err := notRemoved(tt.err, "web", tt.force); err.Error() != tt.want || !errors.Is(err, tt.err) {
+			t.Errorf("%v, force %t: got %q, want %q", tt.err, tt.force, err, tt.want)
+		}
 	}
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -143,12 +142,8 @@ open it any more at once, and its clients are told to leave. The image stays.`,
 					}
 					return f.did(c, e, "export %s, with %d clients, would be removed", shown(e.Name), e.Clients)
 				}
-				err := cl.Remove(ctx, args[0], force, timeout)
-				if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.CodeInUse && !force {
-					return fmt.Errorf("%w; vmdiskctl clients %s lists who has it open, --force cuts them off", err, shown(args[0]))
-				}
-				if err != nil {
-					return err
+				if err := cl.Remove(ctx, args[0], force, timeout); err != nil {
+					return notRemoved(err, args[0], force)
 				}
 				return f.did(c, map[string]string{"name": args[0]}, "export %s is removed", shown(args[0]))
 			})
@@ -158,6 +153,15 @@ open it any more at once, and its clients are told to leave. The image stays.`,
 	c.Flags().BoolVar(&force, "force", false, "cut its clients off")
 	c.Flags().DurationVar(&timeout, "timeout", 0, "`TIME` after which what is in flight is given up; 0: the daemon's own idea")
 	return c
+}
+
+// notRemoved adds to the error of a removal what can be done where clients have the
+// export open.
+func notRemoved(err error, name string, force bool) error {
+	if e := control.RefusalOf(err); force || e == nil || e.Code != api.CodeInUse {
+		return err
+	}
+	return fmt.Errorf("%w; vmdiskctl clients %s lists who has it open, --force cuts them off", err, shown(name))
 }
 
 // stateCommand changes the state of an export and shows it.

@@ -222,7 +222,7 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 			continue
 		}
 		err := h.renew(ctx)
-		if refused(err) {
+		if control.RefusalOf(err) != nil {
 			return err
 		}
 		if bad := err != nil; bad != lost {
@@ -238,12 +238,6 @@ func (h *leaseHolder) hold(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// refused reports whether the daemon does not want the lease: one that has no room
-// for the connection has not read what it is about.
-func refused(err error) bool {
-	return errors.As(err, new(*api.Error)) && !errors.As(err, new(*control.NoRoomError))
 }
 
 // ended waits for the end of the machine for at most d, and reports it: its
@@ -272,7 +266,7 @@ func (h *leaseHolder) close() {
 		holder = ""
 	}
 	err := h.client.CloseLease(ctx, h.lease.CID, h.lease.Start, holder)
-	if e, ok := errors.AsType[*api.Error](err); ok && e.Code == api.CodeNotFound {
+	if e := control.RefusalOf(err); e != nil && e.Code == api.CodeNotFound {
 		return // another holder has seen the end of the machine, too
 	}
 	if err != nil {

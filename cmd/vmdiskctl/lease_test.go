@@ -175,7 +175,7 @@ func TestOnlyTheDaemonRefusesALease(t *testing.T) {
 		{context.DeadlineExceeded, false},
 		{nil, false},
 	} {
-		if got := refused(tt.err); got != tt.want {
+		if got := control.RefusalOf(tt.err) != nil; got != tt.want {
 			t.Errorf("%v: got %t, want %t", tt.err, got, tt.want)
 		}
 	}

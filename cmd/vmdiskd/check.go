@@ -32,7 +32,7 @@ func check(file string, c *config.Config) (string, error) {
 	}
 	at := fmt.Sprintf("%q", c.Control.Socket)
 	changes, restart, err := askService(file, control.Dial(c.Control.Socket))
-	var refusal *api.Error
+	refusal := control.RefusalOf(err)
 	switch {
 	case err == nil && len(changes) == 0:
 		return "a reload of the service at " + at + " changes nothing\n", nil
@@ -42,9 +42,9 @@ func check(file string, c *config.Config) (string, error) {
 		return "a reload of the service at " + at + " does\n" + strings.Join(changes, "\n") + "\n", nil
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
 		return "no service answers at " + at + ": a start opens\n" + opened(c), nil
-	case errors.As(err, &refusal) && refusesFile[refusal.Code]:
+	case refusal != nil && refusesFile[refusal.Code]:
 		return "", fmt.Errorf("the service at %s refuses the file: %s", at, visible(refusal.Text))
-	case errors.As(err, &refusal) && refusesReload[refusal.Code]:
+	case refusal != nil && refusesReload[refusal.Code]:
 		return "the service at " + at + " refuses a reload (" + visible(refusal.Text) + "): a start opens\n" + opened(c), nil
 	}
 	return "the service at " + at + " cannot say what a reload changes (" + visible(err.Error()) + "): a start opens\n" + opened(c), nil

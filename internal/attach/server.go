@@ -373,8 +373,8 @@ func removeExport(ctx context.Context, c *client.Client, name string, force bool
 }
 
 func hasCode(err error, code string) bool {
-	var e *api.Error
-	return errors.As(err, &e) && e.Code == code
+	e := client.RefusalOf(err)
+	return e != nil && e.Code == code
 }
 
 // steady is a context that an interruption does not end: the outcome of a

@@ -60,6 +60,16 @@ func (e *NoRoomError) Error() string { return e.Refusal.Text }
 // Unwrap is the *api.Error.
 func (e *NoRoomError) Unwrap() error { return e.Refusal }
 
+// RefusalOf is that of a request which the server has read, and nil for any other
+// error: one without room for the connection says nothing of what was asked for.
+func RefusalOf(err error) *api.Error {
+	e, ok := errors.AsType[*api.Error](err)
+	if !ok || errors.As(err, new(*NoRoomError)) {
+		return nil
+	}
+	return e
+}
+
 // request is what a call sends.
 type request struct {
 	method string

@@ -81,6 +81,9 @@ func TestCallEndsWhereThereIsNoRoomForEver(t *testing.T) {
 	if !errors.As(err, new(*client.NoRoomError)) || !errors.As(err, &refusal) || refusal.Code != api.CodeInUse {
 		t.Errorf("after the wait: got %v, want no room", err)
 	}
+	if e := client.RefusalOf(err); e != nil {
+		t.Errorf("after the wait: the request is refused with %v, which nobody has read", e)
+	}
 	c.WaitForRoom(time.Hour)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -243,8 +246,7 @@ func TestOtherRefusalsAreNotAskedAgain(t *testing.T) {
 		says("HTTP/1.1 409 No\r\n\r\n{\"code\":\"in-use\",\"text\":\"too many\"}")(c)
 	})
 	_, err := c.Events(testContext(t))
-	var e *api.Error
-	if !errors.As(err, &e) || e.Code != api.CodeInUse || errors.As(err, new(*client.NoRoomError)) || asked.Load() != 1 {
+	if e := client.RefusalOf(err); e == nil || e.Code != api.CodeInUse || asked.Load() != 1 {
 		t.Errorf("got %v after %d requests, want a refusal after one", err, asked.Load())
 	}
 }
