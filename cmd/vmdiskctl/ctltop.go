@@ -139,9 +139,13 @@ func (f *topFlags) draw(w io.Writer, list []load) error {
 	return err
 }
 
+// The size of a terminal that knows none, as a serial console.
+const usualColumns, usualRows = 80, 24
+
 // redrawn are lines for a terminal, over what is there: they are cut where
-// its screen ends.
+// its screen ends. A size of 0 is unknown.
 func redrawn(lines []string, columns, rows int) string {
+	columns, rows = cmp.Or(columns, usualColumns), cmp.Or(rows, usualRows)
 	var b strings.Builder
 	b.WriteString("\x1b[H")
 	for i, s := range lines {
@@ -151,7 +155,7 @@ func redrawn(lines []string, columns, rows int) string {
 		if i > rows-2 {
 			break
 		}
-		if r := []rune(s); columns > 0 && len(r) > columns {
+		if r := []rune(s); len(r) > columns {
 			s = string(r[:columns])
 		}
 		b.WriteString(s + "\x1b[K\n")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -141,11 +142,20 @@ func TestTopFitsTheTerminal(t *testing.T) {
 		{80, 24, "\x1b[HHEAD\x1b[K\naaaa\x1b[K\nbbbb\x1b[K\ncccc\x1b[K\n\x1b[J"},
 		{3, 5, "\x1b[HHEA\x1b[K\naaa\x1b[K\nbbb\x1b[K\nccc\x1b[K\n\x1b[J"},
 		{80, 4, "\x1b[HHEAD\x1b[K\naaaa\x1b[K\nand 2 more\x1b[K\n\x1b[J"},
-		{80, 0, "\x1b[H\x1b[J"},
+		{3, 0, "\x1b[HHEA\x1b[K\naaa\x1b[K\nbbb\x1b[K\nccc\x1b[K\n\x1b[J"},
+		{0, 4, "\x1b[HHEAD\x1b[K\naaaa\x1b[K\nand 2 more\x1b[K\n\x1b[J"},
 	} {
 		if got := redrawn(lines, tt.columns, tt.rows); got != tt.want {
 			t.Errorf("%d × %d: got %q, want %q", tt.columns, tt.rows, got, tt.want)
 		}
+	}
+}
+
+// TestTopThatKnowsNoSizeFitsTheUsualOne: 0 is what a serial console says.
+func TestTopThatKnowsNoSizeFitsTheUsualOne(t *testing.T) {
+	lines := slices.Repeat([]string{strings.Repeat("x", 100)}, 30)
+	if got, want := redrawn(lines, 0, 0), redrawn(lines, 80, 24); got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 
