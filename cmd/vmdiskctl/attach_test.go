@@ -313,7 +313,34 @@ func TestMachinesAreListed(t *testing.T) {
 	if out := want(t, exitDone, "vm", "list", dir); strings.Count(out, "\n") != 3 {
 		t.Errorf("lines of a list of two: %q", out)
 	}
-	want(t, exitFailed, "vm", "list", dir+"/none")
+}
+
+// TestPlaceWithoutMachinesHidesNone: it is listed among the others, and the command
+// has failed.
+func TestPlaceWithoutMachinesHidesNone(t *testing.T) {
+	dir := t.TempDir()
+	first, last, gone := filepath.Join(dir, "a"), filepath.Join(dir, "d", "b"), filepath.Join(dir, "gone")
+	must(t, os.Mkdir(filepath.Dir(last), 0o700))
+	for _, socket := range []string{first, last} {
+		must(t, syscall.Mknod(socket, syscall.S_IFSOCK|0o600, 0))
+	}
+	list := []string{"vm", "list", first, gone, filepath.Dir(last), gone + "2"}
+	var got []string
+	var rows []vmRow
+	must(t, json.Unmarshal([]byte(want(t, exitFailed, append(list, "--json")...)), &rows))
+	for _, r := range rows {
+		if got = append(got, r.VM); r.Error == "" {
+			t.Errorf("%s has no error", r.VM)
+		}
+	}
+	if expect := []string{first, gone, last, gone + "2"}; !slices.Equal(got, expect) {
+		t.Errorf("got %q, want %q", got, expect)
+	}
+	code, out, stderr := ctl(t, list...)
+	if code != exitFailed || strings.Count(out, "\n") != 5 || stderr != "vmdiskctl: stat "+gone+": no such file or directory\n" {
+		t.Errorf("exit code %d, %q, %q", code, out, stderr)
+	}
+	want(t, exitFailed, "vm", "list", gone)
 }
 
 // TestElementHoldsNamesAsData reads back what domain-xml prints.

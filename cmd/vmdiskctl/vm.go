@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -37,23 +38,13 @@ func newVMList() *cobra.Command {
 		Short: "List machines",
 		Long: `List machines: those with the QMP sockets that are named, or lie in the folders
 that are, or without any the domains of libvirt. A machine that cannot be asked
-hides no other.`,
+hides no other, nor does a name without a file, which makes the list a failure.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			rows, err := f.list(c.Context(), args)
-			if err != nil {
+			if rows == nil {
 				return plugError(err)
 			}
-			if f.json {
-				return writeJSON(c.OutOrStdout(), rows)
-			}
-			t := &table{head: []string{"VM", "STATE", "QEMU", "UUID"}}
-			for _, r := range rows {
-				if r.Error != "" {
-					r.State = "error: " + visible(r.Error)
-				}
-				t.add(shown(r.VM), r.State, visible(r.QEMU), r.UUID)
-			}
-			return t.print(c.OutOrStdout())
+			return cmp.Or(f.printList(c.OutOrStdout(), rows), plugError(err))
 		},
 	}
 	c.Flags().BoolVar(&f.json, "json", false, "write JSON")
@@ -61,27 +52,47 @@ hides no other.`,
 	return c
 }
 
-func (f *vmFlags) list(ctx context.Context, paths []string) ([]vmRow, error) {
+func (f *vmFlags) printList(w io.Writer, rows []vmRow) error {
+	if f.json {
+		return writeJSON(w, rows)
+	}
+	t := &table{head: []string{"VM", "STATE", "QEMU", "UUID"}}
+	for _, r := range rows {
+		if r.Error != "" {
+			r.State = "error: " + visible(r.Error)
+		}
+		t.add(shown(r.VM), r.State, visible(r.QEMU), r.UUID)
+	}
+	return t.print(w)
+}
+
+// list has a row for each machine, and with the first error of a path one for each
+// path that has such an error. With any other error there are no rows.
+func (f *vmFlags) list(ctx context.Context, paths []string) (rows []vmRow, wrong error) {
 	if len(paths) == 0 {
 		return f.libvirt.list(ctx)
 	}
-	rows := []vmRow{}
+	rows = []vmRow{}
 	for _, path := range paths {
 		sockets, err := socketsAt(path)
-		if err != nil {
-			return nil, err
+		if len(rows)+len(sockets) > limits.LibvirtDomains {
+			return nil, fmt.Errorf("more than %d sockets", limits.LibvirtDomains)
 		}
 		for _, s := range sockets {
-			if len(rows) >= limits.LibvirtDomains {
-				return nil, fmt.Errorf("more than %d sockets", len(rows))
-			}
 			rows = append(rows, rowOf(ctx, s))
 		}
+		if err != nil {
+			rows, wrong = append(rows, vmRow{VM: path, Error: err.Error()}), cmp.Or(wrong, err)
+		}
 	}
-	return rows, ctx.Err()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return rows, wrong
 }
 
-// socketsAt is the socket, or those in the folder.
+// socketsAt is the socket, or those in the folder. With an error, they are some of
+// them.
 func socketsAt(path string) ([]string, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -142,7 +153,10 @@ func (f *libvirtFlags) list(ctx context.Context) ([]vmRow, error) {
 		}
 		rows = append(rows, r)
 	}
-	return rows, ctx.Err()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return rows, nil
 }
 
 // vmShown is a machine with its disks.
