@@ -27,7 +27,7 @@ func (b byteSize) String() string {
 	return fmt.Sprintf("%d%c", int64(b), suffixes[unit])
 }
 
-// Set implements pflag.Value.
+// Set implements pflag.Value. With a sign it would be a change of a size.
 func (b *byteSize) Set(s string) error {
 	number, shift := s, 0
 	if s != "" {
@@ -35,8 +35,8 @@ func (b *byteSize) Set(s string) error {
 			number, shift = s[:len(s)-1], 10*i
 		}
 	}
-	n, err := strconv.ParseInt(number, 10, 64)
-	if err != nil || n < 0 || n > math.MaxInt64>>shift {
+	n, err := strconv.ParseUint(number, 10, 63)
+	if err != nil || n > math.MaxInt64>>shift {
 		return fmt.Errorf("size %q is not a number of bytes with an optional suffix K, M, G or T", s)
 	}
 	*b = byteSize(n << shift)

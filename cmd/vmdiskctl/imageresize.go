@@ -80,9 +80,6 @@ func parseResize(s string) (newSize, error) {
 	if err := b.Set(number); err != nil {
 		return newSize{}, usageError{err}
 	}
-	if strings.HasPrefix(number, "+") {
-		return newSize{}, usage("size %q has two plus signs", s)
-	}
 	return newSize{n: int64(b), more: more}, nil
 }
 

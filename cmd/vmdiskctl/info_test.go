@@ -255,7 +255,7 @@ func TestSizesReadAndWrite(t *testing.T) {
 			t.Errorf("%q reads as %d, writes as %q, error %v", tt.in, b, b.String(), err)
 		}
 	}
-	for _, in := range []string{"", "K", "-1", "8E", "1.5M", "1MB", "0x10"} {
+	for _, in := range []string{"", "K", "-1", "+5", "+", "-0", "8E", "1.5M", "1MB", "0x10"} {
 		var b byteSize
 		if err := b.Set(in); err == nil {
 			t.Errorf("%q reads as %d", in, b)
