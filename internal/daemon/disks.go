@@ -21,7 +21,7 @@ type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
 	named  config.Export // its image as the configuration has it, whatever snapshots have put above
 	origin string        // guarded by disks.mu; written with busy held too
-	doors  []*door       // its own
+	doors  []*door       // its own; guarded by disks.mu; set once, before it is open
 	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
 	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
 	files  *open.Table   // of the image, opened already; nil: none are
@@ -237,6 +237,13 @@ func (s *disks) renew(name string) *poison {
 		k.poison = p
 	}
 	return p
+}
+
+// doorsOf are the listeners of k alone.
+func (s *disks) doorsOf(k *disk) []*door {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.doors
 }
 
 // originOf is where k is from.

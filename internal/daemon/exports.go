@@ -77,14 +77,18 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	if err == nil && (k.origin == fromAPI || k.origin == fromState) {
 		err = d.mayJoin(&x, k.origin == fromState) // a reload that begins now finds the name claimed
 	}
+	var own []*door
 	if err == nil {
-		k.doors, err = d.openDoors(ctx, &x)
+		own, err = d.openDoors(ctx, &x)
 	}
 	if err != nil {
 		return err
 	}
-	undo = append(undo, func() { d.closeDoors(k.doors) })
-	for _, o := range k.doors {
+	d.disks.mu.Lock()
+	k.doors = own
+	d.disks.mu.Unlock()
+	undo = append(undo, func() { d.closeDoors(own) })
+	for _, o := range own {
 		spec.At = append(spec.At, &o.scope)
 	}
 	d.warnVsock(k, &x)
@@ -105,7 +109,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 	if d.server == nil { // serve accepts at all doors that there are
 		return nil
 	}
-	for _, o := range k.doors {
+	for _, o := range own {
 		d.accept(o)
 	}
 	return nil
@@ -113,13 +117,18 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 
 // warnVsock tells of an export that guests only read although others write.
 func (d *daemon) warnVsock(k *disk, x *config.Export) {
-	at := k.doors
-	if len(at) == 0 {
-		at = d.doors.shared(x.Name)
-	}
-	if x.ReadOnlyOverVsock() && slices.ContainsFunc(at, func(o *door) bool { return overVsock(o.Listener) }) {
+	if x.ReadOnlyOverVsock() && slices.ContainsFunc(d.doorsOf(k, x.Name), func(o *door) bool { return overVsock(o.Listener) }) {
 		d.log.Warn("export is read-only over vsock: to write takes a grant with vm, and psk or token-sha256, or vsock-trust-cid", "export", x.Name)
 	}
+}
+
+// doorsOf are the listeners at which k, which has that name, is found: its own, or if
+// it has none those that exports share.
+func (d *daemon) doorsOf(k *disk, name string) []*door {
+	if own := d.disks.doorsOf(k); len(own) > 0 {
+		return own
+	}
+	return d.doors.shared(name)
 }
 
 func closeFiles(files []*os.File) {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -167,6 +168,32 @@ func TestFailedExportShowsItsOverlay(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestExportIsListedWhileItIsTriedAgain: its listeners are opened and closed beside
+// that, which the race detector has to see.
+func TestExportIsListedWhileItIsTriedAgain(t *testing.T) {
+	d, dir := emptyService(t), t.TempDir()
+	own := "nbd+unix:///?socket=" + filepath.Join(dir, "s")
+	x := config.Export{Name: "a", Image: filepath.Join(dir, "none"), Listeners: []config.Listener{{URI: own}}}
+	x.SetDefaults()
+	if err := d.disks.claim(&disk{cfg: x, origin: fromAPI, failed: backing.ErrLocked}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var listing sync.WaitGroup
+	listing.Go(func() {
+		for ctx.Err() == nil {
+			if got := d.describe(unopened("a")); got.Name != "a" { // as a list that found it failed
+				t.Errorf("got %+v, want the export", got)
+			}
+		}
+	})
+	for range 100 {
+		d.retry(t.Context(), func(error) bool { return true })
+	}
+	cancel()
+	listing.Wait()
 }
 
 // TestExportsAreBounded: what is added in excess would not come back.

@@ -194,11 +194,7 @@ func (d *daemon) describe(x export.Status) api.Export {
 		return out
 	}
 	out.State = d.shown(k, x.State)
-	doors := k.doors
-	if len(doors) == 0 {
-		doors = d.doors.shared(x.Spec.Name)
-	}
-	for _, o := range doors {
+	for _, o := range d.doorsOf(k, x.Spec.Name) {
 		out.URIs = append(out.URIs, o.URI(x.Spec.Name, o.tls == nbd.TLSRequire))
 	}
 	return out
