@@ -243,3 +243,68 @@ func TestDescriptorNeedsNoRoot(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestDescriptorNeedsNoPathToBeChanged: files that came as descriptors are open, and
+// what can be set on any export can be on theirs. What needs their names is refused.
+func TestDescriptorNeedsNoPathToBeChanged(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	at := func(name string) string { return filepath.Join(s.dir, name) }
+	if err := os.WriteFile(at("c.img"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.images("-b b.img -F raw q.qcow2", "-b c.img -F raw path.qcow2")
+	for _, tt := range []struct {
+		x     config.Export
+		files []string
+	}{
+		{config.Export{Name: "raw", Image: "fd:0"}, []string{"a.img"}},
+		{config.Export{Name: "chain", Image: "fd:1", Format: "qcow2", BackingFiles: []string{"fd:0:raw"}}, []string{"b.img", "q.qcow2"}},
+		{config.Export{Name: "path", Image: at("path.qcow2"), Format: "qcow2", BackingFiles: []string{"fd:0:raw"}}, []string{"c.img"}},
+	} {
+		var files []*os.File
+		for _, name := range tt.files {
+			f, err := os.OpenFile(at(name), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			files = append(files, f)
+		}
+		_, err := s.ctl.Add(t.Context(), api.AddExport{Export: tt.x, Persist: true}, files...)
+		wantCode(t, tt.x.Name+" to be kept", err, api.CodeInvalid)
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: tt.x}, files...); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.ctl.Snapshot(t.Context(), tt.x.Name, api.Snapshot{Overlay: at("top.qcow2")})
+		wantCode(t, "snapshot of "+tt.x.Name, err, api.CodeUnsupported)
+		s.wantChanged(tt.x.Name, tt.x.Image)
+	}
+	s.stop()
+}
+
+// wantChanged changes all of an export in use that shows, of a disk of 1 MiB.
+func (s *testService) wantChanged(name, image string) {
+	s.Helper()
+	set := func(p api.Patch) api.Export {
+		s.Helper()
+		x, err := s.ctl.Patch(s.Context(), name, p)
+		if err != nil {
+			s.Errorf("change of %s: %v", name, err)
+		}
+		return x
+	}
+	yes, no := true, false
+	if x := set(api.Patch{ReadOnly: &yes, Rate: &config.Rate{Ops: 1000}}); x.Writable || x.Rate == nil || x.Image != image {
+		s.Errorf("%s: got %+v, want it read-only and with a rate", name, x)
+	}
+	set(api.Patch{ReadOnly: &no})
+	s.write(name, "0x21", "0")
+	if x, err := s.ctl.Resize(s.Context(), name, api.Resize{Size: 2 << 20}); err != nil || x.Size != 2<<20 {
+		s.Errorf("resize of %s: got %+v, %v, want 2 MiB", name, x, err)
+	}
+	set(api.Patch{Grants: &[]config.Grant{{Access: "rw", UIDs: []uint32{4242}}}})
+	if got := s.size(s.uri(name)); got != "" {
+		s.Errorf("%s can be opened without its grant, and has %s bytes", name, got)
+	}
+}

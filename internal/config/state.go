@@ -91,10 +91,8 @@ func WriteExport(dir string, e Export, below []File) error {
 
 // encodeState writes e so that it is read as the same again, or not at all.
 func encodeState(e kept) ([]byte, error) {
-	for _, path := range slices.Concat([]string{e.Image}, e.BackingFiles, e.DataFiles) {
-		if _, ok := descriptor(withoutFormat(path)); ok {
-			return nil, errors.New("its image came as a descriptor, which has no name to open it by again")
-		}
+	if e.Descriptors() > 0 {
+		return nil, errors.New("its image came as a descriptor, which has no name to open it by again")
 	}
 	if e.Name == "" {
 		return nil, errors.New("it has no name")

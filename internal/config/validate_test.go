@@ -534,6 +534,24 @@ func TestExportsOfTheAPI(t *testing.T) {
 	}
 }
 
+// TestDescriptorsOfAnExport are as many as its files name, in whatever order.
+func TestDescriptorsOfAnExport(t *testing.T) {
+	for _, tt := range []struct {
+		e    config.Export
+		want int
+	}{
+		{config.Export{Image: "/a", BackingFiles: []string{"/fd:0:raw"}}, 0},
+		{config.Export{Image: "fd:00"}, 0},
+		{config.Export{Image: "fd:0"}, 1},
+		{config.Export{Image: "/a", DataFiles: []string{"fd:0"}}, 1},
+		{config.Export{Image: "fd:1", BackingFiles: []string{"fd:2:qcow2", "fd:0:raw"}, DataFiles: []string{"/d"}}, 3},
+	} {
+		if got := tt.e.Descriptors(); got != tt.want {
+			t.Errorf("%+v: got %d, want %d", tt.e, got, tt.want)
+		}
+	}
+}
+
 func TestDefaults(t *testing.T) {
 	c := parsed(t, "[control]\nsocket = \"/s\"\n[[listener]]\nuri = \"nbds://a\"\n[[listener]]\nuri = \"nbd+unix:///?socket=/t\"\n"+
 		"[[export]]\nname = \"a\"\nimage = \"/a\"\n[[export]]\nname = \"b\"\nimage = \"/b\"\nformat = \"qcow2\"\n[[export.listener]]\nuri = \"nbd://b\"\n"+

@@ -98,6 +98,17 @@ func descriptor(s string) (n int, ok bool) {
 	return int(u), ok && err == nil && strconv.FormatUint(u, 10) == digits
 }
 
+// Descriptors is how many files come with e: one more than the highest "fd:N" among
+// the names of its files.
+func (e *Export) Descriptors() (count int) {
+	for _, path := range slices.Concat([]string{e.Image}, e.BackingFiles, e.DataFiles) {
+		if n, ok := descriptor(withoutFormat(path)); ok {
+			count = max(count, n+1)
+		}
+	}
+	return count
+}
+
 // checkChain looks at what is for qcow2 images only.
 func (e *Export) checkChain(k checker, s Scope) {
 	k.word("discard", e.Discard, "unmap", "keep", "ignore")

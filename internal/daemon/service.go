@@ -318,7 +318,7 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
 	x.Rate = rate
-	scope := d.conf.Load().APIScope(0)
+	scope := d.conf.Load().APIScope(x.Descriptors())
 	scope.Anywhere = true // the image is open
 	if err := x.Validate(scope); err != nil {
 		return &api.Error{Code: api.CodeInvalid, Text: err.Error()}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
@@ -210,8 +209,8 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 		return next, errors.New("the export is read-only: nothing would be written to an overlay")
 	case !hasFiles(x):
 		return next, fmt.Errorf("a disk of format %s has no image", x.Format)
-	case strings.HasPrefix(x.Image, api.FilePrefix):
-		return next, errors.New("the image came as a descriptor, which has no name that an overlay could give")
+	case x.Descriptors() > 0:
+		return next, errors.New("the image or a file below it came as a descriptor, which has no name that an overlay could give")
 	case !filepath.IsAbs(overlay) || !filepath.IsAbs(x.Image):
 		return next, errors.New("the overlay and the image must have absolute paths")
 	case p.Mode == open.SameDir && filepath.Dir(overlay) != filepath.Dir(x.Image):
