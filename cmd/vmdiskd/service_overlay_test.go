@@ -352,6 +352,34 @@ func TestForgettingAnOverlayRepairsAnExport(t *testing.T) {
 	}
 }
 
+// TestForgettingAnOverlayOpensNoRemovedExport: it is away until the next start, which
+// serves the image of the configuration.
+func TestForgettingAnOverlayOpensNoRemovedExport(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA)
+	want := api.Forgotten{Overlay: filepath.Join(s.dir, "top.qcow2"), Image: filepath.Join(s.dir, "a.img")}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: want.Overlay}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ctl.Remove(t.Context(), "a", true, 0); err != nil {
+		t.Fatal(err)
+	}
+	if f, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil || f != want {
+		t.Errorf("forgotten: got %+v, %v, want %+v", f, err, want)
+	}
+	s.wantExports("then")
+	if _, err := s.ctl.Reload(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	s.wantExports("after a reload that changes nothing")
+	s.stop()
+	s.start()
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.Image != want.Image || x.State != "ready" {
+		t.Errorf("after a restart: got %+v, %v, want it ready with %s", x, err, want.Image)
+	}
+	s.stop()
+}
+
 // TestRefusedSnapshotLeavesNoOverlay: it can be asked for again.
 func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
 	t.Parallel()

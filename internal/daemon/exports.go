@@ -408,11 +408,6 @@ func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 	}
 }
 
-// tryExport opens an export, or notes why it does not work.
-func (d *daemon) tryExport(x config.Export, origin string) {
-	d.tryDisk(&disk{cfg: x, origin: origin})
-}
-
 // giveUp makes an export known that does not work, with the image that it would have
 // served. A name that is taken has its own export.
 func (d *daemon) giveUp(failed *disk) {
@@ -428,8 +423,8 @@ func (d *daemon) giveUp(failed *disk) {
 	}
 }
 
-// tryDisk is tryExport of a disk that is not open. Another attempt at one that was
-// removed meanwhile is none.
+// tryDisk opens a disk that is not open, or notes why it does not work. Another attempt
+// at one that was removed meanwhile is none.
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()

@@ -155,7 +155,7 @@ func TestFailedExportShowsItsOverlay(t *testing.T) {
 		name string
 		fail func(d *daemon)
 	}{
-		{"it was tried", func(d *daemon) { d.tryExport(x, fromConfig) }},
+		{"it was tried", func(d *daemon) { d.tryDisk(&disk{cfg: x, origin: fromConfig}) }},
 		{"no answer", func(d *daemon) { d.giveUp(&disk{cfg: x, origin: fromConfig, failed: errNoAnswer}) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

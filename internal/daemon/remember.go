@@ -83,7 +83,8 @@ func (d *daemon) remember(k *disk, cfg config.Export, below []config.File) (undo
 // export serve what the file names, cutting its clients off, if that is another
 // image. With force also where a guest may have written to the overlay, and where
 // what is remembered cannot be read. It tells what it does; dry does nothing.
-// An export that cannot be opened without the overlay keeps it. With d.reloading.
+// An export that cannot be opened without the overlay keeps it; one that was removed
+// stays away. With d.reloading.
 func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool) (api.Forgotten, error) {
 	f := api.Forgotten{DryRun: dry}
 	state := d.conf.Load().Control.State
@@ -110,16 +111,13 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	if dry {
 		return f, nil
 	}
-	if err := config.RemoveInstead(state, name); err != nil || named || !ok {
+	if err := config.RemoveInstead(state, name); err != nil || named || !ok || d.disks.get(name) == nil {
 		return f, err
 	}
 	defer d.disks.confirm()
 	if _, err := d.reopen(ctx, config.ExportChange{Name: name, New: &x}); err != nil {
 		if i != nil {
 			err = errors.Join(err, config.WriteInstead(state, *i))
-		}
-		if d.disks.get(name) == nil {
-			d.tryExport(x, fromConfig)
 		}
 		return f, err
 	}

@@ -113,7 +113,7 @@ func TestLastEventOfAnExportIsItsState(t *testing.T) {
 			}
 			return nil
 		}},
-		{"start with one without an image", func() error { d.tryExport(missing("none"), fromAPI); return nil }},
+		{"start with one without an image", func() error { d.tryDisk(&disk{cfg: missing("none"), origin: fromAPI}); return nil }},
 		{"start with one that hangs", func() error {
 			d.giveUp(&disk{cfg: there, origin: fromAPI, failed: errNoAnswer})
 			return nil
