@@ -33,9 +33,13 @@ type disk struct {
 	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
 	again *disk
 
-	// inPlaceOf is a kept export that failed, whose file is still there: it has
-	// the name again if this one goes. Guarded by disks.mu; changed with busy
-	// held too.
+	// unkept is for an addition that is to be kept: its file is written before it
+	// is ready, so that nobody changes what is not kept.
+	unkept bool
+
+	// inPlaceOf is a kept export that failed, whose name and file this one is about
+	// to take: it has both again if this one is not opened. Guarded by disks.mu;
+	// nil once this one is ready, or its file gone.
 	inPlaceOf *disk
 
 	// trial is for one that a reload has opened which is under way, and may take

@@ -92,20 +92,18 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		spec.At = append(spec.At, &o.scope)
 	}
 	d.warnVsock(k, &x)
-	err = d.exports.AddOpening(spec, func() (backing.Device, error) {
-		s, err := d.build(ctx, &x, k.opens(x), files, k.files)
-		if err != nil {
-			return nil, err
-		}
-		d.disks.mu.Lock()
-		k.stack, k.again = s, nil
-		k.cfg.Format = s.x.Format // as it is kept: what a guest writes later is no reason to ask
-		d.disks.mu.Unlock()
-		return s.top, nil
+	var unkeep func() error
+	err = d.exports.AddOpening(spec, func() (dev backing.Device, err error) {
+		dev, unkeep, err = d.openDisk(ctx, k, &x, files)
+		return dev, err
 	})
+	if err != nil && unkeep != nil {
+		err = errors.Join(err, unkeep())
+	}
 	if err != nil {
 		return err
 	}
+	d.disks.settle(k)
 	if d.server == nil { // serve accepts at all doors that there are
 		return nil
 	}
@@ -113,6 +111,26 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		d.accept(o)
 	}
 	return nil
+}
+
+// openDisk opens k as x says. It returns what has the file of an addition as it was
+// before, nil if it was not written.
+func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files []*os.File) (dev backing.Device, unkeep func() error, err error) {
+	s, err := d.build(ctx, x, k.opens(*x), files, k.files)
+	if err != nil {
+		return nil, nil, err
+	}
+	cfg := k.cfg
+	cfg.Format = s.x.Format // as it is kept: what a guest writes later is no reason to ask
+	if k.unkept {
+		if unkeep, err = d.keepAdded(ctx, k, cfg, s.below); err != nil {
+			return nil, nil, errors.Join(err, s.top.Close())
+		}
+	}
+	d.disks.mu.Lock()
+	defer d.disks.mu.Unlock()
+	k.cfg, k.stack, k.again = cfg, s, nil
+	return s.top, unkeep, nil
 }
 
 // warnVsock tells of an export that guests only read although others write.
@@ -173,13 +191,9 @@ func (d *daemon) beginChange(ctx context.Context, name string) (*disk, error) {
 	if k == nil {
 		return nil, unknownExport(name)
 	}
-	return k, d.hold(ctx, k, name)
-}
-
-// hold is beginChange of k, which had that name when it was found.
-func (d *daemon) hold(ctx context.Context, k *disk, name string) (err error) {
-	if err := k.busy.Wait(ctx); err != nil {
-		return told(err)
+	err := k.busy.Wait(ctx)
+	if err != nil {
+		return nil, told(err)
 	}
 	if d.disks.get(name) != k {
 		err = unknownExport(name)
@@ -189,7 +203,7 @@ func (d *daemon) hold(ctx context.Context, k *disk, name string) (err error) {
 	if err != nil {
 		k.busy.Unlock()
 	}
-	return err
+	return k, err
 }
 
 // mayChange refuses a change of k, which has that name, while it is being opened or

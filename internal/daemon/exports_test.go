@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -167,6 +169,102 @@ func TestFailedExportShowsItsOverlay(t *testing.T) {
 				t.Errorf("got %+v, %v, want it failed with image %q of format qcow2", got, err, over.Image)
 			}
 		})
+	}
+}
+
+// TestAdditionIsKeptAsAWholeOrNotAtAll: whatever others do while it is made, an export
+// that is there has its file, and one that is not leaves its name and its file to what
+// had them before.
+func TestAdditionIsKeptAsAWholeOrNotAtAll(t *testing.T) {
+	text := "changed"
+	for _, tt := range []struct {
+		name  string
+		at    export.State // of the addition when something is done
+		do    func(d *daemon, state string, leave func()) error
+		added bool
+	}{
+		{"nothing else", export.Ready, func(*daemon, string, func()) error { return nil }, true},
+		{"another changes it, and who adds it leaves", export.Ready, func(d *daemon, _ string, leave func()) error {
+			defer leave()
+			_, err := service{d}.Patch(t.Context(), "a", api.Patch{Description: &text})
+			return err
+		}, true},
+		{"who adds it leaves before it is there", export.Opening, func(_ *daemon, _ string, leave func()) error { leave(); return nil }, false},
+		{"the folder is not trusted", export.Opening, func(_ *daemon, state string, _ func()) error { return os.Chmod(state, 0o777) }, false},
+		{"the daemon stops", export.Opening, func(d *daemon, _ string, _ func()) error {
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			_ = d.exports.Close(ctx) // without a wait for what is being opened
+			return nil
+		}, false},
+	} {
+		for _, before := range []string{"", "/before"} {
+			t.Run(tt.name+", in place of "+before, func(t *testing.T) {
+				d, state := keepingService(t, before)
+				ctx, leave := context.WithCancel(t.Context())
+				d.exports.Changed = func(_ string, s export.State) {
+					if s == tt.at {
+						if err := tt.do(d, state, leave); err != nil {
+							t.Error(err)
+						}
+					}
+				}
+				_, err := service{d}.Add(ctx, api.AddExport{Export: config.Export{Name: "a", Format: "mem", Image: "1M"}, Persist: true}, nil)
+				if (err == nil) != tt.added {
+					t.Errorf("addition: got %v, want success %t", err, tt.added)
+				}
+				if err := os.Chmod(state, 0o700); err != nil {
+					t.Fatal(err)
+				}
+				if tt.added {
+					wantKept(t, d, state, "1M")
+				} else {
+					wantKept(t, d, state, before)
+				}
+			})
+		}
+	}
+}
+
+// keepingService has a folder for what is kept, in which there is, unless image is
+// empty, an export called "a", which has failed and whose image stands on a file.
+func keepingService(t *testing.T, image string) (d *daemon, state string) {
+	d, state = emptyService(t), t.TempDir()
+	d.conf.Store(&config.Config{Control: config.Control{State: state}})
+	err := os.Chmod(state, 0o700)
+	if err == nil && image != "" {
+		x := config.Export{Name: "a", Image: image}
+		x.SetDefaults()
+		err = errors.Join(config.WriteExport(state, x, []config.File{{Path: image + ".below"}}),
+			d.disks.claim(&disk{cfg: x, origin: fromState, failed: os.ErrNotExist}))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d, state
+}
+
+// wantKept wants an export of an image called "a", with its file and, if it has the
+// image of a keepingService, what that stands on; or none, if image is empty.
+func wantKept(t *testing.T, d *daemon, state, image string) {
+	t.Helper()
+	var there, kept config.Export
+	if k := d.disks.get("a"); k != nil {
+		there = k.cfg
+	}
+	list, err := config.ReadExports(state)
+	if len(list) > 0 {
+		kept = list[0]
+	}
+	if err != nil || there.Image != image || !reflect.DeepEqual(kept, there) {
+		t.Errorf("got export %+v, kept is %+v, %v, want both with image %q", there, kept, err, image)
+	}
+	var want []config.File
+	if filepath.IsAbs(image) {
+		want = []config.File{{Path: image + ".below"}}
+	}
+	if below, _ := config.ReadBelow(state, "a"); !slices.Equal(below, want) {
+		t.Errorf("the files below it are %v, want %v", below, want)
 	}
 }
 

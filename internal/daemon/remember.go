@@ -79,6 +79,26 @@ func (d *daemon) remember(k *disk, cfg config.Export, below []config.File) (undo
 	return func() error { return nil }, nil
 }
 
+// keepAdded writes the file of k, an addition as cfg says whose image stands on the
+// files below, and returns what has that as it was before. Its caller must be there
+// still: nobody else would know of it. k has its name, and is not ready.
+func (d *daemon) keepAdded(ctx context.Context, k *disk, cfg config.Export, below []config.File) (undo func() error, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	state, old := d.conf.Load().Control.State, k.inPlaceOf
+	undo = func() error { return config.RemoveExport(state, cfg.Name) }
+	if old != nil {
+		under, _ := config.ReadBelow(state, cfg.Name) // of one that is damaged there is none
+		undo = func() error { return config.WriteExport(state, old.cfg, under) }
+	}
+	err = config.WriteExport(state, cfg, below)
+	if errors.Is(err, config.ErrUnsynced) {
+		err = errors.Join(err, undo())
+	}
+	return undo, err
+}
+
 // forgetOverlay forgets the overlay of an export of the configuration, and has the
 // export serve what the file names, cutting its clients off, if that is another
 // image. With force also where a guest may have written to the overlay, and where

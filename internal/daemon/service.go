@@ -209,57 +209,13 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 	if a.Persist {
 		origin = fromState
 	}
-	k := &disk{cfg: x, origin: origin}
 	if err == nil {
-		err = s.d.addDisk(ctx, k, files)
-	}
-	if err == nil && a.Persist {
-		err = s.d.keepAdded(ctx, k, x.Name)
+		err = s.d.addDisk(ctx, &disk{cfg: x, origin: origin, unkept: a.Persist}, files)
 	}
 	if err != nil {
 		return api.Export{}, told(err)
 	}
 	return s.Export(x.Name)
-}
-
-// keepAdded writes the file of an export that was added to be kept, or takes it
-// away again.
-func (d *daemon) keepAdded(ctx context.Context, k *disk, name string) error {
-	err := d.writeAdded(ctx, k, name)
-	if err == nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(d.stopping, openTimeout) // also where the caller has left
-	defer cancel()
-	away := d.takeAway(ctx, k, name, true, func() (*disk, error) { return nil, nil })
-	if errors.Is(away, nbd.ErrUnknownExport) { // by somebody else
-		return err
-	}
-	return errors.Join(err, away)
-}
-
-// writeAdded is the first part of keepAdded. With an error the file is as it was
-// before.
-func (d *daemon) writeAdded(ctx context.Context, k *disk, name string) error {
-	if err := d.hold(ctx, k, name); err != nil {
-		return err
-	}
-	defer k.busy.Unlock()
-	state, old := d.conf.Load().Control.State, k.inPlaceOf
-	var below []config.File
-	if old != nil {
-		below, _ = config.ReadBelow(state, name) // of one that is damaged there is none
-	}
-	err := d.rewrite(k, k.cfg)
-	switch {
-	case err == nil:
-		d.disks.settle(k)
-	case errors.Is(err, config.ErrUnsynced) && old != nil:
-		err = errors.Join(err, config.WriteExport(state, old.cfg, below))
-	case errors.Is(err, config.ErrUnsynced):
-		err = errors.Join(err, d.forgetKept(k, name))
-	}
-	return err
 }
 
 // mayAdd refuses exports that the API cannot make.
