@@ -480,6 +480,94 @@ func TestImageMovesWhileItIsServed(t *testing.T) {
 	s.stop()
 }
 
+// TestImageThatMovedComesBack: a reload that follows it and fails, before or after
+// the export is open again, has the file served that was, with nothing at its old
+// path or another file.
+func TestImageThatMovedComesBack(t *testing.T) {
+	t.Parallel()
+	for _, fails := range []struct{ what, more, listener string }{
+		{"as it cannot be opened", "window = { offset = \"1G\" }\n", "goes"},
+		{"at a listener after it", "", "busy"},
+	} {
+		for _, format := range []string{"raw", "qcow2"} {
+			for _, other := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %s, another file %t", fails.what, format, other), func(t *testing.T) {
+					t.Parallel()
+					s := newService(t, unixListener("goes", ""))
+					busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer busy.Close()
+					conf := func(dir string) string {
+						return "[[export]]\nname = \"a\"\nimage = \"DIR/" + dir + "/image\"\nformat = \"" + format + "\"\n"
+					}
+					from, to := filepath.Join(s.dir, "old"), filepath.Join(s.dir, "new")
+					create := func(dir string) {
+						t.Helper()
+						if err := os.Mkdir(dir, 0o700); err != nil {
+							t.Fatal(err)
+						}
+						if out, err := tool(t, dir, "qemu-img", "create", "-q", "-f", format, "image", "1M"); err != nil {
+							t.Fatal(err, out)
+						}
+					}
+					create(from)
+					if err := s.reload(conf("old") + unixListener("goes", "")); err != nil {
+						t.Fatal(err)
+					}
+					s.write("a", "0x31", "0")
+					if err := os.Rename(from, to); err != nil {
+						t.Fatal(err)
+					}
+					if other {
+						create(from)
+					}
+					if err := s.reload(conf("new") + fails.more + unixListener(fails.listener, "")); err == nil {
+						t.Error("the reload did not fail")
+					}
+					s.wantExports("after the reload that failed", "a ready config")
+					s.wantBytes("a", "0x31", "0")
+					s.write("a", "0x32", "64k")
+					if err := s.reload(conf("new") + unixListener("goes", "")); err != nil {
+						t.Errorf("the next reload: %v", err)
+					}
+					s.wantBytes("a", "0x32", "64k")
+					s.stop()
+				})
+			}
+		}
+	}
+}
+
+// TestFailedExportComesBackAsNoOther: one that has failed while it was open has no
+// file any more, and stays failed when a reload that follows its image fails.
+func TestFailedExportComesBackAsNoOther(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA)
+	lock := s.deny("a.img")
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")}); err == nil {
+		t.Fatal("a snapshot of an image that another locks was made")
+	}
+	image := filepath.Join(s.dir, "a.img")
+	err := errors.Join(lock.Close(), os.Rename(image, filepath.Join(s.dir, "c.img")), os.WriteFile(image, make([]byte, 4096), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := strings.Replace(exportA, "a.img", "c.img", 1)
+	if err := s.reload(moved + "window = { offset = \"1G\" }\n"); err == nil {
+		t.Error("the reload did not fail")
+	}
+	s.wantExports("after the reload that failed", "a failed config")
+	if err := s.reload(moved); err != nil {
+		t.Errorf("the next reload: %v", err)
+	}
+	if got := s.size(s.uri("a")); got != "1048576" {
+		t.Errorf("size after the next reload: got %q, want 1048576", got)
+	}
+	s.stop()
+}
+
 const exportLost = "[[export]]\nname = \"lost\"\nimage = \"DIR/lost.img\"\n"
 
 // wantTried is a reload, or a dry run of one, that only tries an export again, and

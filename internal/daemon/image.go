@@ -3,7 +3,9 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
@@ -23,9 +25,13 @@ func (d *daemon) roots() []string {
 // image is an image that is open.
 type image struct {
 	dev   backing.Device
-	files []*os.File // of the device, which closes them
+	files map[open.Request]*os.File // of the device, which closes them
+	dirs  map[string]string         // of the table that they came from
 	below []config.File
 }
+
+// known are the files of an image.
+func (i *image) known() []*os.File { return slices.Collect(maps.Values(i.files)) }
 
 // openImage opens the image of an export as s says, with what was handed over for it.
 func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (image, error) {
@@ -40,8 +46,12 @@ func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (
 // openSpec opens the image of an export of that name.
 func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec) (i image, err error) {
 	s.Log, s.Poisoned = d.logs.For("backing"), d.watch(name)
+	i.files = map[open.Request]*os.File{}
+	if s.Table != nil {
+		_, i.dirs = s.Table.Contents()
+	}
 	s.Opened = func(f *os.File, below bool) {
-		i.files = append(i.files, f)
+		i.files[s.Asked(f, below)] = f
 		if below {
 			i.below = append(i.below, fileOf(f))
 		}

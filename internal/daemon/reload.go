@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
@@ -159,13 +160,14 @@ type reload struct {
 	undo   []func(context.Context) // of what is done, in its order
 	fresh  []*door                 // open; nothing is accepted at them before the end
 	late   []config.ListenerChange // added ones whose addresses were in use
+	over   []func()                // what is called when nothing is undone any more
 }
 
 // apply does a reload: what comes, what changes, and when all that is done, what
 // goes. If a step fails, those before it are undone.
 func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) error {
 	r := &reload{d: d, c: c, change: change}
-	defer d.disks.confirm()
+	defer r.end()
 	for _, step := range [...]func(context.Context) error{
 		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
 	} {
@@ -192,6 +194,14 @@ func (r *reload) takeBack() {
 	}
 	for _, undo := range slices.Backward(r.undo) {
 		undo(ctx)
+	}
+}
+
+// end is when what was done stays, or was undone.
+func (r *reload) end() {
+	r.d.disks.confirm()
+	for _, f := range r.over {
+		f()
 	}
 }
 
@@ -285,8 +295,8 @@ func (r *reload) reopenExports(ctx context.Context) error {
 		x, _ := exportOf(r.c, name) // reopened names exports of c
 		list = append(list, config.ExportChange{Name: name, New: &x})
 	}
-	undo, err := r.d.reopen(ctx, list...)
-	r.undo = append(r.undo, undo...)
+	undo, over, err := r.d.reopen(ctx, list...)
+	r.undo, r.over = append(r.undo, undo...), append(r.over, over)
 	return err
 }
 
@@ -509,16 +519,22 @@ func named(list []config.Export, name string) (x config.Export, ok bool) {
 type reopening struct {
 	d            *daemon
 	k            *disk
-	next, before *disk // others of its name, with their files: before is as k is
+	next, before *disk // others of its name, with their files: before is as k is, with those that k has open
 }
 
 // reopen closes exports and opens them as list says; one that is not open is
 // opened. None is closed before the files of all are open. It returns what takes
 // back what it has done, also with an error: an export that cannot be opened is
-// opened as it was.
-func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []func(context.Context), err error) {
+// opened as it was. over, which is never nil, is to be called when nothing is taken
+// back any more.
+func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []func(context.Context), over func(), err error) {
 	var away []*disk
 	var all []*reopening
+	over = func() {
+		for _, r := range all {
+			r.before.files.Close()
+		}
+	}
 	defer func() {
 		for _, r := range all {
 			r.end()
@@ -538,23 +554,23 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 			}
 		}
 		if err != nil {
-			return nil, fmt.Errorf("export %q: %w", x.Name, err)
+			return nil, over, fmt.Errorf("export %q: %w", x.Name, err)
 		}
 	}
 	if err := d.gatherReopened(ctx, all); err != nil {
-		return nil, err
+		return nil, over, err
 	}
 	if undo, err = d.addAll(ctx, away); err != nil {
-		return undo, err
+		return undo, over, err
 	}
 	for _, r := range all {
 		back, err := r.reopen(ctx)
 		if err != nil {
-			return undo, fmt.Errorf("export %q: %w", r.next.cfg.Name, err)
+			return undo, over, fmt.Errorf("export %q: %w", r.next.cfg.Name, err)
 		}
 		undo = append(undo, back)
 	}
-	return undo, nil
+	return undo, over, nil
 }
 
 // beginReopen refuses an export that the API has paused: the pause would be over.
@@ -575,43 +591,47 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 	return &reopening{d: d, k: k, next: next, before: d.likeness(k)}, nil
 }
 
-// gatherReopened opens the files of exports that are to be opened anew, and once
-// more those that they have, for the case that it fails.
+// gatherReopened opens the files of exports that are to be opened anew, and takes
+// up those that they have open, for the case that it fails.
 func (d *daemon) gatherReopened(ctx context.Context, all []*reopening) error {
-	var list []sought
-	for _, r := range all {
-		for _, other := range [...]*disk{r.next, r.before} {
-			x, err := d.soughtBeside(ctx, r.k, other)
-			if err != nil {
-				return fmt.Errorf("export %q: %w", other.cfg.Name, err)
-			}
-			list = append(list, x)
+	list := make([]sought, len(all))
+	for i, r := range all {
+		var err error
+		if list[i], err = r.seek(ctx); err != nil {
+			return fmt.Errorf("export %q: %w", r.next.cfg.Name, err)
 		}
 	}
-	out := d.gatherAll(list)
-	for i, r := range all {
-		r.next.files, r.before.files = out[2*i].table, out[2*i+1].table
-	}
-	for i, r := range all {
-		name := r.next.cfg.Name
-		if err := out[2*i].err; err != nil {
-			return fmt.Errorf("export %q: %w", name, err)
+	var first error
+	for i, g := range d.gatherAll(list) {
+		r := all[i]
+		r.next.files = g.table
+		if g.err != nil && first == nil {
+			first = fmt.Errorf("export %q: %w", r.next.cfg.Name, g.err)
 		}
-		d.tellGone(name, out[2*i+1].err)
 	}
-	return nil
+	return first
 }
 
-// tellGone notes that an export cannot come back as it was, if err says so.
-func (d *daemon) tellGone(name string, err error) {
+// seek takes up the files of r.k, whose paths may lead to others by now, and tells
+// those of r.next. They may be the same ones: the daemon may have no right to open
+// them again. One that has failed has no files open, and comes back as it is.
+func (r *reopening) seek(ctx context.Context) (sought, error) {
+	x, err := r.d.placed(r.next.opens(r.next.cfg))
 	if err != nil {
-		d.log.Debug("the files of an export that is closed cannot be opened again", "export", name, "error", err)
+		return sought{}, err
 	}
+	if err := r.k.busy.Wait(ctx); err != nil {
+		return sought{}, err
+	}
+	defer r.k.busy.Unlock()
+	if r.before.failed == nil {
+		r.before.files, err = open.Again(r.k.stack.files, r.k.stack.dirs)
+	}
+	return sought{x, r.k.stack.known()}, err
 }
 
 func (r *reopening) end() {
 	r.next.files.Close()
-	r.before.files.Close()
 	r.k.stay()
 }
 
@@ -619,7 +639,7 @@ func (r *reopening) end() {
 // It returns what takes it back.
 func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
 	d := r.d
-	closed, back, err := d.closeWith(ctx, r.k, r.before)
+	closed, back, err := d.closeFor(ctx, r.k, r.before)
 	if err != nil {
 		return nil, err
 	}
@@ -629,7 +649,7 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 		return nil, err
 	}
 	return func(ctx context.Context) {
-		_, back, err := d.closeFor(ctx, r.next, r.k)
+		_, back, err := d.closeFor(ctx, r.next, r.before)
 		if err != nil {
 			d.tellChanged(r.next.cfg.Name, err)
 			return
@@ -638,61 +658,32 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 	}, nil
 }
 
-// likeness is another disk of the name of k, to be opened as k is, or was last.
+// likeness is another disk of the name of k, to be opened as k is.
 func (d *daemon) likeness(k *disk) *disk {
-	x, s, _ := d.disks.look(k)
-	return &disk{cfg: x, named: k.named, writes: !s.x.ReadOnly}
-}
-
-// soughtBeside are the files of another disk while k is open, whose files may be
-// the same ones: the daemon may have no right to open them again.
-func (d *daemon) soughtBeside(ctx context.Context, k, other *disk) (sought, error) {
-	x, err := d.placed(other.opens(other.cfg))
-	if err != nil {
-		return sought{}, err
-	}
-	if err := k.busy.Wait(ctx); err != nil {
-		return sought{}, err
-	}
-	defer k.busy.Unlock()
-	return sought{x, slices.Clone(k.stack.files)}, nil
+	x, s, failed := d.disks.look(k)
+	return &disk{cfg: x, named: k.named, writes: !s.x.ReadOnly, failed: failed}
 }
 
 // errReopening is what an export has failed for that closeFor has closed.
 var errReopening = errors.New("it is being opened again")
 
-// closeFor closes k, which is to come back as was, which it is or has been: closed
-// has its name, as one that failed. back opens it, if nobody has removed it; its
-// image may be elsewhere by now, and then that fails. Another that has taken the
-// name of k stays: errAway or errTaken.
-func (d *daemon) closeFor(ctx context.Context, k, was *disk) (closed *disk, back func(), err error) {
-	again := d.likeness(was)
-	if err := d.disks.stillHas(again.cfg.Name, k); err != nil { // its files are closed
-		return nil, nil, err
-	}
-	x, err := d.soughtBeside(ctx, k, again)
-	g := gathered{err: err}
-	if err == nil {
-		g = d.gatherAll([]sought{x})[0]
-	}
-	d.tellGone(again.cfg.Name, g.err)
-	again.files = g.table
-	return d.closeWith(ctx, k, again)
-}
-
-// closeWith is closeFor with the disk that back opens, a likeness with its files.
-// Those are closed where there is no way back.
-func (d *daemon) closeWith(ctx context.Context, k, again *disk) (closed *disk, back func(), err error) {
+// closeFor closes k, which is to come back as again, a likeness of what it is or has
+// been: closed has its name, as one that failed. back opens again, or has it failed
+// as it had, if nobody has removed it. Another that has taken the name of k stays:
+// errAway or errTaken.
+func (d *daemon) closeFor(ctx context.Context, k, again *disk) (closed *disk, back func(), err error) {
 	name := again.cfg.Name
 	if err := d.disks.stillHas(name, k); err != nil {
-		again.files.Close()
 		return nil, nil, err
 	}
 	again.origin = d.disks.originOf(k)
 	closed = &disk{cfg: again.cfg, origin: again.origin, failed: errReopening}
 	again.again = closed
 	back = func() {
-		defer again.files.Close()
+		if again.failed != nil {
+			d.giveUp(again)
+			return
+		}
 		d.tryDisk(again)
 	}
 	err = d.makeRoom(ctx, k, closed)
@@ -701,8 +692,6 @@ func (d *daemon) closeWith(ctx context.Context, k, again *disk) (closed *disk, b
 		return closed, back, nil
 	case d.disks.find(name) == nil: // in bad order
 		back()
-	default:
-		again.files.Close()
 	}
 	return nil, nil, err
 }

@@ -118,7 +118,7 @@ func TestRemovedExportIsNotTriedAgain(t *testing.T) {
 		t.Errorf("what was removed is there again: %+v", k)
 	}
 	k := d.disks.get("a")
-	_, back, err := d.closeFor(t.Context(), k, k)
+	_, back, err := d.closeFor(t.Context(), k, d.likeness(k))
 	if err == nil {
 		err = d.removeFailed(t.Context(), d.disks.get("a"), "a")
 	}

@@ -135,7 +135,9 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 		return f, err
 	}
 	defer d.disks.confirm()
-	if _, err := d.reopen(ctx, config.ExportChange{Name: name, New: &x}); err != nil {
+	_, over, err := d.reopen(ctx, config.ExportChange{Name: name, New: &x})
+	defer over()
+	if err != nil {
 		if i != nil {
 			err = errors.Join(err, config.WriteInstead(state, *i))
 		}

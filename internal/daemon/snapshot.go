@@ -92,11 +92,11 @@ func (d *daemon) putAbove(ctx context.Context, k *disk, next config.Export, back
 // part of. All but others of them must be files of s: an overlay that names the
 // image by its path would have another below it, now or after a restart.
 func (d *daemon) gatherKnown(ctx context.Context, s *stack, x *config.Export, others int) (*open.Table, error) {
-	t, err := d.gather(ctx, x, s.files)
+	t, err := d.gather(ctx, x, s.known())
 	if err != nil {
 		return nil, err
 	}
-	if list := t.Others(s.files); len(list) > others {
+	if list := t.Others(s.known()); len(list) > others {
 		t.Close()
 		return nil, fmt.Errorf("what is at %q is not the file that is served", list)
 	}
@@ -125,7 +125,7 @@ func (s *stack) takeOut(hold *layer.Hold) (backing.Device, error) {
 // put serves another image.
 func (s *stack) put(i image, x config.Export) {
 	s.swap.To(i.dev)
-	s.x, s.files, s.below = x, i.files, i.below
+	s.image, s.x = i, x
 }
 
 // raise closes the image of an export, which was taken out, and opens it again

@@ -26,8 +26,7 @@ type stack struct {
 	pause *layer.Pause
 	ro    *layer.ReadOnly
 	x     config.Export // how the image was opened last
-	files []*os.File    // of the image; with disk.busy
-	below []config.File // those of them that it stands on; with disk.busy
+	image               // below swap; with disk.busy
 
 	// threshold is of the file with the guest's data, also if a snapshot gives
 	// it another.
@@ -42,7 +41,7 @@ func (d *daemon) build(ctx context.Context, x *config.Export, opened config.Expo
 	if err != nil {
 		return nil, err
 	}
-	s := &stack{swap: layer.NewSwap(i.dev), x: opened, files: i.files, below: i.below, threshold: th}
+	s := &stack{swap: layer.NewSwap(i.dev), image: i, x: opened, threshold: th}
 	if !opened.ReadOnly { // it was asked for its format, and a guest may make it look like another
 		s.x.Format = opened.ImageFormat()
 	}

@@ -203,14 +203,17 @@ func (g *gate) inside(w wish, name string) (string, error) {
 // openBeneath opens a file beneath the root, or takes it from the table.
 func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
 	r := Request{Path: filepath.Join(g.real, rel), ReadOnly: w.readOnly, Direct: g.direct}
-	if f := g.top.Table.take(r); f != nil {
+	f, err := g.top.Table.take(r)
+	if err != nil {
+		return nil, err
+	}
+	if f != nil {
 		if err := g.recheck(w, f); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
 		return f, nil
 	}
-	f, err := g.openRel(w, rel)
-	if err != nil {
+	if f, err = g.openRel(w, rel); err != nil {
 		f, err = known(g.top.Known, r, err)
 	}
 	return g.top.Table.keep(r, f, err)

@@ -22,14 +22,17 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 		return openInRoots(s, c)
 	}
 	r := Request{Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct}
-	if f := s.Table.take(r); f != nil {
+	f, err := s.Table.take(r)
+	if err != nil {
+		return nil, err
+	}
+	if f != nil {
 		if err := suits(f, s, c); err != nil {
 			return nil, errors.Join(err, f.Close())
 		}
 		return f, nil
 	}
-	f, err := openAnywhere(s, c)
-	if err != nil {
+	if f, err = openAnywhere(s, c); err != nil {
 		f, err = known(s.Known, r, err)
 	}
 	return s.Table.keep(r, f, err)

@@ -21,6 +21,7 @@ type Table struct {
 	files  map[Request]*os.File
 	dirs   map[string]string // folders, and where symbolic links lead
 	filled bool              // it is taken from, not kept in
+	whole  bool              // what it lacks is not opened
 }
 
 // Request is what the gate wants to open. Path has no symbolic links in it
@@ -84,6 +85,45 @@ func NewTable(files map[Request]*os.File, dirs map[string]string) *Table {
 	return &Table{files: files, dirs: dirs, filled: true}
 }
 
+// Again makes a table of the files of an image that is open, for who opens it once
+// more, whatever is at their paths by now: files are what Opened was called with,
+// and dirs the folders of the table that the image was opened with. The descriptors
+// are others of the same open files; what is not among them is not opened.
+func Again(files map[Request]*os.File, dirs map[string]string) (*Table, error) {
+	t := &Table{files: make(map[Request]*os.File, len(files)), dirs: dirs, filled: true, whole: true}
+	for r, f := range files {
+		other, err := duplicate(f)
+		if err != nil {
+			t.Close()
+			return nil, &fs.PathError{Op: "duplicate", Path: r.Path, Err: err}
+		}
+		t.files[r] = other
+	}
+	return t, nil
+}
+
+// duplicate is another descriptor of f, which may be closed meanwhile by others.
+func duplicate(f *os.File) (*os.File, error) {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var other int
+	inner := err
+	if err := c.Control(func(fd uintptr) { other, inner = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 3) }); err != nil {
+		return nil, err
+	}
+	if inner != nil {
+		return nil, inner
+	}
+	return os.NewFile(uintptr(other), f.Name()), nil
+}
+
+// Asked is what f was opened for, which Opened was called with by an Open of s.
+func (s *Spec) Asked(f *os.File, below bool) Request {
+	return Request{Path: f.Name(), ReadOnly: below || s.ReadOnly, Direct: cacheModes[s.Cache].direct}
+}
+
 // Contents are the files, which stay the table's, and the folders.
 func (t *Table) Contents() (files map[Request]*os.File, dirs map[string]string) {
 	return t.files, t.dirs
@@ -137,26 +177,33 @@ func (t *Table) Close() {
 // full reports whether this is a table to take from.
 func (t *Table) full() bool { return t != nil && t.filled }
 
-// take returns the file that r wants, once, or nil.
-func (t *Table) take(r Request) *os.File {
+// take returns the file that r wants, once; nil if it is to be opened.
+func (t *Table) take(r Request) (*os.File, error) {
 	if !t.full() {
-		return nil
+		return nil, nil
 	}
 	f := t.files[r]
 	delete(t.files, r)
-	return f
+	if f == nil && t.whole {
+		return nil, &fs.PathError{Op: "open", Path: r.Path, Err: errForeign}
+	}
+	return f, nil
 }
+
+// errForeign is for a file that an image asks for which is opened again, and was not
+// one of its files.
+var errForeign = errors.New("it is none of the files of the image that was open")
 
 // keep remembers what was opened for r. Both descriptors are of one open file.
 func (t *Table) keep(r Request, f *os.File, err error) (*os.File, error) {
 	if err != nil || t == nil || t.filled || t.files[r] != nil {
 		return f, err
 	}
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	other, err := duplicate(f)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	t.files[r] = os.NewFile(uintptr(fd), f.Name())
+	t.files[r] = other
 	return f, nil
 }
 

@@ -2,11 +2,13 @@ package open_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -220,6 +222,80 @@ func TestFileInTheWayIsNotKnown(t *testing.T) {
 			t.Errorf("gathered another file's: %v, %v", table, err)
 		}
 	})
+}
+
+// TestImageIsOpenedAgainWhateverIsAtItsPaths: nothing, or files that are no images,
+// also when it was closed meanwhile. A file that was not open is not opened.
+func TestImageIsOpenedAgainWhateverIsAtItsPaths(t *testing.T) {
+	for _, policy := range []open.Mode{open.SameDir, open.Explicit} {
+		for _, roots := range []bool{false, true} {
+			for _, others := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, roots %t, others %t", policy, roots, others), func(t *testing.T) {
+					dir := t.TempDir()
+					chainIn(t, dir)
+					top, base := filepath.Join(dir, "top.qcow2"), filepath.Join(dir, "base.qcow2")
+					s := chainSpec(t, top, open.Policy{Mode: policy})
+					s.ReadOnly, s.Cache = false, open.CacheWritethrough
+					if policy == open.Explicit {
+						s.Backing.Files = []open.File{{Path: base, Format: "qcow2"}}
+					}
+					if roots {
+						s.Roots = []string{dir}
+					}
+					var err error
+					if s.Table, err = open.Gather(t.Context(), s); err != nil {
+						t.Fatal(err)
+					}
+					_, dirs := s.Table.Contents()
+					files := map[open.Request]*os.File{}
+					s.Opened = func(f *os.File, below bool) { files[s.Asked(f, below)] = f }
+					d, err := open.Open(t.Context(), s)
+					if err != nil {
+						t.Fatal(err)
+					}
+					want := []byte("before")
+					if err := errors.Join(d.WriteAt(t.Context(), want, 0, 0), os.Rename(dir, dir+".gone")); err != nil {
+						t.Fatal(err)
+					}
+					if others {
+						if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(top, nil, 0o600), os.WriteFile(base, nil, 0o600)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					again := s
+					again.Opened = nil
+					if again.Table, err = open.Again(files, dirs); err != nil {
+						t.Fatal(err)
+					}
+					defer again.Table.Close()
+					delete(files, open.Request{Path: base, ReadOnly: true})
+					less, err := open.Again(files, dirs)
+					if err != nil || len(files) != 1 {
+						t.Fatalf("without the base: %v, %v", files, err)
+					}
+					defer less.Close()
+					if err := d.Close(); err != nil {
+						t.Fatal(err)
+					}
+					if table, err := open.Again(files, dirs); err == nil {
+						table.Close()
+						t.Error("files were taken up that are closed")
+					}
+					d = mustOpen(t, again)
+					wantContents(t, d, append(want, make([]byte, 1<<20-len(want))...))
+					if err := d.Close(); err != nil {
+						t.Fatal(err)
+					}
+					s.Table = less
+					if d, err := open.Open(t.Context(), s); err == nil {
+						t.Errorf("opened a file that was not open: %v", d.Close())
+					} else if !strings.Contains(err.Error(), base) {
+						t.Errorf("got %q, want %s named", err, base)
+					}
+				})
+			}
+		}
+	}
 }
 
 // TestTableNeedsNoFurtherDescriptor: who has gathered a table, and then closed
