@@ -118,6 +118,99 @@ func TestReloadThatIsTakenBackTouchesNoOther(t *testing.T) {
 	}
 }
 
+// failMeanwhile is meanwhile with a reload that fails when all exports are changed.
+func (s *testService) failMeanwhile(conf string, do func()) {
+	s.Helper()
+	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer busy.Close()
+	if err := s.meanwhile(conf+exportZ+anew+unixListener("busy", ""), do); err == nil {
+		s.Error("the reload opened a listener where another server listens")
+	}
+}
+
+// TestReloadThatIsTakenBackKeepsWhatWasSet by the API while it was under way: of the
+// keys that it has changed, those go back that nobody has set since.
+func TestReloadThatIsTakenBackKeepsWhatWasSet(t *testing.T) {
+	t.Parallel()
+	const changes = "description = \"new\"\nmax-connections = 7\n"
+	for _, tt := range []struct{ what, after string }{
+		{"changed", exportA + changes},
+		{"opened again", exportA + changes + anew},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, exportA+"description = \"old\"\n"+exportZ+unixListener("goes", ""))
+			yes, most, nobody := true, 3, []config.Grant{{Access: "rw", UIDs: []uint32{4242}}}
+			s.failMeanwhile(tt.after, func() {
+				x, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &yes, Connections: &most, Grants: &nobody})
+				if err != nil || x.Description != "new" {
+					t.Errorf("patch: got %+v, %v, want it with the description of the reload", x, err)
+				}
+			})
+			x, err := s.ctl.Export(t.Context(), "a")
+			if err != nil || !x.ReadOnly || x.Writable || x.Connections != most || len(x.Grants) != 1 {
+				t.Errorf("after the reload: got %+v, %v, want what was set", x, err)
+			}
+			if x.Description != "old" || x.FlushOnClose {
+				t.Errorf("after the reload: got %+v, want the rest as it was", x)
+			}
+			if got := s.size(s.uri("a")); got != "" {
+				t.Errorf("a can be opened without its grant, and has %s bytes", got)
+			}
+			no := false
+			if x, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &no}); err != nil || !x.Writable {
+				t.Errorf("read-only is taken back: got %+v, %v", x, err)
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestPauseOutlastsAReloadThatIsTakenBack, or is refused: what the reload has opened
+// it would close.
+func TestPauseOutlastsAReloadThatIsTakenBack(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		what, before, after string
+		refused             bool
+	}{
+		{"changed", exportA, exportA + "description = \"new\"\n", false},
+		{"opened again", exportA, exportA + anew, true},
+		{"added", "", exportA, true},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tt.before+exportZ+unixListener("goes", ""))
+			s.failMeanwhile(tt.after, func() {
+				switch err := s.ctl.Pause(t.Context(), "a", time.Minute); {
+				case tt.refused:
+					wantCode(t, "pause", err, api.CodeInUse)
+				case err != nil:
+					t.Errorf("pause: %v", err)
+				}
+			})
+			if tt.before == "" {
+				s.wantExports("after the reload", "z ready config")
+				s.stop()
+				return
+			}
+			if tt.refused {
+				if err := s.ctl.Pause(t.Context(), "a", time.Minute); err != nil {
+					t.Errorf("pause after the reload: %v", err)
+				}
+			}
+			s.wantExports("after the reload", "a paused config", "z ready config")
+			if err := s.ctl.Resume(t.Context(), "a"); err != nil {
+				t.Errorf("resume: %v", err)
+			}
+			s.stop()
+		})
+	}
+}
+
 // TestNothingIsKeptThatAReloadLeavesNoRoomFor: neither by a name that comes, also if
 // the export of the reload has been removed, nor in a rate group that goes.
 func TestNothingIsKeptThatAReloadLeavesNoRoomFor(t *testing.T) {

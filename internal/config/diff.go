@@ -97,6 +97,20 @@ func (c *ExportChange) On(live *Export) Export {
 	return x
 }
 
+// TakenBack is an export that is in use as live says, without what made after of
+// before: each key in which those differ is that of before again, unless somebody has
+// set it since.
+func TakenBack(before, after, live *Export) Export {
+	x := *live
+	to, old, set := reflect.ValueOf(&x).Elem(), reflect.ValueOf(before).Elem(), reflect.ValueOf(after).Elem()
+	for i := range to.NumField() {
+		if same(to.Field(i), set.Field(i)) {
+			to.Field(i).Set(old.Field(i))
+		}
+	}
+	return x
+}
+
 // AddAbsent makes additions of what changes in exports of c, which c leads to, that
 // are not there: their listeners included.
 func (c *Change) AddAbsent(to *Config, absent func(name string) bool) {

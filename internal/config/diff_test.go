@@ -190,6 +190,41 @@ func TestEverySettingIsCompared(t *testing.T) {
 	}
 }
 
+// TestEveryKeyIsTakenBackOrWasSetSince: the key of a reload goes back, with what was
+// set of another, and stays if it was set itself.
+func TestEveryKeyIsTakenBackOrWasSetSince(t *testing.T) {
+	export := func(spoilt ...string) *config.Export {
+		x := &parsed(t, whole).Exports[0]
+		for _, key := range spoilt {
+			spoil(at(reflect.ValueOf(x).Elem(), key))
+		}
+		return x
+	}
+	for _, key := range keys(reflect.TypeFor[config.Export](), "") {
+		other := "description"
+		if key == other {
+			other = "readonly"
+		}
+		for _, tt := range []struct {
+			what       string
+			live, want *config.Export
+		}{
+			{"nothing was set", export(key), export()},
+			{"another was set", export(key, other), export(other)},
+			{"it was set back", export(), export()},
+		} {
+			if got := config.TakenBack(export(), export(key), tt.live); !reflect.DeepEqual(&got, tt.want) {
+				t.Errorf("%s, %s: got %+v, want %+v", key, tt.what, got, tt.want)
+			}
+		}
+	}
+	text := [...]string{"old", "new", "set"}
+	got := config.TakenBack(&config.Export{Description: text[0]}, &config.Export{Description: text[1]}, &config.Export{Description: text[2]})
+	if got.Description != text[2] {
+		t.Errorf("a key that was set itself: got %q, want %q", got.Description, text[2])
+	}
+}
+
 // keys are the keys of a struct and of the structs in it.
 func keys(rt reflect.Type, prefix string) (list []string) {
 	for i := range rt.NumField() {

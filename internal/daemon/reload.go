@@ -271,12 +271,12 @@ func (r *reload) changeExports(ctx context.Context) error {
 		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
 			continue
 		}
-		old, err := r.d.exchange(ctx, k, x.On)
+		old, now, err := r.d.exchange(ctx, k, x.On)
 		if err != nil {
 			return fmt.Errorf("export %q: %w", x.Name, err)
 		}
 		r.onError(func(ctx context.Context) {
-			_, err := r.d.exchange(ctx, k, func(*config.Export) config.Export { return old })
+			_, _, err := r.d.exchange(ctx, k, func(live *config.Export) config.Export { return config.TakenBack(&old, &now, live) })
 			r.d.tellChanged(x.Name, err) // it was valid: the export is being changed
 		})
 	}
@@ -448,34 +448,33 @@ func (d *daemon) tellRetired(name string, err error) {
 }
 
 // exchange is change for who does not hold k.busy: to is what becomes of an export
-// of the configuration. It returns what was before. Another that has taken the name
-// of k stays as it is: errAway or errTaken.
-func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Export) config.Export) (old config.Export, err error) {
+// of the configuration. It returns what was before, and what is now. Another that has
+// taken the name of k stays as it is: errAway or errTaken.
+func (d *daemon) exchange(ctx context.Context, k *disk, to func(live *config.Export) config.Export) (old, now config.Export, err error) {
 	if err := k.busy.Wait(ctx); err != nil {
-		return old, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
+		return old, now, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
 	defer k.busy.Unlock()
 	old = k.stack.live(k.cfg)
 	if k.origin != fromConfig {
-		return old, errTaken
+		return old, now, errTaken
 	}
 	if err := d.disks.stillHas(old.Name, k); err != nil {
-		return old, err
+		return old, now, err
 	}
 	if err := d.mayChange(k, old.Name); err != nil {
-		return old, err
+		return old, now, err
 	}
-	x, err := d.placed(to(&old))
-	if err != nil {
-		return old, err
+	if now, err = d.placed(to(&old)); err != nil {
+		return old, now, err
 	}
-	if err := d.change(k, x); err != nil {
-		return old, err
+	if err := d.change(k, now); err != nil {
+		return old, now, err
 	}
-	if x.Threshold() != old.Threshold() {
-		k.stack.threshold.Set(x.Threshold())
+	if now.Threshold() != old.Threshold() {
+		k.stack.threshold.Set(now.Threshold())
 	}
-	return old, nil
+	return old, now, nil
 }
 
 // errTaken is for an export of the configuration that cannot be changed: it had
@@ -644,18 +643,32 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 		return nil, err
 	}
 	r.next.again = closed
-	if err := d.addDisk(ctx, r.next, nil); err != nil {
+	r.next.busy.Lock() // nobody sets anything before after is known
+	err = d.addDisk(ctx, r.next, nil)
+	after, _, _ := d.disks.look(r.next)
+	r.next.busy.Unlock()
+	if err != nil {
 		back()
 		return nil, err
 	}
-	return func(ctx context.Context) {
-		_, back, err := d.closeFor(ctx, r.next, r.before)
-		if err != nil {
-			d.tellChanged(r.next.cfg.Name, err)
-			return
-		}
-		back()
-	}, nil
+	return func(ctx context.Context) { d.tellChanged(after.Name, r.takeBack(ctx, &after)) }, nil
+}
+
+// takeBack closes the export, which was opened as after says, and opens it as it was
+// before, with what was set since.
+func (r *reopening) takeBack(ctx context.Context, after *config.Export) error {
+	if err := r.next.leave(ctx); err != nil {
+		return fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
+	}
+	defer r.next.stay()
+	live, _, _ := r.d.disks.look(r.next)
+	r.before.cfg = config.TakenBack(&r.before.cfg, after, &live)
+	_, back, err := r.d.closeFor(ctx, r.next, r.before)
+	if err != nil {
+		return err
+	}
+	back()
+	return nil
 }
 
 // likeness is another disk of the name of k, to be opened as k is.

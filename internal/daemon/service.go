@@ -401,6 +401,9 @@ func (d *daemon) beginPause(ctx context.Context, name string, limit time.Duratio
 		return nil, nil, err
 	}
 	defer k.busy.Unlock()
+	if err := d.mayLast(k, name); err != nil {
+		return nil, nil, err
+	}
 	hold, err := k.stack.pause.Begin(limit)
 	if err != nil {
 		return nil, nil, err
@@ -483,6 +486,15 @@ func (s service) Resize(ctx context.Context, name string, want api.Resize) (api.
 func (k *disk) mayMove() error {
 	if k.stack.pause.Paused() {
 		return &api.Error{Code: api.CodeInUse, Text: "the disk is paused"}
+	}
+	return nil
+}
+
+// mayLast refuses what would not outlast a reload that takes back k, which has that
+// name and which it has opened. With k.busy.
+func (d *daemon) mayLast(k *disk, name string) error {
+	if d.disks.passing(k) {
+		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("a reload that has opened export %q is under way, and may take it back: try again when it is over", name)}
 	}
 	return nil
 }

@@ -28,8 +28,8 @@ func (d *daemon) snapshot(ctx context.Context, k *disk, overlay string) error {
 	if failed != nil {
 		return fmt.Errorf("export %q has failed: %w", cfg.Name, failed)
 	}
-	if d.disks.passing(k) {
-		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("a reload that has opened export %q is under way, and may take it back: try again when it is over", cfg.Name)}
+	if err := d.mayLast(k, cfg.Name); err != nil {
+		return err
 	}
 	if k.origin == fromAPI { // it would be kept
 		if err := d.mayJoin(&cfg, true); err != nil {
