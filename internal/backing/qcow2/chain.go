@@ -29,9 +29,6 @@ type chain struct {
 	size   int64
 	shards [mapShards]mapShard
 	holes  holeMap
-
-	mu   sync.Mutex
-	ends map[store.Store]int64 // guarded by mu; where a file ended when it was first seen
 }
 
 // mapShard holds a part of the pages. Pages do not change once they are in.
@@ -59,7 +56,6 @@ type page struct {
 	split   bool  // no mapping here: the pieces have it
 	extents []extent
 	stores  []store.Store
-	ends    []int64 // where the stores ended when the chain first saw them
 	errs    []error // what is wrong with damaged extents
 }
 
@@ -68,7 +64,7 @@ type page struct {
 const (
 	pageCost   = 288
 	extentCost = 32
-	storeCost  = 24
+	storeCost  = 16
 	errorCost  = 256
 )
 
@@ -116,7 +112,7 @@ func (x extent) continues(n int64, y extent) bool {
 }
 
 func newChain(top Layer, cacheBytes int64) *chain {
-	c := &chain{top: top, size: top.Size(), ends: map[store.Store]int64{}}
+	c := &chain{top: top, size: top.Size()}
 	if cacheBytes <= 0 {
 		cacheBytes = limits.MapCache
 	}
@@ -293,28 +289,7 @@ func (c *chain) load(ctx context.Context, key int64) (p *page, err error) {
 		}
 	}
 	p.extents, p.stores, p.errs = slices.Clone(b.list), slices.Clip(b.stores), slices.Clip(b.errs)
-	p.ends, err = c.endsOf(p.stores)
-	return p, err
-}
-
-// endsOf is where the files ended when the chain first saw them: what is there
-// later must be no less.
-func (c *chain) endsOf(stores []store.Store) ([]int64, error) {
-	ends := make([]int64, len(stores))
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i, st := range stores {
-		end, known := c.ends[st]
-		if !known {
-			var err error
-			if end, err = st.Size(); err != nil {
-				return nil, err
-			}
-			c.ends[st] = end
-		}
-		ends[i] = end
-	}
-	return ends, nil
+	return p, nil
 }
 
 // weaver puts one layer below another. Offsets are those in the page.

@@ -4,17 +4,21 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/codec"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/layertest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/qcowtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -148,6 +152,53 @@ func TestFileThatShrankIsAnError(t *testing.T) {
 	mustMatch(t, d, 0, bytes.Repeat([]byte{7}, 4096))
 	if err := d.ReadAt(t.Context(), make([]byte, 512), 6000); backing.KindOf(err) != backing.ErrIO || err == nil {
 		t.Errorf("read of what is gone: got %v, want %v", err, backing.ErrIO)
+	}
+}
+
+// TestBaseThatIsGoneIsNotCopiedUp: a base that goes away below a disk fails reads
+// and the writes that would copy from it, whether or not it was read before.
+func TestBaseThatIsGoneIsNotCopiedUp(t *testing.T) {
+	const size = 8 << 20
+	e := engine.NewPool(2)
+	defer e.Close()
+	for _, warm := range []bool{false, true} {
+		t.Run(fmt.Sprint("read before: ", warm), func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "base")
+			if err := os.WriteFile(path, bytes.Repeat([]byte{7}, size), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			below, err := qcow2.NewRawLayer(fileIn(t, path, e))
+			if err != nil {
+				t.Fatal(err)
+			}
+			o := quiet()
+			o.Backing = below
+			image := blank(t, "overlay", create.Options{Size: size, Backing: "base", BackingFormat: "raw"}).image
+			d, err := qcow2.Open(t.Context(), image, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			if warm {
+				mustMatch(t, d, 0, bytes.Repeat([]byte{7}, 512))
+			}
+			if err := os.Truncate(path, 0); err != nil {
+				t.Fatal(err)
+			}
+			p := make([]byte, 512)
+			for name, err := range map[string]error{
+				"read":  d.ReadAt(t.Context(), p, size/2),
+				"write": d.WriteAt(t.Context(), p, 1<<20, 0),
+			} {
+				if err == nil || backing.KindOf(err) != backing.ErrIO {
+					t.Errorf("%s: got %v, want %v", name, err, backing.ErrIO)
+				}
+			}
+			if err := os.WriteFile(path, bytes.Repeat([]byte{7}, size), 0o600); err != nil { // it is back
+				t.Fatal(err)
+			}
+			mustMatch(t, d, 1<<20, bytes.Repeat([]byte{7}, 64<<10))
+		})
 	}
 }
 

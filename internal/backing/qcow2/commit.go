@@ -386,7 +386,7 @@ func (d *disk) readWords(ctx context.Context, words []uint64, at int64) error {
 	b := tableBuffers.Get().(*tableBuffer)
 	defer tableBuffers.Put(b)
 	p := b[:len(words)*8]
-	if err := store.ReadPadded(ctx, d.st, p, at, d.space.End()); err != nil {
+	if err := store.ReadPadded(ctx, d.st, p, at); err != nil {
 		return err
 	}
 	for i := range words {

@@ -272,6 +272,19 @@ func TestRawDataFileIsTheDiskThatGrew(t *testing.T) {
 	}
 }
 
+// TestDataFileThatShrankIsAnError: the end of the image has no say in it.
+func TestDataFileThatShrankIsAnError(t *testing.T) {
+	d, _, data := halfWritten(t, create.Options{})
+	defer d.Close()
+	data.Cut(4096)
+	mustMatch(t, d, 0, bytes.Repeat([]byte{7}, 4096))
+	for _, off := range []int64{4096, dataSize/2 - 512} {
+		if err := d.ReadAt(t.Context(), make([]byte, 512), off); err == nil || backing.KindOf(err) != backing.ErrIO {
+			t.Errorf("read at %d of what is gone: got %v, want %v", off, err, backing.ErrIO)
+		}
+	}
+}
+
 // waiting tells when somebody waits for its end.
 type waiting struct {
 	context.Context

@@ -114,11 +114,7 @@ func (d *chainDevice) readAt(ctx context.Context, p []byte, off int64) error {
 			return err
 		}
 		s := x.span()
-		var end int64
-		if s.Store != nil {
-			end = x.page.ends[x.ref]
-		}
-		if err := g.read(ctx, &s, end, p[k.off-x.n-off:k.off-off]); err != nil {
+		if err := g.read(ctx, &s, p[k.off-x.n-off:k.off-off]); err != nil {
 			return err
 		}
 	}

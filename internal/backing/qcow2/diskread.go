@@ -146,7 +146,7 @@ func (d *disk) readAt(ctx context.Context, p []byte, off int64) error {
 		if s.Kind == Absent {
 			return d.readBelow(ctx, to, at)
 		}
-		return g.read(ctx, s, d.end, to)
+		return g.read(ctx, s, to)
 	})
 	if err != nil {
 		return err

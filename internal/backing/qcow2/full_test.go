@@ -191,6 +191,51 @@ func TestGrownDeviceTakesWhatItRefused(t *testing.T) {
 	}
 }
 
+// TestGrowthThatIsGoneIsAnError: of what a file or device got after it was opened,
+// data and tables alike, nothing is read as zeroes when it is gone.
+func TestGrowthThatIsGoneIsAnError(t *testing.T) {
+	const size, cluster, part = 48 << 20, 512, 1 << 20
+	for _, fixed := range []bool{true, false} {
+		t.Run(fmt.Sprint("device: ", fixed), func(t *testing.T) {
+			st := blank(t, "growing", create.Options{Size: size, ClusterSize: cluster}).image
+			end, err := st.Size()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if fixed {
+				end = part
+				st.Cut(end)
+				st.SetFixed(true)
+			}
+			o := quiet()
+			o.CacheBytes = 1 // every table is read again
+			d, err := qcow2.Open(t.Context(), st, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			to, err := fillUp(t.Context(), d, 0, size, 1)
+			if fixed {
+				st.Cut(2 * size)
+				to, err = fillUp(t.Context(), d, to, size, 1)
+			}
+			if err := errors.Join(err, d.Flush(t.Context())); err != nil || to != size {
+				t.Fatalf("wrote to %d: %v", to, err)
+			}
+			st.Cut(end)
+			zeroes, p := 0, make([]byte, cluster)
+			for off := int64(0); off < size; off += part / 4 {
+				if err := d.ReadAt(t.Context(), p, off); err == nil && backing.AllZero(p) {
+					zeroes++
+				}
+			}
+			if zeroes > 0 {
+				t.Errorf("read: got zeroes at %d of %d places, want an error", zeroes, size/(part/4))
+			}
+		})
+	}
+}
+
 // smallHost mounts an ext4 or a tmpfs, which cannot zero in place, of so many
 // bytes, on which only a file of ballast is.
 func smallHost(t *testing.T, kind string, size, ballast int64) (dir string) {

@@ -2,8 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"fmt"
-	"io"
 	"sync"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -22,14 +20,13 @@ var clusterBatches = sync.Pool{New: func() any {
 	return &clusterBatch{make([]clusterRead, 0, limits.ClusterBatch)}
 }}
 
-// read fills p with the bytes of s, now or when finish is called. end is where
-// the store of s ended at first.
-func (g *gather) read(ctx context.Context, s *Span, end int64, p []byte) error {
+// read fills p with the bytes of s, now or when finish is called.
+func (g *gather) read(ctx context.Context, s *Span, p []byte) error {
 	switch s.Kind {
 	case Compressed:
 		return g.add(ctx, s, p)
 	case Data:
-		return readData(ctx, s, end, p)
+		return readData(ctx, s, p)
 	case Damaged:
 		return s.Err
 	}
@@ -37,15 +34,11 @@ func (g *gather) read(ctx context.Context, s *Span, end int64, p []byte) error {
 	return nil
 }
 
-// readData fills p. What a file never had of its last cluster is zero; what it
-// had and has no more is an error.
-func readData(ctx context.Context, s *Span, end int64, p []byte) error {
+// readData fills p. What a file never had of its last cluster is zero.
+func readData(ctx context.Context, s *Span, p []byte) error {
 	n, err := s.Store.ReadAt(ctx, p, s.Off)
 	if err != nil {
 		return err
-	}
-	if n < len(p) && s.Off+int64(n) < end {
-		return fmt.Errorf("file is shorter than it was: %w", io.ErrUnexpectedEOF)
 	}
 	clear(p[n:])
 	return nil

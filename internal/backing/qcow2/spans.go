@@ -116,7 +116,7 @@ func (w *walk) table(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := store.ReadPadded(ctx, w.st, p, table+first*g.EntrySize, w.stSize); err != nil {
+		if err := store.ReadPadded(ctx, w.st, p, table+first*g.EntrySize); err != nil {
 			return err
 		}
 		w.entries(p, end)

@@ -148,6 +148,7 @@ func TestBlockDeviceThatIsGoneIsNotFull(t *testing.T) {
 			err  error
 			kind backing.Kind
 		}{
+			{"read of a container", someOf(t, d, p), backing.ErrIO},
 			{"read", d.ReadAt(t.Context(), p, 0), backing.ErrIO},
 			{"write after it", d.WriteAt(t.Context(), p, 0, 0), backing.ErrPoisoned},
 			{"flush", d.Flush(t.Context()), backing.ErrPoisoned},
@@ -171,6 +172,16 @@ func TestBlockDeviceThatIsGoneIsNotFull(t *testing.T) {
 			t.Errorf("got %v of kind %v, want %v", err, backing.KindOf(err), backing.ErrIO)
 		}
 	})
+}
+
+// someOf reads as the formats do that keep a structure in the file.
+func someOf(t *testing.T, d *raw.Device, p []byte) error {
+	t.Helper()
+	n, err := d.ReadSome(t.Context(), p, 0)
+	if err == nil && n == len(p) {
+		t.Error("read of a container: got all of it")
+	}
+	return err
 }
 
 // setLoopSize gives a loop device and its image another size.

@@ -34,7 +34,8 @@ func (d *Device) End() (int64, error) {
 }
 
 // ReadSome fills p and returns how much of it the file had; that is less than
-// len(p), without an error, only where the file ends.
+// len(p), without an error, only where the file never had more: what it had when
+// it was opened, or was written since, and has no more is ErrIO.
 func (d *Device) ReadSome(ctx context.Context, p []byte, off int64) (int, error) {
 	if err := inRange(off, int64(len(p))); err != nil {
 		return 0, d.failed("read", off, int64(len(p)), err)
@@ -42,7 +43,11 @@ func (d *Device) ReadSome(ctx context.Context, p []byte, off int64) (int, error)
 	if err := d.usable(); err != nil {
 		return 0, err
 	}
+	end := d.size.Load() // before the read, or what is appended meanwhile would be missed
 	n, err := d.al.ReadAt(ctx, p, off)
+	if err == nil && n < len(p) && off+int64(n) < end {
+		err = d.shorter(off+int64(n), end)
+	}
 	return n, d.failed("read", off, int64(len(p)), err)
 }
 

@@ -150,13 +150,18 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 	}
 	n, err := d.al.ReadAt(ctx, p, off)
 	if err == nil && n < len(p) {
-		err = io.ErrUnexpectedEOF
-		if d.shrunk.CompareAndSwap(false, true) {
-			d.opt.Log.Error("image is shorter than it was when it was opened",
-				"path", d.opt.Path, "end", off+int64(n), "size", d.size.Load())
-		}
+		err = d.shorter(off+int64(n), d.size.Load())
 	}
 	return d.failed("read", off, int64(len(p)), err)
+}
+
+// shorter is the error of a read that found the file to end before size. It is
+// logged once.
+func (d *Device) shorter(end, size int64) error {
+	if d.shrunk.CompareAndSwap(false, true) {
+		d.opt.Log.Error("image is shorter than it was", "path", d.opt.Path, "end", end, "size", size)
+	}
+	return fmt.Errorf("file is shorter than it was: %w", io.ErrUnexpectedEOF)
 }
 
 // WriteAt writes p, durably with FUA or when the device writes through.

@@ -170,14 +170,10 @@ func (m *marker) alone(off int64) bool { return m.r.refs.get(off>>m.g.ClusterBit
 // table sets the flag of those of the n bytes of entries at off that are to
 // have it, a sector at a time.
 func (m *marker) table(off, n, entry int64, marked func(e uint64) (bool, error)) error {
-	size, err := m.st.Size()
-	if err != nil {
-		return err
-	}
 	p := make([]byte, min(n, limits.CheckPiece))
 	for end := off + n; off < end; off += int64(len(p)) {
 		p = p[:min(int64(len(p)), end-off)]
-		if err := store.ReadPadded(m.ctx, m.st, p, off, size); err != nil {
+		if err := store.ReadPadded(m.ctx, m.st, p, off); err != nil {
 			return err
 		}
 		for at := 0; at < len(p); at += sector {

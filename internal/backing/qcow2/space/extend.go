@@ -70,13 +70,6 @@ func (s *Space) Adopt(ctx context.Context) error {
 	return nil
 }
 
-// End is how far the file reaches at least, in bytes.
-func (s *Space) End() int64 {
-	s.extendMu.Lock()
-	defer s.extendMu.Unlock()
-	return s.end
-}
-
 // Trim gives back what was set aside, and cuts the file behind the last cluster
 // in use, if Extend grew it. Only when all is written and nothing is in flight:
 // at close.

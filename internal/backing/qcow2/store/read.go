@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"math"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 )
@@ -13,19 +12,23 @@ import (
 // of them when the file ends before p is full: whoever calls it has seen a file
 // that went further.
 func ReadFull(ctx context.Context, st Store, p []byte, off int64) error {
-	return ReadPadded(ctx, st, p, off, math.MaxInt64)
-}
-
-// ReadPadded is ReadFull of a file that was seen to end at end: what it does
-// not have from there on is zero.
-func ReadPadded(ctx context.Context, st Store, p []byte, off, end int64) error {
 	if len(p) == 0 {
 		return nil
 	}
 	n, err := st.ReadAt(ctx, p, off)
-	if err == nil && int64(n) < min(int64(len(p)), end-off) {
+	if err == nil && n < len(p) {
 		err = fmt.Errorf("the file has become shorter: %w", io.ErrUnexpectedEOF)
 	}
+	return backing.Wrap("read", off, int64(len(p)), err)
+}
+
+// ReadPadded is ReadFull for what may lie beyond the end of the file, where it is
+// zero.
+func ReadPadded(ctx context.Context, st Store, p []byte, off int64) error {
+	if len(p) == 0 {
+		return nil
+	}
+	n, err := st.ReadAt(ctx, p, off)
 	clear(p[n:])
 	return backing.Wrap("read", off, int64(len(p)), err)
 }

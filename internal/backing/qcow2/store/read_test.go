@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -27,21 +28,57 @@ func TestReadFullFillsOrFails(t *testing.T) {
 	}
 }
 
-// TestReadPaddedKnowsWhereTheFileEnded: less than it had then is an error.
-func TestReadPaddedKnowsWhereTheFileEnded(t *testing.T) {
+func TestReadPaddedIsZeroBehindTheEnd(t *testing.T) {
 	st, _, _ := newStore(t, false, 5000, 7)
 	for _, off := range []int64{4900, 4950, 5000, 9000} {
 		p := bytes.Repeat([]byte{1}, 100)
 		have := int(max(0, min(100, 5000-off)))
 		want := append(bytes.Repeat([]byte{7}, have), make([]byte, 100-have)...)
-		if err := store.ReadPadded(t.Context(), st, p, off, 5000); err != nil || !bytes.Equal(p, want) {
+		if err := store.ReadPadded(t.Context(), st, p, off); err != nil || !bytes.Equal(p, want) {
 			t.Errorf("read at %d: got %v, %v, want %v", off, err, p, want)
 		}
 	}
-	err := store.ReadPadded(t.Context(), st, make([]byte, 100), 4950, 5001)
-	if !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("read of a file that ended later: got %v, want %v", err, io.ErrUnexpectedEOF)
-	}
+}
+
+// TestReadOfWhatAFileHadIsNoZero: what was there when the file was opened, or came
+// since, and was cut off by somebody else. What the owner cuts off he knows of.
+func TestReadOfWhatAFileHadIsNoZero(t *testing.T) {
+	forModes(t, func(t *testing.T, direct bool) {
+		st, path, _ := newStore(t, direct, 8192, 7)
+		read := func(off int64) error { return store.ReadPadded(t.Context(), st, make([]byte, 4096), off) }
+		cut := func(size int64) {
+			if err := os.Truncate(path, size); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, tt := range []struct {
+			name  string
+			do    func() error
+			had   int64
+			hasNo int64
+		}{
+			{"when it was opened", func() error { return nil }, 4096, 8192},
+			{"since it was written to", func() error { return st.WriteAt(t.Context(), make([]byte, 4096), 12288, false) }, 12288, 16384},
+			{"since it was made longer", func() error { return st.Truncate(20480) }, 16384, 20480},
+		} {
+			if err := tt.do(); err != nil {
+				t.Fatal(err)
+			}
+			cut(100)
+			if err := read(tt.had); backing.KindOf(err) != backing.ErrIO || !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("read of what it had %s: got %v, want %v", tt.name, err, io.ErrUnexpectedEOF)
+			}
+			if err := read(tt.hasNo); err != nil {
+				t.Errorf("read behind what it had %s: %v", tt.name, err)
+			}
+		}
+		if err := st.Truncate(4096); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(read(4096), read(12288)); err != nil {
+			t.Errorf("read of what its owner cut off: %v", err)
+		}
+	})
 }
 
 func TestStretchEndsWhereDataAndHolesMeet(t *testing.T) {

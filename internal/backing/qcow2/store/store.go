@@ -23,7 +23,9 @@ type Store interface {
 	Sector() int64
 
 	// ReadAt fills p and returns how much of it the file had; that is less
-	// than len(p), without an error, only where the file ends.
+	// than len(p), without an error, only where the file never had more since
+	// it was opened. What it had and has no more is an error: nobody may take
+	// it for zeroes.
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 
 	// WriteAt writes p and moves the end of the file, if need be. With

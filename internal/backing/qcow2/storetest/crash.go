@@ -300,6 +300,7 @@ func (k *Cut) State(keep func(Unit) bool) *Mem {
 			m.landLocked(u)
 		}
 	}
+	m.had = m.size // nobody has it open
 	return m
 }
 

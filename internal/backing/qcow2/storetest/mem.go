@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"hash/maphash"
+	"io"
 	"maps"
 	"os"
 	"slices"
@@ -41,6 +42,7 @@ type Mem struct {
 	mu     sync.Mutex
 	pages  map[int64]*[pageSize]byte // guarded by mu; a page never changes
 	size   int64                     // guarded by mu
+	had    int64                     // guarded by mu: the largest size since it was opened
 	fixed  bool                      // guarded by mu
 	counts map[Op]int                // guarded by mu
 	bytes  map[Op]int64              // guarded by mu
@@ -183,7 +185,8 @@ func (m *Mem) Update(f *os.File, has *Mem) error {
 // counted and does not fail.
 func (m *Mem) Patch(off int64, p []byte) { m.put(p, off) }
 
-// Cut moves the end of the file, in the way of Patch.
+// Cut moves the end of the file, in the way of Patch: whoever has it open misses
+// what is gone, until Reopen.
 func (m *Mem) Cut(size int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -233,7 +236,7 @@ func (m *Mem) Fixed() bool {
 // Sector is that of a file, also of one that plays a block device.
 func (m *Mem) Sector() int64 { return 0 }
 
-// ReadAt fills p as far as the file reaches.
+// ReadAt fills p as far as the file reaches, which must be as far as it did.
 func (m *Mem) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -243,12 +246,12 @@ func (m *Mem) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 {
 		return 0, backing.ErrOutOfRange
 	}
-	if off >= m.size {
-		return 0, nil
+	n := max(0, min(int64(len(p)), m.size-off))
+	m.getLocked(p[:n], off)
+	if n < int64(len(p)) && off+n < m.had {
+		return int(n), io.ErrUnexpectedEOF
 	}
-	p = p[:min(int64(len(p)), m.size-off)]
-	m.getLocked(p, off)
-	return len(p), nil
+	return int(n), nil
 }
 
 // getLocked copies out of the pages.
@@ -299,6 +302,7 @@ func (m *Mem) put(p []byte, off int64) {
 
 func (m *Mem) putLocked(p []byte, off int64) {
 	m.size = max(m.size, off+int64(len(p)))
+	m.had = max(m.had, m.size)
 	for len(p) > 0 {
 		at := off % pageSize
 		n := min(pageSize-at, int64(len(p)))
@@ -405,6 +409,7 @@ func (m *Mem) Truncate(size int64) error {
 		return backing.ErrInvalid
 	}
 	m.cutLocked(size)
+	m.had = size
 	return nil
 }
 
@@ -412,7 +417,7 @@ func (m *Mem) cutLocked(size int64) {
 	if size < m.size {
 		m.wipeLocked(size, m.size)
 	}
-	m.size = size
+	m.size, m.had = size, max(m.had, size)
 }
 
 // Extents yields pages that were written as data and all others as holes; a
@@ -481,11 +486,12 @@ func (m *Mem) Close() error {
 	return nil
 }
 
-// Reopen lets the file be used again after Close and after a failed Sync.
+// Reopen lets the file be used again after Close and after a failed Sync, with
+// the end that it has then.
 func (m *Mem) Reopen() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.closed, m.failed = 0, nil
+	m.closed, m.failed, m.had = 0, nil, m.size
 }
 
 // Clone is a file of its own with the same contents. Faults and counts are not
@@ -494,6 +500,6 @@ func (m *Mem) Clone() *Mem {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	c := New(nil)
-	c.pages, c.size, c.fixed = maps.Clone(m.pages), m.size, m.fixed
+	c.pages, c.size, c.had, c.fixed = maps.Clone(m.pages), m.size, m.size, m.fixed
 	return c
 }
