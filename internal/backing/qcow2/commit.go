@@ -226,8 +226,9 @@ func (d *disk) gatherTable(i int64, f *freshTable) dirtyTable {
 }
 
 // prepare makes durable what the mapping will refer to: refcounts, new tables,
-// data. A write for which a device has no room waits for it: the device may have
-// become larger.
+// data. A device may have become larger: a write for which it had no room waits
+// for this, and the tables that a growth and the end of the disk need come after
+// it.
 func (d *disk) prepare(ctx context.Context, b *batch) error {
 	if err := d.space.Adopt(ctx); err != nil {
 		return err

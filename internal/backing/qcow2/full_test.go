@@ -191,6 +191,51 @@ func TestGrownDeviceTakesWhatItRefused(t *testing.T) {
 	}
 }
 
+// TestGrownDeviceHasRoomForTables: one that becomes larger before anything failed
+// takes the bitmaps when the disk is closed, and the L1 table of a larger disk.
+func TestGrownDeviceHasRoomForTables(t *testing.T) {
+	const device = 256 << 10
+	marked := emptyMarked(t)
+	open := func() (*storetest.Mem, backing.Device) {
+		st := storetest.New(marked)
+		st.Cut(device)
+		st.SetFixed(true)
+		return st, openQuiet(t, st, false)
+	}
+	// fill writes so many clusters, or all that there is room for.
+	fill := func(d backing.Device, most int64) (n int64) {
+		for p := bytes.Repeat([]byte{1}, 512); n < most && d.WriteAt(t.Context(), p, n*512, 0) == nil; n++ {
+			if err := d.Flush(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return n
+	}
+	_, d := open()
+	room := fill(d, device)
+	_ = d.Close() // there is no room for the bitmap
+	for _, size := range []int64{1 << 20, 64 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			st, d := open()
+			if n := fill(d, room); n < room {
+				t.Fatalf("wrote %d of %d clusters", n, room)
+			}
+			st.Cut(1 << 20)
+			if err := d.(backing.Resizer).Resize(t.Context(), size); err != nil {
+				t.Errorf("resize: %v", err)
+			}
+			if err := d.Close(); err != nil {
+				t.Errorf("close: %v", err)
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+			if h, err := qcow2.ReadHeader(t.Context(), st); err != nil || int64(h.Size) != size || h.Autoclear == 0 {
+				t.Errorf("got a disk of %d bytes, bitmaps %v, %v", h.Size, h.Autoclear != 0, err)
+			}
+		})
+	}
+}
+
 // TestGrowthThatIsGoneIsAnError: of what a file or device got after it was opened,
 // data and tables alike, nothing is read as zeroes when it is gone.
 func TestGrowthThatIsGoneIsAnError(t *testing.T) {

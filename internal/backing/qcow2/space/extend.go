@@ -47,15 +47,11 @@ func (s *Space) Extend(ctx context.Context, end int64) error {
 	return nil
 }
 
-// Adopt looks whether a block device that had no room has become larger, and
-// has all of it handed out then. What cannot be asked is as it was. Errors: those
-// of Write before it changes anything.
+// Adopt looks whether a block device has become larger, and has all of it handed
+// out then. What cannot be asked is as it was. Errors: those of Write before it
+// changes anything.
 func (s *Space) Adopt(ctx context.Context) error {
-	s.mu.Lock()
-	full := s.full
-	s.full = false
-	s.mu.Unlock()
-	if !full {
+	if !s.fixed {
 		return nil
 	}
 	size, err := s.st.Size()

@@ -69,7 +69,6 @@ type Space struct {
 	top    int64 // guarded by mu: all clusters from here on are free
 	virgin int64 // guarded by mu: from here on, nothing was ever handed out, and the file was not there
 	spare  int64 // guarded by mu: free clusters kept for refcounts, on a device
-	full   bool  // guarded by mu: the device had no room, and Adopt was not called since
 	rest   bool  // guarded by mu: the commit has something to do besides touched
 	bad    error // guarded by mu: the image is corrupt, for good
 	funds  funds // guarded by mu
@@ -189,7 +188,6 @@ func (s *Space) askLocked(n int64) error {
 }
 
 func (s *Space) noSpaceLocked(n int64) error {
-	s.full = s.fixed
 	return &backing.Error{Op: "allocate", Off: -1, Kind: backing.ErrNoSpace,
 		Err: fmt.Errorf("no room for %d bytes in an image of at most %d clusters", n, s.max)}
 }
