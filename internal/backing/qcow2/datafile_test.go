@@ -285,6 +285,42 @@ func TestDataFileThatShrankIsAnError(t *testing.T) {
 	}
 }
 
+// TestZeroOfADataFileFindsRoom: on a device that has become larger since there was
+// none for a table.
+func TestZeroOfADataFileFindsRoom(t *testing.T) {
+	const size, cluster, table = 1 << 30, 4096, 2 << 20
+	image, data := storetest.New(nil), storetest.New(nil)
+	o := create.Options{Size: size, ClusterSize: cluster, DataFile: "data", Data: data}
+	if err := create.Image(t.Context(), image, o); err != nil {
+		t.Fatal(err)
+	}
+	end, err := image.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	image.Cut(end + 20*cluster)
+	image.SetFixed(true)
+	opt := quiet()
+	opt.DataFile = data
+	d, err := qcow2.Open(t.Context(), image, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	off := int64(-table)
+	for off < size && err == nil {
+		off += table
+		err = d.Zero(t.Context(), off, cluster, backing.NoHole)
+	}
+	if !errors.Is(err, backing.ErrNoSpace) || off == 0 {
+		t.Fatalf("zero at %d of a full device: got %v, want %v", off, err, backing.ErrNoSpace)
+	}
+	image.Cut(size)
+	if err := d.Zero(t.Context(), off, cluster, backing.NoHole); err != nil {
+		t.Errorf("zero with room: %v", err)
+	}
+}
+
 // waiting tells when somebody waits for its end.
 type waiting struct {
 	context.Context

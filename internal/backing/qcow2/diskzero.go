@@ -116,7 +116,7 @@ func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
 // them it did; what it cannot do is written as zeroes. Where there is no L2
 // table and absent says that none is needed, f is not called.
 func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
-	full := int64(-1) // the last cluster for which there was no room
+	full := int64(-1)
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		if off := first << d.g.ClusterBits; absent(off) && d.noTable(off) {
 			first = (off/d.g.L2Coverage + 1) * d.g.L2Entries
@@ -136,16 +136,25 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 			first++
 		}
 		if err != nil {
-			err = d.funded(ctx, err)
-		}
-		if errors.Is(err, backing.ErrNoSpace) && first > full {
-			full, err = first, d.commits.run(ctx) // as in allocate
+			err = d.overcome(ctx, err, first, &full)
 		}
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// overcome does what may help where a change of cluster first failed with err; nil
+// is to try again. full is the last cluster for which there was no room: a commit is
+// to find some once for each, as in allocate.
+func (d *disk) overcome(ctx context.Context, err error, first int64, full *int64) error {
+	err = d.funded(ctx, err)
+	if errors.Is(err, backing.ErrNoSpace) && first > *full {
+		*full = first
+		return d.commits.run(ctx)
+	}
+	return err
 }
 
 // noTable reports whether a part of the disk has no L2 table.

@@ -14,6 +14,7 @@ import (
 // the mapping alone does not do: with keep, and for a raw data file, which has
 // to have the disk byte for byte.
 func (d *disk) zeroData(ctx context.Context, from, to int64, keep bool) error {
+	full := int64(-1)
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		off := first << d.g.ClusterBits
 		if !keep && d.belowHas(off) == 0 && d.noTable(off) {
@@ -30,6 +31,9 @@ func (d *disk) zeroData(ctx context.Context, from, to int64, keep bool) error {
 			return err
 		}
 		n, err := d.zeroDataOnce(ctx, first, end-first, from, to, keep)
+		if err != nil {
+			err = d.overcome(ctx, err, first, &full)
+		}
 		if err != nil {
 			return err
 		}
