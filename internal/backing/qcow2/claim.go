@@ -29,6 +29,8 @@ type stretch struct {
 	// whole: all of a cluster is to be written, not only the subclusters that
 	// the guest's bytes touch.
 	whole bool
+
+	reach int64 // how far the disk went when this was claimed, in bytes
 }
 
 // claimed is the claim on one of some guest clusters, nil for none. With

@@ -321,6 +321,67 @@ func TestZeroOfADataFileFindsRoom(t *testing.T) {
 	}
 }
 
+// onDataDevice is a disk that ends within a cluster, as does the block device that
+// has its data, and that device.
+func onDataDevice(t *testing.T) (backing.Device, *storetest.Crash) {
+	t.Helper()
+	s := withData(t, create.Options{})
+	h, opt := s.host(), quiet()
+	if end, err := h.files[1].Size(); err != nil || end != dataSize {
+		t.Fatalf("the data file has %d bytes, %v", end, err)
+	}
+	h.files[1].SetFixed(true)
+	opt.DataFile = h.files[1]
+	d, err := qcow2.Open(t.Context(), h.files[0], opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return d, h.files[1]
+}
+
+// TestLastClusterOfADataDevice: what is written around the guest's bytes ends with
+// the disk, as a device does.
+func TestLastClusterOfADataDevice(t *testing.T) {
+	d, _ := onDataDevice(t)
+	want := make([]byte, 5*512)
+	for i, part := range [][2]int64{{512, 512}, {4 * 512, 512}, {0, 5 * 512}, {700, 100}} {
+		p := bytes.Repeat([]byte{byte(i + 1)}, int(part[1]))
+		copy(want[part[0]:], p)
+		if err := d.WriteAt(t.Context(), p, dataSize-int64(len(want))+part[0], 0); err != nil {
+			t.Fatalf("write of %d bytes at %d of the last cluster: %v", part[1], part[0], err)
+		}
+		mustMatch(t, d, dataSize-int64(len(want)), want)
+	}
+}
+
+// TestGrowthDuringAWriteToTheLastCluster: where the write did not fill it, for the
+// disk ended there, the larger disk does not show what the data file has.
+func TestGrowthDuringAWriteToTheLastCluster(t *testing.T) {
+	const size, tail = dataSize + 1<<20, 5 * 512
+	d, data := onDataDevice(t)
+	data.Patch(dataSize, bytes.Repeat([]byte{0xbb}, size-dataSize))
+	data.SetHook(func(c storetest.Call) {
+		if c.Op != storetest.Write || c.Done {
+			return
+		}
+		data.SetHook(nil)
+		if err := d.(backing.Resizer).Resize(t.Context(), size); err != nil {
+			t.Errorf("resize: %v", err)
+		}
+	})
+	if err := d.WriteAt(t.Context(), bytes.Repeat([]byte{7}, tail), dataSize-tail, 0); err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, size-dataSize+tail)
+	copy(want, bytes.Repeat([]byte{7}, tail))
+	mustMatch(t, d, dataSize-tail, want)
+}
+
 // waiting tells when somebody waits for its end.
 type waiting struct {
 	context.Context

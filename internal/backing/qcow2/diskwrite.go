@@ -123,6 +123,9 @@ func (d *disk) allocate(ctx context.Context, p []byte, off int64) (int64, error)
 		}
 		return 0, err
 	}
+	if d.g.DataFile && x.reach < d.reach.Load() {
+		return 0, nil // the disk goes on where it was not filled
+	}
 	d.link(x, off, end)
 	return end - off, nil
 }
@@ -150,7 +153,7 @@ func (d *disk) plan(ctx context.Context, off, n int64) (*stretch, error) {
 		return nil, err
 	}
 	defer d.m.mu.Unlock()
-	x := &stretch{at: first % d.m.entries}
+	x := &stretch{at: first % d.m.entries, reach: d.reach.Load()}
 	x.first = first
 	c := d.cluster(s, x.at)
 	switch {
@@ -210,6 +213,9 @@ func (d *disk) fill(ctx context.Context, x *stretch, p []byte, off int64) error 
 	unit := d.unit(x)
 	end := off + int64(len(p))
 	from, to := off&^(unit-1), (end+unit-1)&^(unit-1)
+	if d.g.DataFile { // which may be a device that ends with the disk
+		to = min(to, x.reach)
+	}
 	if fill, err := d.needsFill(ctx, x, from, off); err != nil {
 		return err
 	} else if !fill {
