@@ -382,6 +382,25 @@ func TestGrowthDuringAWriteToTheLastCluster(t *testing.T) {
 	mustMatch(t, d, dataSize-tail, want)
 }
 
+// TestDiskDoesNotOutgrowItsDataDevice: it has to be made larger first.
+func TestDiskDoesNotOutgrowItsDataDevice(t *testing.T) {
+	const size = dataSize + 1<<20
+	d, data := onDataDevice(t)
+	err := d.(backing.Resizer).Resize(t.Context(), size)
+	if !errors.Is(err, backing.ErrNotSupported) || d.Info().Size != dataSize {
+		t.Fatalf("resize: got %v and a disk of %d bytes, want %v", err, d.Info().Size, backing.ErrNotSupported)
+	}
+	data.Cut(size)
+	if err := d.(backing.Resizer).Resize(t.Context(), size); err != nil || d.Info().Size != size {
+		t.Fatalf("resize with room: got %v and a disk of %d bytes", err, d.Info().Size)
+	}
+	p := bytes.Repeat([]byte{7}, 512)
+	if err := d.WriteAt(t.Context(), p, size-512, 0); err != nil {
+		t.Fatal(err)
+	}
+	mustMatch(t, d, size-512, p)
+}
+
 // waiting tells when somebody waits for its end.
 type waiting struct {
 	context.Context

@@ -71,6 +71,9 @@ func (d *disk) canResize(ctx context.Context, old, size int64) error {
 	if why == nil {
 		why = d.noVMState(ctx, size)
 	}
+	if why == nil {
+		why = d.dataHasRoom(size)
+	}
 	if why != nil {
 		return &backing.Error{Op: "resize", Path: d.path, Off: -1, Kind: backing.ErrNotSupported, Err: why}
 	}
@@ -108,6 +111,18 @@ func (d *disk) noVMState(ctx context.Context, size int64) error {
 		from, n = from+int64(len(words)), n-int64(len(words))
 	}
 	return nil
+}
+
+// dataHasRoom refuses what a block device that is the data file cannot hold.
+func (d *disk) dataHasRoom(size int64) error {
+	if !d.g.DataFile || !d.data.Fixed() {
+		return nil
+	}
+	end, err := d.data.Size()
+	if err == nil && end < size {
+		err = fmt.Errorf("the block device of the data file has %d bytes, it must be made larger first", end)
+	}
+	return err
 }
 
 // growData makes the data file as long as the disk is to be, durably. What a
