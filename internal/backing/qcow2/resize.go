@@ -94,23 +94,65 @@ func (d *disk) snapshotsHaveSizes(ctx context.Context) error {
 	return nil
 }
 
-// noVMState refuses to make part of the disk what the L1 table has behind it.
+// noVMState refuses to make part of the disk what the L1 table has behind it, if
+// that has data: QEMU keeps a VM state there until the snapshot is made that it
+// belongs to. An image without snapshots has none, whatever was left behind.
 func (d *disk) noVMState(ctx context.Context, size int64) error {
-	from := int64(len(d.m.l1))
-	n := min(d.g.L1Size(size), int64(d.header.L1Size)) - from
-	for n > 0 {
-		words := make([]uint64, min(n, limits.MaxTableRead/8))
-		if err := d.readWords(ctx, words, int64(d.header.L1Offset)+from*8); err != nil {
+	if d.header.Snapshots == 0 {
+		return nil
+	}
+	behind, err := d.behind(ctx, d.g.L1Size(size))
+	if err != nil {
+		return err
+	}
+	for _, e := range behind {
+		if err := d.noData(ctx, e); err != nil {
 			return err
 		}
-		for _, w := range words {
-			if w != 0 {
+	}
+	return nil
+}
+
+// noData refuses an L2 table, which an L1 entry names, with an entry for data.
+func (d *disk) noData(ctx context.Context, e uint64) error {
+	table, _, err := d.g.DecodeL1(e)
+	if err != nil || table == 0 {
+		return err
+	}
+	words := make([]uint64, d.m.entries*d.g.EntrySize/8)
+	for k := range d.perTable() {
+		if err := d.readWords(ctx, words, table+k*d.m.entries*d.g.EntrySize); err != nil {
+			return err
+		}
+		s := &slice{words: words}
+		for i := range d.m.entries {
+			c, err := d.g.DecodeL2(d.entry(s, i))
+			if err != nil {
+				return err
+			}
+			if c.Compressed || c.HasHost() {
 				return errors.New("the image has a VM state behind the disk")
 			}
 		}
-		from, n = from+int64(len(words)), n-int64(len(words))
 	}
 	return nil
+}
+
+// behind is what the L1 table in the file has behind the one in memory, up to that
+// many entries of it.
+func (d *disk) behind(ctx context.Context, entries int64) ([]uint64, error) {
+	d.m.mu.RLock()
+	from := int64(len(d.m.l1))
+	d.m.mu.RUnlock()
+	words := make([]uint64, max(0, min(entries, int64(d.header.L1Size))-from))
+	for at := 0; at < len(words); {
+		n := min(len(words)-at, limits.MaxTableRead/8)
+		if err := d.readWords(ctx, words[at:at+n], int64(d.header.L1Offset)+(from+int64(at))*8); err != nil {
+			return nil, err
+		}
+		at += n
+	}
+	return words, nil
 }
 
 // dataHasRoom refuses what a block device that is the data file cannot hold.
@@ -172,9 +214,18 @@ func (d *disk) moveEnd(ctx context.Context, size int64) error {
 }
 
 // growL1 gives the mapping the entries that a disk of size bytes needs, in the
-// file first. With commits.one.
+// file first. Tables that the file has there, of a growth that was cut off or of a
+// VM state that is gone, become the disk's: clearTail makes them zero. With
+// commits.one.
 func (d *disk) growL1(ctx context.Context, size int64) error {
 	entries := d.g.L1Size(size)
+	behind, err := d.behind(ctx, entries)
+	if err != nil {
+		return err
+	}
+	d.m.mu.Lock()
+	d.m.l1 = append(d.m.l1, behind...)
+	d.m.mu.Unlock()
 	if entries > int64(d.header.L1Size) {
 		if err := d.moveL1(ctx, entries); err != nil {
 			return err
@@ -261,19 +312,43 @@ func (d *disk) writeL1(ctx context.Context, run space.Run) error {
 }
 
 // clearTail makes zeroes of what is new and is there already: the rest of the
-// last cluster, and what a backing file has.
+// last cluster, what a backing file has, and what has a table.
 func (d *disk) clearTail(ctx context.Context, old, size int64) error {
 	end := (old + d.g.ClusterSize - 1) &^ (d.g.ClusterSize - 1)
-	end = min(size, max(end, old+d.belowHas(old)))
+	end = min(size, max(end, old+d.belowHas(old), d.tablesEnd(old)))
 	if end <= old {
 		return nil
 	}
 	err := d.zero(ctx, old, end-old, 0)
 	if errors.Is(err, backing.ErrNotSupported) {
-		err = d.zeroBytes(ctx, old, end)
+		err = d.zeroAll(ctx, old, end)
 	}
 	if err != nil {
 		return fmt.Errorf("clearing what is behind the disk: %w", err)
 	}
 	return d.Flush(ctx)
+}
+
+// tablesEnd is how far the last L2 table goes that is not needed for a disk of old
+// bytes, 0 if there is none.
+func (d *disk) tablesEnd(old int64) int64 {
+	d.m.mu.RLock()
+	defer d.m.mu.RUnlock()
+	for i := int64(len(d.m.l1)); i > d.g.L1Size(old); i-- {
+		if d.m.l1[i-1] != 0 {
+			return i * d.g.L2Coverage
+		}
+	}
+	return 0
+}
+
+// zeroAll writes zeroes to what is not zero of a range.
+func (d *disk) zeroAll(ctx context.Context, off, end int64) error {
+	for n := int64(0); off < end; off += n {
+		n = min(end-off, int64(len(zeroBlock)))
+		if err := d.zeroBytes(ctx, off, off+n); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -22,10 +23,10 @@ import (
 
 // growing is an image of small clusters with data at both its ends, and a
 // backing file that is longer than the disk.
-func growing(t *testing.T) (image *storetest.Mem, want []byte) {
+func growing(t *testing.T, version int) (image *storetest.Mem, want []byte) {
 	t.Helper()
 	image = storetest.New(nil)
-	o := create.Options{Size: 40<<10 + 512, ClusterSize: 1024, Backing: "b", BackingFormat: "raw"}
+	o := create.Options{Size: 40<<10 + 512, ClusterSize: 1024, Version: version, Backing: "b", BackingFormat: "raw"}
 	if err := create.Image(t.Context(), image, o); err != nil {
 		t.Fatal(err)
 	}
@@ -43,8 +44,8 @@ func growing(t *testing.T) (image *storetest.Mem, want []byte) {
 	return image, want
 }
 
-// longBase is what lies below the images of growing.
-var longBase = bytes.Repeat([]byte{0xbb}, 60<<10)
+// longBase is what lies below the images of growing, as far as several L2 tables go.
+var longBase = bytes.Repeat([]byte{0xbb}, 300<<10)
 
 func openOver(t *testing.T, st store.Store) backing.Device {
 	t.Helper()
@@ -70,7 +71,7 @@ func wantGrown(t *testing.T, d backing.Device, want []byte) error {
 	if size != int64(len(want)) && size != grownTo {
 		return fmt.Errorf("size is %d", size)
 	}
-	got := make([]byte, min(size, 200<<10))
+	got := make([]byte, min(size, 500<<10))
 	if err := d.ReadAt(t.Context(), got, 0); err != nil {
 		return err
 	}
@@ -81,7 +82,7 @@ func wantGrown(t *testing.T, d backing.Device, want []byte) error {
 }
 
 func TestDiskGrows(t *testing.T) {
-	image, want := growing(t)
+	image, want := growing(t, 3)
 	d := openOver(t, image)
 	if err := d.(backing.Resizer).Resize(t.Context(), grownTo); err != nil {
 		t.Fatal(err)
@@ -111,10 +112,17 @@ func TestDiskGrows(t *testing.T) {
 	mustMatch(t, d, grownTo-512, want[:512])
 }
 
-// TestFailedGrowthLeavesTheDisk makes each call fail in turn.
+// TestFailedGrowthLeavesTheDisk makes each call fail in turn. What the growth left
+// behind the disk does not keep another one from it.
 func TestFailedGrowthLeavesTheDisk(t *testing.T) {
+	for _, version := range []int{2, 3} {
+		t.Run(fmt.Sprint("version ", version), func(t *testing.T) { failGrowths(t, version) })
+	}
+}
+
+func failGrowths(t *testing.T, version int) {
 	for n := 1; ; n++ {
-		image, want := growing(t)
+		image, want := growing(t, version)
 		d := openOver(t, image)
 		before := image.Calls()
 		image.FailCall(n, syscall.ENOSPC)
@@ -134,7 +142,17 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 		if err := wantGrown(t, d, want); err != nil {
 			t.Errorf("call %d, opened again: %v", n, err)
 		}
-		_ = d.Close()
+		if err := d.(backing.Resizer).Resize(t.Context(), grownTo); err != nil {
+			t.Errorf("call %d, opened again: resize: %v", n, err)
+		}
+		if err := wantGrown(t, d, want); err != nil || d.Info().Size != grownTo {
+			t.Errorf("call %d, grown to %d after it: %v", n, d.Info().Size, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Errorf("call %d, grown after it: %v", n, err)
+		}
+		image.Reopen()
+		wantSound(t, image, 1<<20)
 		if last {
 			if n < 15 || err != nil {
 				t.Errorf("after %d calls that failed: %v", n-1, err)
@@ -146,7 +164,7 @@ func TestFailedGrowthLeavesTheDisk(t *testing.T) {
 
 // TestPowerCutDuringGrowth takes states at each change of the file.
 func TestPowerCutDuringGrowth(t *testing.T) {
-	image, want := growing(t)
+	image, want := growing(t, 3)
 	rnd := rand.New(rand.NewPCG(1, 2))
 	c := storetest.NewCrash(image)
 	d := openOver(t, c)
@@ -159,7 +177,11 @@ func TestPowerCutDuringGrowth(t *testing.T) {
 			if err := wantGrown(t, d, want); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
-			_ = d.Close()
+			if err := errors.Join(d.(backing.Resizer).Resize(t.Context(), grownTo), wantGrown(t, d, want), d.Close()); err != nil {
+				t.Errorf("%s, grown after it: %v", name, err)
+			}
+			st.Reopen()
+			wantSound(t, st, 1<<20)
 		}
 	})
 	err := d.(backing.Resizer).Resize(t.Context(), grownTo)
@@ -372,5 +394,55 @@ func TestSnapshotKeepsTheSizeItDoesNotSay(t *testing.T) {
 	defer s.Close()
 	if got := s.Info().Size; got != 4<<20 {
 		t.Errorf("the snapshot has %d bytes, want %d", got, 4<<20)
+	}
+}
+
+// TestGrowthOverTablesBehindTheDisk: they hold a VM state, while it is being saved;
+// without a snapshot there is none, and what is left of one is no part of the disk.
+func TestGrowthOverTablesBehindTheDisk(t *testing.T) {
+	const data, snapshot, old = "write -q -P 1 AT 64k", "snapshot s1", 1 << 20
+	simple, extended := "cluster_size=4k", "cluster_size=16k,extended_l2=on"
+	for _, tt := range []struct {
+		name, options string
+		table         int64 // guest bytes of an L2 table
+		commands      []string
+		want          error
+	}{
+		{"data, a snapshot", simple, 2 << 20, []string{data, snapshot}, backing.ErrNotSupported},
+		{"compressed, a snapshot", simple, 2 << 20, []string{"write -q -c -P 1 AT 64k", snapshot}, backing.ErrNotSupported},
+		{"extended entries, a snapshot", extended, 16 << 20, []string{data, snapshot}, backing.ErrNotSupported},
+		{"discarded, a snapshot", simple, 2 << 20, []string{data, snapshot, "discard -q AT 64k"}, nil},
+		{"extended entries, discarded, a snapshot", extended, 16 << 20, []string{data, snapshot, "discard -q AT 64k"}, nil},
+		{"data", simple, 2 << 20, []string{data}, nil},
+		{"compressed", simple, 2 << 20, []string{"write -q -c -P 1 AT 64k"}, nil},
+		{"extended entries, data", extended, 16 << 20, []string{data}, nil},
+		{"zeroes", simple, 2 << 20, []string{"write -q -z AT 64k"}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			commands := []string{"write -q -P 2 0 1M"}
+			for _, c := range tt.commands {
+				commands = append(commands, strings.ReplaceAll(c, "AT", fmt.Sprint(tt.table*3/2)))
+			}
+			b := made(t, tt.options, fmt.Sprint(2*tt.table), commands...)
+			st := storetest.New(patch(t, b, format.OffSize, fmt.Sprintf("%016x", old)))
+			d := openQuiet(t, st, false)
+			err := d.(backing.Resizer).Resize(t.Context(), 2*tt.table)
+			if !errors.Is(err, tt.want) {
+				t.Fatalf("resize: got %v, want %v", err, tt.want)
+			}
+			want := append(bytes.Repeat([]byte{2}, old), make([]byte, 2*tt.table-old)...)
+			mustMatch(t, d, 0, want[:d.Info().Size])
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+			if leaks, err := judged(t.TempDir(), st.Contents()); err != nil || leaks {
+				t.Errorf("qemu-img check: leaks %v, %v", leaks, err)
+			}
+			d = openQuiet(t, st, true)
+			defer d.Close()
+			mustMatch(t, d, 0, want[:d.Info().Size])
+		})
 	}
 }
