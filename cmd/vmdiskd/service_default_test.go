@@ -1,8 +1,10 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -47,5 +49,34 @@ func TestEmptyNameOpensNoOtherDisk(t *testing.T) {
 		t.Error(err)
 	}
 	opens("removed", "2097152")
+	s.stop()
+}
+
+// memExport is an export of memory, with more keys.
+func memExport(name, size, more string) string {
+	return fmt.Sprintf("[[export]]\nname = %q\nimage = %q\nformat = \"mem\"\n", name, size) + more
+}
+
+// TestEmptyNameIsWhatItsListenerShows: the first export has a listener of its own,
+// and whether it can be opened is nothing to the others.
+func TestEmptyNameIsWhatItsListenerShows(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA+"[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"+memExport("b", "2M", ""))
+	opens := func(when string) {
+		t.Helper()
+		if got, want := s.size(s.uri("")), "2097152"; got != want {
+			t.Errorf("%s: the empty name opens a disk of %q bytes at the listener of all, want %q", when, got, want)
+		}
+	}
+	opens("it is open")
+	s.stop()
+	if err := os.Remove(filepath.Join(s.dir, "a.img")); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	if got, want := s.states(), []string{"a failed", "b ready"}; !slices.Equal(got, want) {
+		t.Errorf("without its image: got %q, want %q", got, want)
+	}
+	opens("it has failed")
 	s.stop()
 }

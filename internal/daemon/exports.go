@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // Origins of exports.
@@ -268,6 +269,9 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 func (d *daemon) keepPlace(k *disk) {
 	x, now, failed := d.disks.look(k)
 	spec, _ := specOf(&x) // without grants it is everybody's
+	if len(x.Listeners) > 0 {
+		spec.At = []*transport.Scope{new(transport.Scope)} // they are closed, and no other shows it
+	}
 	if now == nil && failed != nil {
 		c, _ := exportOf(d.conf.Load(), x.Name)
 		spec.Default = spec.Default || c.Default && k.origin == fromState

@@ -1,6 +1,10 @@
 package export
 
-import "github.com/vmdiskd/vmdiskd/internal/transport"
+import (
+	"slices"
+
+	"github.com/vmdiskd/vmdiskd/internal/transport"
+)
 
 // Keep keeps the place of the export that s describes while it is away: until
 // Release, the empty name does not stand for another in its stead. s counts if it
@@ -55,16 +59,16 @@ func (r *Registry) nextLocked() int {
 }
 
 // defaultLocked is what the empty name opens for p, or nil: where a listener shows
-// some exports, the first of them that p may open, or else the last that was made
-// the default, or the first. One that is away, or leaves, is not passed over: who
-// had it would get the disk of another.
+// some exports, the first of them that p may open, or else, of those that are shown
+// there, the last that was made the default, or the first. One that is away, or
+// leaves, is not passed over: who had it would get the disk of another.
 func (r *Registry) defaultLocked(p *transport.Peer) (first *entry) {
 	names, all := []string(nil), true
 	if p != nil {
 		names, all = p.Scope.Names()
 	}
 	if all {
-		return r.firstLocked()
+		return r.firstLocked(p)
 	}
 	known := learnt{lease: r.leaseLocked(p)}
 	for _, name := range names {
@@ -82,14 +86,21 @@ func (r *Registry) defaultLocked(p *transport.Peer) (first *entry) {
 	return nil
 }
 
-// firstLocked is what the empty name stands for where all exports are shown.
-func (r *Registry) firstLocked() (first *entry) {
+// firstLocked is what the empty name stands for to p at a listener that shows all
+// exports but those with listeners of their own.
+func (r *Registry) firstLocked(p *transport.Peer) (first *entry) {
 	for _, list := range [...]map[string]*entry{r.byName, r.away} {
 		for _, e := range list {
-			if e.made > 0 && (first == nil || e.before(first.place)) {
+			if e.made > 0 && e.spec.isAt(p) && (first == nil || e.before(first.place)) {
 				first = e
 			}
 		}
 	}
 	return first
+}
+
+// isAt tells whether the listener of p is one of those at which s can be seen, if
+// there are such.
+func (s *Spec) isAt(p *transport.Peer) bool {
+	return p == nil || len(s.At) == 0 || slices.Contains(s.At, p.Scope)
 }

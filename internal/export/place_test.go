@@ -2,6 +2,7 @@ package export
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -93,4 +94,32 @@ func TestEmptyNameWaitsOnlyForWhatAPeerMaySee(t *testing.T) {
 	add(t, r, Spec{Name: "b", Device: mem.New(1, nil)})
 	standsFor(t, r, &transport.Peer{Kind: transport.Unix, UID: 7, Scope: scope}, "its owner", "")
 	standsFor(t, r, &transport.Peer{Kind: transport.Unix, UID: 8, Scope: scope}, "another", "b")
+}
+
+// TestEmptyNamePassesOverWhatIsShownElsewhere: an export that has listeners of its
+// own is not what the empty name stands for at those that exports share, whether it
+// is there or not.
+func TestEmptyNamePassesOverWhatIsShownElsewhere(t *testing.T) {
+	shared := &transport.Peer{Kind: transport.Unix, Scope: new(transport.Scope)}
+	own := &transport.Peer{Kind: transport.Unix, Scope: new(transport.Scope)}
+	own.Scope.Show("a")
+	for _, chosen := range []bool{false, true} {
+		r, a := NewRegistry(), Spec{Name: "a", At: []*transport.Scope{own.Scope}, Settings: Settings{Default: chosen}}
+		when := func(what, atOwn string) {
+			t.Helper()
+			what = fmt.Sprintf("default %t, %s", chosen, what)
+			standsFor(t, r, shared, what+", shared listener", "z")
+			standsFor(t, r, own, what+", own listener", atOwn)
+		}
+		r.Keep(a)
+		add(t, r, Spec{Name: "z"})
+		when("not there yet", "")
+		add(t, r, a)
+		when("there", "a")
+		r.Keep(a)
+		if err := r.Remove(t.Context(), "a", nil, false); err != nil {
+			t.Fatal(err)
+		}
+		when("away", "")
+	}
 }

@@ -527,8 +527,7 @@ func (e *entry) rights(p *transport.Peer, known learnt) (access Access, byLease 
 // shownTo reports whether e is to be found at the listener of p.
 func (e *entry) shownTo(p *transport.Peer) bool {
 	names, all := p.Scope.Names()
-	return (all || slices.Contains(names, e.spec.Name)) &&
-		(len(e.spec.At) == 0 || slices.Contains(e.spec.At, p.Scope))
+	return (all || slices.Contains(names, e.spec.Name)) && e.spec.isAt(p)
 }
 
 func (s *Spec) info() nbd.ExportInfo {
