@@ -80,3 +80,30 @@ func TestEmptyNameIsWhatItsListenerShows(t *testing.T) {
 	opens("it has failed")
 	s.stop()
 }
+
+// TestMovedDefaultWaitsForItsDisk: while a client holds up the reload that makes its
+// export the default, the empty name opens that which was it, and no third.
+func TestMovedDefaultWaitsForItsDisk(t *testing.T) {
+	t.Parallel()
+	for what, more := range map[string]string{"the other stays open": "", "the other is opened again": anew} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			const chosen = "default = true\n"
+			first := memExport("c", "3M", "")
+			s := newService(t, first+memExport("a", "2M", chosen)+exportZ)
+			opens := func(when, want string) {
+				t.Helper()
+				if got := s.size(s.uri("")); got != want {
+					t.Errorf("%s: the empty name opens a disk of %q bytes, want %q", when, got, want)
+				}
+			}
+			opens("before", "2097152")
+			err := s.meanwhile(first+memExport("a", "2M", more)+exportZ+chosen+anew, func() { opens("meanwhile", "2097152") })
+			if err != nil {
+				t.Error(err)
+			}
+			opens("after", "1048576")
+			s.stop()
+		})
+	}
+}

@@ -218,8 +218,8 @@ func (d *daemon) mayChange(k *disk, name string) error {
 
 // removeExport takes k away, which has been opened, when its clients have finished
 // what they have in flight, and its listeners with it. One that is kept stays so.
-// instead, if not nil, has the name then. If somebody else has removed it before:
-// errAway.
+// instead, if not nil, has the name and the place then. If somebody else has removed
+// it before: errAway.
 func (d *daemon) removeExport(ctx context.Context, k, instead *disk) error {
 	x, _, _ := d.disks.look(k)
 	return d.takeAway(ctx, k, x.Name, true, func() (*disk, error) { return instead, nil })
@@ -261,6 +261,9 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	d.closeDoors(k.doors)
 	instead, kept := forget()
 	d.release(k, name, instead)
+	if instead != nil {
+		d.keepPlace(instead)
+	}
 	return errors.Join(err, kept)
 }
 

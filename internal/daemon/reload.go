@@ -155,8 +155,9 @@ const reloadTimeout = 5 * time.Minute
 // reload is one that is under way.
 type reload struct {
 	d      *daemon
-	c      *config.Config // as it shall be
-	change *config.Change
+	c      *config.Config          // as it shall be
+	change *config.Change          // without last
+	last   []config.ExportChange   // see splitDefault
 	undo   []func(context.Context) // of what is done, in its order
 	fresh  []*door                 // open; nothing is accepted at them before the end
 	late   []config.ListenerChange // added ones whose addresses were in use
@@ -166,10 +167,11 @@ type reload struct {
 // apply does a reload: what comes, what changes, and when all that is done, what
 // goes. If a step fails, those before it are undone.
 func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) error {
-	r := &reload{d: d, c: c, change: change}
+	r := &reload{d: d, c: c}
+	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
-		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.changeListeners,
+		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -266,20 +268,32 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []func(context.
 // changeExports changes those that stay open.
 func (r *reload) changeExports(ctx context.Context) error {
 	reopen := reopened(r.change)
-	for _, x := range r.change.Exports {
-		k := r.d.disks.find(x.Name) // retry opens what has failed
-		if x.What != config.Alter || k == nil || slices.Contains(reopen, x.Name) {
+	for i := range r.change.Exports {
+		x := &r.change.Exports[i]
+		if x.What != config.Alter || slices.Contains(reopen, x.Name) {
 			continue
 		}
-		old, now, err := r.d.exchange(ctx, k, x.On)
-		if err != nil {
-			return fmt.Errorf("export %q: %w", x.Name, err)
+		if err := r.changeOpen(ctx, x); err != nil {
+			return err
 		}
-		r.onError(func(ctx context.Context) {
-			_, _, err := r.d.exchange(ctx, k, func(live *config.Export) config.Export { return config.TakenBack(&old, &now, live) })
-			r.d.tellChanged(x.Name, err) // it was valid: the export is being changed
-		})
 	}
+	return nil
+}
+
+// changeOpen changes one that stays open, if it is: retry opens what has failed.
+func (r *reload) changeOpen(ctx context.Context, x *config.ExportChange) error {
+	k := r.d.disks.find(x.Name)
+	if k == nil {
+		return nil
+	}
+	old, now, err := r.d.exchange(ctx, k, x.On)
+	if err != nil {
+		return fmt.Errorf("export %q: %w", x.Name, err)
+	}
+	r.onError(func(ctx context.Context) {
+		_, _, err := r.d.exchange(ctx, k, func(live *config.Export) config.Export { return config.TakenBack(&old, &now, live) })
+		r.d.tellChanged(x.Name, err) // it was valid: the export is being changed
+	})
 	return nil
 }
 

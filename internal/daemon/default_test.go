@@ -1,0 +1,131 @@
+package daemon
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/export"
+)
+
+// TestDefaultMovesWithoutAThird: while a reload makes another export the default, or
+// has failed to and is taken back, the empty name opens one of the two, or nothing.
+func TestDefaultMovesWithoutAThird(t *testing.T) {
+	const (
+		first  = "[[export]]\nname = \"c\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		old    = "[[export]]\nname = \"a\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		lost   = "[[export]]\nname = \"a\"\nimage = \"DIR/lost\"\n"
+		next   = "[[export]]\nname = \"z\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		absent = "[[export]]\nname = \"z\"\nimage = \"DIR/absent\"\n"
+		chosen = "default = true\n"
+		again  = "flush-on-close = true\n" // it is closed for that, and opened again
+
+		// A step that fails: exports that are open are closed and opened again by
+		// name, and a listener is tried again when all is done but that one goes.
+		goes    = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/goes\"\n"
+		refused = "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/busy\"\n"
+		other   = "[[export]]\nname = \"zz\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		beyond  = "window = { offset = \"1G\" }\n"
+	)
+	for _, tt := range []struct{ name, before, after, opens, then string }{
+		{"while both are open", old + chosen + next, old + next + chosen, "a", "z"},
+		{"which is opened again", old + chosen + next, old + next + chosen + again, "a", "z"},
+		{"both are opened again", old + chosen + next, old + again + next + chosen + again, "a", "z"},
+		{"the old one is opened again", old + chosen + next, old + again + next + chosen, "a", "z"},
+		{"the old one has failed", lost + chosen + next, old + again + next + chosen + again, "", "z"},
+		{"the new one has failed", old + chosen + absent, old + absent + chosen, "a", ""},
+		{"the new one has failed, the old one is opened again", old + chosen + absent, old + again + absent + chosen, "a", ""},
+		{"the new one had failed", old + chosen + absent, old + next + chosen, "a", "z"},
+		{"the new one is added", old + chosen, old + next + chosen, "a", "z"},
+		{"the old one goes", old + chosen + next, next + chosen + again, "a", "z"},
+		{"to none", old + chosen + next, old + next + again, "a", "c"},
+	} {
+		for fails, step := range map[string]string{"": other, "at an export": other + beyond, "at a listener": other + refused} {
+			t.Run(tt.name+", fails "+fails, func(t *testing.T) {
+				t.Parallel()
+				d, then := reloadable(t), tt.then
+				if fails != "" {
+					then = tt.opens
+				}
+				d.load(first + tt.before + other + goes)
+				d.opens("at first", tt.opens)
+				d.mayOpen = []string{"a", "z", tt.then, ""}
+				d.write(first + tt.after + step)
+				if _, err := (service{d.daemon}).Reload(t.Context(), false); (err != nil) != (fails != "") {
+					t.Errorf("the reload: %v", err)
+				}
+				d.opens("at last", then)
+			})
+		}
+	}
+}
+
+// reloading is a service that is made and reloaded without a process, and looks at
+// what the empty name opens whenever a state changes.
+type reloading struct {
+	*daemon
+	t       *testing.T
+	dir     string
+	mayOpen []string // nil: anything
+}
+
+// reloadable is a service without exports. DIR in its configuration is a folder,
+// where another server listens at busy.
+func reloadable(t *testing.T) *reloading {
+	d := &reloading{daemon: readyService(t), t: t, dir: t.TempDir()}
+	d.cfg.File = filepath.Join(d.dir, "conf")
+	busy, err := net.Listen("unix", filepath.Join(d.dir, "busy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	t.Cleanup(func() {
+		d.mayOpen = nil
+		_ = busy.Close()
+		d.cancel()
+		d.accepted.Wait()
+	})
+	d.exports.Changed = func(name string, s export.State) {
+		if got := d.empty(); d.mayOpen != nil && !slices.Contains(d.mayOpen, got) {
+			t.Errorf("export %q is %s: the empty name opens %q, want one of %q", name, s, got, d.mayOpen)
+		}
+	}
+	return d
+}
+
+func (d *reloading) write(conf string) {
+	if err := os.WriteFile(d.cfg.File, []byte(strings.ReplaceAll(conf, "DIR", d.dir)), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// load opens the exports of a configuration, as the start does.
+func (d *reloading) load(conf string) {
+	d.write(conf)
+	c, err := config.Load(d.cfg.File)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.conf.Store(c)
+	if err := d.addConfigured(); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// empty is what the empty name opens, or "".
+func (d *reloading) empty() string {
+	x, _ := d.exports.Find("", nil)
+	return x.Name
+}
+
+func (d *reloading) opens(when, want string) {
+	d.t.Helper()
+	if got := d.empty(); got != want {
+		d.t.Errorf("%s: the empty name opens %q, want %q", when, got, want)
+	}
+}
