@@ -5,7 +5,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 )
 
 // TestEmptyNameOpensNoOtherDisk: neither after a reload that opens its export
@@ -106,4 +110,166 @@ func TestMovedDefaultWaitsForItsDisk(t *testing.T) {
 			s.stop()
 		})
 	}
+}
+
+// TestEmptyNameIsTheSameAfterARestart: what is first, and what is the default, is what
+// a start makes of the configuration and of what was kept.
+func TestEmptyNameIsTheSameAfterARestart(t *testing.T) {
+	t.Parallel()
+	yes := true
+	add := func(s *testService, name, size string, persist, isDefault bool) {
+		s.Helper()
+		x := config.Export{Name: name, Format: "mem", Image: size, Default: isDefault}
+		if _, err := s.ctl.Add(s.Context(), api.AddExport{Export: x, Persist: persist}); err != nil {
+			s.Fatal(err)
+		}
+	}
+	set := func(s *testService, name string) {
+		s.Helper()
+		if _, err := s.ctl.Patch(s.Context(), name, api.Patch{Default: &yes}); err != nil {
+			s.Fatal(err)
+		}
+	}
+	reload := func(s *testService, conf string) {
+		s.Helper()
+		if err := s.reload(conf); err != nil {
+			s.Fatal(err)
+		}
+	}
+	const mega, chosen = "1048576", "default = true\n"
+	for _, tt := range []struct {
+		name, conf, want string
+		do               func(s *testService)
+	}{
+		{"kept, by the order of their making", "", mega, func(s *testService) {
+			add(s, "b", "1M", true, false)
+			add(s, "a", "2M", true, false)
+		}},
+		{"kept by a snapshot, by the same", "", mega, func(s *testService) {
+			x := config.Export{Name: "b", Image: filepath.Join(s.dir, "b.img")}
+			if _, err := s.ctl.Add(s.Context(), api.AddExport{Export: x}); err != nil {
+				s.Fatal(err)
+			}
+			add(s, "a", "2M", true, false)
+			if _, err := s.ctl.Snapshot(s.Context(), "b", api.Snapshot{Overlay: filepath.Join(s.dir, "top.qcow2")}); err != nil {
+				s.Fatal(err)
+			}
+		}},
+		{"kept, over two restarts", "", mega, func(s *testService) {
+			add(s, "c", "1M", true, false)
+			add(s, "b", "2M", true, false)
+			s.stop()
+			s.start()
+			add(s, "a", "3M", true, false)
+			set := false
+			if _, err := s.ctl.Patch(s.Context(), "c", api.Patch{ReadOnly: &set}); err != nil {
+				s.Fatal(err)
+			}
+		}},
+		{"of the file, by its order", exportZ, "2097152", func(s *testService) {
+			reload(s, memExport("a", "2M", "")+exportZ)
+		}},
+		{"of the file, put in another order", exportZ + memExport("a", "2M", ""), "2097152", func(s *testService) {
+			reload(s, memExport("a", "2M", "")+exportZ)
+		}},
+		{"of the file, which comes before what was kept", "", mega, func(s *testService) {
+			add(s, "a", "2M", true, false)
+			reload(s, exportZ)
+		}},
+		{"the last kept one that was made the default", "", mega, func(s *testService) {
+			add(s, "b", "1M", true, false)
+			add(s, "a", "2M", true, true)
+			set(s, "b")
+		}},
+		{"the last kept one that came as the default", "", mega, func(s *testService) {
+			add(s, "b", "2M", true, true)
+			add(s, "a", "1M", true, true)
+		}},
+		{"kept, against one of the file", exportZ + chosen, "2097152", func(s *testService) {
+			add(s, "a", "2M", true, true)
+		}},
+		{"of the file, made it anew against one that was kept", exportZ + chosen, mega, func(s *testService) {
+			add(s, "a", "2M", true, true)
+			set(s, "z")
+		}},
+		{"of the file, by a reload, against one that was kept", exportZ, mega, func(s *testService) {
+			add(s, "a", "2M", true, true)
+			reload(s, exportZ+chosen)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tt.conf)
+			tt.do(s)
+			for _, when := range []string{"before", "after"} {
+				if got := s.size(s.uri("")); got != tt.want {
+					t.Errorf("%s the restart the empty name opens a disk of %q bytes, want %q", when, got, tt.want)
+				}
+				s.stop()
+				s.start()
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestOneDefaultOfTheAPIIsShown: what was it before says so no more, there or failed,
+// and however many are made it at a time.
+func TestOneDefaultOfTheAPIIsShown(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	yes := true
+	for _, name := range []string{"a", "b", "c", "d"} {
+		x := config.Export{Name: name, Image: filepath.Join(s.dir, name+".img"), Default: name == "b"}
+		if err := os.WriteFile(x.Image, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x, Persist: name != "d"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defaults := func(when string, want int) {
+		t.Helper()
+		all, err := s.ctl.Exports(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, x := range all {
+			if x.Default {
+				got = append(got, x.Name+" "+x.State)
+			}
+		}
+		if len(got) != want {
+			t.Errorf("%s: the defaults are %q, want %d", when, got, want)
+		}
+	}
+	defaults("at first", 1)
+	var both sync.WaitGroup
+	for _, name := range []string{"a", "c", "d"} {
+		both.Go(func() {
+			if _, err := s.ctl.Patch(t.Context(), name, api.Patch{Default: &yes}); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	both.Wait()
+	defaults("made it at a time", 1)
+	if _, err := s.ctl.Patch(t.Context(), "b", api.Patch{Default: &yes}); err != nil {
+		t.Error(err)
+	}
+	s.stop()
+	if err := os.Remove(filepath.Join(s.dir, "b.img")); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	defaults("the default has failed", 1)
+	if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{Default: &yes}); err != nil {
+		t.Error(err)
+	}
+	defaults("another is it", 1)
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || !x.Default {
+		t.Errorf("a: got %+v, %v, want it the default", x, err)
+	}
+	s.stop()
 }

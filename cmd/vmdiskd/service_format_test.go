@@ -82,7 +82,7 @@ func TestQcow2IsNotWrittenToAsRawAfterItWasRead(t *testing.T) {
 	if x, err := s.ctl.Add(t.Context(), api.AddExport{Export: k, Persist: true}); err != nil || x.Format != "" {
 		t.Errorf("added: %+v, %v, want no format", x, err)
 	}
-	if list, err := config.ReadExports(filepath.Join(s.dir, "state")); err != nil || len(list) != 1 || list[0].Format != "" {
+	if list, _, err := config.ReadExports(filepath.Join(s.dir, "state")); err != nil || len(list) != 1 || list[0].Format != "" {
 		t.Errorf("kept: got %+v, %v, want no format", list, err)
 	}
 	s.stop()

@@ -168,7 +168,7 @@ func ReadBases(dir string) (list []Base, err error) {
 			if err != nil {
 				continue
 			}
-			over = kept{i.Serve, i.Below}
+			over = kept{Export: i.Serve, Below: i.Below}
 			list = append(list, Base{File{Path: i.Of.Image}, over.Name, over.Image})
 		case strings.HasPrefix(name, "."):
 			continue

@@ -71,15 +71,23 @@ func openState(dir string) (*os.File, error) {
 type kept struct {
 	Export
 	Below []File `json:"below,omitempty"`
+
+	// Order is above that of all that were made before; 0, which comes first, in a
+	// file of a version that had none.
+	Order int `json:"order,omitempty"`
 }
 
 // WriteExport keeps e in the folder dir, which exists, and which nobody but root
-// and this user can write to; below are the files that its image stands on. When it
-// returns without an error, e is on stable storage; with one, what was kept under
-// its name before still is, unless the error is ErrUnsynced. Calls for one folder
+// and this user can write to; below are the files that its image stands on. It comes
+// before those of a greater order; what is kept under its name already stays where it
+// is. When it returns without an error, e is on stable storage; with one, what was kept
+// under its name before still is, unless the error is ErrUnsynced. Calls for one folder
 // exclude each other.
-func WriteExport(dir string, e Export, below []File) error {
-	b, err := encodeState(kept{e, below})
+func WriteExport(dir string, e Export, below []File, order int) error {
+	if old, err := readExport(dir, stateFile(e.Name)); err == nil {
+		order = old.Order
+	}
+	b, err := encodeState(kept{e, below, order})
 	if err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
@@ -178,16 +186,16 @@ func (e FileErrors) Error() string { return errors.Join(e...).Error() }
 // Unwrap makes errors.Is and errors.As find each of them.
 func (e FileErrors) Unwrap() []error { return e }
 
-// ReadExports returns what WriteExport kept in dir, in the order of the files'
-// names, at most limits.ConfigExports. Files that cannot be read do not hide
-// the others: the error, beside the exports, is of type FileErrors and names
-// them all.
-func ReadExports(dir string) ([]Export, error) {
+// ReadExports returns what WriteExport kept in dir, at most limits.ConfigExports, in
+// their order, and where that is the same by the files' names. last is the greatest
+// order. Files that cannot be read do not hide the others: the error, beside the
+// exports, is of type FileErrors and names them all.
+func ReadExports(dir string) (list []Export, last int, err error) {
 	names, err := stateNames(dir)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	var list []Export
+	var all []kept
 	var problems FileErrors
 	if len(names) > 4*limits.ConfigExports {
 		problems = append(problems, fmt.Errorf("%q has more than %d files: some are not looked at", dir, 4*limits.ConfigExports))
@@ -197,7 +205,7 @@ func ReadExports(dir string) ([]Export, error) {
 			continue
 		}
 		e, err := readExport(dir, name)
-		if err == nil && len(list) == limits.ConfigExports {
+		if err == nil && len(all) == limits.ConfigExports {
 			problems = append(problems, fmt.Errorf("%q has more than %d exports: from %q on none is looked at", dir, limits.ConfigExports, name))
 			break
 		}
@@ -205,12 +213,16 @@ func ReadExports(dir string) ([]Export, error) {
 			problems = append(problems, err)
 			continue
 		}
-		list = append(list, e.Export)
+		all = append(all, e)
+	}
+	slices.SortStableFunc(all, func(a, b kept) int { return cmp.Compare(a.Order, b.Order) })
+	for _, e := range all {
+		list, last = append(list, e.Export), max(last, e.Order)
 	}
 	if problems != nil {
-		return list, problems
+		return list, last, problems
 	}
-	return list, nil
+	return list, last, nil
 }
 
 // stateNames are the files of dir in their order, and one more than there can be

@@ -27,7 +27,7 @@ func stateDir(t *testing.T) string {
 // keep writes an export that is expected to be kept.
 func keep(t *testing.T, dir string, e config.Export) {
 	t.Helper()
-	if err := config.WriteExport(dir, e, nil); err != nil {
+	if err := config.WriteExport(dir, e, nil, 0); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -58,7 +58,7 @@ func TestAnyNameIsKeptInTheFolder(t *testing.T) {
 	if got := files(t, dir); len(got) != len(names) {
 		t.Errorf("%d names have %d files: %q", len(names), len(got), got)
 	}
-	list, err := config.ReadExports(dir)
+	list, _, err := config.ReadExports(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +94,7 @@ func TestKeptExportsComeBackWhole(t *testing.T) {
 	changed := c.Exports[1]
 	changed.Description = "changed"
 	keep(t, dir, changed)
-	list, err := config.ReadExports(dir)
+	list, _, err := config.ReadExports(dir)
 	if err != nil || len(list) != 2 || !sameJSON(t, list[0], c.Exports[0]) || !sameJSON(t, list[1], changed) {
 		t.Errorf("got %+v, %v", list, err)
 	}
@@ -104,8 +104,48 @@ func TestKeptExportsComeBackWhole(t *testing.T) {
 	}
 	large := config.Export{Name: "large", Image: "/l", Protect: many(limits.ProtectRanges, config.Range{Offset: 1 << 50, Length: 1 << 50})}
 	keep(t, dir, large)
-	if list, err = config.ReadExports(dir); err != nil || len(list) != 3 || len(list[2].Protect) != limits.ProtectRanges {
+	if list, _, err = config.ReadExports(dir); err != nil || len(list) != 3 || len(list[2].Protect) != limits.ProtectRanges {
 		t.Errorf("a large export: %v", err)
+	}
+}
+
+// TestKeptExportsComeInTheirOrder, however often they are written; those without one
+// come first, by their names.
+func TestKeptExportsComeInTheirOrder(t *testing.T) {
+	dir := stateDir(t)
+	write := func(name string, order int) {
+		t.Helper()
+		if err := config.WriteExport(dir, config.Export{Name: name, Image: "/" + name}, nil, order); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in := func(when string, wantLast int, want ...string) {
+		t.Helper()
+		var got []string
+		list, last, err := config.ReadExports(dir)
+		for _, e := range list {
+			got = append(got, e.Name)
+		}
+		if err != nil || last != wantLast || !slices.Equal(got, want) {
+			t.Errorf("%s: got %q, the last %d, %v, want %q, %d", when, got, last, err, want, wantLast)
+		}
+	}
+	in("none", 0)
+	for order, name := range []string{"y", "b", "d", "a"} {
+		write(name, order)
+	}
+	keep(t, dir, config.Export{Name: "x", Image: "/x"})
+	in("written", 3, "x", "y", "b", "d", "a")
+	write("b", 7)
+	write("x", 8)
+	in("written again", 3, "x", "y", "b", "d", "a")
+	if err := config.RemoveExport(dir, "b"); err != nil {
+		t.Fatal(err)
+	}
+	write("b", 4)
+	in("removed and made again", 4, "x", "y", "d", "a", "b")
+	if b, err := os.ReadFile(filepath.Join(dir, "x.json")); err != nil || strings.Contains(string(b), "order") {
+		t.Errorf("without an order the file is %q, %v", b, err)
 	}
 }
 
@@ -121,11 +161,11 @@ func TestWhatCannotComeBackIsNotKept(t *testing.T) {
 		"size":               {Name: "a", Image: "/a", Description: strings.Repeat("a", limits.StateFile)},
 		"negative":           {Name: "a", Image: "/a", Overlay: &config.Overlay{Quota: -1}},
 	} {
-		if err := config.WriteExport(dir, e, nil); err == nil {
+		if err := config.WriteExport(dir, e, nil, 0); err == nil {
 			t.Errorf("%s: kept", name)
 		}
 	}
-	list, err := config.ReadExports(dir)
+	list, _, err := config.ReadExports(dir)
 	if err != nil || len(list) != 1 || list[0].Image != "/a" || len(files(t, dir)) != 1 {
 		t.Errorf("got %+v, %v, files %q", list, err, files(t, dir))
 	}
@@ -154,7 +194,7 @@ func TestBadFilesDoNotHideTheOthers(t *testing.T) {
 	if err := syscall.Mkfifo(filepath.Join(dir, "fifo.json"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	list, err := config.ReadExports(dir)
+	list, _, err := config.ReadExports(dir)
 	if len(list) != 2 || list[0].Name != "a" || list[1].Name != "z" {
 		t.Errorf("got %+v", list)
 	}
@@ -170,10 +210,10 @@ func TestFolderOfOthersIsRefused(t *testing.T) {
 	keep(t, dir, config.Export{Name: "a", Image: "/a"})
 	refused := func(what, dir string) {
 		t.Helper()
-		if err := config.WriteExport(dir, config.Export{Name: "b", Image: "/b"}, nil); err == nil {
+		if err := config.WriteExport(dir, config.Export{Name: "b", Image: "/b"}, nil, 0); err == nil {
 			t.Errorf("%s: kept", what)
 		}
-		if list, err := config.ReadExports(dir); err == nil || list != nil {
+		if list, _, err := config.ReadExports(dir); err == nil || list != nil {
 			t.Errorf("%s: read %+v", what, list)
 		}
 		if err := config.MayRemoveExport(dir, "a"); err == nil {
@@ -202,7 +242,7 @@ func TestFolderOfOthersIsRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 {
+	if list, _, err := config.ReadExports(dir); err != nil || len(list) != 1 {
 		t.Errorf("got %+v, %v", list, err)
 	}
 }
@@ -237,13 +277,13 @@ func TestWriteIsAtomic(t *testing.T) {
 	if err := os.Symlink(outside, temp); err != nil {
 		t.Fatal(err)
 	}
-	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/new"}, nil); !errors.Is(err, syscall.ELOOP) {
+	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/new"}, nil, 0); !errors.Is(err, syscall.ELOOP) {
 		t.Errorf("wrote through a link: %v", err)
 	}
 	if b, err := os.ReadFile(outside); err != nil || string(b) != "mine" {
 		t.Errorf("the file behind the link: %q, %v", b, err)
 	}
-	if list, err := config.ReadExports(dir); err != nil || list[0].Image != "/old" {
+	if list, _, err := config.ReadExports(dir); err != nil || list[0].Image != "/old" {
 		t.Errorf("got %+v, %v", list, err)
 	}
 	// An interrupted write is no obstacle.
@@ -251,14 +291,14 @@ func TestWriteIsAtomic(t *testing.T) {
 		t.Fatal(err)
 	}
 	keep(t, dir, config.Export{Name: "a", Image: "/new"})
-	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 || list[0].Image != "/new" || len(files(t, dir)) != 1 {
+	if list, _, err := config.ReadExports(dir); err != nil || len(list) != 1 || list[0].Image != "/new" || len(files(t, dir)) != 1 {
 		t.Errorf("got %+v, %v, files %q", list, err, files(t, dir))
 	}
 	gone := filepath.Join(dir, "gone")
-	if err := config.WriteExport(gone, config.Export{Name: "a"}, nil); !errors.Is(err, fs.ErrNotExist) {
+	if err := config.WriteExport(gone, config.Export{Name: "a"}, nil, 0); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no folder: %v", err)
 	}
-	if _, err := config.ReadExports(gone); !errors.Is(err, fs.ErrNotExist) {
+	if _, _, err := config.ReadExports(gone); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no folder: %v", err)
 	}
 	if err := config.RemoveExport(gone, "a"); !errors.Is(err, fs.ErrNotExist) {

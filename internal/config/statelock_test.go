@@ -23,7 +23,7 @@ func TestStateIsForOne(t *testing.T) {
 		t.Errorf("a second: got %v, want %v", err, config.ErrStateInUse)
 	}
 	keep(t, dir, config.Export{Name: "a", Image: "/a"})
-	if list, err := config.ReadExports(dir); err != nil || len(list) != 1 {
+	if list, _, err := config.ReadExports(dir); err != nil || len(list) != 1 {
 		t.Errorf("exports beside the lock: got %+v, %v, want one", list, err)
 	}
 	if err := f.Close(); err != nil {

@@ -19,7 +19,7 @@ func TestBaseIsFoundByItsPathOrItsNumbers(t *testing.T) {
 		t.Fatal(err)
 	}
 	below := []config.File{{Path: "/i/base", Dev: 1, Ino: 2, Born: 3}, {Path: "/dev/mapper/base"}, {Dev: 4, Ino: 5}}
-	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/i/top", Format: "qcow2"}, below); err != nil {
+	if err := config.WriteExport(dir, config.Export{Name: "a", Image: "/i/top", Format: "qcow2"}, below, 0); err != nil {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct {

@@ -42,6 +42,7 @@ type daemon struct {
 	bases     bases
 	asking    asking
 	unread    string   // what could not be read of kept exports; set by the start
+	lastKept  int      // the greatest order of those that could; set by the start
 	stateLock *os.File // held until the process ends; nil without such a folder
 	groups    groups
 	started   time.Time

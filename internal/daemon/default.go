@@ -2,6 +2,8 @@ package daemon
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -25,6 +27,15 @@ func splitDefault(change *config.Change) (first *config.Change, last []config.Ex
 		x.Fields = slices.DeleteFunc(slices.Clone(x.Fields), func(key string) bool { return key == "default" })
 	}
 	return &c, last
+}
+
+// restoreDefault is the step of a reload whose undoing, the last, makes the export the
+// default that was it last: an export that is made what it was comes after it.
+func (r *reload) restoreDefault(context.Context) error {
+	if last, ok := r.d.exports.Default(); ok {
+		r.onError(func(context.Context) { r.d.exports.Choose(last) })
+	}
+	return nil
 }
 
 // passDefault is the step of a reload after which who was the default is it no more:
@@ -61,4 +72,80 @@ func (r *reload) awaitDefault() {
 	}
 	wait(&disk{cfg: x, origin: fromConfig})
 	r.onError(func(context.Context) { wait(k) })
+}
+
+// arrange puts the exports of a configuration in its order, as a start with it does.
+func (d *daemon) arrange(c *config.Config) {
+	var names []string
+	for i := range c.Exports {
+		names = append(names, c.Exports[i].Name)
+	}
+	d.exports.Arrange(names...)
+}
+
+// reordered tells whether exports that are in both configurations are in another
+// order in the second.
+func reordered(old, new *config.Config) bool {
+	same := func(a, b config.Export) bool { return a.Name == b.Name }
+	return !slices.EqualFunc(inBoth(old.Exports, new.Exports), inBoth(new.Exports, old.Exports), same)
+}
+
+// inBoth are those of list whose names an export of others has.
+func inBoth(list, others []config.Export) []config.Export {
+	names := map[string]bool{}
+	for i := range others {
+		names[others[i].Name] = true
+	}
+	return slices.DeleteFunc(slices.Clone(list), func(x config.Export) bool { return !names[x.Name] })
+}
+
+// yieldDefaults has one default at most of the exports that the control API has made,
+// the last that was made it, in their files too: a start makes each the default that
+// says so, in the order in which they were made. It does not end with its caller.
+func (d *daemon) yieldDefaults() error {
+	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
+	defer cancel()
+	var errs []error
+	for _, k := range d.disks.all() {
+		if err := d.yieldDefault(ctx, k); err != nil {
+			x, _, _ := d.disks.look(k)
+			errs = append(errs, fmt.Errorf("export %q is still a default, and may be it after a restart: %w", x.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// yieldDefault is yieldDefaults for one of them.
+func (d *daemon) yieldDefault(ctx context.Context, k *disk) error {
+	if !d.yields(k) {
+		return nil
+	}
+	if err := k.busy.Wait(ctx); err != nil {
+		return err
+	}
+	defer k.busy.Unlock()
+	if !d.yields(k) {
+		return nil
+	}
+	x := k.cfg
+	x.Default = false
+	if err := d.rewrite(k, x); err != nil {
+		return err
+	}
+	d.exports.Yield(x.Name)
+	d.disks.mu.Lock()
+	defer d.disks.mu.Unlock()
+	k.cfg.Default = false
+	return nil
+}
+
+// yields tells whether k is one of the control API that says it is the default, and
+// another was made it later. One that is being opened will be the last.
+func (d *daemon) yields(k *disk) bool {
+	x, now, failed := d.disks.look(k)
+	if origin := d.disks.originOf(k); origin != fromAPI && origin != fromState || now == nil && failed == nil {
+		return false
+	}
+	last, _ := d.exports.Default()
+	return x.Default && x.Name != last && d.disks.get(x.Name) == k
 }

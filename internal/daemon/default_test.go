@@ -65,6 +65,41 @@ func TestDefaultMovesWithoutAThird(t *testing.T) {
 	}
 }
 
+// TestReloadThatIsTakenBackLeavesTheDefaultOfTheAPI, which was made it after the one
+// of the file that the reload has changed.
+func TestReloadThatIsTakenBackLeavesTheDefaultOfTheAPI(t *testing.T) {
+	const (
+		a      = "[[export]]\nname = \"a\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		z      = "[[export]]\nname = \"z\"\nimage = \"1M\"\nformat = \"mem\"\n"
+		chosen = "default = true\n"
+	)
+	d := reloadable(t)
+	d.load(a + chosen + z + "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/goes\"\n")
+	d.opens("at first", "a")
+	b := config.Export{Name: "b", Image: "1M", Format: "mem", Default: true}
+	b.SetDefaults()
+	if err := d.addExport(t.Context(), b, fromAPI, nil); err != nil {
+		t.Fatal(err)
+	}
+	d.opens("made by the API", "b")
+	d.write(a + z + chosen + "[[listener]]\nuri = \"nbd+unix:///?socket=DIR/busy\"\n")
+	if _, err := (service{d.daemon}).Reload(t.Context(), false); err == nil {
+		t.Error("the reload opened a listener where another server listens")
+	}
+	d.opens("taken back", "b")
+	if k := d.disks.get("b"); !k.cfg.Default {
+		t.Error("b is no default any more")
+	}
+	d.write(a + z + chosen)
+	if _, err := (service{d.daemon}).Reload(t.Context(), false); err != nil {
+		t.Error(err)
+	}
+	d.opens("done", "z")
+	if k := d.disks.get("b"); k.cfg.Default {
+		t.Error("b still says that it is the default")
+	}
+}
+
 // reloading is a service that is made and reloaded without a process, and looks at
 // what the empty name opens whenever a state changes.
 type reloading struct {

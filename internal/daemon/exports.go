@@ -311,7 +311,7 @@ func (d *daemon) allExports() (list []config.Export, err error) {
 	if c.Control.State == "" {
 		return c.Exports, nil
 	}
-	kept, err := config.ReadExports(c.Control.State)
+	kept, _, err := config.ReadExports(c.Control.State)
 	return slices.Concat(otherThan(kept, c.Exports), otherThan(c.Exports, kept)), err
 }
 
@@ -335,16 +335,17 @@ func (d *daemon) addConfigured() error {
 	if err != nil {
 		return err
 	}
+	d.arrange(c)
 	var list []*disk
-	for _, x := range c.Exports {
-		k := &disk{cfg: x, origin: fromConfig}
-		if other, both := named(kept, x.Name); both {
-			k = &disk{cfg: other, origin: fromState, failed: errTwo(&x, &other)}
+	for _, x := range otherThan(kept, c.Exports) {
+		list = append(list, &disk{cfg: x, origin: fromConfig})
+	}
+	for _, x := range kept {
+		k := &disk{cfg: x, origin: fromState}
+		if other, both := exportOf(c, x.Name); both {
+			k.failed = errTwo(&other, &x)
 		}
 		list = append(list, k)
-	}
-	for _, x := range otherThan(c.Exports, kept) {
-		list = append(list, &disk{cfg: x, origin: fromState})
 	}
 	d.tryAll(d.stopping, list)
 	return nil
@@ -396,7 +397,7 @@ func (d *daemon) readKept(state string) ([]config.Export, error) {
 	if state == "" {
 		return nil, nil
 	}
-	kept, err := config.ReadExports(state)
+	kept, last, err := config.ReadExports(state)
 	var bad config.FileErrors
 	if err != nil && !errors.As(err, &bad) {
 		return nil, err
@@ -407,6 +408,7 @@ func (d *daemon) readKept(state string) ([]config.Export, error) {
 	if len(bad) > 0 {
 		d.unread = fmt.Sprintf("%d files of kept exports could not be read at the start, the first: %v", len(bad), bad[0])
 	}
+	d.lastKept = last
 	return kept, nil
 }
 

@@ -235,7 +235,7 @@ func keepingService(t *testing.T, image string) (d *daemon, state string) {
 	if err == nil && image != "" {
 		x := config.Export{Name: "a", Image: image}
 		x.SetDefaults()
-		err = errors.Join(config.WriteExport(state, x, []config.File{{Path: image + ".below"}}),
+		err = errors.Join(config.WriteExport(state, x, []config.File{{Path: image + ".below"}}, 0),
 			d.disks.claim(&disk{cfg: x, origin: fromState, failed: os.ErrNotExist}))
 	}
 	if err != nil {
@@ -252,7 +252,7 @@ func wantKept(t *testing.T, d *daemon, state, image string) {
 	if k := d.disks.get("a"); k != nil {
 		there = k.cfg
 	}
-	list, err := config.ReadExports(state)
+	list, _, err := config.ReadExports(state)
 	if len(list) > 0 {
 		kept = list[0]
 	}

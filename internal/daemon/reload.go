@@ -52,6 +52,9 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		return api.Reload{}, told(err)
 	}
 	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines(), Restart: change.Restart()}, d.retries(c, change)
+	if reordered(d.conf.Load(), c) {
+		r.Changes = append(r.Changes, "change the order of exports")
+	}
 	switch {
 	case dryRun:
 		r.Changes = append(r.Changes, retries...)
@@ -84,6 +87,9 @@ func (d *daemon) applyAll(c *config.Config, change *config.Change, r *api.Reload
 	}
 	for _, name := range d.retry(ctx, func(error) bool { return true }) {
 		r.Changes = append(r.Changes, d.outcome(name)...)
+	}
+	if err := d.yieldDefaults(); err != nil {
+		d.log.Error("the empty name may open another disk after a restart", "error", err)
 	}
 	return nil
 }
@@ -171,7 +177,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
-		r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
+		r.restoreDefault, r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -322,6 +328,7 @@ func (r *reload) finish(ctx context.Context) {
 		d.accept(o)
 	}
 	d.conf.Store(r.c)
+	d.arrange(r.c)
 	d.groups.keep(r.c.Groups)
 	d.server.SetSlow(d.slow())
 	if !d.cfg.Verbose {

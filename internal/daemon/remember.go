@@ -60,9 +60,9 @@ func (d *daemon) remember(k *disk, cfg config.Export, below []config.File) (undo
 	switch k.origin {
 	case fromState:
 		before, under := k.cfg, k.stack.below
-		return func() error { return config.WriteExport(state, before, under) }, config.WriteExport(state, cfg, below)
+		return func() error { return d.writeKept(before, under) }, d.writeKept(cfg, below)
 	case fromAPI:
-		return func() error { return config.RemoveExport(state, cfg.Name) }, config.WriteExport(state, cfg, below)
+		return func() error { return config.RemoveExport(state, cfg.Name) }, d.writeKept(cfg, below)
 	case fromConfig:
 		before, err := config.ReadInstead(state, cfg.Name)
 		if err != nil {
@@ -90,13 +90,19 @@ func (d *daemon) keepAdded(ctx context.Context, k *disk, cfg config.Export, belo
 	undo = func() error { return config.RemoveExport(state, cfg.Name) }
 	if old != nil {
 		under, _ := config.ReadBelow(state, cfg.Name) // of one that is damaged there is none
-		undo = func() error { return config.WriteExport(state, old.cfg, under) }
+		undo = func() error { return d.writeKept(old.cfg, under) }
 	}
-	err = config.WriteExport(state, cfg, below)
+	err = d.writeKept(cfg, below)
 	if errors.Is(err, config.ErrUnsynced) {
 		err = errors.Join(err, undo())
 	}
 	return undo, err
+}
+
+// writeKept writes the file of an export, which stands on the files below. It comes after
+// those that were kept at the start, and after what was made since and before it.
+func (d *daemon) writeKept(x config.Export, below []config.File) error {
+	return config.WriteExport(d.conf.Load().Control.State, x, below, d.lastKept+d.exports.Made(x.Name))
 }
 
 // forgetOverlay forgets the overlay of an export of the configuration, and has the

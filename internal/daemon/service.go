@@ -212,6 +212,9 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 	if err == nil {
 		err = s.d.addDisk(ctx, &disk{cfg: x, origin: origin, unkept: a.Persist}, files)
 	}
+	if err == nil && x.Default {
+		err = s.d.yieldDefaults()
+	}
 	if err != nil {
 		return api.Export{}, told(err)
 	}
@@ -241,6 +244,15 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 }
 
 func (s service) Patch(ctx context.Context, name string, p api.Patch) (api.Export, error) {
+	x, err := s.patch(ctx, name, p)
+	if err == nil && p.Default != nil && *p.Default {
+		err = told(s.d.yieldDefaults())
+	}
+	return x, err
+}
+
+// patch is Patch but for the other defaults.
+func (s service) patch(ctx context.Context, name string, p api.Patch) (api.Export, error) {
 	k, err := s.d.beginChange(ctx, name)
 	if err != nil {
 		return api.Export{}, err
@@ -297,6 +309,9 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if p.WriteThreshold != nil {
 		k.stack.threshold.Set(x.Threshold())
 	}
+	if p.Default != nil {
+		d.exports.Choose(x.Name)
+	}
 	return nil
 }
 
@@ -305,7 +320,11 @@ func (d *daemon) rewrite(k *disk, x config.Export) error {
 	if k.origin != fromState {
 		return nil
 	}
-	return config.WriteExport(d.conf.Load().Control.State, x, k.stack.below)
+	if k.stack != nil {
+		return d.writeKept(x, k.stack.below)
+	}
+	below, _ := config.ReadBelow(d.conf.Load().Control.State, x.Name) // of one that is damaged there is none
+	return d.writeKept(x, below)
 }
 
 func set[T any](to *T, from *T) {

@@ -123,3 +123,72 @@ func TestEmptyNamePassesOverWhatIsShownElsewhere(t *testing.T) {
 		when("away", "")
 	}
 }
+
+// TestEmptyNameTakesTheFirstOfAnArrangement, and what is none of it as it came.
+func TestEmptyNameTakesTheFirstOfAnArrangement(t *testing.T) {
+	r := NewRegistry()
+	for _, name := range []string{"other", "c", "later", "b"} {
+		add(t, r, Spec{Name: name})
+	}
+	standsFor(t, r, nil, "as they came", "other")
+	r.Arrange("a", "b", "c")
+	for _, name := range []string{"b", "c", "other", "later"} {
+		standsFor(t, r, nil, "arranged", name)
+		if err := r.Remove(t.Context(), name, nil, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.Keep(Spec{Name: "a"})
+	add(t, r, Spec{Name: "b"})
+	standsFor(t, r, nil, "the first not there", "")
+	r.Arrange("b", "a")
+	standsFor(t, r, nil, "arranged anew", "b")
+}
+
+// TestExportBeingOpenedHasItsPlace from when it is asked for, not from when it is open.
+func TestExportBeingOpenedHasItsPlace(t *testing.T) {
+	r := NewRegistry()
+	var slow int
+	err := r.AddOpening(Spec{Name: "slow"}, func() (backing.Device, error) {
+		slow = r.Made("slow")
+		add(t, r, Spec{Name: "fast"})
+		standsFor(t, r, nil, "while the first is being opened", "fast")
+		return mem.New(1, nil), nil
+	})
+	if err != nil || slow == 0 || r.Made("slow") != slow || r.Made("fast") <= slow {
+		t.Errorf("got %v, %d when it was asked for and %d later, %d for the other", err, slow, r.Made("slow"), r.Made("fast"))
+	}
+	standsFor(t, r, nil, "when both are open", "slow")
+}
+
+// TestLastDefaultIsChosenAgain and yields, there and away.
+func TestLastDefaultIsChosenAgain(t *testing.T) {
+	r := NewRegistry()
+	is := func(when, want string) {
+		t.Helper()
+		if got, ok := r.Default(); got != want || ok != (want != "") {
+			t.Errorf("%s: the default is %q, %t, want %q", when, got, ok, want)
+		}
+	}
+	for _, name := range []string{"none", "a", "b"} {
+		add(t, r, Spec{Name: name, Settings: Settings{Default: name != "none"}})
+	}
+	if none, a, b := r.Made("none"), r.Made("a"), r.Made("b"); none <= 0 || a <= none || b <= a || r.Made("c") != 0 {
+		t.Errorf("made in the order %d, %d, %d, and %d where there is none", none, a, b, r.Made("c"))
+	}
+	is("at first", "b")
+	r.Choose("a")
+	is("chosen again", "a")
+	r.Choose("none")
+	is("one that is none is chosen", "a")
+	r.Yield("a")
+	is("it has yielded", "b")
+	r.Keep(Spec{Name: "b"})
+	if err := r.Remove(t.Context(), "b", nil, false); err != nil {
+		t.Fatal(err)
+	}
+	is("away", "b")
+	r.Yield("b")
+	is("all have yielded", "")
+	standsFor(t, r, nil, "all have yielded", "none")
+}

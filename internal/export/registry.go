@@ -73,6 +73,7 @@ type Registry struct {
 	byName  map[string]*entry // guarded by mu
 	away    map[string]*entry // guarded by mu; Closed, with a place that Keep keeps
 	count   int               // guarded by mu; of what makes an entry first or last
+	rank    map[string]int    // guarded by mu; of the names given to Arrange, below 0
 	closed  bool              // guarded by mu
 	opening sync.WaitGroup    // Add is not called once closed is set
 
@@ -92,6 +93,7 @@ type entry struct {
 	lost  bool // the disk has failed: there is nothing to flush
 	users int
 	place
+	due      int           // what place.made will be; 0 before it is known
 	kept     bool          // it is away when it is closed, and not forgotten
 	removing int           // Removes that are under way
 	idle     chan struct{} // not nil while somebody waits for users to be 0
@@ -109,11 +111,6 @@ type entry struct {
 type place struct {
 	made   int // by Registry.count, when it became Ready first
 	chosen int // the same, when it was made the default; 0 if it is not
-}
-
-// before tells whether the empty name stands for p rather than for q.
-func (p place) before(q place) bool {
-	return p.chosen > q.chosen || p.chosen == q.chosen && p.made < q.made
 }
 
 // welcome is for connections that nobody has told to leave.
