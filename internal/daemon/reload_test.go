@@ -16,10 +16,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/config"
-	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
-	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 )
 
@@ -176,8 +174,7 @@ func TestLostListenerLeavesItsPlaceToTheNext(t *testing.T) {
 
 // TestEventOfAReloadIsALine that clients take, however much has changed.
 func TestEventOfAReloadIsALine(t *testing.T) {
-	d := emptyService(t)
-	d.buffers, d.server = bufpool.New(1<<20), nbd.NewServer(nbd.Options{Exports: d.exports})
+	d := readyService(t)
 	var text strings.Builder
 	const n = 3000
 	for i := range n {
