@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -216,11 +215,12 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
 	give := g.step(plan)
 	var renew []Step
+	r := &renewal{Domain: d, target: target, reconnect: o.Reconnect, size: func() int64 { return 0 }, always: true}
 	if o.Renew && scope&libvirtd.Live != 0 {
-		renew = d.renewSteps(&give, disk, o.Reconnect)
+		renew = r.delaySteps(&give, disk)
 	}
 	plan.Steps = append(append(v.steps, give), renew...)
-	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, o.Renew))
+	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, r))
 	return plan, nil
 }
 
@@ -429,14 +429,13 @@ func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri tr
 	return unknown != nil || left != in, err
 }
 
-// renewSteps give a disk that the step has plugged the delay that libvirt has
-// forgotten.
-func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.Duration) []Step {
-	r := &renewal{Domain: d, target: disk.Target.Dev, reconnect: delay, size: func() int64 { return 0 }}
+// delaySteps give the disk of the step the delay that libvirt has forgotten. QEMU
+// does not say whether it has one: a disk that is there is connected anew too.
+func (r *renewal) delaySteps(give *Step, disk *libvirtxml.DomainDisk) []Step {
 	attach := give.Do
 	give.Do = func(ctx context.Context) (bool, error) {
 		changed, err := attach(ctx)
-		r.always, r.target = changed, disk.Target.Dev
+		r.target = disk.Target.Dev
 		return changed, err
 	}
 	open := r.openStep()
@@ -444,7 +443,7 @@ func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.
 	open.Do = func(ctx context.Context) (bool, error) {
 		ctx, cancel := steady(ctx)
 		defer cancel()
-		all, err := d.describe(ctx)
+		all, err := r.Domain.describe(ctx)
 		if err != nil {
 			return false, err
 		}
@@ -460,7 +459,9 @@ func (d *Domain) renewSteps(give *Step, disk *libvirtxml.DomainDisk, delay time.
 // forgotten is the note of a libvirt that keeps no delay.
 const forgotten = "libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again"
 
-func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope, renewed bool) Step {
+// verifyStep sees that libvirt describes the disk, and says what has become of its
+// delay. The renewal has run if there was need of it.
+func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope, r *renewal) Step {
 	return Step{
 		Name: "see the disk in libvirt's description",
 		Do: func(ctx context.Context) (bool, error) {
@@ -476,7 +477,7 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 			}
 			switch {
 			case libvirtd.ReconnectDelay(there) > 0:
-			case renewed && in&libvirtd.Live != 0:
+			case r.needed:
 				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do; QEMU has it until the machine's next start")
 			case scope&libvirtd.Live == 0:
 				d.note(forgotten)

@@ -2,6 +2,7 @@ package attach_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -659,6 +660,69 @@ func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 	}
 	_, err := p.Run(ctx)
 	return err
+}
+
+// TestDelayIsSetLater in QEMU, for a disk that was attached without it: whoever
+// follows the note of the first attach has a guest that waits for its server.
+func TestDelayIsSetLater(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	for _, tt := range []struct {
+		renew         bool
+		changed, says string
+	}{
+		{false, "true", "--keep-reconnect sets it"},
+		{false, "false", "--keep-reconnect sets it"},
+		{true, "true", "QEMU has it"},
+		{true, "true", "QEMU has it"}, // which does not say so
+	} {
+		h.notes = nil
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Renew: tt.renew})
+		if changed := do(t, p, err); fmt.Sprint(changed) != tt.changed || len(h.notes) != 1 || !strings.Contains(h.notes[0], tt.says) {
+			t.Errorf("renew %v: changed %v, notes %q, want %s and %q", tt.renew, changed, h.notes, tt.changed, tt.says)
+		}
+		h.wantNodes(t, 1, diskSize)
+	}
+	h.endService()
+	h.beginRead(t)
+	h.startService(t)
+	await(t, func() bool {
+		done, failed := h.reads(t)
+		if failed > 0 {
+			t.Fatal("a read from before the service was started again has failed")
+		}
+		return done > 0
+	})
+	p, err := h.Detach(ctx, "sda", true)
+	do(t, p, err)
+	h.wantNothing(t)
+}
+
+// beginRead has QEMU begin a read from the domain's one disk.
+func (h *host) beginRead(t *testing.T) {
+	t.Helper()
+	ctx, monitor := testenv.Context(t), h.Session.Monitor(h.Domain.Domain)
+	disks, err := qmp.QueryBlock(ctx, monitor)
+	must(t, err)
+	_, err = monitor.Execute(ctx, "human-monitor-command", map[string]any{"command-line": fmt.Sprintf(`qemu-io -d %s "aio_read 0 512"`, disks[0].QDev)})
+	must(t, err)
+}
+
+// reads are those from the domain's one disk that have ended, as QEMU counts them.
+func (h *host) reads(t *testing.T) (done, failed int) {
+	t.Helper()
+	out, err := h.Session.Monitor(h.Domain.Domain).Execute(testenv.Context(t), "query-blockstats", nil)
+	must(t, err)
+	var disks []struct {
+		Stats struct {
+			Done   int `json:"rd_operations"`
+			Failed int `json:"failed_rd_operations"`
+		}
+	}
+	must(t, json.Unmarshal(out, &disks))
+	return disks[0].Stats.Done, disks[0].Stats.Failed
 }
 
 // tap passes on what a session with libvirt says, and calls heard before each
