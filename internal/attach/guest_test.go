@@ -173,8 +173,9 @@ func TestFrozenGuestIsThawedWhateverHappens(t *testing.T) {
 		{name: "works", says: frozen, overlay: "o1", thaws: 1},
 		{name: "is there already", says: frozen, overlay: "o1", fails: true, thaws: 1},
 		{name: "interrupted", says: frozen, overlay: "o2", interrupt: true, fails: true, thaws: 1},
-		{name: "cannot freeze", says: nil, overlay: "o3", thaws: 1},
-		{name: "cannot freeze and must", says: nil, overlay: "o4", must: true, fails: true, thaws: 1},
+		{name: "cannot freeze", says: nil, overlay: "o3"},
+		{name: "cannot freeze and must", says: nil, overlay: "o4", must: true, fails: true},
+		{name: "freezes a part", says: map[string]string{"guest-fsfreeze-freeze": `{"error": {"class": "GenericError", "desc": "no"}}`, "guest-fsfreeze-thaw": `{"return": 1}`}, overlay: "o4", must: true, fails: true, thaws: 1},
 		{name: "does not thaw", says: map[string]string{"guest-fsfreeze-freeze": `{"return": 2}`, "guest-fsfreeze-thaw": `{"error": {"class": "GenericError", "desc": "no"}}`}, overlay: "o5", fails: true, thaws: 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -213,11 +214,65 @@ func TestFrozenGuestIsThawedWhateverHappens(t *testing.T) {
 	}
 }
 
+// TestGuestThatOthersHaveFrozenStaysSo, also where its agent does not say it.
+// What an agent of a frozen guest refuses is QEMU's own (qga/main.c).
+func TestGuestThatOthersHaveFrozenStaysSo(t *testing.T) {
+	l := start(t, q35...)
+	var notes []string
+	m := l.machine(t, l.monitor, &notes)
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	const disabled = `{"error": {"class": "CommandNotFound", "desc": "Command guest-fsfreeze-freeze has been disabled: the agent is in frozen state"}}`
+	theirs := map[string]string{"guest-fsfreeze-status": `{"return": "frozen"}`, "guest-fsfreeze-freeze": disabled, "guest-fsfreeze-thaw": `{"return": 2}`}
+	silent := map[string]string{"guest-fsfreeze-freeze": disabled, "guest-fsfreeze-thaw": `{"return": 2}`}
+	nothing := map[string]string{"guest-fsfreeze-status": `{"return": "thawed"}`, "guest-fsfreeze-freeze": `{"return": 0}`, "guest-fsfreeze-thaw": `{"return": 0}`}
+	odd := map[string]string{"guest-fsfreeze-status": `{"return": "\u001b[2J"}`, "guest-fsfreeze-thaw": `{"return": 2}`}
+	errRefused := errors.New("a refusal of class CommandNotFound")
+	for i, tt := range []struct {
+		name  string
+		says  map[string]string
+		must  bool
+		want  error
+		note  string
+		thaws int
+	}{
+		{"theirs", theirs, false, nil, "by somebody else", 0},
+		{"theirs, and must", theirs, true, nil, "by somebody else", 0},
+		{"theirs, unsaid", silent, false, nil, "a crash would leave", 0},
+		{"theirs, unsaid, and must", silent, true, errRefused, "", 0},
+		{"nothing", nothing, false, nil, "a crash would leave", 1},
+		{"nothing, and must", nothing, true, attach.ErrNotFrozen, "", 1},
+		{"neither frozen nor thawed", odd, false, nil, `\\x1b`, 0},
+		{"neither frozen nor thawed, and must", odd, true, qmp.ErrProtocol, "", 0},
+	} {
+		g := startGuest(t, tt.says)
+		m.Agent, notes = g.Agent, nil
+		p, err := m.Snapshot(ctx, "d0", "", filepath.Join(l.dir, fmt.Sprint("o", i)), tt.must)
+		must(t, err)
+		_, err = p.Run(ctx)
+		if tt.want == errRefused && qmp.HasClass(err, qmp.ClassCommandNotFound) {
+			err = errRefused
+		}
+		if !errors.Is(err, tt.want) || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
+		}
+		if said := strings.Join(notes, "\n"); !strings.Contains(said, tt.note) || tt.note == "" && said != "" {
+			t.Errorf("%s: notes %q, want %q", tt.name, said, tt.note)
+		}
+		if n := g.count("guest-fsfreeze-thaw"); n != tt.thaws {
+			t.Errorf("%s: thawed %d times, want %d", tt.name, n, tt.thaws)
+		}
+	}
+}
+
 // busyAgent freezes without a reply, and does not answer the next times.
 type busyAgent struct{ busy, thawed int }
 
 func (a *busyAgent) Execute(_ context.Context, command string, _ any, _ ...*os.File) (json.RawMessage, error) {
 	switch {
+	case command == "guest-fsfreeze-status":
+		return json.RawMessage(`"thawed"`), nil
 	case command == "guest-fsfreeze-freeze":
 		return nil, fmt.Errorf("%s: %w", command, qmp.ErrUnanswered)
 	case a.busy > 0:

@@ -10,9 +10,12 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 )
 
+// ErrNotFrozen is for a guest whose agent has frozen no file system.
+var ErrNotFrozen = errors.New("the guest has frozen no file system")
+
 // Snapshot plans to put an overlay at the path above the image of a disk. The
 // guest's file systems are frozen meanwhile if an agent answers; must makes it
-// an error that none does. export names the export of a disk that Attach has
+// an error that none are. Those that somebody else has frozen stay so. export names the export of a disk that Attach has
 // not made.
 func (m *Machine) Snapshot(ctx context.Context, id, export, overlay string, must bool) (*Plan, error) {
 	x, err := m.exportOf(ctx, id, export)
@@ -46,20 +49,39 @@ func (m *Machine) freezeStep(must bool) Step {
 	return Step{
 		Name: "freeze the guest's file systems until the overlay is there",
 		Do: func(ctx context.Context) (bool, error) {
-			n, err := qmp.FreezeGuest(ctx, m.Agent)
-			if err == nil {
-				m.note("%d file systems were frozen", n)
-				return true, nil
-			}
-			if !must && !errors.Is(err, qmp.ErrUnanswered) && ctx.Err() == nil {
+			changed, err := m.freeze(ctx)
+			if err != nil && !must && !errors.Is(err, qmp.ErrUnanswered) && ctx.Err() == nil {
 				m.note("the image is what a crash would leave: %v", err)
-				// A guest that refuses may have frozen a part.
-				return !errors.Is(err, qmp.ErrNoAgent), nil
+				err = nil
 			}
-			return !errors.Is(err, qmp.ErrNoAgent), err
+			return changed, err
 		},
 		Release: m.thaw,
 	}
+}
+
+// freeze has the guest freeze its file systems, unless somebody else has: they
+// would not be thawed by us. changed says that they are, or with an error may be,
+// frozen by us. What an agent does not offer it has not done, and one of a
+// frozen guest offers no freezing.
+func (m *Machine) freeze(ctx context.Context) (changed bool, err error) {
+	frozen, err := qmp.GuestFrozen(ctx, m.Agent)
+	switch {
+	case err != nil && !qmp.HasClass(err, qmp.ClassCommandNotFound):
+		return false, err
+	case frozen:
+		m.note("the guest's file systems are frozen already, by somebody else: they stay so")
+		return false, nil
+	}
+	n, err := qmp.FreezeGuest(ctx, m.Agent)
+	switch {
+	case err != nil: // a guest that refuses may have frozen a part
+		return !errors.Is(err, qmp.ErrNoAgent) && !qmp.HasClass(err, qmp.ClassCommandNotFound), err
+	case n == 0:
+		return true, ErrNotFrozen
+	}
+	m.note("%d file systems were frozen", n)
+	return true, nil
 }
 
 // thaw lets the guest write again. An agent that is still freezing answers

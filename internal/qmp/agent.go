@@ -277,6 +277,20 @@ func GuestFilesystems(ctx context.Context, a Executor) ([]GuestFilesystem, error
 	return out, nil
 }
 
+// GuestFrozen asks whether the guest's file systems are frozen, by whomever. QEMU's
+// agent answers that of a frozen guest too, and refuses FreezeGuest then.
+func GuestFrozen(ctx context.Context, a Executor) (bool, error) {
+	const command = "guest-fsfreeze-status"
+	status, err := ask[string](ctx, a, command, nil)
+	switch {
+	case err != nil:
+		return false, err
+	case status == "frozen", status == "thawed":
+		return status == "frozen", nil
+	}
+	return false, fmt.Errorf("%s: %w: %q", command, ErrProtocol, printable(status, limits.QMPName))
+}
+
 // FreezeGuest has the guest write out and freeze its file systems and returns
 // how many. After an error, ErrUnanswered above all, they may be frozen: the
 // caller calls ThawGuest either way.

@@ -68,7 +68,7 @@ func TestAgentCommands(t *testing.T) {
 		"guest-info": `{"version":"7.2.22\n","supported_commands":[{"name":"guest-ping","enabled":true,"success-response":true},{"name":"guest-exec","enabled":false}]}`,
 		"guest-get-fsinfo": `[{"name":"vda1","mountpoint":"/mnt/a\u001b[31m","type":"ext4","disk":[{"bus-type":"virtio","bus":0,"unit":0,` +
 			`"pci-controller":{"bus":1,"slot":0,"domain":0,"function":0},"dev":"/dev/vda1","target":0,"serial":"QEMU_DISK_S1"}]},{"name":"tmp","mountpoint":"/tmp","type":"tmpfs","disk":[]}]`,
-		"guest-fsfreeze-freeze": "2", "guest-fsfreeze-thaw": "3",
+		"guest-fsfreeze-status": `"frozen"`, "guest-fsfreeze-freeze": "2", "guest-fsfreeze-thaw": "3",
 	})
 	ctx := testContext(t)
 	info, err := qmp.GuestInfo(ctx, a)
@@ -81,6 +81,9 @@ func TestAgentCommands(t *testing.T) {
 	}
 	if !fs[0].UsesSerial("S1") || fs[0].UsesSerial("1") || fs[0].UsesSerial("") || fs[1].UsesSerial("S1") {
 		t.Errorf("serials of %+v", fs)
+	}
+	if frozen, err := qmp.GuestFrozen(ctx, a); !frozen || err != nil {
+		t.Errorf("frozen %v, %v", frozen, err)
 	}
 	if n, err := qmp.FreezeGuest(ctx, a); n != 2 || err != nil {
 		t.Errorf("freeze %d, %v", n, err)
