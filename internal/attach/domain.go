@@ -30,6 +30,9 @@ var ErrUnowned = errors.New("the socket would be the daemon's own")
 // ErrOff is for what only a running domain can be given.
 var ErrOff = errors.New("the domain does not run: only its configuration could be changed, if that is wanted")
 
+// ErrTransient is for what only a domain with a configuration can be given.
+var ErrTransient = errors.New("the domain is transient: libvirt has no configuration of it, only what runs could be changed")
+
 // Domain is a machine that libvirt runs.
 type Domain struct {
 	Session *libvirtd.Session
@@ -57,7 +60,7 @@ func (d *Domain) note(format string, args ...any) {
 type states map[libvirtd.Scope]*libvirtxml.Domain
 
 // describe reads the description of the running machine, if it runs, and of
-// its next start.
+// its next start, unless the domain is transient.
 func (d *Domain) describe(ctx context.Context) (states, error) {
 	all := states{}
 	var err error
@@ -66,7 +69,10 @@ func (d *Domain) describe(ctx context.Context) (states, error) {
 			return nil, err
 		}
 	}
-	all[libvirtd.Config], err = d.Session.Describe(ctx, d.Domain, true)
+	persistent, err := d.Session.Persistent(ctx, d.Domain)
+	if err == nil && persistent {
+		all[libvirtd.Config], err = d.Session.Describe(ctx, d.Domain, true)
+	}
 	return all, err
 }
 
@@ -179,7 +185,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if s.Owner == "" {
 		s.Owner = cmp.Or(ownerOf(all[libvirtd.Live]), ownerOf(all[libvirtd.Config]))
 	}
-	scope, err := d.scope(o.Persist)
+	scope, err := d.scope(all, o.Persist)
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +231,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 }
 
 // scope is where Attach puts a disk.
-func (d *Domain) scope(persist bool) (libvirtd.Scope, error) {
+func (d *Domain) scope(all states, persist bool) (libvirtd.Scope, error) {
 	scope := d.Scope
 	if scope == 0 && d.Domain.Active {
 		scope = libvirtd.Live
@@ -235,6 +241,9 @@ func (d *Domain) scope(persist bool) (libvirtd.Scope, error) {
 	}
 	if scope == 0 || scope&libvirtd.Live != 0 && !d.Domain.Active {
 		return 0, ErrOff
+	}
+	if scope&libvirtd.Config != 0 && all[libvirtd.Config] == nil {
+		return 0, ErrTransient
 	}
 	return scope, nil
 }

@@ -604,6 +604,54 @@ func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
 	h.Virsh(t, "start", "--paused", "--domain="+domainName)
 }
 
+// TestDiskOfATransientDomain, of which libvirt has no configuration: the disk comes
+// and goes with its export, and a configuration that is asked for is refused before
+// anything is done.
+func TestDiskOfATransientDomain(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	h.makeTransient(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	for _, scope := range []libvirtd.Scope{0, libvirtd.Live} {
+		h.Scope = libvirtd.Config
+		_, intoConfig := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+		h.Scope = scope
+		_, intoBoth := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Persist: true})
+		if !errors.Is(intoConfig, attach.ErrTransient) || !errors.Is(intoBoth, attach.ErrTransient) {
+			t.Errorf("into a configuration: %v, into both states: %v, want ErrTransient", intoConfig, intoBoth)
+		}
+		h.wantNothing(t)
+		for _, want := range []bool{true, false} {
+			p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+			if changed := do(t, p, err); changed != want {
+				t.Errorf("attach: changed %v, want %v", changed, want)
+			}
+		}
+		h.Scope = libvirtd.Config
+		p, err := h.Detach(ctx, "sda", false)
+		if do(t, p, err) {
+			t.Error("a disk was taken out of a configuration")
+		}
+		h.Scope = scope
+		p, err = h.detachByName(ctx, s.Image)
+		do(t, p, err)
+		h.wantNothing(t)
+	}
+}
+
+// makeTransient makes another domain of the host's, without a configuration.
+func (h *host) makeTransient(t *testing.T) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "d.xml")
+	must(t, os.WriteFile(file, []byte(h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName)), 0o600))
+	h.Virsh(t, "destroy", "--domain="+domainName)
+	h.Virsh(t, "undefine", "--domain="+domainName)
+	h.Virsh(t, "create", "--paused", file)
+	var err error
+	h.Domain.Domain, err = h.Session.Lookup(testenv.Context(t), domainName)
+	must(t, err)
+}
+
 // wantNothing checks that no disk and no export is there.
 func (h *host) wantNothing(t *testing.T) {
 	t.Helper()
@@ -833,7 +881,7 @@ func TestAttachesAtOneTime(t *testing.T) {
 	other := *h.Domain
 	p := h.tapped(t)
 	for _, same := range []bool{true, false} {
-		for at := 1; at <= 4; at++ {
+		for at := 1; at <= 5; at++ {
 			t.Run(fmt.Sprintf("same disk %v, before message %d", same, at), func(t *testing.T) {
 				ctx := testenv.Context(t)
 				mine := h.image(t, "mine", diskSize)

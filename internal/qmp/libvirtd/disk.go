@@ -25,8 +25,16 @@ const (
 // ErrNotReleased is qmp.ErrNotReleased.
 var ErrNotReleased = qmp.ErrNotReleased
 
+// Persistent tells whether a domain has a configuration. A transient one has
+// none, and ends with its machine.
+func (s *Session) Persistent(ctx context.Context, d Domain) (bool, error) {
+	is, err := call(ctx, s, "look for the domain's configuration", func() (int32, error) { return s.l.DomainIsPersistent(d.handle) })
+	return is != 0, err
+}
+
 // Describe is the domain's description, of the running machine or, with
-// config, of its next start.
+// config, of its next start. That of a transient domain, which has none, is the
+// running machine's too.
 func (s *Session) Describe(ctx context.Context, d Domain, config bool) (*libvirtxml.Domain, error) {
 	const name = "describe domain"
 	var flags libvirt.DomainXMLFlags
