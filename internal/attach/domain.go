@@ -59,15 +59,17 @@ func (d *Domain) note(format string, args ...any) {
 // states are the descriptions of a domain.
 type states map[libvirtd.Scope]*libvirtxml.Domain
 
-// describe reads the description of the running machine, if it runs, and of
-// its next start, unless the domain is transient.
+// describe reads the description of the running machine, if it runs now, and of
+// its next start, unless the domain is transient. libvirt describes the next start
+// for a machine that does not run; only one that does has an id.
 func (d *Domain) describe(ctx context.Context) (states, error) {
 	all := states{}
-	var err error
-	if d.Domain.Active {
-		if all[libvirtd.Live], err = d.Session.Describe(ctx, d.Domain, false); err != nil {
-			return nil, err
-		}
+	live, err := d.Session.Describe(ctx, d.Domain, false)
+	if err != nil {
+		return nil, err
+	}
+	if live.ID != nil {
+		all[libvirtd.Live] = live
 	}
 	persistent, err := d.Session.Persistent(ctx, d.Domain)
 	if err == nil && persistent {
@@ -200,7 +202,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
-	if !d.Domain.Active && s.Image != "" && s.Owner == "" && s.Mode == "" {
+	if all[libvirtd.Live] == nil && s.Image != "" && s.Owner == "" && s.Mode == "" {
 		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
 	}
 	g := &gift{Domain: d, served: v, wanted: o, scope: scope}
@@ -233,13 +235,13 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 // scope is where Attach puts a disk.
 func (d *Domain) scope(all states, persist bool) (libvirtd.Scope, error) {
 	scope := d.Scope
-	if scope == 0 && d.Domain.Active {
+	if scope == 0 && all[libvirtd.Live] != nil {
 		scope = libvirtd.Live
 	}
 	if persist {
 		scope |= libvirtd.Config
 	}
-	if scope == 0 || scope&libvirtd.Live != 0 && !d.Domain.Active {
+	if scope == 0 || scope&libvirtd.Live != 0 && all[libvirtd.Live] == nil {
 		return 0, ErrOff
 	}
 	if scope&libvirtd.Config != 0 && all[libvirtd.Config] == nil {
@@ -799,15 +801,6 @@ func (d *Domain) unused(ctx context.Context, m *Machine, target string) error {
 	return nil
 }
 
-// running is machine of the domain as it runs.
-func (d *Domain) running(ctx context.Context) (*Machine, error) {
-	if !d.Domain.Active {
-		return d.machine(nil), nil
-	}
-	live, err := d.Session.Describe(ctx, d.Domain, false)
-	return d.machine(live), err
-}
-
 // agentChannel is what libvirt and guests call the channel of an agent.
 const agentChannel = "org.qemu.guest_agent.0"
 
@@ -820,11 +813,11 @@ func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, m
 	if export == "" {
 		return nil, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", target, ErrNoServer)
 	}
-	m, err := d.running(ctx)
+	all, err := d.describe(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return m.Snapshot(ctx, target, export, overlay, must)
+	return d.machine(all[libvirtd.Live]).Snapshot(ctx, target, export, overlay, must)
 }
 
 // Element is the XML of the disk that Attach would give the domain, for people

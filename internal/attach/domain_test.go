@@ -604,6 +604,37 @@ func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
 	h.Virsh(t, "start", "--paused", "--domain="+domainName)
 }
 
+// TestDomainThatIsShutOffMeanwhile, after it was looked up, has nothing plugged and
+// nothing grown but what its next start will have.
+func TestDomainThatIsShutOffMeanwhile(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Persist: true})
+	do(t, p, err)
+	planned, err := h.Attach(ctx, h.source(h.image(t, "other", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	must(t, err)
+	h.Virsh(t, "destroy", "--domain="+domainName)
+	if _, err := planned.Run(ctx); !errors.As(err, new(*libvirtd.Error)) || errors.Is(err, attach.ErrIncomplete) {
+		t.Errorf("a plan from before: %v, want libvirt's refusal alone", err)
+	}
+	for _, scope := range []libvirtd.Scope{0, libvirtd.Live} {
+		h.Scope = scope
+		if _, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk}); !errors.Is(err, attach.ErrOff) {
+			t.Errorf("attach with scope %d: got %v, want ErrOff", scope, err)
+		}
+	}
+	h.Scope = 0
+	p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: 2 * diskSize})
+	do(t, p, err)
+	x, err := h.service.Export(ctx, attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(s.Image)))
+	if err != nil || x.Size != 2*diskSize {
+		t.Errorf("export of %d bytes, %v", x.Size, err)
+	}
+	h.Virsh(t, "start", "--paused", "--domain="+domainName)
+}
+
 // TestDiskOfATransientDomain, of which libvirt has no configuration: the disk comes
 // and goes with its export, and a configuration that is asked for is refused before
 // anything is done.

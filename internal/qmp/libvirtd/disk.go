@@ -33,8 +33,8 @@ func (s *Session) Persistent(ctx context.Context, d Domain) (bool, error) {
 }
 
 // Describe is the domain's description, of the running machine or, with
-// config, of its next start. That of a transient domain, which has none, is the
-// running machine's too.
+// config, of its next start. Where one of them is missing the other is described: a
+// domain that does not run has no ID.
 func (s *Session) Describe(ctx context.Context, d Domain, config bool) (*libvirtxml.Domain, error) {
 	const name = "describe domain"
 	var flags libvirt.DomainXMLFlags
@@ -136,7 +136,7 @@ func (s *Session) awaitRelease(ctx, wait context.Context, changes *Watch, d Doma
 			return err
 		}
 		disk := Disk(x, target)
-		if disk == nil {
+		if disk == nil || x.ID == nil { // without an id the machine does not run any more
 			return nil
 		}
 		poll, cancel := context.WithTimeout(wait, limits.UnplugPoll)
