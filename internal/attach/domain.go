@@ -213,6 +213,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
 		bus = there.Target.Bus
 		o.Serial = cmp.Or(o.Serial, there.Serial)
+		o.Reconnect = cmp.Or(o.Reconnect, libvirtd.ReconnectDelay(there))
 	}
 	d.number(&o, s)
 	disk, err := element(v, target, bus, o)
@@ -408,6 +409,10 @@ func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
 		return "on bus " + disk.Target.Bus
 	case g.wanted.Serial != "" && disk.Serial != g.wanted.Serial:
 		return fmt.Sprintf("with serial number %q", disk.Serial)
+	}
+	is, said := libvirtd.ReconnectDelay(disk), g.wanted.Reconnect
+	if is != 0 && said != 0 && wholeSeconds(is) != wholeSeconds(said) { // 0: libvirt has forgotten it
+		return fmt.Sprintf("waiting %v for a server that is lost, not %v", is, said)
 	}
 	return ""
 }

@@ -15,11 +15,13 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
@@ -1118,6 +1120,39 @@ func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
 	do(t, plan, err)
 	if changed, err := early.Run(ctx); changed || !errors.Is(err, attach.ErrDiffers) {
 		t.Errorf("a plan that was made before the disk was there: changed %v, %v", changed, err)
+	}
+}
+
+// TestOtherDelayIsRefused where libvirt knows that of the disk. One that comes to
+// as many seconds is no other, and what was not said is as it is there.
+func TestOtherDelayIsRefused(t *testing.T) {
+	h := startNewerHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	for i, tt := range []struct {
+		said time.Duration
+		want error
+	}{
+		{4900 * time.Millisecond, nil},
+		{5 * time.Second, nil},
+		{0, nil},
+		{5 * time.Minute, attach.ErrDiffers},
+		{limits.AttachReconnect, attach.ErrDiffers},
+	} {
+		for _, renew := range []bool{false, true} {
+			p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Reconnect: tt.said, Renew: renew})
+			if !errors.Is(err, tt.want) || err != nil && !strings.Contains(err.Error(), "waiting 5s") {
+				t.Errorf("%v, renew %v: got %v, want %v", tt.said, renew, err, tt.want)
+			}
+			if first := i == 0 && !renew; err == nil && do(t, p, nil) != first {
+				t.Errorf("%v, renew %v: changed the domain, or did not", tt.said, renew)
+			}
+		}
+	}
+	p, err := h.Attach(ctx, s, attach.Options{Persist: true})
+	do(t, p, err)
+	if delay := libvirtd.ReconnectDelay(libvirtd.Disk(h.describe(t, "--inactive"), "sda")); delay != 5*time.Second {
+		t.Errorf("the configuration has a delay of %v, want that of the machine, 5s", delay)
 	}
 }
 
