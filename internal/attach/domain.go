@@ -522,11 +522,11 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	own := ExportName(d.Domain.UUID, DiskID(path))
+	ids := []string{DiskID(word), DiskID(path)} // an image in memory has no path
 	uri, uriErr := transport.ParseURI(word)
 	named := func(some states) []string {
 		targets := some.targets(func(u transport.URI) bool {
-			return u.Export == own || uriErr == nil && u.String() == uri.String()
+			return slices.ContainsFunc(ids, func(id string) bool { return u.Export == ExportName(d.Domain.UUID, id) }) || uriErr == nil && u.String() == uri.String()
 		})
 		if len(targets) == 0 {
 			targets = d.ofExport(ctx, some, word)
@@ -545,7 +545,7 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	}
 	switch len(targets) {
 	case 0:
-		return d.left(ctx, all, word, DiskID(path))
+		return d.left(ctx, all, word, ids)
 	case 1:
 		return targets[0], nil
 	}
@@ -577,10 +577,10 @@ func (d *Domain) ofExport(ctx context.Context, all states, name string) []string
 	return ours
 }
 
-// left finds a disk that the domain has no more, but its export: by the id that
-// follows from its image, by the export or, as exports do not know targets, by
+// left finds a disk that the domain has no more, but its export: by the ids that
+// may follow from its image, by the export or, as exports do not know targets, by
 // the name of any target if there is one such disk only.
-func (d *Domain) left(ctx context.Context, all states, word, id string) (string, error) {
+func (d *Domain) left(ctx context.Context, all states, word string, ids []string) (string, error) {
 	none := fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, strings.ToValidUTF8(word, "?"))
 	if d.Server == nil {
 		return "", none
@@ -589,22 +589,22 @@ func (d *Domain) left(ctx context.Context, all states, word, id string) (string,
 	if err != nil {
 		return "", errors.Join(none, err)
 	}
-	var ids, names []string
+	var others, names []string
 	for _, x := range list {
 		one, own := strings.CutPrefix(x.Name, ExportName(d.Domain.UUID, ""))
 		switch {
 		case !own || len(all.targets(func(u transport.URI) bool { return u.Export == x.Name })) > 0:
-		case one == id || one == word || x.Name == word:
+		case slices.Contains(ids, one) || one == word || x.Name == word:
 			return one, nil
 		default:
-			ids, names = append(ids, one), append(names, x.Name)
+			others, names = append(others, one), append(names, x.Name)
 		}
 	}
 	switch {
-	case len(ids) == 0 || !libvirtd.IsTarget(word):
+	case len(others) == 0 || !libvirtd.IsTarget(word):
 		return "", none
-	case len(ids) == 1:
-		return ids[0], nil
+	case len(others) == 1:
+		return others[0], nil
 	}
 	return "", fmt.Errorf("%w; of disks that it had exports are left, which are names too: %q", none, names)
 }

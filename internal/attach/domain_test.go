@@ -1233,6 +1233,24 @@ func TestExportOfADiskThatIsGoneIsRemoved(t *testing.T) {
 	}
 }
 
+// TestImageInMemoryIsFoundByItsSize, which it was attached by, while a domain has
+// the disk and when the export alone is left.
+func TestImageInMemoryIsFoundByItsSize(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source("1M")
+	s.Add.Format = "mem"
+	p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	if got, err := h.Resolve(ctx, "1M"); err != nil || got != "sda" {
+		t.Fatalf("1M is %q, %v, want sda", got, err)
+	}
+	h.empty(t)
+	p, err = h.detachByName(ctx, "1M")
+	do(t, p, err)
+	h.wantNothing(t)
+}
+
 // TestElementOfADomain names what Attach would make, and makes nothing.
 func TestElementOfADomain(t *testing.T) {
 	h := startHost(t)
