@@ -386,6 +386,7 @@ func TestExitCodesOfPlans(t *testing.T) {
 		{errors.Join(qmp.ErrNotReleased, attach.ErrIncomplete), exitHalf},
 		{errors.Join(attach.ErrDiffers, attach.ErrIncomplete), exitHalf},
 		{fmt.Errorf("step: %w", attach.ErrMounted), exitRefused},
+		{attach.ErrSaved, exitRefused},
 		{attach.ErrDiffers, exitRefused},
 		{attach.ErrSmaller, exitRefused},
 		{qmp.ErrUnplugRefused, exitRefused},

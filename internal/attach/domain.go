@@ -33,6 +33,10 @@ var ErrOff = errors.New("the domain does not run: only its configuration could b
 // ErrTransient is for what only a domain with a configuration can be given.
 var ErrTransient = errors.New("the domain is transient: libvirt has no configuration of it, only what runs could be changed")
 
+// ErrSaved is for a disk of a guest that libvirt has saved: what it starts again
+// has it still.
+var ErrSaved = errors.New("the saved guest has the disk, and would not start without its export")
+
 // Domain is a machine that libvirt runs.
 type Domain struct {
 	Session *libvirtd.Session
@@ -682,7 +686,8 @@ func (d *Domain) serving(ctx context.Context, target, named string) (libvirtd.Sc
 
 // Detach is as Machine's, of the running machine and of its configuration, or of
 // those that are in the Scope: then the export stays for the other that has the
-// disk. Of a disk that neither has it removes the export.
+// disk. Of a disk that neither has it removes the export. One that a guest has whom
+// libvirt has saved is ErrSaved, unless force is set.
 func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, error) {
 	all, err := d.describe(ctx)
 	if err != nil {
@@ -696,9 +701,9 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	if disk == nil {
 		_, other := all.scope(isTarget(target))
 		if m := d.machine(nil); other == nil && m.serves(ctx, target) {
-			plan.Steps = []Step{m.removeStep(ExportName(m.Name, target), force)}
+			err = d.remove(ctx, plan, m, ExportName(m.Name, target), force)
 		}
-		return plan, nil
+		return plan, err
 	}
 	uri := source(disk)
 	own := d.isOwnExport(uri.Export)
@@ -715,9 +720,27 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	plan.Steps = append(plan.Steps, d.takeStep(disk, uri, in))
 	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })
 	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil {
-		plan.Steps = append(plan.Steps, m.removeStep(uri.Export, force))
+		err = d.remove(ctx, plan, m, uri.Export, force)
 	}
-	return plan, nil
+	return plan, err
+}
+
+// remove has the plan remove an export. One that a saved guest needs is ErrSaved,
+// unless force is set.
+func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export string, force bool) error {
+	plan.Steps = append(plan.Steps, m.removeStep(export, force))
+	if force {
+		return nil
+	}
+	saved, err := d.Session.Saved(ctx, d.Domain)
+	if err != nil {
+		return err
+	}
+	all := states{libvirtd.Live: saved}
+	if targets := all.targets(func(u transport.URI) bool { return u.Export == export }); len(targets) > 0 {
+		return fmt.Errorf("%w: as %q", ErrSaved, targets)
+	}
+	return nil
 }
 
 // takeStep takes the disk out of the states that the scope has.

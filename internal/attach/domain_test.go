@@ -637,6 +637,39 @@ func TestDomainThatIsShutOffMeanwhile(t *testing.T) {
 	h.Virsh(t, "start", "--paused", "--domain="+domainName)
 }
 
+// TestSavedGuestKeepsItsExport, whether its configuration has the disk too or
+// nothing but the export is left of it.
+func TestSavedGuestKeepsItsExport(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	for _, persist := range []bool{true, false} {
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Persist: persist})
+		do(t, p, err)
+		h.Virsh(t, "resume", "--domain="+domainName)
+		h.Virsh(t, "managedsave", "--domain="+domainName)
+		for _, word := range []string{s.Image, "sda"} {
+			if _, err := h.detachByName(ctx, word); !errors.Is(err, attach.ErrSaved) {
+				t.Errorf("persist %v: detach %q: %v, want ErrSaved", persist, word, err)
+			}
+		}
+		h.Virsh(t, "start", "--paused", "--domain="+domainName)
+		if got := h.states(t); got&libvirtd.Live == 0 {
+			t.Errorf("persist %v: the guest that was saved has no disk", persist)
+		}
+		h.Virsh(t, "resume", "--domain="+domainName)
+		h.Virsh(t, "managedsave", "--domain="+domainName)
+		id, err := h.Resolve(ctx, s.Image)
+		must(t, err)
+		p, err = h.Detach(ctx, id, true)
+		do(t, p, err)
+		h.wantNothing(t)
+		h.Virsh(t, "managedsave-remove", "--domain="+domainName)
+		h.Virsh(t, "start", "--paused", "--domain="+domainName)
+	}
+}
+
 // TestDiskOfATransientDomain, of which libvirt has no configuration: the disk comes
 // and goes with its export, and a configuration that is asked for is refused before
 // anything is done.

@@ -45,6 +45,26 @@ func (s *Session) Describe(ctx context.Context, d Domain, config bool) (*libvirt
 	if err != nil {
 		return nil, err
 	}
+	return description(name, text)
+}
+
+// Saved is the description that the domain's next start goes by in place of its
+// configuration, as libvirt has saved its guest; nil where it has not.
+func (s *Session) Saved(ctx context.Context, d Domain) (*libvirtxml.Domain, error) {
+	const name = "describe saved domain"
+	saved, err := call(ctx, s, name, func() (int32, error) { return s.l.DomainHasManagedSaveImage(d.handle, 0) })
+	if err != nil || saved == 0 {
+		return nil, err
+	}
+	text, err := call(ctx, s, name, func() (string, error) { return s.l.DomainManagedSaveGetXMLDesc(d.handle, 0) })
+	if err != nil {
+		return nil, err
+	}
+	return description(name, text)
+}
+
+// description reads what the named call has given.
+func description(name, text string) (*libvirtxml.Domain, error) {
 	if len(text) > limits.DomainXML {
 		return nil, fmt.Errorf("%s: %w: %d bytes", name, qmp.ErrProtocol, len(text))
 	}
