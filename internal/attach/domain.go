@@ -82,6 +82,18 @@ func (d *Domain) describe(ctx context.Context) (states, error) {
 	return all, err
 }
 
+// unknown reports whether libvirt knows the domain no more, nor any disk of it.
+func (d *Domain) unknown(ctx context.Context) bool {
+	_, err := d.describe(ctx)
+	return libvirtd.IsUnknown(err)
+}
+
+// ended reports whether the domain's machine is no more.
+func (d *Domain) ended(ctx context.Context) bool {
+	all, err := d.describe(ctx)
+	return libvirtd.IsUnknown(err) || err == nil && all[libvirtd.Live] == nil
+}
+
 // list are the descriptions.
 func (s states) list() (all []*libvirtxml.Domain) {
 	for _, x := range s {
@@ -230,9 +242,9 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	var renew []Step
 	r := &renewal{Domain: d, target: target, reconnect: o.Reconnect, size: func() int64 { return 0 }, always: true}
 	if o.Renew && scope&libvirtd.Live != 0 {
-		renew = r.delaySteps(&give, disk)
+		renew = mortal(d.ended, r.delaySteps(&give, disk)...)
 	}
-	plan.Steps = append(append(v.steps, give), renew...)
+	plan.Steps = append(append(v.steps, mortal(d.unknown, give)...), renew...)
 	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, r))
 	return plan, nil
 }

@@ -763,6 +763,39 @@ func TestAttachToADomainThatFailsLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestDomainThatEndsLeavesNothing: it ends before the first step of an attach, or
+// before the last, and a transient one is unknown then.
+func TestDomainThatEndsLeavesNothing(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	for _, tt := range []struct{ transient, last bool }{{false, true}, {true, false}, {true, true}} {
+		if tt.transient && !tt.last {
+			h.makeTransient(t)
+		}
+		file := filepath.Join(t.TempDir(), "d.xml")
+		must(t, os.WriteFile(file, []byte(h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName)), 0o600))
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Renew: true})
+		must(t, err)
+		at := 0
+		if tt.last {
+			at = len(p.Steps) - 1
+		}
+		step := p.Steps[at].Do
+		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+			h.Virsh(t, "destroy", "--domain="+domainName)
+			return step(ctx)
+		}
+		if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("transient %v, ended before %q: %v", tt.transient, p.Steps[at].Name, err)
+		}
+		if list, err := h.service.Exports(ctx); err != nil || len(list) > 0 {
+			t.Errorf("transient %v, ended before %q: exports left: %+v, %v", tt.transient, p.Steps[at].Name, list, err)
+		}
+		h.Virsh(t, "create", "--paused", file)
+	}
+}
+
 // interrupted runs a plan whose user interrupts it in a step.
 func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 	ctx, cancel := context.WithCancel(ctx)

@@ -89,14 +89,14 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
 		}
 		p.client.TLSCreds, p.client.TLSHostname = v.creds.objectID(o.ID), v.creds.hostname
-		v.steps = append(v.steps, p.credsStep())
+		v.steps = append(v.steps, mortal(m.Monitor.Ended, p.credsStep())...)
 	}
 	place, err := p.preflight(ctx)
 	if err != nil {
 		return nil, err
 	}
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID), Disk: o.ID}
-	plan.Steps = append(v.steps, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())
+	plan.Steps = append(v.steps, mortal(m.Monitor.Ended, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())...)
 	return plan, nil
 }
 

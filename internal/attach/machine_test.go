@@ -66,15 +66,16 @@ func (l *lab) startService(t *testing.T, more ...string) {
 	})
 }
 
-func (l *lab) startMachine(t *testing.T, args ...string) {
+func (l *lab) startMachine(t *testing.T, args ...string) (end func()) {
 	t.Helper()
 	l.monitor = filepath.Join(l.dir, "qmp")
-	run(t, testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults", "-display", "none",
+	end = run(t, testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults", "-display", "none",
 		"-qmp", "unix:" + l.monitor + ",server=on,wait=off"}, args...)...)
 	await(t, func() bool {
 		_, err := os.Stat(l.monitor)
 		return err == nil
 	})
+	return end
 }
 
 // run starts a program that lives as long as the test, or until end.
@@ -488,6 +489,33 @@ func (p *proxy) set(n int, hit func()) (before []string, refused string) {
 	before, refused = p.seen, p.refused
 	p.seen, p.refused, p.refuse, p.hit = nil, "", n, hit
 	return before, refused
+}
+
+// TestMachineThatDiesLeavesNothing: it dies before each step of an attach, and what
+// is taken back is what it has not taken along.
+func TestMachineThatDiesLeavesNothing(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	l.startService(t)
+	ctx := testenv.Context(t)
+	s := l.source(l.image(t, "disk", diskSize))
+	for at, last := 0, 0; at <= last; at++ {
+		end := l.startMachine(t, q35...)
+		m := l.machine(t, l.monitor, nil)
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		must(t, err)
+		last = len(p.Steps) - 1
+		step := p.Steps[at].Do
+		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+			end()
+			return step(ctx)
+		}
+		if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("dead before %q: %v", p.Steps[at].Name, err)
+		}
+		if list, err := l.service.Exports(ctx); err != nil || len(list) > 0 {
+			t.Errorf("dead before %q: exports left: %+v, %v", p.Steps[at].Name, list, err)
+		}
+	}
 }
 
 // TestAttachThatFailsAtAnyCommandLeavesNothing has QEMU refuse each command of

@@ -37,6 +37,25 @@ type Step struct {
 	Final bool
 }
 
+// mortal are changes of a machine that may end meanwhile, and take them along: then
+// nothing is left to be taken back.
+func mortal(ended func(ctx context.Context) bool, steps ...Step) []Step {
+	for i := range steps {
+		undo := steps[i].Undo
+		if undo == nil {
+			continue
+		}
+		steps[i].Undo = func(ctx context.Context) error {
+			err := undo(ctx)
+			if err != nil && ended(ctx) {
+				return nil
+			}
+			return err
+		}
+	}
+	return steps
+}
+
 // Plan is a list of steps with one aim.
 type Plan struct {
 	// Aim says in one line what the plan is for.

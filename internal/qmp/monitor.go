@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	upstream "github.com/digitalocean/go-qemu/qmp"
@@ -234,6 +236,37 @@ func (m *Monitor) Err() error {
 
 // Done is closed when the monitor is of no use any more.
 func (m *Monitor) Done() <-chan struct{} { return m.done }
+
+// Ended reports, within limits.QMPDial and ctx, whether the machine is no more: its
+// side of the connection is closed, and nobody listens at its socket. One that is
+// ending closes the two one after the other.
+func (m *Monitor) Ended(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, limits.QMPDial)
+	defer cancel()
+	for {
+		conn, err := DialSocket(ctx, m.path)
+		switch {
+		case errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist):
+			select {
+			case <-m.done:
+				return errors.Is(m.Err(), ErrLost)
+			case <-ctx.Done():
+				return false
+			}
+		case err != nil:
+			return false
+		}
+		conn.Close()
+		if !errors.Is(m.Err(), ErrLost) {
+			return false
+		}
+		select {
+		case <-time.After(limits.AttachPoll):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
 
 // Version is QEMU's, as its greeting says.
 func (m *Monitor) Version() Version {

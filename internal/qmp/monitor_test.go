@@ -48,6 +48,68 @@ func TestDialReadsTheVersion(t *testing.T) {
 	}
 }
 
+// TestMachineHasEnded where it has closed the connection and nobody listens: each
+// alone may be a machine that lives.
+func TestMachineHasEnded(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		leaves bool
+		socket func(path string) error // makes it what the machine leaves
+		want   bool
+	}{
+		{"lives", false, nil, false},
+		{"ended", true, os.Remove, true},
+		{"was killed", true, deaf, true},
+		{"has ended the connection alone", true, nil, false},
+		{"has a socket that was removed", false, os.Remove, false},
+		{"listens no more", false, deaf, false},
+		{"has left a file", true, func(path string) error { return errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600)) }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			leave := make(chan struct{})
+			defer close(leave)
+			path := qmptest.Listen(t, func(c *qmptest.Conn) { c.Handshake(); <-leave })
+			m, err := qmp.Dial(testContext(t), path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			if tt.socket != nil {
+				if err := tt.socket(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.leaves {
+				leave <- struct{}{}
+				<-m.Done()
+			}
+			ctx := testContext(t)
+			if !tt.want { // it may be ending as long as it is asked
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, time.Second)
+				defer cancel()
+			}
+			if got := m.Ended(ctx); got != tt.want {
+				t.Errorf("ended: got %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+// deaf leaves a socket at the path at which nobody listens.
+func deaf(path string) error {
+	if err := os.Remove(path); err != nil {
+		return err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return err
+	}
+	l.SetUnlinkOnClose(false)
+	return l.Close()
+}
+
 func TestEventsDuringGreetingAreNoReplies(t *testing.T) {
 	const event = `{"event": "RESUME", "data": {}, "timestamp": {"seconds": 5, "microseconds": 7}}`
 	m := qmp.New(qmptest.Listen(t, func(c *qmptest.Conn) {

@@ -49,6 +49,10 @@ func HasCode(err error, code libvirt.ErrorNumber) bool {
 	return errors.As(err, &e) && e.Code == code
 }
 
+// IsUnknown reports whether err is libvirt's refusal of a domain that it does not
+// know, or no more: a transient one ends with its machine.
+func IsUnknown(err error) bool { return HasCode(err, libvirt.ErrNoDomain) }
+
 // Session is a connection to a libvirt daemon. Safe for concurrent use. After
 // a call that ended by its context the session is closed: the reply would
 // come at some time.
