@@ -43,6 +43,7 @@ func (s *session) extentsPayload(req *wire.Request) error {
 	if err != nil {
 		return err
 	}
+	s.begin() // receiving may have ended the turn
 	n := binary.BigEndian.Uint64(b)
 	contexts, ok := s.pickContexts(b[8:])
 	s.in.skip(len(b))

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"log/slog"
 	"net"
 	"regexp"
@@ -379,6 +380,28 @@ func TestStalledPeerIsSeen(t *testing.T) {
 	all := r.exports.stats.Snapshot()
 	if s := all[obs.Write]; s.Requests != 1 || s.Bytes != 4096 || s.Total <= 0 {
 		t.Errorf("a write in two parts was counted as %+v, want one of 4096 bytes", s)
+	}
+}
+
+// TestRefusalOfALatePayloadIsCounted: a BLOCK_STATUS that names a context that was
+// not negotiated, in a payload that comes by itself, behind its header.
+func TestRefusalOfALatePayloadIsCounted(t *testing.T) {
+	r := memRig(t, 1<<20)
+	c := r.haggle()
+	r.option(c, wire.OptExtendedHeaders, "")
+	r.option(c, wire.OptSetMeta, metaRequest("disk", wire.ContextAllocation))
+	r.option(c, wire.OptGo, infoRequest("disk"))
+	payload := binary.BigEndian.AppendUint64(nil, 4096)
+	payload = binary.BigEndian.AppendUint32(payload, 77)
+	header := wire.AppendExtRequest(nil, wire.Request{Flags: wire.FlagPayloadLen, Cmd: wire.CmdExtents, Len: uint64(len(payload))})
+	r.send(c, header)
+	r.partial()
+	r.send(c, payload)
+	r.expect(c, wire.ExtChunkSize)
+	r.send(c, header[:1]) // of the next one, which waits for the rest when this one is over
+	r.partial()
+	if s := r.exports.stats.Snapshot()[obs.Extents]; s.Requests != 1 || s.Errors != 1 {
+		t.Errorf("counted %d and %d errors, want 1 and 1", s.Requests, s.Errors)
 	}
 }
 
