@@ -301,6 +301,12 @@ const (
 	// ExtentRuns is how many runs of data and holes a raw file remembers:
 	// one for each connection of a copy tool that walks a disk in parallel.
 	ExtentRuns = 16
+
+	// ExtentSeeks bounds those who ask a raw file for its data and holes at a
+	// time, each with a thread, of which Go allows 10000: where storage hangs
+	// they stay. A file system answers in microseconds, one across a network in
+	// a round trip.
+	ExtentSeeks = 8
 )
 
 // Compressed clusters.

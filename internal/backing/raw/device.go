@@ -70,6 +70,7 @@ type Device struct {
 	durables durables
 	poison   atomic.Pointer[backing.Error] // set once
 	seen     extents
+	seeks    chan struct{} // has one for each who asks the file for its extents
 
 	// What the kernel once refused with EOPNOTSUPP is not asked again.
 	noPunch, noZero, noDiscard, noSeek atomic.Bool
@@ -80,7 +81,7 @@ type Device struct {
 // (a block device that is switched to read-only), ErrInvalid (neither file nor
 // block device), ErrNotSupported (no direct I/O here).
 func Open(f *os.File, e engine.Engine, o Options) (*Device, error) {
-	d := &Device{opt: o, eng: e, unlock: func() {}}
+	d := &Device{opt: o, eng: e, unlock: func() {}, seeks: make(chan struct{}, limits.ExtentSeeks)}
 	if d.opt.Log == nil {
 		d.opt.Log = slog.Default()
 	}

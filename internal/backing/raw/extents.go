@@ -77,10 +77,11 @@ func (d *Device) Extents(ctx context.Context, off, n int64, f backing.Flags, yie
 		return err
 	}
 	for end := off + n; off < end; {
-		if err := ctx.Err(); err != nil {
+		if err := d.mayAsk(ctx); err != nil {
 			return err
 		}
 		r, err := d.runAt(off, end)
+		<-d.seeks
 		if err != nil {
 			return d.failed("extents", off, end-off, err)
 		}
@@ -91,6 +92,20 @@ func (d *Device) Extents(ctx context.Context, off, n int64, f backing.Flags, yie
 		off = hi
 	}
 	return nil
+}
+
+// mayAsk waits for one of the places in d.seeks, or for the end of ctx: storage
+// that hangs holds limits.ExtentSeeks threads, however many ask.
+func (d *Device) mayAsk(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case d.seeks <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // runAt finds the run at off. end is where the caller's interest ends.

@@ -9,12 +9,15 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // badFile is a file in memory, on a real file system in user space, whose
@@ -38,6 +41,7 @@ var (
 	_ fs.NodeWriter    = (*badFile)(nil)
 	_ fs.NodeFsyncer   = (*badFile)(nil)
 	_ fs.NodeGetattrer = (*badFile)(nil)
+	_ fs.NodeLseeker   = (*badFile)(nil)
 )
 
 func (b *badFile) judge(op string, off, n int64) (int64, syscall.Errno) {
@@ -89,6 +93,23 @@ func (b *badFile) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	b.fsyncs.Add(1)
 	_, e := b.judge("fsync", 0, 0)
 	return e
+}
+
+// Lseek has all of the file be data.
+func (b *badFile) Lseek(_ context.Context, _ fs.FileHandle, off uint64, whence uint32) (uint64, syscall.Errno) {
+	if _, e := b.judge("lseek", int64(off), 0); e != 0 {
+		return 0, e
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	size := uint64(len(b.data))
+	switch {
+	case off >= size:
+		return 0, syscall.ENXIO
+	case whence == unix.SEEK_HOLE:
+		return size, 0
+	}
+	return off, 0
 }
 
 // newBadDisk mounts a file of size bytes and serves it.
@@ -255,4 +276,73 @@ func TestFsyncErrorIsSticky(t *testing.T) {
 			wantPoisoned(t, d)
 		}
 	})
+}
+
+// looked is a context that tells who has seen that it has not ended.
+type looked struct {
+	context.Context
+	at chan bool
+}
+
+func (l looked) Err() error {
+	err := l.Context.Err()
+	if err == nil {
+		l.at <- true
+	}
+	return err
+}
+
+// TestFileThatDoesNotAnswerHoldsFewWhoAskForExtents: the others leave when they are
+// not waited for any more, and there is an answer for who comes when the file has one.
+func TestFileThatDoesNotAnswerHoldsFewWhoAskForExtents(t *testing.T) {
+	const size, many = 1 << 20, 4 * limits.ExtentSeeks
+	d, b := newBadDisk(t, kind{"pool", false}, size, 0)
+	answer := make(chan bool)
+	b.set(func(op string, _, n int64) (int64, syscall.Errno) {
+		if op == "lseek" {
+			<-answer
+		}
+		return n, 0
+	})
+	ending, cancel := context.WithCancel(t.Context())
+	ctx := looked{ending, make(chan bool, many)}
+	left := make(chan error, many)
+	for range many {
+		go func() {
+			left <- d.Extents(ctx, 0, size, 0, func(backing.Extent) bool { return true })
+		}()
+	}
+	for range many {
+		<-ctx.at
+	}
+	cancel()
+	late := time.After(time.Minute)
+	for i := range many - limits.ExtentSeeks {
+		select {
+		case err := <-left:
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("who waited got %v, want %v", err, context.Canceled)
+			}
+		case <-late:
+			t.Errorf("%d of %d have left a file that hangs, want %d", i, many, many-limits.ExtentSeeks)
+			close(answer)
+			return
+		}
+	}
+	close(answer)
+	for range limits.ExtentSeeks {
+		if err := <-left; err != nil && !errors.Is(err, context.Canceled) {
+			t.Errorf("who had asked got %v", err)
+		}
+	}
+	var data int64
+	err := d.Extents(t.Context(), 0, size, 0, func(x backing.Extent) bool {
+		if !x.Hole {
+			data += x.Len
+		}
+		return true
+	})
+	if err != nil || data != size {
+		t.Errorf("after the file has answered: %d bytes of data, %v, want %d", data, err, size)
+	}
 }
