@@ -105,7 +105,7 @@ var errNoAnswer = errors.New("no answer in time")
 func (p *pulse) beat(limit time.Duration) error {
 	if !p.flying {
 		p.flying = true
-		p.io = engine.IO{Op: engine.OpRead, File: p.file, Buf: p.buf, Done: func(x *engine.IO) { p.done <- x.Err }}
+		p.io = engine.IO{Op: engine.OpRead, Owner: engine.Pulse, File: p.file, Buf: p.buf, Done: func(x *engine.IO) { p.done <- x.Err }}
 		p.engine.Submit([]*engine.IO{&p.io})
 	}
 	select {

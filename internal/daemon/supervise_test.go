@@ -2,9 +2,11 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/export"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // patience is for what must come, however busy the machine is.
@@ -172,5 +175,36 @@ func expect(t *testing.T, told <-chan string, want string) {
 		}
 	case <-time.After(patience):
 		t.Fatalf("the service manager was not told %q", want)
+	}
+}
+
+// TestPulseIsNotBehindTransfersThatHang: not even behind the program's own.
+func TestPulseIsNotBehindTransfersThatHang(t *testing.T) {
+	e := engine.NewPool(0)
+	p, err := newPulse(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var over sync.WaitGroup
+	answer := make(chan bool)
+	batch := make([]*engine.IO, 2*limits.PoolWorkers)
+	for i := range batch {
+		over.Add(1)
+		batch[i] = &engine.IO{Op: engine.OpRead, File: p.file, Buf: make([]byte, 1), Done: func(*engine.IO) {
+			<-answer
+			over.Done()
+		}}
+	}
+	e.Submit(batch)
+	for range 3 {
+		if err := p.beat(patience); err != nil {
+			t.Errorf("beat beside transfers that hang: %v", err)
+			break
+		}
+	}
+	close(answer)
+	over.Wait()
+	if err := errors.Join(p.file.Close(), e.Close()); err != nil {
+		t.Error(err)
 	}
 }

@@ -13,6 +13,10 @@ import (
 // zero value is the program itself, which is never held back.
 type Owner uint64
 
+// Pulse owns what finds out whether an engine makes transfers at all. It needs one
+// place at a time, which nobody else takes.
+const Pulse Owner = 1 << 63 // even, unlike what OwnerOf gives
+
 var ownerSeed = maphash.MakeSeed()
 
 // OwnerOf is the owner that name stands for, never the zero value. It means
@@ -51,13 +55,16 @@ func (io *IO) cost() int64 {
 // limits.ShareDelay in flight there, so that a fast disk has more. And a disk
 // always leaves some places free, however many owners it has, so that storage
 // that hangs does not hang what others have elsewhere; what it takes, one owner
-// leaves some of to the others of the disk.
+// leaves some of to the others of the disk. As several disks may
+// hang, a disk takes places step by step while transfers of it end.
 type Queue struct {
 	places  int // bound of the transfers in flight
+	kept    int // of them, for the pulse alone, and as many for the house
 	flying  int
 	waiting int
 
 	house  flow // of those without an owner
+	pulse  flow
 	flows  map[flowKey]*flow
 	disks  map[uint64]*disk
 	last   *flow   // that of the last Push: the next one often has the same
@@ -76,7 +83,7 @@ type flowKey struct {
 // flow is what one owner has on one disk.
 type flow struct {
 	key        flowKey
-	disk       *disk // nil for the house
+	disk       *disk // nil for the house and the pulse
 	head, tail *IO   // waiting, linked by Next
 	flying     int
 	cost       int64 // of those in flight
@@ -88,6 +95,7 @@ type flow struct {
 type disk struct {
 	flows  []*flow
 	flying int   // of all owners
+	ahead  int   // transfers begun since one ended, less those that ended in a row before
 	moved  int64 // cost of all that was started
 	look   int64 // moved when measure comes again
 	bound  int64 // cost of what several owners may have in flight
@@ -101,6 +109,8 @@ type disk struct {
 func NewQueue(places int) *Queue {
 	q := &Queue{
 		places: places,
+		kept:   min(limits.ShareKept, places/(2*limits.ShareSpare)),
+		pulse:  flow{key: flowKey{owner: Pulse}},
 		flows:  make(map[flowKey]*flow, limits.ShareOwners),
 		disks:  make(map[uint64]*disk, limits.ShareOwners),
 		ready:  make([]*flow, 0, limits.ShareOwners),
@@ -187,20 +197,44 @@ func (q *Queue) pass() {
 // may tells whether f may have one more in flight. A disk that has none may, as
 // long as there is a place, and so may an owner as long as the disk may.
 func (q *Queue) may(f *flow) bool {
-	d := f.disk
-	if d == nil {
-		return true
+	free, d := q.free(f), f.disk
+	if d == nil || free <= 0 {
+		return free > 0
 	}
-	if room(f.flying, room(d.flying, q.places-q.flying)) <= 0 {
+	if !q.trusts(f) || q.room(f.flying, q.room(d.flying, free)) <= 0 {
 		return false
 	}
 	n := int64(len(d.flows))
 	return n == 1 || f.cost < d.bound/n
 }
 
+// free is how many more f may take of all places, if nobody else comes.
+func (q *Queue) free(f *flow) int {
+	free := q.places - q.flying
+	if f != &q.pulse {
+		free -= q.kept
+	}
+	if f.disk != nil {
+		free -= max(q.kept-q.house.flying, 0)
+	}
+	return free
+}
+
+// trusts tells whether f may have one more in flight before anything of its disk
+// ends. All of the disk may take one in limits.ShareTrial of what was free when
+// something ended last, and one owner leaves some of that to others.
+func (q *Queue) trusts(f *flow) bool {
+	ahead := f.disk.ahead
+	return ahead <= 0 || q.room(min(f.flying, ahead), (ahead+q.places-q.flying)/limits.ShareTrial-ahead) > 0
+}
+
 // room is how many more of the free places may be taken by who has some: it
-// leaves one in limits.ShareSpare of both together.
-func room(has, free int) int { return free - (has+free)/limits.ShareSpare }
+// leaves one in limits.ShareSpare of both together, but at least one in
+// limits.ShareLast of all places, or half of both where that is less.
+func (q *Queue) room(has, free int) int {
+	both := has + free
+	return free - max(both/limits.ShareSpare, min(both/2, q.places/limits.ShareLast))
+}
 
 // start takes the first transfer of f.
 func (q *Queue) start(f *flow) *IO {
@@ -223,6 +257,7 @@ func (q *Queue) start(f *flow) *IO {
 	f.cost += cost
 	if d := f.disk; d != nil {
 		d.flying++
+		d.ahead++
 		if d.moved += cost; d.moved >= d.look {
 			d.measure(q.now())
 			q.forget(d, limits.ShareIdle)
@@ -241,14 +276,18 @@ func (q *Queue) leave(f *flow, cost int64) {
 	f.cost -= cost
 	if d := f.disk; d != nil {
 		d.flying--
+		d.ahead = max(min(d.ahead, 0)-1, -d.flying)
 		f.seen = d.moved
 	}
 }
 
 // find is the flow of io, a new one if need be.
 func (q *Queue) find(io *IO) *flow {
-	if io.Owner == 0 {
+	switch io.Owner {
+	case 0:
 		return &q.house
+	case Pulse:
+		return &q.pulse
 	}
 	key := flowKey{io.Owner, io.File.disk}
 	if f := q.flows[key]; f != nil {

@@ -41,6 +41,23 @@ const (
 	// one owner leaves to others: one in so many.
 	ShareSpare = 8
 
+	// ShareLast is the part of all places that each disk leaves free at least, one
+	// in so many, or half of those that the others have left where that is less. So
+	// of the 256 places of a ring some are free yet when six disks hang, each of
+	// which had all that it may have in flight.
+	ShareLast = 16
+
+	// ShareTrial is the part of the free places that a disk takes beyond those it
+	// gives back, until something of it ends again: one in so many. What works has
+	// all it wants after a few transfers, what hangs has no more: twelve such disks
+	// leave some of 256 places, five some of 16.
+	ShareTrial = 3
+
+	// ShareKept is how many places of an engine are for the watchdog alone, and
+	// how many the owners leave to the program itself. Where both together were
+	// more than one in ShareSpare, there are none.
+	ShareKept = 1
+
 	// ShareOwners bounds the owners that are remembered for one disk while
 	// they have nothing to do.
 	ShareOwners = 64
