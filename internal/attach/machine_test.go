@@ -980,6 +980,65 @@ func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
 	}
 }
 
+// TestDiskGrowsByTheAddressThatItCameBy has an export at several: the client with
+// the new size comes by that of the first, with the same TLS. So does that of a disk
+// whose image attach has served beside them.
+func TestDiskGrowsByTheAddressThatItCameBy(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	dir := testenv.Certificates(t)
+	port, plain := testenv.FreePort(t), testenv.FreePort(t)
+	m, _ := l.startWeb(t, fmt.Sprintf(`[tls]
+certificates = %q
+[[listener]]
+uri = "nbd+unix:///?socket=%s/shared"
+[[listener]]
+uri = "nbd://127.0.0.1:%d"
+[[listener]]
+uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
+	ctx := testenv.Context(t)
+	yes := true
+	_, err := l.service.Patch(ctx, "web", api.Patch{Default: &yes})
+	must(t, err)
+	client := func() (c api.Client) {
+		t.Helper()
+		await(t, func() bool { // the machine ends a connection before the server sees its end
+			list, err := l.service.Clients(ctx, nil)
+			must(t, err)
+			if len(list) == 1 {
+				c = list[0]
+			}
+			return len(list) == 1
+		})
+		return c
+	}
+	tls := attach.Source{URI: fmt.Sprintf("nbds://127.0.0.1:%d/web?tls-hostname=localhost", port), Certificates: dir}
+	for name, s := range map[string]attach.Source{
+		"TLS":                    tls,
+		"TCP":                    {URI: fmt.Sprintf("nbd://127.0.0.1:%d/web", plain)},
+		"TCP, as the default":    {URI: fmt.Sprintf("nbd://127.0.0.1:%d", plain)},
+		"a Unix socket":          {URI: fmt.Sprintf("nbd+unix:///web?socket=%s/shared", l.dir)},
+		"a socket of its own":    l.source(l.image(t, "own.img", diskSize)),
+		"what attach has chosen": {Export: "web"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+			do(t, p, err)
+			export := "web"
+			if s.Image != "" {
+				export = ""
+			}
+			before := client()
+			p, err = m.Resize(ctx, "d0", export, attach.Size{Bytes: diskSize, More: true})
+			do(t, p, err)
+			if after := client(); after.ID == before.ID || after.Via != before.Via || after.TLS != before.TLS || after.Cert != before.Cert {
+				t.Errorf("grown, the client came by %s with %q, before by %s with %q", after.Via, after.TLS, before.Via, before.TLS)
+			}
+			p, err = m.Detach(ctx, "d0", true)
+			do(t, p, err)
+		})
+	}
+}
+
 // TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
 // their image, the image below a snapshot, their export and their URI.
 func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {

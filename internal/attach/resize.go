@@ -50,10 +50,7 @@ type growth struct {
 	old     string // node of the client that has the old size
 	next    qmp.NBD
 
-	object string // credentials of the machine; "" without TLS
-	creds  credentials
-	uri    transport.URI
-
+	link
 	more     bool // the size was asked for as what is added
 	asked    bool // the export was to grow, and may have
 	longer   bool // the export has grown by this plan
@@ -87,12 +84,9 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 
 // prepare finds the nodes of the disk.
 func (g *growth) prepare(ctx context.Context, x api.Export) error {
-	d, err := find(ctx, g.Monitor, g.id)
+	raw, err := g.inserted(ctx, g.id)
 	if err != nil {
 		return err
-	}
-	if d == nil || d.Inserted == nil || !isNodeOf(d.Inserted.Name, g.id) {
-		return fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, g.id)
 	}
 	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
 		return errors.Join(err, errOldQEMU)
@@ -104,17 +98,14 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if model == string(qmp.NVMe) {
 		return ErrRigid
 	}
-	uri, err := reachable(x, false)
-	if err != nil {
-		if uri, err = g.encrypted(ctx, x, err); err != nil {
-			return err
-		}
+	if g.link, err = g.linkTo(ctx, raw, g.id, x); err != nil {
+		return err
 	}
-	server, err := address(uri.Target)
+	server, err := address(g.uri.Target)
 	if err != nil {
 		return err
 	}
-	g.raw = d.Inserted.Name
+	g.raw = raw.Name
 	list, err := nodes(ctx, g.Monitor, g.id)
 	if err != nil {
 		return err
@@ -122,26 +113,9 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	last := lastClient(list, g.raw)
 	g.old = last.node
 	node, err := last.next(g.raw, last.wait)
-	g.next = nbd(node, server, uri.Export, d.Inserted.ReadOnly, last.wait)
+	g.next = nbd(node, server, g.uri.Export, raw.ReadOnly, last.wait)
 	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
 	return err
-}
-
-// encrypted is the URI of an export that has none without TLS, for which the
-// machine has credentials; else it is the error given.
-func (g *growth) encrypted(ctx context.Context, x api.Export, plain error) (uri transport.URI, err error) {
-	object, kind, err := g.heldCreds(ctx, g.id)
-	if err != nil || object == "" {
-		return uri, errors.Join(plain, err)
-	}
-	if uri, err = reachable(x, true); err != nil {
-		return uri, err
-	}
-	if g.creds, err = g.readCreds(ctx, object, kind); err == nil {
-		g.creds.setHostname(&uri)
-		g.object, g.uri = object, uri
-	}
-	return uri, err
 }
 
 // tryStep shakes hands with a server that takes TLS only.
@@ -315,48 +289,74 @@ func (m *Machine) isFrom(ctx context.Context, id string, x api.Export) error {
 	if x.Name == ExportName(m.Name, id) {
 		return nil
 	}
-	d, err := find(ctx, m.Monitor, id)
-	if err != nil {
-		return err
+	raw, err := m.inserted(ctx, id)
+	if err == nil {
+		_, err = m.linkTo(ctx, raw, id, x)
 	}
-	if d == nil || d.Inserted == nil || !isNodeOf(d.Inserted.Name, id) {
-		return fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, id)
-	}
-	object, kind, err := m.heldCreds(ctx, id)
-	if err != nil {
-		return err
-	}
-	creds, err := m.readCreds(ctx, object, kind)
-	if err != nil {
-		return err
-	}
-	if leadsTo(d.Inserted, id, x, creds.identity) {
-		return nil
-	}
-	return fmt.Errorf("%w: disk %s is not export %q, which is at %s", ErrDiffers, id, x.Name, strings.Join(x.URIs, " "))
+	return err
 }
 
-// leadsTo tells whether the raw node of a disk is for an address of the export.
-func leadsTo(raw *qmp.Node, id string, x api.Export, identity string) bool {
+// inserted is the raw node of a disk that the machine has by this program.
+func (m *Machine) inserted(ctx context.Context, id string) (*qmp.Node, error) {
+	d, err := find(ctx, m.Monitor, id)
+	if err == nil && (d == nil || d.Inserted == nil || !isNodeOf(d.Inserted.Name, id)) {
+		err = fmt.Errorf("%w: the machine has no device %q that was attached by this program", ErrNoDisk, id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return d.Inserted, nil
+}
+
+// link is how a machine reaches the export behind a disk.
+type link struct {
+	uri    transport.URI
+	object string // with the credentials; "" without TLS
+	creds  credentials
+}
+
+// linkTo is the way that a disk was attached by, none other that the export may
+// have: those may be without TLS, or closed to the machine. An export that the
+// disk is not from is refused.
+func (m *Machine) linkTo(ctx context.Context, raw *qmp.Node, id string, x api.Export) (l link, err error) {
+	if l.uri, err = attachedBy(raw, id, x, false, ""); err == nil {
+		return l, nil
+	}
+	object, kind, unread := m.heldCreds(ctx, id)
+	if unread != nil || object == "" {
+		return l, errors.Join(unread, err)
+	}
+	l.object = object
+	if l.creds, err = m.readCreds(ctx, object, kind); err != nil {
+		return l, err
+	}
+	l.uri, err = attachedBy(raw, id, x, true, l.creds.identity)
+	l.creds.setHostname(&l.uri)
+	return l, err
+}
+
+// attachedBy is the address of the export that the raw node of a disk is for, of
+// those with TLS or of those without. Its name is the export's own, also where
+// the disk was attached as the default export, which another may be by now.
+func attachedBy(raw *qmp.Node, id string, x api.Export, tls bool, identity string) (transport.URI, error) {
 	names := []string{x.Name}
 	if x.Default {
 		names = append(names, "")
 	}
 	for _, text := range x.URIs {
 		uri, _, err := new(Source).remote(text)
-		if err != nil {
+		if err != nil || uri.TLS != tls {
 			continue
 		}
-		if uri.TLS {
-			uri.User = identity
-		}
+		uri.User = identity
 		for _, uri.Export = range names {
-			if rawNode(false, id, uri.String(), raw.ReadOnly) == raw.Name {
-				return true
+			if rawNode(isOwn(raw.Name), id, uri.String(), raw.ReadOnly) == raw.Name {
+				uri.Export = x.Name
+				return uri, nil
 			}
 		}
 	}
-	return false
+	return transport.URI{}, fmt.Errorf("%w: disk %s is not export %q, which is at %s", ErrDiffers, id, x.Name, strings.Join(x.URIs, " "))
 }
 
 // hasSize tells whether a machine says that a node has the size.
