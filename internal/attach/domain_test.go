@@ -2,6 +2,7 @@ package attach_test
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -562,6 +563,18 @@ func TestDiskOfASystemDomain(t *testing.T) {
 	h.wantNothing(t)
 }
 
+// TestDiskOfADomainGrowsInAnOldMachine is TestDiskGrowsInAnOldMachine with a domain.
+func TestDiskOfADomainGrowsInAnOldMachine(t *testing.T) {
+	h := startHost(t)
+	h.tapped(t).hide("open-timeout")
+	ctx := testenv.Context(t)
+	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, Renew: true})
+	do(t, p, err)
+	p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: 2 * diskSize})
+	do(t, p, err)
+	h.wantNodes(t, 1, 2*diskSize)
+}
+
 // TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
 // has used, and nothing has been changed yet.
 func TestPlanOfAResizeDoesNotTaint(t *testing.T) {
@@ -875,8 +888,16 @@ func (h *host) reads(t *testing.T) (done, failed int) {
 // tap passes on what a session with libvirt says, and calls heard before each
 // message.
 type tap struct {
-	mu    sync.Mutex
-	heard func() // guarded by mu
+	mu     sync.Mutex
+	heard  func() // guarded by mu
+	hidden string // guarded by mu; as a proxy's
+}
+
+// hide is as a proxy's.
+func (p *tap) hide(option string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hidden = option
 }
 
 // hear makes f what the tap calls, nil for nothing.
@@ -919,20 +940,33 @@ func (p *tap) serve(c net.Conn, to string) {
 	answers := make(chan struct{})
 	go func() {
 		defer close(answers)
-		io.Copy(c, l)
+		p.pass(l, c, func() {})
 	}()
 	defer func() { l.Close(); <-answers }()
-	for b := make([]byte, 64<<10); ; {
-		n, err := c.Read(b)
-		if err != nil {
-			return
-		}
-		p.mu.Lock()
+	p.pass(c, l, func() {
 		if p.heard != nil {
 			p.heard()
 		}
+	})
+}
+
+// pass passes messages on, which begin with their length, until one side ends.
+// before is called with p.mu, for each.
+func (p *tap) pass(from, to net.Conn, before func()) {
+	for {
+		message := make([]byte, 4)
+		if _, err := io.ReadFull(from, message); err != nil {
+			return
+		}
+		message = append(message, make([]byte, binary.BigEndian.Uint32(message)-4)...)
+		if _, err := io.ReadFull(from, message[4:]); err != nil {
+			return
+		}
+		p.mu.Lock()
+		before()
+		message = veil(message, p.hidden)
 		p.mu.Unlock()
-		if _, err := l.Write(b[:n]); err != nil {
+		if _, err := to.Write(message); err != nil {
 			return
 		}
 	}

@@ -77,36 +77,44 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
+	if v.uri.TLS && v.creds.dir == "" {
+		return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
+	}
 	p := &plug{Machine: m, served: *v, id: o.ID, model: cmp.Or(o.Model, qmp.VirtIOBlk), said: o}
 	p.serial = cmp.Or(o.Serial, serial(m.Name, o.ID))
 	if err := qmp.CheckSerial(p.model, p.serial); err != nil {
 		return nil, err
 	}
 	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
-	p.client = nbd(clientNode(p.raw, 1, o.Reconnect), server, v.uri.Export, v.readOnly, o.Reconnect)
-	if v.uri.TLS {
-		if v.creds.dir == "" {
-			return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
-		}
-		p.client.TLSCreds, p.client.TLSHostname = v.creds.objectID(o.ID), v.creds.hostname
-		v.steps = append(v.steps, mortal(m.Monitor.Ended, p.credsStep())...)
-	}
 	place, err := p.preflight(ctx)
 	if err != nil {
 		return nil, err
+	}
+	schema, err := m.Monitor.Schema(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p.client = nbd(schema, clientNode(p.raw, 1, o.Reconnect), server, v.uri.Export, v.readOnly, o.Reconnect)
+	if v.uri.TLS {
+		p.client.TLSCreds, p.client.TLSHostname = v.creds.objectID(o.ID), v.creds.hostname
+		v.steps = append(v.steps, mortal(m.Monitor.Ended, p.credsStep())...)
 	}
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID), Disk: o.ID}
 	plan.Steps = append(v.steps, mortal(m.Monitor.Ended, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())...)
 	return plan, nil
 }
 
-// nbd is a client that guests do not notice the absence of its server by.
-func nbd(node string, server qmp.Address, export string, readOnly bool, reconnect time.Duration) qmp.NBD {
+// nbd is a client that guests do not notice the absence of its server by, with the
+// options that this QEMU knows.
+func nbd(schema *qmp.Schema, node string, server qmp.Address, export string, readOnly bool, reconnect time.Duration) qmp.NBD {
 	if reconnect == 0 {
 		reconnect = limits.AttachReconnect
 	}
-	return qmp.NBD{Node: node, Server: server, Export: export, ReadOnly: readOnly, Discard: !readOnly,
-		ReconnectDelay: reconnect, OpenTimeout: limits.AttachOpen}
+	n := qmp.NBD{Node: node, Server: server, Export: export, ReadOnly: readOnly, Discard: !readOnly, ReconnectDelay: reconnect}
+	if schema.HasOption("blockdev-add", "nbd", "open-timeout") {
+		n.OpenTimeout = limits.AttachOpen
+	}
+	return n
 }
 
 // preflight finds out what can be known without a change: a machine without a
@@ -119,27 +127,11 @@ func (p *plug) preflight(ctx context.Context) (string, error) {
 	if err != nil || there {
 		return "where it is", err
 	}
-	ok, err := p.opens(ctx)
-	if err != nil {
-		return "", err
-	}
-	if !ok {
-		p.client.OpenTimeout = 0
-	}
 	places, err := p.places(ctx)
 	if err != nil {
 		return "", err
 	}
 	return describe(places[0]), nil
-}
-
-// opens reports whether QEMU knows open-timeout.
-func (p *plug) opens(ctx context.Context) (bool, error) {
-	schema, err := p.Monitor.Schema(ctx)
-	if err != nil {
-		return false, err
-	}
-	return schema.HasOption("blockdev-add", "nbd", "open-timeout"), nil
 }
 
 // plugged reports whether the device is there with the disk.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -333,6 +334,25 @@ func TestDiskThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
 	}
 }
 
+// TestDiskGrowsInAnOldMachine that has blockdev-reopen, from 6.1 on, and no
+// open-timeout, from 7.0 on.
+func TestDiskGrowsInAnOldMachine(t *testing.T) {
+	l := start(t, q35...)
+	proxy := newProxy(t, l.monitor)
+	proxy.hide("open-timeout")
+	m := l.machine(t, proxy.path, nil)
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	for _, want := range []int64{2 * diskSize, 3 * diskSize} {
+		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: diskSize, More: true})
+		do(t, p, err)
+		l.wantSize(t, m, "d0", want)
+	}
+	p, err = m.Detach(ctx, "d0", true)
+	do(t, p, err)
+}
+
 // TestDiskMayEndWithinASector: QEMU shows the rest of the sector too.
 func TestDiskMayEndWithinASector(t *testing.T) {
 	l := start(t, q35...)
@@ -374,6 +394,30 @@ type proxy struct {
 	delays  []int64  // guarded by mu; of NBD clients, in seconds
 	first   func()   // guarded by mu; called before a command of the name is passed on
 	name    string   // guarded by mu
+	hidden  string   // guarded by mu; an option that the machine does not know
+}
+
+// hide makes the machine one that does not know an option of its commands.
+func (p *proxy) hide(option string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.hidden = option
+}
+
+// veiled is a line of which either side sees another option in place of the hidden
+// one: the machine refuses it, and whoever asks for the schema does not find it.
+func (p *proxy) veiled(line []byte) []byte {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return veil(line, p.hidden)
+}
+
+// veil keeps the length.
+func veil(b []byte, option string) []byte {
+	if option == "" {
+		return b
+	}
+	return bytes.ReplaceAll(b, []byte(strconv.Quote(option)), []byte(strconv.Quote(strings.Repeat("?", len(option)))))
 }
 
 // before has f called before each command of the name.
@@ -433,7 +477,7 @@ func (p *proxy) serve(c net.Conn, to string) {
 	}
 	var back sync.WaitGroup
 	back.Go(func() {
-		lines(q, func(line []byte) { say(c, line) })
+		lines(q, func(line []byte) { say(c, p.veiled(line)) })
 		c.Close()
 	})
 	lines(c, func(line []byte) {
@@ -455,7 +499,7 @@ func (p *proxy) serve(c net.Conn, to string) {
 			say(c, fmt.Appendf(nil, `{"error": {"class": "GenericError", "desc": "no"}, "id": %s}`, cmd.ID))
 			return
 		}
-		say(q, line)
+		say(q, p.veiled(line))
 	})
 	q.Close()
 	back.Wait()

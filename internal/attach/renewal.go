@@ -60,14 +60,14 @@ func (r *renewal) prepare(ctx context.Context) error {
 	if r.disk, err = r.inserted(ctx); err != nil {
 		return err
 	}
-	commands, err := qmp.Commands(ctx, r.monitor())
+	schema, err := qmp.QuerySchema(ctx, r.monitor())
 	if err != nil {
 		return err
 	}
-	if _, ok := commands["blockdev-reopen"]; !ok {
+	if !schema.HasCommand("blockdev-reopen") {
 		return errOldQEMU
 	}
-	return r.describe(ctx, disk)
+	return r.describe(ctx, schema, disk)
 }
 
 // inserted is the guest's device with its medium.
@@ -80,7 +80,7 @@ func (r *renewal) inserted(ctx context.Context) (*qmp.BlockDevice, error) {
 }
 
 // describe is how the nodes are made again.
-func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk) error {
+func (r *renewal) describe(ctx context.Context, schema *qmp.Schema, disk *libvirtxml.DomainDisk) error {
 	uri, top := source(disk), r.disk.Inserted
 	server, err := address(uri.Target)
 	if err != nil {
@@ -96,7 +96,7 @@ func (r *renewal) describe(ctx context.Context, disk *libvirtxml.DomainDisk) err
 	}
 	passDiscard := disk.Driver != nil && disk.Driver.Discard == "unmap"
 	cache := top.Cache
-	r.client = nbd(name, server, uri.Export, top.ReadOnly, r.reconnect)
+	r.client = nbd(schema, name, server, uri.Export, top.ReadOnly, r.reconnect)
 	r.client.Discard, r.client.Cache = passDiscard, &cache
 	r.raw = qmp.Raw{ReadOnly: top.ReadOnly, Discard: passDiscard, Cache: &cache, DetectZeroes: top.DetectZeroes}
 	if top.Driver == "raw" {

@@ -88,8 +88,12 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	if err != nil {
 		return err
 	}
-	if ok, err := g.Monitor.Supports(ctx, "blockdev-reopen"); err != nil || !ok {
-		return errors.Join(err, errOldQEMU)
+	schema, err := g.Monitor.Schema(ctx)
+	if err != nil {
+		return err
+	}
+	if !schema.HasCommand("blockdev-reopen") {
+		return errOldQEMU
 	}
 	model, err := g.property(ctx, device(g.id), "type")
 	if err != nil {
@@ -113,7 +117,7 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	last := lastClient(list, g.raw)
 	g.old = last.node
 	node, err := last.next(g.raw, last.wait)
-	g.next = nbd(node, server, g.uri.Export, raw.ReadOnly, last.wait)
+	g.next = nbd(schema, node, server, g.uri.Export, raw.ReadOnly, last.wait)
 	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
 	return err
 }

@@ -162,7 +162,7 @@ func (r Raw) Add(ctx context.Context, x Executor, file string) error {
 }
 
 // Reopen puts the node file below the raw node in place of the one it has. It
-// needs QEMU 6.1: Monitor.Supports("blockdev-reopen").
+// needs QEMU 6.1: Schema.HasCommand("blockdev-reopen").
 func (r Raw) Reopen(ctx context.Context, x Executor, file string) error {
 	o, err := r.options(file)
 	if err != nil {

@@ -39,7 +39,6 @@ type Monitor struct {
 	lastID  uint64                     // guarded by mu
 	subs    map[*Subscription]struct{} // guarded by mu
 	err     error                      // guarded by mu; why done is closed
-	known   map[string]struct{}        // guarded by mu; answer of query-commands
 	schema  *Schema                    // guarded by mu; answer of query-qmp-schema
 }
 

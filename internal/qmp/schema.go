@@ -4,46 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
-
-// Supports reports whether this QEMU has the command. It is asked once.
-func (m *Monitor) Supports(ctx context.Context, command string) (bool, error) {
-	m.mu.Lock()
-	known := m.known
-	m.mu.Unlock()
-	if known == nil {
-		var err error
-		if known, err = Commands(ctx, m); err != nil {
-			return false, err
-		}
-		m.mu.Lock()
-		m.known = known
-		m.mu.Unlock()
-	}
-	_, ok := known[command]
-	return ok, nil
-}
-
-// Commands are the names of those that a QEMU has, at most limits.QMPItems.
-func Commands(ctx context.Context, x Executor) (map[string]struct{}, error) {
-	const command = "query-commands"
-	list, err := ask[[]struct {
-		Name string `json:"name"`
-	}](ctx, x, command, nil)
-	if err != nil {
-		return nil, err
-	}
-	if len(list) > limits.QMPItems {
-		return nil, fmt.Errorf("%s: %w: %d commands", command, ErrProtocol, len(list))
-	}
-	known := make(map[string]struct{}, len(list))
-	for _, c := range list {
-		known[c.Name] = struct{}{}
-	}
-	return known, nil
-}
 
 // Schema is what query-qmp-schema says: which commands, events and options
 // this QEMU has.
@@ -74,11 +35,8 @@ func (m *Monitor) Schema(ctx context.Context) (*Schema, error) {
 	if s != nil {
 		return s, nil
 	}
-	raw, err := m.Execute(ctx, "query-qmp-schema", nil)
+	s, err := QuerySchema(ctx, m)
 	if err != nil {
-		return nil, err
-	}
-	if s, err = parseSchema(raw); err != nil {
 		return nil, err
 	}
 	m.mu.Lock()
@@ -87,10 +45,11 @@ func (m *Monitor) Schema(ctx context.Context) (*Schema, error) {
 	return s, nil
 }
 
-func parseSchema(raw json.RawMessage) (*Schema, error) {
-	var entries []*schemaType
-	if err := json.Unmarshal(raw, &entries); err != nil {
-		return nil, fmt.Errorf("query-qmp-schema: %w: %w", ErrProtocol, err)
+// QuerySchema asks for the schema, as Monitor.Schema does by any other way.
+func QuerySchema(ctx context.Context, x Executor) (*Schema, error) {
+	entries, err := ask[[]*schemaType](ctx, x, "query-qmp-schema", nil)
+	if err != nil {
+		return nil, err
 	}
 	s := &Schema{named: make(map[string]*schemaType, len(entries))}
 	for _, e := range entries {
@@ -101,21 +60,25 @@ func parseSchema(raw json.RawMessage) (*Schema, error) {
 	return s, nil
 }
 
+// HasCommand reports whether QEMU knows the command.
+func (s *Schema) HasCommand(name string) bool { return s.has(name, "command") }
+
 // HasEvent reports whether QEMU knows the event.
-func (s *Schema) HasEvent(name string) bool {
+func (s *Schema) HasEvent(name string) bool { return s.has(name, "event") }
+
+func (s *Schema) has(name, meta string) bool {
 	t := s.named[name]
-	return t != nil && t.Meta == "event"
+	return t != nil && t.Meta == meta
 }
 
 // HasOption reports whether a command takes the option: an argument that it
 // always takes, or, with a variant such as a driver's name, one of that
 // variant's.
 func (s *Schema) HasOption(command, variant, option string) bool {
-	c := s.named[command]
-	if c == nil || c.Meta != "command" {
+	if !s.HasCommand(command) {
 		return false
 	}
-	args := s.named[c.ArgType]
+	args := s.named[s.named[command].ArgType]
 	if args != nil && variant != "" {
 		of := ""
 		for _, v := range args.Variants {
