@@ -389,6 +389,7 @@ func TestExitCodesOfPlans(t *testing.T) {
 		{attach.ErrSaved, exitRefused},
 		{attach.ErrDiffers, exitRefused},
 		{attach.ErrSmaller, exitRefused},
+		{attach.ErrFull, exitRefused},
 		{qmp.ErrUnplugRefused, exitRefused},
 		{&api.Error{Code: api.CodeForbidden}, exitRefused},
 		{&api.Error{Code: api.CodeExists}, exitRefused},

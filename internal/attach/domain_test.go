@@ -575,6 +575,19 @@ func TestDiskOfADomainGrowsInAnOldMachine(t *testing.T) {
 	h.wantNodes(t, 1, 2*diskSize)
 }
 
+// TestResizeOfADomainNeedsAPlaceForASecondClient is
+// TestResizeNeedsAPlaceForASecondClient with a domain.
+func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	image := h.image(t, "disk", diskSize)
+	p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	needsAPlace(t, h.service, attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(image)), image, func(size int64) (*attach.Plan, error) {
+		return h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+	})
+}
+
 // TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
 // has used, and nothing has been changed yet.
 func TestPlanOfAResizeDoesNotTaint(t *testing.T) {

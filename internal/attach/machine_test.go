@@ -1083,6 +1083,54 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	}
 }
 
+// TestResizeNeedsAPlaceForASecondClient: an export that is full is not grown, and
+// one that has the size already needs none.
+func TestResizeNeedsAPlaceForASecondClient(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, image := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	needsAPlace(t, l.service, "web", image, func(size int64) (*attach.Plan, error) {
+		return m.Resize(ctx, "d0", "web", attach.Size{Bytes: size})
+	})
+}
+
+// needsAPlace grows a disk whose export has a client.
+func needsAPlace(t *testing.T, c *client.Client, export, image string, resize func(int64) (*attach.Plan, error)) {
+	t.Helper()
+	ctx := testenv.Context(t)
+	bound := func(n int) {
+		t.Helper()
+		_, err := c.Patch(ctx, export, api.Patch{Connections: &n})
+		must(t, err)
+	}
+	bound(1)
+	p, err := resize(2 * diskSize)
+	if err == nil {
+		_, err = p.Run(ctx)
+	}
+	info, statErr := os.Stat(image)
+	must(t, statErr)
+	if !errors.Is(err, attach.ErrFull) || errors.Is(err, attach.ErrIncomplete) || !strings.Contains(err.Error(), "max-connections") || info.Size() != diskSize {
+		t.Errorf("full: %v, the image has %d bytes; want ErrFull and %d", err, info.Size(), diskSize)
+	}
+	bound(2)
+	p, err = resize(2 * diskSize)
+	if !do(t, p, err) {
+		t.Error("nothing was grown")
+	}
+	await(t, func() bool { // the machine ends a connection before the server sees its end
+		x, err := c.Export(ctx, export)
+		return err == nil && x.Clients == 1
+	})
+	bound(1)
+	p, err = resize(2 * diskSize)
+	if do(t, p, err) {
+		t.Error("growing to the size that is there changed something")
+	}
+}
+
 // TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
 // their image, the image below a snapshot, their export and their URI.
 func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {

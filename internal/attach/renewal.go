@@ -9,6 +9,7 @@ import (
 
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 )
@@ -178,14 +179,27 @@ func (r *renewal) state(ctx context.Context) (first bool, more []qmp.Node, sized
 	return has(all, r.client.Node), more, size == 0 || hasSize(all, d.Inserted.Name, size), nil
 }
 
-// lookStep finds out whether there is a way, before an export is grown.
-func (r *renewal) lookStep() Step {
+// needs reports whether the disk needs a new client.
+func (r *renewal) needs(ctx context.Context) (bool, error) {
+	first, more, sized, err := r.state(ctx)
+	return r.always || !first || len(more) > 0 || !sized, err
+}
+
+// lookStep finds out whether there is a way, before the export is grown.
+func (r *renewal) lookStep(x api.Export) Step {
 	return Step{
 		Name: fmt.Sprintf("look at the nodes of disk %s, through libvirt's monitor", r.target),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			return false, r.prepare(ctx)
+			if err := r.prepare(ctx); err != nil {
+				return false, err
+			}
+			needed, err := r.needs(ctx)
+			if err == nil && (needed || x.Size != r.size()) {
+				err = room(x)
+			}
+			return false, err
 		},
 	}
 }
@@ -200,8 +214,8 @@ func (r *renewal) openStep() Step {
 			if err := r.prepare(ctx); err != nil {
 				return false, err
 			}
-			first, more, sized, err := r.state(ctx)
-			if r.needed = r.always || !first || len(more) > 0 || !sized; err != nil || !r.needed {
+			var err error
+			if r.needed, err = r.needs(ctx); err != nil || !r.needed {
 				return false, err
 			}
 			second := r.client

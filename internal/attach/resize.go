@@ -20,6 +20,18 @@ var ErrSmaller = errors.New("a disk does not shrink")
 // ErrRigid is for disks whose size QEMU does not let change.
 var ErrRigid = errors.New("QEMU does not let a plugged nvme disk grow: detach and attach it")
 
+// ErrFull is for exports that take no second client of a disk, which they have
+// beside the first while the two are exchanged.
+var ErrFull = errors.New("no place for a second client")
+
+// room refuses an export that is full.
+func room(x api.Export) error {
+	if x.Connections == 0 || x.Clients < x.Connections {
+		return nil
+	}
+	return fmt.Errorf("%w: export %q has %d of at most %d: let it have one more meanwhile (max-connections)", ErrFull, x.Name, x.Clients, x.Connections)
+}
+
 // errOldQEMU is for a QEMU without blockdev-reopen.
 var errOldQEMU = errors.New("this QEMU cannot exchange a server: it takes 6.1")
 
@@ -113,6 +125,11 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 	list, err := nodes(ctx, g.Monitor, g.id)
 	if err != nil {
 		return err
+	}
+	if x.Size != g.size || !hasSize(list, g.raw, g.size) {
+		if err := room(x); err != nil {
+			return err
+		}
 	}
 	last := lastClient(list, g.raw)
 	g.old = last.node
