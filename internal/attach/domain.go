@@ -485,7 +485,7 @@ func (r *renewal) delaySteps(give *Step, disk *libvirtxml.DomainDisk) []Step {
 		}
 		return renew(ctx)
 	}
-	return []Step{open, r.swapStep(), r.returnStep(), r.restoreStep(), r.endStep()}
+	return []Step{open, r.keepStep(), r.swapStep(), r.returnStep(), r.restoreStep(), r.endStep()}
 }
 
 // forgotten is the note of a libvirt that keeps no delay.
@@ -730,6 +730,15 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 		})
 	}
 	plan.Steps = append(plan.Steps, d.takeStep(disk, uri, in))
+	if in&libvirtd.Live != 0 {
+		delay, err := d.delay(ctx, target, uri)
+		if err != nil {
+			return nil, err
+		}
+		if delay > 0 {
+			plan.Steps = append(plan.Steps, d.forgetDelayStep(target, uri))
+		}
+	}
 	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })
 	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil {
 		err = d.remove(ctx, plan, m, uri.Export, force)
@@ -797,7 +806,7 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	if in&libvirtd.Live == 0 {
 		return plan, nil
 	}
-	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), size: func() int64 { return g.size }}
+	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), resumes: true, size: func() int64 { return g.size }}
 	plan.Steps = append([]Step{r.lookStep(x)}, plan.Steps...)
 	plan.Steps = append(plan.Steps, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())
 	return plan, nil

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -575,6 +576,52 @@ func TestDiskOfADomainGrowsInAnOldMachine(t *testing.T) {
 	h.wantNodes(t, 1, 2*diskSize)
 }
 
+// TestDiskOfADomainThatGrowsWaitsForItsServerAsBefore reads the delay of each client
+// that the machine is given through libvirt's monitor, where libvirt has no word for
+// it. The domain keeps it until the disk is detached.
+func TestDiskOfADomainThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
+	h := startHost(t)
+	p := h.tapped(t)
+	ctx := testenv.Context(t)
+	image := h.image(t, "disk", diskSize)
+	before := h.Virsh(t, "dumpxml", "--domain="+domainName)
+	delay := regexp.MustCompile(`"reconnect-delay":([0-9]+)`)
+	for _, tt := range []struct {
+		name string
+		said attach.Options
+		want []string // of clients while the disk is attached, and grows twice
+	}{
+		{"another delay", attach.Options{Renew: true, Reconnect: 2 * time.Second}, []string{"2", "2", "2", "2", "2", "2"}},
+		{"the default", attach.Options{Renew: true}, []string{"60", "60", "60", "60", "60", "60"}},
+		{"none, until it grows", attach.Options{Reconnect: 2 * time.Second}, []string{"60", "60", "60", "60"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var got []string
+			p.hear(func(message []byte) {
+				if found := delay.FindSubmatch(message); found != nil {
+					got = append(got, string(found[1]))
+				}
+			})
+			tt.said.Model = qmp.SCSIDisk
+			plan, err := h.Attach(ctx, h.source(image), tt.said)
+			do(t, plan, err)
+			for range 2 {
+				plan, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: diskSize, More: true})
+				do(t, plan, err)
+			}
+			plan, err = h.Detach(ctx, "sda", false)
+			do(t, plan, err)
+			p.hear(nil)
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("reconnect delays %q, want %q", got, tt.want)
+			}
+			if after := h.Virsh(t, "dumpxml", "--domain="+domainName); strings.Contains(after, "vmdiskd") || strings.Contains(before, "vmdiskd") {
+				t.Errorf("the domain keeps something of the disk:\n%s", after)
+			}
+		})
+	}
+}
+
 // TestResizeOfADomainNeedsAPlaceForASecondClient is
 // TestResizeNeedsAPlaceForASecondClient with a domain.
 func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
@@ -902,8 +949,8 @@ func (h *host) reads(t *testing.T) (done, failed int) {
 // message.
 type tap struct {
 	mu     sync.Mutex
-	heard  func() // guarded by mu
-	hidden string // guarded by mu; as a proxy's
+	heard  func(message []byte) // guarded by mu
+	hidden string               // guarded by mu; as a proxy's
 }
 
 // hide is as a proxy's.
@@ -914,7 +961,7 @@ func (p *tap) hide(option string) {
 }
 
 // hear makes f what the tap calls, nil for nothing.
-func (p *tap) hear(f func()) {
+func (p *tap) hear(f func(message []byte)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.heard = f
@@ -953,19 +1000,19 @@ func (p *tap) serve(c net.Conn, to string) {
 	answers := make(chan struct{})
 	go func() {
 		defer close(answers)
-		p.pass(l, c, func() {})
+		p.pass(l, c, func([]byte) {})
 	}()
 	defer func() { l.Close(); <-answers }()
-	p.pass(c, l, func() {
+	p.pass(c, l, func(message []byte) {
 		if p.heard != nil {
-			p.heard()
+			p.heard(message)
 		}
 	})
 }
 
 // pass passes messages on, which begin with their length, until one side ends.
 // before is called with p.mu, for each.
-func (p *tap) pass(from, to net.Conn, before func()) {
+func (p *tap) pass(from, to net.Conn, before func(message []byte)) {
 	for {
 		message := make([]byte, 4)
 		if _, err := io.ReadFull(from, message); err != nil {
@@ -976,7 +1023,7 @@ func (p *tap) pass(from, to net.Conn, before func()) {
 			return
 		}
 		p.mu.Lock()
-		before()
+		before(message)
 		message = veil(message, p.hidden)
 		p.mu.Unlock()
 		if _, err := to.Write(message); err != nil {
@@ -998,7 +1045,7 @@ func TestInterruptWhileLibvirtIsAskedLeavesNothing(t *testing.T) {
 		ctx, cancel := context.WithCancel(testenv.Context(t))
 		defer cancel()
 		said := 0
-		p.hear(func() {
+		p.hear(func([]byte) {
 			if said++; said == at {
 				cancel()
 			}
@@ -1040,7 +1087,7 @@ func TestAttachesAtOneTime(t *testing.T) {
 				second, err := other.Attach(ctx, h.source(theirs), attach.Options{Model: qmp.SCSIDisk})
 				must(t, err)
 				said, inTheirs := 0, errors.New("not done")
-				p.hear(func() {
+				p.hear(func([]byte) {
 					if said++; said == at {
 						_, inTheirs = second.Run(ctx)
 					}

@@ -33,6 +33,7 @@ type renewal struct {
 	*Domain
 	target    string
 	reconnect time.Duration
+	resumes   bool         // without a reconnect delay, that of the last renewal
 	size      func() int64 // bytes that the disk must have, once it is known; 0: any
 	always    bool         // whatever the size is
 
@@ -41,8 +42,10 @@ type renewal struct {
 	raw    qmp.Raw          // without a Node: the device uses the client itself
 	client qmp.NBD          // as libvirt has it, with the delay
 	prefix string           // of the names of our nodes
-	next   string           // node of the second client
-	needed bool
+
+	delayName string // of the delay in the domain's metadata
+	next      string // node of the second client
+	needed    bool
 }
 
 func (r *renewal) monitor() *libvirtd.Monitor { return r.Session.Monitor(r.Domain.Domain) }
@@ -94,6 +97,12 @@ func (r *renewal) describe(ctx context.Context, schema *qmp.Schema, disk *libvir
 	name, err := r.clientOf(all)
 	if err != nil {
 		return err
+	}
+	r.delayName = delayName(r.target, uri)
+	if r.resumes && r.reconnect == 0 {
+		if r.reconnect, err = r.delay(ctx, r.target, uri); err != nil {
+			return err
+		}
 	}
 	passDiscard := disk.Driver != nil && disk.Driver.Discard == "unmap"
 	cache := top.Cache
