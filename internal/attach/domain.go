@@ -796,7 +796,7 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	if err != nil {
 		return nil, err
 	}
-	g := &growth{Machine: m, id: target, size: size, more: want.More}
+	g := &growth{Machine: m, id: target, size: size, by: want.added()}
 	plan := &Plan{
 		Aim:    fmt.Sprintf("grow %s of domain %q from %d to %d bytes", target, d.Domain.Name, x.Size, size),
 		Disk:   target,

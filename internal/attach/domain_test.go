@@ -622,6 +622,18 @@ func TestDiskOfADomainThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
 	}
 }
 
+// TestDiskOfADomainGetsWhatEachAdds is TestDiskGetsWhatEachAdds with a domain.
+func TestDiskOfADomainGetsWhatEachAdds(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	eachAdds(t, func() (*attach.Plan, error) {
+		return h.Resize(ctx, "sda", "", attach.Size{Bytes: diskSize, More: true})
+	})
+	h.wantNodes(t, 1, 3*diskSize)
+}
+
 // TestResizeOfADomainNeedsAPlaceForASecondClient is
 // TestResizeNeedsAPlaceForASecondClient with a domain.
 func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {

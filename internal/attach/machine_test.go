@@ -1083,6 +1083,31 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	}
 }
 
+// TestDiskGetsWhatEachAdds: two plans are made of a disk before either is run.
+func TestDiskGetsWhatEachAdds(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+	do(t, p, err)
+	eachAdds(t, func() (*attach.Plan, error) { return m.Resize(ctx, "d0", "", attach.Size{Bytes: diskSize, More: true}) })
+	l.wantSize(t, m, "d0", 3*diskSize)
+}
+
+// eachAdds makes two plans of a disk, then runs both.
+func eachAdds(t *testing.T, resize func() (*attach.Plan, error)) {
+	t.Helper()
+	first, err := resize()
+	must(t, err)
+	second, err := resize()
+	must(t, err)
+	for _, p := range []*attach.Plan{first, second} {
+		if !do(t, p, nil) {
+			t.Errorf("%s: nothing was grown", p.Aim)
+		}
+	}
+}
+
 // TestResizeNeedsAPlaceForASecondClient: an export that is full is not grown, and
 // one that has the size already needs none.
 func TestResizeNeedsAPlaceForASecondClient(t *testing.T) {

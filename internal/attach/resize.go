@@ -54,6 +54,14 @@ func (s Size) of(old int64) (int64, error) {
 	return s.Bytes, nil
 }
 
+// added is what the disk shall have more; 0 where its size is named.
+func (s Size) added() int64 {
+	if s.More {
+		return s.Bytes
+	}
+	return 0
+}
+
 // growth is a disk that is being grown.
 type growth struct {
 	*Machine
@@ -63,10 +71,10 @@ type growth struct {
 	next    qmp.NBD
 
 	link
-	more     bool // the size was asked for as what is added
-	asked    bool // the export was to grow, and may have
-	longer   bool // the export has grown by this plan
-	exchange bool // the machine had another size, next takes the place of old
+	by       int64 // bytes that were asked for as what is added; 0: size was named
+	asked    bool  // the export was to grow, and may have
+	longer   bool  // the export has grown by this plan
+	exchange bool  // the machine had another size, next takes the place of old
 }
 
 // Resize plans to grow a disk so that its guest sees it: the export first,
@@ -82,7 +90,7 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 	if err != nil {
 		return nil, err
 	}
-	g := &growth{Machine: m, id: id, size: size, more: want.More}
+	g := &growth{Machine: m, id: id, size: size, by: want.added()}
 	if err := g.prepare(ctx, x); err != nil {
 		return nil, err
 	}
@@ -131,11 +139,16 @@ func (g *growth) prepare(ctx context.Context, x api.Export) error {
 			return err
 		}
 	}
+	g.next = nbd(schema, "", server, g.uri.Export, raw.ReadOnly, lastClient(list, g.raw).wait)
+	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
+	return g.number(list)
+}
+
+// number names the next client, behind the last of the nodes.
+func (g *growth) number(list []qmp.Node) (err error) {
 	last := lastClient(list, g.raw)
 	g.old = last.node
-	node, err := last.next(g.raw, last.wait)
-	g.next = nbd(schema, node, server, g.uri.Export, raw.ReadOnly, last.wait)
-	g.next.TLSCreds, g.next.TLSHostname = g.object, g.creds.hostname
+	g.next.Node, err = last.next(g.raw, last.wait)
 	return err
 }
 
@@ -158,7 +171,7 @@ func (g *growth) grown(ctx context.Context) (bool, error) {
 // repeat names the size that the disk is to have: what was to be added to it is
 // there, and would be added again.
 func (g *growth) repeat() string {
-	if !g.more || !g.asked {
+	if g.by == 0 || !g.asked {
 		return ""
 	}
 	return fmt.Sprintf("repeat it with the size %d and no plus sign: the disk may be that large by now, and would grow once more", g.size)
@@ -172,10 +185,14 @@ func (g *growth) exportStep(name string) Step {
 			ctx, cancel := steady(ctx)
 			defer cancel()
 			x, err := g.Server.Export(ctx, name)
-			if err != nil || x.Size == g.size {
+			if err != nil || g.by == 0 && x.Size == g.size {
 				return false, err
 			}
-			x, err = g.Server.Resize(ctx, name, api.Resize{Size: g.size})
+			want := api.Resize{Size: g.size}
+			if g.by > 0 { // it may have grown since the plan was made
+				g.size, want = x.Size+g.by, api.Resize{By: g.by}
+			}
+			x, err = g.Server.Resize(ctx, name, want)
 			g.asked = made(err)
 			if err != nil {
 				return false, err
@@ -196,8 +213,11 @@ func (g *growth) clientStep() Step {
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
-			done, err := g.grown(ctx)
-			if err != nil || done && !g.longer { // it may have grown within a sector
+			list, err := nodes(ctx, g.Monitor, g.id)
+			if err != nil || hasSize(list, g.raw, g.size) && !g.longer { // it may have grown within a sector
+				return false, err
+			}
+			if err := g.number(list); err != nil {
 				return false, err
 			}
 			g.exchange = true
