@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -291,5 +293,36 @@ func TestCompletionOfAnEarlierTransferIsNotTaken(t *testing.T) {
 			}()
 			s.finish(cqe{userData: data})
 		}()
+	}
+}
+
+// TestCallThatTheKernelCancelsIsMadeAgain: it was not made, so that nothing is lost.
+// Were it for ever, the transfer fails as for want of threads.
+func TestCallThatTheKernelCancelsIsMadeAgain(t *testing.T) {
+	s := newIssuer(&Engine{}, &ring{cqes: make([]cqe, 8)})
+	var got []error
+	start := func() {
+		t.Helper()
+		file := new(engine.File)
+		s.backlog.Push(&engine.IO{Op: engine.OpSync, File: file, Done: func(x *engine.IO) { got = append(got, x.Err) }})
+		s.slots[3].t.Start(s.backlog.Pop())
+	}
+	canceled := cqe{userData: 3, res: -int32(syscall.ECANCELED)}
+	start()
+	s.finish(canceled)
+	if len(got) > 0 || !slices.Equal(s.again, []uint32{3}) {
+		t.Fatalf("canceled: done with %v, to be made again %v, want the call of slot 3", got, s.again)
+	}
+	s.finish(cqe{userData: 3})
+	if len(got) != 1 || got[0] != nil {
+		t.Fatalf("made again: done with %v, want success", got)
+	}
+	start()
+	canceled.userData |= uint64(s.slots[3].gen) << 32
+	for range limits.IORetries + 1 {
+		s.finish(canceled)
+	}
+	if len(got) != 2 || got[1] != syscall.EAGAIN {
+		t.Errorf("canceled for ever: done with %v, want %v", got, syscall.EAGAIN)
 	}
 }

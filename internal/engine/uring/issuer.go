@@ -243,8 +243,11 @@ func (s *issuer) reap() {
 // woken ends the read of the eventfd; fill starts the next one.
 func (s *issuer) woken(res int32) {
 	s.armed = false
-	if res < 0 && res != -int32(syscall.EINTR) && res != -int32(syscall.EAGAIN) {
-		panic(fmt.Sprintf("uring: read of the eventfd: %v", syscall.Errno(-res)))
+	if res >= 0 {
+		return
+	}
+	if errno := refusal(res); errno != syscall.EINTR && errno != syscall.EAGAIN {
+		panic(fmt.Sprintf("uring: read of the eventfd: %v", errno))
 	}
 }
 
@@ -257,7 +260,7 @@ func (s *issuer) finish(c cqe) {
 	}
 	n, errno := int(c.res), syscall.Errno(0)
 	if c.res < 0 {
-		n, errno = 0, syscall.Errno(-c.res)
+		n, errno = 0, refusal(c.res)
 	}
 	if !sl.t.Finish(n, errno) {
 		s.again = append(s.again, i)
@@ -268,6 +271,16 @@ func (s *issuer) finish(c cqe) {
 	sl.gen++
 	s.free = append(s.free, i)
 	s.done(io)
+}
+
+// refusal is the error of a call. Nobody cancels one but the kernel, where a signal or
+// a limit keeps it from making a thread for it (io_acct_cancel_pending_work in
+// io_uring/io-wq.c): it was not made at all, and is made again.
+func refusal(res int32) syscall.Errno {
+	if errno := syscall.Errno(-res); errno != syscall.ECANCELED {
+		return errno
+	}
+	return syscall.EAGAIN
 }
 
 // done gives io back and remembers what is to be flushed for it.
