@@ -156,28 +156,24 @@ func ClientConfig(dir, serverName string) (*tls.Config, error) {
 // and tells whether it does. What is wrong with them is an error; then those that
 // were read before stay in use.
 func (c *Credentials) Look() (changed bool, err error) {
-	before := c.inUse()
-	if c.current() != before {
-		return true, nil
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	before := c.set
+	changed = c.currentLocked() != before
 	if c.refused.text != "" {
 		err = fmt.Errorf("certificates in %q: %s", c.dir, c.refused.text)
 	}
-	return false, err
-}
-
-func (c *Credentials) inUse() *credentialSet {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.set
+	return changed, err
 }
 
 // current returns the newest set that is in order.
 func (c *Credentials) current() *credentialSet {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.currentLocked()
+}
+
+func (c *Credentials) currentLocked() *credentialSet {
 	now := stampAll(c.dir, c.opt)
 	if maps.Equal(now, c.set.stamps) {
 		c.refused.stamps, c.refused.text = nil, ""
