@@ -89,7 +89,7 @@ func (d *daemon) keepAdded(ctx context.Context, k *disk, cfg config.Export, belo
 	state, old := d.conf.Load().Control.State, k.inPlaceOf
 	undo = func() error { return config.RemoveExport(state, cfg.Name) }
 	if old != nil {
-		under, _ := config.ReadBelow(state, cfg.Name) // of one that is damaged there is none
+		under := d.keptBelow(cfg.Name)
 		undo = func() error { return d.writeKept(old.cfg, under) }
 	}
 	err = d.writeKept(cfg, below)
@@ -103,6 +103,13 @@ func (d *daemon) keepAdded(ctx context.Context, k *disk, cfg config.Export, belo
 // those that were kept at the start, and after what was made since and before it.
 func (d *daemon) writeKept(x config.Export, below []config.File) error {
 	return config.WriteExport(d.conf.Load().Control.State, x, below, d.lastKept+d.exports.Made(x.Name))
+}
+
+// keptBelow are the files that the image of a kept export stands on, as its file says:
+// none, if that is damaged.
+func (d *daemon) keptBelow(name string) []config.File {
+	below, _ := config.ReadBelow(d.conf.Load().Control.State, name)
+	return below
 }
 
 // forgetOverlay forgets the overlay of an export of the configuration, and has the

@@ -323,8 +323,7 @@ func (d *daemon) rewrite(k *disk, x config.Export) error {
 	if k.stack != nil {
 		return d.writeKept(x, k.stack.below)
 	}
-	below, _ := config.ReadBelow(d.conf.Load().Control.State, x.Name) // of one that is damaged there is none
-	return d.writeKept(x, below)
+	return d.writeKept(x, d.keptBelow(x.Name))
 }
 
 func set[T any](to *T, from *T) {
