@@ -73,24 +73,30 @@ func (s *testService) settled(before use) (u use) {
 	return u
 }
 
+// leavesNothing makes some cycles, and then many, of which the service may keep
+// nothing.
+func (s *testService) leavesNothing(some, many int, cycle func(n int)) {
+	s.Helper()
+	cycle(some)
+	before := s.settled(s.use())
+	cycle(many)
+	after := s.settled(before)
+	if grown := after.rssKiB - before.rssKiB; grown > leakKiB {
+		s.Errorf("resident memory: grown by %d KiB in %d cycles", grown, many)
+	}
+}
+
 // TestSessionsLeaveNothingBehind is LM-09.
 func TestSessionsLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
 	s := newService(t, exportA+exportB)
-	cycle := func(n int) {
+	s.leavesNothing(1000, 10000, func(n int) {
 		for i := range n {
 			k := s.open([]string{"a", "b"}[i%2])
 			k.reads(1)
 			k.disconnect()
 		}
-	}
-	cycle(1000)
-	before := s.settled(s.use())
-	cycle(10000)
-	after := s.settled(before)
-	if grown := after.rssKiB - before.rssKiB; grown > leakKiB {
-		t.Errorf("resident memory: grown by %d KiB in 10000 sessions", grown)
-	}
+	})
 	s.stop()
 }
 
@@ -99,7 +105,7 @@ func TestExportsLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
 	s := newService(t, exportA)
 	ctx := context.WithoutCancel(t.Context())
-	cycle := func(n int) {
+	s.leavesNothing(50, 300, func(n int) {
 		for i := range n {
 			x := config.Export{
 				Name: fmt.Sprintf("x%d", i), Image: filepath.Join(s.dir, "b.img"),
@@ -128,14 +134,7 @@ func TestExportsLeaveNothingBehind(t *testing.T) {
 			}
 			k.Close()
 		}
-	}
-	cycle(50)
-	before := s.settled(s.use())
-	cycle(300)
-	after := s.settled(before)
-	if grown := after.rssKiB - before.rssKiB; grown > leakKiB {
-		t.Errorf("resident memory: grown by %d KiB in 300 exports", grown)
-	}
+	})
 	left, err := os.ReadDir(filepath.Join(s.dir, "state"))
 	if err != nil || len(left) != 1 || left[0].Name() != ".lock" {
 		t.Errorf("state folder: got %v, %v, want its lock alone", left, err)

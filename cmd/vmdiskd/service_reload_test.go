@@ -493,51 +493,57 @@ func TestImageThatMovedComesBack(t *testing.T) {
 			for _, other := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s, %s, another file %t", fails.what, format, other), func(t *testing.T) {
 					t.Parallel()
-					s := newService(t, unixListener("goes", ""))
-					busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
-					if err != nil {
-						t.Fatal(err)
-					}
-					defer busy.Close()
-					conf := func(dir string) string {
-						return "[[export]]\nname = \"a\"\nimage = \"DIR/" + dir + "/image\"\nformat = \"" + format + "\"\n"
-					}
-					from, to := filepath.Join(s.dir, "old"), filepath.Join(s.dir, "new")
-					create := func(dir string) {
-						t.Helper()
-						if err := os.Mkdir(dir, 0o700); err != nil {
-							t.Fatal(err)
-						}
-						if out, err := tool(t, dir, "qemu-img", "create", "-q", "-f", format, "image", "1M"); err != nil {
-							t.Fatal(err, out)
-						}
-					}
-					create(from)
-					if err := s.reload(conf("old") + unixListener("goes", "")); err != nil {
-						t.Fatal(err)
-					}
-					s.write("a", "0x31", "0")
-					if err := os.Rename(from, to); err != nil {
-						t.Fatal(err)
-					}
-					if other {
-						create(from)
-					}
-					if err := s.reload(conf("new") + fails.more + unixListener(fails.listener, "")); err == nil {
-						t.Error("the reload did not fail")
-					}
-					s.wantExports("after the reload that failed", "a ready config")
-					s.wantBytes("a", "0x31", "0")
-					s.write("a", "0x32", "64k")
-					if err := s.reload(conf("new") + unixListener("goes", "")); err != nil {
-						t.Errorf("the next reload: %v", err)
-					}
-					s.wantBytes("a", "0x32", "64k")
-					s.stop()
+					comesBackMoved(t, format, fails.more, fails.listener, other)
 				})
 			}
 		}
 	}
+}
+
+// comesBackMoved is that of an image which moves, under a reload that fails by what
+// more there is of its export or by a listener. other puts another file at its path.
+func comesBackMoved(t *testing.T, format, more, listener string, other bool) {
+	s := newService(t, unixListener("goes", ""))
+	busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer busy.Close()
+	conf := func(dir string) string {
+		return "[[export]]\nname = \"a\"\nimage = \"DIR/" + dir + "/image\"\nformat = \"" + format + "\"\n"
+	}
+	from, to := filepath.Join(s.dir, "old"), filepath.Join(s.dir, "new")
+	create := func(dir string) {
+		t.Helper()
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := tool(t, dir, "qemu-img", "create", "-q", "-f", format, "image", "1M"); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	create(from)
+	if err := s.reload(conf("old") + unixListener("goes", "")); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "0x31", "0")
+	if err := os.Rename(from, to); err != nil {
+		t.Fatal(err)
+	}
+	if other {
+		create(from)
+	}
+	if err := s.reload(conf("new") + more + unixListener(listener, "")); err == nil {
+		t.Error("the reload did not fail")
+	}
+	s.wantExports("after the reload that failed", "a ready config")
+	s.wantBytes("a", "0x31", "0")
+	s.write("a", "0x32", "64k")
+	if err := s.reload(conf("new") + unixListener("goes", "")); err != nil {
+		t.Errorf("the next reload: %v", err)
+	}
+	s.wantBytes("a", "0x32", "64k")
+	s.stop()
 }
 
 // TestFailedExportComesBackAsNoOther: one that has failed while it was open has no
