@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -14,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	nbdclient "github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
 // mallocsPrefix is what the line starts with that a server of swap, when it is
@@ -130,6 +133,25 @@ func (d *daemonProcess) threads() int {
 		d.t.Fatal(err)
 	}
 	return len(list)
+}
+
+// TestSwapTellsNoBlockStatus: each reply would take memory that comes back to
+// nobody.
+func TestSwapTellsNoBlockStatus(t *testing.T) {
+	t.Parallel()
+	d := serve(t, "--swap=best-effort", image(t, 1<<20))
+	conn, err := net.Dial("unix", d.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := nbdclient.New(t.Context(), conn, nbdclient.Options{Contexts: []string{wire.ContextAllocation}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if got := c.Export().Contexts; len(got) != 0 {
+		t.Errorf("contexts %q, want none", got)
+	}
 }
 
 // TestBestEffortServesWithoutWhatIsMissing: and says so. All memory is locked

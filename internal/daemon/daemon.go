@@ -381,6 +381,7 @@ func (d *daemon) serve() error {
 	o.Encrypt = (&transport.ServerSecurity{Certificates: d.creds, Keys: d.keys}).Encrypt
 	if d.cfg.Swap.On {
 		o.Bytes, o.Keep = limits.SwapServerBytes, limits.SwapKeep
+		o.NoMeta = true // replies with block status take memory, which comes back to nobody below swap
 	}
 	d.server = nbd.NewServer(o)
 	if d.cfg.Stdio {
