@@ -213,7 +213,7 @@ func (e *estate) rounds(t *testing.T, serial string) int {
 // controller.
 func (e *estate) boot(t *testing.T) {
 	t.Helper()
-	args := []string{"-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", strconv.Itoa(e.memory), "-nodefaults", "-display", "none",
+	args := []string{"-machine", "q35", "-accel", "tcg", "-cpu", CPU, "-smp", "1", "-m", strconv.Itoa(e.memory), "-nodefaults", "-display", "none",
 		"-no-reboot", "-serial", "file:" + e.dir + "/console", "-kernel", e.dir + "/kernel", "-initrd", e.dir + "/initrd",
 		"-append", "console=ttyS0 quiet panic=-1", "-device", "virtio-scsi-pci,id=scsi0", "-qmp", "unix:" + e.dir + "/qmp,server=on,wait=off"}
 	for i := range 8 {

@@ -80,7 +80,7 @@ done
 start() {
 	/usr/bin/qemu-system-x86_64 -L /usr/share/qemu -L /usr/share/seabios -accel kvm -cpu host -smp 1 -m 384 \
 		-machine q35 -device vhost-vsock-pci,guest-cid=$1 -nodefaults -display none -serial stdio -no-reboot -qmp unix:/run/qmp,server=on,wait=off \
-		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 lab=$2" </dev/null >/run/inner 2>&1 &
+		-kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 quiet panic=-1 mitigations=off lab=$2" </dev/null >/run/inner 2>&1 &
 	qemu=$!
 }
 end() {
