@@ -91,6 +91,12 @@ type Mapping struct {
 	Runs  [MaxRuns]Run
 	N     int   // number of Runs
 	Lease Lease // may be nil
+
+	// Reused says that after the lease the runs may become another part of the
+	// disk. Pages that sendfile(2) has put into a socket show what is written to
+	// the file until the peer reads them, and nothing tells when it has: so the
+	// data of such runs is to be copied.
+	Reused bool
 }
 
 // Release ends the lease, if there is one, and empties m.
@@ -99,7 +105,7 @@ func (m *Mapping) Release() {
 		m.Lease = nil
 		l.Release()
 	}
-	m.N = 0
+	m.N, m.Reused = 0, false
 }
 
 // Device is a guest disk. Offsets and lengths are in bytes; buffers belong to

@@ -219,11 +219,12 @@ func (s *session) readInline(req *wire.Request, n int) (done bool, err error) {
 	return true, nil
 }
 
-// resident tells whether a large read is one run of a file that the page
-// cache holds whole, so that sendfile(2) will not wait for the disk.
+// resident tells whether a large read is one run of a file that the page cache
+// holds whole, so that sendfile(2) will not wait for the disk, and that stays
+// this part of the disk.
 func (s *session) resident(n int64) bool {
 	run := &s.m.Runs[0]
-	return s.m.N == 1 && run.File != nil && s.sender.link.zeroCopy() && run.File.Cached(run.Off, n)
+	return s.m.N == 1 && run.File != nil && !s.m.Reused && s.sender.link.zeroCopy() && run.File.Cached(run.Off, n)
 }
 
 // readZeroCopy sends the header with the turn's replies and the data from the

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -86,6 +87,41 @@ func TestUnreadReplyHoldsUpNoPause(t *testing.T) {
 			r.take(c, reads, want)
 		})
 	}
+}
+
+// reusing is a disk whose file has other contents as soon as a lease has ended.
+type reusing struct {
+	backing.Device
+	file  *engine.File
+	ended chan error
+}
+
+func (d *reusing) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
+	err := d.Device.Map(op, off, n, m)
+	if err == nil {
+		d.file, m.Lease, m.Reused = m.Runs[0].File, d, true
+	}
+	return err
+}
+
+func (d *reusing) Release() {
+	_, err := d.file.WriteCached(bytes.Repeat([]byte("of another place"), unreadSize/16), 0)
+	d.ended <- err
+}
+
+// TestUnreadReplyHasNothingOfAnotherPlace: what a reply in the socket was read
+// from is freed and written anew before the peer takes it.
+func TestUnreadReplyHasNothingOfAnotherPlace(t *testing.T) {
+	r, _, want := pausableRig(t, "writeback")
+	d := &reusing{Device: r.dev, ended: make(chan error, 8)}
+	r.exports.dev = d
+	c := r.simple()
+	const n = 128 << 10 // fits into the socket
+	r.send(c, message(wire.CmdRead, 1, 0, n))
+	if err := <-d.ended; err != nil {
+		t.Fatal(err)
+	}
+	r.take(c, 1, want[:n])
 }
 
 // TestUnreadReplyBehindOthersHoldsUpNoPause: what the peer does not take stands

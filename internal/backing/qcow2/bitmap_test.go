@@ -154,6 +154,10 @@ func TestMappedWritesMark(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.Release()
+	if err := d.Map(engine.OpRead, 128<<10, 4096, &m); err != nil || !m.Reused {
+		t.Errorf("map of a cluster that may be freed: error %v, reused %t", err, m.Reused)
+	}
+	m.Release()
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}

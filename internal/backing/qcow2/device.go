@@ -171,7 +171,7 @@ func (d *chainDevice) Map(op engine.Op, off, n int64, m *backing.Mapping) error 
 // whole.
 type join struct {
 	sum, part backing.Mapping
-	size      int64 // bytes of sum
+	size      int64 // bytes of sum; sum.Reused is that of any piece
 	leases    [backing.MaxRuns + 1]backing.Lease
 	n         int // number of leases
 
@@ -200,6 +200,7 @@ func (j *join) mapped(err error) bool {
 		return false
 	}
 	ok := j.keep(j.part.Lease)
+	j.sum.Reused = j.sum.Reused || j.part.Reused
 	if ok {
 		j.part.Lease = nil
 	}
@@ -247,7 +248,7 @@ func (j *join) run(r backing.Run) bool {
 
 // give moves the runs to m. j is free after that, or the lease of m.
 func (j *join) give(m *backing.Mapping) {
-	m.Runs, m.N, m.Lease = j.sum.Runs, j.sum.N, nil
+	*m = j.sum
 	if j.n > 0 {
 		m.Lease = j
 		return

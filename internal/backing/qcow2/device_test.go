@@ -224,6 +224,9 @@ func TestMapNamesWhatReadAtReads(t *testing.T) {
 			t.Fatalf("map at %d+%d: %v", off, n, err)
 		}
 		mapped++
+		if m.Reused {
+			t.Fatalf("map at %d+%d: the runs of an image that nobody writes to are said to be reused", off, n)
+		}
 		if got := readRuns(t, &m, n); !bytes.Equal(got, guest[off:off+n]) {
 			t.Fatalf("map at %d+%d: wrong bytes in %+v", off, n, m.Runs[:m.N])
 		}

@@ -201,6 +201,7 @@ func (d *disk) joinSpans(op engine.Op, off int64, spans []Span, j *join) bool {
 			if !j.mapped(s.Store.Map(op, s.Off, s.Len, &j.part)) {
 				return false
 			}
+			j.sum.Reused = true // when the cluster has been freed
 		case s.Kind == Zero || s.Kind == Absent && d.belowHas(off) == 0:
 			if op != engine.OpRead || !j.run(backing.Run{Len: s.Len}) {
 				return false
