@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
@@ -434,6 +435,47 @@ func TestItsOwnUserCannotLookInside(t *testing.T) {
 	d.wait()
 	if d.cmd.ProcessState.Sys().(syscall.WaitStatus).CoreDump() {
 		t.Error("a core was dumped")
+	}
+}
+
+// asker sends a request for the status over a control socket.
+const asker = `import socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+s.sendall(b"GET /v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")
+print(s.recv(12).decode())`
+
+// TestItsOwnUserMayUseTheControlSocket, confined or not.
+func TestItsOwnUserMayUseTheControlSocket(t *testing.T) {
+	for _, confine := range []string{"auto", "off"} {
+		disk, dir := userImage(t), shortDir(t)
+		conf, socket := filepath.Join(dir, "conf"), filepath.Join(dir, "control")
+		text := fmt.Sprintf("[control]\nsocket = %q\nmode = \"0666\"\n[[listener]]\nuri = \"nbd+unix:///?socket=%s/s\"\n[[export]]\nname = \"x\"\nimage = %q\n", socket, dir, disk)
+		if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(conf, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		cmd := program("--config", conf, "--confine="+confine, "--user=1")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		ctl := control.Dial(socket)
+		for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+			if _, err := ctl.Status(t.Context()); err == nil {
+				break
+			} else if time.Since(start) > hangLimit {
+				t.Fatal(err)
+			}
+		}
+		for uid, answered := range map[uint32]bool{1: true, 2: false} {
+			ask := exec.Command("/usr/bin/python3", "-c", asker, socket)
+			ask.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: 2}}
+			if out, err := ask.CombinedOutput(); strings.Contains(string(out), " 200") != answered {
+				t.Errorf("confine=%s, user %d: %v\n%s", confine, uid, err, out)
+			}
+		}
+		if err := errors.Join(cmd.Process.Signal(unix.SIGTERM), cmd.Wait()); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -35,7 +35,12 @@ func (d *daemon) bindControl() error {
 			return err
 		}
 		d.rules.Store(rules)
-		allow := func(p server.Peer) server.Access { return d.rules.Load().Access(p) }
+		allow := func(p server.Peer) server.Access {
+			if int(p.UID) == os.Geteuid() {
+				return server.Change
+			}
+			return d.rules.Load().Access(p)
+		}
 		s := server.New(server.Config{Service: service{d}, Authorize: allow, Log: log})
 		d.controls = append(d.controls, control{s, l})
 	}
@@ -69,7 +74,11 @@ func (d *daemon) closeControl() {
 	defer cancel()
 	for _, c := range d.controls {
 		if err := c.Close(ctx); err != nil {
-			d.log.Warn("control requests were given up", "error", err)
+			what := "control socket was not closed"
+			if ctx.Err() != nil {
+				what = "control requests were given up"
+			}
+			d.log.Warn(what, "error", err)
 		}
 		_ = c.at.Close() // if it was never served
 	}
@@ -100,10 +109,10 @@ func listenControl(ctx context.Context, c *config.Control) (net.Listener, error)
 	return transport.ListenUnix(ctx, e)
 }
 
-// rulesOf are the users and groups of the configuration. Root and the user of
-// the daemon may do everything.
+// rulesOf are the users and groups of the configuration, with root, who may do
+// everything. So may the user of the daemon, which start finds out later.
 func rulesOf(c *config.Control) (*server.Rules, error) {
-	r := &server.Rules{ChangeUsers: []uint32{0, uint32(os.Geteuid())}}
+	r := &server.Rules{ChangeUsers: []uint32{0}}
 	for _, x := range [...]struct {
 		to    *[]uint32
 		names []string
