@@ -288,7 +288,7 @@ func (d *Domain) number(o *Options, s Source) {
 // target is where the disk is already, the one that is wanted, or a free one.
 func (d *Domain) target(ctx context.Context, all states, v *served, bus, wanted string) (string, error) {
 	if other := all.targets(func(u transport.URI) bool { return v.own && u.Export == v.uri.Export && u.String() != v.uri.String() }); len(other) > 0 {
-		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, attached with other options: detach it first", ErrDiffers, other))
+		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, %s: detach it first", ErrDiffers, other, v.before()))
 	}
 	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
 		if wanted != "" && there.Target.Dev != wanted {
@@ -872,6 +872,9 @@ func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, m
 // Element is the XML of the disk that Attach would give the domain, for people
 // who edit descriptions themselves. Nothing is changed.
 func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, error) {
+	if s.Image != "" && s.forgets() {
+		return "", errForgets
+	}
 	all, err := d.describe(ctx)
 	if err != nil {
 		return "", err

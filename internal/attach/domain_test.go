@@ -1329,7 +1329,8 @@ func TestOtherDelayIsRefused(t *testing.T) {
 }
 
 // TestDomainComesToNoOtherContentsByARestart of the service: the disk that the
-// domain has is told from one that its image would be with other options.
+// domain has is told from one that its image would be with other options, and one
+// that forgets from its next opening.
 func TestDomainComesToNoOtherContentsByARestart(t *testing.T) {
 	h := startHost(t)
 	ctx := testenv.Context(t)
@@ -1350,6 +1351,23 @@ func TestDomainComesToNoOtherContentsByARestart(t *testing.T) {
 	p, err = h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
 	if !do(t, p, err) || p.Disk != "sda" {
 		t.Errorf("the same disk: as %q, or it was not served again", p.Disk)
+	}
+	p, err = h.Detach(ctx, "sda", false)
+	do(t, p, err)
+	h.wantNothing(t)
+	forgets := attach.Options{Model: qmp.SCSIDisk, Reconnect: time.Second}
+	for _, first := range []bool{true, false} {
+		if p, err = h.Attach(ctx, other, forgets); do(t, p, err) != first {
+			t.Errorf("a disk that forgets: changed the domain is not %t", first)
+		}
+	}
+	h.endService()
+	h.startService(t)
+	if _, err := h.Attach(ctx, other, forgets); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), "an export that ended") {
+		t.Errorf("its next opening: got %v, want ErrDiffers", err)
+	}
+	if _, err := h.Element(ctx, other, forgets); !errors.Is(err, qmp.ErrInvalid) {
+		t.Errorf("its element: got %v, want ErrInvalid", err)
 	}
 	p, err = h.Detach(ctx, "sda", false)
 	do(t, p, err)

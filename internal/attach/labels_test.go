@@ -118,7 +118,7 @@ func TestSocketTypeIsOneThatThePolicyKnows(t *testing.T) {
 
 func TestPlanShowsAndSendsTheLabels(t *testing.T) {
 	s := Source{Image: "/a", Socket: "/run/x", Label: "u:r:t:s0:c1", PathLabel: NoLabel}
-	v, err := s.serveImage(nil, "vm", "d")
+	v, err := s.serveImage(t.Context(), nil, "vm", "d")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func TestPlanShowsAndSendsTheLabels(t *testing.T) {
 		t.Errorf("the step is called %q", got)
 	}
 	s.PathLabel = "u:r:t:s0:c1024"
-	if _, err := s.serveImage(nil, "vm", "d"); !errors.Is(err, qmp.ErrInvalid) {
+	if _, err := s.serveImage(t.Context(), nil, "vm", "d"); !errors.Is(err, qmp.ErrInvalid) {
 		t.Errorf("label that is none: got %v, want ErrInvalid", err)
 	}
 }

@@ -142,7 +142,7 @@ func (p *plug) plugged(ctx context.Context) (bool, error) {
 	}
 	if d != nil {
 		if d.Inserted == nil || d.Inserted.Name != p.raw {
-			return false, fmt.Errorf("%w: the machine has a device %q with another disk, or one that was attached with other options: detach it first", ErrDiffers, p.id)
+			return false, fmt.Errorf("%w: the machine has a device %q with another disk, or one that was %s: detach it first", ErrDiffers, p.id, p.before())
 		}
 		return true, p.fits(ctx)
 	}

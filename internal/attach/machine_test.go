@@ -896,6 +896,62 @@ func TestGuestComesToNoOtherContentsByARestart(t *testing.T) {
 	}
 }
 
+// TestGuestOfADiskThatForgetsComesToNoOtherOpening: what the guest wrote ends with
+// the export, and nothing is served later at the address that its client waits
+// at. While the export is there the disk is attached already.
+func TestGuestOfADiskThatForgetsComesToNoOtherOpening(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	overlay := l.source(l.image(t, "disk", diskSize))
+	overlay.Add.Overlay = &config.Overlay{Quota: 1 << 20}
+	memory := l.source("1M")
+	memory.Add.Format = "mem"
+	ends := map[string]func(){
+		"restart": func() {
+			l.endService()
+			l.startService(t)
+		},
+		"removal": func() {
+			list, err := l.service.Exports(ctx)
+			must(t, err)
+			must(t, l.service.Remove(ctx, list[0].Name, true, 0))
+		},
+	}
+	sockets := map[string]bool{}
+	for name, s := range map[string]attach.Source{"overlay": overlay, "memory": memory} {
+		o := attach.Options{Model: qmp.SCSIDisk, ID: name, Reconnect: time.Second} // detach waits for it
+		for how, end := range ends {
+			for want := range 2 {
+				p, err := m.Attach(ctx, s, o)
+				if changed := do(t, p, err); changed != (want == 0) {
+					t.Errorf("%s: attach %d changed something: %t", name, want, changed)
+				}
+			}
+			guestIO(t, m, name, "write -P 0x41 0 4096")
+			list, err := filepath.Glob(l.dir + "/*.sock")
+			if must(t, err); len(list) != 1 || sockets[list[0]] {
+				t.Errorf("%s: served at %q, before at %v", name, list, sockets)
+			}
+			sockets[list[0]] = true
+			end()
+			p, err := m.Attach(ctx, s, o)
+			if err == nil {
+				_, err = p.Run(ctx)
+			}
+			if list, bad := l.service.Exports(ctx); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), "an export that ended") || bad != nil || len(list) != 0 {
+				t.Errorf("%s, %s: got %v, want ErrDiffers, and exports %+v, %v", name, how, err, list, bad)
+			}
+			p, err = m.Detach(ctx, name, false)
+			do(t, p, err)
+		}
+		s.Add.Persist = true
+		if _, err := m.Attach(ctx, s, o); !errors.Is(err, qmp.ErrInvalid) {
+			t.Errorf("%s, kept: got %v, want ErrInvalid", name, err)
+		}
+	}
+}
+
 // TestGuestDoesNotGoBackBeforeItsSnapshotByARestart of the service.
 func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
 	l := start(t, q35...)

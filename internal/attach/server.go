@@ -3,6 +3,7 @@ package attach
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -79,12 +80,21 @@ type served struct {
 	own      bool
 	readOnly bool
 	size     func() int64 // bytes; 0 where it is not known
+	forgets  bool         // what was written, when its export ends
 
 	// differs says in what an export that was left for the disk is not as
 	// wanted; nil if there is none, or nothing. It is nil where own is not set.
 	differs func(context.Context) error
 
 	creds credentials // for a server with TLS
+}
+
+// before says how one that a machine has in its place may have been attached.
+func (v *served) before() string {
+	if v.forgets {
+		return "attached with other options, or to an export that ended with all that was written"
+	}
+	return "attached with other options"
 }
 
 // serve plans the export of a disk of a machine.
@@ -103,7 +113,7 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 	}
 	switch {
 	case s.Image != "":
-		return s.serveImage(c, machine, id)
+		return s.serveImage(ctx, c, machine, id)
 	case s.Export != "":
 		return s.serveExport(ctx, c)
 	}
@@ -172,13 +182,19 @@ func reachable(x api.Export, creds bool) (transport.URI, error) {
 // serveImage plans an export with a socket for one machine. The name of the
 // socket tells what is read there: a client that waits for its server, however
 // long, comes to no other disk.
-func (s *Source) serveImage(c *client.Client, machine, id string) (*served, error) {
+func (s *Source) serveImage(ctx context.Context, c *client.Client, machine, id string) (*served, error) {
 	contents, err := s.contents()
 	if err != nil {
 		return nil, err
 	}
 	name := ExportName(machine, id)
-	path := s.Socket + "/" + key(16, append(contents, name)...) + ".sock"
+	path := s.Socket + "/" + key(16, append(contents, name)...)
+	if s.forgets() {
+		if path, err = s.opening(ctx, c, name, path); err != nil {
+			return nil, err
+		}
+	}
+	path += ".sock"
 	if len(path) > limits.QEMUSocketPath || !strings.HasPrefix(path, "/") {
 		return nil, fmt.Errorf("%w socket %q: an absolute path of at most %d bytes", qmp.ErrInvalid, path, limits.QEMUSocketPath)
 	}
@@ -202,7 +218,34 @@ func (s *Source) serveImage(c *client.Client, machine, id string) (*served, erro
 		}
 		return same(x, a)
 	}
-	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }, differs: differs}, nil
+	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }, forgets: s.forgets(), differs: differs}, nil
+}
+
+// forgets tells a disk whose export takes what was written along when it ends.
+func (s *Source) forgets() bool { return s.Add.Overlay != nil || s.Add.ImageFormat() == "mem" }
+
+// errForgets is for a disk that would come back without what was written to it.
+var errForgets = fmt.Errorf("%w: a disk with an overlay, or of format mem, forgets what was written when the daemon ends: it cannot be kept, nor be in a configuration", qmp.ErrInvalid)
+
+// opening completes the path of the socket of a disk that forgets, less the
+// suffix: each opening is another disk, and has another socket. That of an
+// export that is there and stays is the one that it has.
+func (s *Source) opening(ctx context.Context, c *client.Client, name, path string) (string, error) {
+	if s.Add.Persist {
+		return "", errForgets
+	}
+	x, err := c.Export(ctx, name)
+	if err != nil && !hasCode(err, api.CodeNotFound) {
+		return "", err
+	}
+	path += "-"
+	for _, l := range x.Listeners {
+		uri, err := transport.ParseURI(l.URI)
+		if err == nil && strings.HasPrefix(uri.Path, path) && x.State != api.StateDraining {
+			return strings.TrimSuffix(uri.Path, ".sock"), nil
+		}
+	}
+	return path + key(8, rand.Text()), nil
 }
 
 // contents is all that decides what a guest finds on the disk of an image, and
