@@ -154,6 +154,34 @@ assert h.pread(8192, 0) == b"1" * 4096 + b"2" * 4096
 	s.stop()
 }
 
+// TestSnapshotThatNothingWouldBeWrittenToIsRefused: the export stays as it is, and
+// is not kept.
+func TestSnapshotThatNothingWouldBeWrittenToIsRefused(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	image := filepath.Join(s.dir, "a.img")
+	for name, x := range map[string]config.Export{
+		"read-only": {Image: image, ReadOnly: true},
+		"overlay":   {Image: image, Overlay: &config.Overlay{Quota: 1 << 20}},
+		"memory":    {Image: "1M", Format: "mem"},
+	} {
+		x.Name = name
+		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
+			t.Fatal(err)
+		}
+		overlay := filepath.Join(s.dir, "top.qcow2")
+		_, err := s.ctl.Snapshot(t.Context(), name, api.Snapshot{Overlay: overlay})
+		wantCode(t, name, err, api.CodeUnsupported)
+		if is, err := s.ctl.Export(t.Context(), name); err != nil || is.Origin != "api" || is.Image != x.Image || exists(overlay) {
+			t.Errorf("%s: export %+v, %v, overlay is there: %t", name, is, err, exists(overlay))
+		}
+		if err := s.ctl.Remove(t.Context(), name, false, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.stop()
+}
+
 // asNobody has the service run as nobody, strictly confined, from its next start
 // on. Its images stay the user's of the test.
 func (s *testService) asNobody() {

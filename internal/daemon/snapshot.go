@@ -207,6 +207,8 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 		return next, err
 	case x.ReadOnly:
 		return next, errors.New("the export is read-only: nothing would be written to an overlay")
+	case x.Overlay != nil:
+		return next, errors.New("the export throws away what is written: nothing would be written to an overlay of its image")
 	case !hasFiles(x):
 		return next, fmt.Errorf("a disk of format %s has no image", x.Format)
 	case x.Descriptors() > 0:
