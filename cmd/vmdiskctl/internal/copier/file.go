@@ -156,7 +156,8 @@ func (d *File) Flush(context.Context) error {
 	return nil
 }
 
-// Extents implements Disk. What the file system cannot tell apart is data.
+// Extents implements Disk. What the file system cannot tell apart is data, as is
+// what lies beyond the end of a file that shrank: who reads that finds out.
 func (d *File) Extents(ctx context.Context, yield func(Extent) bool) error {
 	for off := int64(0); off < d.size; {
 		if err := ctx.Err(); err != nil {
@@ -164,8 +165,11 @@ func (d *File) Extents(ctx context.Context, yield func(Extent) bool) error {
 		}
 		data, err := d.f.Seek(off, unix.SEEK_DATA)
 		switch {
-		case errors.Is(err, unix.ENXIO): // a hole to the end
-			data = d.size
+		case errors.Is(err, unix.ENXIO): // a hole to the end, or none of it is left
+			if data, err = d.f.Seek(0, io.SeekEnd); err != nil {
+				return err
+			}
+			data = max(data, off)
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
 			data = off
 		case err != nil:

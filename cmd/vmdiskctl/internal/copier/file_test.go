@@ -3,6 +3,7 @@ package copier
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -193,6 +194,25 @@ func TestFileThatShrinksIsAnError(t *testing.T) {
 	must(t, os.Truncate(path, 1<<20))
 	if err := d.ReadAt(t.Context(), make([]byte, 4096), 1<<20-1); err == nil {
 		t.Error("a read behind the end succeeded")
+	}
+}
+
+// TestCopyOfAFileThatShrinksFails: what is missing at its end, within data, at the
+// end of data or within a hole, is no hole.
+func TestCopyOfAFileThatShrinksFails(t *testing.T) {
+	for _, size := range []int64{0, 1<<20 - 4096, 1 << 20, 3 << 19, 2 << 20} {
+		path := sparse(t)
+		src, err := OpenFile(path, raw.LockAuto)
+		must(t, err)
+		defer src.Close()
+		must(t, os.Truncate(path, size))
+		for _, zero := range []bool{true, false} {
+			o := whole
+			o.DestinationIsZero, o.Verify = zero, false
+			if err := Copy(t.Context(), src, random(3<<20), o); !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("%d bytes are left: got %v, want %v", size, err, io.ErrUnexpectedEOF)
+			}
+		}
 	}
 }
 
