@@ -164,7 +164,7 @@ func TestDiskOfARunningMachine(t *testing.T) {
 	if x := shownAs(t, export); !snap.Changed || x.Image != overlay || x.Clients != 1 {
 		t.Errorf("snapshot: %+v, export %+v", snap, x)
 	}
-	if gone := plannedBy(t, "detach", vm, image); !gone.Changed || len(gone.Notes) != 1 {
+	if gone := plannedBy(t, "detach", vm, image); !gone.Changed || len(gone.Notes) != 2 || !strings.Contains(gone.Notes[1], overlay) {
 		t.Errorf("detach: %+v", gone)
 	}
 	want(t, exitFailed, "export", "show", "--", export)

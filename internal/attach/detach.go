@@ -89,13 +89,16 @@ func (m *Machine) removeStep(name string, force bool) Step {
 		Name:  fmt.Sprintf("remove export %q", name),
 		Final: true,
 		Do: func(ctx context.Context) (bool, error) {
-			_, err := m.Server.Export(ctx, name)
+			x, err := m.Server.Export(ctx, name)
 			if hasCode(err, api.CodeNotFound) {
 				m.note("there is no export %q to remove: the daemon was started again, or the machine had another name when the disk was attached", name)
 				return false, nil
 			}
 			if err == nil {
 				err = removeExport(ctx, m.Server, name, force)
+			}
+			if overlay := above(x); overlay != "" && err == nil {
+				m.note("the disk was in %q, which a snapshot put above its image: attach that the next time, for writing to the image below spoils it", overlay)
 			}
 			return err == nil, err
 		},

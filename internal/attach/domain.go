@@ -288,7 +288,7 @@ func (d *Domain) number(o *Options, s Source) {
 // target is where the disk is already, the one that is wanted, or a free one.
 func (d *Domain) target(ctx context.Context, all states, v *served, bus, wanted string) (string, error) {
 	if other := all.targets(func(u transport.URI) bool { return v.own && u.Export == v.uri.Export && u.String() != v.uri.String() }); len(other) > 0 {
-		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, %s: detach it first", ErrDiffers, other, v.before()))
+		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, %s: %s", ErrDiffers, other, v.before(), v.remedy(ctx)))
 	}
 	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
 		if wanted != "" && there.Target.Dev != wanted {
@@ -408,7 +408,7 @@ func (g *gift) place(ctx context.Context, all states, bus string) (string, error
 		return is != ""
 	})
 	if there != nil {
-		return "", fmt.Errorf("%w: the domain has the disk as %q, %s: detach it first", ErrDiffers, there.Target.Dev, is)
+		return "", fmt.Errorf("%w: the domain has the disk as %q, %s: %s", ErrDiffers, there.Target.Dev, is, g.remedy(ctx))
 	}
 	return g.target(ctx, all, g.served, bus, g.wanted.ID)
 }

@@ -162,8 +162,14 @@ func diskOfADomain(t *testing.T, h *host) {
 	if do(t, p, err) {
 		t.Error("growing to the size that is there changed something")
 	}
+	if _, err := h.Attach(ctx, h.source(image), attach.Options{Serial: "S2"}); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), overlay) {
+		t.Errorf("another serial number: got %v, want ErrDiffers with the overlay", err)
+	}
 	p, err = h.Detach(ctx, target, false)
 	do(t, p, err)
+	if told := strings.Join(h.notes, "\n"); !strings.Contains(told, overlay) {
+		t.Errorf("notes of detach %q do not tell of the overlay", told)
+	}
 	h.wantNothing(t)
 	p, err = h.Detach(ctx, target, false)
 	if do(t, p, err) {

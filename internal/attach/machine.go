@@ -142,7 +142,7 @@ func (p *plug) plugged(ctx context.Context) (bool, error) {
 	}
 	if d != nil {
 		if d.Inserted == nil || d.Inserted.Name != p.raw {
-			return false, fmt.Errorf("%w: the machine has a device %q with another disk, or one that was %s: detach it first", ErrDiffers, p.id, p.before())
+			return false, fmt.Errorf("%w: the machine has a device %q with another disk, or one that was %s: %s", ErrDiffers, p.id, p.before(), p.remedy(ctx))
 		}
 		return true, p.fits(ctx)
 	}
@@ -166,21 +166,21 @@ func (p *plug) fits(ctx context.Context) error {
 			return err
 		}
 		if is != said.want {
-			return fmt.Errorf("%w: the %s of device %q is %q, not %q: detach it first", ErrDiffers, said.property, p.id, is, said.want)
+			return fmt.Errorf("%w: the %s of device %q is %q, not %q: %s", ErrDiffers, said.property, p.id, is, said.want, p.remedy(ctx))
 		}
 	}
 	list, err := nodes(ctx, p.Monitor, p.id)
 	if err != nil {
 		return err
 	}
-	return p.waits(lastClient(list, p.raw))
+	return p.waits(ctx, lastClient(list, p.raw))
 }
 
 // waits holds the delay that the caller has said against the client that is
 // there.
-func (p *plug) waits(c nbdClient) error {
+func (p *plug) waits(ctx context.Context, c nbdClient) error {
 	if said := p.said.Reconnect; said != 0 && c.number > 0 && wholeSeconds(c.wait) != wholeSeconds(said) {
-		return fmt.Errorf("%w: disk %s waits %v for a server that is lost, not %v: detach it first", ErrDiffers, p.id, c.wait, said)
+		return fmt.Errorf("%w: disk %s waits %v for a server that is lost, not %v: %s", ErrDiffers, p.id, c.wait, said, p.remedy(ctx))
 	}
 	return nil
 }
@@ -221,7 +221,7 @@ func (p *plug) clientStep() Step {
 			list, err := nodes(ctx, p.Monitor, p.id)
 			if last := lastClient(list, p.raw); last.number > 0 {
 				p.client.Node = last.node
-				return false, p.waits(last)
+				return false, p.waits(ctx, last)
 			}
 			if err != nil || has(list, p.raw) {
 				return false, err

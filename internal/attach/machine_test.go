@@ -986,6 +986,54 @@ func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
 	}
 }
 
+// TestDetachTellsOfTheOverlay that a snapshot has put above the image, as does what
+// leads to a detach: the same attach would have the guest write to the image below.
+func TestDetachTellsOfTheOverlay(t *testing.T) {
+	l := start(t, q35...)
+	var notes []string
+	m := l.machine(t, l.monitor, &notes)
+	ctx := testenv.Context(t)
+	image, overlay := l.image(t, "disk", diskSize), filepath.Join(l.dir, "overlay")
+	told := func(text string, want bool) {
+		t.Helper()
+		if got := strings.Contains(text, fmt.Sprintf("%q", overlay)); got != want {
+			t.Errorf("the overlay is named: %t, in %q", got, text)
+		}
+	}
+	for _, snapshot := range []bool{false, true} {
+		p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk, ID: "d0", Serial: "S1"})
+		do(t, p, err)
+		if snapshot {
+			p, err = m.Snapshot(ctx, "d0", "", overlay, false)
+			do(t, p, err)
+		}
+		uncached := l.source(image)
+		uncached.Add.Cache = "none"
+		for name, again := range map[string]func() (*attach.Plan, error){
+			"another delay": func() (*attach.Plan, error) {
+				return m.Attach(ctx, l.source(image), attach.Options{ID: "d0", Reconnect: time.Hour})
+			},
+			"another serial": func() (*attach.Plan, error) {
+				return m.Attach(ctx, l.source(image), attach.Options{ID: "d0", Serial: "S2"})
+			},
+			"another cache": func() (*attach.Plan, error) { return m.Attach(ctx, uncached, attach.Options{ID: "d0"}) },
+		} {
+			p, err := again()
+			if err == nil {
+				_, err = p.Run(ctx)
+			}
+			if !errors.Is(err, attach.ErrDiffers) {
+				t.Fatalf("%s: got %v, want ErrDiffers", name, err)
+			}
+			told(err.Error(), snapshot)
+		}
+		notes = nil
+		p, err = m.Detach(ctx, "d0", false)
+		do(t, p, err)
+		told(strings.Join(notes, "\n"), snapshot)
+	}
+}
+
 // TestDiskThatGrewUnseenIsServedAgain after a restart of the service: its guest
 // goes on with the size that it knows until it is told. One that has shrunk is
 // refused.

@@ -4,10 +4,12 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
 )
@@ -56,6 +58,16 @@ func ExportName(machine, id string) string {
 // description tells which image an export was made of, also after a snapshot. It
 // is meant, but not named: clients can read this.
 func description(id, image string) string { return "disk " + id + ", image " + key(16, image) }
+
+// above is the overlay that a snapshot has put above the image that an export was
+// made of; empty if the description has the image, or is not Attach's.
+func above(x api.Export) string {
+	_, made, ours := strings.Cut(x.Description, ", image ")
+	if !ours || !filepath.IsAbs(x.Image) || made == key(16, x.Image) {
+		return ""
+	}
+	return x.Image
+}
 
 // serial is the number by which a guest finds a disk whose user gives none.
 func serial(machine, id string) string {

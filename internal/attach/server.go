@@ -82,6 +82,10 @@ type served struct {
 	size     func() int64 // bytes; 0 where it is not known
 	forgets  bool         // what was written, when its export ends
 
+	// lookup asks for the export that was left for the disk. It is nil where own
+	// is not set.
+	lookup func(context.Context) (api.Export, error)
+
 	// differs says in what an export that was left for the disk is not as
 	// wanted; nil if there is none, or nothing. It is nil where own is not set.
 	differs func(context.Context) error
@@ -95,6 +99,24 @@ func (v *served) before() string {
 		return "attached with other options, or to an export that ended with all that was written"
 	}
 	return "attached with other options"
+}
+
+// remedy says what to do about a disk that is there and not as wanted.
+func (v *served) remedy(ctx context.Context) string {
+	var x api.Export
+	if v.lookup != nil {
+		x, _ = v.lookup(ctx) // the refusal that it is for comes first
+	}
+	return remedy(x)
+}
+
+// remedy is that of a disk with the export. What it was attached as is below its
+// overlay, and must not be written to.
+func remedy(x api.Export) string {
+	if overlay := above(x); overlay != "" {
+		return fmt.Sprintf("detach it first, and attach %q then, which a snapshot has put above its image", overlay)
+	}
+	return "detach it first"
 }
 
 // serve plans the export of a disk of a machine.
@@ -211,14 +233,16 @@ func (s *Source) serveImage(ctx context.Context, c *client.Client, machine, id s
 	step := exportStep(c, a, s.Files, &size)
 	step.Name = fmt.Sprintf("serve %q as export %q at %s%s", s.Image, name, uri, s.labelNote())
 	uri.Export = name
+	lookup := func(ctx context.Context) (api.Export, error) { return c.Export(ctx, name) }
 	differs := func(ctx context.Context) error {
-		x, err := c.Export(ctx, name)
+		x, err := lookup(ctx)
 		if err != nil { // the step tells
 			return nil
 		}
 		return same(x, a)
 	}
-	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size }, forgets: s.forgets(), differs: differs}, nil
+	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size },
+		forgets: s.forgets(), lookup: lookup, differs: differs}, nil
 }
 
 // forgets tells a disk whose export takes what was written along when it ends.
@@ -393,7 +417,7 @@ func same(x api.Export, a api.AddExport) error {
 		misfits = append(misfits, "it is not kept when the daemon ends")
 	}
 	if len(misfits) > 0 {
-		return fmt.Errorf("%w: export %q: %s: detach it first", ErrDiffers, x.Name, strings.Join(misfits, ", "))
+		return fmt.Errorf("%w: export %q: %s: %s", ErrDiffers, x.Name, strings.Join(misfits, ", "), remedy(x))
 	}
 	return works(x, a.ReadOnly)
 }
