@@ -16,62 +16,19 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// TestSwapOnTheDiskIsFound: the device, which has the size that the disk had
-// when it was attached, a partition of it and what stands on it, and nothing
-// that cannot be the disk.
-func TestSwapOnTheDiskIsFound(t *testing.T) {
-	const size = 1 << 30
-	const header = "Filename\tType\tSize\tUsed\tPriority\n"
-	for _, tt := range []struct{ name, swaps, want string }{
-		{"no swap", header, ""},
-		{"another device", header + "/dev/sda2 partition 1 0 -2\n", ""},
-		{"the device", header + "/dev/sda2 partition 1 0 -2\n/dev/nbd0 partition 1 0 -3\n", "/dev/nbd0"},
-		{"a partition", header + "/dev/nbd0p12 partition 1 0 -3\n", "/dev/nbd0p12"},
-		{"a larger disk's device", header + "/dev/nbd1 partition 1 0 -3\n", ""},
-		{"a device without a size", header + "/dev/nbd2 partition 1 0 -3\n", "/dev/nbd2"},
-		{"a volume on the device", header + "/dev/dm-1 partition 1 0 -3\n", "/dev/dm-1"},
-		{"a volume on another", header + "/dev/dm-2 partition 1 0 -3\n", ""},
-		{"a volume on itself", header + "/dev/dm-3 partition 1 0 -3\n", "/dev/dm-3"},
-		{"a file", header + "/swap\\040file file 1 0 -3\n", ""},
-		{"half a line", header + "/dev/nbd0", ""},
-		{"nothing", "", ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			root := sysWith(map[string]string{
-				"nbd0": "virtual/block/nbd0", "nbd1": "virtual/block/nbd1", "nbd2": "virtual/block/nbd2",
-				"nbd0p12": "virtual/block/nbd0/nbd0p12",
-				"sda2":    "pci0000:00/block/sda/sda2", "sda": "pci0000:00/block/sda",
-				"dm-0": "virtual/block/dm-0", "dm-1": "virtual/block/dm-1", "dm-2": "virtual/block/dm-2", "dm-3": "virtual/block/dm-3",
-			}, map[string][]string{"dm-0": {"nbd0"}, "dm-1": {"sda2", "dm-0"}, "dm-2": {"nbd1"}, "dm-3": {"dm-3"}})
-			root["proc/swaps"] = sysFile(tt.swaps)
-			root["sys/devices/virtual/block/nbd0/size"] = sysFile("2097152\n")
-			root["sys/devices/virtual/block/nbd1/size"] = sysFile("4194304\n")
-			root["sys/devices/virtual/block/nbd2/size"] = sysFile("many\n")
-			if got := swapOn(root, size); got != tt.want {
-				t.Errorf("got %q, want %q", got, tt.want)
-			}
-			for _, more := range []int64{4095, 64 << 10, size / 2} {
-				if got := swapOn(root, size+more); got != tt.want {
-					t.Errorf("with a disk that has %d bytes more: got %q, want %q", more, got, tt.want)
-				}
-			}
-		})
-	}
-	if got := swapOn(fstest.MapFS{}, size); got != "" {
-		t.Errorf("without /proc/swaps: got %q", got)
-	}
-}
-
 func sysFile(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
+
+func sysLink(to string) *fstest.MapFile {
+	return &fstest.MapFile{Data: []byte(to), Mode: fs.ModeSymlink}
+}
 
 // sysWith has block devices, with the places of their folders in sys/devices,
 // and those that some stand on. A place inside of that of a disk is that of a
 // partition.
 func sysWith(devices map[string]string, slaves map[string][]string) fstest.MapFS {
-	link := func(to string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(to), Mode: fs.ModeSymlink} }
 	root := fstest.MapFS{}
 	for name, at := range devices {
-		root["sys/class/block/"+name] = link("../../devices/" + at)
+		root["sys/class/block/"+name] = sysLink("../../devices/" + at)
 		root["sys/devices/"+at+"/dev"] = sysFile("")
 		if path.Base(path.Dir(path.Dir(at))) == "block" {
 			root["sys/devices/"+at+"/partition"] = sysFile("1")
@@ -79,7 +36,7 @@ func sysWith(devices map[string]string, slaves map[string][]string) fstest.MapFS
 		}
 		root["sys/devices/"+at+"/slaves"] = &fstest.MapFile{Mode: fs.ModeDir}
 		for _, s := range slaves[name] {
-			root["sys/devices/"+at+"/slaves/"+s] = link("../../../../class/block/" + s)
+			root["sys/devices/"+at+"/slaves/"+s] = sysLink("../../../../class/block/" + s)
 		}
 	}
 	return root
@@ -110,7 +67,7 @@ func TestSwapIsNotSafeOnWhatTakesMemoryFarBelow(t *testing.T) {
 		"dm-10": "more than 8 devices", "dm-11": "",
 	} {
 		if _, there := devices[name]; there {
-			root["sys/dev/block/259:7"] = &fstest.MapFile{Data: []byte("../../devices/" + devices[name]), Mode: fs.ModeSymlink}
+			root["sys/dev/block/259:7"] = sysLink("../../devices/" + devices[name])
 		} else {
 			delete(root, "sys/dev/block/259:7")
 		}

@@ -9,6 +9,9 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -44,9 +47,9 @@ func (d *daemon) refuseStop(sig os.Signal) bool {
 const swapsFile = "/proc/swaps"
 
 // swapOn looks for a swap area on an NBD device of at most size bytes, in the
-// file system that has proc and sys, and names it as the kernel does. A device
-// keeps the size that the disk had, which may have grown since and does not
-// shrink. What cannot be read is taken for such a device.
+// file system of this machine, and names it as the kernel does. A device keeps
+// the size that the disk had, which may have grown since and does not shrink.
+// An area of which not all is known is taken for one on such a device.
 func swapOn(root fs.FS, size int64) string {
 	f, err := root.Open("proc/swaps")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -65,13 +68,45 @@ func swapOn(root fs.FS, size int64) string {
 		if i == 0 || len(fields) < 5 {
 			continue
 		}
-		name := path.Base(fields[0])
+		name, err := areaDevice(root, unescape.Replace(fields[0]))
+		if err != nil {
+			return fields[0]
+		}
 		disk, err := disksBelow(root, name, func(disk string) bool { return isServed(root, disk, size) })
-		if disk != "" || err != nil && isServed(root, name, size) {
+		if disk != "" || err != nil {
 			return fields[0]
 		}
 	}
 	return ""
+}
+
+// unescape undoes what seq_file_path of the kernel does to the paths in
+// swapsFile.
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+
+// areaDevice names, as sys/class/block does, the block device that the swap area
+// at a path is, or that has the file system of the area's file. It is an error if
+// nothing is at the path, as where a mount is not seen or the node of a device is
+// not there, and if the file system has no device number that sys knows, as Btrfs.
+func areaDevice(root fs.FS, at string) (string, error) {
+	if dir, name := path.Split(at); dir == "/dev/" {
+		if _, err := fs.ReadLink(root, "sys/class/block/"+name); err == nil {
+			return name, nil
+		}
+	}
+	fi, err := fs.Stat(root, strings.TrimPrefix(at, "/"))
+	if err != nil {
+		return "", err
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return "", fmt.Errorf("%s: no device number", at)
+	}
+	dev := st.Dev
+	if fi.Mode()&fs.ModeDevice != 0 {
+		dev = st.Rdev
+	}
+	return deviceName(root, unix.Major(dev), unix.Minor(dev))
 }
 
 // isServed tells whether a block device is, by its name, of the kernel's client,
