@@ -4,9 +4,11 @@ package systemd_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -117,6 +119,26 @@ func TestBootWithSwapHasNoRing(t *testing.T) {
 	cmd.Env = append(os.Environ(), "SYSTEMD_UNIT_PATH="+dir+":")
 	if out, _ := cmd.CombinedOutput(); strings.Contains(string(out), "cycle") { // other units of the machine have faults of their own
 		t.Errorf("systemd-analyze verify:\n%s", out)
+	}
+}
+
+// TestSwapGoesBeforeItsServer: at a shutdown, on each device that the kernel's client
+// makes by itself, of which nbds_max has 16.
+func TestSwapGoesBeforeItsServer(t *testing.T) {
+	text, err := os.ReadFile("vmdiskd-swap@.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var before []string
+	for line := range strings.Lines(string(text)) {
+		if units, ok := strings.CutPrefix(line, "Before="); ok {
+			before = append(before, strings.Fields(units)...)
+		}
+	}
+	for i := range 16 {
+		if unit := fmt.Sprintf("dev-nbd%d.swap", i); !slices.Contains(before, unit) {
+			t.Errorf("Before= has no %s", unit)
+		}
 	}
 }
 

@@ -31,6 +31,7 @@ import (
 // down in the reverse.
 type daemon struct {
 	cfg       Config
+	root      fs.FS // of this machine, for what it swaps to
 	logs      *obs.Log
 	log       *slog.Logger
 	creds     *transport.Credentials // nil without TLS, or with keys alone
@@ -90,7 +91,7 @@ func Run(cfg Config) (status int, err error) {
 			return 1, err
 		}
 	}
-	d := &daemon{cfg: cfg, unstaged: why, started: time.Now(), finished: make(chan error, 1)}
+	d := &daemon{cfg: cfg, root: os.DirFS("/"), unstaged: why, started: time.Now(), finished: make(chan error, 1)}
 	d.conf.Store(cfg.Service)
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	defer d.cancel()
@@ -411,6 +412,8 @@ func (d *daemon) serveStdio() error {
 // for does not answer.
 func (d *daemon) wait(signals *signals) (int, error) {
 	var reloaded chan struct{} // closed by the reload that runs; nil if none does
+	var held heldStop
+	defer held.close()
 	defer func() {
 		d.stop()
 		d.leaveReload(reloaded)
@@ -422,12 +425,16 @@ func (d *daemon) wait(signals *signals) (int, error) {
 		}
 		select {
 		case sig := <-signals.stopping:
-			if d.refuseStop(sig) {
+			if d.refuseStop(&held, sig) {
 				continue
 			}
-			d.log.Info("stopping", "signal", sig.String())
-			_ = d.boss.Stopping("finishing what is in flight") // it has sent the signal
-			signals.exitOnNext(d.lastResort)
+			d.beginStop(signals, sig)
+			return 0, nil
+		case <-held.again:
+			if d.mustWait(&held) || d.refuseStop(&held, held.signal) {
+				continue
+			}
+			d.beginStop(signals, held.signal)
 			return 0, nil
 		case <-hup:
 			_ = d.boss.Reloading() // its own error is in the log of the service manager
@@ -444,6 +451,13 @@ func (d *daemon) wait(signals *signals) (int, error) {
 			return 0, err
 		}
 	}
+}
+
+// beginStop is the way from a signal to the end.
+func (d *daemon) beginStop(signals *signals, sig os.Signal) {
+	d.log.Info("stopping", "signal", sig.String())
+	_ = d.boss.Stopping("finishing what is in flight") // it has sent the signal
+	signals.exitOnNext(d.lastResort)
 }
 
 // reload is SIGHUP; it closes done.

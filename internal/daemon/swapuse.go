@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -20,7 +22,7 @@ import (
 // taken for one that does, or returns "". To stop then would end every program
 // that has memory there.
 func (d *daemon) swapInUse() string {
-	if !d.cfg.Swap.On || d.server == nil || len(d.server.Clients()) == 0 {
+	if !d.cfg.Swap.On || d.server == nil || !d.server.Busy() {
 		return ""
 	}
 	k := d.disks.find(d.cfg.Disk.Name)
@@ -28,18 +30,62 @@ func (d *daemon) swapInUse() string {
 		return ""
 	}
 	_, now, _ := d.disks.look(k)
-	return swapOn(os.DirFS("/"), now.top.Info().Size)
+	return swapOn(d.root, now.top.Info().Size)
 }
 
-// refuseStop tells that the disk is in use as swap, if it is.
-func (d *daemon) refuseStop(sig os.Signal) bool {
+// heldStop is a stop that waits until the machine does not swap to the disk any
+// more: service managers ask once. The zero value is none.
+type heldStop struct {
+	signal os.Signal
+	device string           // swapInUse, when it was asked last
+	again  <-chan time.Time // it is time to ask again
+	table  fs.File          // swapsFile; nil if it cannot be opened
+	text   []byte           // room for it
+}
+
+// refuseStop holds a stop, and tells so, if the disk is in use as swap.
+func (d *daemon) refuseStop(h *heldStop, sig os.Signal) bool {
 	device := d.swapInUse()
 	if device == "" {
 		return false
 	}
-	d.log.Error("not stopping: the machine swaps to this disk", "signal", sig.String(), "device", device, "remedy", "swapoff "+device)
-	_ = d.boss.Status("not stopping: swapoff " + device + " first") // it is in the log
+	if h.again == nil {
+		h.again, h.text = time.Tick(limits.SwapLook), make([]byte, limits.SwapsFile)
+		h.table, _ = d.root.Open("proc/swaps") // without it the clients have to leave
+	}
+	h.signal, h.device = sig, device
+	d.log.Error("not stopping: the machine swaps to this disk", "signal", sig.String(), "device", device, "remedy", "swapoff "+device+", it stops then")
+	_ = d.boss.Status("stopping as soon as swapoff " + device + " is done") // it is in the log
 	return true
+}
+
+// mustWait tells whether what held a stop is there yet. It allocates nothing: what
+// a server of swap takes, it never gives back, and this is asked for as long as
+// swapoff(8) may take.
+func (d *daemon) mustWait(h *heldStop) bool { return d.server.Busy() && h.listed() }
+
+// listed tells whether the device is in swapsFile, also if that cannot be read.
+func (h *heldStop) listed() bool {
+	table, ok := h.table.(io.ReaderAt)
+	if !ok {
+		return true
+	}
+	n, err := table.ReadAt(h.text, 0)
+	if err != nil && err != io.EOF {
+		return true
+	}
+	for line := range bytes.Lines(h.text[:n]) {
+		if n := len(h.device); len(line) > n && string(line[:n]) == h.device && (line[n] == ' ' || line[n] == '\t') {
+			return true
+		}
+	}
+	return false
+}
+
+func (h *heldStop) close() {
+	if h.table != nil {
+		_ = h.table.Close() // it was read only
+	}
 }
 
 // swapsFile is where the kernel tells its swap areas. It stands for an area

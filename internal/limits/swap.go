@@ -67,6 +67,10 @@ const (
 	// SwapsFile bounds /proc/swaps: some dozen areas are the kernel's own
 	// bound.
 	SwapsFile = 64 << 10
+
+	// SwapLook is how often a server that was told to stop looks whether the
+	// machine still swaps to its disk.
+	SwapLook = time.Second
 )
 
 // SwapBuffer is a size of buffers, in bytes, and how many of them a server of

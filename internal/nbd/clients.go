@@ -53,6 +53,18 @@ func (s *Server) Clients() []ClientInfo {
 	return all
 }
 
+// Busy tells whether there is a connection in transmission. It allocates nothing.
+func (s *Server) Busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for k := range s.conns {
+		if k.session != nil {
+			return true
+		}
+	}
+	return false
+}
+
 // sessions are those in transmission, in the order of their IDs.
 func (s *Server) sessions() []*session {
 	s.mu.Lock()

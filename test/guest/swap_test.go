@@ -2,6 +2,7 @@ package guest
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -95,7 +96,7 @@ begin() {
 `
 
 // swapScenario: the guest's memory goes to its own server and comes back
-// whole, while the server needs none and cannot be stopped.
+// whole, while the server needs none. It stops when that is over, as it was told.
 const swapScenario = swapPlug + `
 rc=0; vmdiskd --swap -U /run/s /dev/vda 2>/run/refused || rc=$?
 cat /run/refused
@@ -108,7 +109,28 @@ kill $watcher
 grep "not stopping: the machine swaps to this disk" /run/server.log
 echo "ticks of the server, user and system: $(sed 's/.*) //' /proc/$server/stat | cut -d' ' -f12,13); of all: $(head -n 1 /proc/stat)"
 served 15000
-stop
+swapoff /dev/nbd0
+wait $server
+`
+
+// swapFileScenario: the guest swaps to a file on its device.
+const swapFileScenario = swapPlug + `
+sysctl -w vm.min_free_kbytes=8192
+OPTIONS=--swap
+start
+swapoff /dev/nbd0
+/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd0
+mount -t ext4 /dev/nbd0 /mnt
+dd if=/dev/zero of=/mnt/swapfile bs=1M count=16 2>/dev/null
+mkswap /mnt/swapfile >/dev/null
+swapon /mnt/swapfile
+kill $server
+i=0
+until grep 'not stopping.* device=/mnt/swapfile ' /run/server.log; do sleep 0.1; i=$((i+1)); [ $i -lt 300 ]; done
+kill -0 $server
+sync
+swapoff /mnt/swapfile
+wait $server
 `
 
 // swapLoads are the values of -swap.load; HOG is in mebibytes. What they read is
@@ -249,6 +271,25 @@ func TestMachineSwapsToItsOwnServer(t *testing.T) {
 			if testing.Verbose() && run == 0 {
 				t.Log(console)
 			}
+		}
+	})
+}
+
+// TestStopWaitsForASwapFile on a file system of the server's device.
+func TestStopWaitsForASwapFile(t *testing.T) {
+	onlyVmdiskd(t)
+	testenv.Require(t, "nbd-client", "mke2fs")
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) {
+		in := swapGuest(t, k, swapFileScenario, "")
+		if err := errors.Join(in.addModules(t.Context(), []string{"ext4"}), in.addPrograms(t.Context(), "mke2fs")); err != nil {
+			t.Fatal(err)
+		}
+		console, code, err := swapBoot(t, t.Context(), in)
+		if err != nil || code != 0 {
+			t.Fatalf("status %d, %v; console:\n%s", code, err, console)
+		}
+		if testing.Verbose() {
+			t.Log(console)
 		}
 	})
 }
