@@ -546,6 +546,101 @@ func comesBackMoved(t *testing.T, format, more, listener string, other bool) {
 	s.stop()
 }
 
+// forgetful are exports called a whose writes are in no file of theirs, with more keys.
+var forgetful = map[string]func(more string) string{
+	"an overlay":                    func(more string) string { return exportA + more + overlayTable },
+	"an overlay of a chain":         func(more string) string { return exportChain + more + overlayTable },
+	"memory":                        func(more string) string { return memExport("a", "1M", more) },
+	"an overlay, of memory as well": func(more string) string { return memExport("a", "1M", more+overlayTable) },
+}
+
+const (
+	overlayTable = "[export.overlay]\nquota = \"1M\"\n"
+	exportChain  = "[[export]]\nname = \"a\"\nimage = \"DIR/top.qcow2\"\nformat = \"qcow2\"\nbacking = \"same-dir\"\n"
+)
+
+// newForgetful is a service with exports called a and b, of which conf makes the first.
+func newForgetful(t *testing.T, conf func(more string) string) *testService {
+	t.Helper()
+	s := newService(t, "")
+	if out, err := tool(t, s.dir, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.img", "-F", "raw", "top.qcow2"); err != nil {
+		t.Fatal(err, out)
+	}
+	if err := s.reload(conf("") + exportB); err != nil {
+		t.Fatal(err)
+	}
+	s.write("a", "0x41", "0")
+	return s
+}
+
+// TestReloadThatFailsForgetsNoWrites: of an export that was closed for it, whether it
+// fails before that is open again or later; nor what was written meanwhile.
+func TestReloadThatFailsForgetsNoWrites(t *testing.T) {
+	t.Parallel()
+	for what, conf := range forgetful {
+		for why, more := range map[string]string{
+			"another cannot be opened":  anew + exportB + "window = { offset = \"2M\" }\n",
+			"it cannot be opened":       anew + "window = { offset = \"2M\" }\n" + exportB,
+			"a listener cannot be made": anew + exportB + unixListener("busy", ""),
+		} {
+			t.Run(what+", "+why, func(t *testing.T) {
+				t.Parallel()
+				s := newForgetful(t, conf)
+				busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer busy.Close()
+				own, more, _ := strings.Cut(more, exportB)
+				for range 2 {
+					if err := s.reload(conf(own) + exportB + more); err == nil {
+						t.Error("the reload did not fail")
+					}
+					s.wantExports("after the reload that failed", "a ready config", "b ready config")
+					s.wantBytes("a", "0x41", "0")
+				}
+				s.stop()
+			})
+		}
+	}
+}
+
+// TestReloadForgetsWritesOnlyWithTheirDisk: they outlast that the export is closed for
+// other keys, also with another quota, and not that it shows another part of the image,
+// or another image.
+func TestReloadForgetsWritesOnlyWithTheirDisk(t *testing.T) {
+	t.Parallel()
+	for what, conf := range forgetful {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s := newForgetful(t, conf)
+			wants := func(conf, first, second string) {
+				t.Helper()
+				if err := s.reload(conf + exportB); err != nil {
+					t.Fatal(err)
+				}
+				s.wantBytes("a", first, "0")
+				s.wantBytes("a", second, "64k")
+				s.write("a", "0x42", "64k")
+			}
+			wants(conf(anew), "0x41", "0")
+			wants(strings.Replace(conf(anew), "quota = \"1M\"", "quota = \"2M\"", 1), "0x41", "0x42")
+			wants(conf(""), "0x41", "0x42")
+			const window = "window = { offset = \"512K\" }\n"
+			wants(conf(window), "0", "0")
+			for _, name := range []string{"a.img", "top.qcow2"} {
+				path := filepath.Join(s.dir, name)
+				b, err := os.ReadFile(path)
+				if err := errors.Join(err, os.WriteFile(path+".new", b, 0o600), os.Rename(path+".new", path)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			wants(strings.Replace(conf(window+anew), "1M\"\nformat", "2M\"\nformat", 1), "0", "0")
+			s.stop()
+		})
+	}
+}
+
 // TestFailedExportComesBackAsNoOther: one that has failed while it was open has no
 // file any more, and stays failed when a reload that follows its image fails.
 func TestFailedExportComesBackAsNoOther(t *testing.T) {

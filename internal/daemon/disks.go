@@ -25,6 +25,7 @@ type disk struct {
 	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
 	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
 	files  *open.Table   // of the image, opened already; nil: none are
+	delta  *layer.Delta  // what its overlay is to go on with; nil: it begins empty
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
 	writes bool          // its image is opened for writing, though cfg may have been set read-only since

@@ -117,7 +117,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 // openDisk opens k as x says. It returns what has the file of an addition as it was
 // before, nil if it was not written.
 func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files []*os.File) (dev backing.Device, unkeep func() error, err error) {
-	s, err := d.build(ctx, x, k.opens(*x), files, k.files)
+	s, err := d.build(ctx, k, x, files)
 	if err != nil {
 		return nil, nil, err
 	}

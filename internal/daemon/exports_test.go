@@ -334,7 +334,8 @@ func TestListenersAreBounded(t *testing.T) {
 // TestStatusIsAnObjectThatClientsTake, however many exports have failed.
 func TestStatusIsAnObjectThatClientsTake(t *testing.T) {
 	d := emptyService(t)
-	d.buffers, d.server, d.engine = bufpool.New(1<<20), nbd.NewServer(nbd.Options{Exports: d.exports}), engine.NewPool(1)
+	d.buffers, d.engine = bufpool.New(1<<20), engine.NewPool(1)
+	d.server = nbd.NewServer(nbd.Options{Exports: d.exports, Buffers: d.buffers})
 	defer d.engine.Close()
 	why := errors.New(strings.Repeat("x", 300))
 	for i := range limits.ConfigExports {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -552,7 +553,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	var all []*reopening
 	over = func() {
 		for _, r := range all {
-			r.before.files.Close()
+			r.letGo()
 		}
 	}
 	defer func() {
@@ -625,11 +626,39 @@ func (d *daemon) gatherReopened(ctx context.Context, all []*reopening) error {
 	for i, g := range d.gatherAll(list) {
 		r := all[i]
 		r.next.files = g.table
+		if g.err == nil {
+			g.err = r.handOver(&list[i])
+		}
 		if g.err != nil && first == nil {
 			first = fmt.Errorf("export %q: %w", r.next.cfg.Name, g.err)
 		}
 	}
 	return first
+}
+
+// handOver has r.next, which is to be opened as x says, go on with what r.k has in
+// memory and in its overlay: that of a disk of other bytes is of no use to it.
+func (r *reopening) handOver(x *sought) (err error) {
+	if !hasFiles(&x.Export) {
+		r.next.files, err = open.Again(r.k.stack.dev, nil, nil)
+	}
+	if r.sameBelow(x) {
+		r.next.delta = r.before.delta
+	}
+	return err
+}
+
+// sameBelow tells whether the overlay of x stands on the disk on which that of r.k
+// does.
+func (r *reopening) sameBelow(x *sought) bool {
+	old := &r.before.cfg
+	if x.ImageFormat() != old.ImageFormat() || x.Snapshot != old.Snapshot || !reflect.DeepEqual(x.Window, old.Window) {
+		return false
+	}
+	if hasFiles(&x.Export) {
+		return r.next.files.Same(x.known)
+	}
+	return x.Image == old.Image
 }
 
 // seek takes up the files of r.k, whose paths may lead to others by now, and tells
@@ -644,10 +673,21 @@ func (r *reopening) seek(ctx context.Context) (sought, error) {
 		return sought{}, err
 	}
 	defer r.k.busy.Unlock()
-	if r.before.failed == nil {
-		r.before.files, err = open.Again(r.k.stack.files, r.k.stack.dirs)
+	if s := r.k.stack; r.before.failed == nil {
+		r.before.files, err = open.Again(s.dev, s.files, s.dirs)
+		if s.over != nil {
+			r.before.delta = s.over.Hold()
+		}
 	}
 	return sought{x, r.k.stack.known()}, err
+}
+
+// letGo is when r.before is not opened any more.
+func (r *reopening) letGo() {
+	r.before.files.Close()
+	if r.before.delta != nil {
+		_ = r.before.delta.Close() // it is to be forgotten
+	}
 }
 
 func (r *reopening) end() {

@@ -25,6 +25,7 @@ type stack struct {
 	fault *layer.Faults // only with --enable-fault-injection
 	pause *layer.Pause
 	ro    *layer.ReadOnly
+	over  *layer.Overlay
 	x     config.Export // how the image was opened last
 	image               // below swap; with disk.busy
 
@@ -33,11 +34,11 @@ type stack struct {
 	threshold *raw.Threshold
 }
 
-// build opens the image of an export as opened says, and puts the layers of x on it.
-// What fails leaves nothing open.
-func (d *daemon) build(ctx context.Context, x *config.Export, opened config.Export, files []*os.File, t *open.Table) (*stack, error) {
-	th := d.newThreshold(x)
-	i, err := d.openIn(ctx, &opened, files, t, th)
+// build opens the image of k, and puts the layers of x on it. What fails leaves
+// nothing open.
+func (d *daemon) build(ctx context.Context, k *disk, x *config.Export, files []*os.File) (*stack, error) {
+	opened, th := k.opens(*x), d.newThreshold(x)
+	i, err := d.openIn(ctx, &opened, files, k.files, th)
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +48,7 @@ func (d *daemon) build(ctx context.Context, x *config.Export, opened config.Expo
 	}
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
-		(*stack).putWindow, (*stack).putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
+		(*stack).putWindow, k.putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
 		d.putReadOnly, d.putPause, d.putFaults, d.putRate, d.putLog,
 	} {
 		if err := put(s, x); err != nil {
@@ -122,19 +123,22 @@ func (s *stack) putWindow(x *config.Export) error {
 	return nil
 }
 
-func (s *stack) putOverlay(x *config.Export) error {
+// putOverlay puts one on a stack of k that goes on with k.delta, if there is one.
+func (k *disk) putOverlay(s *stack, x *config.Export) (err error) {
 	if x.Overlay == nil {
 		return nil
 	}
-	f, err := layer.OpenTemporary("")
-	if err != nil {
+	o := layer.OverlayOptions{Quota: int64(x.Overlay.Quota), Delta: k.delta}
+	if o.Delta == nil {
+		if o.File, err = layer.OpenTemporary(""); err != nil {
+			return fmt.Errorf("overlay: %w", err)
+		}
+	}
+	if s.over, err = layer.NewOverlay(s.top, o); err != nil {
+		closeFiles([]*os.File{o.File})
 		return fmt.Errorf("overlay: %w", err)
 	}
-	o, err := layer.NewOverlay(s.top, layer.OverlayOptions{Quota: int64(x.Overlay.Quota), File: f})
-	if err != nil {
-		return fmt.Errorf("overlay: %w", errors.Join(err, f.Close()))
-	}
-	s.top = o
+	s.top = s.over
 	return nil
 }
 

@@ -23,6 +23,10 @@ type OverlayOptions struct {
 	// File is empty and has no name, so that nothing of it is left when it is
 	// closed; the overlay owns it. nil keeps everything in memory.
 	File *os.File
+
+	// Delta, if not nil, is what the overlay goes on with, which was written above
+	// a disk of the same contents. It stays the caller's; File is not heeded.
+	Delta *Delta
 }
 
 // TemporaryFolder is where OpenTemporary makes files that are to be nowhere
@@ -43,26 +47,22 @@ func OpenTemporary(dir string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), dir+"/(overlay)"), nil
 }
 
-// Overlay takes all writes for itself and forgets them when it is closed. The
-// disk below is only read.
+// Overlay takes all writes for itself and forgets them when it is closed, unless
+// somebody else holds its Delta. The disk below is only read.
 //
 // Writes, zeroing and trims are exclusive for the clusters that they touch.
 type Overlay struct {
 	backing.Passthrough
-	info  backing.Info
-	locks backing.RangeLocks // taken before mu
-	store clusterStore
-
-	mu    sync.RWMutex // held for no I/O
-	table overlayTable // guarded by mu
+	info backing.Info
+	*Delta
 }
 
 var errQuota = errors.New("the quota of the overlay is used up")
 
 // NewOverlay stands on dev, whose size it keeps. Errors: ErrInvalid for a quota
 // that is not positive or beyond limits.OverlayQuota, and for a disk that is
-// larger than limits.OverlayDisk or has larger blocks than the overlay. Then
-// o.File stays the caller's.
+// larger than limits.OverlayDisk, has larger blocks than the overlay or is smaller
+// than that of o.Delta. Then o.File stays the caller's.
 func NewOverlay(dev backing.Device, o OverlayOptions) (*Overlay, error) {
 	i := dev.Info()
 	switch {
@@ -72,12 +72,17 @@ func NewOverlay(dev backing.Device, o OverlayOptions) (*Overlay, error) {
 		return nil, invalid("make overlay", "the disk is larger than %d bytes", int64(limits.OverlayDisk))
 	case i.MinBlock > clusterSize:
 		return nil, invalid("make overlay", "the disk has blocks of more than %d bytes", clusterSize)
+	case o.Delta != nil && i.Size < o.Delta.size:
+		return nil, invalid("make overlay", "the disk has less than the %d bytes of the one that was written to", o.Delta.size)
 	}
-	l := &Overlay{Passthrough: backing.Passthrough{Next: dev}, info: i, store: &memoryStore{clusters: map[cluster]*[clusterSize]byte{}}}
-	if o.File != nil {
-		l.store = fileStore{o.File}
+	l := &Overlay{Passthrough: backing.Passthrough{Next: dev}, info: i}
+	if o.Delta != nil {
+		l.Delta = o.Delta.Hold()
+	} else {
+		l.Delta = newDelta(o.File, i.Size)
 	}
-	l.table.init(i.Size, o.Quota)
+	l.setQuota(o.Quota)
+	l.info.Size = l.size
 	l.info.Preferred = max(i.Preferred, clusterSize)
 	l.info.Caps = i.Caps&(backing.CanCache|backing.IsRotational) | writing |
 		backing.CanFlush | backing.CanExtents | backing.CanMultiConn
@@ -86,13 +91,6 @@ func NewOverlay(dev backing.Device, o OverlayOptions) (*Overlay, error) {
 
 // Info has the size that the disk had in the beginning, and the right to write.
 func (l *Overlay) Info() backing.Info { return l.info }
-
-// Used is the part of the quota that is used, in bytes.
-func (l *Overlay) Used() int64 {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	return l.table.used
-}
 
 // lookup finds the state of the cluster at off, and how many of n bytes from
 // there are in that state, in a row.
@@ -348,9 +346,9 @@ func (l *Overlay) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	return backing.ErrNotMappable
 }
 
-// Close forgets everything.
+// Close forgets everything that nobody else holds.
 func (l *Overlay) Close() error {
-	err := l.store.close()
+	err := l.Delta.Close()
 	if e := l.Next.Close(); err == nil {
 		err = e
 	}

@@ -123,6 +123,39 @@ func TestOverlayStopsAtItsQuota(t *testing.T) {
 	}
 }
 
+// TestOverlayGoesOnWithADelta: another has what was written to one that is closed, with
+// its own quota, and the size that the disk had. What nobody holds is forgotten.
+func TestOverlayGoesOnWithADelta(t *testing.T) {
+	const size = 4 * clusterBytes
+	for _, f := range []*os.File{nil, tempFile(t)} {
+		base, written := pattern(size)
+		o := must(layer.NewOverlay(base, layer.OverlayOptions{Quota: 1 << 20, File: f}))
+		want := bytes.Clone(written)
+		copy(want[10:], fill(t, o, 10, 2*clusterBytes, 1))
+		d := o.Hold()
+		if err := o.Close(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := layer.NewOverlay(mem.New(size-1, nil), layer.OverlayOptions{Quota: 1 << 20, Delta: d})
+		isKind(t, "a smaller disk", err, backing.ErrInvalid)
+		o = must(layer.NewOverlay(mem.New(size+clusterBytes, written), layer.OverlayOptions{Quota: 1, Delta: d}))
+		if err := d.Close(); err != nil || o.Info().Size != size {
+			t.Errorf("%v, a disk of %d bytes, want %d", err, o.Info().Size, size)
+		}
+		holds(t, o, 0, want)
+		isKind(t, "more than the quota", o.WriteAt(t.Context(), want[:10], 3*clusterBytes, 0), backing.ErrNoSpace)
+		if err := o.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if f == nil {
+			continue
+		}
+		if _, err := f.Stat(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("file of what nobody holds: %v, want it closed", err)
+		}
+	}
+}
+
 // A guest that zeroes all of a huge disk, or touches it here and there, pays
 // for the tables too.
 func TestTablesOfAnOverlayCountForItsQuota(t *testing.T) {

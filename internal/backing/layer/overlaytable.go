@@ -42,12 +42,12 @@ type overlayTable struct {
 	used, quota int64   // bytes, pages included
 }
 
-// init is for a disk of size bytes.
-func (t *overlayTable) init(size, quota int64) {
+// init is for a disk of size bytes. The quota is 0.
+func (t *overlayTable) init(size int64) {
 	const span = pageClusters * clusterSize
 	t.pages = make([]*page, (size+span-1)/span)
 	t.count = (size + clusterSize - 1) / clusterSize
-	t.next, t.quota = 1, quota
+	t.next = 1
 }
 
 func (t *overlayTable) at(no int64) cluster {

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -27,6 +28,7 @@ const caps = backing.CanWrite | backing.CanFlush | backing.CanFUA | backing.CanT
 // zeroed or trimmed, take none.
 type Disk struct {
 	size   int64
+	holds  atomic.Int64 // Closes that are to come
 	shards [shards]shard
 }
 
@@ -39,6 +41,7 @@ type shard struct {
 // may be nil and is cut off at size.
 func New(size int64, initial []byte) *Disk {
 	d := &Disk{size: size}
+	d.holds.Store(1)
 	for i := range d.shards {
 		d.shards[i].pages = map[int64]*[pageSize]byte{}
 	}
@@ -46,6 +49,12 @@ func New(size int64, initial []byte) *Disk {
 	d.each(0, int64(len(initial)), func(s *shard, no int64, lo, hi, at int64) {
 		copy(s.page(no)[lo:hi], initial[at:])
 	})
+	return d
+}
+
+// Hold is d for one more, who closes it. It is not closed yet.
+func (d *Disk) Hold() *Disk {
+	d.holds.Add(1)
 	return d
 }
 
@@ -208,8 +217,11 @@ func (d *Disk) Extents(_ context.Context, off, n int64, f backing.Flags, yield f
 // Map always answers ErrNotMappable: there is no host file.
 func (d *Disk) Map(engine.Op, int64, int64, *backing.Mapping) error { return backing.ErrNotMappable }
 
-// Close frees the pages.
+// Close frees the pages, when all who hold the disk have closed it.
 func (d *Disk) Close() error {
+	if d.holds.Add(-1) > 0 {
+		return nil
+	}
 	for i := range d.shards {
 		s := &d.shards[i]
 		s.mu.Lock()

@@ -328,6 +328,9 @@ func openMem(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m := s.Table.takeMemory(size); m != nil {
+		return m, nil
+	}
 	return mem.New(size, nil), nil
 }
 

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
@@ -20,6 +22,7 @@ import (
 type Table struct {
 	files  map[Request]*os.File
 	dirs   map[string]string // folders, and where symbolic links lead
+	memory *mem.Disk         // nil: there is none, or it was taken
 	filled bool              // it is taken from, not kept in
 	whole  bool              // what it lacks is not opened
 }
@@ -86,11 +89,12 @@ func NewTable(files map[Request]*os.File, dirs map[string]string) *Table {
 }
 
 // Again makes a table of the files of an image that is open, for who opens it once
-// more, whatever is at their paths by now: files are what Opened was called with,
-// and dirs the folders of the table that the image was opened with. The descriptors
-// are others of the same open files; what is not among them is not opened.
-func Again(files map[Request]*os.File, dirs map[string]string) (*Table, error) {
-	t := &Table{files: make(map[Request]*os.File, len(files)), dirs: dirs, filled: true, whole: true}
+// more, whatever is at their paths by now: dev is what Open has made of it, files are
+// what Opened was called with, and dirs the folders of the table that the image was
+// opened with. The descriptors are others of the same open files; what is not among
+// them is not opened. A disk of format "mem" is the same one, if its size is wanted.
+func Again(dev backing.Device, files map[Request]*os.File, dirs map[string]string) (*Table, error) {
+	t := &Table{files: make(map[Request]*os.File, len(files)), dirs: dirs, memory: memoryOf(dev), filled: true, whole: true}
 	for r, f := range files {
 		other, err := duplicate(f)
 		if err != nil {
@@ -100,6 +104,16 @@ func Again(files map[Request]*os.File, dirs map[string]string) (*Table, error) {
 		t.files[r] = other
 	}
 	return t, nil
+}
+
+// memoryOf holds the disk in memory that Open has made, nil if it is none.
+func memoryOf(dev backing.Device) *mem.Disk {
+	if e, ok := dev.(*backing.Emulate); ok {
+		if m, ok := e.Next.(*mem.Disk); ok {
+			return m.Hold()
+		}
+	}
+	return nil
 }
 
 // duplicate is another descriptor of f, which may be closed meanwhile by others.
@@ -139,6 +153,11 @@ func (t *Table) Others(known []*os.File) (paths []string) {
 	return paths
 }
 
+// Same tells whether the files are those in known, and all of them.
+func (t *Table) Same(known []*os.File) bool {
+	return len(t.files) == len(known) && len(t.Others(known)) == 0
+}
+
 // among is one of files that is the file id, or nil.
 func among(files []*os.File, id raw.ID) *os.File {
 	for _, f := range files {
@@ -172,6 +191,10 @@ func (t *Table) Close() {
 		_ = f.Close() // nothing was written by it
 	}
 	t.files = nil
+	if t.memory != nil {
+		_ = t.memory.Close() // it cannot fail
+		t.memory = nil
+	}
 }
 
 // full reports whether this is a table to take from.
@@ -188,6 +211,16 @@ func (t *Table) take(r Request) (*os.File, error) {
 		return nil, &fs.PathError{Op: "open", Path: r.Path, Err: errForeign}
 	}
 	return f, nil
+}
+
+// takeMemory returns the disk in memory, once, if it has size bytes; nil if another
+// is to be made.
+func (t *Table) takeMemory(size int64) (m *mem.Disk) {
+	if !t.full() || t.memory == nil || t.memory.Info().Size != size {
+		return nil
+	}
+	m, t.memory = t.memory, nil
+	return m
 }
 
 // errForeign is for a file that an image asks for which is opened again, and was not

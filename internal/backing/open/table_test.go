@@ -1,6 +1,7 @@
 package open_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -224,6 +225,33 @@ func TestFileInTheWayIsNotKnown(t *testing.T) {
 	})
 }
 
+// TestMemoryIsOpenedAgain with the size that it had, when it was closed.
+func TestMemoryIsOpenedAgain(t *testing.T) {
+	d := mustOpen(t, open.Spec{Format: "mem", Path: "1M"})
+	want := []byte("before")
+	if err := d.WriteAt(t.Context(), want, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, next := range []struct {
+		size string
+		want []byte
+	}{{"1M", want}, {"1024K", want}, {"2M", make([]byte, len(want))}} {
+		table, err := open.Again(d, nil, nil)
+		if err := errors.Join(err, d.Close()); err != nil {
+			t.Fatal(err)
+		}
+		d = mustOpen(t, open.Spec{Format: "mem", Path: next.size, Table: table})
+		table.Close()
+		got := make([]byte, len(want))
+		if err := d.ReadAt(t.Context(), got, 0); err != nil || !bytes.Equal(got, next.want) {
+			t.Errorf("with %s: got %q, %v, want %q", next.size, got, err, next.want)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestImageIsOpenedAgainWhateverIsAtItsPaths: nothing, or files that are no images,
 // also when it was closed meanwhile. A file that was not open is not opened.
 func TestImageIsOpenedAgainWhateverIsAtItsPaths(t *testing.T) {
@@ -264,12 +292,12 @@ func TestImageIsOpenedAgainWhateverIsAtItsPaths(t *testing.T) {
 					}
 					again := s
 					again.Opened = nil
-					if again.Table, err = open.Again(files, dirs); err != nil {
+					if again.Table, err = open.Again(d, files, dirs); err != nil {
 						t.Fatal(err)
 					}
 					defer again.Table.Close()
 					delete(files, open.Request{Path: base, ReadOnly: true})
-					less, err := open.Again(files, dirs)
+					less, err := open.Again(d, files, dirs)
 					if err != nil || len(files) != 1 {
 						t.Fatalf("without the base: %v, %v", files, err)
 					}
@@ -277,7 +305,7 @@ func TestImageIsOpenedAgainWhateverIsAtItsPaths(t *testing.T) {
 					if err := d.Close(); err != nil {
 						t.Fatal(err)
 					}
-					if table, err := open.Again(files, dirs); err == nil {
+					if table, err := open.Again(d, files, dirs); err == nil {
 						table.Close()
 						t.Error("files were taken up that are closed")
 					}
