@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -208,6 +209,75 @@ func TestEmptyNameIsTheSameAfterARestart(t *testing.T) {
 				s.stop()
 				s.start()
 			}
+			s.stop()
+		})
+	}
+}
+
+// TestDefaultYieldsLater: when its file can be written again. Until then whoever looks
+// is told, and what took its place has it.
+func TestDefaultYieldsLater(t *testing.T) {
+	t.Parallel()
+	const chosen = "default = true\n"
+	c := memExport("c", "1M", "")
+	yes := true
+	for _, tt := range []struct {
+		name string
+		do   func(s *testService) // makes the disk of 1M the default
+	}{
+		{"to one of the file", func(s *testService) {
+			s.configure(c + chosen)
+			r, err := s.ctl.Reload(s.Context(), false)
+			if n := len(r.Changes); err != nil || n == 0 || !strings.Contains(r.Changes[n-1], "\"k\" is still a default") {
+				s.Errorf("reload: got %q, %v, want that k is still a default", r.Changes, err)
+			}
+		}},
+		{"to one that is added", func(s *testService) {
+			x := config.Export{Name: "k2", Format: "mem", Image: "1M", Default: true}
+			if got, err := s.ctl.Add(s.Context(), api.AddExport{Export: x, Persist: true}); err != nil || !got.Default {
+				s.Errorf("addition: got %+v, %v, want it the default", got, err)
+			}
+		}},
+		{"to one that is set", func(s *testService) {
+			_, err := s.ctl.Patch(s.Context(), "c", api.Patch{Default: &yes})
+			if err == nil || !strings.Contains(err.Error(), "\"c\" is changed, but export \"k\" is still a default") {
+				s.Errorf("change: got %v, want it to say that c is changed", err)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, c)
+			k := config.Export{Name: "k", Format: "mem", Image: "2M", Default: true}
+			if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: k, Persist: true}); err != nil {
+				t.Fatal(err)
+			}
+			looks := func(when string, still bool) {
+				t.Helper()
+				if got := s.size(s.uri("")); got != "1048576" {
+					t.Errorf("%s: the empty name opens a disk of %q bytes, want 1048576", when, got)
+				}
+				x, err := s.ctl.Status(t.Context())
+				if got := strings.Contains(x.Notes["export k"], "still a default"); err != nil || got != still {
+					t.Errorf("%s: got the notes %q, %v; want one about k: %t", when, x.Notes, err, still)
+				}
+			}
+			inTheWay := filepath.Join(s.dir, "state", ".k.json.new")
+			if err := os.MkdirAll(filepath.Join(inTheWay, "full"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			tt.do(s)
+			looks("k cannot be written", true)
+			if err := os.RemoveAll(inTheWay); err != nil {
+				t.Fatal(err)
+			}
+			if r, err := s.ctl.Reload(t.Context(), false); err != nil || len(r.Changes) != 0 {
+				t.Errorf("reload of the same: got %q, %v, want no changes", r.Changes, err)
+			}
+			looks("k can be written", false)
+			s.stop()
+			s.start()
+			looks("after a restart", false)
 			s.stop()
 		})
 	}

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -102,17 +101,30 @@ func inBoth(list, others []config.Export) []config.Export {
 // yieldDefaults has one default at most of the exports that the control API has made,
 // the last that was made it, in their files too: a start makes each the default that
 // says so, in the order in which they were made. It does not end with its caller.
-func (d *daemon) yieldDefaults() error {
+// What it could not do it does when it is called again.
+func (d *daemon) yieldDefaults() (failed []error) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
-	var errs []error
 	for _, k := range d.disks.all() {
 		if err := d.yieldDefault(ctx, k); err != nil {
 			x, _, _ := d.disks.look(k)
-			errs = append(errs, fmt.Errorf("export %q is still a default, and may be it after a restart: %w", x.Name, err))
+			failed = append(failed, fmt.Errorf("export %q is %s: %w", x.Name, stillDefault, err))
 		}
 	}
-	return errors.Join(errs...)
+	return failed
+}
+
+// stillDefault is what an export is that has not yielded.
+const stillDefault = "still a default, and may be it after a restart"
+
+// tellDefaults is yieldDefaults for who has done by then what was asked for: it logs
+// what failed, and returns a line for each.
+func (d *daemon) tellDefaults() (lines []string) {
+	for _, err := range d.yieldDefaults() {
+		d.log.Error("the empty name may open another disk after a restart", "error", err)
+		lines = append(lines, err.Error())
+	}
+	return lines
 }
 
 // yieldDefault is yieldDefaults for one of them.

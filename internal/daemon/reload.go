@@ -72,6 +72,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 			return api.Reload{}, told(err)
 		}
 	}
+	r.Changes = append(r.Changes, d.tellDefaults()...)
 	if r.Changes = append(r.Changes, secrets...); len(r.Changes) > 0 {
 		d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
 	}
@@ -88,9 +89,6 @@ func (d *daemon) applyAll(c *config.Config, change *config.Change, r *api.Reload
 	}
 	for _, name := range d.retry(ctx, func(error) bool { return true }) {
 		r.Changes = append(r.Changes, d.outcome(name)...)
-	}
-	if err := d.yieldDefaults(); err != nil {
-		d.log.Error("the empty name may open another disk after a restart", "error", err)
 	}
 	return nil
 }

@@ -98,28 +98,31 @@ func (s service) Status() api.Status {
 	return t
 }
 
-// notes are what there is to say about exports that are not what the configuration
-// wants, once of each: those first that have failed or take no more writes, by name.
+// notes are what there is to say about exports that are not what the configuration or
+// the control API wants, once of each: those first that have failed, take no more
+// writes or are still a default, by name.
 func (d *daemon) notes() iter.Seq2[string, string] {
 	return func(yield func(name, text string) bool) {
-		failed := map[string]bool{}
+		said := map[string]bool{}
 		for _, k := range d.disks.all() {
 			cfg, _, _ := d.disks.look(k)
 			text, h := "", d.disks.healthOf(k)
 			switch {
 			case h.failed != nil:
-				text, failed[cfg.Name] = h.failed.Error(), true
+				text = h.failed.Error()
 			case h.poisoned != nil:
 				text = "it takes no more writes until its image is opened anew: " + h.poisoned.Error()
+			case d.yields(k):
+				text = "it is " + stillDefault + ": the next reload tries again to have it that no more"
 			}
-			if text != "" && !yield(cfg.Name, text) {
+			if said[cfg.Name] = text != ""; said[cfg.Name] && !yield(cfg.Name, text) {
 				return
 			}
 		}
 		for _, x := range d.conf.Load().Exports {
 			text, k := "", d.disks.get(x.Name)
 			switch {
-			case failed[x.Name]:
+			case said[x.Name]:
 			case k == nil:
 				text = "it was removed, and the configuration has it: the next start opens it, or a reload that finds a key of it changed"
 			case d.disks.originOf(k) != fromConfig:
@@ -212,11 +215,11 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 	if err == nil {
 		err = s.d.addDisk(ctx, &disk{cfg: x, origin: origin, unkept: a.Persist}, files)
 	}
-	if err == nil && x.Default {
-		err = s.d.yieldDefaults()
-	}
 	if err != nil {
 		return api.Export{}, told(err)
+	}
+	if x.Default {
+		s.d.tellDefaults() // it is there, whatever becomes of the others: the notes tell of them
 	}
 	return s.Export(x.Name)
 }
@@ -245,10 +248,13 @@ func (d *daemon) mayAdd(x *config.Export, persist bool, files int) error {
 
 func (s service) Patch(ctx context.Context, name string, p api.Patch) (api.Export, error) {
 	x, err := s.patch(ctx, name, p)
-	if err == nil && p.Default != nil && *p.Default {
-		err = told(s.d.yieldDefaults())
+	if err != nil || p.Default == nil || !*p.Default {
+		return x, err
 	}
-	return x, err
+	if err := errors.Join(s.d.yieldDefaults()...); err != nil {
+		return x, told(fmt.Errorf("export %q is changed, but %w", name, err))
+	}
+	return x, nil
 }
 
 // patch is Patch but for the other defaults.
