@@ -21,6 +21,8 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	nbdclient "github.com/vmdiskd/vmdiskd/internal/nbd/client"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
@@ -593,6 +595,57 @@ func TestCertificatesBehindLinksAreRenewed(t *testing.T) {
 		t.Error("the certificates that have come are not served")
 	}
 	s.stop()
+}
+
+// TestRevocationNeedsNoKey: the worker cannot read the key of its certificate, which
+// was opened before it became another user. Whether that key changes or not, who is
+// revoked is let in no more.
+func TestRevocationNeedsNoKey(t *testing.T) {
+	disk := userImage(t)
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ca, day := transporttest.NewCA(t, "test"), time.Now().Add(24*time.Hour)
+	alice, bob := ca.IssueClient("alice"), ca.IssueClient("bob")
+	revoke := func(list ...*transporttest.Issued) {
+		transporttest.WriteFile(t, filepath.Join(dir, "ca-crl.pem"), ca.CRL(day, list...), 0o644)
+	}
+	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
+	revoke()
+	d := serve(t, "-u", "nobody", "--tls=require", "--tls-certificates", dir, disk)
+	enters := func(when, name string, is *transporttest.Issued, want bool) {
+		t.Helper()
+		own := t.TempDir()
+		transporttest.WriteClient(t, own, ca, is)
+		cfg, err := transport.ClientConfig(own, "localhost")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("unix", d.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := nbdclient.New(t.Context(), c, nbdclient.Options{TLS: cfg}); (err == nil) != want {
+			t.Errorf("%s, %s: got %v, want entry: %v", when, name, err, want)
+		}
+	}
+	enters("before", "bob", bob, true)
+	revoke(bob)
+	enters("bob revoked", "bob", bob, false)
+	enters("bob revoked", "alice", alice, true)
+	transporttest.WriteServer(t, dir, nil, ca.IssueServer("localhost"))
+	revoke(alice)
+	enters("alice revoked, another key", "alice", alice, false)
+	enters("alice revoked, another key", "bob", bob, true)
+	d.signal(unix.SIGTERM)
+	if status := d.wait(); status != 0 {
+		t.Errorf("status %d", status)
+	}
+	if said := d.stderr.String(); strings.Count(said, "server-key.pem: permission denied") != 1 {
+		t.Errorf("log %q, want one line of the other key", said)
+	}
 }
 
 // TestConfigurationBehindALinkIsReloaded from the folder of the file.

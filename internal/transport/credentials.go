@@ -13,6 +13,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -47,9 +49,11 @@ type TLSOptions struct {
 }
 
 // Credentials are the certificates of one directory. They follow the files:
-// each handshake looks whether one of them has changed, and then uses the new
-// files if all of them together are in order, and the old ones if not. Safe
-// for concurrent use.
+// each handshake looks whether one of them has changed, and then uses those that
+// are in order in place of the old ones. Certificate and key change together. What
+// is wrong with one file keeps no revocation in another from taking effect, and a
+// file that has not changed is not read again: the process may have lost the right
+// to. Safe for concurrent use.
 type Credentials struct {
 	dir string
 	opt TLSOptions
@@ -75,6 +79,22 @@ type credentialSet struct {
 	roots  *x509.CertPool   // nil for a server without ca-cert.pem
 	crls   revocations      // nil without ca-crl.pem
 	server *tls.Config      // nil for a client
+
+	authorities []*x509.Certificate // those of roots
+}
+
+// part is what of a set can change while the rest stays.
+type part struct {
+	files []string
+	read  func(s *credentialSet, dir string, o TLSOptions) error
+}
+
+// parts are all that a set has.
+func (o TLSOptions) parts() (own, ca, crl part) {
+	cert, key := o.ownFiles()
+	return part{[]string{cert, key}, (*credentialSet).readOwn},
+		part{[]string{caFile}, (*credentialSet).readCA},
+		part{[]string{crlFile}, (*credentialSet).readCRL}
 }
 
 // LoadCredentials reads the certificates in dir. A server needs its
@@ -85,7 +105,9 @@ type credentialSet struct {
 // Once loaded, ca-cert.pem and ca-crl.pem may change but not vanish: that
 // would silently open what they close.
 func LoadCredentials(dir string, o TLSOptions) (*Credentials, error) {
-	set, err := loadSet(dir, o)
+	set := &credentialSet{given: o.Given}
+	own, ca, crl := o.parts()
+	set, err := set.with(dir, o, own, ca, crl)
 	for _, f := range o.Given {
 		f.Close()
 	}
@@ -183,32 +205,21 @@ func (c *Credentials) currentLocked() *credentialSet {
 	if known && time.Since(c.refused.at) < limits.CertificateRetry {
 		return c.set
 	}
-	set, err := loadSet(c.dir, c.opt)
-	if err == nil {
-		err = c.set.keeps(set)
-	}
-	if err == nil {
-		c.set, c.refused.stamps, c.refused.text = set, nil, ""
+	set, wrong := c.set.renew(c.dir, c.opt, now)
+	if set != c.set {
+		c.set = set
 		c.log.Info("tls credentials reloaded", "dir", c.dir)
 		set.crls.warn(c.log, c.dir)
-		return set
 	}
-	if !known || err.Error() != c.refused.text {
-		c.log.Warn("tls credentials changed but stay as they were", "dir", c.dir, "error", err)
+	if wrong == "" {
+		c.refused.stamps, c.refused.text = nil, ""
+		return c.set
 	}
-	c.refused.stamps, c.refused.text, c.refused.at = now, err.Error(), time.Now()
+	if !known || wrong != c.refused.text {
+		c.log.Warn("tls files that are not in order stay as they were", "dir", c.dir, "error", wrong)
+	}
+	c.refused.stamps, c.refused.text, c.refused.at = now, wrong, time.Now()
 	return c.set
-}
-
-// keeps fails if next lacks a file that demands something of the peer.
-func (s *credentialSet) keeps(next *credentialSet) error {
-	switch {
-	case s.roots != nil && next.roots == nil:
-		return fmt.Errorf("%q has vanished", caFile)
-	case s.crls != nil && next.crls == nil:
-		return fmt.Errorf("%q has vanished", crlFile)
-	}
-	return nil
 }
 
 func (o TLSOptions) ownFiles() (cert, key string) {
@@ -218,22 +229,49 @@ func (o TLSOptions) ownFiles() (cert, key string) {
 	return "server-cert.pem", "server-key.pem"
 }
 
-func loadSet(dir string, o TLSOptions) (*credentialSet, error) {
-	s := &credentialSet{given: o.Given, stamps: map[string]stamp{}}
-	if err := s.loadOwn(dir, o); err != nil {
-		return nil, err
+// renew is s with what has changed and is in order, and says what is not. Both
+// authorities and lists may be wrong without the other: a new authority comes with a
+// list that it has signed.
+func (s *credentialSet) renew(dir string, o TLSOptions, now map[string]stamp) (_ *credentialSet, wrong string) {
+	own, ca, crl := o.parts()
+	var all []string
+	for _, parts := range [...][]part{{own}, {ca, crl}, {ca}, {crl}} {
+		if slices.ContainsFunc(parts, func(p part) bool { return s.has(p, now) }) {
+			continue
+		}
+		next, err := s.with(dir, o, parts...)
+		switch {
+		case err == nil:
+			s = next
+		case len(parts) == 1: // of two each is tried alone
+			all = append(all, err.Error())
+		}
 	}
-	authorities, err := s.loadCA(dir, o)
-	if err != nil {
-		return nil, err
+	return s, strings.Join(all, "; ")
+}
+
+// has tells whether the files of p are those that s was made of.
+func (s *credentialSet) has(p part, now map[string]stamp) bool {
+	return !slices.ContainsFunc(p.files, func(name string) bool { return now[name] != s.stamps[name] })
+}
+
+// with is another set, for which parts are read and the rest is as in s.
+func (s *credentialSet) with(dir string, o TLSOptions, parts ...part) (*credentialSet, error) {
+	next := *s
+	next.stamps = map[string]stamp{}
+	maps.Copy(next.stamps, s.stamps)
+	for _, p := range parts {
+		if err := p.read(&next, dir, o); err != nil {
+			return nil, err
+		}
 	}
-	if err := s.loadCRL(dir, authorities); err != nil {
-		return nil, err
+	if err := next.crls.signedBy(next.authorities); err != nil {
+		return nil, fmt.Errorf("%q and %q: %w", caFile, crlFile, err)
 	}
 	if !o.Client {
-		s.server = s.serverConfig(o)
+		next.server = next.serverConfig(o)
 	}
-	return s, nil
+	return &next, nil
 }
 
 func (s *credentialSet) serverConfig(o TLSOptions) *tls.Config {
@@ -250,8 +288,8 @@ func (s *credentialSet) serverConfig(o TLSOptions) *tls.Config {
 	return cfg
 }
 
-// loadOwn reads this side's certificate and key.
-func (s *credentialSet) loadOwn(dir string, o TLSOptions) error {
+// readOwn reads this side's certificate and key.
+func (s *credentialSet) readOwn(dir string, o TLSOptions) error {
 	certName, keyName := o.ownFiles()
 	cert, err := s.read(dir, certName, limits.CertificateFile)
 	if err != nil {
@@ -263,6 +301,7 @@ func (s *credentialSet) loadOwn(dir string, o TLSOptions) error {
 	}
 	switch {
 	case cert == nil && key == nil && o.Client:
+		s.own = nil
 		return nil
 	case cert == nil:
 		return fmt.Errorf("%q: %w", certName, fs.ErrNotExist)
@@ -277,40 +316,48 @@ func (s *credentialSet) loadOwn(dir string, o TLSOptions) error {
 	return nil
 }
 
-// loadCA reads the authorities, if there are any.
-func (s *credentialSet) loadCA(dir string, o TLSOptions) ([]*x509.Certificate, error) {
+// readCA reads the authorities, if there are any. Those that were there demand
+// something of the peer, and cannot vanish; nor can the lists of readCRL.
+func (s *credentialSet) readCA(dir string, o TLSOptions) error {
 	data, err := s.read(dir, caFile, limits.CertificateFile)
-	if err == nil && data == nil && o.Client {
-		err = fmt.Errorf("%q: %w", caFile, fs.ErrNotExist)
+	switch {
+	case err != nil:
+		return err
+	case data == nil && s.roots != nil:
+		return fmt.Errorf("%q has vanished", caFile)
+	case data == nil && o.Client:
+		return fmt.Errorf("%q: %w", caFile, fs.ErrNotExist)
+	case data == nil:
+		return nil
 	}
-	if err != nil || data == nil {
-		return nil, err
-	}
-	s.roots = x509.NewCertPool()
-	var all []*x509.Certificate
+	s.roots, s.authorities = x509.NewCertPool(), nil
 	err = eachPEM(data, "CERTIFICATE", func(der []byte) error {
 		c, err := x509.ParseCertificate(der)
 		if err == nil {
 			s.roots.AddCert(c)
-			all = append(all, c)
+			s.authorities = append(s.authorities, c)
 		}
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%q: %w", caFile, err)
+		return fmt.Errorf("%q: %w", caFile, err)
 	}
-	return all, nil
+	return nil
 }
 
-func (s *credentialSet) loadCRL(dir string, authorities []*x509.Certificate) error {
+func (s *credentialSet) readCRL(dir string, _ TLSOptions) error {
 	data, err := s.read(dir, crlFile, limits.RevocationFile)
-	if err != nil || data == nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if authorities == nil {
+	case data == nil && s.crls != nil:
+		return fmt.Errorf("%q has vanished", crlFile)
+	case data == nil:
+		return nil
+	case s.roots == nil:
 		return fmt.Errorf("%q has no use without %q", crlFile, caFile)
 	}
-	if s.crls, err = parseRevocations(data, authorities); err != nil {
+	if s.crls, err = parseRevocations(data); err != nil {
 		return fmt.Errorf("%q: %w", crlFile, err)
 	}
 	return nil
@@ -430,7 +477,7 @@ func stampOf(fi fs.FileInfo) stamp {
 	return stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
 }
 
-// stampAll looks at all files that loadSet reads, without opening them.
+// stampAll looks at all files of a set, without opening them.
 func stampAll(dir string, o TLSOptions) map[string]stamp {
 	cert, key := o.ownFiles()
 	all := make(map[string]stamp, 4)

@@ -44,10 +44,8 @@ type revocationList struct {
 	serials map[string]bool
 }
 
-// parseRevocations parses the lists and verifies those whose issuer is among
-// authorities; lists of intermediate authorities are verified with the chain
-// in which they appear.
-func parseRevocations(data []byte, authorities []*x509.Certificate) (revocations, error) {
+// parseRevocations parses the lists, of which none is verified yet.
+func parseRevocations(data []byte) (revocations, error) {
 	var all revocations
 	err := eachPEM(data, "X509 CRL", func(der []byte) error {
 		list, err := x509.ParseRevocationList(der)
@@ -56,9 +54,6 @@ func parseRevocations(data []byte, authorities []*x509.Certificate) (revocations
 		}
 		r := &revocationList{RevocationList: list, serials: map[string]bool{}}
 		if err := r.accept(); err != nil {
-			return fmt.Errorf("list of %q: %w", list.Issuer, err)
-		}
-		if err := r.signedByOneOf(authorities); err != nil {
 			return fmt.Errorf("list of %q: %w", list.Issuer, err)
 		}
 		all = append(all, r)
@@ -86,6 +81,17 @@ func (r *revocationList) accept() error {
 			}
 		}
 		r.serials[c.SerialNumber.String()] = true
+	}
+	return nil
+}
+
+// signedBy verifies the lists whose issuer is among authorities; those of
+// intermediate authorities are verified with the chain in which they appear.
+func (rs revocations) signedBy(authorities []*x509.Certificate) error {
+	for _, r := range rs {
+		if err := r.signedByOneOf(authorities); err != nil {
+			return fmt.Errorf("list of %q: %w", r.Issuer, err)
+		}
 	}
 	return nil
 }

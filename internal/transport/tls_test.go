@@ -19,10 +19,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -479,6 +482,149 @@ func TestARevocationTakesEffectAtTheNextHandshake(t *testing.T) {
 			t.Errorf("%s: handshake %v, want success: %v", st.name, err, st.in)
 		}
 	}
+}
+
+// TestAFaultOfOneFileHoldsUpNoRevocation: what is wrong with the others is told,
+// and they stay as they were.
+func TestAFaultOfOneFileHoldsUpNoRevocation(t *testing.T) {
+	day := time.Now().Add(24 * time.Hour)
+	for _, tt := range []struct {
+		name, file string
+		data       []byte // nil removes the file
+		perm       os.FileMode
+	}{
+		{"key that others may read", "server-key.pem", []byte("-----"), 0o644},
+		{"key that is none", "server-key.pem", []byte("-----"), 0o600},
+		{"no key", "server-key.pem", nil, 0},
+		{"certificate that is none", "server-cert.pem", []byte("-----"), 0o644},
+		{"authority that is none", "ca-cert.pem", []byte("-----"), 0o644},
+		{"no authority", "ca-cert.pem", nil, 0},
+		{"another authority of the name", "ca-cert.pem", transporttest.NewCA(t, "test CA").PEM(), 0o644},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPKI(t)
+			p.crl(t, p.ca.CRL(day))
+			var log logged
+			creds := p.load(t, transport.TLSOptions{Log: log.logger()})
+			alice, bob := p.ca.IssueClient("alice"), p.ca.IssueClient("bob")
+			path := filepath.Join(p.dir, tt.file)
+			if tt.data == nil {
+				put(t, os.Remove(path))
+			} else {
+				transporttest.WriteFile(t, path, tt.data, tt.perm)
+			}
+			p.crl(t, p.ca.CRL(day, bob))
+			changed, err := creds.Look()
+			if !changed || err == nil || !strings.Contains(err.Error(), tt.file) {
+				t.Errorf("look: changed %v, %v; want a change and an error of %s", changed, err, tt.file)
+			}
+			if got := log.take(); !strings.Contains(got, "reloaded") || !strings.Contains(got, tt.file) {
+				t.Errorf("log is %q, want the list and the fault of %s", got, tt.file)
+			}
+			_, _, serr, cerr := handshake(t, creds.ServerConfig(), p.clientConfig(bob))
+			if serr == nil || !strings.Contains(serr.Error(), "revoked") || cerr == nil {
+				t.Errorf("revoked client: %v, %v; want that it is refused", serr, cerr)
+			}
+			_, _, serr, cerr = handshake(t, creds.ServerConfig(), p.clientConfig(alice))
+			put(t, errors.Join(serr, cerr))
+		})
+	}
+}
+
+// TestAnAuthorityGoesWhileTheListIsWrong: it stands for no client any more.
+func TestAnAuthorityGoesWhileTheListIsWrong(t *testing.T) {
+	p, left := newPKI(t), transporttest.NewCA(t, "left")
+	day := time.Now().Add(24 * time.Hour)
+	file := filepath.Join(p.dir, "ca-cert.pem")
+	transporttest.WriteFile(t, file, append(p.ca.PEM(), left.PEM()...), 0o644)
+	p.crl(t, p.ca.CRL(day), left.CRL(day))
+	cfg := p.load(t, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)}).ServerConfig()
+	alice, bob := p.clientConfig(p.ca.IssueClient("alice")), p.clientConfig(left.IssueClient("bob"))
+	for _, client := range []*tls.Config{alice, bob} {
+		_, _, serr, cerr := handshake(t, cfg, client)
+		put(t, errors.Join(serr, cerr))
+	}
+	transporttest.WriteFile(t, file, p.ca.PEM(), 0o644)
+	p.crl(t, []byte("-----"))
+	if _, _, serr, _ := handshake(t, cfg, bob); serr == nil || !strings.Contains(serr.Error(), "unknown authority") {
+		t.Errorf("client of an authority that has gone: %v, want that it is refused", serr)
+	}
+	_, _, serr, cerr := handshake(t, cfg, alice)
+	put(t, errors.Join(serr, cerr))
+}
+
+// TestAuthorityAndItsListChangeTogether: neither is in order with what the other
+// was before, and none is used before both are there.
+func TestAuthorityAndItsListChangeTogether(t *testing.T) {
+	p, next := newPKI(t), transporttest.NewCA(t, "test CA")
+	day := time.Now().Add(24 * time.Hour)
+	p.crl(t, p.ca.CRL(day))
+	cfg := p.load(t, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)}).ServerConfig()
+	alice, bob := p.clientConfig(p.ca.IssueClient("alice")), p.clientConfig(next.IssueClient("bob"))
+	for _, st := range []struct {
+		name       string
+		change     func()
+		alice, bob bool
+	}{
+		{"before", func() {}, true, false},
+		{"authority", func() { transporttest.WriteFile(t, filepath.Join(p.dir, "ca-cert.pem"), next.PEM(), 0o644) }, true, false},
+		{"its list", func() { p.crl(t, next.CRL(day)) }, false, true},
+	} {
+		st.change()
+		for client, want := range map[*tls.Config]bool{alice: st.alice, bob: st.bob} {
+			_, _, serr, cerr := handshake(t, cfg, client)
+			if err := errors.Join(serr, cerr); (err == nil) != want {
+				t.Errorf("%s: handshake %v, want success: %v", st.name, err, want)
+			}
+		}
+	}
+}
+
+// TestAKeyThatCannotBeReadAgain is what a server has that was started by root and
+// has changed its user: the key counts until it changes, the rest does not need it.
+func TestAKeyThatCannotBeReadAgain(t *testing.T) {
+	p := &pki{ca: transporttest.NewCA(t, "test CA"), dir: publicDir(t)}
+	put(t, os.Chmod(p.dir, 0o755))
+	first, bob, day := p.ca.IssueServer("server"), p.ca.IssueClient("bob"), time.Now().Add(24*time.Hour)
+	transporttest.WriteServer(t, p.dir, p.ca, first)
+	p.crl(t, p.ca.CRL(day))
+	hidden := func() error { return os.Chmod(filepath.Join(p.dir, "server-key.pem"), 0) }
+	given, err := transport.OpenCredentials(p.dir, transport.TLSOptions{})
+	put(t, errors.Join(err, hidden()))
+	var log logged
+	creds := p.load(t, transport.TLSOptions{Given: given, Log: log.logger()})
+
+	p.crl(t, p.ca.CRL(day, bob))
+	if changed, err := lookAsNobody(t, creds); !changed || err != nil {
+		t.Errorf("another list: changed %v, %v; want a change alone", changed, err)
+	}
+	if got := log.take(); !strings.Contains(got, "reloaded") || strings.Contains(got, "server-key.pem") {
+		t.Errorf("log is %q, want the list alone", got)
+	}
+	transporttest.WriteServer(t, p.dir, nil, p.ca.IssueServer("server"))
+	put(t, hidden())
+	p.crl(t, p.ca.CRL(day))
+	if changed, err := lookAsNobody(t, creds); !changed || err == nil || !strings.Contains(err.Error(), "server-key.pem: permission denied") {
+		t.Errorf("another key and list: changed %v, %v; want a change, and what is wrong with the key", changed, err)
+	}
+	_, c, serr, cerr := handshake(t, creds.ServerConfig(), p.clientConfig(bob))
+	put(t, errors.Join(serr, cerr))
+	if got, want := c.Peer().Cert.SerialNumber, first.Cert.SerialNumber; got.Cmp(want) != 0 {
+		t.Errorf("server has certificate %v, want %v", got, want)
+	}
+}
+
+// lookAsNobody is c.Look by a user to whom no file belongs.
+func lookAsNobody(t *testing.T, c *transport.Credentials) (changed bool, err error) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		return c.Look()
+	}
+	runtime.LockOSThread() // whose user for files it is
+	defer runtime.UnlockOSThread()
+	put(t, unix.Setfsuid(65534))
+	defer func() { put(t, unix.Setfsuid(0)) }()
+	return c.Look()
 }
 
 func TestDirectoriesThatAreNotLoaded(t *testing.T) {
