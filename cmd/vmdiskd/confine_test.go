@@ -86,10 +86,15 @@ func (d *daemonProcess) statusOf() []map[string]string {
 // can enter.
 func userImage(t *testing.T) string {
 	t.Helper()
+	needRoot(t)
+	return image(t, 1<<20)
+}
+
+func needRoot(t *testing.T) {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
-	return image(t, 1<<20)
 }
 
 // TestEveryThreadOfTheWorkerIsConfined, under load that starts some.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/controltest"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // wantChecked is that --check says want, with status 0.
@@ -58,6 +60,28 @@ func TestCheckSaysWhatAReloadChanges(t *testing.T) {
 	wantChecked(t, "no service", file, "no service answers at "+at+opens)
 	t.Setenv(forbid, "connect")
 	wantChecked(t, "no right", file, fmt.Sprintf("the service at %s cannot say what a reload changes (control socket %s: connect: operation not permitted)", at, at)+opens)
+}
+
+// TestCheckLooksAtCertificates, which a reload reads again, and leaves them as they
+// are for it.
+func TestCheckLooksAtCertificates(t *testing.T) {
+	pki, ca := t.TempDir(), transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, pki, ca, ca.IssueServer("localhost"))
+	s := newService(t, "[[listener]]\nuri = \"nbds+unix:///?socket=DIR/tls\"\n[tls]\ncertificates = \""+pki+"\"\n")
+	file, at := filepath.Join(s.dir, "conf"), fmt.Sprintf("%q", filepath.Join(s.dir, "control"))
+	key := filepath.Join(pki, "server-key.pem")
+	transporttest.WriteFile(t, key, []byte("-----"), 0o600)
+	out, err := program("--config", file, "--check").CombinedOutput()
+	if want := "the service at " + at + " refuses the file: certificates in "; err == nil || !strings.Contains(string(out), want) {
+		t.Errorf("a key that is none: got %q, %v; want %q and an error", out, err, want)
+	}
+	transporttest.WriteServer(t, pki, ca, ca.IssueServer("localhost"))
+	wantChecked(t, "other certificates", file, "a reload of the service at "+at+" does\ncertificates\n")
+	r, err := s.ctl.Reload(t.Context(), false)
+	if err != nil || !slices.Equal(r.Changes, []string{"certificates"}) {
+		t.Errorf("reload: got %q, %v; want that the certificates are others", r.Changes, err)
+	}
+	s.stop()
 }
 
 // refusing is a service with a file, whose reload fails.

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
@@ -56,9 +57,7 @@ psk = ["vm2"]
 // anywhere (AU-17).
 func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 	t.Parallel()
-	if err := psk.Supported(); err != nil {
-		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
-	}
+	needKeys(t)
 	if _, err := exec.LookPath("nbdinfo"); err != nil {
 		t.Skip("nbdinfo is not installed")
 	}
@@ -142,7 +141,9 @@ func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 	if err := os.Chmod(keys, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	reload()
+	if r, err := s.ctl.Reload(t.Context(), false); err != nil || len(r.Changes) > 0 {
+		t.Errorf("the same keys: got %q, %v; want no change", r.Changes, err)
+	}
 	s.wantReloadGauge("after keys that can", 1)
 	for _, name := range []string{"cmdline", "environ"} {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", s.cmd.Process.Pid, name))
@@ -152,6 +153,68 @@ func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 		hasNone(t, name, string(b), secrets)
 	}
 	hasNone(t, "log", s.log(), secrets)
+	s.stop()
+}
+
+func needKeys(t *testing.T) {
+	t.Helper()
+	if err := psk.Supported(); err != nil {
+		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
+	}
+}
+
+// TestReloadNeedsNoKeysThatHaveNotChanged: the file belongs to root, and the worker
+// is another user. What it cannot do when the file changes, a dry run says before.
+func TestReloadNeedsNoKeysThatHaveNotChanged(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	needKeys(t)
+	const nobody = 65534
+	etc := shortDir(t)
+	keys := filepath.Join(etc, "keys.psk")
+	s := &testService{T: t, dir: shortDir(t)}
+	if err := errors.Join(os.Chmod(etc, 0o755), psk.Add(keys, "vm1", 32, false),
+		os.WriteFile(filepath.Join(s.dir, "a.img"), make([]byte, 1<<20), 0o600),
+		os.WriteFile(filepath.Join(s.dir, "b.img"), make([]byte, 1<<20), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	configure := func(exports string) {
+		t.Helper()
+		s.configure("[tls]\npsk = \"" + keys + "\"\n[[listener]]\nuri = \"nbds+unix:///?socket=DIR/tls\"\n" + exports)
+		for _, name := range []string{"", "state", "conf", "a.img", "b.img"} {
+			if err := os.Chown(filepath.Join(s.dir, name), nobody, nobody); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	configure(exportA)
+	s.prepare = func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "--user", fmt.Sprint(nobody)) }
+	s.start()
+	configure(exportA + exportB)
+	wantBoth := func(what string, want ...string) {
+		t.Helper()
+		for _, dry := range []bool{true, false} {
+			r, err := s.ctl.Reload(t.Context(), dry)
+			if err != nil || !slices.Equal(r.Changes, want) {
+				t.Errorf("%s, dry run %t: got %q, %v; want %q", what, dry, r.Changes, err, want)
+			}
+		}
+	}
+	wantBoth("another export", `add export "b"`)
+	if got := s.states(); !slices.Equal(got, []string{"a ready", "b ready"}) {
+		t.Errorf("exports after the reload: %q", got)
+	}
+	if err := psk.Add(keys, "vm2", 32, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, dry := range []bool{true, false} {
+		r, err := s.ctl.Reload(t.Context(), dry)
+		wantCode(t, fmt.Sprintf("keys that cannot be read, dry run %t: %q", dry, r.Changes), err, api.CodeInvalid)
+	}
+	if err := os.Chown(keys, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
+	wantBoth("other keys", "pre-shared keys")
 	s.stop()
 }
 

@@ -466,7 +466,7 @@ func (d *daemon) reload(done chan<- struct{}) {
 	var changes []string
 	var err error
 	if d.conf.Load() == nil {
-		changes, err = d.readSecrets()
+		changes, err = d.readSecrets(false)
 		d.staleConf.Store(err != nil)
 	} else {
 		var r api.Reload

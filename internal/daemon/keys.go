@@ -65,26 +65,33 @@ func (d *daemon) warnOfKeys() {
 }
 
 // readSecrets reads certificates and pre-shared keys again, and says what has
-// changed. What is wrong with a file is an error, and changes nothing of it; the other
-// may have changed, as certificates do at any handshake.
-func (d *daemon) readSecrets() (changes []string, err error) {
+// changed; a dry run changes nothing. What is wrong with a file is an error, and
+// changes nothing of it; the others may have changed, as certificates do at any
+// handshake.
+func (d *daemon) readSecrets(dryRun bool) (changes []string, err error) {
+	certificates, keys := d.creds.Look, d.keys.Reload
+	if dryRun {
+		certificates, keys = d.creds.Check, d.keys.Check
+	}
 	if d.creds != nil {
-		changed, wrong := d.creds.Look()
+		changed, wrong := certificates()
 		if changed {
 			changes = append(changes, "certificates")
 		}
 		err = wrong
 	}
 	if d.keys != nil {
-		changed, wrong := d.keys.Reload()
+		changed, wrong := keys()
 		if wrong != nil {
 			return changes, errors.Join(err, fmt.Errorf("pre-shared keys stay as they were: %w", wrong))
 		}
 		if changed {
 			changes = append(changes, "pre-shared keys")
 		}
-		d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
-		d.warnOfKeys()
+		if changed && !dryRun {
+			d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
+			d.warnOfKeys()
+		}
 	}
 	return changes, err
 }

@@ -57,15 +57,19 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		r.Changes = append(r.Changes, "change the order of exports")
 	}
 	switch {
-	case dryRun:
+	case r.Restart && dryRun:
 		r.Changes = append(r.Changes, retries...)
 		return r, nil
-	case change.Restart():
+	case r.Restart:
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(change.Lines(), "; ")}
 	}
-	secrets, err := d.readSecrets()
+	secrets, err := d.readSecrets(dryRun)
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
+	}
+	if dryRun {
+		r.Changes = append(append(r.Changes, retries...), secrets...)
+		return r, nil
 	}
 	if len(r.Changes)+len(retries) > 0 {
 		if err := d.applyAll(c, change, &r); err != nil {

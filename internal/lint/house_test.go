@@ -31,8 +31,9 @@ var mayImport = map[string][]string{
 	"internal/qmp/libvirtd": {"internal/limits", "internal/qmp"},
 	"internal/qmp/qmptest":  {},
 
-	"internal/transport":               {"internal/confine/selinux", "internal/limits", "internal/transport/psk"},
-	"internal/transport/psk":           {"internal/limits"},
+	"internal/transport":               {"internal/confine/selinux", "internal/limits", "internal/transport/psk", "internal/transport/stamp"},
+	"internal/transport/psk":           {"internal/limits", "internal/transport/stamp"},
+	"internal/transport/stamp":         {},
 	"internal/transport/transporttest": {"internal/transport"},
 	"internal/engine":                  {"internal/limits", "internal/sysio"},
 	"internal/engine/bufpool":          {"internal/limits", "internal/sysio"},

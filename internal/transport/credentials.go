@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport/stamp"
 )
 
 // The files of a certificate directory have the names that QEMU, libnbd and
@@ -65,7 +66,7 @@ type Credentials struct {
 	// refused says which files could not be loaded, why, and when that was
 	// found; guarded by mu.
 	refused struct {
-		stamps map[string]stamp
+		stamps map[string]stamp.Stamp
 		text   string
 		at     time.Time
 	}
@@ -74,7 +75,7 @@ type Credentials struct {
 // credentialSet is what the files of one moment say.
 type credentialSet struct {
 	given  map[string]*os.File // only while they are loaded
-	stamps map[string]stamp
+	stamps map[string]stamp.Stamp
 	own    *tls.Certificate // nil for a client without one
 	roots  *x509.CertPool   // nil for a server without ca-cert.pem
 	crls   revocations      // nil without ca-crl.pem
@@ -182,10 +183,23 @@ func (c *Credentials) Look() (changed bool, err error) {
 	defer c.mu.Unlock()
 	before := c.set
 	changed = c.currentLocked() != before
-	if c.refused.text != "" {
-		err = fmt.Errorf("certificates in %q: %s", c.dir, c.refused.text)
+	return changed, c.told(c.refused.text)
+}
+
+// Check tells what Look would, and changes nothing.
+func (c *Credentials) Check() (changed bool, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	set, wrong := c.set.renew(c.dir, c.opt, stampAll(c.dir, c.opt))
+	return set != c.set, c.told(wrong)
+}
+
+// told is what renew says is wrong, as an error.
+func (c *Credentials) told(wrong string) error {
+	if wrong == "" {
+		return nil
 	}
-	return changed, err
+	return fmt.Errorf("certificates in %q: %s", c.dir, wrong)
 }
 
 // current returns the newest set that is in order.
@@ -232,7 +246,7 @@ func (o TLSOptions) ownFiles() (cert, key string) {
 // renew is s with what has changed and is in order, and says what is not. Both
 // authorities and lists may be wrong without the other: a new authority comes with a
 // list that it has signed.
-func (s *credentialSet) renew(dir string, o TLSOptions, now map[string]stamp) (_ *credentialSet, wrong string) {
+func (s *credentialSet) renew(dir string, o TLSOptions, now map[string]stamp.Stamp) (_ *credentialSet, wrong string) {
 	own, ca, crl := o.parts()
 	var all []string
 	for _, parts := range [...][]part{{own}, {ca, crl}, {ca}, {crl}} {
@@ -251,14 +265,14 @@ func (s *credentialSet) renew(dir string, o TLSOptions, now map[string]stamp) (_
 }
 
 // has tells whether the files of p are those that s was made of.
-func (s *credentialSet) has(p part, now map[string]stamp) bool {
+func (s *credentialSet) has(p part, now map[string]stamp.Stamp) bool {
 	return !slices.ContainsFunc(p.files, func(name string) bool { return now[name] != s.stamps[name] })
 }
 
 // with is another set, for which parts are read and the rest is as in s.
 func (s *credentialSet) with(dir string, o TLSOptions, parts ...part) (*credentialSet, error) {
 	next := *s
-	next.stamps = map[string]stamp{}
+	next.stamps = map[string]stamp.Stamp{}
 	maps.Copy(next.stamps, s.stamps)
 	for _, p := range parts {
 		if err := p.read(&next, dir, o); err != nil {
@@ -404,7 +418,7 @@ func OpenCredentials(dir string, o TLSOptions) (map[string]*os.File, error) {
 func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
 	f, err := s.open(dir, name)
 	if errors.Is(err, fs.ErrNotExist) {
-		s.stamps[name] = stamp{}
+		s.stamps[name] = stamp.Stamp{}
 		return nil, nil
 	}
 	if err != nil {
@@ -415,7 +429,7 @@ func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.stamps[name] = stampOf(fi)
+	s.stamps[name] = stamp.Of(fi, nil)
 	switch {
 	case !fi.Mode().IsRegular():
 		return nil, fmt.Errorf("%q is no regular file", f.Name())
@@ -460,37 +474,12 @@ func eachPEM(data []byte, kind string, f func(der []byte) error) error {
 	return nil
 }
 
-// stamp tells the versions of a file apart. An absent file has the zero
-// stamp, one that cannot be looked at has the reason.
-type stamp struct {
-	dev, ino     uint64
-	size         int64
-	mtime, ctime syscall.Timespec
-	reason       string
-}
-
-func stampOf(fi fs.FileInfo) stamp {
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	if !ok {
-		return stamp{reason: "no stat"}
-	}
-	return stamp{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
-}
-
 // stampAll looks at all files of a set, without opening them.
-func stampAll(dir string, o TLSOptions) map[string]stamp {
+func stampAll(dir string, o TLSOptions) map[string]stamp.Stamp {
 	cert, key := o.ownFiles()
-	all := make(map[string]stamp, 4)
+	all := make(map[string]stamp.Stamp, 4)
 	for _, name := range [...]string{cert, key, caFile, crlFile} {
-		fi, err := os.Stat(filepath.Join(dir, name))
-		switch {
-		case err == nil:
-			all[name] = stampOf(fi)
-		case errors.Is(err, fs.ErrNotExist):
-			all[name] = stamp{}
-		default:
-			all[name] = stamp{reason: err.Error()}
-		}
+		all[name] = stamp.Of(os.Stat(filepath.Join(dir, name)))
 	}
 	return all
 }

@@ -24,6 +24,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport/stamp"
 )
 
 // Keys are the identities of a key file and their keys. Safe for concurrent
@@ -33,7 +34,8 @@ type Keys struct {
 	decoy []byte // secret of this process
 
 	mu   sync.RWMutex
-	list []identity // guarded by mu; what it holds never changes
+	list []identity  // guarded by mu; what it holds never changes
+	from stamp.Stamp // of the file that list is from; guarded by mu
 }
 
 // identity has one key, or two while one is replaced.
@@ -63,38 +65,61 @@ func LoadFrom(f *os.File, path string) (*Keys, error) {
 	if _, err := rand.Read(k.decoy); err != nil {
 		return nil, err
 	}
-	if _, err := k.read(f); err != nil {
+	var err error
+	if k.list, k.from, err = read(f, path); err != nil {
 		return nil, err
 	}
 	return k, nil
 }
 
 // Reload reads the file again, and tells whether it has other keys. On an error they
-// stay what they are. Connections that are open stay as well.
-func (k *Keys) Reload() (changed bool, err error) {
-	f, err := Open(k.path)
-	if err != nil {
+// stay what they are. That a file which has not changed cannot be opened is none: the
+// process may have lost the right to. Connections that are open stay as well.
+func (k *Keys) Reload() (changed bool, err error) { return k.again(true) }
+
+// Check tells what Reload would, and changes nothing.
+func (k *Keys) Check() (changed bool, err error) { return k.again(false) }
+
+func (k *Keys) again(keep bool) (changed bool, err error) {
+	list, from, err := readAt(k.path)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case err != nil && from == k.from:
+		return false, nil
+	case err != nil:
 		return false, err
 	}
-	defer f.Close()
-	return k.read(f)
+	changed = !slices.EqualFunc(k.list, list, identity.is)
+	if keep {
+		k.list, k.from = list, from
+	}
+	return changed, nil
 }
 
-func (k *Keys) read(f *os.File) (changed bool, err error) {
-	data, err := readAll(f, k.path)
+// readAt is read for a file that may not be readable.
+func readAt(path string) ([]identity, stamp.Stamp, error) {
+	f, err := Open(path)
 	if err != nil {
-		return false, err
+		return nil, stamp.Of(os.Lstat(path)), err
+	}
+	defer f.Close()
+	return read(f, path)
+}
+
+// read returns what is in a key file, and which one it is.
+func read(f *os.File, path string) ([]identity, stamp.Stamp, error) {
+	from := stamp.Of(f.Stat())
+	data, err := readAll(f, path)
+	if err != nil {
+		return nil, from, err
 	}
 	list, err := parse(data)
 	clear(data)
 	if err != nil {
-		return false, fmt.Errorf("key file %q: %w", k.path, err)
+		err = fmt.Errorf("key file %q: %w", path, err)
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	changed = !slices.EqualFunc(k.list, list, identity.is)
-	k.list = list
-	return changed, nil
+	return list, from, err
 }
 
 // is tells whether j is the same identity with the same keys.

@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -199,12 +203,80 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 		t.Error("the keys are gone after a broken reload")
 	}
 	write("vm2:" + hexKey(32, 2) + "\n")
+	if changed, err := k.Check(); !changed || err != nil {
+		t.Fatalf("check of another file: got %t, %v", changed, err)
+	}
+	if name, _ := k.find([]byte("vm1")); name != "vm1" {
+		t.Error("a check has changed the keys")
+	}
 	if changed, err := k.Reload(); !changed || err != nil {
 		t.Fatalf("another file: got %t, %v", changed, err)
 	}
 	if name, _ := k.find([]byte("vm1")); name != "" || k.Len() != 1 {
 		t.Error("an identity that the file has no more is still there")
 	}
+}
+
+// TestKeysThatCannotBeReadAgain is what a server has that was started by root and
+// has changed its user: they count until the file changes.
+func TestKeysThatCannotBeReadAgain(t *testing.T) {
+	dir, err := os.MkdirTemp("", "psk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "keys.psk")
+	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(path, []byte("vm1:"+hexKey(32, 1)+"\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := os.Chmod(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	k, err := LoadFrom(f, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, look := range map[string]func() (bool, error){"check": k.Check, "reload": k.Reload} {
+		if changed, err := asNobody(t, look); changed || err != nil {
+			t.Errorf("%s of the same file: got %t, %v; want no change", name, changed, err)
+		}
+	}
+	next := path + ".next"
+	if err := errors.Join(os.WriteFile(next, []byte("vm1:"+hexKey(32, 2)+"\n"), 0), os.Rename(next, path)); err != nil {
+		t.Fatal(err)
+	}
+	for name, look := range map[string]func() (bool, error){"check": k.Check, "reload": k.Reload} {
+		if changed, err := asNobody(t, look); changed || !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("%s of a file that has changed: got %t, %v; want that it cannot be read", name, changed, err)
+		}
+	}
+	if name, _ := k.find([]byte("vm1")); name != "vm1" {
+		t.Error("the keys are gone")
+	}
+}
+
+// asNobody calls look as a user to whom no file belongs.
+func asNobody(t *testing.T, look func() (bool, error)) (changed bool, err error) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		return look()
+	}
+	runtime.LockOSThread() // whose user for files it is
+	defer runtime.UnlockOSThread()
+	if err := unix.Setfsuid(65534); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setfsuid(0); err != nil {
+			t.Error(err)
+		}
+	}()
+	return look()
 }
 
 func FuzzKeyFile(f *testing.F) {
