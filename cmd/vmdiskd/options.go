@@ -246,6 +246,7 @@ func (r *raw) service(f *pflag.FlagSet) (options, error) {
 	d.Engine, d.Drain = c.Engine, time.Duration(c.Drain)
 	d.Log.Format = c.Log.Format
 	d.TLSCertificates, d.TLSVerifyPeer, d.TLSKeys = c.TLS.Certificates, c.TLS.VerifyPeer, c.TLS.PSK
+	d.TLSSaid = config.SaysTLS(text)
 	if !r.verbose {
 		err = d.Log.Level.UnmarshalText([]byte(c.Log.Level))
 	}

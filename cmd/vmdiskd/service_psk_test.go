@@ -12,8 +12,10 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // TestPSKFileThatOthersCanReadIsRefused is TL-17 for keys, and what a build
@@ -215,6 +217,122 @@ func TestReloadNeedsNoKeysThatHaveNotChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantBoth("other keys", "pre-shared keys")
+	s.stop()
+}
+
+// secretsOf are texts of [tls], each for another way to encrypt that this build has.
+func secretsOf(t *testing.T) map[string]string {
+	t.Helper()
+	pki, keys, ca := t.TempDir(), filepath.Join(t.TempDir(), "keys.psk"), transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, pki, ca, ca.IssueServer("localhost"))
+	all := map[string]string{"certificates": fmt.Sprintf("[tls]\ncertificates = %q\n", pki)}
+	if psk.Supported() == nil {
+		if err := psk.Add(keys, "vm1", 32, false); err != nil {
+			t.Fatal(err)
+		}
+		all["pre-shared keys"] = fmt.Sprintf("[tls]\npsk = %q\n", keys)
+	}
+	return all
+}
+
+// encrypted is an export of the control API with a listener of its own.
+func (s *testService) encrypted(name string) api.AddExport {
+	at := config.Listener{URI: "nbds+unix:///?socket=" + filepath.Join(s.dir, name+".tls")}
+	return api.AddExport{Persist: true, Export: config.Export{
+		Name: name, Image: filepath.Join(s.dir, name+".img"), Listeners: []config.Listener{at},
+	}}
+}
+
+const sharedTLS = "[[listener]]\nuri = \"nbds+unix:///?socket=DIR/tls\"\n"
+
+// TestWhatComesIsEncryptedToo: the configuration has no listener that is, when the
+// service starts. Exports of the control API have, now and after another start, and
+// so may a reload.
+func TestWhatComesIsEncryptedToo(t *testing.T) {
+	t.Parallel()
+	for name, tls := range secretsOf(t) {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, tls)
+			if x, err := s.ctl.Add(t.Context(), s.encrypted("a")); err != nil || x.State != "ready" {
+				t.Errorf("export with a listener of its own: got %+v, %v", x, err)
+			}
+			s.stop()
+			s.start()
+			if got := s.states(); !slices.Equal(got, []string{"a ready"}) {
+				t.Errorf("exports after another start: %q", got)
+			}
+			if err := s.reload(tls + sharedTLS); err != nil {
+				t.Errorf("reload with a listener: %v", err)
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestKeptListenerNeedsNoServiceWithoutIt: a start does without the certificates that
+// only exports of the control API want, and without these exports. It is told how they
+// come back.
+func TestKeptListenerNeedsNoServiceWithoutIt(t *testing.T) {
+	t.Parallel()
+	none := filepath.Join(t.TempDir(), "none")
+	for name, tt := range map[string]struct{ tls, want string }{
+		"no folder": {fmt.Sprintf("[tls]\ncertificates = %q\n", none), none},
+		"no keys":   {fmt.Sprintf("[tls]\npsk = %q\n", none), none},
+	} {
+		if psk.Supported() != nil && name == "no keys" {
+			tt.want = psk.Supported().Error()
+		}
+		t.Run(name, func(t *testing.T) {
+			tls := secretsOf(t)["certificates"]
+			s := newService(t, tls+sharedTLS)
+			if _, err := s.ctl.Add(t.Context(), s.encrypted("a")); err != nil {
+				t.Fatal(err)
+			}
+			s.stop()
+			s.configure(tt.tls + exportB)
+			s.start()
+			if got := s.states(); !slices.Equal(got, []string{"a failed", "b ready"}) {
+				t.Errorf("exports: %q", got)
+			}
+			x, err := s.ctl.Export(t.Context(), "a")
+			if err != nil || !strings.Contains(x.Error, tt.want) || !strings.Contains(x.Error, "restart") {
+				t.Errorf("kept export: got %q, %v; want %q and a restart", x.Error, err, tt.want)
+			}
+			s.configure(tt.tls + sharedTLS + exportB)
+			r, err := s.ctl.Reload(t.Context(), true)
+			if err != nil || !r.Restart {
+				t.Errorf("dry run with a listener: got %+v, %v; want that it takes a restart", r, err)
+			}
+			_, err = s.ctl.Reload(t.Context(), false)
+			wantCode(t, "reload with a listener", err, api.CodeUnsupported)
+			s.stop()
+			fails(t, program("--config", filepath.Join(s.dir, "conf")), tt.want)
+			s.configure(tls + exportB)
+			s.start()
+			if got := s.states(); !slices.Equal(got, []string{"a ready", "b ready"}) {
+				t.Errorf("exports after a start with certificates: %q", got)
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestFirstEncryptedListenerTakesARestart if nothing has named certificates before.
+func TestFirstEncryptedListenerTakesARestart(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	if _, err := s.ctl.Add(t.Context(), s.encrypted("a")); err == nil || !strings.Contains(err.Error(), "name them in [tls] and restart") {
+		t.Errorf("export with a listener of its own: got %v, want what to do", err)
+	}
+	for _, more := range []string{sharedTLS, exportB + "[[export.listener]]\nuri = \"nbds+unix:///?socket=DIR/b.tls\"\n"} {
+		s.configure(more)
+		r, err := s.ctl.Reload(t.Context(), true)
+		if err != nil || !r.Restart || !slices.Contains(r.Changes, "read certificates: needs a restart") {
+			t.Errorf("dry run with %q: got %+v, %v; want that it takes a restart", more, r, err)
+		}
+		_, err = s.ctl.Reload(t.Context(), false)
+		wantCode(t, "reload", err, api.CodeUnsupported)
+	}
 	s.stop()
 }
 

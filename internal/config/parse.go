@@ -69,6 +69,13 @@ func LoadText(name string, b []byte) (*Config, error) {
 	return c, err
 }
 
+// SaysTLS tells whether a configuration that LoadText takes has keys in [tls], be they
+// those that are there by default.
+func SaysTLS(b []byte) bool {
+	c, err := Parse("", b)
+	return err == nil && c.TLS != TLS{}
+}
+
 // readFile reads a regular file of at most most bytes.
 func readFile(name string, most int64, flags ...int) ([]byte, error) {
 	flag := os.O_RDONLY | syscall.O_NONBLOCK // a FIFO does not hold us up

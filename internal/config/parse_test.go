@@ -266,6 +266,18 @@ func TestDeepAndLargeFilesAreRefused(t *testing.T) {
 	}
 }
 
+// TestSaysTLS: what is there by default counts if it is said, and else not.
+func TestSaysTLS(t *testing.T) {
+	for text, want := range map[string]bool{
+		"": false, "[tls]": false, "[[listener]]\nuri = \"nbds://127.0.0.1:1\"": false,
+		"[tls]\ncertificates = \"/etc/pki/vmdiskd\"": true, "[tls]\npsk = \"/k\"": true, "[tls]\nverify-peer = false": true,
+	} {
+		if got := config.SaysTLS([]byte(text)); got != want {
+			t.Errorf("%q: got %t, want %t", text, got, want)
+		}
+	}
+}
+
 func TestLoad(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {

@@ -56,6 +56,10 @@ type Config struct {
 	// TLSCertificates may be "": then there are no certificates.
 	TLSKeys string
 
+	// TLSSaid: Service has [tls]. Its certificates and keys are loaded then, whether
+	// a listener wants them or one that comes will.
+	TLSSaid bool
+
 	Engine        string        // "auto", "uring" or "pool"
 	Requests      int           // in flight per connection, 0 for the default
 	Poll          time.Duration // see nbd.Options

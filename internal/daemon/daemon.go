@@ -36,6 +36,7 @@ type daemon struct {
 	log       *slog.Logger
 	creds     *transport.Credentials // nil without TLS, or with keys alone
 	keys      *psk.Keys              // nil without pre-shared keys
+	noSecrets error                  // why there are neither, though they were wanted; set by the start
 	buffers   *bufpool.Pool
 	engine    engine.Engine
 	exports   *export.Registry
@@ -199,9 +200,35 @@ func (d *daemon) watchParent() error {
 	return confine.ExitWithParent(d.parent)
 }
 
-func (d *daemon) loadTLS() (err error) {
-	if d.cfg.TLS == nbd.TLSOff && !encrypts(d.conf.Load()) {
+// loadTLS loads certificates and pre-shared keys, both or neither.
+func (d *daemon) loadTLS() error {
+	wanted, needed := d.secrets()
+	if !wanted {
 		return nil
+	}
+	err := d.loadSecrets()
+	if err == nil || needed {
+		return err
+	}
+	d.creds, d.keys, d.noSecrets = nil, nil, err
+	d.logs.For("tls").Warn("no listener can be encrypted", "error", err)
+	return nil
+}
+
+// secrets tells whether certificates and keys are wanted, and whether the start fails
+// without them. It does for a listener of the configuration. One of an export that is
+// kept, or is still to come, is no reason not to serve the others.
+func (d *daemon) secrets() (wanted, needed bool) {
+	if d.cfg.TLS != nbd.TLSOff || encrypts(d.conf.Load()) {
+		return true, true
+	}
+	all, _ := d.allExports() // addConfigured complains
+	return d.cfg.TLSSaid || encrypts(&config.Config{Exports: all}), false
+}
+
+func (d *daemon) loadSecrets() (err error) {
+	if err := d.cfg.Handed.noSecrets(); err != nil {
+		return err
 	}
 	if err := d.loadKeys(); err != nil || d.cfg.TLSCertificates == "" {
 		return err

@@ -32,22 +32,23 @@ func (d *daemon) loadKeys() (err error) {
 }
 
 // openKeys opens the key file for the worker, and shows mistakes in it before
-// anything is made.
-func (s *stage0) openKeys() error {
+// anything is made. It returns nil if there shall be none.
+func (s *stage0) openKeys() (*os.File, error) {
 	if s.cfg.TLSKeys == "" {
-		return nil
+		return nil, nil
 	}
 	if err := psk.Supported(); err != nil {
-		return err
+		return nil, err
 	}
 	f, err := psk.Open(s.cfg.TLSKeys)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	s.out.Keys = s.hand(f)
-	s.mayReadAgain(s.cfg.TLSKeys)
-	_, err = psk.LoadFrom(f, s.cfg.TLSKeys)
-	return err
+	if _, err := psk.LoadFrom(f, s.cfg.TLSKeys); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // keys is the key file that stage 0 has opened, or nil.

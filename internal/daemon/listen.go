@@ -152,8 +152,8 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener, encrypted bool
 	if !ok {
 		return nil, fmt.Errorf("listener %q: tls %q is none of off, on, require", l.URI, l.TLS)
 	}
-	if mode != nbd.TLSOff && d.creds == nil && d.keys == nil {
-		return nil, fmt.Errorf("listener %q: this daemon has no certificates: name them in [tls] and restart", l.URI)
+	if mode != nbd.TLSOff && !d.canEncrypt() {
+		return nil, fmt.Errorf("listener %q: this daemon has no certificates: %s", l.URI, d.toEncrypt())
 	}
 	if strings.HasPrefix(l.URI, config.SystemdScheme) && len(d.doors.named(l.URI)) > 0 {
 		return nil, fmt.Errorf("listener %q: another one has its sockets", l.URI)
@@ -173,6 +173,16 @@ func (d *daemon) openDoor(ctx context.Context, l config.Listener, encrypted bool
 		return nil, fmt.Errorf("listener %q: %w: %s", l.URI, err, config.NeedTLS)
 	}
 	return list, nil
+}
+
+func (d *daemon) canEncrypt() bool { return d.creds != nil || d.keys != nil }
+
+// toEncrypt is what helps a daemon that has nothing to encrypt with.
+func (d *daemon) toEncrypt() string {
+	if d.noSecrets != nil {
+		return fmt.Sprintf("%v: a restart reads them again", d.noSecrets)
+	}
+	return "name them in [tls] and restart"
 }
 
 // checkPlain refuses listeners that networks reach, unless what passes there is

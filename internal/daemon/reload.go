@@ -56,12 +56,15 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	if reordered(d.conf.Load(), c) {
 		r.Changes = append(r.Changes, "change the order of exports")
 	}
+	if encrypts(c) && !d.canEncrypt() {
+		r.Changes, r.Restart = append(r.Changes, "read certificates: needs a restart"), true
+	}
 	switch {
 	case r.Restart && dryRun:
 		r.Changes = append(r.Changes, retries...)
 		return r, nil
 	case r.Restart:
-		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(change.Lines(), "; ")}
+		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(r.Changes, "; ")}
 	}
 	secrets, err := d.readSecrets(dryRun)
 	if err != nil {

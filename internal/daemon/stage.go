@@ -18,7 +18,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
-	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -31,10 +30,11 @@ type handover struct {
 	Listeners map[string][]transport.Handed `json:"listeners,omitempty"` // by their keys
 	Control   *transport.Handed             `json:"control,omitempty"`
 	Metrics   int                           `json:"metrics,omitempty"`
-	Images    map[string]handedImage        `json:"images,omitempty"` // by the names of exports
-	Silent    map[string]bool               `json:"silent,omitempty"` // exports whose images did not answer, and whether they were asked
-	TLS       map[string]int                `json:"tls,omitempty"`    // by file name; nil: none were opened
-	Keys      int                           `json:"keys,omitempty"`   // file of the pre-shared keys
+	Images    map[string]handedImage        `json:"images,omitempty"`     // by the names of exports
+	Silent    map[string]bool               `json:"silent,omitempty"`     // exports whose images did not answer, and whether they were asked
+	TLS       map[string]int                `json:"tls,omitempty"`        // by file name; nil: none were opened
+	Keys      int                           `json:"keys,omitempty"`       // file of the pre-shared keys
+	NoSecrets string                        `json:"no-secrets,omitempty"` // why TLS and Keys are missing, if they were wanted
 	Closed    []closedListener              `json:"closed,omitempty"`
 	Log       int                           `json:"log,omitempty"`
 	PIDFile   int                           `json:"pid-file,omitempty"`
@@ -182,28 +182,50 @@ func (s *stage0) checkState() error {
 	return nil
 }
 
+// openTLS opens certificates and keys for the worker, both or neither.
 func (s *stage0) openTLS() error {
-	if s.cfg.TLS == nbd.TLSOff && !encrypts(s.conf.Load()) {
+	wanted, needed := s.secrets()
+	if !wanted {
 		return nil
 	}
-	if err := s.openKeys(); err != nil || s.cfg.TLSCertificates == "" {
-		return err
+	keys, err := s.openKeys()
+	if err == nil {
+		err = s.openCertificates()
 	}
-	// Mistakes show before anything is made.
-	_, err := transport.LoadCredentials(s.cfg.TLSCertificates, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
+		keys.Close() // of none, too
+		if needed {
+			return err
+		}
+		s.out.NoSecrets = err.Error() // the worker complains
+		return nil
+	}
+	if keys != nil {
+		s.out.Keys = s.hand(keys)
+		s.mayReadAgain(s.cfg.TLSKeys)
+	}
+	return nil
+}
+
+// openCertificates shows mistakes in them before anything is made.
+func (s *stage0) openCertificates() error {
+	dir := s.cfg.TLSCertificates
+	if dir == "" {
+		return nil
+	}
+	if _, err := transport.LoadCredentials(dir, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)}); err != nil {
 		return err
 	}
-	all, err := transport.OpenCredentials(s.cfg.TLSCertificates, transport.TLSOptions{})
+	all, err := transport.OpenCredentials(dir, transport.TLSOptions{})
 	if err != nil {
 		return err
 	}
 	s.out.TLS = map[string]int{}
 	for name, f := range all {
 		s.out.TLS[name] = s.hand(f)
-		s.mayReadAgain(filepath.Join(s.cfg.TLSCertificates, name))
+		s.mayReadAgain(filepath.Join(dir, name))
 	}
-	s.may(s.cfg.TLSCertificates, confine.Read)
+	s.may(dir, confine.Read)
 	return nil
 }
 

@@ -77,6 +77,14 @@ func (t *Handed) pidFile() (*os.File, error) {
 	return file(t.in.PIDFile, "PID file")
 }
 
+// noSecrets is why stage 0 has neither certificates nor keys, if it wanted some.
+func (t *Handed) noSecrets() error {
+	if t == nil || t.in.NoSecrets == "" {
+		return nil
+	}
+	return errors.New(t.in.NoSecrets)
+}
+
 func (t *Handed) certificates() (map[string]*os.File, error) {
 	if t == nil || t.in.TLS == nil {
 		return nil, nil
