@@ -113,8 +113,9 @@ func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
 
 // eachStretch calls f for the clusters of [from, to), as many at a time as lie
 // in one slice and nobody has claimed, with d.m.mu locked. f says how many of
-// them it did; what it cannot do is written as zeroes. Where there is no L2
-// table and absent says that none is needed, f is not called.
+// them it did; what it cannot do is written as zeroes. None is passed over: an
+// error is that of the first one that is not done. Where there is no L2 table
+// and absent says that none is needed, f is not called.
 func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
 	full := int64(-1)
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
@@ -132,8 +133,9 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 		}
 		if first += n; err == errCompressed {
 			at := first << d.g.ClusterBits
-			err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()))
-			first++
+			if err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load())); err == nil {
+				first++
+			}
 		}
 		if err != nil {
 			err = d.overcome(ctx, err, first, &full)

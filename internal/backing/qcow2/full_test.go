@@ -3,6 +3,7 @@ package qcow2_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -18,6 +19,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
@@ -28,7 +30,7 @@ import (
 // part of them: whatever fails, each flush brings what was written, and once
 // there is room everything goes on.
 func TestFullHostFailsWritesAndNoFlush(t *testing.T) {
-	list := append(created(t), compressedImage(t, "", 4096, 256<<10),
+	list := append(created(t), compressedImage(t, "", 4096, 256<<10), compressedImage(t, ",extended_l2=on", 16<<10, 512<<10),
 		fromQEMUIO(t, "512,snapshots", "", 512, "1M", "write -P 1 0 700k", "snapshot a", "write -P 2 300k 200k", "snapshot b"),
 		blank(t, "512, larger table", create.Options{Size: 6 << 20, ClusterSize: 512, RefcountBits: 64}))
 	for _, s := range list {
@@ -112,6 +114,81 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 		return 0, err
 	}
 	return refused, reread(ctx, h, r.Oracle)
+}
+
+// fullSubclusters is an image of 15 compressed clusters with subclusters of 512
+// bytes, on a host that is full. The disk ends after size bytes, in the last one.
+func fullSubclusters(t *testing.T, size int64) (*storetest.Mem, *storetest.Full) {
+	t.Helper()
+	st := compressedImage(t, ",extended_l2=on", 16<<10, 240<<10).image
+	st.Patch(format.OffSize, binary.BigEndian.AppendUint64(nil, uint64(size)))
+	host, err := storetest.NewFull(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st, host
+}
+
+// TestZeroOfCompressedSubclustersNeedsRoom: what a compressed cluster has of a
+// range is zero when Zero returns, or Zero says that there was no room.
+func TestZeroOfCompressedSubclustersNeedsRoom(t *testing.T) {
+	const cluster, size = 16 << 10, 240 << 10
+	for _, tt := range []struct{ off, end int64 }{
+		{512, 1024},
+		{size - 2*cluster, size - cluster + 512}, // ends within one
+		{2*cluster + 512, 5 * cluster},           // begins within one
+		{2*cluster + 512, 6*cluster + 512},       // both
+	} {
+		t.Run(fmt.Sprint(tt.off, "-", tt.end), func(t *testing.T) {
+			st, host := fullSubclusters(t, size)
+			d, err := qcow2.Open(t.Context(), host, quiet())
+			if err != nil {
+				t.Fatal(err)
+			}
+			n := tt.end - tt.off
+			if err := d.Zero(t.Context(), tt.off, n, 0); !errors.Is(err, backing.ErrNoSpace) {
+				t.Errorf("zero without room: got %v, want %v", err, backing.ErrNoSpace)
+			}
+			if err := d.Flush(t.Context()); err != nil {
+				t.Errorf("flush: %v", err)
+			}
+			host.SetRoom(1 << 30)
+			if err := d.Zero(t.Context(), tt.off, n, 0); err != nil {
+				t.Errorf("zero with room: %v", err)
+			}
+			p := make([]byte, n)
+			if err := errors.Join(d.ReadAt(t.Context(), p, tt.off), d.Close()); err != nil || !backing.AllZero(p) {
+				t.Errorf("read: got %v, and zeroes: %t", err, backing.AllZero(p))
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+		})
+	}
+}
+
+// TestGrowthOverCompressedTailNeedsRoom: a disk that ends within a compressed
+// cluster does not grow before what lies behind its end is zero.
+func TestGrowthOverCompressedTailNeedsRoom(t *testing.T) {
+	const cluster, size = 16 << 10, 240 << 10
+	const end = size - cluster + 512
+	st, host := fullSubclusters(t, end)
+	d, err := qcow2.Open(t.Context(), host, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.(backing.Resizer).Resize(t.Context(), size); !errors.Is(err, backing.ErrNoSpace) || d.Info().Size != end {
+		t.Errorf("growth without room: got %v and %d bytes, want %v and %d", err, d.Info().Size, backing.ErrNoSpace, end)
+	}
+	host.SetRoom(1 << 30)
+	if err := d.(backing.Resizer).Resize(t.Context(), size); err != nil {
+		t.Errorf("growth with room: %v", err)
+	}
+	p := make([]byte, size-end)
+	if err := errors.Join(d.ReadAt(t.Context(), p, end), d.Close()); err != nil || !backing.AllZero(p) {
+		t.Errorf("read: got %v, and zeroes: %t", err, backing.AllZero(p))
+	}
+	st.Reopen()
+	wantSound(t, st, 0)
 }
 
 // TestZeroesFindWhatWasTrimmed: on a device that is full, a zero that needs host
