@@ -215,7 +215,8 @@ func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Clust
 }
 
 // Trim frees the host clusters of whole subclusters, which then read as zeroes,
-// as far as the image can say so; else it does nothing.
+// as far as the image can say so, and the host has room for the tables that say
+// it; else it does nothing.
 func (d *disk) Trim(ctx context.Context, off, n int64, f backing.Flags) error {
 	err := d.begin(ctx)
 	if err == nil {
@@ -240,8 +241,20 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 	if d.g.DataFile {
 		return d.punchData(ctx, from, min(to, d.reach.Load()))
 	}
+	for err == nil && from < to {
+		end := min(to, (from/d.g.L2Coverage+1)*d.g.L2Coverage)
+		if err = d.trimTable(ctx, from, end); errors.Is(err, backing.ErrNoSpace) {
+			err = nil // the disk cannot have what it shares with a snapshot for its own
+		}
+		from = end
+	}
+	return err
+}
+
+// trimTable is trim for whole subclusters of one L2 table.
+func (d *disk) trimTable(ctx context.Context, from, to int64) error {
 	absent := func(int64) bool { return true }
-	err = d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
 		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.trimmed(old, subs), nil
 		})

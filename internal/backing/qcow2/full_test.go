@@ -191,6 +191,51 @@ func TestGrowthOverCompressedTailNeedsRoom(t *testing.T) {
 	wantSound(t, st, 0)
 }
 
+// TestTrimNeedsNoRoom: where a snapshot shares the tables of a disk, a trim on a
+// full host frees what the tables have that are the disk's own, durably if that
+// is wanted, and nothing of the others.
+func TestTrimNeedsNoRoom(t *testing.T) {
+	const cluster, shared, own, size = 512, 2 << 20, 64 << 10, 3 << 20
+	s := fromQEMUIO(t, "snapshot", "", cluster, "3M", "write -P 1 0 3M", "snapshot a")
+	for _, discard := range []qcow2.Discard{qcow2.Unmap, qcow2.KeepCluster} {
+		t.Run(string(discard), func(t *testing.T) {
+			st := storetest.New(s.image.Contents())
+			host, err := storetest.NewFull(t.Context(), st)
+			if err != nil {
+				t.Fatal(err)
+			}
+			host.SetRoom(2 * own)
+			o := quiet()
+			o.Discard = discard
+			d, err := qcow2.Open(t.Context(), host, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			written := bytes.Repeat([]byte{2}, own)
+			if err := errors.Join(d.WriteAt(t.Context(), written, shared, 0), d.Flush(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			host.SetRoom(0)
+			if err := d.Trim(t.Context(), 0, shared+own, backing.FUA); err != nil {
+				t.Errorf("trim: %v", err)
+			}
+			again := openQuiet(t, storetest.New(st.Contents()), true)
+			p := make([]byte, own)
+			if err := errors.Join(again.ReadAt(t.Context(), p, shared), again.Close()); err != nil || !backing.AllZero(p) {
+				t.Errorf("read what was trimmed with FUA: got %v, and zeroes: %t", err, backing.AllZero(p))
+			}
+			if err := d.Trim(t.Context(), 0, size, 0); err != nil {
+				t.Errorf("trim all: %v", err)
+			}
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+		})
+	}
+}
+
 // TestZeroesFindWhatWasTrimmed: on a device that is full, a zero that needs host
 // clusters has those that are free after a commit, as a write does.
 func TestZeroesFindWhatWasTrimmed(t *testing.T) {
