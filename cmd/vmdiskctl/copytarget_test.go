@@ -2,10 +2,15 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 // allocatedClusters is how many clusters of an image have data.
@@ -69,6 +74,44 @@ func TestCopyToImageFromEverySource(t *testing.T) {
 		judge(t, to)
 		sameDisk(t, to, img)
 	}
+}
+
+// TestClaimedDeviceKeepsWhatItHas: nothing is written to one that is mounted, or
+// otherwise in use by the kernel.
+func TestClaimedDeviceKeepsWhatItHas(t *testing.T) {
+	img, dir := disk(t), t.TempDir()
+	file := filepath.Join(dir, "file")
+	i, err := os.Stat(img)
+	must(t, err)
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", file, "4M")
+	must(t, os.Truncate(file, 2*i.Size()))
+	before, err := os.ReadFile(file)
+	must(t, err)
+	device := backingtest.Loop(t, file, 512)
+	free := backingtest.Claim(t, device)
+	commands := [][]string{
+		{"copy", img, device},
+		{"copy", "-O", "qcow2", img, device},
+		{"image", "create", "--force", device, "1M"},
+		{"image", "create", "--force", "-f", "raw", device, "1M"},
+		{"image", "create", "--force", "--data-file=" + device, filepath.Join(dir, "disk"), "1M"},
+		{"image", "resize", device, "5M"},
+		{"image", "check", "--repair=leaks", device},
+	}
+	for _, c := range commands {
+		if code, _, stderr := ctl(t, c...); code != exitFailed || !strings.Contains(stderr, string(backing.ErrLocked)) {
+			t.Errorf("%q: got exit code %d and %q, want %d and %q", c, code, stderr, exitFailed, backing.ErrLocked)
+		}
+		if now, err := os.ReadFile(file); err != nil || !bytes.Equal(now, before) {
+			t.Errorf("%q has written to the device, %v", c, err)
+			must(t, os.WriteFile(file, before, 0o600))
+		}
+	}
+	if _, err := openImageFile(device, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("open for an export: got %v, want %v", err, backing.ErrLocked)
+	}
+	free()
+	want(t, exitDone, commands[0]...)
 }
 
 func TestCopyToImageRoundsTheSizeUp(t *testing.T) {

@@ -9,9 +9,9 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
@@ -358,7 +358,7 @@ func openAll(x *config.Export) (files []*os.File, err error) {
 		if len(files) >= limits.ControlFiles {
 			return "", usage("--fd: more than %d files", limits.ControlFiles)
 		}
-		f, err := openToSend(path, readOnly)
+		f, err := openImageFile(path, raw.Options{ReadOnly: readOnly, Lock: raw.LockMode(x.Lock)})
 		if err != nil {
 			return "", err
 		}
@@ -383,24 +383,4 @@ func openAll(x *config.Export) (files []*os.File, err error) {
 		}
 	}
 	return files, nil
-}
-
-// openToSend opens a regular file or block device.
-func openToSend(path string, readOnly bool) (*os.File, error) {
-	if err := checkImageFile(os.Stat(path)); err != nil {
-		return nil, err
-	}
-	flags := os.O_RDWR
-	if readOnly {
-		flags = os.O_RDONLY
-	}
-	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
-	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, err
-	}
-	if err := checkImageFile(f.Stat()); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
 }

@@ -56,31 +56,42 @@ func (f *imageFlags) check() error {
 }
 
 // openImage opens the file below an image, with the locks that QEMU knows or
-// without. Only regular files and block devices are opened, and none other
-// named in them. done gives all back.
+// without. No file that is named in it is opened. done gives all back.
 func openImage(path string, readOnly bool, lock raw.LockMode) (st store.Store, done func() error, err error) {
-	if err := checkImageFile(os.Stat(path)); err != nil {
-		return nil, nil, err
-	}
-	flags := os.O_RDWR
-	if readOnly {
-		flags = os.O_RDONLY
-	}
-	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
-	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	o := raw.Options{Path: path, ReadOnly: readOnly, Container: true, Lock: lock}
+	f, err := openImageFile(path, o)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := checkImageFile(f.Stat()); err != nil {
-		return nil, nil, errors.Join(err, f.Close())
-	}
 	e := engine.NewPool(1)
-	dev, err := raw.Open(f, e, raw.Options{Path: path, ReadOnly: readOnly, Container: true, Lock: lock})
+	dev, err := raw.Open(f, e, o)
 	if err != nil {
 		return nil, nil, errors.Join(err, e.Close())
 	}
 	st = store.NewFile(dev)
 	return st, func() error { return errors.Join(st.Close(), e.Close()) }, nil
+}
+
+// openImageFile opens a regular file or a block device, for what the options say,
+// but locks nothing.
+func openImageFile(path string, o raw.Options) (*os.File, error) {
+	if err := checkImageFile(os.Stat(path)); err != nil {
+		return nil, err
+	}
+	flags := os.O_RDWR
+	if o.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	o.Path = path
+	if err := errors.Join(checkImageFile(f.Stat()), raw.Unclaimed(f, o)); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 func checkImageFile(i fs.FileInfo, err error) error {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +53,19 @@ func Loop(t testing.TB, image string, sector uint32) string {
 	}
 	t.Skip("needs a free loop device: all are taken at once")
 	return ""
+}
+
+// Claim keeps a block device for the test alone, as the kernel keeps what it mounts,
+// until free is called or the test ends.
+func Claim(t testing.TB, node string) (free func()) {
+	t.Helper()
+	f, err := os.OpenFile(node, os.O_RDONLY|unix.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	free = sync.OnceFunc(func() { _ = f.Close() })
+	t.Cleanup(free)
+	return free
 }
 
 // SecondNode makes another node of a block device, which can be opened.

@@ -189,7 +189,7 @@ func (ch *chain) store(f *os.File, path string, i int) (st store.Store, dev *raw
 // lock is how a file is locked. A writer of qcow2 must know that it is the only
 // one: where files cannot be locked, the operator has to say so.
 func (ch *chain) lock(readOnly bool) raw.LockMode {
-	if l := ch.spec.Lock; readOnly || l != raw.LockAuto && l != "" {
+	if l := ch.spec.lock(); readOnly || l != raw.LockAuto && l != "" {
 		return l
 	}
 	return raw.LockOn

@@ -159,7 +159,7 @@ func (g *gate) unused() error {
 
 // openNamed opens a file that the operator named, wherever it is.
 func (g *gate) openNamed(path string, w wish) (*os.File, string, error) {
-	s := Spec{Path: path, ReadOnly: w.readOnly, Files: g.top.Files, Known: g.top.Known, Roots: g.top.Roots, Table: g.top.Table}
+	s := Spec{Path: path, ReadOnly: w.readOnly, Lock: g.top.Lock, Files: g.top.Files, Known: g.top.Known, Roots: g.top.Roots, Table: g.top.Table}
 	f, err := openFile(s, cacheMode{direct: g.direct})
 	return f, path, err
 }
@@ -213,7 +213,8 @@ func (g *gate) openBeneath(w wish, rel string) (*os.File, error) {
 		}
 		return f, nil
 	}
-	if f, err = g.openRel(w, rel); err != nil {
+	s := Spec{Path: r.Path, ReadOnly: w.readOnly, Lock: g.top.Lock}
+	if f, err = s.unclaimed(g.openRel(w, rel)); err != nil {
 		f, err = known(g.top.Known, r, err)
 	}
 	return g.top.Table.keep(r, f, err)

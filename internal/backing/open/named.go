@@ -16,7 +16,7 @@ import (
 // wherever it is.
 func openFile(s Spec, c cacheMode) (*os.File, error) {
 	if f := s.Files[s.Path]; f != nil {
-		return adopt(f, s, c)
+		return s.unclaimed(adopt(f, s, c))
 	}
 	if s.Roots != nil {
 		return openInRoots(s, c)
@@ -32,7 +32,7 @@ func openFile(s Spec, c cacheMode) (*os.File, error) {
 		}
 		return f, nil
 	}
-	if f, err = openAnywhere(s, c); err != nil {
+	if f, err = s.unclaimed(openAnywhere(s, c)); err != nil {
 		f, err = known(s.Known, r, err)
 	}
 	return s.Table.keep(r, f, err)

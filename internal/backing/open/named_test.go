@@ -12,6 +12,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 func TestImagesLieBeneathTheRoots(t *testing.T) {
@@ -190,6 +191,83 @@ func TestOverlayIsMadeBeneathTheRoots(t *testing.T) {
 	if err := open.CreateOverlay(t.Context(), s, 64<<10, "base", "raw"); !errors.Is(err, open.ErrDenied) {
 		t.Errorf("elsewhere: got %v, want %v", err, open.ErrDenied)
 	}
+}
+
+// TestClaimedDeviceIsNotOpenedForWriting: what is mounted, or otherwise in use by
+// the kernel, has no byte lock. Whatever opens it, and whoever is to serve it.
+func TestClaimedDeviceIsNotOpenedForWriting(t *testing.T) {
+	node := backingtest.Loop(t, image(t, 1<<20), 512)
+	handed, err := os.OpenFile(node, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handed.Close()
+	dir := t.TempDir()
+	qemu(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file="+node, "over", "1M")
+	for _, tt := range []struct {
+		name string
+		set  func(s *open.Spec)
+		free bool // is opened all the same
+	}{
+		{"raw", func(s *open.Spec) { s.Format = "raw" }, false},
+		{"of a format that was not said", func(*open.Spec) {}, false},
+		{"in a folder of images", func(s *open.Spec) { s.Format, s.Roots = "raw", []string{filepath.Dir(node)} }, false},
+		{"as a descriptor", func(s *open.Spec) {
+			s.Format, s.Path, s.Files = "raw", "fd:0", map[string]*os.File{"fd:0": handed}
+		}, false},
+		{"as a data file", func(s *open.Spec) {
+			s.Format, s.Path = "qcow2", filepath.Join(dir, "over")
+			s.Backing = open.Policy{Mode: open.Explicit, DataFiles: []string{node}}
+		}, false},
+		{"without locks", func(s *open.Spec) { s.Format, s.Lock = "raw", raw.LockOff }, true},
+		{"read-only", func(s *open.Spec) { s.Format, s.ReadOnly = "raw", true }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, _ := newSpec(t)
+			s.Path = node
+			tt.set(&s)
+			free := backingtest.Claim(t, node)
+			table, err := open.Gather(t.Context(), s)
+			table.Close()
+			if tt.free != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
+				t.Errorf("gather: got %v, want it opened: %v", err, tt.free)
+			}
+			d, err := open.Open(t.Context(), s)
+			if tt.free != (err == nil) || err != nil && !errors.Is(err, backing.ErrLocked) {
+				t.Errorf("open: got %v, want it opened: %v", err, tt.free)
+			}
+			if err == nil {
+				err = d.Close()
+			} else {
+				free()
+				err = mustOpen(t, s).Close()
+			}
+			if err != nil {
+				t.Errorf("close: %v", err)
+			}
+		})
+	}
+}
+
+// TestClaimOfAServedDeviceKeepsItServed: whoever opens the image again, with the
+// files that are open, takes nothing from who has claimed the device since.
+func TestClaimOfAServedDeviceKeepsItServed(t *testing.T) {
+	node := backingtest.Loop(t, image(t, 1<<20), 512)
+	s, _ := newSpec(t)
+	s.Format, s.Path = "raw", node
+	served := map[open.Request]*os.File{}
+	s.Opened = func(f *os.File, below bool) { served[s.Asked(f, below)] = f }
+	d, err := open.Open(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := open.Again(served, nil)
+	if err := errors.Join(err, d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	backingtest.Claim(t, node)
+	s.Table = again
+	mustOpen(t, s)
 }
 
 // TestVolumesAreNamedByLinksOfRoot: udev names volumes by links to their

@@ -93,6 +93,8 @@ type Spec struct {
 	// Poisoned, if not nil, is that of raw.Options, of each file that is open
 	// for writing, and that of qcow2.Options.
 	Poisoned func(err error)
+
+	gathers bool // the files are for another Open, which locks them
 }
 
 // Formats of image files.
@@ -170,7 +172,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	}
 	dev, err := raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
-		Lock: s.Lock, For: s.For, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
+		Lock: s.lock(), For: s.For, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
 	})
 	if err != nil {
 		return nil, err
@@ -220,6 +222,27 @@ func (s *Spec) admit(f *os.File, readOnly bool) error {
 		return nil
 	}
 	return s.Writes(f)
+}
+
+// lock is how files are locked.
+func (s *Spec) lock() raw.LockMode {
+	if s.gathers {
+		return raw.LockOff
+	}
+	return s.Lock
+}
+
+// unclaimed passes on what has just been opened, unless it is refused by
+// raw.Unclaimed. Files of a Table are not asked about again: to open an image anew
+// that is served takes nothing from anybody.
+func (s *Spec) unclaimed(f *os.File, err error) (*os.File, error) {
+	if err != nil {
+		return nil, err
+	}
+	if err := raw.Unclaimed(f, raw.Options{Path: s.Path, ReadOnly: s.ReadOnly, Lock: s.Lock}); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // opened tells of a file that a device has now.

@@ -36,8 +36,7 @@ type Request struct {
 }
 
 // Gather opens all files that Open would, by the same rules and with the same
-// errors, but takes no locks and builds nothing. It heeds of s what Open does
-// but Lock. On an error, nothing stays open.
+// errors, but takes no locks and builds nothing. On an error, nothing stays open.
 func Gather(ctx context.Context, s Spec) (*Table, error) {
 	c, ok := cacheModes[s.Cache]
 	if !ok {
@@ -47,7 +46,7 @@ func Gather(ctx context.Context, s Spec) (*Table, error) {
 		return nil, err
 	}
 	t := &Table{files: map[Request]*os.File{}, dirs: map[string]string{}}
-	s.Table, s.Lock = t, raw.LockOff
+	s.Table, s.gathers = t, true
 	var err error
 	switch s.Format {
 	case "":

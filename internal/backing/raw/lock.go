@@ -99,17 +99,49 @@ const lockBackoff = 10 * time.Millisecond
 
 // Lock locks f, a regular file or a block device, as Open does with these
 // options, for one who reads or writes it by itself. unlock is called once,
-// before f is closed. Errors are those of Open; f stays the caller's.
+// before f is closed. Errors are those of Open and Unclaimed; f stays the caller's.
 func Lock(f *os.File, o Options) (unlock func(), err error) {
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
 	g, err := survey(f, o)
 	if err == nil {
+		err = Unclaimed(f, o)
+	}
+	if err == nil {
 		_, unlock, err = lockImage(f, g, o)
 	}
 	return unlock, backing.WrapIn("lock", o.Path, -1, 0, err)
 }
+
+// Unclaimed refuses f if it is a block device that is to be written to, by the
+// options, and is mounted, or in use by the kernel for swap, LVM or md: no byte
+// lock tells of that. It is for whoever opens an image, before Open, which may have
+// no right to ask. The device is opened once more, with O_EXCL (open(2)), and
+// closed at once. To keep it so would be in the way of who opens it again while it
+// is served, as a reload does. What cannot be opened again is not refused. Error:
+// ErrLocked.
+func Unclaimed(f *os.File, o Options) error {
+	if o.ReadOnly || o.Lock == LockOff {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return err
+	}
+	return patiently(func() error {
+		again, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDONLY|unix.O_EXCL, 0)
+		switch {
+		case errors.Is(err, unix.EBUSY):
+			return lockedError(o, errClaimed)
+		case err == nil:
+			_ = again.Close() // it was only opened
+		}
+		return nil
+	})
+}
+
+var errClaimed = errors.New("it is mounted or in use by the kernel, or another program keeps it for itself")
 
 // lockImage locks f. locked says whether others are kept from writing; unlock
 // is never nil.
@@ -154,22 +186,28 @@ func lockedError(o Options, why error) error {
 // errNoLocks: the file system does not know the locks.
 var errNoLocks = errors.New("file system has no byte locks")
 
-// take holds the bytes and looks for others, a few times.
-func (b lockBytes) take(f *os.File, o Options) error {
-	var err error
-	for try := range limits.LockRetries {
-		if try > 0 {
-			time.Sleep(time.Duration(try) * lockBackoff)
+// patiently calls try until it finds the image in use by nobody else, a few times.
+func patiently(try func() error) (err error) {
+	for n := range limits.LockRetries {
+		if n > 0 {
+			time.Sleep(time.Duration(n) * lockBackoff)
 		}
-		if err = b.tryTake(f, o); err == nil {
-			return nil
-		}
-		_ = setLock(f, unix.F_UNLCK, usesBase, pastLocks-usesBase) // err matters more
-		if !errors.Is(err, backing.ErrLocked) {
-			return err
+		if err = try(); !errors.Is(err, backing.ErrLocked) {
+			break
 		}
 	}
 	return err
+}
+
+// take holds the bytes and looks for others, a few times.
+func (b lockBytes) take(f *os.File, o Options) error {
+	return patiently(func() error {
+		err := b.tryTake(f, o)
+		if err != nil {
+			_ = setLock(f, unix.F_UNLCK, usesBase, pastLocks-usesBase) // err matters more
+		}
+		return err
+	})
 }
 
 // tryTake takes first and looks then: of two that come together at least one

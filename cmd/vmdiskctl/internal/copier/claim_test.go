@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
@@ -53,6 +54,27 @@ func TestLocksOfOthersAreHeeded(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestClaimedDeviceIsNoDestination: one that is mounted, for example. It may be a
+// source.
+func TestClaimedDeviceIsNoDestination(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	must(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	node := backingtest.Loop(t, image, 512)
+	free := backingtest.Claim(t, node)
+	for _, lock := range []raw.LockMode{raw.LockAuto, raw.LockOn} {
+		if _, err := (Claim{Mode: 0o600, Lock: lock}).Open(node); !errors.Is(err, backing.ErrLocked) {
+			t.Errorf("open as destination, lock %s: got %v, want %v", lock, err, backing.ErrLocked)
+		}
+	}
+	s, err := OpenFile(node, raw.LockAuto)
+	must(t, err)
+	must(t, s.Close())
+	free()
+	d, err := claim.Open(node)
+	must(t, err)
+	must(t, d.Close())
 }
 
 func TestSourceThatIsWrittenCanBeShared(t *testing.T) {
