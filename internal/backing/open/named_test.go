@@ -261,7 +261,7 @@ func TestClaimOfAServedDeviceKeepsItServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := open.Again(served, nil)
+	again, err := open.Again(d, served, nil)
 	if err := errors.Join(err, d.Close()); err != nil {
 		t.Fatal(err)
 	}
