@@ -164,7 +164,15 @@ func packageSteps() []Step {
 				[ -e /etc/vmdiskd/vmdiskd.toml ]
 				[ -e /var/lib/vmdiskd/images/a.img ]
 				rm /var/lib/vmdiskd/images/* /etc/vmdiskd/vm/vm1.toml
+				ls /var/lib/vmdiskd/exports/c.json
+				mkdir /var/lib/vmdiskd/vm/vm2 /root/volume
+				mount --bind /root/volume /var/lib/vmdiskd/vm/vm2
+				touch /var/lib/vmdiskd/vm/vm1/disk.img /root/volume/x.json
 				dpkg --purge vmdiskd
+				fails ls /var/lib/vmdiskd/exports
+				rm /var/lib/vmdiskd/vm/vm1/disk.img /root/volume/x.json # both are there
+				umount /var/lib/vmdiskd/vm/vm2
+				rmdir /var/lib/vmdiskd/vm/* /var/lib/vmdiskd/vm /var/lib/vmdiskd
 				getent passwd vmdiskd; getent group vmdiskd # who owns images elsewhere
 				find / -xdev -name '*vmdiskd*' ! -path '/proc/*' ! -path '/lab/*' >/root/after
 				fails grep -vxF -f /root/before /root/after`},
