@@ -24,8 +24,11 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	if word := os.Getenv(attackEnv); word != "" {
-		fmt.Fprintln(os.Stderr, attackStage0(word))
-		os.Exit(1)
+		if err := attackStage0(word); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	if confine.IsWorker() {
 		if err := attackWorker(); err != nil {

@@ -28,7 +28,7 @@ var (
 
 	// callsOfDisks read and write what is open, and open what Landlock allows.
 	callsOfDisks = []string{
-		"cachestat", "copy_file_range", "dup", "fadvise64", "fallocate", "fcntl", "fdatasync", "flock", "fstat", "fstatfs",
+		"cachestat", "copy_file_range", "dup", "fadvise64", "fallocate", "fdatasync", "flock", "fstat", "fstatfs",
 		"fsync", "ftruncate", "getcwd", "getdents64", "io_uring_enter", "lseek", "memfd_create", "newfstatat", "openat",
 		"openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "read", "readahead", "readlinkat",
 		"readv", "sendfile", "splice", "statx", "sync_file_range", "unlinkat", "write", "writev",
@@ -215,6 +215,14 @@ const (
 const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWUSER |
 	unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
+// fcntls are the commands of fcntl(2) that the worker and Go's libraries give.
+// None names who gets the signals of a file, which are any signal to any process
+// of the user (F_SETOWN, F_SETSIG), nor takes a lease, which holds up others.
+var fcntls = []uint64{
+	unix.F_DUPFD_CLOEXEC, unix.F_GETFD, unix.F_SETFD, unix.F_GETFL, unix.F_SETFL, unix.F_ADD_SEALS,
+	unix.F_OFD_GETLK, unix.F_OFD_SETLK,
+}
+
 // sockTypeMask is SOCK_TYPE_MASK of the kernel: what else is in the type of a
 // socket are flags.
 const sockTypeMask = 0xf
@@ -251,6 +259,11 @@ func (f Filter) denials() []denial {
 		{"sendmmsg", fastOpen(3)},
 		{"prctl", noneOf(0, unix.PR_SET_VMA, unix.PR_GET_SECCOMP, unix.PR_GET_DUMPABLE, unix.PR_GET_NO_NEW_PRIVS, unix.PR_CAPBSET_READ)},
 		{"ioctl", noneOf(1, unix.BLKDISCARD, unix.BLKZEROOUT, unix.BLKGETSIZE64, unix.BLKROGET, unix.BLKSSZGET)},
+		// O_ASYNC at a terminal names its foreground by itself.
+		{"fcntl", append(noneOf(1, fcntls...), seccomp.ArgumentConditions{
+			{Argument: 1, Operation: seccomp.Equal, Value: unix.F_SETFL},
+			{Argument: 2, Operation: seccomp.BitsSet, Value: unix.O_ASYNC},
+		})},
 		{"io_uring_register", noneOf(1, ringFilesUpdate2, ringBuffersUpdate, ringUnregisterSelf)},
 		{"prlimit64", noneOf(0, 0, pid)},
 		{"kill", noneOf(0, pid)},

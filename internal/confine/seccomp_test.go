@@ -93,6 +93,7 @@ func TestFilterAnswersEveryCall(t *testing.T) {
 func TestFilterLooksAtArguments(t *testing.T) {
 	pid := uint64(os.Getpid())
 	const thread = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_SYSVSEM | unix.CLONE_THREAD
+	const fioSetOwn, fioAsync = 0x8901, 0x5452 // asm-generic/sockios.h, asm-generic/ioctls.h
 	const stream = unix.SOCK_STREAM | unix.SOCK_NONBLOCK | unix.SOCK_CLOEXEC
 	one, service := Filter{}, Filter{Service: true, Probe: 7}
 	for _, tt := range []struct {
@@ -150,6 +151,22 @@ func TestFilterLooksAtArguments(t *testing.T) {
 		{"signal to itself", one, unix.SYS_TGKILL, []uint64{pid, 1, 0}, allow},
 		{"signal to another", one, unix.SYS_TGKILL, []uint64{pid + 1, 1, 0}, eperm},
 		{"signal to all", one, unix.SYS_KILL, []uint64{^uint64(0), 9}, eperm},
+		{"flags of a file", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETFL, unix.O_NONBLOCK | unix.O_DIRECT}, allow},
+		{"flags that have signals sent", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETFL, unix.O_NONBLOCK | unix.O_ASYNC}, eperm},
+		{"flag of a descriptor with the bit of those", one, unix.SYS_FCNTL, []uint64{3, unix.F_DUPFD_CLOEXEC, unix.O_ASYNC}, allow},
+		{"lock of an open file", one, unix.SYS_FCNTL, []uint64{3, unix.F_OFD_SETLK, 1 << 40}, allow},
+		{"owner of signals", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETOWN, pid}, eperm},
+		{"owner of signals with high bits", one, unix.SYS_FCNTL, []uint64{3, 1<<32 | unix.F_SETOWN, pid + 1}, eperm},
+		{"flags with high bits in the command", one, unix.SYS_FCNTL, []uint64{3, 1<<32 | unix.F_SETFL, unix.O_ASYNC}, eperm},
+		{"owner of another kind", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETOWN_EX, 1 << 40}, eperm},
+		{"signal of a file", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETSIG, 9}, eperm},
+		{"lease", one, unix.SYS_FCNTL, []uint64{3, unix.F_SETLEASE, unix.F_WRLCK}, eperm},
+		{"notes about a folder", one, unix.SYS_FCNTL, []uint64{3, unix.F_NOTIFY, 1}, eperm},
+		{"owner of a socket's signals", service, unix.SYS_IOCTL, []uint64{7, unix.SIOCSPGRP}, eperm},
+		{"owner by another name", service, unix.SYS_IOCTL, []uint64{7, fioSetOwn}, eperm},
+		{"signals of a socket", service, unix.SYS_IOCTL, []uint64{7, fioAsync}, eperm},
+		{"signal of a timer", service, unix.SYS_TIMER_CREATE, nil, nosys},
+		{"signal at the end of the parent", one, unix.SYS_PRCTL, []uint64{unix.PR_SET_PDEATHSIG, 9}, eperm},
 		{"own limits", one, unix.SYS_PRLIMIT64, []uint64{0}, allow},
 		{"limits of another", one, unix.SYS_PRLIMIT64, []uint64{pid + 1}, eperm},
 		{"exec", service, unix.SYS_EXECVE, nil, kill},
