@@ -19,6 +19,7 @@ import (
 	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	nbdclient "github.com/vmdiskd/vmdiskd/internal/nbd/client"
@@ -709,6 +710,48 @@ func TestRootThatComesLaterIsExplained(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "start it again") {
 			t.Errorf("image in %s: got %v, want what to do", root, err)
 		}
+	}
+	s.stop()
+}
+
+// forge writes files of kept exports, as a worker can that somebody has taken over.
+func (s *testService) forge(list ...config.Export) {
+	s.Helper()
+	for i, x := range list {
+		if err := config.WriteExport(filepath.Join(s.dir, "state"), x, nil, i+1); err != nil {
+			s.Fatal(err)
+		}
+	}
+}
+
+// TestKeptExportsWidenNoCage: the worker may write their files.
+func TestKeptExportsWidenNoCage(t *testing.T) {
+	other := shortDir(t)
+	at := func(dir, name string) []config.Listener {
+		return []config.Listener{{URI: "nbd+unix:///?socket=" + filepath.Join(dir, name)}}
+	}
+	s := &testService{T: t, dir: t.TempDir()}
+	s.configure("")
+	s.forge(config.Export{Name: "far", Image: "1M", Format: "mem", Listeners: at(other, "far")},
+		config.Export{Name: "near", Image: "1M", Format: "mem", Listeners: at(s.dir, "near")})
+	s.start()
+	if got := s.states(); len(got) != 2 || !strings.Contains(got[0], "failed") || got[1] != "near ready" {
+		t.Errorf("states %q", got)
+	}
+	x := api.AddExport{}
+	x.Name, x.Image, x.Format, x.Listeners = "later", "1M", "mem", at(other, "later")
+	_, later := s.ctl.Add(t.Context(), x)
+	far, err := s.ctl.Export(t.Context(), "far")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, said := range map[string]string{"the kept one": far.Error, "the one that comes later": fmt.Sprint(later)} {
+		if !strings.Contains(said, "permission denied") || !strings.Contains(said, "[[listener]]") {
+			t.Errorf("%s: %q, want what to do", what, said)
+		}
+	}
+	if list, err := os.ReadDir(other); err != nil || len(list) > 0 {
+		t.Errorf("the folder of somebody else has %v, %v", list, err)
 	}
 	s.stop()
 }

@@ -319,7 +319,8 @@ func (d *daemon) listenAt(ctx context.Context, key string, e transport.Endpoint)
 		return ls, err
 	}
 	e.Probe = d.probe
-	return transport.Listen(ctx, e)
+	ls, err := transport.Listen(ctx, e)
+	return ls, d.cfg.Handed.explainSocket(e.Path, err)
 }
 
 // addDoors takes listeners of the command line.

@@ -41,6 +41,7 @@ type handover struct {
 	Command   int                           `json:"command,omitempty"`   // process of --run
 	Gate      int                           `json:"gate,omitempty"`      // what it waits for
 	Forbidden []string                      `json:"forbidden,omitempty"` // folders that cannot be opened
+	Sockets   []string                      `json:"sockets"`             // folders for Unix sockets; nil: all
 }
 
 // handedImage are the files of one image.
@@ -274,10 +275,12 @@ func (s *stage0) handExports() error {
 	return s.openImages()
 }
 
-// listenExports opens the listeners of single exports. One that cannot be opened
-// is the worker's to complain of, because other exports do not depend on it.
+// listenExports opens the listeners of single exports of the configuration. One that
+// cannot be opened is the worker's to complain of, because other exports do not
+// depend on it. Those of kept exports the worker opens, where it may: it can write
+// what is kept, and would choose its own folders.
 func (s *stage0) listenExports() {
-	for _, x := range s.exports0() {
+	for _, x := range s.conf.Load().Exports {
 		for _, l := range x.Listeners {
 			_ = s.listenTo(l)
 		}
@@ -507,6 +510,17 @@ func (s *stage0) forbidden() (list []string) {
 	return list
 }
 
+// socketFolders are those in which the worker may make sockets.
+func (s *stage0) socketFolders() []string {
+	list := []string{}
+	for _, p := range s.paths {
+		if p.May&confine.Socket != 0 && !slices.Contains(list, p.Path) {
+			list = append(list, p.Path)
+		}
+	}
+	return list
+}
+
 // errStopped is that a signal came before anything was served.
 var errStopped = errors.New("stopped while starting")
 
@@ -537,6 +551,7 @@ func (s *stage0) exec() error {
 	}
 	if p.OpenPaths == "" {
 		s.out.Forbidden = s.forbidden()
+		s.out.Sockets = s.socketFolders()
 	}
 	p.State = &s.out
 	// From here on signals have their default actions: none is lost.

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -115,6 +117,21 @@ func (t *Handed) listeners(key string) ([]transport.Listener, error) {
 	}
 	delete(t.in.Listeners, key)
 	return ls, nil
+}
+
+// explainSocket says so where a Unix socket was refused because the configuration
+// had none in that folder at the start. path is "" for what is no Unix socket.
+func (t *Handed) explainSocket(path string, err error) error {
+	if t == nil || t.in.Sockets == nil || path == "" || !errors.Is(err, fs.ErrPermission) || !isConfined(t.controls, confine.ControlLandlock) {
+		return err
+	}
+	for _, dir := range t.in.Sockets {
+		if rel, bad := filepath.Rel(dir, path); bad == nil && filepath.IsLocal(rel) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: a confined daemon makes sockets only in folders where its configuration had one at the start: add a [[listener]] in %q and start it again",
+		err, filepath.Dir(path))
 }
 
 func (t *Handed) control() (net.Listener, error) {
@@ -272,6 +289,8 @@ func (d *daemon) confine() error {
 const byOption = "--confine=off"
 
 // confined tells whether a control is in force.
-func (d *daemon) confined(name string) bool {
-	return slices.ContainsFunc(d.cage, func(c confine.Control) bool { return c.Name == name && c.State != confine.Off })
+func (d *daemon) confined(name string) bool { return isConfined(d.cage, name) }
+
+func isConfined(by []confine.Control, name string) bool {
+	return slices.ContainsFunc(by, func(c confine.Control) bool { return c.Name == name && c.State != confine.Off })
 }
