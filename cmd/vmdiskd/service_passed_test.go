@@ -561,6 +561,55 @@ func TestSocketsOfSystemdAreNamedByTheConfiguration(t *testing.T) {
 	}
 }
 
+// TestSocketOfNobodyWaitsForAKeptExport: the service starts with a passed socket that
+// no listener names, where exports are kept: one that is added may take it, and the file
+// of the one that took it may be damaged.
+func TestSocketOfNobodyWaitsForAKeptExport(t *testing.T) {
+	t.Parallel()
+	for _, confined := range []string{"auto", "off"} {
+		t.Run("confine "+confined, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "unit")
+			units := map[string]*os.File{"vmx": unixSocket(t, path)}
+			s, m := newManaged(t, exportA, units)
+			s.prepare = func(cmd *exec.Cmd) {
+				cmd.Args = append(cmd.Args, "--confine="+confined)
+				m.pass(cmd, units)
+			}
+			s.start()
+			if !s.logged("vmx") {
+				t.Error("the log does not name the socket that nobody takes")
+			}
+			k := api.AddExport{Export: config.Export{Name: "k", Format: "mem", Image: "1M",
+				Listeners: []config.Listener{{URI: "systemd:vmx"}}}, Persist: true}
+			add := func() {
+				if _, err := s.ctl.Add(t.Context(), k); err != nil {
+					t.Fatal(err)
+				}
+				if got := s.size("nbd+unix:///k?socket=" + path); got != "1048576" {
+					t.Errorf("size by the passed socket is %q", got)
+				}
+			}
+			again := func(when string) {
+				s.stop()
+				s.start()
+				s.wantExports(when, "a ready config")
+			}
+			add()
+			if err := os.Truncate(filepath.Join(s.dir, "state", "k.json"), 20); err != nil {
+				t.Fatal(err)
+			}
+			again("with a damaged file")
+			if err := s.ctl.Remove(t.Context(), "k", true, time.Minute); err != nil {
+				t.Fatal(err)
+			}
+			again("without the file")
+			add()
+			s.stop()
+		})
+	}
+}
+
 // TestPassedSocketsThatDoNotFit: what systemd passes and what the configuration
 // or the command line says is one, or the start fails (CF-14).
 func TestPassedSocketsThatDoNotFit(t *testing.T) {

@@ -282,19 +282,24 @@ func (d *daemon) forget(list []*door) {
 }
 
 // settlePassed ends the start: listeners that waited and that nobody took up
-// are closed, with their paths, and sockets that systemd opened for nobody are
-// a mistake.
+// are closed, with their paths. Sockets that systemd opened for nobody are a
+// mistake; where exports are kept they wait for one that is added: the one that
+// took them may be removed by now, or its file be damaged.
 func (d *daemon) settlePassed() error {
 	if d.passed == nil {
 		return nil
 	}
 	var errs []error
-	taken := d.listenerURIs()
+	taken, keeps := d.listenerURIs(), d.conf.Load().Control.State != ""
 	for _, name := range d.passed.Names() {
 		switch {
 		case strings.HasPrefix(name, config.KeptPrefix):
 			errs = append(errs, d.dropKept(name))
-		case !taken[config.SystemdScheme+name]:
+		case taken[config.SystemdScheme+name]:
+		case keeps:
+			d.log.Warn("systemd passed a socket that no listener names: clients wait there until one of an export that is added does",
+				"listener", config.SystemdScheme+name)
+		default:
 			errs = append(errs, fmt.Errorf("systemd passed a socket that is called %q, and no listener of the configuration has the uri %q",
 				name, config.SystemdScheme+name))
 		}
