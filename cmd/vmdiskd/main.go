@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
@@ -27,7 +28,11 @@ func inherit() (*daemon.Handed, error) {
 	return daemon.TakeOver(h)
 }
 
+// run keeps the main thread to itself, for daemon.Run to wait there: the kernel gives a
+// signal of the process to that thread (complete_signal), and if it were waiting for
+// storage that does not answer, no other thread would have the signal.
 func run(args []string) int {
+	runtime.LockOSThread()
 	handed, err := inherit()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)

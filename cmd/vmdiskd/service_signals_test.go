@@ -11,8 +11,33 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
+
+// TestMainThreadIsKeptForSignals: nothing that may wait for storage runs on the thread of
+// run, which therefore ends with the goroutine.
+func TestMainThreadIsKeptForSignals(t *testing.T) {
+	ran := os.Getpid()
+	for ran == os.Getpid() { // that of the test, which ends with no goroutine
+		thread := make(chan int)
+		go func() {
+			run([]string{"--version"})
+			thread <- unix.Gettid()
+		}()
+		ran = <-thread
+	}
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for late := time.After(hangLimit); exists(fmt.Sprint("/proc/self/task/", ran)); {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatal("the thread of run has gone on with other goroutines")
+		}
+	}
+}
 
 // TestServiceEndsAndLeavesNoSocket is LI-01, with clients of two exports and a
 // listener of events.
