@@ -160,6 +160,24 @@ func TestStartsHaveTheirTime(t *testing.T) {
 	}
 }
 
+// TestStopsHaveTheirTime: what changes the service and what its clients wait for is
+// given up, and the disks of others are flushed, before systemd kills it.
+func TestStopsHaveTheirTime(t *testing.T) {
+	const rest = 5 * time.Second
+	const want = limits.EndChanges + limits.Drain + limits.Sever + limits.LastClose + limits.Sever + rest
+	for _, name := range []string{"vmdiskd.service", "vmdiskd@.service"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, said, found := strings.Cut(string(text), "\nTimeoutStopSec=")
+		said, _, _ = strings.Cut(said, "\n")
+		if limit, err := time.ParseDuration(said); !found || err != nil || limit < want {
+			t.Errorf("%s: TimeoutStopSec=%s (%v), want %v at least", name, said, err, want)
+		}
+	}
+}
+
 // exposure is the most that systemd-analyze may count for a unit, in tenths.
 var exposure = map[string]string{
 	"vmdiskd@.service":      "5",

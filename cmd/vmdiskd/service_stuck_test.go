@@ -82,6 +82,19 @@ func TestForceRemovesWhatHangs(t *testing.T) {
 	s.stop()
 }
 
+// atTop puts a line of the configuration before its tables.
+func (s *testService) atTop(line string) {
+	s.Helper()
+	conf := filepath.Join(s.dir, "conf")
+	text, err := os.ReadFile(conf)
+	if err == nil {
+		err = os.WriteFile(conf, append([]byte(line), text...), 0o600)
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
 // TestStuckGuestLosesNobodysData: a guest that does not let the service end in
 // good order is no reason not to flush the disks of others.
 func TestStuckGuestLosesNobodysData(t *testing.T) {
@@ -92,14 +105,7 @@ func TestStuckGuestLosesNobodysData(t *testing.T) {
 	}
 	s.stop()
 	s.configure("[[export]]\nname = \"q\"\nimage = \"DIR/q\"\nformat = \"qcow2\"\n" + slow)
-	conf := filepath.Join(s.dir, "conf")
-	text, err := os.ReadFile(conf)
-	if err == nil {
-		err = os.WriteFile(conf, append([]byte("drain-timeout = \"100ms\"\n"), text...), 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	s.atTop("drain-timeout = \"100ms\"\n")
 	s.start()
 	s.stuck()
 	c := s.open("q")
@@ -167,7 +173,11 @@ func TestPausedDiskIsNotResized(t *testing.T) {
 
 // hangStorage makes a file of the service one whose storage does not answer: FUSE with a
 // server that is stopped.
-func (s *testService) hangStorage(name string) {
+func (s *testService) hangStorage(name string) { s.fuseStorage(name)(false) }
+
+// fuseStorage makes a file of the service one of FUSE, whose server answers as long as
+// it is told to, at first so.
+func (s *testService) fuseStorage(name string) (answer func(bool)) {
 	s.Helper()
 	path := filepath.Join(s.dir, name)
 	back := filepath.Join(s.TempDir(), "back")
@@ -188,8 +198,51 @@ func (s *testService) hangStorage(name string) {
 		var st unix.Statfs_t
 		return unix.Statfs(path, &st) == nil && st.Type == unix.FUSE_SUPER_MAGIC
 	})
-	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
-		s.Fatal(err)
+	return func(yes bool) {
+		sig := syscall.SIGSTOP
+		if yes {
+			sig = syscall.SIGCONT
+		}
+		if err := cmd.Process.Signal(sig); err != nil {
+			s.Error(err)
+		}
+	}
+}
+
+// TestClientsLeaveWhileAReloadHangs: at the end nobody is held up by a reload for as long
+// as requests in flight have.
+func TestClientsLeaveWhileAReloadHangs(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	s.stop()
+	answer := s.fuseStorage("b.img")
+	s.configure(exportA + exportB)
+	s.atTop("drain-timeout = \"1h\"\n")
+	s.start()
+	s.open("b").works()
+	healthy := s.open("a")
+	answer(false)
+	s.configure(exportA)
+	s.atTop("drain-timeout = \"1h\"\n")
+	s.signal(syscall.SIGHUP)
+	s.await("the reload waits for the storage", func() bool { return slices.Contains(s.states(), "b draining") })
+	s.signal(syscall.SIGTERM)
+	left := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(io.Discard, healthy)
+		left <- err
+	}()
+	select {
+	case err := <-left:
+		if err != nil {
+			t.Errorf("a client that is told to leave: %v, want the end", err)
+		}
+	case <-time.After(hangLimit):
+		t.Error("a client is not told to leave while a reload hangs")
+	}
+	answer(true)
+	if err := <-s.done; err != nil {
+		t.Errorf("service: %v", err)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/server"
@@ -68,10 +67,8 @@ func (d *daemon) startControl() error {
 	return nil
 }
 
-// closeControl ends the control API: what it has begun is finished.
-func (d *daemon) closeControl() {
-	ctx, cancel := context.WithTimeout(context.Background(), controlDrain)
-	defer cancel()
+// closeControl ends the control API: what it has begun is finished, unless ctx ends.
+func (d *daemon) closeControl(ctx context.Context) {
 	for _, c := range d.controls {
 		if err := c.Close(ctx); err != nil {
 			what := "control socket was not closed"
@@ -132,6 +129,3 @@ func rulesOf(c *config.Control) (*server.Rules, error) {
 	}
 	return r, nil
 }
-
-// controlDrain is what control requests have to end.
-const controlDrain = 5 * time.Second

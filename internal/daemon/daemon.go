@@ -57,6 +57,7 @@ type daemon struct {
 	controls  []control
 	rootsThen map[string]fs.FileInfo // image roots at the start, nil for one that was not there; nil without Landlock
 	reloading lock
+	reloaded  chan struct{}                 // closed by the reload of a signal that runs, nil if none does; of wait and close
 	staleConf atomic.Bool                   // the last reload was not done
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	coming    atomic.Pointer[config.Config] // what a reload that is under way makes of it, or nil
@@ -436,19 +437,13 @@ func (d *daemon) serveStdio() error {
 }
 
 // wait blocks until a signal, the captive command or the stdio client ends
-// the run. Nothing reloads any more when it returns, unless what a reload waits
-// for does not answer.
+// the run.
 func (d *daemon) wait(signals *signals) (int, error) {
-	var reloaded chan struct{} // closed by the reload that runs; nil if none does
 	var held heldStop
 	defer held.close()
-	defer func() {
-		d.stop()
-		d.leaveReload(reloaded)
-	}()
 	for {
 		hup := signals.reload
-		if reloaded != nil {
+		if d.reloaded != nil {
 			hup = nil // one that comes now waits in its channel
 		}
 		select {
@@ -466,10 +461,10 @@ func (d *daemon) wait(signals *signals) (int, error) {
 			return 0, nil
 		case <-hup:
 			_ = d.boss.Reloading() // its own error is in the log of the service manager
-			reloaded = make(chan struct{})
-			go d.reload(reloaded)
-		case <-reloaded:
-			reloaded = nil
+			d.reloaded = make(chan struct{})
+			go d.reload(d.reloaded)
+		case <-d.reloaded:
+			d.reloaded = nil
 			_ = d.boss.Ready(d.summary())
 		case err := <-d.finished:
 			var exit exitStatus
@@ -508,24 +503,34 @@ func (d *daemon) reload(done chan<- struct{}) {
 	}
 }
 
-// leaveReload waits for the end of a reload that was given up. done is nil if
-// there is none.
-func (d *daemon) leaveReload(done <-chan struct{}) {
-	if done == nil {
+// endChanges gives up a reload and what the control API does. Nothing changes the
+// daemon any more when it returns, unless what they wait for does not answer within
+// limits.EndChanges, which they have together: clients are told to leave after that.
+func (d *daemon) endChanges() {
+	d.stop()
+	ctx, cancel := context.WithTimeout(context.Background(), limits.EndChanges)
+	defer cancel()
+	d.leaveReload(ctx)
+	d.closeControl(ctx)
+}
+
+// leaveReload waits for the end of a reload, if there is one.
+func (d *daemon) leaveReload(ctx context.Context) {
+	if d.reloaded == nil {
 		return
 	}
 	select {
-	case <-done:
-	case <-time.After(d.drain()):
-		d.log.Error("a reload does not end", "limit", d.drain())
+	case <-d.reloaded:
+	case <-ctx.Done():
+		d.log.Error("a reload does not end", "limit", limits.EndChanges)
 	}
 }
 
-// close takes down what start has built: no new clients, requests in flight
-// finished within the drain limit, the disk flushed and closed.
+// close takes down what start has built: no changes, no new clients, requests in
+// flight finished within the drain limit, the disk flushed and closed.
 func (d *daemon) close() error {
 	var given error
-	d.closeControl()
+	d.endChanges()
 	d.leaveDoors()
 	if d.passed != nil {
 		d.passed.Close()

@@ -81,8 +81,12 @@ const (
 	// others wait for memory, by a peer in whose hands much of it is.
 	ShortBytes = 4 << 20
 
-	// Drain bounds how long requests in flight are waited for after SIGTERM.
-	Drain = 25 * time.Second
+	// EndChanges is how long a reload and requests to the control API that are
+	// given up at SIGTERM may take to end, all together. Drain bounds how long
+	// requests in flight are waited for then. With two times Sever, and LastClose,
+	// they are less than the TimeoutStopSec= of the units.
+	EndChanges = 5 * time.Second
+	Drain      = 25 * time.Second
 
 	// AskSize is how long a file may take to say how large it is now, before
 	// the size that it had is taken: longer than storage that answers needs, and
