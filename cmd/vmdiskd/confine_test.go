@@ -208,6 +208,27 @@ func start(t *testing.T, cmd *exec.Cmd, socket string) *daemonProcess {
 	}
 }
 
+// TestWorkerHasThePathsOfStage0, whatever bytes are in them: it has the image of one that
+// it may not open itself, and removes the socket at the end.
+func TestWorkerHasThePathsOfStage0(t *testing.T) {
+	disk := userImage(t)
+	odd := filepath.Join(filepath.Dir(disk), "z\xff.img")
+	dir := shortDir(t)
+	socket := filepath.Join(dir, "u\xfe.sock")
+	if err := errors.Join(os.Rename(disk, odd), os.Chown(dir, 65534, 65534)); err != nil {
+		t.Fatal(err)
+	}
+	d := start(t, program("-u", "nobody", "-U", socket, odd), socket)
+	d.dial().works()
+	d.signal(unix.SIGTERM)
+	if status := d.wait(); status != 0 {
+		t.Errorf("status %d: %s", status, d.stderr.String())
+	}
+	if exists(socket) {
+		t.Error("the socket is still there")
+	}
+}
+
 // TestSwappedPathsLeadNowhere exchanges image and socket for links meanwhile.
 func TestSwappedPathsLeadNowhere(t *testing.T) {
 	outside := filepath.Join(shortDir(t), "outside")

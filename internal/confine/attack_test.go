@@ -62,7 +62,7 @@ func attackWorker() error {
 		return err
 	}
 	var a attack
-	if err := json.Unmarshal(h.State, &a); err != nil {
+	if err := h.Take(&a); err != nil {
 		return err
 	}
 	for _, c := range h.Controls {

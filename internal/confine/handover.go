@@ -2,6 +2,7 @@ package confine
 
 import (
 	"bytes"
+	"encoding/gob"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,11 +22,23 @@ const handoverVar = "VMDISKD_HANDOVER"
 
 // Handover is what a worker gets from stage 0.
 type Handover struct {
-	Mode     Mode            `json:"mode"`
-	Controls []Control       `json:"controls"` // as stage 0 left them
-	Procs    int             `json:"procs"`    // CPUs that Go may use; the worker cannot look
-	State    json.RawMessage `json:"state"`    // of the caller of Plan.Exec
+	Mode     Mode      `json:"mode"`
+	Controls []Control `json:"controls"` // as stage 0 left them
+	Procs    int       `json:"procs"`    // CPUs that Go may use; the worker cannot look
+	State    []byte    `json:"state"`    // what keep has made; Take reads it
 }
+
+// keep encodes the state of the caller of Plan.Exec. Paths are in it, which JSON would
+// not leave as they are: they have any bytes, and it has UTF-8 only.
+func (h *Handover) keep(state any) error {
+	var b bytes.Buffer
+	err := gob.NewEncoder(&b).Encode(state)
+	h.State = b.Bytes()
+	return err
+}
+
+// Take puts Plan.State into what to points to, which is of its type.
+func (h *Handover) Take(to any) error { return gob.NewDecoder(bytes.NewReader(h.State)).Decode(to) }
 
 const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 

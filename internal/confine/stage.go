@@ -1,7 +1,6 @@
 package confine
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -22,7 +21,7 @@ type Plan struct {
 	User, Group string // to become, by name or number; "" leaves it
 
 	Files []*os.File // go to the worker, under their numbers
-	State any        // what Inherit returns as Handover.State; JSON makes it
+	State any        // what Handover.Take has; gob makes it, of exported fields
 
 	// Paths is what the worker may go on using. OpenPaths, if not "", says why
 	// it may go on using all: it can only not execute.
@@ -65,7 +64,7 @@ func (p *Plan) Exec() error {
 		return err
 	}
 	h := &Handover{Mode: p.Mode, Procs: runtime.GOMAXPROCS(0)}
-	if h.State, err = json.Marshal(p.State); err != nil {
+	if err := h.keep(p.State); err != nil {
 		return err
 	}
 	runtime.LockOSThread()

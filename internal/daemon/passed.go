@@ -39,8 +39,8 @@ func (d *daemon) takePassed() (err error) {
 
 // closedListener is one that waited and is not of the configuration.
 type closedListener struct {
-	Address string `json:"address"`
-	Error   string `json:"error,omitempty"`
+	Address string
+	Error   string
 }
 
 func (d *daemon) tellClosed(l closedListener) {

@@ -25,37 +25,38 @@ import (
 // handover is what stage 0 tells the worker. Numbers are those of descriptors,
 // which both know by the same; 0 is none.
 type handover struct {
-	Parent    int                           `json:"parent"`
-	Config    []byte                        `json:"config,omitempty"`
-	Listeners map[string][]transport.Handed `json:"listeners,omitempty"` // by their keys
-	Control   *transport.Handed             `json:"control,omitempty"`
-	Metrics   int                           `json:"metrics,omitempty"`
-	Images    map[string]handedImage        `json:"images,omitempty"`     // by the names of exports
-	Silent    map[string]bool               `json:"silent,omitempty"`     // exports whose images did not answer, and whether they were asked
-	TLS       map[string]int                `json:"tls,omitempty"`        // by file name; nil: none were opened
-	Keys      int                           `json:"keys,omitempty"`       // file of the pre-shared keys
-	NoSecrets string                        `json:"no-secrets,omitempty"` // why TLS and Keys are missing, if they were wanted
-	Closed    []closedListener              `json:"closed,omitempty"`
-	Log       int                           `json:"log,omitempty"`
-	PIDFile   int                           `json:"pid-file,omitempty"`
-	Command   int                           `json:"command,omitempty"`   // process of --run
-	Gate      int                           `json:"gate,omitempty"`      // what it waits for
-	Forbidden []string                      `json:"forbidden,omitempty"` // folders that cannot be opened
-	Sockets   []string                      `json:"sockets"`             // folders for Unix sockets; nil: all
+	Parent    int
+	Config    []byte
+	Listeners map[string][]transport.Handed // by their keys
+	Control   *transport.Handed
+	Metrics   int
+	Images    map[string]handedImage // by the names of exports
+	Silent    map[string]bool        // exports whose images did not answer, and whether they were asked
+	TLS       map[string]int         // by file name; nil: none were opened
+	Keys      int                    // file of the pre-shared keys
+	NoSecrets string                 // why TLS and Keys are missing, if they were wanted
+	Closed    []closedListener
+	Log       int
+	PIDFile   int
+	Command   int      // process of --run
+	Gate      int      // what it waits for
+	Forbidden []string // folders that cannot be opened
+	Caged     bool     // Unix sockets can be made in Sockets alone, which are folders
+	Sockets   []string
 }
 
 // handedImage are the files of one image.
 type handedImage struct {
-	Image string            `json:"image"` // as the export names it
-	Dirs  map[string]string `json:"dirs,omitempty"`
-	Files []handedFile      `json:"files"`
+	Image string // as the export names it
+	Dirs  map[string]string
+	Files []handedFile
 }
 
 type handedFile struct {
-	Path     string `json:"path"`
-	ReadOnly bool   `json:"read-only,omitempty"`
-	Direct   bool   `json:"direct,omitempty"`
-	FD       int    `json:"fd"`
+	Path     string
+	ReadOnly bool
+	Direct   bool
+	FD       int
 
 	file *os.File // of the worker, once it has looked at it
 }
@@ -511,8 +512,7 @@ func (s *stage0) forbidden() (list []string) {
 }
 
 // socketFolders are those in which the worker may make sockets.
-func (s *stage0) socketFolders() []string {
-	list := []string{}
+func (s *stage0) socketFolders() (list []string) {
 	for _, p := range s.paths {
 		if p.May&confine.Socket != 0 && !slices.Contains(list, p.Path) {
 			list = append(list, p.Path)
@@ -551,7 +551,7 @@ func (s *stage0) exec() error {
 	}
 	if p.OpenPaths == "" {
 		s.out.Forbidden = s.forbidden()
-		s.out.Sockets = s.socketFolders()
+		s.out.Caged, s.out.Sockets = true, s.socketFolders()
 	}
 	p.State = &s.out
 	// From here on signals have their default actions: none is lost.

@@ -1,8 +1,6 @@
 package daemon
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,9 +32,7 @@ func TakeOver(h *confine.Handover) (*Handed, error) {
 		return nil, nil
 	}
 	t := &Handed{mode: h.Mode, controls: h.Controls}
-	d := json.NewDecoder(bytes.NewReader(h.State))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&t.in); err != nil {
+	if err := h.Take(&t.in); err != nil {
 		return nil, fmt.Errorf("what stage 0 hands over: %w", err)
 	}
 	return t, nil
@@ -122,7 +118,7 @@ func (t *Handed) listeners(key string) ([]transport.Listener, error) {
 // explainSocket says so where a Unix socket was refused because the configuration
 // had none in that folder at the start. path is "" for what is no Unix socket.
 func (t *Handed) explainSocket(path string, err error) error {
-	if t == nil || t.in.Sockets == nil || path == "" || !errors.Is(err, fs.ErrPermission) || !isConfined(t.controls, confine.ControlLandlock) {
+	if t == nil || !t.in.Caged || path == "" || !errors.Is(err, fs.ErrPermission) || !isConfined(t.controls, confine.ControlLandlock) {
 		return err
 	}
 	for _, dir := range t.in.Sockets {

@@ -14,14 +14,14 @@ import (
 
 // Handed is a listener on its way to the next program of the same process.
 type Handed struct {
-	Name  string `json:"name,omitempty"` // NameOf
-	Kind  Kind   `json:"kind"`
-	Sock  int    `json:"sock"`            // descriptor of the socket
-	Inode int    `json:"inode,omitempty"` // of the file of a Unix socket that is ours to remove, or 0
+	Name  string // NameOf
+	Kind  Kind
+	Sock  int // descriptor of the socket
+	Inode int // of the file of a Unix socket that is ours to remove, or 0
 
 	// Path is that file's, Private the folder that was made for it.
-	Path    string `json:"path,omitempty"`
-	Private string `json:"private,omitempty"`
+	Path    string
+	Private string
 }
 
 // HandOver describes a listener of this package, or of ListenUnix, and returns
