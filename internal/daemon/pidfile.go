@@ -79,17 +79,21 @@ func (d *daemon) fillPIDFile() error {
 	return nil
 }
 
-// removePIDFile removes the file. Where that is forbidden to this user it is
-// left empty.
+// removePIDFile removes the file, if it is this server's. Where that is forbidden to
+// this user it is left empty.
 func (d *daemon) removePIDFile() {
 	p := d.pid
 	if p == nil {
 		return
 	}
-	if fi, err := p.file.Stat(); !p.filled && (err != nil || fi.Size() > 0) {
+	ours, err := p.file.Stat()
+	if !p.filled && (err != nil || ours.Size() > 0) {
 		return // another server's
 	}
-	err := os.Remove(p.path)
+	if there, lost := os.Stat(p.path); err == nil && lost == nil && !os.SameFile(there, ours) {
+		return // that of another server, after somebody has removed ours
+	}
+	err = os.Remove(p.path)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return
 	}
