@@ -13,6 +13,7 @@ import (
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/vmdiskd/vmdiskd/internal/confine/selinux"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
@@ -580,13 +581,7 @@ func (d *Domain) ofExport(ctx context.Context, all states, name string) []string
 	if err != nil {
 		return all.targets(named)
 	}
-	ours := all.targets(func(u transport.URI) bool {
-		return named(u) && slices.ContainsFunc(x.URIs, func(text string) bool {
-			uri, err := transport.ParseURI(text)
-			uri.Export, uri.User, uri.Params = name, "", nil
-			return err == nil && uri.String() == u.String()
-		})
-	})
+	ours := all.targets(func(u transport.URI) bool { return isAt(ctx, u, x) })
 	if len(ours) == 0 {
 		return all.targets(named)
 	}
@@ -681,19 +676,28 @@ func (d *Domain) isOwnExport(name string) bool {
 
 // serving is the disk with the target, which the domain must have, where it is,
 // and the export behind it: the named one or, if that is "", the one that
-// Attach has made, or "" again.
-func (d *Domain) serving(ctx context.Context, target, named string) (libvirtd.Scope, *libvirtxml.DomainDisk, string, error) {
-	in, disk, err := d.find(ctx, target)
-	if err != nil {
-		return 0, nil, "", err
+// Attach has made. An export that the disk is not from is refused.
+func (d *Domain) serving(ctx context.Context, target, named string) (in libvirtd.Scope, disk *libvirtxml.DomainDisk, x api.Export, err error) {
+	if in, disk, err = d.find(ctx, target); err != nil {
+		return 0, nil, x, err
 	}
 	if disk == nil {
-		return 0, nil, "", fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
+		return 0, nil, x, fmt.Errorf("%w: the domain has no disk %q", ErrNoDisk, target)
 	}
-	if uri := source(disk); named == "" && d.isOwnExport(uri.Export) {
+	uri := source(disk)
+	if named == "" && d.isOwnExport(uri.Export) {
 		named = uri.Export
 	}
-	return in, disk, named, nil
+	switch {
+	case d.Server == nil:
+		return 0, nil, x, ErrNoServer
+	case named == "":
+		return 0, nil, x, unnamed(target)
+	}
+	if x, err = d.Server.Export(ctx, named); err == nil && !isAt(ctx, uri, x) {
+		err = otherExport(target, x)
+	}
+	return in, disk, x, err
 }
 
 // Detach is as Machine's, of the running machine and of its configuration, or of
@@ -783,12 +787,7 @@ func (d *Domain) takeStep(disk *libvirtxml.DomainDisk, uri transport.URI, scope 
 // Resize is as Machine's. While the domain runs the plan, not its making, goes
 // through libvirt's monitor, which marks the domain as tainted.
 func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (*Plan, error) {
-	in, disk, export, err := d.serving(ctx, target, export)
-	if err != nil {
-		return nil, err
-	}
-	m := d.machine(nil)
-	x, err := m.exportOf(ctx, target, export)
+	in, disk, x, err := d.serving(ctx, target, export)
 	if err != nil {
 		return nil, err
 	}
@@ -796,7 +795,7 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	if err != nil {
 		return nil, err
 	}
-	g := &growth{Machine: m, id: target, size: size, by: want.added()}
+	g := &growth{Machine: d.machine(nil), id: target, size: size, by: want.added()}
 	plan := &Plan{
 		Aim:    fmt.Sprintf("grow %s of domain %q from %d to %d bytes", target, d.Domain.Name, x.Size, size),
 		Disk:   target,
@@ -855,18 +854,15 @@ const agentChannel = "org.qemu.guest_agent.0"
 
 // Snapshot is as Machine's.
 func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, must bool) (*Plan, error) {
-	_, _, export, err := d.serving(ctx, target, export)
+	_, _, x, err := d.serving(ctx, target, export)
 	if err != nil {
 		return nil, err
-	}
-	if export == "" {
-		return nil, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", target, ErrNoServer)
 	}
 	all, err := d.describe(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return d.machine(all[libvirtd.Live]).Snapshot(ctx, target, export, overlay, must)
+	return d.machine(all[libvirtd.Live]).snapshot(x, target, overlay, must)
 }
 
 // Element is the XML of the disk that Attach would give the domain, for people

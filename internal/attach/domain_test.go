@@ -653,6 +653,56 @@ func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
 	})
 }
 
+// TestDiskOfADomainIsNoOtherExportThanItsOwn is TestDiskIsNoOtherExportThanItsOwn
+// with a domain.
+func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	h.endService()
+	h.startService(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"\nmode = \"0666\"", h.dir))
+	for _, name := range []string{"web", "other"} {
+		x := addExport(name, h.image(t, name, diskSize))
+		x.Default = name == "web"
+		_, err := h.service.Add(ctx, x)
+		must(t, err)
+	}
+	unnamed := attach.Source{URI: "nbd+unix:///?socket=" + h.dir + "/shared"}
+	for _, s := range []attach.Source{h.source(h.image(t, "own", diskSize)), {Export: "web"}, unnamed} { // sda, sdb, sdc
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+	}
+	own := attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(filepath.Join(h.dir, "own")))
+	state := func() string {
+		list, err := h.service.Exports(ctx)
+		must(t, err)
+		return fmt.Sprint(list)
+	}
+	before := state()
+	overlay := filepath.Join(h.dir, "overlay")
+	for target, named := range map[string][]string{"sda": {"other", "web"}, "sdb": {"other", own}, "sdc": {"other", own}} {
+		for _, export := range named {
+			if _, err := h.Resize(ctx, target, export, attach.Size{Bytes: 3 * diskSize}); !errors.Is(err, attach.ErrDiffers) {
+				t.Errorf("resize %s with export %s: %v", target, export, err)
+			}
+			if _, err := h.Snapshot(ctx, target, export, overlay, false); !errors.Is(err, attach.ErrDiffers) {
+				t.Errorf("snapshot %s with export %s: %v", target, export, err)
+			}
+		}
+	}
+	if _, err := h.Snapshot(ctx, "sdb", "", overlay, false); !errors.Is(err, attach.ErrNoServer) {
+		t.Errorf("snapshot of an export that is not named: %v", err)
+	}
+	if got := state(); got != before {
+		t.Errorf("changed to %s", got)
+	}
+	for target, export := range map[string]string{"sda": own, "sdb": "web", "sdc": "web"} {
+		p, err := h.Resize(ctx, target, export, attach.Size{Bytes: 3 * diskSize})
+		if !do(t, p, err) {
+			t.Errorf("%s was not grown", target)
+		}
+	}
+}
+
 // TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
 // has used, and nothing has been changed yet.
 func TestPlanOfAResizeDoesNotTaint(t *testing.T) {

@@ -316,12 +316,22 @@ func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export,
 	}
 	x, err = m.Server.Export(ctx, name)
 	if named == "" && hasCode(err, api.CodeNotFound) {
-		return x, fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", id, ErrNoServer)
+		return x, unnamed(id)
 	}
-	if err == nil && named != "" && m.Monitor != nil {
+	if err == nil && named != "" {
 		err = m.isFrom(ctx, id, x)
 	}
 	return x, err
+}
+
+// unnamed is the error of a disk whose export its user must name.
+func unnamed(disk string) error {
+	return fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", disk, ErrNoServer)
+}
+
+// otherExport is the error of a disk that is from no address of the export.
+func otherExport(disk string, x api.Export) error {
+	return fmt.Errorf("%w: disk %s is not export %q, which is at %s", ErrDiffers, disk, x.Name, strings.Join(x.URIs, " "))
 }
 
 // isFrom refuses an export that is not the one behind the disk: the name of the
@@ -397,7 +407,7 @@ func attachedBy(raw *qmp.Node, id string, x api.Export, tls bool, identity strin
 			}
 		}
 	}
-	return transport.URI{}, fmt.Errorf("%w: disk %s is not export %q, which is at %s", ErrDiffers, id, x.Name, strings.Join(x.URIs, " "))
+	return transport.URI{}, otherExport(id, x)
 }
 
 // hasSize tells whether a machine says that a node has the size.

@@ -22,6 +22,11 @@ func (m *Machine) Snapshot(ctx context.Context, id, export, overlay string, must
 	if err != nil {
 		return nil, err
 	}
+	return m.snapshot(x, id, overlay, must)
+}
+
+// snapshot is that of a disk which is from the export.
+func (m *Machine) snapshot(x api.Export, id, overlay string, must bool) (*Plan, error) {
 	if must && m.Agent == nil {
 		return nil, fmt.Errorf("%w: none is known", qmp.ErrNoAgent)
 	}

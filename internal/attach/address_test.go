@@ -1,0 +1,48 @@
+package attach
+
+import (
+	"testing"
+
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
+)
+
+// TestDiskIsAtAnAddressOfItsExport or from elsewhere, however its host is spelled.
+func TestDiskIsAtAnAddressOfItsExport(t *testing.T) {
+	own := "127.0.0.1"
+	for _, a := range ownAddresses() {
+		if a.Is4() && !a.IsLoopback() {
+			own = a.String()
+		}
+	}
+	for _, tt := range []struct {
+		disk, export string
+		unnamed      bool // it is the default export
+		want         bool
+	}{
+		{"nbd+unix:///web?socket=/a", "nbd+unix:///web?socket=/a", false, true},
+		{"nbd+unix:///web?socket=/b", "nbd+unix:///web?socket=/a", false, false},
+		{"nbd+unix:///other?socket=/a", "nbd+unix:///web?socket=/a", false, false},
+		{"nbd+unix:///?socket=/a", "nbd+unix:///web?socket=/a", false, false},
+		{"nbd+unix:///?socket=/a", "nbd+unix:///web?socket=/a", true, true},
+		{"nbd://127.0.0.1/web", "nbd://127.0.0.1:10809/web", false, true},
+		{"nbd://127.0.0.1/web", "nbd://127.0.0.1:10810/web", false, false},
+		{"nbd://127.0.0.1/web", "nbds://127.0.0.1/web", false, false},
+		{"nbd://localhost/web", "nbd://127.0.0.1/web", false, true},
+		{"nbd://127.0.0.1/web", "nbd://localhost/web", false, true},
+		{"nbd://" + own + "/web", "nbd://localhost/web", false, true},
+		{"nbd://192.0.2.1/web", "nbd://localhost/web", false, false}, // of RFC 5737, nobody's
+		{"nbd://192.0.2.1/web", "nbd://127.0.0.1/web", false, false},
+		{"nbd://[::1]/web", "nbd://127.0.0.1/web", false, false},
+		{"nbd://127.0.0.1/web", "nbd+unix:///web?socket=127.0.0.1", false, false},
+	} {
+		uri, _, err := new(Source).remote(tt.disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x := api.Export{URIs: []string{"nbd+unix:///web?socket=/none", tt.export}}
+		x.Name, x.Default = "web", tt.unnamed
+		if got := isAt(t.Context(), uri, x); got != tt.want {
+			t.Errorf("a disk from %s is export web at %s, the default %t: %t, want %t", tt.disk, tt.export, tt.unnamed, got, tt.want)
+		}
+	}
+}
