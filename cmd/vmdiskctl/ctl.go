@@ -82,14 +82,12 @@ func (f *ctlFlags) dial() (*control.Client, error) {
 	return control.Dial(f.socket), nil
 }
 
-// call runs do with the daemon, for at most limits.ControlCall and more.
-func (f *ctlFlags) call(ctx context.Context, more time.Duration, do func(context.Context, *control.Client) error) error {
+// call runs do with the daemon.
+func (f *ctlFlags) call(ctx context.Context, do func(context.Context, *control.Client) error) error {
 	cl, err := f.dial()
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, limits.ControlCall+more)
-	defer cancel()
 	return told(do(ctx, cl))
 }
 

@@ -132,7 +132,7 @@ func (f *addFlags) run(c *cobra.Command, name, image string) error {
 			return err
 		}
 	}
-	return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+	return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 		if f.dryRun {
 			return f.rehearse(ctx, c, cl, a)
 		}

@@ -25,7 +25,7 @@ negotiated and what is in flight.
 The clients of an export that is called kick: vmdiskctl clients -- kick`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				var export *string
 				if len(args) > 0 {
 					export = &args[0]
@@ -96,7 +96,7 @@ export first.`,
 			if err != nil {
 				return usage("%q is not the number of a client", args[0])
 			}
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				if !f.dryRun {
 					if err := cl.Disconnect(ctx, id); err != nil {
 						return err

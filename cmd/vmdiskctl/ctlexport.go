@@ -30,7 +30,7 @@ func newExportList() *cobra.Command {
 		Short: "List all exports",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				list, err := cl.Exports(ctx)
 				if err != nil {
 					return err
@@ -81,7 +81,7 @@ func newExportShow() *cobra.Command {
 		Short: "Show an export",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				e, err := cl.Export(ctx, args[0])
 				if err != nil {
 					return err
@@ -134,7 +134,7 @@ open it any more at once, and its clients are told to leave. The image stays.`,
 			if timeout < 0 || timeout > limits.ControlRemoveMost {
 				return usage("--timeout: want 0s to %v", limits.ControlRemoveMost)
 			}
-			return f.call(c.Context(), timeout, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				if f.dryRun {
 					e, err := cl.Export(ctx, args[0])
 					if err != nil {
@@ -172,7 +172,7 @@ func (f *ctlFlags) stateCommand(use, short, long string, do func(context.Context
 		Long:  long,
 		Args:  cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			return f.call(c.Context(), limits.PauseLongest, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				if err := do(ctx, cl, args[0]); err != nil {
 					return err
 				}
@@ -224,7 +224,7 @@ zeroes. Disks do not shrink. Clients see the new size when they connect again.`,
 			if err != nil {
 				return err
 			}
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				e, err := cl.Export(ctx, args[0])
 				if err != nil {
 					return err
@@ -266,7 +266,7 @@ memory is not in the image, unless the guest is frozen meanwhile.`,
 				return err
 			}
 			s := api.Snapshot{Overlay: overlay}
-			return f.call(c.Context(), limits.PauseLongest, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				if f.dryRun {
 					e, err := cl.Export(ctx, args[0])
 					if err != nil {
@@ -307,7 +307,7 @@ without --force. Merge the overlay first, as qemu-img commit does while the
 export is removed from the configuration or the daemon is stopped.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				out, err := cl.Forget(ctx, args[0], force, f.dryRun)
 				if err != nil {
 					return err

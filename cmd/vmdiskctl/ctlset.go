@@ -83,7 +83,7 @@ func newExportSet() *cobra.Command {
 			if r, err := p.Rate.With(p.RateKeys); err == nil {
 				noteSlow(c, r)
 			}
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				return f.set(ctx, c, cl, args[0], p)
 			})
 		},

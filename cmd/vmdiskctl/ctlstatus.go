@@ -21,7 +21,7 @@ func newStatus() *cobra.Command {
 		Short: "Show the daemon as a whole",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				s, err := cl.Status(ctx)
 				if err != nil {
 					return err
@@ -107,7 +107,7 @@ func newReload() *cobra.Command {
 		Short: "Have the daemon read its configuration again",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				r, err := cl.Reload(ctx, f.dryRun)
 				if err != nil {
 					return err

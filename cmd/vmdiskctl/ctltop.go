@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -16,7 +15,6 @@ import (
 	"golang.org/x/term"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
-	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
@@ -87,7 +85,7 @@ func (f *topFlags) watch(c *cobra.Command) error {
 		return err
 	}
 	ctx, out := c.Context(), c.OutOrStdout()
-	before, err := f.look(ctx, cl)
+	before, err := cl.Stats(ctx)
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -102,7 +100,7 @@ func (f *topFlags) watch(c *cobra.Command) error {
 			return nil
 		case <-tick.C:
 		}
-		now, err := f.look(ctx, cl)
+		now, err := cl.Stats(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -114,12 +112,6 @@ func (f *topFlags) watch(c *cobra.Command) error {
 		}
 		before = now
 	}
-}
-
-func (f *topFlags) look(ctx context.Context, cl *control.Client) ([]api.Stats, error) {
-	ctx, cancel := context.WithTimeout(ctx, limits.ControlCall)
-	defer cancel()
-	return cl.Stats(ctx)
 }
 
 func (f *topFlags) draw(w io.Writer, list []load) error {

@@ -250,8 +250,6 @@ func (h *leaseHolder) ended(d time.Duration) bool {
 func (h *leaseHolder) third() time.Duration { return time.Duration(h.lease.TTL) / 3 }
 
 func (h *leaseHolder) renew(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, limits.ControlCall)
-	defer cancel()
 	_, err := h.client.OpenLease(ctx, h.lease)
 	return err
 }
@@ -259,13 +257,11 @@ func (h *leaseHolder) renew(ctx context.Context) error {
 // close ends the lease for this holder, and for all when the machine has ended; if
 // the daemon does not answer, it ends by itself.
 func (h *leaseHolder) close() {
-	ctx, cancel := context.WithTimeout(context.Background(), limits.ControlCall)
-	defer cancel()
 	holder := h.lease.Holder
 	if h.ended(0) {
 		holder = ""
 	}
-	err := h.client.CloseLease(ctx, h.lease.CID, h.lease.Start, holder)
+	err := h.client.CloseLease(context.Background(), h.lease.CID, h.lease.Start, holder)
 	if e := control.RefusalOf(err); e != nil && e.Code == api.CodeNotFound {
 		return // another holder has seen the end of the machine, too
 	}

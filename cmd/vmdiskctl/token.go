@@ -119,7 +119,7 @@ func newTokenList() *cobra.Command {
 nothing, and when they expire.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return f.call(c.Context(), 0, func(ctx context.Context, cl *control.Client) error {
+			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {
 				list, err := cl.Exports(ctx)
 				if err != nil {
 					return err

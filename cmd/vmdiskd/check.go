@@ -16,7 +16,6 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/daemon"
-	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // check is what --check says of a configuration without mistakes: what a reload
@@ -61,8 +60,7 @@ var (
 // askService asks for a reload that changes nothing, if the service has that
 // file. What the service says is for a terminal.
 func askService(file string, s *control.Client) (changes []string, restart bool, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limits.ControlCall)
-	defer cancel()
+	ctx := context.Background()
 	is, err := s.Status(ctx)
 	if err != nil {
 		return nil, false, err

@@ -4,9 +4,9 @@ import "time"
 
 // What vmdiskctl waits for and shows.
 const (
-	// ControlCall is how long the daemon has for a request that vmdiskctl
-	// makes, beyond what was asked for: an image on slow storage takes a
-	// minute to open, a snapshot half of PauseLongest.
+	// ControlCall is how long the daemon has for a request, beyond what it is
+	// asked to wait for: an image on slow storage takes a minute to open.
+	// Events come for as long as they are wanted.
 	ControlCall = 4 * time.Minute
 
 	// TopIntervalLeast and TopIntervalMost bound the time between two looks

@@ -5,6 +5,7 @@ package client
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,16 +27,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Client is a control socket. Each call makes a connection of its own and is
-// bounded by its context, so that a Client is safe for concurrent use and has
-// nothing to close. What the server refuses is an *api.Error.
+// Client is a control socket. Each call makes a connection of its own, so that a
+// Client is safe for concurrent use and has nothing to close. It ends with its
+// context, and all but Events after limits.ControlCall beyond what the server is
+// asked to wait for. What the server refuses is an *api.Error.
 type Client struct {
-	path string
-	room time.Duration // how long a call waits for a place
+	path  string
+	room  time.Duration // how long a call waits for a place
+	bound time.Duration // of a call
 }
 
 // Dial names the socket; nothing is connected before the first call.
-func Dial(path string) *Client { return &Client{path: path, room: limits.ControlRoom} }
+func Dial(path string) *Client {
+	return &Client{path: path, room: limits.ControlRoom, bound: limits.ControlCall}
+}
 
 // SocketError is that a request got no answer: nobody listens at the socket, or
 // who does hangs up, as the daemon does on a peer that may not even look.
@@ -77,6 +82,7 @@ type request struct {
 	query  url.Values
 	body   any // nil: none
 	files  []*os.File
+	waits  time.Duration // how long the server may wait before it does it
 }
 
 // exportPath is the path of an export and of what belongs to it.
@@ -125,13 +131,14 @@ func (c *Client) Remove(ctx context.Context, name string, force bool, timeout ti
 	if timeout > 0 {
 		q.Set("timeout", timeout.String())
 	}
-	return c.call(ctx, request{method: "DELETE", path: exportPath(name), query: q}, nil)
+	waits := cmp.Or(timeout, limits.ControlRemove)
+	return c.call(ctx, request{method: "DELETE", path: exportPath(name), query: q, waits: waits}, nil)
 }
 
 // Pause holds back the requests of an export; limit as api.Pause has it.
 func (c *Client) Pause(ctx context.Context, name string, limit time.Duration) error {
 	body := api.Pause{Limit: config.Duration(limit)}
-	return c.call(ctx, request{method: "POST", path: exportPath(name, "pause"), body: body}, nil)
+	return c.call(ctx, request{method: "POST", path: exportPath(name, "pause"), body: body, waits: cmp.Or(limit, limits.PauseLongest)}, nil)
 }
 
 // Resume ends a pause.
@@ -146,7 +153,8 @@ func (c *Client) Resize(ctx context.Context, name string, r api.Resize) (e api.E
 
 // Snapshot puts an overlay above the image; files as with Add.
 func (c *Client) Snapshot(ctx context.Context, name string, s api.Snapshot, files ...*os.File) (e api.Export, err error) {
-	return e, c.call(ctx, request{method: "POST", path: exportPath(name, "snapshot"), body: s, files: files}, &e)
+	q := request{method: "POST", path: exportPath(name, "snapshot"), body: s, files: files, waits: limits.PauseLongest}
+	return e, c.call(ctx, q, &e)
 }
 
 // Forget has the server forget the overlay of an export of its configuration,
@@ -214,47 +222,50 @@ func (c *Client) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 // Metrics copies the counters in Prometheus' text format to w, at most
 // limits.ControlReply bytes.
 func (c *Client) Metrics(ctx context.Context, w io.Writer) error {
-	r, err := c.open(ctx, request{method: "GET", path: api.PathMetrics})
-	if err != nil {
+	return c.ask(ctx, request{method: "GET", path: api.PathMetrics}, func(r *reply) error {
+		_, err := io.Copy(w, r.body())
 		return err
-	}
-	defer r.close()
-	_, err = io.Copy(w, r.body())
-	return r.cause(err)
+	})
 }
 
 // call sends q and decodes the reply into v, unless it is nil.
 func (c *Client) call(ctx context.Context, q request, v any) error {
+	return c.ask(ctx, q, func(r *reply) error {
+		if v == nil {
+			return nil
+		}
+		r.most.left = limits.ControlObject
+		b, err := io.ReadAll(r.body())
+		if err != nil {
+			return err
+		}
+		return object(b, v)
+	})
+}
+
+// list sends q and decodes the reply, a list.
+func list[T any](ctx context.Context, c *Client, q request) (out []T, err error) {
+	err = c.ask(ctx, q, func(r *reply) error {
+		r.most.left = limits.ControlList
+		b, err := io.ReadAll(r.body())
+		if err == nil {
+			out, err = elements[T](b)
+		}
+		return err
+	})
+	return out, err
+}
+
+// ask sends q and has the reply read, all within the bound of a call.
+func (c *Client) ask(ctx context.Context, q request, read func(*reply) error) error {
+	ctx, cancel := context.WithTimeout(ctx, c.bound+q.waits)
+	defer cancel()
 	r, err := c.open(ctx, q)
 	if err != nil {
 		return err
 	}
 	defer r.close()
-	if v == nil {
-		return nil
-	}
-	r.most.left = limits.ControlObject
-	b, err := io.ReadAll(r.body())
-	if err == nil {
-		err = object(b, v)
-	}
-	return r.cause(err)
-}
-
-// list sends q and decodes the reply, a list.
-func list[T any](ctx context.Context, c *Client, q request) ([]T, error) {
-	r, err := c.open(ctx, q)
-	if err != nil {
-		return nil, err
-	}
-	defer r.close()
-	r.most.left = limits.ControlList
-	b, err := io.ReadAll(r.body())
-	if err != nil {
-		return nil, r.cause(err)
-	}
-	out, err := elements[T](b)
-	return out, r.cause(err)
+	return r.cause(read(r))
 }
 
 // object decodes one object of a bounded size with a bounded number of others.

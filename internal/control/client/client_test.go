@@ -3,6 +3,7 @@ package client_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -188,6 +189,49 @@ func TestSilentServerEndsWithTheContext(t *testing.T) {
 			t.Errorf("after %q: got %v", begin, err)
 		}
 		close(leave)
+	}
+}
+
+// TestSilentServerIsGivenUp by a call, whatever its context says, and wherever in
+// the reply it is silent. Events come for longer than a call may take.
+func TestSilentServerIsGivenUp(t *testing.T) {
+	ended, end := context.WithCancel(t.Context())
+	defer end()
+	silent := func(begin, more string) *client.Client {
+		c := evil(t, func(c net.Conn) {
+			says(begin)(c)
+			<-ended.Done()
+			says(more)(c)
+		})
+		c.EndAfter(20 * time.Millisecond)
+		return c
+	}
+	events, err := silent(ok, `{"kind":"lost"}`+"\n").Events(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	givenUp := func(name string, call func(context.Context) error) {
+		t.Helper()
+		ctx := testContext(t)
+		if err := call(ctx); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			t.Errorf("%s: got %v, and the context has %v", name, err, ctx.Err())
+		}
+	}
+	for _, begin := range []string{"", "HTTP/1.1 200 OK\r\n", ok + "[", "HTTP/1.1 400 No\r\n\r\n{"} {
+		c := silent(begin, "")
+		givenUp(fmt.Sprintf("exports after %q", begin), func(ctx context.Context) error { _, err := c.Exports(ctx); return err })
+		givenUp(fmt.Sprintf("export after %q", begin), func(ctx context.Context) error { _, err := c.Export(ctx, "a"); return err })
+		givenUp(fmt.Sprintf("metrics after %q", begin), func(ctx context.Context) error { return c.Metrics(ctx, io.Discard) })
+	}
+	c := silent("", "")
+	givenUp("add", func(ctx context.Context) error { _, err := c.Add(ctx, api.AddExport{}, os.Stdin); return err })
+	givenUp("remove", func(ctx context.Context) error { return c.Remove(ctx, "a", true, time.Millisecond) })
+	givenUp("pause", func(ctx context.Context) error { return c.Pause(ctx, "a", time.Millisecond) })
+	end()
+	for e, err := range events {
+		if err != nil || e.Kind != "lost" {
+			t.Errorf("event %+v, %v", e, err)
+		}
 	}
 }
 
