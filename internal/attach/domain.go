@@ -147,6 +147,23 @@ func from(uri transport.URI) func(*libvirtxml.DomainDisk) bool {
 	return func(disk *libvirtxml.DomainDisk) bool { return source(disk).String() == uri.String() }
 }
 
+// is tells disks that are what is served, an export by whichever of its addresses.
+func (v *served) is(ctx context.Context) func(*libvirtxml.DomainDisk) bool {
+	return func(disk *libvirtxml.DomainDisk) bool {
+		return from(v.uri)(disk) || v.export != nil && isAt(ctx, source(disk), *v.export)
+	}
+}
+
+// stay leaves an export that the domain has at the address by which it has it.
+func (v *served) stay(ctx context.Context, all states) {
+	if in, _ := all.scope(from(v.uri)); in != 0 {
+		return
+	}
+	if _, there := all.scope(v.is(ctx)); there != nil {
+		v.uri = source(there)
+	}
+}
+
 // isTarget tells the disk with the target.
 func isTarget(target string) func(*libvirtxml.DomainDisk) bool {
 	return func(disk *libvirtxml.DomainDisk) bool { return disk.Target != nil && disk.Target.Dev == target }
@@ -219,6 +236,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
+	v.stay(ctx, all)
 	if all[libvirtd.Live] == nil && s.Image != "" && s.Owner == "" && s.Mode == "" {
 		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
 	}
@@ -291,7 +309,7 @@ func (d *Domain) target(ctx context.Context, all states, v *served, bus, wanted 
 	if other := all.targets(func(u transport.URI) bool { return v.own && u.Export == v.uri.Export && u.String() != v.uri.String() }); len(other) > 0 {
 		return "", cmp.Or(v.differs(ctx), fmt.Errorf("%w: the domain has the image as %q, %s: %s", ErrDiffers, other, v.before(), v.remedy(ctx)))
 	}
-	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
+	if _, there := all.scope(v.is(ctx)); there != nil && there.Target != nil {
 		if wanted != "" && there.Target.Dev != wanted {
 			return "", fmt.Errorf("%w: the domain has the disk as %q", ErrDiffers, there.Target.Dev)
 		}
@@ -383,7 +401,7 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	in, _ := all.scope(from(g.uri))
+	in, _ := all.scope(g.is(ctx))
 	missing, target := g.scope&^in, g.disk.Target.Dev
 	there, _ := all.scope(isDisk(target, g.uri))
 	g.given &= there
@@ -401,8 +419,9 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 // user wants it.
 func (g *gift) place(ctx context.Context, all states, bus string) (string, error) {
 	var is string
+	served := g.is(ctx)
 	_, there := all.scope(func(disk *libvirtxml.DomainDisk) bool {
-		if !from(g.uri)(disk) || disk.Target == nil {
+		if !served(disk) || disk.Target == nil {
 			return false
 		}
 		is = g.otherwise(disk)
@@ -504,7 +523,7 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 			if err != nil {
 				return false, err
 			}
-			in, there := all.scope(from(v.uri))
+			in, there := all.scope(v.is(ctx))
 			if in&scope != scope {
 				return false, fmt.Errorf("%w: libvirt does not describe disk %s", ErrDiffers, disk.Target.Dev)
 			}
@@ -879,6 +898,7 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 	if err != nil {
 		return "", err
 	}
+	v.stay(ctx, all)
 	bus, err := busOf(o.Model)
 	if err != nil {
 		return "", err

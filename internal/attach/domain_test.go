@@ -703,6 +703,68 @@ func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
 	}
 }
 
+// TestExportIsOneDiskOfADomain is TestExportIsOneDiskOfAMachine with a domain. What
+// another has attached since a plan was made is found too.
+func TestExportIsOneDiskOfADomain(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	restart := func(listeners ...string) {
+		h.endService()
+		h.startService(t, listeners...)
+	}
+	tcp := fmt.Sprintf("[[listener]]\nuri = \"nbd://127.0.0.1:%d\"", testenv.FreePort(t))
+	unix := fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"\nmode = \"0666\"", h.dir)
+	attached := func(o attach.Options) *attach.Plan {
+		t.Helper()
+		o.Model = qmp.SCSIDisk
+		p, err := h.Attach(ctx, attach.Source{Export: "web"}, o)
+		must(t, err)
+		return p
+	}
+	restart(tcp, unix)
+	web := addExport("web", h.image(t, "web", diskSize))
+	web.Persist = true
+	_, err := h.service.Add(ctx, web)
+	must(t, err)
+	early := attached(attach.Options{})
+	restart(tcp)
+	do(t, attached(attach.Options{ID: "sdc"}), nil)
+	restart(tcp, unix)
+	if changed := do(t, early, nil); changed || early.Disk != "sdc" {
+		t.Errorf("a plan from before the disk was there: changed %v, disk %q", changed, early.Disk)
+	}
+	for _, tt := range []struct {
+		o       attach.Options
+		changed bool
+	}{
+		{attach.Options{}, false}, {attach.Options{ID: "sdc"}, false},
+		{attach.Options{Persist: true}, true}, {attach.Options{Persist: true}, false},
+	} {
+		p := attached(tt.o)
+		if changed := do(t, p, nil); changed != tt.changed || p.Disk != "sdc" {
+			t.Errorf("attached again with %+v: changed %v, disk %q", tt.o, changed, p.Disk)
+		}
+	}
+	for _, tt := range []struct {
+		s attach.Source
+		o attach.Options
+	}{
+		{attach.Source{Export: "web"}, attach.Options{ID: "sda"}}, {attach.Source{Export: "web", ReadOnly: true}, attach.Options{}},
+	} {
+		if _, err := h.Attach(ctx, tt.s, tt.o); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("%+v: got %v, want it refused", tt, err)
+		}
+	}
+	text, err := h.Element(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk})
+	if err != nil || !strings.Contains(text, "127.0.0.1") || !strings.Contains(text, `"sdc"`) {
+		t.Errorf("the element of the disk: %s, %v", text, err)
+	}
+	names := map[string]string{"web": "web"}
+	if disks := h.disksOf(t, names) + ", " + h.disksOf(t, names, "--inactive"); disks != "sdc=web, sdc=web" {
+		t.Errorf("disks %q", disks)
+	}
+}
+
 // TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
 // has used, and nothing has been changed yet.
 func TestPlanOfAResizeDoesNotTaint(t *testing.T) {

@@ -63,9 +63,8 @@ type plug struct {
 // Attach plans to serve a disk and to plug it. A disk that is plugged as
 // wanted leaves nothing to do.
 func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error) {
-	if o.ID == "" {
-		o.ID = DiskID(s.name())
-	}
+	asked := o.ID
+	o.ID = cmp.Or(asked, DiskID(s.name()))
 	if err := checkID(o.ID); err != nil {
 		return nil, err
 	}
@@ -73,6 +72,11 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	if err != nil {
 		return nil, err
 	}
+	id, raw, err := m.stay(ctx, v, asked)
+	if err != nil {
+		return nil, err
+	}
+	o.ID = cmp.Or(id, o.ID)
 	server, err := address(v.uri.Target)
 	if err != nil {
 		return nil, err
@@ -85,7 +89,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	if err := qmp.CheckSerial(p.model, p.serial); err != nil {
 		return nil, err
 	}
-	p.raw = rawNode(v.own, o.ID, v.uri.String(), v.readOnly)
+	p.raw = cmp.Or(raw, rawNode(v.own, o.ID, v.uri.String(), v.readOnly))
 	place, err := p.preflight(ctx)
 	if err != nil {
 		return nil, err
@@ -102,6 +106,54 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID), Disk: o.ID}
 	plan.Steps = append(v.steps, mortal(m.Monitor.Ended, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())...)
 	return plan, nil
+}
+
+// stay leaves an export that the machine has at the address by which it has it, and
+// says as which disk and by which raw node: nothing where it does not. A disk that
+// is not as the caller has said is ErrDiffers.
+func (m *Machine) stay(ctx context.Context, v *served, asked string) (id, node string, err error) {
+	if v.export == nil {
+		return "", "", nil
+	}
+	id, raw, l, err := m.diskOf(ctx, *v.export, asked)
+	if err != nil || raw == nil {
+		return "", "", err
+	}
+	said := v.creds
+	said.hostname = l.creds.hostname
+	switch {
+	case asked != "" && asked != id:
+		return "", "", fmt.Errorf("%w: the machine has export %q as disk %s", ErrDiffers, v.export.Name, id)
+	case raw.ReadOnly != v.readOnly:
+		return "", "", fmt.Errorf("%w: the machine has the export as disk %s, read-only: %t: detach it first", ErrDiffers, id, raw.ReadOnly)
+	case v.creds != credentials{} && said != l.creds:
+		return "", "", fmt.Errorf("%w: the machine has the export as disk %s, with %s: detach it first", ErrDiffers, id, &l.creds)
+	}
+	v.uri, v.creds = l.uri, l.creds
+	return id, raw.Name, nil
+}
+
+// diskOf is the disk of the machine that is from the export, the one that is asked
+// for where several are, with its raw node; nil where none is.
+func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id string, raw *qmp.Node, l link, err error) {
+	all, err := qmp.QueryBlock(ctx, m.Monitor)
+	if err != nil {
+		return "", nil, l, err
+	}
+	for i := range all {
+		is, node := all[i].ID(), all[i].Inserted
+		if node == nil || !isNodeOf(node.Name, is) || raw != nil && is != asked {
+			continue
+		}
+		way, err := m.linkTo(ctx, node, is, x)
+		switch {
+		case err == nil:
+			id, raw, l = is, node, way
+		case !errors.Is(err, ErrDiffers):
+			return "", nil, l, err
+		}
+	}
+	return id, raw, l, nil
 }
 
 // nbd is a client that guests do not notice the absence of its server by, with the

@@ -1187,6 +1187,78 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	}
 }
 
+// TestExportIsOneDiskOfAMachine by whichever of its addresses, and under whichever
+// name, the machine has it. Its daemon is started again with an address that is
+// taken before the one that the disk was attached by.
+func TestExportIsOneDiskOfAMachine(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	dir := testenv.Certificates(t)
+	plain, port := testenv.FreePort(t), testenv.FreePort(t)
+	tcp := fmt.Sprintf("[tls]\ncertificates = %q\n[[listener]]\nuri = \"nbds://127.0.0.1:%d\"\n", dir, port)
+	both := tcp + fmt.Sprintf("[[listener]]\nuri = \"nbd://127.0.0.1:%d\"\n", plain)
+	l.startMachine(t, q35...)
+	l.startService(t, tcp)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	web := addExport("web", l.image(t, "web.img", diskSize))
+	web.Persist, web.Default = true, true
+	_, err := l.service.Add(ctx, web)
+	must(t, err)
+	named := attach.Source{Export: "web"}
+	overTLS := attach.Source{Export: "web", Certificates: dir}
+	for name, tt := range map[string]struct {
+		before string // configuration when the disk is attached
+		s      attach.Source
+		id     string
+	}{
+		"TCP":                   {both, named, ""},
+		"TLS":                   {tcp, overTLS, ""},
+		"a name of its own":     {both, named, "first"},
+		"TLS, a name":           {tcp, overTLS, "first"},
+		"a URI":                 {both, attach.Source{URI: fmt.Sprintf("nbd://127.0.0.1:%d/web", plain)}, ""},
+		"a URI, as the default": {both, attach.Source{URI: fmt.Sprintf("nbd://127.0.0.1:%d", plain)}, ""},
+		"an image":              {both, l.source(l.image(t, "own.img", diskSize)), ""},
+	} {
+		l.endService()
+		l.startService(t, tt.before)
+		p, err := m.Attach(ctx, tt.s, attach.Options{Model: qmp.SCSIDisk, ID: tt.id})
+		if !do(t, p, err) {
+			t.Errorf("%s: nothing was attached", name)
+		}
+		again, id := named, p.Disk
+		if tt.s.Image != "" {
+			again.Export = attach.ExportName(m.Name, id)
+		} else {
+			l.endService()
+			l.startService(t, both, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+		}
+		before := l.state(t, m.Monitor)
+		for _, said := range []string{"", id} {
+			p, err := m.Attach(ctx, again, attach.Options{ID: said})
+			if changed := do(t, p, err); changed || p.Disk != id {
+				t.Errorf("%s, attached again as %q: changed %v, disk %q, want %q as it is", name, said, changed, p.Disk, id)
+			}
+		}
+		readOnly := again
+		readOnly.ReadOnly = true
+		for _, tt := range []struct {
+			s attach.Source
+			o attach.Options
+		}{
+			{again, attach.Options{ID: "second"}}, {readOnly, attach.Options{}}, {again, attach.Options{Serial: "OTHER"}},
+		} {
+			if _, err := m.Attach(ctx, tt.s, tt.o); !errors.Is(err, attach.ErrDiffers) {
+				t.Errorf("%s, then %+v: got %v, want it refused", name, tt.o, err)
+			}
+		}
+		if got := l.state(t, m.Monitor); got != before {
+			t.Errorf("%s: changed to %s, from %s", name, got, before)
+		}
+		p, err = m.Detach(ctx, id, true)
+		do(t, p, err)
+	}
+}
+
 // TestDiskGetsWhatEachAdds: two plans are made of a disk before either is run.
 func TestDiskGetsWhatEachAdds(t *testing.T) {
 	l := start(t, q35...)

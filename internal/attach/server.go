@@ -86,6 +86,10 @@ type served struct {
 	// is not set.
 	lookup func(context.Context) (api.Export, error)
 
+	// export is what Source.Export names: a machine that has it by another
+	// address than uri has the disk already. Nil otherwise.
+	export *api.Export
+
 	// differs says in what an export that was left for the disk is not as
 	// wanted; nil if there is none, or nothing. It is nil where own is not set.
 	differs func(context.Context) error
@@ -175,7 +179,7 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	if err != nil {
 		return nil, err
 	}
-	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }}
+	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }, export: &x}
 	if uri.TLS {
 		creds.setHostname(&uri)
 		v.creds, v.uri.User = creds, creds.identity
