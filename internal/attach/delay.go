@@ -6,7 +6,10 @@ import (
 	"strconv"
 	"time"
 
+	"libvirt.org/go/libvirtxml"
+
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/qmp/libvirtd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -30,6 +33,20 @@ func (d *Domain) delay(ctx context.Context, target string, uri transport.URI) (t
 	return 0, nil // none, or nothing that was kept by Keep
 }
 
+// delayOf is how long a disk that the domain has waits for its server: as libvirt
+// describes it, or else as a renewal has given it to the running machine; 0 where
+// neither is known.
+func (d *Domain) delayOf(ctx context.Context, all states, disk *libvirtxml.DomainDisk) (time.Duration, error) {
+	if delay := libvirtd.ReconnectDelay(disk); delay > 0 || disk.Target == nil {
+		return delay, nil
+	}
+	target, uri := disk.Target.Dev, source(disk)
+	if in, _ := all.scope(isDisk(target, uri)); in&libvirtd.Live == 0 {
+		return 0, nil
+	}
+	return d.delay(ctx, target, uri)
+}
+
 // keepStep keeps the delay for those who make the client anew at a later time.
 func (r *renewal) keepStep() Step {
 	var before string
@@ -50,6 +67,20 @@ func (r *renewal) keepStep() Step {
 		},
 		Undo: func(ctx context.Context) error { return r.Session.Keep(ctx, r.Domain.Domain, r.delayName, before) },
 	}
+}
+
+// forgetStale is the step that ends the delay of an earlier disk, which others have
+// taken away, before the running domain gets one in its place; none where none is
+// kept.
+func (d *Domain) forgetStale(ctx context.Context, all states, target string, uri transport.URI) ([]Step, error) {
+	if in, _ := all.scope(isDisk(target, uri)); in&libvirtd.Live != 0 {
+		return nil, nil
+	}
+	delay, err := d.delay(ctx, target, uri)
+	if err != nil || delay == 0 {
+		return nil, err
+	}
+	return []Step{d.forgetDelayStep(target, uri)}, nil
 }
 
 // forgetDelayStep ends that of a disk that is gone, with the domain's metadata as

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -248,7 +249,11 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
 		bus = there.Target.Bus
 		o.Serial = cmp.Or(o.Serial, there.Serial)
-		o.Reconnect = cmp.Or(o.Reconnect, libvirtd.ReconnectDelay(there))
+		delay, err := d.delayOf(ctx, all, there)
+		if err != nil {
+			return nil, err
+		}
+		o.Reconnect = cmp.Or(o.Reconnect, delay)
 	}
 	d.number(&o, s)
 	disk, err := element(v, target, bus, o)
@@ -258,13 +263,12 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	g.disk = disk
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
 	give := g.step(plan)
-	var renew []Step
-	r := &renewal{Domain: d, target: target, reconnect: o.Reconnect, size: func() int64 { return 0 }, always: true}
-	if o.Renew && scope&libvirtd.Live != 0 {
-		renew = mortal(d.ended, r.delaySteps(&give, disk)...)
+	delay, err := g.delaySteps(ctx, all, &give, o.Reconnect)
+	if err != nil {
+		return nil, err
 	}
-	plan.Steps = append(append(v.steps, mortal(d.unknown, give)...), renew...)
-	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope, r))
+	plan.Steps = append(append(v.steps, mortal(d.unknown, give)...), delay...)
+	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope))
 	return plan, nil
 }
 
@@ -419,14 +423,18 @@ func (g *gift) look(ctx context.Context) (changed bool, err error) {
 // user wants it.
 func (g *gift) place(ctx context.Context, all states, bus string) (string, error) {
 	var is string
+	var err error
 	served := g.is(ctx)
 	_, there := all.scope(func(disk *libvirtxml.DomainDisk) bool {
-		if !served(disk) || disk.Target == nil {
+		if is != "" || err != nil || !served(disk) || disk.Target == nil {
 			return false
 		}
-		is = g.otherwise(disk)
+		is, err = g.otherwise(ctx, all, disk)
 		return is != ""
 	})
+	if err != nil {
+		return "", err
+	}
 	if there != nil {
 		return "", fmt.Errorf("%w: the domain has the disk as %q, %s: %s", ErrDiffers, there.Target.Dev, is, g.remedy(ctx))
 	}
@@ -434,23 +442,27 @@ func (g *gift) place(ctx context.Context, all states, bus string) (string, error
 }
 
 // otherwise says what of a disk that is there is not as the user wants it.
-func (g *gift) otherwise(disk *libvirtxml.DomainDisk) string {
+func (g *gift) otherwise(ctx context.Context, all states, disk *libvirtxml.DomainDisk) (string, error) {
 	bus, err := busOf(g.wanted.Model)
 	switch {
 	case disk.ReadOnly != nil && !g.readOnly:
-		return "read-only"
+		return "read-only", nil
 	case disk.ReadOnly == nil && g.readOnly:
-		return "writable"
+		return "writable", nil
 	case err == nil && disk.Target.Bus != bus && g.wanted.Model != "":
-		return "on bus " + disk.Target.Bus
+		return "on bus " + disk.Target.Bus, nil
 	case g.wanted.Serial != "" && disk.Serial != g.wanted.Serial:
-		return fmt.Sprintf("with serial number %q", disk.Serial)
+		return fmt.Sprintf("with serial number %q", disk.Serial), nil
 	}
-	is, said := libvirtd.ReconnectDelay(disk), g.wanted.Reconnect
-	if is != 0 && said != 0 && wholeSeconds(is) != wholeSeconds(said) { // 0: libvirt has forgotten it
-		return fmt.Sprintf("waiting %v for a server that is lost, not %v", is, said)
+	said := g.wanted.Reconnect
+	if said == 0 || g.wanted.Renew && libvirtd.ReconnectDelay(disk) == 0 { // which gives it that
+		return "", nil
 	}
-	return ""
+	is, err := g.delayOf(ctx, all, disk)
+	if is != 0 && wholeSeconds(is) != wholeSeconds(said) { // 0: libvirt has forgotten it
+		return fmt.Sprintf("waiting %v for a server that is lost, not %v", is, said), nil
+	}
+	return "", err
 }
 
 // holds are those states of the scope that have the disk under its target, by
@@ -479,6 +491,20 @@ func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri tr
 	defer cancel()
 	left, unknown := d.holds(ctx, disk, uri, in)
 	return unknown != nil || left != in, err
+}
+
+// delaySteps are those behind give that see to the delay of a disk of the running
+// machine.
+func (g *gift) delaySteps(ctx context.Context, all states, give *Step, delay time.Duration) ([]Step, error) {
+	if g.scope&libvirtd.Live == 0 {
+		return nil, nil
+	}
+	steps, err := g.forgetStale(ctx, all, g.disk.Target.Dev, g.uri)
+	if err != nil || !g.wanted.Renew {
+		return steps, err
+	}
+	r := &renewal{Domain: g.Domain, target: g.disk.Target.Dev, reconnect: delay, size: func() int64 { return 0 }, always: true}
+	return append(steps, mortal(g.ended, r.delaySteps(give, g.disk)...)...), nil
 }
 
 // delaySteps give the disk of the step the delay that libvirt has forgotten. QEMU
@@ -512,8 +538,8 @@ func (r *renewal) delaySteps(give *Step, disk *libvirtxml.DomainDisk) []Step {
 const forgotten = "libvirt has forgotten the reconnect delay, as versions before 9.2 do: without it the guest gets I/O errors when the server is started again"
 
 // verifyStep sees that libvirt describes the disk, and says what has become of its
-// delay. The renewal has run if there was need of it.
-func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope, r *renewal) Step {
+// delay.
+func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvirtd.Scope) Step {
 	return Step{
 		Name: "see the disk in libvirt's description",
 		Do: func(ctx context.Context) (bool, error) {
@@ -527,12 +553,15 @@ func (d *Domain) verifyStep(disk *libvirtxml.DomainDisk, v *served, scope libvir
 			if in&scope != scope {
 				return false, fmt.Errorf("%w: libvirt does not describe disk %s", ErrDiffers, disk.Target.Dev)
 			}
+			delay, err := d.delayOf(ctx, all, there)
 			switch {
+			case err != nil:
+				return false, err
 			case libvirtd.ReconnectDelay(there) > 0:
-			case r.needed:
-				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do; QEMU has it until the machine's next start")
 			case scope&libvirtd.Live == 0:
 				d.note(forgotten)
+			case delay > 0:
+				d.note("libvirt has forgotten the reconnect delay, as versions before 9.2 do; QEMU has it until the machine's next start")
 			default:
 				d.note(forgotten + ". --keep-reconnect sets it in QEMU, through libvirt's monitor")
 			}

@@ -1050,6 +1050,52 @@ func TestDelayIsSetLater(t *testing.T) {
 	h.wantNothing(t)
 }
 
+// TestDelayThatIsKeptIsThatOfTheDisk where libvirt has no word for it: it is kept
+// where nothing is said, another is refused unless QEMU is to connect anew with it,
+// and it does not outlast the disk that it was given to.
+func TestDelayThatIsKeptIsThatOfTheDisk(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	kept := regexp.MustCompile(`<[^>]*:kept [^>]*value=['"]([0-9]+)`)
+	const has, sets = "QEMU has it", "--keep-reconnect sets it"
+	for i, tt := range []struct {
+		said    attach.Options
+		changed bool
+		kept    string
+		says    string // "": refused
+	}{
+		{attach.Options{Renew: true, Reconnect: 5 * time.Minute}, true, "300", has},
+		{attach.Options{Renew: true}, true, "300", has}, // QEMU does not say what it has
+		{attach.Options{}, false, "300", has},
+		{attach.Options{Reconnect: 5 * time.Minute}, false, "300", has},
+		{attach.Options{Reconnect: 30 * time.Second}, false, "300", ""},
+		{attach.Options{Reconnect: 30 * time.Second, Renew: true}, true, "30", has},
+		{attach.Options{Persist: true}, true, "30", has},
+		{attach.Options{Reconnect: 5 * time.Minute, Persist: true}, false, "30", ""},
+		{attach.Options{}, true, "", sets}, // after virsh has taken it away
+		{attach.Options{Reconnect: 30 * time.Second}, false, "", sets},
+	} {
+		if tt.says == sets && tt.changed {
+			h.empty(t)
+		}
+		h.notes, tt.said.Model = nil, qmp.SCSIDisk
+		p, err := h.Attach(ctx, s, tt.said)
+		if refused := tt.says == ""; errors.Is(err, attach.ErrDiffers) != refused || refused && !strings.Contains(err.Error(), "waiting") {
+			t.Fatalf("%d: %v, want it refused: %v", i, err, refused)
+		}
+		changed := err == nil && do(t, p, nil)
+		var is string
+		if found := kept.FindStringSubmatch(h.Virsh(t, "dumpxml", "--domain="+domainName)); found != nil {
+			is = found[1]
+		}
+		if notes := strings.Join(h.notes, "; "); changed != tt.changed || is != tt.kept || !strings.Contains(notes, tt.says) || strings.Contains(notes, sets) != (tt.says == sets) {
+			t.Errorf("%d: changed %v, kept %q, notes %q, want %+v", i, changed, is, notes, tt)
+		}
+	}
+}
+
 // beginRead has QEMU begin a read from the domain's one disk.
 func (h *host) beginRead(t *testing.T) {
 	t.Helper()
