@@ -855,7 +855,7 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	}
 	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), resumes: true, size: func() int64 { return g.size }}
 	plan.Steps = append([]Step{r.lookStep(x)}, plan.Steps...)
-	plan.Steps = append(plan.Steps, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())
+	plan.Steps = append(plan.Steps, mortal(d.ended, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())...)
 	return plan, nil
 }
 

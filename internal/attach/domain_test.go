@@ -999,6 +999,30 @@ func TestDomainThatEndsLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport is
+// TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport with a domain.
+func TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	for at, size, last := 1, int64(diskSize), 1; at <= last; at++ {
+		p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+		size += diskSize
+		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+		must(t, err)
+		last = len(p.Steps) - 1
+		step := p.Steps[at].Do
+		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+			h.Virsh(t, "destroy", "--domain="+domainName)
+			return step(ctx)
+		}
+		_, err = p.Run(ctx)
+		wantGrown(t, p.Steps[at].Name, err)
+		h.Virsh(t, "start", "--paused", "--domain="+domainName)
+	}
+}
+
 // interrupted runs a plan whose user interrupts it in a step.
 func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 	ctx, cancel := context.WithCancel(ctx)

@@ -562,6 +562,46 @@ func TestMachineThatDiesLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport longer, if it was grown, and
+// nothing else: it dies before each step of a resize.
+func TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	l.startService(t)
+	ctx := testenv.Context(t)
+	s := l.source(l.image(t, "disk", diskSize))
+	for at, last := 0, 0; at <= last; at++ {
+		end := l.startMachine(t, q35...)
+		m := l.machine(t, l.monitor, nil)
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		do(t, p, err)
+		name := attach.ExportName(m.Name, "d0")
+		x, err := l.service.Export(ctx, name)
+		must(t, err)
+		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: x.Size + diskSize})
+		must(t, err)
+		last = len(p.Steps) - 1
+		step := p.Steps[at].Do
+		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+			end()
+			return step(ctx)
+		}
+		_, err = p.Run(ctx)
+		wantGrown(t, p.Steps[at].Name, err)
+		if after, err := l.service.Export(ctx, name); err != nil || after.Size != x.Size+diskSize {
+			t.Errorf("dead before %q: the export has %d bytes, had %d, %v", p.Steps[at].Name, after.Size, x.Size, err)
+		}
+	}
+}
+
+// wantGrown holds that a machine which is gone at a step of a resize leaves that
+// nothing but the growth of the export is not taken back.
+func wantGrown(t *testing.T, step string, err error) {
+	t.Helper()
+	if err == nil || strings.Contains(err.Error(), "undo ") || strings.Contains(err.Error(), "so it stays") || strings.Count(err.Error(), "cannot be undone") != 1 {
+		t.Errorf("gone before %q: %v", step, err)
+	}
+}
+
 // TestAttachThatFailsAtAnyCommandLeavesNothing has QEMU refuse each command of
 // an attach in turn, then has the user interrupt at each.
 func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {

@@ -98,7 +98,8 @@ func (m *Machine) Resize(ctx context.Context, id, export string, want Size) (*Pl
 	if g.object != "" {
 		plan.Steps = append(plan.Steps, g.tryStep())
 	}
-	plan.Steps = append(plan.Steps, g.exportStep(x.Name), g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep())
+	plan.Steps = append(plan.Steps, g.exportStep(x.Name))
+	plan.Steps = append(plan.Steps, mortal(m.Monitor.Ended, g.clientStep(), g.reopenStep(), g.resizeStep(), g.deleteStep())...)
 	return plan, nil
 }
 
