@@ -262,9 +262,23 @@ func (s *Space) fundRun(ctx context.Context, r Run) error {
 	return s.store(ctx, Ref{r.Off, r.Len})
 }
 
-// store makes a range zero that has storage then: where the file cannot do it
-// in place, such as on tmpfs, by writing.
+// store makes a range zero that has storage then; after an error it has none.
+// A file system that has too little takes what there is before it says so: kept,
+// that would be missing for a smaller range, and for everybody on the host.
 func (s *Space) store(ctx context.Context, r Ref) error {
+	err := s.provide(ctx, r)
+	if err == nil {
+		return nil
+	}
+	if err := s.st.Punch(context.WithoutCancel(ctx), r.Off, r.Len); err != nil {
+		s.log.Debug("a range for metadata keeps its storage", "offset", r.Off, "length", r.Len, "error", err)
+	}
+	return err
+}
+
+// provide is store without the end: where the file cannot zero in place, such as
+// on tmpfs, by writing.
+func (s *Space) provide(ctx context.Context, r Ref) error {
 	err := s.st.Zero(ctx, r.Off, r.Len)
 	if !errors.Is(err, backing.ErrNotSupported) {
 		return err
@@ -277,7 +291,7 @@ func (s *Space) store(ctx context.Context, r Ref) error {
 	return nil
 }
 
-// zeroes is what store writes.
+// zeroes is what provide writes.
 var zeroes [64 << 10]byte
 
 // fill sets clusters aside until there are extra ones more than needed.

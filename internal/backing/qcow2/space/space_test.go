@@ -3,11 +3,13 @@ package space
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 func TestReservedIsCountedOnceWritten(t *testing.T) {
@@ -162,3 +164,60 @@ func (r *rig) fill(size int64) (n int64) {
 		n += run.Len >> r.g.ClusterBits
 	}
 }
+
+// onHost is a Space of an empty image on a host that is full.
+func onHost(t *testing.T, cluster int64) (*Space, *storetest.Full) {
+	t.Helper()
+	r := newRig(t, cluster, 16, 16, create.Off)
+	host, err := storetest.NewFull(ctx, r.tape)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(host, r.h, r.check(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Demand()
+	return s, host
+}
+
+// TestSettingAsideTakesWhatItKeeps: a host without room for all that is set aside
+// at a time has room for what is needed, and loses nothing to an attempt that fails.
+func TestSettingAsideTakesWhatItKeeps(t *testing.T) {
+	const cluster = 64 << 10
+	for _, cannotZero := range []bool{false, true} {
+		s, host := onHost(t, cluster)
+		host.CannotZero = cannotZero
+		for _, tt := range []struct {
+			room, left int64
+			want       error
+		}{
+			{slack*cluster - hostBlock, slack*cluster - hostBlock, backing.ErrNoSpace},
+			// One more is for the refcount block of those.
+			{limits.FundClusters*cluster - hostBlock, (limits.FundClusters-slack-1)*cluster - hostBlock, nil},
+		} {
+			host.SetRoom(tt.room)
+			if err := s.fill(ctx, slack); !errors.Is(err, tt.want) || host.Room() != tt.left {
+				t.Errorf("cannot zero: %t, room for %d bytes: got %v with %d left, want %v with %d",
+					cannotZero, tt.room, err, host.Room(), tt.want, tt.left)
+			}
+		}
+	}
+}
+
+// TestTableWithoutStorageTakesNone: a refcount table that a full host has no
+// storage for leaves it what there was.
+func TestTableWithoutStorageTakesNone(t *testing.T) {
+	const cluster, room = 64 << 10, 60 << 10
+	s, host := onHost(t, cluster)
+	if err := s.loadTable(ctx); err != nil {
+		t.Fatal(err)
+	}
+	host.SetRoom(room)
+	if _, err := s.grow(ctx, 0); !errors.Is(err, backing.ErrNoSpace) || host.Room() != room {
+		t.Errorf("grow: got %v with %d left, want %v with %d", err, host.Room(), backing.ErrNoSpace, room)
+	}
+}
+
+// hostBlock is the unit in which the host gives storage.
+const hostBlock = 4096

@@ -12,8 +12,9 @@ import (
 const hostBlock = 4096
 
 // Full is a file on a host that has little room: what is written or zeroed
-// where there was a hole takes storage, and fails with ErrNoSpace, untouched,
-// when there is none left. Extents are those of the storage.
+// where there was a hole takes storage, and fails with ErrNoSpace when there is
+// too little left. Then its bytes are untouched, and it has taken all there was,
+// as on ext4 and tmpfs. Extents are those of the storage.
 type Full struct {
 	store.Store
 	CannotZero bool // Zero is not supported
@@ -49,24 +50,28 @@ func (f *Full) SetRoom(n int64) {
 	f.room = n / hostBlock
 }
 
-// take gets storage for a range.
+// take gets storage for a range, from its beginning on as far as there is any.
 func (f *Full) take(off, n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var missing []int64
 	for i := off / hostBlock; i <= (off+n-1)/hostBlock; i++ {
-		if !f.has[i] {
-			missing = append(missing, i)
+		switch {
+		case f.has[i]:
+		case f.room == 0:
+			return backing.ErrNoSpace
+		default:
+			f.has[i] = true
+			f.room--
 		}
 	}
-	if int64(len(missing)) > f.room {
-		return backing.ErrNoSpace
-	}
-	for _, i := range missing {
-		f.has[i] = true
-	}
-	f.room -= int64(len(missing))
 	return nil
+}
+
+// Room is how many bytes the host has left.
+func (f *Full) Room() int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.room * hostBlock
 }
 
 // give frees the storage of the whole blocks of [off, end).
