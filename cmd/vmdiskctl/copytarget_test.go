@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
@@ -52,6 +54,32 @@ func TestCopyToImageIsWhatQEMUConverts(t *testing.T) {
 				t.Errorf("allocated clusters: got %v, want %v", got, wanted)
 			}
 			sameDisk(t, ours, img)
+		})
+	}
+}
+
+// TestAllocatedImageHasItsStorage: also for zeroes, and beside data that do not
+// fill their clusters.
+func TestAllocatedImageHasItsStorage(t *testing.T) {
+	const size = 8<<20 + 4096
+	img := filepath.Join(t.TempDir(), "source")
+	must(t, os.WriteFile(img, nil, 0o600))
+	must(t, os.Truncate(img, size))
+	f, err := os.OpenFile(img, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt(bytes.Repeat([]byte{1}, 100<<10), 3<<20+8192)
+	must(t, errors.Join(err, f.Close()))
+	for _, flags := range []string{"", "--compat=0.10", "--cluster-size=512", "--cluster-size=2M", "--extended-l2 --cluster-size=128K"} {
+		t.Run(flags, func(t *testing.T) {
+			to := filepath.Join(t.TempDir(), "image")
+			want(t, exitDone, append(append([]string{"copy", "--allocated", "-O", "qcow2"}, strings.Fields(flags)...), img, to)...)
+			var st unix.Stat_t
+			must(t, unix.Stat(to, &st))
+			if got := st.Blocks * 512; got < size {
+				t.Errorf("the image has %d bytes of storage, want the %d of the disk", got, size)
+			}
+			judge(t, to)
+			sameDisk(t, to, img)
 		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/space"
 )
 
 // zeroBlock is what is written where the mapping cannot say zero.
@@ -33,34 +34,43 @@ func (d *disk) zero(ctx context.Context, off, n int64, f backing.Flags) error {
 		return err
 	}
 	defer last.Release()
-	if from >= to {
-		return d.zeroBytes(ctx, off, off+n)
-	}
 	keep := f&backing.NoHole != 0
+	if from >= to {
+		return d.zeroBytes(ctx, off, off+n, keep)
+	}
 	if err := d.zeroWhole(ctx, from, to, keep, f&backing.FastZero != 0); err != nil {
 		return err
 	}
-	if err := d.zeroBytes(ctx, off, from); err != nil {
+	if err := d.zeroBytes(ctx, off, from, keep); err != nil {
 		return err
 	}
-	return d.zeroBytes(ctx, to, off+n)
+	return d.zeroBytes(ctx, to, off+n, keep)
 }
 
 // zeroWhole is zero for whole subclusters.
 func (d *disk) zeroWhole(ctx context.Context, from, to int64, keep, fast bool) error {
 	switch {
-	case d.g.DataFile && keep && fast && d.data.Fixed(), !d.canZero(keep):
+	case keep && fast && !d.keepsFast(), !d.canZero(keep):
 		return backing.ErrNotSupported
 	case d.g.DataFile:
 		return d.zeroData(ctx, from, to, keep)
 	}
 	absent := func(off int64) bool { return !keep && d.belowHas(off) == 0 }
-	return d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+	err := d.eachStretch(ctx, from, to, keep, absent, func(s *slice, first, n int64) (int64, error) {
 		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.zeroed(old, subs, keep)
 		})
 	})
+	if err == nil && keep {
+		err = d.storeKept(ctx, from, to)
+	}
+	return err
 }
+
+// keepsFast reports whether what has to stay allocated can be zero with no slow
+// write. A device that has the guest's data may write all of it, and so may the
+// file of an image, which says that it cannot zero when the mapping has changed.
+func (d *disk) keepsFast() bool { return d.g.DataFile != d.data.Fixed() }
 
 // canZero reports whether an entry can say that a cluster reads as zeroes, with
 // keep one that has a host cluster.
@@ -93,14 +103,16 @@ type noLease struct{}
 func (noLease) Release() {}
 
 // zeroBytes writes zeroes to a range of less than two subclusters, unless it is
-// zero.
-func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
+// zero; with keep always, for the storage.
+func (d *disk) zeroBytes(ctx context.Context, off, end int64, keep bool) error {
 	if off >= end {
 		return nil
 	}
 	defer d.use().Release()
-	if zero, err := d.isZero(ctx, off, end); err != nil || zero {
-		return err
+	if !keep {
+		if zero, err := d.isZero(ctx, off, end); err != nil || zero {
+			return err
+		}
 	}
 	for n := int64(0); off < end; off += n {
 		n = min(end-off, int64(len(zeroBlock)))
@@ -116,7 +128,7 @@ func (d *disk) zeroBytes(ctx context.Context, off, end int64) error {
 // them it did; what it cannot do is written as zeroes. None is passed over: an
 // error is that of the first one that is not done. Where there is no L2 table
 // and absent says that none is needed, f is not called.
-func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
+func (d *disk) eachStretch(ctx context.Context, from, to int64, keep bool, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
 	full := int64(-1)
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		if off := first << d.g.ClusterBits; absent(off) && d.noTable(off) {
@@ -133,7 +145,7 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, absent func(off 
 		}
 		if first += n; err == errCompressed {
 			at := first << d.g.ClusterBits
-			if err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load())); err == nil {
+			if err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()), keep); err == nil {
 				first++
 			}
 		}
@@ -191,7 +203,7 @@ func (d *disk) eachCluster(s *slice, first, n, from, to int64, f func(old *forma
 var errCompressed = errors.New("cluster is compressed")
 
 // zeroed is a cluster that reads as zeroes in subs. With keep it has a host
-// cluster. With d.m.mu.
+// cluster, which need not have storage yet. With d.m.mu.
 func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Cluster, error) {
 	all := subs == d.g.AllSubs()
 	if old.Compressed && !all {
@@ -254,7 +266,7 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 // trimTable is trim for whole subclusters of one L2 table.
 func (d *disk) trimTable(ctx context.Context, from, to int64) error {
 	absent := func(int64) bool { return true }
-	err := d.eachStretch(ctx, from, to, absent, func(s *slice, first, n int64) (int64, error) {
+	err := d.eachStretch(ctx, from, to, false, absent, func(s *slice, first, n int64) (int64, error) {
 		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.trimmed(old, subs), nil
 		})
@@ -286,8 +298,28 @@ func (d *disk) trimmed(old *format.Cluster, subs uint32) format.Cluster {
 // punchKept frees the storage of host clusters that have no data any more and
 // stay with the clusters of [from, to).
 func (d *disk) punchKept(ctx context.Context, from, to int64) error {
-	first, end := from>>d.g.ClusterBits, to>>d.g.ClusterBits
-	for first < end {
+	mask := d.g.ClusterSize - 1
+	err := d.eachKept(ctx, from&^mask, to&^mask, func(host, n int64) error {
+		return d.data.Punch(ctx, host, n)
+	})
+	if errors.Is(err, backing.ErrNotSupported) {
+		return nil
+	}
+	return err
+}
+
+// storeKept gives storage to what host clusters have of whole subclusters of
+// [from, to) that were made zero, and makes it zero itself.
+func (d *disk) storeKept(ctx context.Context, from, to int64) error {
+	return d.eachKept(ctx, from, to, func(host, n int64) error {
+		return d.space.Store(ctx, space.Ref{Off: host, Len: n})
+	})
+}
+
+// eachKept calls f for the stretches of the image that host clusters have for
+// [from, to) without data there. Meanwhile they are claimed.
+func (d *disk) eachKept(ctx context.Context, from, to int64, f func(host, n int64) error) error {
+	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		if off := first << d.g.ClusterBits; d.noTable(off) {
 			first = (off/d.g.L2Coverage + 1) * d.g.L2Entries
 			continue
@@ -296,7 +328,7 @@ func (d *disk) punchKept(ctx context.Context, from, to int64) error {
 		if err != nil {
 			return err
 		}
-		host, kept := d.kept(s, first, n)
+		host, kept := d.kept(s, first, n, from, to)
 		if host == 0 {
 			d.m.mu.Unlock()
 			first += kept
@@ -305,13 +337,12 @@ func (d *disk) punchKept(ctx context.Context, from, to int64) error {
 		x := &claim{first: first, n: kept}
 		d.hold(x, s)
 		d.m.mu.Unlock()
-		err = d.data.Punch(ctx, host, kept<<d.g.ClusterBits)
+		at := first << d.g.ClusterBits
+		lo, hi := max(from, at), min(to, at+kept<<d.g.ClusterBits)
+		err = f(host+lo-at, hi-lo)
 		d.m.mu.Lock()
 		d.letGo(x)
 		d.m.mu.Unlock()
-		if errors.Is(err, backing.ErrNotSupported) {
-			return nil
-		}
 		if err != nil {
 			return err
 		}
@@ -321,12 +352,12 @@ func (d *disk) punchKept(ctx context.Context, from, to int64) error {
 }
 
 // kept is a run of up to n clusters from first on whose host clusters have no
-// data and lie at host in a row; or host is 0 and the run has none such. With
-// d.m.mu.
-func (d *disk) kept(s *slice, first, n int64) (host, run int64) {
+// data in [from, to) and lie at host in a row; or host is 0 and the run has none
+// such. With d.m.mu.
+func (d *disk) kept(s *slice, first, n, from, to int64) (host, run int64) {
 	for ; run < n; run++ {
 		c := d.cluster(s, first%d.m.entries+run)
-		idle := c.HasHost() && c.Copied && c.Data == 0
+		idle := c.HasHost() && c.Copied && c.Data&d.touched(first+run, from, to) == 0
 		switch {
 		case run == 0 && idle:
 			host = c.Host

@@ -236,6 +236,48 @@ func TestTrimNeedsNoRoom(t *testing.T) {
 	}
 }
 
+// TestZeroWithoutHolesTakesStorage: what was zeroed with NoHole, to the byte, can
+// be written when the host is full; one that is full before says so.
+func TestZeroWithoutHolesTakesStorage(t *testing.T) {
+	const size = 2<<20 + 512
+	for _, o := range []create.Options{{ClusterSize: 4096}, {ClusterSize: 64 << 10}, {ClusterSize: 64 << 10, ExtendedL2: true}} {
+		for _, cannotZero := range []bool{false, true} {
+			for _, r := range [][2]int64{{0, size}, {5000, size - 3000}, {100, 300}, {70 << 10, 75 << 10}} {
+				t.Run(fmt.Sprint(o.ClusterSize, o.ExtendedL2, cannotZero, r), func(t *testing.T) {
+					o.Size = size
+					host, err := storetest.NewFull(t.Context(), blank(t, "zeroes", o).image)
+					if err != nil {
+						t.Fatal(err)
+					}
+					host.CannotZero = cannotZero
+					host.SetRoom(1 << 30)
+					d, err := qcow2.Open(t.Context(), host, quiet())
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer d.Close()
+					off, n := r[0], r[1]-r[0]
+					if err := errors.Join(d.WriteAt(t.Context(), []byte{1}, size/2, 0), d.Flush(t.Context())); err != nil {
+						t.Fatal(err)
+					}
+					host.SetRoom(0)
+					if err := d.Zero(t.Context(), off, n, backing.NoHole); !errors.Is(err, backing.ErrNoSpace) {
+						t.Errorf("zero without room: got %v, want %v", err, backing.ErrNoSpace)
+					}
+					host.SetRoom(1 << 30)
+					if err := errors.Join(d.Zero(t.Context(), off, n, backing.NoHole), d.Flush(t.Context())); err != nil {
+						t.Fatal(err)
+					}
+					host.SetRoom(0)
+					if err := errors.Join(d.WriteAt(t.Context(), bytes.Repeat([]byte{1}, int(n)), off, 0), d.Flush(t.Context())); err != nil {
+						t.Errorf("write without room of what was zeroed: %v", err)
+					}
+				})
+			}
+		}
+	}
+}
+
 // TestZeroesFindWhatWasTrimmed: on a device that is full, a zero that needs host
 // clusters has those that are free after a commit, as a write does.
 func TestZeroesFindWhatWasTrimmed(t *testing.T) {

@@ -346,7 +346,7 @@ func (d *disk) tablesEnd(old int64) int64 {
 func (d *disk) zeroAll(ctx context.Context, off, end int64) error {
 	for n := int64(0); off < end; off += n {
 		n = min(end-off, int64(len(zeroBlock)))
-		if err := d.zeroBytes(ctx, off, off+n); err != nil {
+		if err := d.zeroBytes(ctx, off, off+n, false); err != nil {
 			return err
 		}
 	}

@@ -262,6 +262,19 @@ func (s *Space) fundRun(ctx context.Context, r Run) error {
 	return s.store(ctx, Ref{r.Off, r.Len})
 }
 
+// Store makes a range of clusters in use zero, and gives it storage; after an
+// error it has none. A block device has all of its storage, and is not written.
+// Errors: those of Extend, and of the file.
+func (s *Space) Store(ctx context.Context, r Ref) error {
+	if s.fixed {
+		return nil
+	}
+	if err := s.Extend(ctx, r.Off+r.Len); err != nil {
+		return err
+	}
+	return s.store(ctx, r)
+}
+
 // store makes a range zero that has storage then; after an error it has none.
 // A file system that has too little takes what there is before it says so: kept,
 // that would be missing for a smaller range, and for everybody on the host.
@@ -331,10 +344,7 @@ func (s *Space) setAside(ctx context.Context, n int64) error {
 	s.top = max(s.top, c+n)
 	s.mu.Unlock()
 
-	err := s.Extend(ctx, (c+n)<<s.g.ClusterBits)
-	if err == nil {
-		err = s.store(ctx, Ref{c << s.g.ClusterBits, n << s.g.ClusterBits})
-	}
+	err := s.Store(ctx, Ref{c << s.g.ClusterBits, n << s.g.ClusterBits})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err == nil {
