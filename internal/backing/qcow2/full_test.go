@@ -191,6 +191,35 @@ func TestGrowthOverCompressedTailNeedsRoom(t *testing.T) {
 	wantSound(t, st, 0)
 }
 
+// TestGrowthWithoutRoomTakesNone: a mapping for which a full host has no storage
+// leaves it what there was, but for what is set aside.
+func TestGrowthWithoutRoomTakesNone(t *testing.T) {
+	const room, table, aside = 128 << 10, 256 << 10, 32 << 10
+	for _, cannotZero := range []bool{false, true} {
+		host, err := storetest.NewFull(t.Context(), blank(t, "small", create.Options{Size: 1 << 20, ClusterSize: 512}).image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		host.CannotZero = cannotZero
+		d, err := qcow2.Open(t.Context(), host, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		host.SetRoom(1 << 30)
+		if err := errors.Join(d.WriteAt(t.Context(), []byte{1}, 0, 0), d.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		host.SetRoom(room)
+		err = d.(backing.Resizer).Resize(t.Context(), table/8*32<<10)
+		if got := host.Room(); !errors.Is(err, backing.ErrNoSpace) || got < room-aside {
+			t.Errorf("growth without room: got %v with %d left, want %v with %d at least", err, got, backing.ErrNoSpace, room-aside)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestTrimNeedsNoRoom: where a snapshot shares the tables of a disk, a trim on a
 // full host frees what the tables have that are the disk's own, durably if that
 // is wanted, and nothing of the others.

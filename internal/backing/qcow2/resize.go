@@ -288,7 +288,7 @@ func (d *disk) writeHeader(ctx context.Context, p []byte, off int64) error {
 
 // writeL1 makes a copy of the L1 table in the file durable.
 func (d *disk) writeL1(ctx context.Context, run space.Run) error {
-	if err := d.space.Extend(ctx, run.Off+run.Len); err != nil {
+	if err := d.space.Store(ctx, space.Ref{Off: run.Off, Len: run.Len}); err != nil {
 		return err
 	}
 	words := make([]uint64, run.Len/8)
