@@ -21,6 +21,47 @@ func (r *reload) listeners(what config.What) (list []config.ListenerChange) {
 	return list
 }
 
+// hideEarly is the first step: until the reload is over, or all of it is undone, the
+// listeners that were there show nothing of it that they do not show as they shall be.
+// Who has opened an export keeps it, so that nobody may find one meanwhile by a listener
+// that is narrowed or closed in the end.
+func (r *reload) hideEarly(context.Context) error {
+	r.onError(func(context.Context) { r.hideNoMore() })
+	for _, l := range r.change.Listeners {
+		if l.What != config.Add && l.Export == "" {
+			r.hide(l, r.d.doors.sharedAt(l.Place))
+		}
+	}
+	return nil
+}
+
+// hide has doors of a listener as it was hide what the reload adds or changes, but for
+// what the listener goes on to show where it stays open.
+func (r *reload) hide(l config.ListenerChange, doors []*door) {
+	names := reopened(r.change)
+	for _, x := range r.change.Exports {
+		if x.What != config.Remove {
+			names = append(names, x.Name)
+		}
+	}
+	if l.What == config.Alter && l.Live {
+		names = slices.DeleteFunc(names, func(name string) bool {
+			return len(l.New.Exports) == 0 || slices.Contains(l.New.Exports, name)
+		})
+	}
+	for _, o := range doors {
+		o.scope.Hide(names...)
+	}
+	r.hiding = append(r.hiding, doors...)
+}
+
+// hideNoMore is the end of hide.
+func (r *reload) hideNoMore() {
+	for _, o := range r.hiding {
+		o.scope.Hide()
+	}
+}
+
 // addListeners opens the listeners that come. Where another one goes, an address
 // that is in use has a second try when that is closed.
 func (r *reload) addListeners(ctx context.Context) error {
@@ -96,6 +137,7 @@ func (r *reload) close(l config.ListenerChange) {
 			r.d.lose(l.Place)
 			return
 		}
+		r.hide(l, list)
 		for _, o := range list {
 			r.d.accept(o)
 		}

@@ -173,6 +173,7 @@ type reload struct {
 	undo   []func(context.Context) // of what is done, in its order
 	fresh  []*door                 // open; nothing is accepted at them before the end
 	late   []config.ListenerChange // added ones whose addresses were in use
+	hiding []*door                 // see hide
 	over   []func()                // what is called when nothing is undone any more
 }
 
@@ -183,7 +184,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
-		r.restoreDefault, r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
+		r.hideEarly, r.restoreDefault, r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -343,6 +344,7 @@ func (r *reload) finish(ctx context.Context) {
 	for _, l := range r.listeners(config.Remove) {
 		d.closeDoors(d.doors.sharedAt(l.Place))
 	}
+	r.hideNoMore()
 	for _, x := range r.change.Exports {
 		if x.What != config.Remove {
 			continue

@@ -1,11 +1,13 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -19,6 +21,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // TestWhatGoesIsRemovedWhenItsClientsHaveLeft, also if that is after the end of
@@ -213,5 +216,108 @@ func TestEventOfAReloadIsALine(t *testing.T) {
 	}
 	if !strings.HasPrefix(last.Reason, "3000 changes: ") || !strings.Contains(last.Reason, r.Changes[0]) || !strings.HasSuffix(last.Reason, "; and 2980 more") {
 		t.Errorf("the text of the event is %q", last.Reason)
+	}
+}
+
+// TestReloadShowsNothingEarlyWhereItNarrows: until a reload is over, what it adds or
+// changes cannot be opened at listeners that show it no more then, change otherwise, or
+// go. Afterwards each shows what it shall, also if the reload has failed.
+func TestReloadShowsNothingEarlyWhereItNarrows(t *testing.T) {
+	d := readyService(t)
+	d.ctx = t.Context()
+	t.Cleanup(func() {
+		d.closeDoors(d.doors.all())
+		d.accepted.Wait()
+	})
+	dir := t.TempDir()
+	d.cfg.File = filepath.Join(dir, "conf")
+	listener := func(name, more string) string {
+		return fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s\"\n%s\n", filepath.Join(dir, name), more)
+	}
+	exported := func(name, more string) string {
+		return fmt.Sprintf("[[export]]\nname = %q\nformat = \"mem\"\nimage = \"1M\"\n%s\n", name, more)
+	}
+	reload := func(conf ...string) error {
+		if err := os.WriteFile(d.cfg.File, []byte(strings.Join(conf, "")), 0o600); err != nil {
+			return err
+		}
+		_, err := service{d}.Reload(t.Context(), false)
+		return err
+	}
+	if err := os.WriteFile(d.cfg.File, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	empty, err := config.Load(d.cfg.File)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.conf.Store(empty)
+	if err := reload(listener("narrowed", ""), listener("turned", `exports = ["b", "a"]`), listener("altered", ""), listener("removed", ""),
+		exported("a", ""), exported("b", ""), exported("c", "")); err != nil {
+		t.Fatal(err)
+	}
+	doors := func() map[string]*transport.Peer { // who comes in by the listeners that are open
+		all := map[string]*transport.Peer{}
+		for _, o := range d.doors.all() {
+			all[filepath.Base(o.Addr())] = &transport.Peer{Kind: transport.Unix, Scope: &o.scope}
+		}
+		return all
+	}
+	// want says of each listener which of the exports s, a, b and the empty name it opens.
+	want := func(when string, want map[string]string) {
+		t.Helper()
+		got := map[string]string{}
+		for at, peer := range doors() {
+			for _, name := range []string{"s", "a", "b", ""} {
+				x, err := d.exports.Open(t.Context(), name, peer)
+				if err != nil {
+					continue
+				}
+				x.Close()
+				got[at] += cmp.Or(name, "="+x.Name)
+			}
+		}
+		if !maps.Equal(got, want) {
+			t.Errorf("%s: the listeners open %q, want %q", when, got, want)
+		}
+	}
+	d.exports.Changed = func(name string, _ export.State) { // c is opened anew when s is there, and again before s is taken back
+		for at, peer := range doors() {
+			if name != "c" || at == "new" {
+				continue
+			}
+			if x, err := d.exports.Open(t.Context(), "s", peer); err == nil {
+				x.Close()
+				t.Errorf("while c changes, listener %q opens s", at)
+			}
+		}
+	}
+	before := map[string]string{"narrowed": "ab=a", "turned": "ab=b", "altered": "ab=a", "removed": "ab=a"}
+	want("before", before)
+	for _, tt := range []struct {
+		altered string
+		fails   bool
+		after   map[string]string
+	}{
+		{`owner = "no-such-user"`, true, before},
+		{`mode = "0660"`, false, map[string]string{"narrowed": "b=b", "turned": "a=a", "altered": "sab=a", "new": "s=s"}},
+	} {
+		k := d.disks.find("b")
+		k.busy.Lock() // the reload changes b when it has opened s
+		done := make(chan error, 1)
+		go func() {
+			done <- reload(listener("narrowed", `exports = ["b"]`), listener("turned", `exports = ["a"]`), listener("altered", tt.altered), listener("new", `exports = ["s"]`),
+				exported("a", ""), exported("b", `description = "changed"`), exported("c", "readonly = true"), exported("s", ""))
+		}()
+		eventually(t, "the new export is open", func() bool {
+			state, _ := d.exports.StateOf("s")
+			return state == export.Ready || len(done) > 0
+		})
+		want("meanwhile, with "+tt.altered, map[string]string{"narrowed": "ab=a", "turned": "a", "altered": "a=a", "removed": "a=a", "new": "s=s"})
+		k.busy.Unlock()
+		if err := <-done; (err != nil) != tt.fails {
+			t.Fatalf("with %s: %v", tt.altered, err)
+		}
+		want("after that", tt.after)
 	}
 }

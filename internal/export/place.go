@@ -134,8 +134,8 @@ func (r *Registry) nextLocked() int {
 
 // defaultLocked is what the empty name opens for p, or nil: where a listener shows
 // some exports, the first of them that p may open, or else, of those that are shown
-// there, the last that was made the default, or the first. One that is away, or
-// leaves, is not passed over: who had it would get the disk of another.
+// there, the last that was made the default, or the first. One that is away, hidden,
+// or leaves, is not passed over: who had it would get the disk of another.
 func (r *Registry) defaultLocked(p *transport.Peer) (first *entry) {
 	names, all := []string(nil), true
 	if p != nil {
@@ -147,10 +147,10 @@ func (r *Registry) defaultLocked(p *transport.Peer) (first *entry) {
 	known := learnt{lease: r.leaseLocked(p)}
 	for _, name := range names {
 		e := r.placedLocked(name)
-		if e == nil {
+		if e == nil || !e.spec.isAt(p) {
 			continue
 		}
-		if access, _ := e.rights(p, known); access != NoAccess {
+		if access, _ := e.spec.accessOf(p, known); access != NoAccess {
 			return e
 		}
 	}

@@ -507,15 +507,7 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 // accessLocked is what p may do with e, and whether by its lease. What it may
 // not see does not exist for it.
 func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (access Access, byLease bool) {
-	if r.closed || e.state != Ready {
-		return NoAccess, false
-	}
-	return e.rights(p, known)
-}
-
-// rights are what p may do with e when it is Ready, and whether by its lease.
-func (e *entry) rights(p *transport.Peer, known learnt) (access Access, byLease bool) {
-	if p != nil && !e.shownTo(p) {
+	if r.closed || e.state != Ready || p != nil && !e.shownTo(p) {
 		return NoAccess, false
 	}
 	return e.spec.accessOf(p, known)
@@ -524,7 +516,7 @@ func (e *entry) rights(p *transport.Peer, known learnt) (access Access, byLease 
 // shownTo reports whether e is to be found at the listener of p.
 func (e *entry) shownTo(p *transport.Peer) bool {
 	names, all := p.Scope.Names()
-	return (all || slices.Contains(names, e.spec.Name)) && e.spec.isAt(p)
+	return (all || slices.Contains(names, e.spec.Name)) && !p.Scope.Hides(e.spec.Name) && e.spec.isAt(p)
 }
 
 func (s *Spec) info() nbd.ExportInfo {

@@ -8,7 +8,8 @@ import (
 // Scope is which exports a listener shows, to those too that came in by it
 // before it was changed. The zero value shows all. Safe for concurrent use.
 type Scope struct {
-	names atomic.Pointer[[]string] // nil: all
+	names  atomic.Pointer[[]string] // nil: all
+	hidden atomic.Pointer[[]string] // nil: none
 }
 
 // Show has the listener show the named exports and no others.
@@ -31,4 +32,20 @@ func (s *Scope) Names() (names []string, all bool) {
 		return nil, true
 	}
 	return *p, false
+}
+
+// Hide has the listener show the named exports to nobody, whatever Show says, until
+// the next Hide, which may name none.
+func (s *Scope) Hide(names ...string) {
+	names = slices.Clone(names)
+	s.hidden.Store(&names)
+}
+
+// Hides tells whether Hide has named an export; that of a nil Scope has named none.
+func (s *Scope) Hides(name string) bool {
+	if s == nil {
+		return false
+	}
+	p := s.hidden.Load()
+	return p != nil && slices.Contains(*p, name)
 }
