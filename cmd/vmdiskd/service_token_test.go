@@ -66,8 +66,8 @@ level = "debug"
 	if err != nil || len(clients) != 1 || clients[0].Export != "a" {
 		t.Errorf("clients: %+v, %v; want one of a", clients, err)
 	}
-	for range 10 {
-		ask(dial(), wire.OptInfo, "a?"+strings.Repeat("e5", 32))
+	for i := range 10 {
+		ask(dial(), wire.OptInfo, fmt.Sprintf("a?%064x", i))
 	}
 	if rep, _ := ask(dial(), wire.OptInfo, "a?"+token); rep != missingRep {
 		t.Errorf("the right token after many wrong ones: got %v, want %v", rep, missingRep)

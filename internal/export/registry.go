@@ -476,13 +476,12 @@ func (r *Registry) left(e *entry) {
 // findLocked also gives the lease that the access depends on, or nil.
 func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *lease, error) {
 	name, token := cutToken(name)
-	shown := token != nil && p != nil
-	if shown && !(private(p) && r.attempts.allowed(p.Key())) {
-		token = nil
-	}
 	e := r.byName[name]
 	if name == "" && e == nil {
 		e = r.defaultLocked(p)
+	}
+	if token != nil && p != nil && !(private(p) && r.attempts.allowed(guessed{p.Key(), name})) {
+		token = nil
 	}
 	access, byLease := NoAccess, false
 	known := learnt{lease: r.leaseLocked(p)}
@@ -493,8 +492,8 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 		access, byLease = r.accessLocked(e, p, known)
 	}
 	if access == NoAccess {
-		if shown {
-			r.attempts.wrong(p.Key())
+		if token != nil && p != nil && r.guessesLocked(e, p, known.token) {
+			r.attempts.wrong(guessed{p.Key(), name}, *token)
 		}
 		return nil, NoAccess, nil, nbd.ErrUnknownExport
 	}
@@ -504,10 +503,23 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 	return e, access, known.lease, nil
 }
 
+// guessesLocked tells whether a token that opens nothing may be a guess at one of e, or
+// nil: where the right one would open nothing either, nothing can be found out.
+func (r *Registry) guessesLocked(e *entry, p *transport.Peer, token *shownToken) bool {
+	return e != nil && r.openToLocked(e, p) && !slices.ContainsFunc(e.spec.Grants, func(g Grant) bool {
+		return len(g.Tokens) > 0 && g.hasToken(token)
+	})
+}
+
+// openToLocked tells whether e can be opened where p is, by who has the right to.
+func (r *Registry) openToLocked(e *entry, p *transport.Peer) bool {
+	return !r.closed && e.state == Ready && (p == nil || e.shownTo(p))
+}
+
 // accessLocked is what p may do with e, and whether by its lease. What it may
 // not see does not exist for it.
 func (r *Registry) accessLocked(e *entry, p *transport.Peer, known learnt) (access Access, byLease bool) {
-	if r.closed || e.state != Ready || p != nil && !e.shownTo(p) {
+	if !r.openToLocked(e, p) {
 		return NoAccess, false
 	}
 	return e.spec.accessOf(p, known)

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/hex"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -95,74 +96,92 @@ func private(p *transport.Peer) bool {
 	return p != nil && (p.Kind != transport.TCP || p.Encrypted)
 }
 
-// attempts bounds the wrong tokens of each peer.
+// attempts bounds the wrong tokens of each peer for each export.
 type attempts struct {
 	now func() time.Time
 
-	mu    sync.Mutex
-	peers map[string]*failures // guarded by mu
+	mu   sync.Mutex
+	made map[guessed]*failures // guarded by mu
 }
 
-// failures are the last wrong tokens of a peer, the oldest first.
+// guessed is who guesses at what. Each name by itself: if guesses at one kept a peer from
+// another, it could tell by its own export whether the one exists.
+type guessed struct {
+	peer string // transport.Peer.Key
+	name string // as it was asked for, without the token
+}
+
+// failures are the last wrong tokens for a name, each once, the oldest first.
 type failures struct {
-	at [limits.TokenAttempts]time.Time
-	n  int
+	list [limits.TokenAttempts]failure
+	n    int
+}
+
+type failure struct {
+	token digest
+	at    time.Time
 }
 
 func newAttempts() *attempts {
-	return &attempts{now: time.Now, peers: map[string]*failures{}}
+	return &attempts{now: time.Now, made: map[guessed]*failures{}}
 }
 
-// allowed tells whether another token of the peer is looked at.
-func (a *attempts) allowed(key string) bool {
+// allowed tells whether another token is looked at.
+func (a *attempts) allowed(g guessed) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	f := a.peers[key]
+	f := a.made[g]
 	return f == nil || f.recent(a.now()) < limits.TokenAttempts
 }
 
-// wrong counts a wrong token. Peers that cannot be counted any more take the
-// place of the one that was wrong the longest time ago.
-func (a *attempts) wrong(key string) {
+// wrong counts a wrong token, which is no other guess when it is shown again. What
+// cannot be counted any more takes the place of what was wrong the longest time ago.
+func (a *attempts) wrong(g guessed, token digest) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := a.now()
-	f := a.peers[key]
+	f := a.made[g]
 	if f == nil {
-		if len(a.peers) >= limits.TokenPeers {
+		if len(a.made) >= limits.TokenPeers {
 			a.makeRoomLocked(now)
 		}
 		f = &failures{}
-		a.peers[key] = f
+		a.made[g] = f
 	}
-	if f.recent(now); f.n < len(f.at) {
-		f.at[f.n] = now
+	if f.recent(now); f.n < len(f.list) && !f.has(token) {
+		f.list[f.n] = failure{token, now}
 		f.n++
 	}
 }
 
 func (a *attempts) makeRoomLocked(now time.Time) {
-	oldest, found := "", time.Time{}
-	for key, f := range a.peers {
+	var oldest guessed
+	var found time.Time
+	for g, f := range a.made {
 		if f.recent(now) == 0 {
-			delete(a.peers, key)
+			delete(a.made, g)
 			continue
 		}
-		if last := f.at[f.n-1]; oldest == "" || last.Before(found) {
-			oldest, found = key, last
+		if last := f.list[f.n-1].at; found.IsZero() || last.Before(found) {
+			oldest, found = g, last
 		}
 	}
-	if len(a.peers) >= limits.TokenPeers {
-		delete(a.peers, oldest)
+	if len(a.made) >= limits.TokenPeers {
+		delete(a.made, oldest)
 	}
+}
+
+// has tells whether a token was counted.
+func (f *failures) has(token digest) bool {
+	return slices.ContainsFunc(f.list[:f.n], func(x failure) bool { return x.token == token })
 }
 
 // recent forgets what is older than limits.TokenWindow and counts the rest.
 func (f *failures) recent(now time.Time) int {
 	kept := 0
-	for _, t := range f.at[:f.n] {
-		if now.Sub(t) < limits.TokenWindow {
-			f.at[kept] = t
+	for _, x := range f.list[:f.n] {
+		if now.Sub(x.at) < limits.TokenWindow {
+			f.list[kept] = x
 			kept++
 		}
 	}

@@ -1,6 +1,8 @@
 package export
 
 import (
+	"cmp"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -116,17 +118,87 @@ func TestWrongTokensOfAPeerAreBounded(t *testing.T) {
 	}
 }
 
+// TestOnlyGuessesAreCounted: a right token is none, whatever keeps its export from being
+// opened, nor is one for a name that nobody has, nor the same wrong one again; and guesses
+// at one export are none at another.
+func TestOnlyGuessesAreCounted(t *testing.T) {
+	peer := &transport.Peer{Kind: transport.Unix, UID: 7}
+	elsewhere := &transport.Peer{Kind: transport.Unix, UID: 7, Scope: new(transport.Scope)}
+	elsewhere.Scope.Show("b")
+	for _, tt := range []struct {
+		what  string
+		ask   func(i int) string
+		peer  *transport.Peer
+		begin func(t *testing.T, r *Registry) // what is done before that
+		end   func(t *testing.T, r *Registry) // and after it
+	}{
+		{what: "an unknown name", ask: func(i int) string { return fmt.Sprintf("x?%064x", i) }},
+		{what: "one wrong token", ask: func(int) string { return "a?" + wrongToken }},
+		{what: "another export", ask: func(i int) string { return fmt.Sprintf("c?d?%064x", i) }},
+		{what: "another listener", ask: func(i int) string { return fmt.Sprintf("a?%064x", i) }, peer: elsewhere},
+		{what: "an export that leaves", ask: func(int) string { return "a?" + goodToken },
+			begin: func(t *testing.T, r *Registry) {
+				x, err := r.Open(t.Context(), "a?"+goodToken, peer)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(x.Close)
+				over, cancel := context.WithCancel(t.Context())
+				cancel()
+				if err := r.Remove(over, "a", nil, true); !errors.Is(err, ErrInUse) {
+					t.Fatalf("removal: %v, want %v", err, ErrInUse)
+				}
+			},
+			end: func(t *testing.T, r *Registry) {
+				if !r.Readmit("a", nil) {
+					t.Fatal("the export does not come back")
+				}
+			}},
+		{what: "an export that is away", ask: func(int) string { return "a?" + goodToken },
+			begin: func(t *testing.T, r *Registry) {
+				if err := r.Remove(t.Context(), "a", nil, true); err != nil {
+					t.Fatal(err)
+				}
+			},
+			end: func(t *testing.T, r *Registry) {
+				s := Spec{Name: "a", Device: mem.New(4096, nil)}
+				s.Grants = []Grant{{Access: ReadWrite, Tokens: []Token{{SHA256: sha256.Sum256([]byte(goodToken))}}}}
+				if err := r.Add(s); err != nil {
+					t.Fatal(err)
+				}
+			}},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			r, _ := withToken(t)
+			if tt.begin != nil {
+				tt.begin(t, r)
+			}
+			for i := range 2 * limits.TokenAttempts {
+				if _, err := r.Find(tt.ask(i), cmp.Or(tt.peer, peer)); !errors.Is(err, nbd.ErrUnknownExport) {
+					t.Fatalf("got %v, want %v", err, nbd.ErrUnknownExport)
+				}
+			}
+			if tt.end != nil {
+				tt.end(t, r)
+			}
+			if _, err := r.Find("a?"+goodToken, peer); err != nil {
+				t.Errorf("the right token after that: %v", err)
+			}
+		})
+	}
+}
+
 func TestWrongTokensOfManyPeersTakeBoundedMemory(t *testing.T) {
 	r, now := withToken(t)
 	const peers = limits.TokenPeers + 100
 	for i := range peers {
 		*now = now.Add(time.Millisecond)
-		r.attempts.wrong(fmt.Sprint(i))
+		r.attempts.wrong(guessed{fmt.Sprint(i), "a"}, digest{})
 	}
-	if n := len(r.attempts.peers); n > limits.TokenPeers {
+	if n := len(r.attempts.made); n > limits.TokenPeers {
 		t.Errorf("%d peers are counted, allowed are %d", n, limits.TokenPeers)
 	}
-	if r.attempts.peers[fmt.Sprint(peers-1)] == nil {
+	if r.attempts.made[guessed{fmt.Sprint(peers - 1), "a"}] == nil {
 		t.Error("the newest peer is not counted")
 	}
 }
@@ -169,8 +241,9 @@ func TestTokenExpires(t *testing.T) {
 		}
 	}
 	now = start.Add(2 * time.Hour)
-	for range limits.TokenAttempts {
-		_, _ = r.Find("a?"+goodToken, peer)
+	_, _ = r.Find("a?"+goodToken, peer)
+	for i := range limits.TokenAttempts - 1 {
+		_, _ = r.Find(fmt.Sprintf("a?%064x", i), peer)
 	}
 	if _, err := r.Find("a?"+long, peer); err == nil {
 		t.Error("expired tokens are not counted as wrong ones")

@@ -45,11 +45,12 @@ const (
 	// nobody guesses.
 	TokenDigits = 64
 
-	// TokenAttempts and TokenWindow bound the wrong tokens of a peer: what is
-	// more than this many in that time is wrong unseen.
+	// TokenAttempts and TokenWindow bound the wrong tokens of a peer for an export,
+	// each counted once: what is more than this many in that time is wrong unseen.
 	TokenAttempts = 5
 	TokenWindow   = time.Minute
 
-	// TokenPeers bounds the peers whose wrong tokens are counted.
+	// TokenPeers bounds the pairs of a peer and an export of which wrong tokens are
+	// counted.
 	TokenPeers = 4096
 )
