@@ -133,6 +133,17 @@ func TestKeyDecidesWhatAMachineSees(t *testing.T) {
 	}
 	sees("vm2", next, "b", size)
 	sees("vm2", vm2, "b", "")
+	replaced := add("vm2", true)
+	if err := s.reload(pskGrants + "[[export]]\nname = \"c\"\nimage = \"DIR/missing.img\"\n"); err == nil {
+		t.Error("an export without an image was added")
+	}
+	sees("vm2", next, "b", size) // with what else the reload was to do
+	sees("vm2", replaced, "b", "")
+	if err := s.reload(pskGrants + "[[export]]\nname = \"c\"\nimage = \"1M\"\nformat = \"mem\"\n"); err != nil {
+		t.Error(err)
+	}
+	sees("vm2", next, "b", "")
+	sees("vm2", replaced, "b", size)
 	if err := os.Chmod(keys, 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -489,7 +489,10 @@ func (d *daemon) reload(done chan<- struct{}) {
 	var changes []string
 	var err error
 	if d.conf.Load() == nil {
-		changes, err = d.readSecrets(false)
+		var take func()
+		if changes, take, err = d.readSecrets(false); take != nil {
+			take()
+		}
 		d.staleConf.Store(err != nil)
 	} else {
 		var r api.Reload

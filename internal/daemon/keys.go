@@ -66,13 +66,13 @@ func (d *daemon) warnOfKeys() {
 }
 
 // readSecrets reads certificates and pre-shared keys again, and says what has
-// changed; a dry run changes nothing. What is wrong with a file is an error, and
-// changes nothing of it; the others may have changed, as certificates do at any
-// handshake.
-func (d *daemon) readSecrets(dryRun bool) (changes []string, err error) {
-	certificates, keys := d.creds.Look, d.keys.Reload
+// changed. The keys count when take is called, which is never nil without an error;
+// certificates do at once, as at any handshake, unless it is a dry run. What is wrong
+// with a file is an error, and changes nothing of it.
+func (d *daemon) readSecrets(dryRun bool) (changes []string, take func(), err error) {
+	certificates, take := d.creds.Look, func() {}
 	if dryRun {
-		certificates, keys = d.creds.Check, d.keys.Check
+		certificates = d.creds.Check
 	}
 	if d.creds != nil {
 		changed, wrong := certificates()
@@ -82,17 +82,19 @@ func (d *daemon) readSecrets(dryRun bool) (changes []string, err error) {
 		err = wrong
 	}
 	if d.keys != nil {
-		changed, wrong := keys()
+		changed, now, wrong := d.keys.Check()
 		if wrong != nil {
-			return changes, errors.Join(err, fmt.Errorf("pre-shared keys stay as they were: %w", wrong))
+			return changes, nil, errors.Join(err, fmt.Errorf("pre-shared keys stay as they were: %w", wrong))
 		}
+		take = now
 		if changed {
 			changes = append(changes, "pre-shared keys")
-		}
-		if changed && !dryRun {
-			d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
-			d.warnOfKeys()
+			take = func() {
+				now()
+				d.logs.For("tls").Info("pre-shared keys reloaded", "identities", d.keys.Len())
+				d.warnOfKeys()
+			}
 		}
 	}
-	return changes, err
+	return changes, take, err
 }

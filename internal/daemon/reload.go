@@ -66,7 +66,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	case r.Restart:
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(r.Changes, "; ")}
 	}
-	secrets, err := d.readSecrets(dryRun)
+	secrets, takeSecrets, err := d.readSecrets(dryRun)
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}
 	}
@@ -74,10 +74,10 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		r.Changes = append(append(r.Changes, retries...), secrets...)
 		return r, nil
 	}
-	if len(r.Changes)+len(retries) > 0 {
-		if err := d.applyAll(c, change, &r); err != nil {
-			return api.Reload{}, told(err)
-		}
+	if len(r.Changes)+len(retries) == 0 {
+		takeSecrets()
+	} else if err := d.applyAll(c, change, takeSecrets, &r); err != nil {
+		return api.Reload{}, told(err)
 	}
 	r.Changes = append(r.Changes, d.tellDefaults()...)
 	if r.Changes = append(r.Changes, secrets...); len(r.Changes) > 0 {
@@ -88,10 +88,10 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 
 // applyAll applies a change, and tries the exports again that have failed; r gets
 // what becomes of them.
-func (d *daemon) applyAll(c *config.Config, change *config.Change, r *api.Reload) error {
+func (d *daemon) applyAll(c *config.Config, change *config.Change, takeSecrets func(), r *api.Reload) error {
 	ctx, cancel := context.WithTimeout(d.stopping, reloadTimeout)
 	defer cancel()
-	if err := d.apply(ctx, c, change); err != nil {
+	if err := d.apply(ctx, c, change, takeSecrets); err != nil {
 		return err
 	}
 	for _, name := range d.retry(ctx, func(error) bool { return true }) {
@@ -175,12 +175,14 @@ type reload struct {
 	late   []config.ListenerChange // added ones whose addresses were in use
 	hiding []*door                 // see hide
 	over   []func()                // what is called when nothing is undone any more
+
+	takeSecrets func() // see readSecrets
 }
 
 // apply does a reload: what comes, what changes, and when all that is done, what
 // goes. If a step fails, those before it are undone.
-func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change) error {
-	r := &reload{d: d, c: c}
+func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change, takeSecrets func()) error {
+	r := &reload{d: d, c: c, takeSecrets: takeSecrets}
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
@@ -331,6 +333,7 @@ func (r *reload) reopenExports(ctx context.Context) error {
 // goes. It cannot fail: what is left of an export that goes is logged.
 func (r *reload) finish(ctx context.Context) {
 	d := r.d
+	r.takeSecrets()
 	for _, o := range r.fresh {
 		d.accept(o)
 	}

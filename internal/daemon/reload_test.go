@@ -72,7 +72,7 @@ func TestReloadThatComesTooLateDoesNothing(t *testing.T) {
 	cancel()
 	d := &daemon{stopping: over}
 	c := &config.Config{Groups: map[string]config.Rate{"g": {Ops: 1}}}
-	if err := d.apply(over, c, config.Diff(&config.Config{}, c)); !errors.Is(err, context.Canceled) {
+	if err := d.apply(over, c, config.Diff(&config.Config{}, c), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
 	if d.groups.find("g") != nil || d.conf.Load() != nil {

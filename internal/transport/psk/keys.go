@@ -75,26 +75,31 @@ func LoadFrom(f *os.File, path string) (*Keys, error) {
 // Reload reads the file again, and tells whether it has other keys. On an error they
 // stay what they are. That a file which has not changed cannot be opened is none: the
 // process may have lost the right to. Connections that are open stay as well.
-func (k *Keys) Reload() (changed bool, err error) { return k.again(true) }
+func (k *Keys) Reload() (changed bool, err error) {
+	changed, take, err := k.Check()
+	if err == nil {
+		take()
+	}
+	return changed, err
+}
 
-// Check tells what Reload would, and changes nothing.
-func (k *Keys) Check() (changed bool, err error) { return k.again(false) }
-
-func (k *Keys) again(keep bool) (changed bool, err error) {
+// Check tells what Reload would, and changes nothing before take is called, if there is
+// no error: that takes the keys that were read here.
+func (k *Keys) Check() (changed bool, take func(), err error) {
 	list, from, err := readAt(k.path)
-	k.mu.Lock()
-	defer k.mu.Unlock()
+	k.mu.RLock()
+	defer k.mu.RUnlock()
 	switch {
 	case err != nil && from == k.from:
-		return false, nil
+		return false, func() {}, nil
 	case err != nil:
-		return false, err
+		return false, nil, err
 	}
-	changed = !slices.EqualFunc(k.list, list, identity.is)
-	if keep {
+	return !slices.EqualFunc(k.list, list, identity.is), func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
 		k.list, k.from = list, from
-	}
-	return changed, nil
+	}, nil
 }
 
 // readAt is read for a file that may not be readable.

@@ -203,11 +203,17 @@ func TestReloadThatFailsChangesNothing(t *testing.T) {
 		t.Error("the keys are gone after a broken reload")
 	}
 	write("vm2:" + hexKey(32, 2) + "\n")
-	if changed, err := k.Check(); !changed || err != nil {
+	changed, take, err := k.Check()
+	if !changed || err != nil {
 		t.Fatalf("check of another file: got %t, %v", changed, err)
 	}
 	if name, _ := k.find([]byte("vm1")); name != "vm1" {
 		t.Error("a check has changed the keys")
+	}
+	write("vm3:" + hexKey(32, 3) + "\n")
+	take()
+	if name, _ := k.find([]byte("vm2")); name != "vm2" || k.Len() != 1 {
+		t.Error("the keys are not those that the check has read")
 	}
 	if changed, err := k.Reload(); !changed || err != nil {
 		t.Fatalf("another file: got %t, %v", changed, err)
@@ -241,7 +247,11 @@ func TestKeysThatCannotBeReadAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, look := range map[string]func() (bool, error){"check": k.Check, "reload": k.Reload} {
+	check := func() (bool, error) {
+		changed, _, err := k.Check()
+		return changed, err
+	}
+	for name, look := range map[string]func() (bool, error){"check": check, "reload": k.Reload} {
 		if changed, err := asNobody(t, look); changed || err != nil {
 			t.Errorf("%s of the same file: got %t, %v; want no change", name, changed, err)
 		}
@@ -250,7 +260,7 @@ func TestKeysThatCannotBeReadAgain(t *testing.T) {
 	if err := errors.Join(os.WriteFile(next, []byte("vm1:"+hexKey(32, 2)+"\n"), 0), os.Rename(next, path)); err != nil {
 		t.Fatal(err)
 	}
-	for name, look := range map[string]func() (bool, error){"check": k.Check, "reload": k.Reload} {
+	for name, look := range map[string]func() (bool, error){"check": check, "reload": k.Reload} {
 		if changed, err := asNobody(t, look); changed || !errors.Is(err, fs.ErrPermission) {
 			t.Errorf("%s of a file that has changed: got %t, %v; want that it cannot be read", name, changed, err)
 		}
