@@ -55,8 +55,8 @@ type Spec struct {
 	Settings
 }
 
-// Settings are what may change while an export is in use. Connections that are
-// open keep the access that they have.
+// Settings are what may change while an export is in use. Connections in
+// transmission keep the access that they have.
 type Settings struct {
 	Description string
 	ReadOnly    bool
@@ -411,6 +411,7 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		Device:     dev,
 		Gone:       u.gone,
 		Cut:        u.cut,
+		Still:      func() bool { return r.still(&u, p) },
 		Stats:      u.spec.Stats,
 		Flush:      flush,
 		Close: sync.OnceFunc(func() {
@@ -425,6 +426,7 @@ type use struct {
 	e      *entry
 	spec   Spec         // of e when the use began
 	deny   backing.Caps // what the peer may not do
+	known  learnt       // of the peer when the use began
 	gone   context.Context
 	forget func() // frees gone
 	cut    context.Context
@@ -434,22 +436,39 @@ type use struct {
 func (r *Registry) use(name string, p *transport.Peer) (use, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e, access, x, err := r.findLocked(name, p)
+	e, access, known, err := r.findLocked(name, p)
 	if err != nil {
 		return use{}, err
 	}
 	if n := e.spec.Connections; n > 0 && e.users >= n {
 		return use{}, errFull
 	}
-	u := use{e: e, spec: e.spec, gone: e.gone, forget: func() {}, cut: e.cut}
-	if e.spec.ReadOnly || access != ReadWrite {
-		u.deny = backing.CanWrite
-	}
-	if x != nil {
+	u := use{e: e, spec: e.spec, deny: e.spec.denies(access), known: known, gone: e.gone, forget: func() {}, cut: e.cut}
+	if x := known.lease; x != nil {
 		u.gone, u.forget = either(e.gone, x.gone)
 	}
 	e.users++
 	return u, nil
+}
+
+// still tells whether p would be given at least what u has, besides that u.gone
+// may have ended. A token that was right when the use began still is.
+func (r *Registry) still(u *use, p *transport.Peer) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if p != nil && !u.e.shownTo(p) {
+		return false
+	}
+	access, _ := u.e.spec.accessOf(p, learnt{token: u.known.token, lease: r.leaseLocked(p)})
+	return access != NoAccess && u.deny.Has(u.e.spec.denies(access))
+}
+
+// denies is what a peer with that access may not do.
+func (s *Settings) denies(access Access) backing.Caps {
+	if s.ReadOnly || access != ReadWrite {
+		return backing.CanWrite
+	}
+	return 0
 }
 
 // lastFlush makes durable what a client has written that has left. A failure
@@ -473,8 +492,9 @@ func (r *Registry) left(e *entry) {
 	}
 }
 
-// findLocked also gives the lease that the access depends on, or nil.
-func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *lease, error) {
+// findLocked also gives what was learnt of the peer, with the lease if the access
+// depends on it.
+func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, learnt, error) {
 	name, token := cutToken(name)
 	e := r.byName[name]
 	if name == "" && e == nil {
@@ -495,12 +515,12 @@ func (r *Registry) findLocked(name string, p *transport.Peer) (*entry, Access, *
 		if token != nil && p != nil && r.guessesLocked(e, p, known.token) {
 			r.attempts.wrong(guessed{p.Key(), name}, *token)
 		}
-		return nil, NoAccess, nil, nbd.ErrUnknownExport
+		return nil, NoAccess, learnt{}, nbd.ErrUnknownExport
 	}
 	if !byLease {
 		known.lease = nil
 	}
-	return e, access, known.lease, nil
+	return e, access, known, nil
 }
 
 // guessesLocked tells whether a token that opens nothing may be a guess at one of e, or

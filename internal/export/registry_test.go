@@ -2,9 +2,11 @@ package export
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -200,6 +202,48 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 			defer x.Close()
 			if got := x.Device.Info().Caps.Has(backing.CanWrite); got != (tt.want == ReadWrite) {
 				t.Errorf("may write: got %v, want %v", got, tt.want == ReadWrite)
+			}
+		})
+	}
+}
+
+// TestUseKnowsWhetherItsRightsAreStillGiven: what was taken away since, not what
+// was added.
+func TestUseKnowsWhetherItsRightsAreStillGiven(t *testing.T) {
+	token := strings.Repeat("a5", limits.TokenDigits/2)
+	peer := &transport.Peer{Kind: transport.Unix, UID: 7}
+	of := func(a Access) []Grant { return []Grant{{Access: a, UIDs: []uint32{7}}} }
+	byToken := []Grant{{Access: ReadWrite, Tokens: []Token{{SHA256: sha256.Sum256([]byte(token))}}}}
+	for _, tt := range []struct {
+		name   string
+		open   string
+		grants []Grant
+		change func(*Settings)
+		want   bool
+	}{
+		{"nothing", "a", of(ReadWrite), func(*Settings) {}, true},
+		{"no rights", "a", of(ReadWrite), func(s *Settings) { s.Grants = of(NoAccess) }, false},
+		{"another user's", "a", of(ReadOnly), func(s *Settings) { s.Grants[0].UIDs = []uint32{8} }, false},
+		{"reading is left", "a", of(ReadWrite), func(s *Settings) { s.Grants = of(ReadOnly) }, false},
+		{"read-only", "a", of(ReadWrite), func(s *Settings) { s.ReadOnly = true }, false},
+		{"writing is added", "a", of(ReadOnly), func(s *Settings) { s.Grants = of(ReadWrite) }, true},
+		{"a reader of what is read-only now", "a", of(ReadOnly), func(s *Settings) { s.ReadOnly = true }, true},
+		{"the same token", "a?" + token, byToken, func(*Settings) {}, true},
+		{"another token", "a?" + token, byToken, func(s *Settings) { s.Grants = []Grant{{Access: ReadWrite, Tokens: []Token{{}}}} }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := NewRegistry()
+			add(t, r, Spec{Name: "a", Settings: Settings{Grants: slices.Clone(tt.grants)}})
+			x, err := r.Open(t.Context(), tt.open, peer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer x.Close()
+			if err := r.Update("a", tt.change); err != nil {
+				t.Fatal(err)
+			}
+			if got := x.Still(); got != tt.want {
+				t.Errorf("got %v, want %v", got, tt.want)
 			}
 		})
 	}

@@ -43,6 +43,7 @@ type oneExport struct {
 	stats    *obs.ExportStats
 	cutting  context.Context // Export.Cut, which cut ends; may be nil
 	cut      func()
+	still    func() bool // Export.Still; may be nil
 	opened   atomic.Int32
 	open     atomic.Int32
 }
@@ -80,7 +81,7 @@ func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Ex
 	}
 	x.opened.Add(1)
 	x.open.Add(1)
-	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Cut: x.cutting, Close: func() { x.open.Add(-1) }}, nil
+	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Cut: x.cutting, Still: x.still, Close: func() { x.open.Add(-1) }}, nil
 }
 
 // memRig serves size bytes of memory.

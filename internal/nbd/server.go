@@ -53,6 +53,11 @@ type Export struct {
 	// it is answered with ESHUTDOWN; nil is never.
 	Cut context.Context
 
+	// Still tells whether the peer may do what it could when the export was
+	// opened; nil is always. It is asked once, when the negotiation is over: a
+	// client may take long to read its last reply.
+	Still func() bool
+
 	// Stats counts its requests, over all of its connections; nil for none.
 	Stats *obs.ExportStats
 
@@ -248,6 +253,7 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 		return err
 	}
 	sess := newSession(s, n)
+	defer sess.cancel()
 	if gone := n.export.Gone; gone != nil {
 		defer context.AfterFunc(gone, sess.drain)()
 	}
@@ -260,6 +266,11 @@ func (s *Server) transmit(ctx context.Context, k *connection, n *negotiation) er
 		sess.drain()
 	}
 	s.mu.Unlock()
+	// The session is in Clients by now: who takes rights away from here on and
+	// then disconnects those that have them finds it there.
+	if still := n.export.Still; still != nil && !still() {
+		return errRevoked
+	}
 	left := sess.announce()
 	orderly, err := sess.serve(ctx)
 	if flush := n.export.Flush; flush != nil {
@@ -289,7 +300,10 @@ func part(c transport.Conn, orderly bool) {
 	io.Copy(io.Discard, io.LimitReader(c, limits.MaxIO))
 }
 
-var errDraining = errors.New("server is shutting down")
+var (
+	errDraining = errors.New("server is shutting down")
+	errRevoked  = errors.New("rights were taken away during negotiation")
+)
 
 func (s *Server) register(k *connection) bool {
 	s.mu.Lock()

@@ -427,6 +427,32 @@ func TestExportIsOpenedByItsOptionsOnly(t *testing.T) {
 	}
 }
 
+// TestRightsAreAskedAgainBeforeTheFirstRequest: when the session is in the list
+// of clients, so that whoever changes grants and then disconnects misses none.
+func TestRightsAreAskedAgainBeforeTheFirstRequest(t *testing.T) {
+	for _, may := range []bool{true, false} {
+		r := memRig(t, 1<<20)
+		asked, listed := 0, 0
+		r.exports.still = func() bool {
+			asked++
+			listed = len(r.server.Clients())
+			return may
+		}
+		p := append(goOption(clientFlags(nil)), message(wire.CmdWrite, 1, 0, 4)...)
+		r.feed(t, append(p, "data"...))
+		if asked != 1 || listed != 1 {
+			t.Errorf("may %v: asked %d times, with %d clients, want once with 1", may, asked, listed)
+		}
+		var b [4]byte
+		if err := r.dev.ReadAt(t.Context(), b[:], 0); err != nil || (string(b[:]) == "data") != may {
+			t.Errorf("may %v: the disk holds %q, %v", may, b, err)
+		}
+		if n := r.exports.open.Load(); n != 0 {
+			t.Errorf("may %v: the export has %d uses afterwards", may, n)
+		}
+	}
+}
+
 func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
 	r := memRig(t, 1<<20)
 	r.opt.TLS = TLSOn
