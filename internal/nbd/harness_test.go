@@ -39,6 +39,7 @@ type oneExport struct {
 	large    backing.Device // may be nil
 	deny     backing.Caps
 	needTLS  bool
+	found    func()   // called at the end of Find; may be nil
 	contexts []string // beyond base:allocation
 	stats    *obs.ExportStats
 	cutting  context.Context // Export.Cut, which cut ends; may be nil
@@ -61,6 +62,9 @@ func (x *oneExport) List(*transport.Peer) []ExportInfo {
 }
 
 func (x *oneExport) Find(name string, _ *transport.Peer) (ExportInfo, error) {
+	if x.found != nil {
+		defer x.found()
+	}
 	switch {
 	case name == "" || name == "disk":
 		return x.info("disk"), nil

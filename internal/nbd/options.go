@@ -175,6 +175,11 @@ func (n *negotiation) open(ctx context.Context, name string) (*Export, wire.Rep,
 		n.opt.Log.Warn("export cannot be opened", "peer", n.conn.Peer(), "export", found.Name, "error", err)
 		return nil, wire.RepErrPlatform, errors.New("export cannot be opened")
 	}
+	// The name may stand for another export by now than the one that was found.
+	if rep, err := n.withholds(x.ExportInfo); err != nil {
+		x.Close()
+		return nil, rep, err
+	}
 	return x, 0, nil
 }
 
@@ -187,14 +192,23 @@ func (n *negotiation) find(name string) (ExportInfo, wire.Rep, error) {
 	if err != nil {
 		return ExportInfo{}, wire.RepErrUnknown, ErrUnknownExport
 	}
+	if rep, err := n.withholds(x); err != nil {
+		return ExportInfo{}, rep, err
+	}
+	return x, 0, nil
+}
+
+// withholds is the error for who names x, and the reply to it, if the connection
+// may not see x as it is now. Who knows the name learns how to get it (proto.md,
+// "SELECTIVETLS mode").
+func (n *negotiation) withholds(x ExportInfo) (wire.Rep, error) {
 	switch {
 	case !n.hides(x):
-		return x, 0, nil
+		return 0, nil
 	case n.tls == TLSOff:
-		return ExportInfo{}, wire.RepErrUnknown, ErrUnknownExport
+		return wire.RepErrUnknown, ErrUnknownExport
 	}
-	// Who knows the name learns how to get it (proto.md, "SELECTIVETLS mode").
-	return ExportInfo{}, wire.RepErrTLSReqd, errTLSReqd
+	return wire.RepErrTLSReqd, errTLSReqd
 }
 
 // hides tells whether the connection may not see x as it is now.

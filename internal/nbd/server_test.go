@@ -478,6 +478,35 @@ func TestSelectiveTLSHidesTheExportFromPlaintext(t *testing.T) {
 	}
 }
 
+// TestExportThatDemandsTLSSinceItWasFoundIsNotOpened: a name is looked up again to
+// open what it stands for.
+func TestExportThatDemandsTLSSinceItWasFoundIsNotOpened(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		mode TLSMode
+		want wire.Rep
+	}{
+		{"TLS is possible", TLSOn, wire.RepErrTLSReqd},
+		{"TLS is not possible", TLSOff, wire.RepErrUnknown},
+	} {
+		for opt, p := range map[wire.Opt][]byte{wire.OptGo: goOption(clientFlags(nil)), wire.OptExportName: sessionPrefixes[0]} {
+			r := memRig(t, 1<<20)
+			r.opt.TLS = tt.mode
+			r.exports.found = func() { r.exports.needTLS = true }
+			b := r.feed(t, p)[18:]
+			if h, err := wire.DecodeOptReply(b); opt == wire.OptGo && (err != nil || h.Rep != tt.want) {
+				t.Errorf("%s: %v got %v, %v, want %v", tt.name, opt, h.Rep, err, tt.want)
+			}
+			if opt == wire.OptExportName && len(b) != 0 {
+				t.Errorf("%s: %v got %d bytes behind the greeting, want none", tt.name, opt, len(b))
+			}
+			if n := r.exports.open.Load(); n != 0 {
+				t.Errorf("%s: %v leaves %d uses of the export", tt.name, opt, n)
+			}
+		}
+	}
+}
+
 // enter is that of an admission, with one guest for each peer.
 func enter(t *testing.T, a *admission, key string) *slot {
 	t.Helper()
