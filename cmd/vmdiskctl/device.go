@@ -211,7 +211,7 @@ func (f *deviceFlags) report(w io.Writer, v *kernel.Device, uri string) error {
 		return err
 	}
 	return writeJSON(w, deviceReport{Device: v.Path(), Size: int64(v.Size()), Block: int64(v.Block()),
-		ReadOnly: v.Flags()&wire.ReadOnly != 0, Server: uri})
+		ReadOnly: v.Flags()&wire.ReadOnly != 0, Server: kernel.ShownURI(uri)})
 }
 
 func newDeviceList() *cobra.Command {

@@ -3,10 +3,12 @@ package kernel
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -35,8 +37,7 @@ func (s *Server) Direct() bool {
 // Config says how to attach a device.
 type Config struct {
 	Server Server
-	// URI is what the device's users are told of the server: at most
-	// limits.Backend - 64 bytes, the rest is cut off.
+	// URI is what the device's users are told of the server, as ShownURI.
 	URI string
 	// Index is that of the device, or Any.
 	Index int
@@ -229,18 +230,43 @@ const backendPrefix = "vmdiskctl-"
 func backend(uri string) string {
 	var nonce [8]byte
 	rand.Read(nonce[:]) // never fails
-	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + shortURI(uri)
+	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + ShownURI(uri)
 }
 
-// shortURI is as much of a URI as the driver is told.
-func shortURI(uri string) string { return uri[:min(len(uri), limits.Backend-64)] }
+// ShownURI is what everybody may know of a URI: the first digits of its SHA-256
+// stand for a token, and what is behind limits.Backend - 64 bytes is cut off.
+func ShownURI(uri string) string {
+	uri = hideToken(uri)
+	return uri[:min(len(uri), limits.Backend-64)]
+}
 
-// BackendURI is the URI in what the driver remembers, or all of it when others
-// have attached the device. It is data.
+// hideToken shortens the token of a URI whose export is NAME?TOKEN, TOKEN being
+// limits.TokenDigits hexadecimal digits, to tokenShown digits of its SHA-256:
+// "vmdiskctl token list" has the others.
+func hideToken(uri string) string {
+	u, err := url.Parse(uri)
+	if err != nil {
+		return uri
+	}
+	i := strings.LastIndexByte(u.Path, '?') + 1
+	token := strings.ToLower(u.Path[i:])
+	if _, err := hex.DecodeString(token); i == 0 || err != nil || len(token) != limits.TokenDigits {
+		return uri
+	}
+	sum := sha256.Sum256([]byte(token))
+	u.Path, u.RawPath = u.Path[:i]+hex.EncodeToString(sum[:])[:tokenShown], ""
+	return u.String()
+}
+
+// tokenShown tells tokens apart and is too short to be taken for one.
+const tokenShown = 8
+
+// BackendURI is the URI in what the driver remembers, as ShownURI, or all of it
+// when others have attached the device. It is data.
 func BackendURI(backend string) string {
 	if rest, ok := strings.CutPrefix(backend, backendPrefix); ok {
 		if _, uri, ok := strings.Cut(rest, " "); ok {
-			return uri
+			return ShownURI(uri)
 		}
 	}
 	return backend

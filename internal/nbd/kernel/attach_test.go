@@ -3,9 +3,11 @@ package kernel
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -69,6 +71,36 @@ func TestAttachedDeviceTransmitsOnEachConnection(t *testing.T) {
 	}
 	for i := range 4 {
 		reads(t, k.socket(i))
+	}
+}
+
+// TestTokenIsNotShown: everybody may read what the driver remembers.
+func TestTokenIsNotShown(t *testing.T) {
+	token := strings.Repeat("A5", limits.TokenDigits/2)
+	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(strings.ToLower(token))))[:tokenShown]
+	for uri, want := range map[string]string{
+		"nbd+unix:///disk%3F" + token + "?socket=/s":                        "nbd+unix:///disk%3F" + sum + "?socket=/s",
+		"nbd://host/%3f" + strings.ToLower(token):                           "nbd://host/%3F" + sum,
+		"nbd://host/a%3Fb%3F" + token:                                       "nbd://host/a%3Fb%3F" + sum,
+		"nbd://host/a%3F" + strings.Repeat("%415", len(token)/2):            "nbd://host/a%3F" + sum,
+		"nbd://host/a%3F" + token[1:]:                                       "nbd://host/a%3F" + token[1:],
+		"nbd://host/a%3Fg" + token[1:]:                                      "nbd://host/a%3Fg" + token[1:],
+		"nbd://host/" + token:                                               "nbd://host/" + token,
+		"nbd+unix:///disk?socket=/%3F" + token:                              "nbd+unix:///disk?socket=/%3F" + token,
+		"nbd://host/" + strings.Repeat("n", limits.Backend) + "%3F" + token: "nbd://host/" + strings.Repeat("n", limits.Backend-64-len("nbd://host/")),
+	} {
+		if got := BackendURI(backend(uri)); got != want {
+			t.Errorf("%s:\ngot  %s\nwant %s", uri, got, want)
+		}
+	}
+	k, s := newFakeKernel(t), newFakeServer(t)
+	c := k.config(s)
+	c.URI = "nbd+unix:///disk%3F" + token + "?socket=/s"
+	v, err := Attach(t.Context(), k.d, c)
+	must(t, err)
+	defer v.Close()
+	if got := k.file(t, "backend"); strings.Contains(got, token) || !strings.HasSuffix(got, " nbd+unix:///disk%3F"+sum+"?socket=/s") {
+		t.Errorf("the driver remembers %q", got)
 	}
 }
 

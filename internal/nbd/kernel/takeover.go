@@ -59,8 +59,8 @@ func (c *Config) attached() (Info, bool) {
 // offered for those that do not.
 func (v *Device) takeOver(ctx context.Context, now Info) error {
 	c := &v.config
-	if !strings.HasPrefix(now.Backend, backendPrefix) || BackendURI(now.Backend) != shortURI(c.URI) {
-		return fmt.Errorf("%w: it was not attached from %q", ErrBusy, clip(c.URI))
+	if !strings.HasPrefix(now.Backend, backendPrefix) || BackendURI(now.Backend) != ShownURI(c.URI) {
+		return fmt.Errorf("%w: it was not attached from %q", ErrBusy, clip(ShownURI(c.URI)))
 	}
 	v.setup = Setup{Index: c.Index, Backend: now.Backend, Block: uint32(now.Block), Size: uint64(now.Size)}
 	var err error

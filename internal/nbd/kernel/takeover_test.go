@@ -4,10 +4,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
@@ -49,6 +51,29 @@ func TestDeviceOfADeadKeeperIsTakenOver(t *testing.T) {
 	}
 	if err := end(); err == nil {
 		t.Error("the keeper ends by itself")
+	}
+}
+
+// TestDeviceOfATokenIsTakenOver: by who has the same one, also a device whose token
+// the driver was told.
+func TestDeviceOfATokenIsTakenOver(t *testing.T) {
+	uri := func(digit string) string { return "nbd://host/disk%3F" + strings.Repeat(digit, limits.TokenDigits) }
+	k, s := newFakeKernel(t), newFakeServer(t)
+	c := k.config(s)
+	c.Holds, c.URI = t.TempDir(), uri("a")
+	orphan(t, k, c)
+	for _, told := range []string{k.file(t, "backend"), backendPrefix + "0123456789abcdef " + c.URI} {
+		k.write(2, "backend", told+"\n")
+		c.URI = uri("b")
+		if _, err := Attach(t.Context(), k.d, c); !errors.Is(err, ErrBusy) || strings.Contains(err.Error(), "bbbb") {
+			t.Errorf("by another token: %v", err)
+		}
+		c.URI = uri("a")
+		v, err := Attach(t.Context(), k.d, c)
+		if err != nil || !v.TakenOver {
+			t.Fatalf("by the same token: %v", err)
+		}
+		v.Close()
 	}
 }
 
