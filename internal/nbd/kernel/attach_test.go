@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -330,6 +331,47 @@ func TestKeeperEndsWithItsDevice(t *testing.T) {
 			t.Fatalf("%s: the keeper goes on", name)
 		}
 		v.Close()
+	}
+}
+
+// TestKeeperDetachesItsOwnDeviceAlone: another one may have the number since the
+// keeper looked, and since it began to leave.
+func TestKeeperDetachesItsOwnDeviceAlone(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(*fakeKernel)
+		told   bool
+	}{
+		"the same":                 {func(*fakeKernel) {}, true},
+		"the same, old kernel":     {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "backend"))) }, true},
+		"detached":                 {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "pid"))) }, false},
+		"attached anew":            {func(k *fakeKernel) { k.write(2, "backend", backend("nbd+unix:///disk")+"\n") }, false},
+		"attached anew by another": {func(k *fakeKernel) { k.write(2, "backend", "somebody else\n") }, false},
+	} {
+		k, s := newFakeKernel(t), newFakeServer(t)
+		must(t, os.WriteFile(filepath.Join(k.d.nodes, Name(2)), nil, 0o600))
+		v, err := Attach(t.Context(), k.d, k.config(s))
+		must(t, err)
+		before, err := k.sysfs.Info(2)
+		must(t, err)
+		tt.change(k)
+		keeper := &Keeper{Device: v}
+		keeper.leave(t.Context())
+		if err := <-keeper.leaving; err != nil {
+			t.Errorf("%s: the keeper leaves with %v", name, err)
+		}
+		if _, got := k.last(); (got.cmd == cmdDisconnect) != tt.told {
+			t.Errorf("%s: the last command is %+v", name, got)
+		}
+		v.Close()
+		if tt.told {
+			continue
+		}
+		if err := detachUnused(t.Context(), k.d, k.sysfs, before); !errors.Is(err, ErrNoDevice) {
+			t.Errorf("%s since it was looked at: %v", name, err)
+		}
+		if _, got := k.last(); got.cmd == cmdDisconnect {
+			t.Errorf("%s since it was looked at: the last command is %+v", name, got)
+		}
 	}
 }
 

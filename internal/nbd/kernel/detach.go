@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,44 +17,59 @@ import (
 // is flushed before. It fails with ErrBusy while the device is mounted, swapped
 // on or part of another device, unless force is set; then nothing is flushed,
 // and whoever uses it gets errors; the device can be attached again when nobody
-// has it open any more. It fails with ErrNoDevice if the device is not attached.
+// has it open any more. It fails with ErrNoDevice if the device is not attached,
+// or without force if another one has its number meanwhile.
 func Detach(ctx context.Context, d *Driver, s Sysfs, index int, force bool) error {
 	before, err := s.Info(index)
 	if err != nil {
 		return err
 	}
-	if force {
-		err = d.Disconnect(index)
-	} else {
-		err = disconnectUnused(d, index)
+	if !force {
+		return detachUnused(ctx, d, s, before)
 	}
-	if err != nil {
+	if err := d.Disconnect(index); err != nil {
 		return err
 	}
 	err = gone(ctx, s, before)
-	if force && errors.Is(err, context.DeadlineExceeded) {
+	if errors.Is(err, context.DeadlineExceeded) {
 		return nil // who has it open keeps its number, and nothing else
 	}
 	return err
 }
 
+// detachUnused is Detach without force.
+func detachUnused(ctx context.Context, d *Driver, s Sysfs, before Info) error {
+	if err := disconnectUnused(d, s, before); err != nil {
+		return err
+	}
+	return gone(ctx, s, before)
+}
+
 // disconnectUnused flushes and disconnects a device while nobody else can begin
-// to use it. The driver lets go of the server when the node is closed.
-func disconnectUnused(d *Driver, index int) error {
-	f, err := claim(index)
+// to use it. The driver lets go of the server when the node is closed, and gives
+// its number to no other one while it is open.
+func disconnectUnused(d *Driver, s Sysfs, before Info) error {
+	f, err := d.claim(before.Index)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	now, err := s.Info(before.Index)
+	if err != nil {
+		return err
+	}
+	if now.Backend != before.Backend {
+		return ErrNoDevice
+	}
 	if err := f.Sync(); err != nil {
 		return fmt.Errorf("flush: %w", err)
 	}
-	return d.Disconnect(index)
+	return d.Disconnect(before.Index)
 }
 
 // claim opens the node for this process alone.
-func claim(index int) (*os.File, error) {
-	f, err := os.OpenFile("/dev/"+Name(index), os.O_RDONLY|unix.O_EXCL|unix.O_NOFOLLOW, 0)
+func (d *Driver) claim(index int) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(d.nodes, Name(index)), os.O_RDONLY|unix.O_EXCL|unix.O_NOFOLLOW, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return nil, fmt.Errorf("%w: it is mounted, swapped on or part of another device", ErrBusy)

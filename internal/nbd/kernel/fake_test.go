@@ -83,6 +83,7 @@ type call struct {
 func newFakeKernel(t testing.TB) *fakeKernel {
 	k := &fakeKernel{t: t, sysfs: Sysfs(t.TempDir()), changed: make(chan struct{}, 64)}
 	k.d = scripted(t, k.command)
+	k.d.nodes = t.TempDir()
 	t.Cleanup(func() {
 		for _, f := range k.sockets {
 			f.Close()

@@ -88,12 +88,17 @@ func (k *Keeper) Keep(ctx context.Context) error {
 // ours tells whether the device is still the one that was attached. Where sysfs
 // cannot be read it is believed to be.
 func (k *Keeper) ours() bool {
-	v := k.Device
+	_, err := k.Device.info()
+	return !errors.Is(err, ErrNoDevice)
+}
+
+// info fails with ErrNoDevice also when another device has the number by now.
+func (v *Device) info() (Info, error) {
 	now, err := v.config.Sysfs.Info(v.setup.Index)
-	if errors.Is(err, ErrNoDevice) {
-		return false
+	if err == nil && now.Backend != "" && now.Backend != v.setup.Backend {
+		err = ErrNoDevice
 	}
-	return err != nil || now.Backend == "" || now.Backend == v.setup.Backend
+	return now, err
 }
 
 // mend replaces dead connections and, when all live, follows the size that the
@@ -244,9 +249,20 @@ func (k *Keeper) leave(ctx context.Context) {
 		return
 	}
 	k.leaving = make(chan error, 1)
-	go func(result chan<- error, v *Device) {
-		result <- Detach(ctx, v.driver, v.config.Sysfs, v.setup.Index, false)
-	}(k.leaving, k.Device)
+	go func(result chan<- error, v *Device) { result <- v.detach(ctx) }(k.leaving, k.Device)
+}
+
+// detach takes the server away from the device unless it is in use, which is done
+// as well when the device is gone and another one may have its number.
+func (v *Device) detach(ctx context.Context) error {
+	now, err := v.info()
+	if err == nil {
+		err = detachUnused(ctx, v.driver, v.config.Sysfs, now)
+	}
+	if errors.Is(err, ErrNoDevice) {
+		return nil
+	}
+	return err
 }
 
 func (k *Keeper) fail(format string, args ...any) {

@@ -74,6 +74,7 @@ type Status struct {
 type Driver struct {
 	conn   *genetlink.Conn
 	family genetlink.Family
+	nodes  string // folder of the devices' nodes
 }
 
 // Open finds the driver. It fails with ErrNoModule if there is none.
@@ -100,7 +101,7 @@ func newDriver(conn *genetlink.Conn) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nbd driver: %w", err)
 	}
-	return &Driver{conn: conn, family: f}, nil
+	return &Driver{conn: conn, family: f, nodes: "/dev"}, nil
 }
 
 // Close ends the use of the driver; devices stay as they are.
