@@ -147,9 +147,9 @@ func (g *Grant) everybody() bool {
 	return len(g.UIDs)+len(g.GIDs)+len(g.CIDs)+len(g.Addresses)+len(g.CertNames)+len(g.PSKs)+len(g.Tokens)+len(g.VMs) == 0 && !g.hasLabel()
 }
 
-// overflowGID is in place of the groups that a user namespace does not know
-// (user_namespaces(7)). It matches no peer, not even to keep it out.
-const overflowGID = 65534
+// overflowID is in place of the users and groups that a user namespace does not
+// know (user_namespaces(7)). It matches no peer, not even to keep it out.
+const overflowID = 65534
 
 // check also refuses facts that exclude each other: a peer has an IP address,
 // or a CID, or a user.
@@ -175,8 +175,11 @@ func (g *Grant) check(k checker) {
 			k.fail("cid: %d is no address of anybody", cid)
 		}
 	}
-	if slices.Contains(g.GIDs, overflowGID) {
-		k.fail("gid: %d stands for every group that is not known here", overflowGID)
+	if slices.Contains(g.UIDs, overflowID) {
+		k.fail("uid: %d stands for every user that is not known here", overflowID)
+	}
+	if slices.Contains(g.GIDs, overflowID) {
+		k.fail("gid: %d stands for every group that is not known here", overflowID)
 	}
 	for _, a := range g.Addresses {
 		if _, err := ParseAddress(a); err != nil {

@@ -242,6 +242,7 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 		{a + "grant = [{ access = \"rw\", selinux-level = \"s0\" }, { access = \"ro\" }, { access = \"ro\" }]", in(", grant 3") + "it is never reached: grant 2"},
 		{a + "grant = [{ access = \"ro\", cid = [4294967295] }]", in(", grant 1") + "cid: 4294967295"},
 		{a + "grant = [{ access = \"none\", gid = [1, 65534] }]", in(", grant 1") + "gid: 65534"},
+		{a + "grant = [{ access = \"rw\", uid = [65534, 1] }]", in(", grant 1") + "uid: 65534"},
 		{a + "grant = [{ access = \"rw\", address = [\"192.168.0\"] }]", in(", grant 1") + `address: "192.168.0" is not`},
 		{a + "grant = [{ access = \"rw\", cert-name = [\"\"] }]", in(", grant 1") + "cert-name: it is empty"},
 	} {

@@ -45,7 +45,7 @@ type learnt struct {
 func (g *Grant) matches(p *transport.Peer) bool {
 	unix := p.Kind == transport.Unix
 	switch {
-	case len(g.UIDs) > 0 && !(unix && slices.Contains(g.UIDs, p.UID)),
+	case len(g.UIDs) > 0 && !(unix && p.UID != transport.OverflowID && slices.Contains(g.UIDs, p.UID)),
 		len(g.GIDs) > 0 && !(unix && transport.IsMember(p.GID, p.Groups, g.GIDs)),
 		!g.mayHaveCID(p),
 		len(g.Addresses) > 0 && !g.hasAddress(p),

@@ -157,6 +157,7 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 		{Access: ReadWrite, CIDs: []uint32{42}, Label: "x"},
 		{Access: ReadWrite, CertNames: []string{"host.example"}},
 		{Access: ReadOnly, GIDs: []uint32{36, 65534}},
+		{Access: ReadOnly, UIDs: []uint32{65534}},
 		{Access: ReadWrite, GIDs: []uint32{37}},
 	}
 	add(t, r, Spec{Name: "a", Settings: Settings{Grants: grants, TrustCID: true}})
@@ -176,6 +177,8 @@ func TestGrantsDecideWhatExists(t *testing.T) {
 		{"groups of two grants", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 37, Groups: []uint32{36}}, ReadOnly},
 		{"other groups", &transport.Peer{Kind: transport.Unix, UID: 37, GID: 9, Groups: []uint32{5, 38}}, NoAccess},
 		{"groups that nobody knows", &transport.Peer{Kind: transport.Unix, UID: 9, GID: 65534, Groups: []uint32{65534}}, NoAccess},
+		{"user that nobody knows", &transport.Peer{Kind: transport.Unix, UID: 65534, GID: 9}, NoAccess},
+		{"user that nobody knows, of a known group", &transport.Peer{Kind: transport.Unix, UID: 65534, GID: 37}, ReadWrite},
 		{"group of a peer that has none", &transport.Peer{Kind: transport.VSock, GID: 37, Groups: []uint32{37}}, NoAccess},
 		{"address", tcp("192.168.0.1:99"), ReadWrite},
 		{"longer address", tcp("192.168.0.10:99"), NoAccess},
