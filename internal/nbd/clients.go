@@ -150,6 +150,13 @@ func (s *session) announce() (left func(error)) {
 	}
 }
 
+// logRefused tells that there is no place for a peer, which somebody else may have
+// taken who shares its key. The log cuts a flood of these lines, by that key.
+func (s *Server) logRefused(p *transport.Peer, why error) {
+	s.opt.Log.Warn("connection refused", "peer", p.Key(), "error", why,
+		"remedy", "max-connections bounds those of an export")
+}
+
 func (s *session) logConnected(log *slog.Logger) {
 	i := s.info()
 	more := []any{"tls", cmp.Or(i.TLSVersion, "off")}

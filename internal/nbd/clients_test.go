@@ -265,6 +265,38 @@ func TestLogSaysWhoUsedAnExport(t *testing.T) {
 	)
 }
 
+// TestLogSaysWhoIsRefusedForItsConnections: not each time, and for how many.
+func TestLogSaysWhoIsRefusedForItsConnections(t *testing.T) {
+	const n = limits.EventBurst + 3
+	r := memRig(t, 1<<20)
+	read := r.logged(t)
+	r.server = NewServer(r.opt)
+	key := (&transport.Peer{Kind: transport.Unix, UID: uint32(os.Getuid())}).Key()
+	for range limits.ConnectionsPerPeer {
+		enter(t, r.server.admt, key).established()
+	}
+	for range n {
+		r.dial(t)
+		<-r.errs
+	}
+	warning := regexp.MustCompile(`level=WARN msg="connection refused" in=nbd peer=` + key + ` error="too many connections of this peer" remedy="max-connections .*"$`)
+	leftOut := regexp.MustCompile(`msg="log lines were left out" in=nbd text="connection refused" peer=` + key + ` count=(\d+)$`)
+	told := 0
+	for _, line := range read() {
+		if left := leftOut.FindStringSubmatch(line); left != nil {
+			cut, _ := strconv.Atoi(left[1])
+			told += cut
+		} else if warning.MatchString(line) {
+			told++
+		} else {
+			t.Errorf("line %q", line)
+		}
+	}
+	if told != n {
+		t.Errorf("the log accounts for %d refusals, want %d", told, n)
+	}
+}
+
 // TestClientThatComesAndGoesFillsNoLog: its lines are counted by export.
 func TestClientThatComesAndGoesFillsNoLog(t *testing.T) {
 	const n = 3000

@@ -212,6 +212,7 @@ func (s *Server) ServeTLS(ctx context.Context, c transport.Conn, mode TLSMode) e
 	defer c.Close()
 	slot, err := s.admt.enter(c.Peer().Key(), c.Peer().Guest(), func() { c.Close() })
 	if err != nil {
+		s.logRefused(c.Peer(), err)
 		return err
 	}
 	defer slot.leave()
