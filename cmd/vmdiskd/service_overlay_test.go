@@ -654,3 +654,37 @@ func TestImageBelowAKeptOverlayIsNotWrittenTo(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestOverlayOfAnImageWithAColon: QEMU takes the name in the overlay for the file that
+// is served, neither for a protocol nor for the file that "file:" leads to.
+func TestOverlayOfAnImageWithAColon(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"vm:1.raw", "file:b.img"} {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, exportA)
+			s.stop()
+			image, overlay := filepath.Join(s.dir, name), filepath.Join(s.dir, "top.qcow2")
+			if err := os.Rename(filepath.Join(s.dir, "a.img"), image); err != nil {
+				t.Fatal(err)
+			}
+			s.configure(strings.ReplaceAll(exportA, "a.img", name))
+			s.start()
+			if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+				t.Fatal(err)
+			}
+			s.write("a", "0x39", "0")
+			s.stop()
+			s.start()
+			s.wantBytes("a", "0x39", "0")
+			s.stop()
+			if out, err := tool(t, s.dir, "qemu-img", "commit", "-q", "-f", "qcow2", overlay); err != nil {
+				t.Errorf("qemu-img commit: %v: %s", err, out)
+			}
+			for file, want := range map[string]byte{name: 0x39, "b.img": 0} {
+				if b, err := os.ReadFile(filepath.Join(s.dir, file)); err != nil || b[0] != want {
+					t.Errorf("%s: got %v, %v, want its first byte to be %x", file, b[:min(len(b), 1)], err, want)
+				}
+			}
+		})
+	}
+}

@@ -415,11 +415,9 @@ func (w wish) fileName(said string) (name, fileFormat string, err error) {
 	return name, said, w.printable(name)
 }
 
-// local refuses names of protocols, as QEMU tells them from files: a colon
-// before any slash.
+// local refuses names of protocols.
 func (w wish) local(name string) error {
-	head, _, _ := strings.Cut(name, "/")
-	if protocol, _, ok := strings.Cut(head, ":"); ok {
+	if protocol, ok := format.Protocol(name); ok {
 		return w.denied(fmt.Sprintf("protocols such as %q are never followed", protocol))
 	}
 	return nil

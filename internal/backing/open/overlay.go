@@ -9,15 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 // CreateOverlay makes a new qcow2 image at s.Path, which must not exist, of
-// size bytes and with a backing file, whose name it has as it is given. Of s
-// it heeds Path, Roots, Engine, Buffers and Log. What fails leaves no file
-// behind.
-func CreateOverlay(ctx context.Context, s Spec, size int64, name, format string) (err error) {
+// size bytes and with a backing file, whose path it names as it is given: a
+// relative one is from the folder of s.Path. Of s it heeds Path, Roots, Engine,
+// Buffers and Log. What fails leaves no file behind.
+func CreateOverlay(ctx context.Context, s Spec, size int64, base, baseFormat string) (err error) {
 	f, err := createFile(s)
 	if err != nil {
 		return err
@@ -34,7 +35,7 @@ func CreateOverlay(ctx context.Context, s Spec, size int64, name, format string)
 		return err
 	}
 	st := store.NewFile(dev)
-	err = create.Image(ctx, st, create.Options{Size: size, Backing: name, BackingFormat: format})
+	err = create.Image(ctx, st, create.Options{Size: size, Backing: format.FileName(base), BackingFormat: baseFormat})
 	return errors.Join(err, st.Close(), syncDir(filepath.Dir(s.Path)))
 }
 

@@ -1,6 +1,7 @@
 package create
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
 
@@ -34,8 +35,9 @@ type Options struct {
 	ExtendedL2   bool
 	Compression  format.Compression
 
-	// Backing is the name of the backing file as the image shall have it, and
-	// BackingFormat its format, "raw" or "qcow2": never to be guessed.
+	// Backing is the name of the backing file as the image shall have it, such as
+	// format.FileName makes, and BackingFormat its format, "raw" or "qcow2": never
+	// to be guessed.
 	Backing, BackingFormat string
 
 	// DataFile is the name of the external data file as the image shall have
@@ -155,6 +157,15 @@ func (o *Options) checkNames() error {
 		return refuse("raw data file", "there is no data file")
 	case o.DataFileRaw && o.Backing != "":
 		return refuse("raw data file", "cannot be combined with a backing file")
+	}
+	return errors.Join(checkLocal("backing file", o.Backing), checkLocal("data file", o.DataFile))
+}
+
+// checkLocal refuses a name that QEMU would not read as that of this file: with
+// "file:" it would be that of another.
+func checkLocal(option, name string) error {
+	if protocol, ok := format.Protocol(name); ok {
+		return refuse(option, "%q begins with protocol %q; a file of that name is %q", name, protocol, format.FileName(name))
 	}
 	return nil
 }

@@ -189,3 +189,25 @@ func write(t *testing.T, path string, o Options) {
 		"-c", fmt.Sprintf("read -q -P 7 0 %d", min(n, o.Size-512)), path)
 	qemu(t, "qemu-img", "check", "-q", "-f", "qcow2", path)
 }
+
+// TestQEMUReadsNamesWithColons as those of files, in the words of format.FileName.
+func TestQEMUReadsNamesWithColons(t *testing.T) {
+	for _, name := range []string{"vm:1.raw", "file:x.raw", "json:{}", ":", "plain.raw", "a b:c"} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			base, top := filepath.Join(dir, name), filepath.Join(dir, "top.qcow2")
+			must(t, os.WriteFile(base, make([]byte, 64<<10), 0o600))
+			st := fileStore(t, top)
+			o := Options{Size: 64 << 10, Backing: format.FileName(name), BackingFormat: "raw"}
+			must(t, Image(context.Background(), st, o))
+			must(t, st.Close())
+			qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 64k", top)
+			qemu(t, "qemu-img", "commit", "-q", "-f", "qcow2", top)
+			b, err := os.ReadFile(base)
+			must(t, err)
+			if want := strings.Repeat("\x07", 64<<10); string(b) != want {
+				t.Errorf("commit has left %x… in %q, want 07", b[:4], name)
+			}
+		})
+	}
+}
