@@ -688,3 +688,64 @@ func TestOverlayOfAnImageWithAColon(t *testing.T) {
 		})
 	}
 }
+
+// TestOverlayThatWasRebasedIsNotServedAboveTheOldImage: what qemu-img has merged is in
+// the other one, and the guest would not find it.
+func TestOverlayThatWasRebasedIsNotServedAboveTheOldImage(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name    string
+		config  bool
+		rebased string // one of two overlays
+		back    string // what it was made above, and in which format
+	}{
+		{"of the configuration, the top", true, "two.qcow2", "one.qcow2:qcow2"},
+		{"of the configuration, below", true, "one.qcow2", "a.img:raw"},
+		{"of the API, the top", false, "two.qcow2", "one.qcow2:qcow2"},
+		{"of the API, below", false, "one.qcow2", "a.img:raw"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			conf := ""
+			if tt.config {
+				conf = exportA
+			}
+			s := newService(t, conf)
+			if !tt.config {
+				a := api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}}
+				if _, err := s.ctl.Add(t.Context(), a); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i, name := range []string{"one.qcow2", "two.qcow2"} {
+				if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, name)}); err != nil {
+					t.Fatal(err)
+				}
+				s.write("a", []string{"0x51", "0x52"}[i], []string{"0", "64k"}[i])
+			}
+			s.stop()
+			base, format, _ := strings.Cut(tt.back, ":")
+			for _, args := range [][]string{
+				{"convert", "-q", "-f", format, "-O", "raw", base, "c.img"},
+				{"rebase", "-q", "-f", "qcow2", "-F", "raw", "-b", "c.img", tt.rebased},
+				{"commit", "-q", "-f", "qcow2", tt.rebased},
+			} {
+				if out, err := tool(t, s.dir, "qemu-img", args...); err != nil {
+					t.Fatalf("qemu-img %q: %v: %s", args, err, out)
+				}
+			}
+			s.start()
+			x, err := s.ctl.Export(t.Context(), "a")
+			if err != nil || x.State != "failed" || !strings.Contains(x.Error, `"c.img"`) || !strings.Contains(x.Error, filepath.Join(s.dir, base)) {
+				t.Errorf("rebased: got %+v, %v, want it failed and both files named", x, err)
+			}
+			s.stop()
+			if out, err := tool(t, s.dir, "qemu-img", "rebase", "-q", "-f", "qcow2", "-F", format, "-b", filepath.Join(s.dir, base), tt.rebased); err != nil {
+				t.Fatalf("qemu-img rebase: %v: %s", err, out)
+			}
+			s.start()
+			s.wantBytes("a", "0x51", "0")
+			s.wantBytes("a", "0x52", "64k")
+			s.stop()
+		})
+	}
+}

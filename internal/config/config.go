@@ -117,7 +117,12 @@ type Export struct {
 	Snapshot     string   `toml:"snapshot" json:"snapshot,omitempty"`
 	Discard      string   `toml:"discard" json:"discard,omitempty"`
 	Lenient      bool     `toml:"lenient" json:"lenient,omitempty"`
-	L2CacheSize  Size     `toml:"l2-cache-size" json:"l2-cache-size,omitempty"` // bytes; 0 is limits.MapCache
+
+	// Snapshots is how many of BackingFiles, from the first one on, snapshots of the
+	// daemon have put there: the image above each must name it. Nobody else says it.
+	Snapshots int `toml:"-" json:"-"`
+
+	L2CacheSize Size `toml:"l2-cache-size" json:"l2-cache-size,omitempty"` // bytes; 0 is limits.MapCache
 
 	// WriteThreshold is an offset in the file that has the guest's data, in bytes:
 	// the first write that goes beyond it is told. 0, or nil where it was never

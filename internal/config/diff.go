@@ -351,7 +351,7 @@ func fields[T any](a, b T) (list []string) {
 	x, y := reflect.ValueOf(a), reflect.ValueOf(b)
 	for i := range x.NumField() {
 		key := x.Type().Field(i).Tag.Get("toml")
-		if key != "uri" && !same(x.Field(i), y.Field(i)) {
+		if key != "uri" && key != "-" && !same(x.Field(i), y.Field(i)) {
 			list = append(list, key)
 		}
 	}

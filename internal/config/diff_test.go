@@ -230,6 +230,9 @@ func keys(rt reflect.Type, prefix string) (list []string) {
 	for i := range rt.NumField() {
 		f := rt.Field(i)
 		ft := f.Type
+		if f.Tag.Get("toml") == "-" {
+			continue
+		}
 		if ft.Kind() == reflect.Pointer {
 			ft = ft.Elem()
 		}

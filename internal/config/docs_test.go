@@ -98,7 +98,9 @@ func allKeys(rt reflect.Type) map[string]bool {
 	list := map[string]bool{}
 	for i := range rt.NumField() {
 		f := rt.Field(i)
-		list[f.Tag.Get("toml")] = true
+		if key := f.Tag.Get("toml"); key != "-" {
+			list[key] = true
+		}
 		ft := f.Type
 		for ft.Kind() == reflect.Pointer || ft.Kind() == reflect.Slice || ft.Kind() == reflect.Map {
 			ft = ft.Elem()

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -45,6 +46,7 @@ func (i *Instead) Apply(e Export) (Export, error) {
 	}
 	e.Image, e.Format, e.Snapshot, e.Discard = i.Serve.Image, i.Serve.Format, i.Serve.Snapshot, i.Serve.Discard
 	e.Backing, e.BackingFiles, e.DataFiles = i.Serve.Backing, i.Serve.BackingFiles, i.Serve.DataFiles
+	e.Snapshots = 1 + slices.Index(e.BackingFiles, i.Of.Image+":"+i.Of.ImageFormat()) // what is below was named
 	return e, nil
 }
 

@@ -127,9 +127,13 @@ func (s *schema) field(t reflect.Type, key *unstable.Node) reflect.Type {
 	case reflect.Struct:
 		for i := range t.NumField() {
 			f := t.Field(i)
-			keys = append(keys, f.Tag.Get("toml"))
+			k := f.Tag.Get("toml")
+			if k == "-" { // no key
+				continue
+			}
+			keys = append(keys, k)
 			switch {
-			case keys[i] != name:
+			case k != name:
 			case f.Type.Kind() == reflect.Pointer:
 				return f.Type.Elem()
 			default:

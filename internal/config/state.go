@@ -72,6 +72,9 @@ type kept struct {
 	Export
 	Below []File `json:"below,omitempty"`
 
+	// Snapshots is that of the export; 0 in a file of a version that had none.
+	Snapshots int `json:"snapshots,omitempty"`
+
 	// Order is above that of all that were made before; 0, which comes first, in a
 	// file of a version that had none.
 	Order int `json:"order,omitempty"`
@@ -87,7 +90,7 @@ func WriteExport(dir string, e Export, below []File, order int) error {
 	if old, err := readExport(dir, stateFile(e.Name)); err == nil {
 		order = old.Order
 	}
-	b, err := encodeState(kept{e, below, order})
+	b, err := encodeState(kept{e, below, e.Snapshots, order})
 	if err != nil {
 		return fmt.Errorf("keep export %q: %w", cut(e.Name), err)
 	}
@@ -109,14 +112,21 @@ func encodeState(e kept) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	var again kept
-	if err := decodeJSON(b, &again, limits.StateFile); err != nil {
+	again, err := decodeKept(b, limits.StateFile)
+	if err != nil {
 		return nil, err
 	}
 	if !equal(e, again) {
 		return nil, errors.New("it has text that is not UTF-8")
 	}
 	return append(b, '\n'), nil
+}
+
+// decodeKept reads what encodeState wrote, of at most so many bytes.
+func decodeKept(b []byte, most int) (e kept, err error) {
+	err = decodeJSON(b, &e, most)
+	e.Export.Snapshots = e.Snapshots
+	return e, err
 }
 
 // writeFile makes a file that is on stable storage, but for its name.
@@ -256,8 +266,8 @@ func readExport(dir, name string) (kept, error) {
 	if err != nil {
 		return kept{}, err
 	}
-	var e kept
-	if err := decodeJSON(b, &e, limits.StateFile+1); err != nil {
+	e, err := decodeKept(b, limits.StateFile+1)
+	if err != nil {
 		return kept{}, fmt.Errorf("%q: %w", path, err)
 	}
 	if stateFile(e.Name) != name {

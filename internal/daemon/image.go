@@ -88,6 +88,9 @@ func (d *daemon) imageSpec(x *config.Export, files []*os.File) (open.Spec, error
 	if err != nil {
 		return open.Spec{}, err
 	}
+	for i := range min(x.Snapshots, len(policy.Files)) {
+		policy.Files[i].Named = true
+	}
 	return open.Spec{
 		Path:     x.Image,
 		Format:   x.Format,

@@ -142,7 +142,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	}
 	cfg := k.cfg // with k.busy
 	cfg.Image, cfg.Format, cfg.Snapshot, cfg.Discard = next.Image, next.Format, next.Snapshot, next.Discard
-	cfg.Backing, cfg.BackingFiles = next.Backing, next.BackingFiles
+	cfg.Backing, cfg.BackingFiles, cfg.Snapshots = next.Backing, next.BackingFiles, next.Snapshots
 	undo, err := d.remember(k, cfg, i.below)
 	if err != nil {
 		if errors.Is(err, config.ErrUnsynced) {
@@ -220,6 +220,7 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 	case p.Mode == open.Deny || p.Mode == open.Explicit:
 		next.Backing = string(open.Explicit)
 		next.BackingFiles = append([]string{x.Image + ":" + x.ImageFormat()}, x.BackingFiles...)
+		next.Snapshots++
 	}
 	return next, nil
 }

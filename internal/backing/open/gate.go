@@ -106,6 +106,9 @@ func (g *gate) backing(w wish, said string) (*os.File, string, string, error) {
 		if err := w.checkFormat(said); err != nil {
 			return nil, "", "", err
 		}
+		if err := g.agree(w, next); err != nil {
+			return nil, "", "", err
+		}
 		f, path, err := g.openNamed(next.Path, w)
 		return f, path, said, err
 	}
@@ -121,6 +124,33 @@ func (g *gate) backing(w wish, said string) (*os.File, string, string, error) {
 	}
 	f, path, err := g.openAllowed(w, name)
 	return f, path, fileFormat, err
+}
+
+// agree refuses an image that names another file than f, if that is Named. Paths are
+// compared, f's with and without symbolic links to its folder; those in a name that
+// an image has are not followed.
+func (g *gate) agree(w wish, f File) error {
+	if !f.Named {
+		return nil
+	}
+	name, _, err := w.fileName("")
+	if err != nil {
+		return err
+	}
+	if !filepath.IsAbs(name) {
+		dir, err := g.top.Table.real(filepath.Dir(w.by))
+		if err != nil {
+			return err
+		}
+		name = filepath.Join(dir, name)
+	}
+	if name = filepath.Clean(name); name == filepath.Clean(f.Path) {
+		return nil
+	}
+	if dir, err := g.top.Table.real(filepath.Dir(f.Path)); err == nil && name == filepath.Join(dir, filepath.Base(f.Path)) {
+		return nil
+	}
+	return w.denied(fmt.Sprintf("a snapshot has put image %q above %q, and it was rebased since; rebase it again, or name it and the file below as the image of the export", w.by, f.Path))
 }
 
 // data opens what an image names as its data file.

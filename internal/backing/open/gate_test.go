@@ -150,6 +150,43 @@ func TestPolicyDecidesWhatAnImageMayName(t *testing.T) {
 	}
 }
 
+// TestNamedFileMustBeNamed by the image above it, in whatever way.
+func TestNamedFileMustBeNamed(t *testing.T) {
+	images := hostTree(t)
+	abs := func(name string) string { return filepath.Join(images, name) }
+	for _, tt := range []struct {
+		by, file, name, want string
+	}{
+		{"top", "base", "base", "base"},
+		{"top", "base", "./sub/../base", "base"},
+		{"top", "base", "file:base", "base"},
+		{"top", "base", abs("base"), "base"},
+		{"top", "base", `json:{"driver":"raw","file":{"driver":"file","filename":"` + abs("base") + `"}}`, "base"},
+		{"top", "nbd:x", "./nbd:x", "odd"},
+		{"top", "sub/base", "sub/base", "sub/base"},
+		{"top", "linked/base", abs("linked/base"), "sub/base"},
+		{"top", "linked/base", abs("sub/base"), "sub/base"},
+		{"linked/top", "linked/base", "base", "sub/base"},
+		{"linked/top", "sub/base", "base", "sub/base"},
+
+		{"top", "base", "sub/base", ""},
+		{"top", "base", abs("sub/base"), ""},
+		{"top", "base", "top", ""},
+		{"top", "nbd:x", "nbd:x", ""},
+		{"linked/top", "sub/base", abs("base"), ""},
+	} {
+		p := Policy{Mode: Explicit, Files: []File{{Path: abs(tt.file), Format: "raw", Named: true}}}
+		got, _, err := ask(t, p, abs(tt.by), tt.name, "raw")
+		if got != tt.want || (tt.want == "") != errors.Is(err, ErrDenied) {
+			t.Errorf("%q names %q above %q: got %q, %v, want %q", tt.by, tt.name, tt.file, got, err, tt.want)
+		}
+		p.Files[0].Named = false
+		if _, _, err := ask(t, p, abs(tt.by), tt.name, "raw"); err != nil {
+			t.Errorf("%q names %q above %q, which the operator names: %v", tt.by, tt.name, tt.file, err)
+		}
+	}
+}
+
 func TestFormatOfABackingFileIsSaid(t *testing.T) {
 	images := hostTree(t)
 	top := filepath.Join(images, "top")
@@ -305,7 +342,7 @@ func TestParsePolicy(t *testing.T) {
 		{"deny", nil, nil, Policy{Mode: Deny}},
 		{"same-dir", nil, nil, Policy{Mode: SameDir}},
 		{"beneath=/a=b", nil, nil, Policy{Mode: Beneath, Root: "/a=b"}},
-		{"", []string{"a:raw", "b:c", "d:x:qcow2"}, nil, Policy{Mode: Explicit, Files: []File{{"a", "raw"}, {"b:c", ""}, {"d:x", "qcow2"}}}},
+		{"", []string{"a:raw", "b:c", "d:x:qcow2"}, nil, Policy{Mode: Explicit, Files: []File{{Path: "a", Format: "raw"}, {Path: "b:c"}, {Path: "d:x", Format: "qcow2"}}}},
 		{"explicit", nil, []string{"d:raw"}, Policy{Mode: Explicit, DataFiles: []string{"d:raw"}}},
 	} {
 		got, err := ParsePolicy(tt.word, tt.files, tt.data)

@@ -25,7 +25,8 @@ type Policy struct {
 
 	// Explicit: Files are the chain below the image, from its backing file
 	// downwards, and DataFiles the data files of those images that have one,
-	// in the same order. What the images themselves say is not looked at.
+	// in the same order. What the images themselves say is not looked at, but
+	// for files that are Named.
 	Files     []File
 	DataFiles []string
 }
@@ -34,6 +35,7 @@ type Policy struct {
 type File struct {
 	Path   string
 	Format string // "raw", "qcow2", or "" for what the image above it says
+	Named  bool   // the image above must name it: it was made so, and may have been rebased
 }
 
 // ErrDenied is the cause of a refusal by a Policy. Its kind is

@@ -44,6 +44,7 @@ func checkRequired(t reflect.Type, b []byte) error {
 	return nil
 }
 
+// checkFields is checkRequired of a struct. What has the name "-" is never said.
 func checkFields(t reflect.Type, fields map[string]json.RawMessage) error {
 	for i := range t.NumField() {
 		f := t.Field(i)
@@ -55,7 +56,7 @@ func checkFields(t reflect.Type, fields map[string]json.RawMessage) error {
 		}
 		name, opt, _ := strings.Cut(f.Tag.Get("json"), ",")
 		v, ok := fields[name]
-		if !ok && opt != "omitempty" {
+		if !ok && opt != "omitempty" && name != "-" {
 			return fmt.Errorf("%q is missing", name)
 		}
 		if !ok {

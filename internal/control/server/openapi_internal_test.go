@@ -250,6 +250,9 @@ func checkObject(t *testing.T, name string, schema object, typ reflect.Type) {
 			continue
 		}
 		field, opt, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if field == "-" {
+			continue
+		}
 		if opt == "" {
 			required = append(required, field)
 		}
