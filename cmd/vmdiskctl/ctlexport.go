@@ -303,8 +303,10 @@ and clients of another image are cut off.
 
 Unless the configuration names the overlay itself by now, what guests have
 written since the snapshot may be missing from its image: this is refused
-without --force. Merge the overlay first, as qemu-img commit does while the
-export is removed from the configuration or the daemon is stopped.`,
+without --force. Merge the overlay first, and those of earlier snapshots with
+it, as "qemu-img commit -f qcow2 -b IMAGE OVERLAY" does while the export is
+removed from the configuration or the daemon is stopped. Without -b, qemu-img
+merges the last one only.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			return f.call(c.Context(), func(ctx context.Context, cl *control.Client) error {

@@ -749,3 +749,40 @@ func TestOverlayThatWasRebasedIsNotServedAboveTheOldImage(t *testing.T) {
 		})
 	}
 }
+
+// TestForgettingSaysHowToMerge: with the command that the refusal has, all that was
+// written since the first of several snapshots is in the image.
+func TestForgettingSaysHowToMerge(t *testing.T) {
+	t.Parallel()
+	for _, overlays := range [][]string{{"one.qcow2"}, {"one.qcow2", "two.qcow2"}, {"one.qcow2", "two.qcow2", "three.qcow2"}} {
+		t.Run(overlays[len(overlays)-1], func(t *testing.T) {
+			s := newService(t, exportA)
+			at := func(i int) string { return []string{"0", "64k", "128k"}[i] }
+			for i, name := range overlays {
+				if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, name)}); err != nil {
+					t.Fatal(err)
+				}
+				s.write("a", "0x61", at(i))
+			}
+			_, err := s.ctl.Forget(t.Context(), "a", false, false)
+			wantCode(t, "an overlay with data", err, api.CodeForbidden)
+			_, rest, _ := strings.Cut(err.Error(), "(qemu-img ")
+			command, _, ok := strings.Cut(rest, ")")
+			if !ok {
+				t.Fatalf("refusal has no command: %v", err)
+			}
+			s.stop()
+			if out, err := tool(t, s.dir, "/bin/sh", "-c", "qemu-img "+command); err != nil {
+				t.Fatalf("%s: %v: %s", command, err, out)
+			}
+			s.start()
+			if _, err := s.ctl.Forget(t.Context(), "a", true, false); err != nil {
+				t.Fatal(err)
+			}
+			for i := range overlays {
+				s.wantBytes("a", "0x61", at(i))
+			}
+			s.stop()
+		})
+	}
+}

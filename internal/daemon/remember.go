@@ -139,7 +139,7 @@ func (d *daemon) forgetOverlay(ctx context.Context, name string, force, dry bool
 	}
 	named := i != nil && ok && i.IsIn(x)
 	if !named && !force {
-		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("a guest may have written to %q since a snapshot: what it wrote would be missing from %q. Stop the daemon and merge the overlay (qemu-img commit), or name the overlay in the configuration; --force forgets it all the same", f.Overlay, f.Image)}
+		return f, &api.Error{Code: api.CodeForbidden, Text: fmt.Sprintf("a guest may have written to %q since a snapshot: what it wrote would be missing from %q. Stop the daemon and merge all overlays (qemu-img commit -f qcow2 -b %q %q), or name the overlay in the configuration; --force forgets it all the same", f.Overlay, f.Image, i.Of.Image, f.Overlay)}
 	}
 	if dry {
 		return f, nil
