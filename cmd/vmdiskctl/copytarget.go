@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"path/filepath"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -67,7 +66,7 @@ func (f *copyFlags) makeImage(ctx context.Context, file *copier.File, size int64
 	if err := errors.Join(create.Image(ctx, st, o), st.Close()); err != nil {
 		return err
 	}
-	return syncDirectory(filepath.Dir(file.File().Name()))
+	return file.SyncName()
 }
 
 // Size implements copier.Disk.

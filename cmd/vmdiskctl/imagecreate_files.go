@@ -80,7 +80,7 @@ func (n *newFiles) close(err error) error {
 	}
 	for _, f := range n.opened {
 		if err == nil && f.file.Created() {
-			err = syncDirectory(filepath.Dir(f.file.File().Name()))
+			err = f.file.SyncName()
 		}
 		if err != nil {
 			err = errors.Join(err, f.file.Discard())
@@ -105,14 +105,6 @@ func sameFile(a, b string) bool {
 	}
 	y, err := os.Stat(b)
 	return err == nil && os.SameFile(x, y)
-}
-
-func syncDirectory(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // imageSize is the size of the disk in an image that the operator named,

@@ -189,3 +189,24 @@ func TestWhatSucceededIsNotDiscardedByOthers(t *testing.T) {
 		}
 	}
 }
+
+// TestFlushMakesTheNameDurable of a file that a Claim has made: it asks for the folder,
+// which it cannot find where that was moved.
+func TestFlushMakesTheNameDurable(t *testing.T) {
+	for _, made := range []bool{true, false} {
+		folder := filepath.Join(t.TempDir(), "folder")
+		path := filepath.Join(folder, "disk")
+		must(t, os.Mkdir(folder, 0o700))
+		if !made {
+			must(t, os.WriteFile(path, make([]byte, 512), 0o600))
+		}
+		d, err := claim.CreateFile(path, 512)
+		must(t, err)
+		must(t, d.Flush(t.Context()))
+		must(t, os.Rename(folder, folder+"2"))
+		if err := d.Flush(t.Context()); errors.Is(err, os.ErrNotExist) != made {
+			t.Errorf("made %v: flush without the folder: %v", made, err)
+		}
+		must(t, d.Close())
+	}
+}

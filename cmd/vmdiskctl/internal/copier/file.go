@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -146,14 +147,29 @@ func (d *File) fallocate(ctx context.Context, mode uint32, off, n int64) error {
 	}
 }
 
-// Flush implements Disk. It also asks the kernel to forget the pages, so that
-// a verification reads what the storage has.
+// Flush implements Disk. It makes the name of a file durable that a Claim has made,
+// and asks the kernel to forget the pages, so that a verification reads what the
+// storage has.
 func (d *File) Flush(context.Context) error {
 	if err := d.f.Sync(); err != nil {
 		return err
 	}
+	if d.created {
+		if err := d.SyncName(); err != nil {
+			return err
+		}
+	}
 	unix.Fadvise(int(d.f.Fd()), 0, 0, unix.FADV_DONTNEED)
 	return nil
+}
+
+// SyncName makes the name of the file durable.
+func (d *File) SyncName() error {
+	folder, err := os.Open(filepath.Dir(d.f.Name()))
+	if err != nil {
+		return err
+	}
+	return errors.Join(folder.Sync(), folder.Close())
 }
 
 // Extents implements Disk. What the file system cannot tell apart is data, as is
