@@ -786,3 +786,29 @@ func TestForgettingSaysHowToMerge(t *testing.T) {
 		})
 	}
 }
+
+// TestSnapshotOfAPartOfASector is refused with the way out, which works: an overlay has
+// whole sectors.
+func TestSnapshotOfAPartOfASector(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	image, overlay := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "top.qcow2")
+	if err := os.Truncate(image, 1<<20-1); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "a", Image: image}}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay})
+	wantCode(t, "a part of a sector", err, api.CodeUnsupported)
+	if err == nil || !strings.Contains(err.Error(), "vmdiskctl export resize a 1048576") || exists(overlay) {
+		t.Errorf("got %v, want the command that helps, and no overlay", err)
+	}
+	if _, err := s.ctl.Resize(t.Context(), "a", api.Resize{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Errorf("then: %v", err)
+	}
+	s.stop()
+}

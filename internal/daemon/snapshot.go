@@ -184,8 +184,15 @@ func (d *daemon) fail(k *disk, why error) {
 	d.exports.Fail(k.cfg.Name)
 }
 
+// sector is what the size of a qcow2 image is a multiple of.
+const sector = 512
+
 // createOverlay makes the overlay.
 func (d *daemon) createOverlay(ctx context.Context, x, next *config.Export, size int64) error {
+	if past := size % sector; past != 0 {
+		return &api.Error{Code: api.CodeUnsupported, Text: fmt.Sprintf(
+			"export %q has %d bytes, and an overlay has whole sectors of %d: vmdiskctl export resize %s %d comes first", x.Name, size, sector, x.Name, size-past+sector)}
+	}
 	name := x.Image
 	if filepath.Dir(next.Image) == filepath.Dir(x.Image) {
 		name = filepath.Base(x.Image)
