@@ -5,7 +5,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
+
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 )
 
 // watchRoots remembers the image roots as Landlock knows them. It knows folders,
@@ -28,8 +29,7 @@ func (d *daemon) explain(image string, err error) error {
 		return err
 	}
 	for root, then := range d.rootsThen {
-		rel, bad := filepath.Rel(root, image)
-		if bad != nil || !filepath.IsLocal(rel) {
+		if !open.Within(root, image) {
 			continue
 		}
 		if now, bad := os.Stat(root); bad == nil && (then == nil || !os.SameFile(then, now)) {

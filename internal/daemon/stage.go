@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/confine"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
@@ -501,10 +502,7 @@ func (s *stage0) forbidden() (list []string) {
 		if _, err := os.Stat(dir); err != nil {
 			continue
 		}
-		if !slices.ContainsFunc(s.paths, func(p confine.Path) bool {
-			rel, err := filepath.Rel(p.Path, dir)
-			return p.May&confine.List != 0 && err == nil && filepath.IsLocal(rel)
-		}) {
+		if !slices.ContainsFunc(s.paths, func(p confine.Path) bool { return p.May&confine.List != 0 && open.Within(p.Path, dir) }) {
 			list = append(list, dir)
 		}
 	}

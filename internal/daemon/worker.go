@@ -121,10 +121,8 @@ func (t *Handed) explainSocket(path string, err error) error {
 	if t == nil || !t.in.Caged || path == "" || !errors.Is(err, fs.ErrPermission) || !isConfined(t.controls, confine.ControlLandlock) {
 		return err
 	}
-	for _, dir := range t.in.Sockets {
-		if rel, bad := filepath.Rel(dir, path); bad == nil && filepath.IsLocal(rel) {
-			return err
-		}
+	if slices.ContainsFunc(t.in.Sockets, func(dir string) bool { return open.Within(dir, path) }) {
+		return err
 	}
 	return fmt.Errorf("%w: a confined daemon makes sockets only in folders where its configuration had one at the start: add a [[listener]] in %q and start it again",
 		err, filepath.Dir(path))

@@ -90,7 +90,7 @@ func openInRoots(s Spec, c cacheMode) (*os.File, error) {
 func inRoots(s Spec, w wish, direct bool, open func(g *gate, rel string) (*os.File, error)) (*os.File, error) {
 	for _, root := range s.Roots {
 		g, err := newGate(Policy{Mode: Beneath, Root: root}, s, direct)
-		if errors.Is(err, fs.ErrNotExist) && !beneath(root, s.Path) {
+		if errors.Is(err, fs.ErrNotExist) && !Within(root, s.Path) {
 			continue // nothing lies in a folder that is not there
 		}
 		if err != nil {
@@ -108,8 +108,8 @@ func inRoots(s Spec, w wish, direct bool, open func(g *gate, rel string) (*os.Fi
 	return nil, w.denied("it lies beneath none of the folders that images may come from")
 }
 
-// beneath tells whether path begins with root, as they are written.
-func beneath(root, path string) bool {
+// Within tells whether path is root or begins with it, as they are written.
+func Within(root, path string) bool {
 	rel, err := filepath.Rel(root, path)
 	return err == nil && filepath.IsLocal(rel)
 }
@@ -131,7 +131,7 @@ func checkPolicy(s Spec) error {
 		if root, err = s.Table.real(root); err != nil {
 			continue
 		}
-		if rel, err := filepath.Rel(root, real); err == nil && filepath.IsLocal(rel) {
+		if Within(root, real) {
 			return nil
 		}
 	}
