@@ -223,8 +223,11 @@ func (d *daemon) secrets() (wanted, needed bool) {
 	if d.cfg.TLS != nbd.TLSOff || encrypts(d.conf.Load()) {
 		return true, true
 	}
+	if d.cfg.TLSSaid {
+		return true, false
+	}
 	all, _ := d.allExports() // addConfigured complains
-	return d.cfg.TLSSaid || encrypts(&config.Config{Exports: all}), false
+	return encrypts(&config.Config{Exports: all}), false
 }
 
 func (d *daemon) loadSecrets() (err error) {
