@@ -135,7 +135,7 @@ func TestClaimedDeviceKeepsWhatItHas(t *testing.T) {
 			must(t, os.WriteFile(file, before, 0o600))
 		}
 	}
-	if _, err := openImageFile(device, raw.Options{}); !errors.Is(err, backing.ErrLocked) {
+	if _, err := openImageFile(raw.Options{Path: device}); !errors.Is(err, backing.ErrLocked) {
 		t.Errorf("open for an export: got %v, want %v", err, backing.ErrLocked)
 	}
 	free()

@@ -358,7 +358,7 @@ func openAll(x *config.Export) (files []*os.File, err error) {
 		if len(files) >= limits.ControlFiles {
 			return "", usage("--fd: more than %d files", limits.ControlFiles)
 		}
-		f, err := openImageFile(path, raw.Options{ReadOnly: readOnly, Lock: raw.LockMode(x.Lock)})
+		f, err := openImageFile(raw.Options{Path: path, ReadOnly: readOnly, Lock: raw.LockMode(x.Lock)})
 		if err != nil {
 			return "", err
 		}

@@ -59,7 +59,7 @@ func (f *imageFlags) check() error {
 // without. No file that is named in it is opened. done gives all back.
 func openImage(path string, readOnly bool, lock raw.LockMode) (st store.Store, done func() error, err error) {
 	o := raw.Options{Path: path, ReadOnly: readOnly, Container: true, Lock: lock}
-	f, err := openImageFile(path, o)
+	f, err := openImageFile(o)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -72,10 +72,10 @@ func openImage(path string, readOnly bool, lock raw.LockMode) (st store.Store, d
 	return st, func() error { return errors.Join(st.Close(), e.Close()) }, nil
 }
 
-// openImageFile opens a regular file or a block device, for what the options say,
-// but locks nothing.
-func openImageFile(path string, o raw.Options) (*os.File, error) {
-	if err := checkImageFile(os.Stat(path)); err != nil {
+// openImageFile opens a regular file or a block device as raw.Open wants it, but locks
+// nothing.
+func openImageFile(o raw.Options) (*os.File, error) {
+	if err := checkImageFile(os.Stat(o.Path)); err != nil {
 		return nil, err
 	}
 	flags := os.O_RDWR
@@ -83,11 +83,10 @@ func openImageFile(path string, o raw.Options) (*os.File, error) {
 		flags = os.O_RDONLY
 	}
 	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
-	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	f, err := os.OpenFile(o.Path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, err
 	}
-	o.Path = path
 	if err := errors.Join(checkImageFile(f.Stat()), raw.Unclaimed(f, o)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
