@@ -984,11 +984,7 @@ func TestDomainThatEndsLeavesNothing(t *testing.T) {
 		if tt.last {
 			at = len(p.Steps) - 1
 		}
-		step := p.Steps[at].Do
-		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
-			h.Virsh(t, "destroy", "--domain="+domainName)
-			return step(ctx)
-		}
+		before(p, at, func() { h.Virsh(t, "destroy", "--domain="+domainName) })
 		if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
 			t.Errorf("transient %v, ended before %q: %v", tt.transient, p.Steps[at].Name, err)
 		}
@@ -1012,11 +1008,7 @@ func TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
 		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
 		must(t, err)
 		last = len(p.Steps) - 1
-		step := p.Steps[at].Do
-		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
-			h.Virsh(t, "destroy", "--domain="+domainName)
-			return step(ctx)
-		}
+		before(p, at, func() { h.Virsh(t, "destroy", "--domain="+domainName) })
 		_, err = p.Run(ctx)
 		wantGrown(t, p.Steps[at].Name, err)
 		h.Virsh(t, "start", "--paused", "--domain="+domainName)

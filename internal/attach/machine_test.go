@@ -535,6 +535,15 @@ func (p *proxy) set(n int, hit func()) (before []string, refused string) {
 	return before, refused
 }
 
+// before has a plan call do before a step.
+func before(p *attach.Plan, at int, do func()) {
+	step := p.Steps[at].Do
+	p.Steps[at].Do = func(ctx context.Context) (bool, error) {
+		do()
+		return step(ctx)
+	}
+}
+
 // TestMachineThatDiesLeavesNothing: it dies before each step of an attach, and what
 // is taken back is what it has not taken along.
 func TestMachineThatDiesLeavesNothing(t *testing.T) {
@@ -548,11 +557,7 @@ func TestMachineThatDiesLeavesNothing(t *testing.T) {
 		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
 		must(t, err)
 		last = len(p.Steps) - 1
-		step := p.Steps[at].Do
-		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
-			end()
-			return step(ctx)
-		}
+		before(p, at, end)
 		if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
 			t.Errorf("dead before %q: %v", p.Steps[at].Name, err)
 		}
@@ -580,11 +585,7 @@ func TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
 		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: x.Size + diskSize})
 		must(t, err)
 		last = len(p.Steps) - 1
-		step := p.Steps[at].Do
-		p.Steps[at].Do = func(ctx context.Context) (bool, error) {
-			end()
-			return step(ctx)
-		}
+		before(p, at, end)
 		_, err = p.Run(ctx)
 		wantGrown(t, p.Steps[at].Name, err)
 		if after, err := l.service.Export(ctx, name); err != nil || after.Size != x.Size+diskSize {
