@@ -328,13 +328,14 @@ func (s *stage0) listen(key string, e transport.Endpoint) error {
 	return nil
 }
 
-// handListener keeps a listener open until the worker has it.
+// handListener keeps a listener open until the worker has it. One that cannot be
+// handed over is closed: its file would be in the worker's way.
 func (s *stage0) handListener(l io.Closer) (transport.Handed, error) {
-	s.open = append(s.open, l)
 	h, files, err := transport.HandOver(l)
 	if err != nil {
-		return h, err
+		return h, errors.Join(err, l.Close())
 	}
+	s.open = append(s.open, l)
 	for _, f := range files {
 		s.hand(f)
 	}

@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 
 	"github.com/mdlayher/socket"
 	"golang.org/x/sys/unix"
@@ -57,7 +56,7 @@ func HandOver(l any) (Handed, []*os.File, error) {
 
 // Adopt takes over what HandOver has described. It fails if the descriptor is no
 // listening socket of that kind. The folder of a Unix socket is not open in
-// this program: it is opened when the file is removed.
+// this program: the file is removed by its path.
 func Adopt(p Handed) (Listener, error) {
 	l, err := adopt(p)
 	if err != nil {
@@ -107,20 +106,7 @@ func adopt(p Handed) (*listener, error) {
 		return nil, errors.Join(fmt.Errorf("descriptor %d is not the file of a socket", p.Inode), err, l.Close())
 	}
 	unix.CloseOnExec(p.Inode)
-	path := &socketPath{path: p.Path, name: filepath.Base(p.Path), private: p.Private,
+	l.path = &socketPath{path: p.Path, name: filepath.Base(p.Path), private: p.Private,
 		inode: os.NewFile(uintptr(p.Inode), p.Path)}
-	l.path = path
-	l.close = sync.OnceValue(func() error {
-		path.find()
-		return l.shut()
-	})
 	return l, nil
-}
-
-// find opens the folder of the file, if it can, with no more rights than the
-// removal of the file needs.
-func (p *socketPath) find() {
-	if d, err := os.OpenFile(filepath.Dir(p.path), unix.O_PATH|unix.O_DIRECTORY, 0); err == nil {
-		p.dir = d
-	}
 }

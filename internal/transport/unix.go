@@ -10,9 +10,10 @@ import (
 	"time"
 
 	"github.com/mdlayher/socket"
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/confine/selinux"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
-	"golang.org/x/sys/unix"
 )
 
 // maxUnixPath is the longest path that fits into struct sockaddr_un with its
@@ -47,7 +48,7 @@ func listenUnix(ctx context.Context, e Endpoint) (*listener, error) {
 // file itself, so that its inode number cannot pass to another file.
 type socketPath struct {
 	path, name string
-	dir        *os.File
+	dir        *os.File // nil if the socket was handed over
 	inode      *os.File // nil before bind
 
 	// private is the directory that was made for PrivatePath, or "".
@@ -165,7 +166,7 @@ func (p *socketPath) bind(e Endpoint) (_ *socket.Conn, err error) {
 
 // unbind takes away the file that bind made. It asks for no descriptor, which
 // there may be none of, and relies on the lock for that nobody else's is there.
-func (p *socketPath) unbind() { _ = unix.Unlinkat(int(p.dir.Fd()), p.name, 0) }
+func (p *socketPath) unbind() { _ = p.unlink() }
 
 // withLabel adds the label, which the policy may refuse to this process.
 func withLabel(err error, label string) error {
@@ -279,7 +280,7 @@ func (p *socketPath) clear(probe *Probe) error {
 	if euid := os.Geteuid(); euid != 0 && st.Uid != uint32(euid) {
 		return fmt.Errorf("stale socket of user %d is in the way: %w", st.Uid, unix.EEXIST)
 	}
-	if err := unix.Unlinkat(int(p.dir.Fd()), p.name, 0); err != nil {
+	if err := p.unlink(); err != nil {
 		return fmt.Errorf("remove stale socket: %w", err)
 	}
 	return nil
@@ -304,7 +305,7 @@ func (p *socketPath) remove() error {
 	defer p.release()
 	ours, err := p.ours()
 	if err == nil && ours {
-		err = unix.Unlinkat(int(p.dir.Fd()), p.name, 0)
+		err = p.unlink()
 	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove socket %q: %w", p.path, err)
@@ -328,8 +329,22 @@ func (p *socketPath) ours() (bool, error) {
 }
 
 func (p *socketPath) stat() (st unix.Stat_t, err error) {
-	err = unix.Fstatat(int(p.dir.Fd()), p.name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	dir, name := p.at()
+	err = unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	return st, err
+}
+
+func (p *socketPath) unlink() error {
+	dir, name := p.at()
+	return unix.Unlinkat(dir, name, 0)
+}
+
+// at is where the file is, for the system calls that end in at.
+func (p *socketPath) at() (dir int, name string) {
+	if p.dir == nil {
+		return unix.AT_FDCWD, p.path
+	}
+	return int(p.dir.Fd()), p.name
 }
 
 // release closes what socketPath holds.
