@@ -443,7 +443,7 @@ func (r *Registry) use(name string, p *transport.Peer) (use, error) {
 	if n := e.spec.Connections; n > 0 && e.users >= n {
 		return use{}, errFull
 	}
-	u := use{e: e, spec: e.spec, deny: e.spec.denies(access), known: known, gone: e.gone, forget: func() {}, cut: e.cut}
+	u := use{e: e, spec: e.spec, deny: e.spec.denies(access) | e.spec.lacks(), known: known, gone: e.gone, forget: func() {}, cut: e.cut}
 	if x := known.lease; x != nil {
 		u.gone, u.forget = either(e.gone, x.gone)
 	}
@@ -467,6 +467,15 @@ func (r *Registry) still(u *use, p *transport.Peer) bool {
 func (s *Settings) denies(access Access) backing.Caps {
 	if s.ReadOnly || access != ReadWrite {
 		return backing.CanWrite
+	}
+	return 0
+}
+
+// lacks is what nobody can do, whatever the device can: a client that is told of
+// CanMultiConn connects more than once.
+func (s *Settings) lacks() backing.Caps {
+	if s.Connections == 1 {
+		return backing.CanMultiConn
 	}
 	return 0
 }

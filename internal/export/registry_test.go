@@ -412,6 +412,21 @@ func TestSettingsChangeWhileInUse(t *testing.T) {
 	}
 }
 
+func TestExportOfOneConnectionIsNotForSeveral(t *testing.T) {
+	for limit, want := range []bool{true, false, true} {
+		r := NewRegistry()
+		add(t, r, Spec{Name: "a", Settings: Settings{Connections: limit}})
+		x, err := r.Open(t.Context(), "a", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer x.Close()
+		if got := x.Device.Info().Caps.Has(backing.CanMultiConn); got != want {
+			t.Errorf("%d connections at most: several are offered: %v, want %v", limit, got, want)
+		}
+	}
+}
+
 func TestFailedOpenLeavesNothing(t *testing.T) {
 	r := NewRegistry()
 	boom := errors.New("boom")
