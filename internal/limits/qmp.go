@@ -29,6 +29,10 @@ const (
 	// those that nobody waits for any more included.
 	QMPPending = 64
 
+	// QMPForeign bounds the replies to commands of the client before, which QEMU
+	// gives to the one that connects next.
+	QMPForeign = QMPPending
+
 	// QMPFiles bounds the descriptors that go with one command: as many as
 	// QEMU's character devices take.
 	QMPFiles = 16

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strconv"
@@ -37,6 +38,7 @@ type Monitor struct {
 	version Version                    // guarded by mu
 	pending map[string]*call           // guarded by mu, by id
 	lastID  uint64                     // guarded by mu
+	foreign int                        // guarded by mu; how many replies may still be to the client before
 	subs    map[*Subscription]struct{} // guarded by mu
 	err     error                      // guarded by mu; why done is closed
 	schema  *Schema                    // guarded by mu; answer of query-qmp-schema
@@ -56,6 +58,8 @@ func New(path string) *Monitor {
 		done:    make(chan struct{}),
 		writing: make(chan struct{}, 1),
 		pending: map[string]*call{},
+		lastID:  rand.Uint64N(1 << 40), // not the numbers of an earlier client
+		foreign: limits.QMPForeign,
 		subs:    map[*Subscription]struct{}{},
 	}
 }
@@ -117,6 +121,9 @@ func (m *Monitor) start(ctx context.Context, conn *net.UnixConn) error {
 	lines.arm, lines.rest = conn.SetReadDeadline, limits.QMPRest
 	go m.readLoop(lines)
 	_, err := m.Execute(ctx, "qmp_capabilities", nil)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.foreign = 0
 	return err
 }
 
@@ -194,14 +201,18 @@ func (m *Monitor) dispatch(line []byte) error {
 		return nil
 	}
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	c, ok := m.pending[string(msg.ID)]
-	delete(m.pending, string(msg.ID))
-	m.mu.Unlock()
-	if !ok {
-		return fmt.Errorf("%w: a reply to no command: %q", ErrProtocol, head(line))
+	switch {
+	case ok:
+		delete(m.pending, string(msg.ID))
+		c.reply <- msg // which has room for it
+		return nil
+	case m.foreign > 0:
+		m.foreign--
+		return nil
 	}
-	c.reply <- msg
-	return nil
+	return fmt.Errorf("%w: a reply to no command: %q", ErrProtocol, head(line))
 }
 
 func (m *Monitor) publish(e Event) {

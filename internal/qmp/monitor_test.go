@@ -139,6 +139,36 @@ func TestEventsDuringGreetingAreNoReplies(t *testing.T) {
 	}
 }
 
+// TestRepliesToTheClientBeforeAreForNobody: QEMU hands the replies of commands in
+// flight to whoever connects next. Their numbers are not those of another client,
+// and after the first answer there are none.
+func TestRepliesToTheClientBeforeAreForNobody(t *testing.T) {
+	var first []string
+	for range 2 {
+		m := dial(t, func(c *qmptest.Conn) {
+			c.Say(qmptest.Greeting)
+			cmd, _ := c.Next()
+			first = append(first, string(cmd.ID))
+			for _, id := range first[:len(first)-1] {
+				c.Say(`{"return": "of another", "id": ` + id + `}`)
+				c.Say(`{"error": {"class": "GenericError", "desc": "x"}, "id": ` + id + `1}`)
+			}
+			c.Return(cmd, "{}")
+			cmd, _ = c.Next()
+			c.Return(cmd, `"mine"`)
+			c.Next()
+			c.Say(`{"return": "of another", "id": 1}`)
+			c.Hold()
+		})
+		if out, err := m.Execute(testContext(t), "query-status", nil); err != nil || string(out) != `"mine"` {
+			t.Errorf("after replies to the client before: %s, %v", out, err)
+		}
+		if _, err := m.Execute(testContext(t), "query-status", nil); !errors.Is(err, qmp.ErrProtocol) {
+			t.Errorf("a reply to no command amid the conversation: %v", err)
+		}
+	}
+}
+
 // TestRepliesInAnyOrderReachTheirCommands also keeps replies apart from events
 // that follow at once: no buffer is shared.
 func TestRepliesInAnyOrderReachTheirCommands(t *testing.T) {
@@ -277,7 +307,11 @@ func TestHostilePeerEndsInAnError(t *testing.T) {
 		}, qmp.ErrProtocol},
 		{"error of another type", func(c *qmptest.Conn, id string) { c.Say(`{"error":"no","id":` + id + `}`) }, qmp.ErrProtocol},
 		{"huge event name", func(c *qmptest.Conn, _ string) { c.Say(`{"event":"` + strings.Repeat("E", 1000) + `"}`) }, qmp.ErrProtocol},
-		{"id never used", func(c *qmptest.Conn, _ string) { c.Say(`{"return":{},"id":99999}`) }, qmp.ErrProtocol},
+		{"ids never used", func(c *qmptest.Conn, _ string) {
+			for range limits.QMPForeign + 1 {
+				c.Say(`{"return":{},"id":99999}`)
+			}
+		}, qmp.ErrProtocol},
 		{"id of another type", func(c *qmptest.Conn, _ string) { c.Say(`{"return":{},"id":{"a":[1]}}`) }, qmp.ErrProtocol},
 		{"no id", func(c *qmptest.Conn, _ string) { c.Say(`{"return":{}}`) }, qmp.ErrProtocol},
 		{"error without id", func(c *qmptest.Conn, _ string) { c.Say(`{"error":{"class":"GenericError","desc":"x"}}`) }, qmp.ErrProtocol},
