@@ -472,17 +472,18 @@ func (h *host) wantNodes(t *testing.T, n int, size int64) {
 // TestDiskOfADomainComesOverTLS has libvirt give QEMU the certificates that its
 // qemu.conf names, for a service that takes nothing but TLS and certificates. The
 // disk gets the reconnect delay that libvirt has forgotten, and grows, with the
-// same certificates.
+// same certificates. A disk at a socket of its own has none, whatever qemu.conf says
+// of those of which nothing is said.
 func TestDiskOfADomainComesOverTLS(t *testing.T) {
 	dir := readable(t, testenv.Certificates(t), testenv.Nobody)
-	l := testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir))
+	l := testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir), "nbd_tls = 1")
 	overTLS(t, dir, func(conf string) *host { return startHostOf(t, l, libvirtd.Private, conf) })
 }
 
 // TestDiskOfANewerLibvirtComesOverTLS is the same with libvirt 11.
 func TestDiskOfANewerLibvirtComesOverTLS(t *testing.T) {
 	dir := readable(t, testenv.Certificates(t), testenv.SystemQEMU)
-	l := testenv.StartNewerLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir))
+	l := testenv.StartNewerLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir), "nbd_tls = 1")
 	overTLS(t, dir, func(conf string) *host {
 		h := startHostOf(t, l, libvirtd.System, conf)
 		h.newer = true
@@ -527,6 +528,8 @@ func overTLS(t *testing.T, dir string, start func(conf string) *host) {
 			t.Errorf("left: objects %q, nodes %s, %v", objects, h.nodes(t), err)
 		}
 	}
+	p, err = h.Attach(ctx, h.source(h.image(t, "other", diskSize)), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
 }
 
 // readable lets a user, whom root lends them to, read the files of a folder.

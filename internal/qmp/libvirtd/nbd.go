@@ -29,7 +29,7 @@ type NBDDisk struct {
 	Reconnect time.Duration
 	ReadOnly  bool
 	Discard   bool
-	TLS       bool // of a host, with the certificates that qemu.conf names
+	TLS       bool // of a host, with the certificates that qemu.conf names; else none, whatever qemu.conf says
 }
 
 // Element is the disk for a domain's description. Errors are qmp.ErrInvalid.
@@ -47,6 +47,7 @@ func (n *NBDDisk) Element() (*libvirtxml.DomainDisk, error) {
 		return nil, fmt.Errorf("%w disk: target %.40q, bus %.40q, reconnect %v, export of %d bytes", qmp.ErrInvalid, n.Target, n.Bus, n.Reconnect, len(n.Export))
 	}
 	network := &libvirtxml.DomainDiskSourceNetwork{Protocol: "nbd", Name: n.Export, Hosts: []libvirtxml.DomainDiskSourceHost{host}}
+	network.TLS = "no" // what is not said is nbd_tls of qemu.conf, also for a socket
 	if n.TLS {
 		if n.Host == "" {
 			return nil, fmt.Errorf("%w disk: TLS is for a host and a port", qmp.ErrInvalid)
