@@ -125,7 +125,7 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 	if o.Size, err = f.size(c.Context(), args); err != nil {
 		return err
 	}
-	length := o.Size
+	var length int64
 	switch f.format {
 	case formatQcow2:
 		length, err = create.Measure(o)
@@ -135,6 +135,7 @@ func (f *createFlags) run(c *cobra.Command, args []string) error {
 				return usage("--%s is for qcow2 images", name)
 			}
 		}
+		length, err = create.MeasureRaw(o.Size, o.Preallocation)
 	default:
 		return usage("--format is %q, allowed are qcow2 and raw", f.format)
 	}
@@ -167,12 +168,14 @@ func (f *createFlags) size(ctx context.Context, args []string) (int64, error) {
 	return imageSize(ctx, beside(args[0], f.backing), f.backingFormat)
 }
 
-// beside is what a name in the image at path means.
+// beside is what a name in the image at path means. It is not cleaned: what ".."
+// behind a symbolic link is, only the kernel knows.
 func beside(path, name string) string {
 	if filepath.IsAbs(name) {
 		return name
 	}
-	return filepath.Join(filepath.Dir(path), name)
+	dir, _ := filepath.Split(path)
+	return dir + name
 }
 
 // make makes the files, of which that of the image has length bytes, reports that to

@@ -97,6 +97,57 @@ func TestImageCreateMakesTheDataFile(t *testing.T) {
 	}
 }
 
+// TestImageCreateThatIsRefusedLeavesFilesAlone: whatever is wrong with the options is
+// found before a file is emptied.
+func TestImageCreateThatIsRefusedLeavesFilesAlone(t *testing.T) {
+	dir := t.TempDir()
+	path, long := filepath.Join(dir, "disk"), strings.Repeat("b", 250)
+	data := filepath.Join(dir, long, long)
+	must(t, os.Mkdir(filepath.Dir(data), 0o700))
+	for _, args := range [][]string{
+		{"-f", "raw", "--preallocation=flloc", path, "1M"},
+		{"-f", "raw", "--preallocation=metadata", path, "1M"},
+		{"--cluster-size=512", "--backing-format=raw", "--backing-file=" + long + long, path, "1M"},
+		{"--cluster-size=512", "--data-file=" + data, path, "1M"},
+		{"--preallocation=flloc", "--data-file=" + data, path, "1M"},
+	} {
+		for _, file := range []string{path, data} {
+			must(t, os.WriteFile(file, []byte("what was there"), 0o600))
+		}
+		want(t, exitUsage, append([]string{"image", "create", "--force"}, args...)...)
+		for _, file := range []string{path, data} {
+			if got, err := os.ReadFile(file); err != nil || string(got) != "what was there" {
+				t.Errorf("%q: %s has %q, %v", args, filepath.Base(file), got, err)
+			}
+		}
+	}
+}
+
+// TestImageCreateFollowsLinksAsTheKernelDoes: what ".." is in the name of an image's
+// other file is no matter of text.
+func TestImageCreateFollowsLinksAsTheKernelDoes(t *testing.T) {
+	dir := t.TempDir()
+	deep := filepath.Join(dir, "real", "deep")
+	must(t, os.MkdirAll(deep, 0o700))
+	must(t, os.Symlink(deep, filepath.Join(dir, "link")))
+	must(t, os.WriteFile(filepath.Join(dir, "real", "base"), make([]byte, 4<<20), 0o600))
+	for _, name := range []string{"base", "data"} {
+		must(t, os.WriteFile(filepath.Join(dir, name), make([]byte, 1<<20), 0o600))
+	}
+	top := filepath.Join(dir, "link", "top")
+	want(t, exitDone, "image", "create", top, "--backing-file=../base", "--backing-format=raw")
+	if j := judge(t, top); j.VirtualSize != 4<<20 {
+		t.Errorf("the disk has %d bytes, its backing file %d", j.VirtualSize, 4<<20)
+	}
+	want(t, exitDone, "image", "create", "--force", top, "2M", "--data-file=../data")
+	for name, size := range map[string]int64{"data": 1 << 20, "real/data": 2 << 20} {
+		if fi, err := os.Stat(filepath.Join(dir, name)); err != nil || fi.Size() != size {
+			t.Errorf("%s: %v, %v, want %d bytes", name, fi, err, size)
+		}
+	}
+	want(t, exitRefused, "image", "create", "--force", top, "1M", "--data-file=../deep/top")
+}
+
 func TestImageCreateRoundsTheSizeUpAsQEMUDoes(t *testing.T) {
 	for _, size := range []string{"1", "513", "1048577", "1049088"} {
 		dir := t.TempDir()

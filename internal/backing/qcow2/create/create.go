@@ -6,6 +6,7 @@
 package create
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -19,7 +20,7 @@ import (
 
 // Measure is the length in bytes of the file that Image makes; a block device
 // must have it. Guest clusters in a data file are not counted. The error is
-// an *OptionError.
+// an *OptionError, and Image has no other of that type for the same options.
 func Measure(o Options) (int64, error) {
 	p, err := newPlan(o)
 	if err != nil {
@@ -37,10 +38,6 @@ func Image(ctx context.Context, st store.Store, o Options) error {
 	p, err := newPlan(o)
 	if err != nil {
 		return err
-	}
-	head, err := p.header.Encode()
-	if err != nil {
-		return &OptionError{Option: "cluster size", Why: err.Error()}
 	}
 	if (o.DataFile != "") != (o.Data != nil) {
 		return &OptionError{Option: "data file", Why: "name and file must come together"}
@@ -68,7 +65,7 @@ func Image(ctx context.Context, st store.Store, o Options) error {
 	if err := st.Sync(ctx); err != nil {
 		return err
 	}
-	if err := st.WriteAt(ctx, head, 0, false); err != nil {
+	if err := st.WriteAt(ctx, p.head, 0, false); err != nil {
 		return err
 	}
 	return st.Sync(ctx)
@@ -243,21 +240,28 @@ func fill(ctx context.Context, st store.Store, off, n int64, mode Preallocation)
 	return nil
 }
 
+// MeasureRaw is Measure for Raw.
+func MeasureRaw(size int64, mode Preallocation) (int64, error) {
+	switch {
+	case size < 0:
+		return 0, refuse("size", "%d is negative", size)
+	case mode != "" && mode != Off && mode != Falloc && mode != Full:
+		return 0, refuse("preallocation", "%q is not one of off, falloc and full", string(mode))
+	}
+	return size, nil
+}
+
 // Raw makes a raw image of size bytes in st, an empty file, and makes it
 // durable. Metadata is not a mode of raw images. Errors as of Image.
 func Raw(ctx context.Context, st store.Store, size int64, mode Preallocation) error {
-	switch {
-	case size < 0:
-		return refuse("size", "%d is negative", size)
-	case mode != "" && mode != Off && mode != Falloc && mode != Full:
-		return refuse("preallocation", "%q is not one of off, falloc and full", string(mode))
-	case mode == "":
-		mode = Off
-	}
-	if err := prepare(st, size); err != nil {
+	n, err := MeasureRaw(size, mode)
+	if err != nil {
 		return err
 	}
-	if err := fill(ctx, st, 0, size, mode); err != nil {
+	if err := prepare(st, n); err != nil {
+		return err
+	}
+	if err := fill(ctx, st, 0, n, cmp.Or(mode, Off)); err != nil {
 		return err
 	}
 	return st.Sync(ctx)

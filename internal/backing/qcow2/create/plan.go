@@ -23,7 +23,7 @@ type plan struct {
 	opt           Options
 	geo           format.Geometry
 	preallocation Preallocation
-	header        format.Header
+	head          []byte // the header, encoded
 
 	refTable, blocks, l1, l2, data int64
 }
@@ -78,7 +78,9 @@ func newPlan(o Options) (*plan, error) {
 	if err := p.countRefcounts(); err != nil {
 		return nil, err
 	}
-	p.fillHeader(l1Size)
+	if err := p.encodeHeader(l1Size); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -100,17 +102,16 @@ func (p *plan) countRefcounts() error {
 	}
 }
 
-// fillHeader needs all the numbers.
-func (p *plan) fillHeader(l1Size int64) {
+// encodeHeader needs all the numbers.
+func (p *plan) encodeHeader(l1Size int64) error {
 	o, g := &p.opt, &p.geo
-	p.header = format.Header{
+	h := &format.Header{
 		Version: uint32(o.Version), ClusterBits: uint32(g.ClusterBits), Size: uint64(o.Size),
 		L1Size:         uint32(l1Size),
 		RefTableOffset: uint64(p.refTableAt()) << g.ClusterBits, RefTableClusters: uint32(p.refTable),
 		RefcountOrder: uint32(g.RefcountOrder), Compression: o.Compression,
 		Backing: o.Backing, BackingFormat: o.BackingFormat, DataFile: o.DataFile,
 	}
-	h := &p.header
 	if l1Size > 0 {
 		h.L1Offset = uint64(p.l1At()) << g.ClusterBits
 	}
@@ -129,6 +130,11 @@ func (p *plan) fillHeader(l1Size int64) {
 	if o.Version == 3 && o.ClusterSize >= namesFrom {
 		h.FeatureNames = featureNames()
 	}
+	var err error
+	if p.head, err = h.Encode(); err != nil {
+		return refuse("cluster size", "%v", err)
+	}
+	return nil
 }
 
 // featureNames lets programs that do not know a feature name it.
