@@ -140,6 +140,9 @@ func (c checker) path(key, s string) bool {
 	case !filepath.IsAbs(s):
 		c.fail("%s: %q is not an absolute path", key, cut(s))
 		return false
+	case slices.Contains(strings.Split(s, "/"), ".."):
+		c.fail("%s: %q has \"..\" in it: write what it leads to", key, cut(s))
+		return false
 	case filepath.Clean(s) != s:
 		c.fail("%s: write %q as %q", key, cut(s), cut(filepath.Clean(s)))
 		return false

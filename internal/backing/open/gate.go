@@ -1,6 +1,7 @@
 package open
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -169,7 +170,7 @@ func (g *gate) data(w wish) (*os.File, string, error) {
 	if w.name == "" {
 		return nil, "", w.denied("the image does not name it; --data-file would")
 	}
-	if err := errors.Join(w.local(w.name), w.printable(w.name)); err != nil {
+	if err := cmp.Or(w.local(w.name), w.plain(w.name)); err != nil {
 		return nil, "", err
 	}
 	return g.openAllowed(w, w.name)
@@ -424,7 +425,9 @@ func (w wish) checkFormat(name string) error {
 }
 
 // fileName is the name of the file that an image means, and its format: name
-// may be written as JSON, which says the format too, or begin with "file:".
+// may be written as JSON, which says the format too, or begin with "file:". QEMU
+// opens such a name as it is, so that only an absolute one is the same file for
+// everybody.
 func (w wish) fileName(said string) (name, fileFormat string, err error) {
 	if strings.HasPrefix(w.name, format.JSONPrefix) {
 		inner, name, err := format.ParseJSONFile(w.name)
@@ -434,15 +437,12 @@ func (w wish) fileName(said string) (name, fileFormat string, err error) {
 		if said != "" && said != inner {
 			return "", "", w.denied(fmt.Sprintf("its format is said to be %q and %q", said, inner))
 		}
-		return name, inner, w.printable(name)
+		return name, inner, cmp.Or(w.plain(name), w.absolute(name))
 	}
-	name = strings.TrimPrefix(w.name, "file:")
-	if name == w.name {
-		if err := w.local(name); err != nil {
-			return "", "", err
-		}
+	if name, ok := strings.CutPrefix(w.name, "file:"); ok {
+		return name, said, cmp.Or(w.plain(name), w.absolute(name))
 	}
-	return name, said, w.printable(name)
+	return w.name, said, cmp.Or(w.local(w.name), w.plain(w.name))
 }
 
 // local refuses names of protocols.
@@ -453,13 +453,43 @@ func (w wish) local(name string) error {
 	return nil
 }
 
-// printable refuses names that a log or a C program would show differently.
-func (w wish) printable(name string) error {
-	if format.HasControl(name) {
-		return w.denied("its name has control bytes")
+// absolute refuses relative names.
+func (w wish) absolute(name string) error {
+	if filepath.IsAbs(name) {
+		return nil
 	}
-	if name == "" {
+	return w.denied("a relative name behind \"file:\" or in JSON is in the directory of whoever opens it; " +
+		"qemu-img rebase -u without it makes it relative to the image")
+}
+
+// plain refuses names that a log or a C program would show differently, and those
+// that only the kernel can follow: what ".." is behind a folder, which may be a
+// symbolic link, is not told by the text.
+func (w wish) plain(name string) error {
+	switch {
+	case format.HasControl(name):
+		return w.denied("its name has control bytes")
+	case name == "":
 		return w.denied("its name is empty")
+	case climbs(name):
+		return w.denied("its name has \"..\" behind a folder, which may be a symbolic link")
 	}
 	return nil
+}
+
+// climbs tells whether ".." stands behind anything but "..", "." or the root.
+func climbs(name string) bool {
+	below := false
+	for part := range strings.SplitSeq(name, "/") {
+		switch part {
+		case "", ".":
+		case "..":
+			if below {
+				return true
+			}
+		default:
+			below = true
+		}
+	}
+	return false
 }

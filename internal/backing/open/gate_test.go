@@ -102,8 +102,11 @@ func TestPolicyDecidesWhatAnImageMayName(t *testing.T) {
 		{"explicit without a file", Policy{Mode: Explicit}, "base", "", "--backing-file"},
 
 		{"plain", sameDir, "base", "base", ""},
-		{"plain with a detour", sameDir, "./sub/../base", "base", ""},
-		{"file:", sameDir, "file:base", "base", ""},
+		{"plain with a dot", sameDir, ".//./base", "base", ""},
+		{"detour", sameDir, "./sub/../base", "", "symbolic link"},
+		{"file:", sameDir, "file:" + abs("base"), "base", ""},
+		{"file: in the directory of the server", sameDir, "file:base", "", "of whoever opens it"},
+		{"JSON in the directory of the server", sameDir, json("base"), "", "of whoever opens it"},
 		{"absolute in the directory", sameDir, abs("base"), "base", ""},
 		{"JSON in the directory", sameDir, json(abs("base")), "base", ""},
 		{"colon behind a slash", sameDir, "./nbd:x", "odd", ""},
@@ -132,7 +135,8 @@ func TestPolicyDecidesWhatAnImageMayName(t *testing.T) {
 		{"beneath: absolute", beneath, abs("sub/base"), "sub/base", ""},
 		{"beneath: another directory than the image's", sub, "sub/base", "sub/base", ""},
 		{"beneath: above", beneath, "../secret", "", "--backing=beneath=" + images},
-		{"beneath: up and down", sub, "sub/../base", "", "--backing=beneath="},
+		{"beneath: down and up", beneath, images + "/sub/../base", "", "symbolic link"},
+		{"beneath: up and down", beneath, "../images/base", "base", ""},
 		{"beneath: link as directory", beneath, "linked/base", "", "symbolic link"},
 		{"beneath: link", beneath, "out", "", "symbolic link"},
 		{"beneath: FIFO", beneath, abs("fifo"), "", "FIFO"},
@@ -158,8 +162,8 @@ func TestNamedFileMustBeNamed(t *testing.T) {
 		by, file, name, want string
 	}{
 		{"top", "base", "base", "base"},
-		{"top", "base", "./sub/../base", "base"},
-		{"top", "base", "file:base", "base"},
+		{"top", "base", ".//base", "base"},
+		{"top", "base", "file:" + abs("base"), "base"},
 		{"top", "base", abs("base"), "base"},
 		{"top", "base", `json:{"driver":"raw","file":{"driver":"file","filename":"` + abs("base") + `"}}`, "base"},
 		{"top", "nbd:x", "./nbd:x", "odd"},
@@ -173,6 +177,8 @@ func TestNamedFileMustBeNamed(t *testing.T) {
 		{"top", "base", abs("sub/base"), ""},
 		{"top", "base", "top", ""},
 		{"top", "nbd:x", "nbd:x", ""},
+		{"top", "base", "./sub/../base", ""},
+		{"top", "base", "file:base", ""},
 		{"linked/top", "sub/base", abs("base"), ""},
 	} {
 		p := Policy{Mode: Explicit, Files: []File{{Path: abs(tt.file), Format: "raw", Named: true}}}
