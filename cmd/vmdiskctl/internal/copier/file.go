@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -163,13 +164,22 @@ func (d *File) Flush(context.Context) error {
 	return nil
 }
 
-// SyncName makes the name of the file durable.
+// SyncName makes the name of the file durable, as far as the file system can. A
+// folder that may be written to need not be one that may be read, as fsync(2)
+// wants; then all of the file system is synced.
 func (d *File) SyncName() error {
 	folder, err := os.Open(filepath.Dir(d.f.Name()))
+	if errors.Is(err, fs.ErrPermission) {
+		return os.NewSyscallError("syncfs", unix.Syncfs(int(d.f.Fd())))
+	}
 	if err != nil {
 		return err
 	}
-	return errors.Join(folder.Sync(), folder.Close())
+	err = folder.Sync()
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP) { // fsync(2): of a file that cannot be synced
+		err = nil
+	}
+	return errors.Join(err, folder.Close())
 }
 
 // Extents implements Disk. What the file system cannot tell apart is data, as is

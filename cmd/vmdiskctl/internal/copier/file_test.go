@@ -6,9 +6,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
@@ -238,4 +241,27 @@ func TestFilesAreCopiedWithTheirHoles(t *testing.T) {
 	if blocks(t, to) > blocks(t, path)+65536 {
 		t.Errorf("the copy takes %d bytes, the source %d", blocks(t, to), blocks(t, path))
 	}
+}
+
+// TestFolderNeedNotBeReadable: who may make a file in a folder may have no right to
+// list it.
+func TestFolderNeedNotBeReadable(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.Chmod(filepath.Dir(dir), 0o711))
+	must(t, os.Chmod(dir, 0o1733))
+	err := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: the thread is nobody's from here on
+		const nobody = 65534
+		if e := unix.Setfsuid(nobody); e != nil {
+			err <- e
+			return
+		}
+		d, e := claim.CreateFile(filepath.Join(dir, "disk"), 1<<20)
+		if e == nil {
+			e = errors.Join(d.Flush(t.Context()), d.Close())
+		}
+		err <- e
+	}()
+	must(t, <-err)
 }
