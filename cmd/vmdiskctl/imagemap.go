@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -31,7 +30,8 @@ that it stands on. Files that images name are opened only as --backing allows.`,
 			if err != nil {
 				return err
 			}
-			m := &imageMap{image: i, w: bufio.NewWriter(c.OutOrStdout()), json: f.json}
+			w := bufio.NewWriter(c.OutOrStdout())
+			m := &imageMap{image: i, w: w, json: f.json, list: jsonArray{w: w}}
 			return errors.Join(m.run(c.Context()), i.Close(), done())
 		},
 	}
@@ -71,8 +71,8 @@ type imageMap struct {
 	w     *bufio.Writer
 	json  bool
 
+	list    jsonArray  // with json
 	pending imageRange // no Length: none
-	lines   int
 }
 
 func (m *imageMap) run(ctx context.Context) error {
@@ -193,7 +193,7 @@ func (m *imageMap) flush() error {
 	case e.Length == 0:
 		return nil
 	case m.json:
-		return m.line(e)
+		return m.list.add(e)
 	case !e.Data || e.Zero:
 		return nil
 	}
@@ -206,7 +206,7 @@ func (m *imageMap) flush() error {
 
 func (m *imageMap) begin() error {
 	if m.json {
-		return m.w.WriteByte('[')
+		return nil
 	}
 	return m.row("Offset", "Length", "Mapped to", "File")
 }
@@ -214,25 +214,13 @@ func (m *imageMap) begin() error {
 func (m *imageMap) end() error {
 	err := m.flush()
 	if err == nil && m.json {
-		_, err = m.w.WriteString("]\n")
+		err = m.list.end()
 	}
 	return err
 }
 
 func (m *imageMap) row(off, n, at, file string) error {
 	_, err := fmt.Fprintf(m.w, "%-16s%-16s%-16s%s\n", off, n, at, file)
-	return err
-}
-
-func (m *imageMap) line(e *imageRange) error {
-	b, err := json.Marshal(e)
-	if err != nil {
-		return err
-	}
-	if m.lines++; m.lines > 1 {
-		b = append([]byte(",\n"), b...)
-	}
-	_, err = m.w.Write(b)
 	return err
 }
 

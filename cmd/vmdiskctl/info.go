@@ -81,6 +81,36 @@ func writeJSON(w io.Writer, v any) error {
 	return e.Encode(v)
 }
 
+// jsonArray writes a list of which no more than one element is in memory, each on a
+// line of its own.
+type jsonArray struct {
+	w io.Writer
+	n int
+}
+
+func (a *jsonArray) add(v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	before := ",\n"
+	if a.n == 0 {
+		before = "["
+	}
+	a.n++
+	_, err = fmt.Fprintf(a.w, "%s%s", before, b)
+	return err
+}
+
+func (a *jsonArray) end() error {
+	text := "]\n"
+	if a.n == 0 {
+		text = "[]\n"
+	}
+	_, err := io.WriteString(a.w, text)
+	return err
+}
+
 func (f *infoFlags) printSize(ctx context.Context, s *server, w io.Writer) error {
 	c, err := s.open(ctx)
 	if err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -152,6 +153,26 @@ func TestTotalsOfSeveralStates(t *testing.T) {
 	got := want(t, exitDone, "info", "--map", "--totals", nbdkit(t, "file", disk(t)))
 	if expect := "   3145728  75.0%   0 data\n   1048576  25.0%   3 hole,zero\n"; got != expect {
 		t.Errorf("got %q, want %q", got, expect)
+	}
+}
+
+// TestMapIsPrintedAsItComes: what is known is there when the rest cannot be had.
+func TestMapIsPrintedAsItComes(t *testing.T) {
+	u := nbdkit(t, "eval", "get_size=echo 1G", "can_extents=exit 0", "pread=exit 1",
+		`extents=[ $4 -lt 536870912 ] || { echo EIO lost >&2; exit 1; }; echo 0 268435456; echo 268435456 268435456 hole`)
+	code, out, _ := ctl(t, "info", "--map", u)
+	if code != exitFailed || strings.Count(out, "\n") != 1 {
+		t.Errorf("exit code %d, map %q", code, out)
+	}
+}
+
+func TestStatesAreBounded(t *testing.T) {
+	m := &mapTotals{w: io.Discard}
+	for i := range uint64(maxStates) {
+		must(t, m.add(mapEntry{Len: 1, Type: i}))
+	}
+	if err := m.add(mapEntry{Len: 1, Type: maxStates}); err == nil {
+		t.Errorf("%d states were told apart", maxStates+1)
 	}
 }
 

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -38,22 +40,20 @@ func (f *infoFlags) printMap(ctx context.Context, s *server, w io.Writer) error 
 	if !slices.Contains(c.Export().Contexts, f.context) {
 		return notOffered(ctx, s, f.context)
 	}
-	entries := []mapEntry{}
+	b := bufio.NewWriter(w)
+	out := f.mapOut(b)
 	if size := c.Export().Size; size > 0 {
+		var bad error
 		err = c.Map(ctx, f.context, 0, size, func(e client.Extent) bool {
-			entries = append(entries, mapEntry{e.Off, e.Len, e.Flags, state(f.context, e.Flags)})
-			return true
+			bad = out.add(mapEntry{e.Off, e.Len, e.Flags, state(f.context, e.Flags)})
+			return bad == nil
 		})
+		err = cmp.Or(err, bad)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = out.end()
 	}
-	if f.totals {
-		err = f.printTotals(w, total(entries))
-	} else {
-		err = f.printEntries(w, entries)
-	}
-	if err != nil {
+	if err = errors.Join(err, b.Flush()); err != nil {
 		return err
 	}
 	return c.Disconnect(ctx)
@@ -73,46 +73,74 @@ func notOffered(ctx context.Context, s *server, name string) error {
 	return fmt.Errorf("the server does not offer the context %q; it offers %s", name, printable(strings.Join(list, ", ")))
 }
 
-func (f *infoFlags) printEntries(w io.Writer, entries []mapEntry) error {
-	if f.json {
-		return writeJSON(w, entries)
-	}
-	p := &printer{w: w}
-	for _, e := range entries {
-		p.print("%s\n", strings.TrimRight(fmt.Sprintf("%10d  %10d  %3d  %s", e.Off, e.Len, e.Type, e.Description), " "))
-	}
-	return p.err
+// mapOut takes a map, in order, and prints it. A map may be too large for memory.
+type mapOut interface {
+	add(e mapEntry) error
+	end() error
 }
 
-func (f *infoFlags) printTotals(w io.Writer, totals []mapTotal) error {
-	if f.json {
-		return writeJSON(w, totals)
+func (f *infoFlags) mapOut(w io.Writer) mapOut {
+	switch {
+	case f.totals:
+		return &mapTotals{w: w, json: f.json}
+	case f.json:
+		return mapList{&jsonArray{w: w}}
 	}
-	p := &printer{w: w}
-	for _, t := range totals {
+	return mapLines{w}
+}
+
+type mapLines struct{ w io.Writer }
+
+func (m mapLines) add(e mapEntry) error {
+	_, err := fmt.Fprintln(m.w, strings.TrimRight(fmt.Sprintf("%10d  %10d  %3d  %s", e.Off, e.Len, e.Type, e.Description), " "))
+	return err
+}
+
+func (m mapLines) end() error { return nil }
+
+type mapList struct{ *jsonArray }
+
+func (m mapList) add(e mapEntry) error { return m.jsonArray.add(e) }
+
+// mapTotals sums up by type.
+type mapTotals struct {
+	w    io.Writer
+	json bool
+	list []mapTotal
+	size int64
+}
+
+// maxStates is how many types of one context are told apart: those that are known
+// have four, but for depths.
+const maxStates = 1024
+
+func (m *mapTotals) add(e mapEntry) error {
+	i := slices.IndexFunc(m.list, func(t mapTotal) bool { return t.Type == e.Type })
+	if i < 0 {
+		if i = len(m.list); i == maxStates {
+			return fmt.Errorf("the disk has more than %d states", maxStates)
+		}
+		m.list = append(m.list, mapTotal{Type: e.Type, Description: e.Description})
+	}
+	m.list[i].Size += e.Len
+	m.size += e.Len
+	return nil
+}
+
+// end prints them in the order of the types.
+func (m *mapTotals) end() error {
+	for i := range m.list {
+		m.list[i].Percent = 100 * float64(m.list[i].Size) / float64(m.size)
+	}
+	slices.SortFunc(m.list, func(a, b mapTotal) int { return cmp.Compare(a.Type, b.Type) })
+	if m.json {
+		return writeJSON(m.w, append([]mapTotal{}, m.list...)) // none is [], not null
+	}
+	p := &printer{w: m.w}
+	for _, t := range m.list {
 		p.print("%s\n", strings.TrimRight(fmt.Sprintf("%10d %5.1f%% %3d %s", t.Size, t.Percent, t.Type, t.Description), " "))
 	}
 	return p.err
-}
-
-// total sums up by type, in the order of the types.
-func total(entries []mapEntry) []mapTotal {
-	totals := []mapTotal{}
-	size := int64(0)
-	for _, e := range entries {
-		size += e.Len
-		i := slices.IndexFunc(totals, func(t mapTotal) bool { return t.Type == e.Type })
-		if i < 0 {
-			i = len(totals)
-			totals = append(totals, mapTotal{Type: e.Type, Description: e.Description})
-		}
-		totals[i].Size += e.Len
-	}
-	for i := range totals {
-		totals[i].Percent = 100 * float64(totals[i].Size) / float64(size)
-	}
-	slices.SortFunc(totals, func(a, b mapTotal) int { return cmp.Compare(a.Type, b.Type) })
-	return totals
 }
 
 // state is the meaning of the flags in the contexts that are known, as
