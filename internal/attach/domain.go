@@ -121,11 +121,29 @@ func (s states) scope(fits func(*libvirtxml.DomainDisk) bool) (in libvirtd.Scope
 }
 
 // source is where libvirt has a disk from; the zero value is not NBD.
-func source(disk *libvirtxml.DomainDisk) (u transport.URI) {
-	if disk.Source == nil || disk.Source.Network == nil {
+func source(disk *libvirtxml.DomainDisk) transport.URI { return network(disk.Source) }
+
+// beneath is what a disk stands on, below overlays that libvirt has put above its
+// source, and what it is being copied to.
+func beneath(disk *libvirtxml.DomainDisk) (all []transport.URI) {
+	chain := func(b *libvirtxml.DomainDiskBackingStore) {
+		for ; b != nil; b = b.BackingStore {
+			all = append(all, network(b.Source))
+		}
+	}
+	chain(disk.BackingStore)
+	if m := disk.Mirror; m != nil {
+		all = append(all, network(m.Source))
+		chain(m.BackingStore)
+	}
+	return all
+}
+
+func network(src *libvirtxml.DomainDiskSource) (u transport.URI) {
+	if src == nil || src.Network == nil {
 		return u
 	}
-	n := disk.Source.Network
+	n := src.Network
 	if n.Protocol != "nbd" || len(n.Hosts) != 1 {
 		return u
 	}
@@ -150,9 +168,24 @@ func from(uri transport.URI) func(*libvirtxml.DomainDisk) bool {
 
 // is tells disks that are what is served, an export by whichever of its addresses.
 func (v *served) is(ctx context.Context) func(*libvirtxml.DomainDisk) bool {
-	return func(disk *libvirtxml.DomainDisk) bool {
-		return from(v.uri)(disk) || v.export != nil && isAt(ctx, source(disk), *v.export)
-	}
+	return func(disk *libvirtxml.DomainDisk) bool { return v.isAt(ctx, source(disk)) }
+}
+
+func (v *served) isAt(ctx context.Context, u transport.URI) bool {
+	return u.String() == v.uri.String() || v.export != nil && isAt(ctx, u, *v.export)
+}
+
+// above are the targets of the disks that stand on an NBD disk that fits, or are
+// being copied to one, each once.
+func (s states) above(fits func(transport.URI) bool) []string {
+	return s.targetsOf(func(disk *libvirtxml.DomainDisk) bool {
+		return slices.ContainsFunc(beneath(disk), func(u transport.URI) bool { return u.Kind != "" && fits(u) })
+	})
+}
+
+// errBeneath is for a disk on which others stand: the guest has it all the same.
+func errBeneath(targets []string) error {
+	return fmt.Errorf("%w: the domain has it below disk %q, by a snapshot or a copy that libvirt has made: virsh blockcommit or blockjob ends that", ErrDiffers, targets)
 }
 
 // stay leaves an export that the domain has at the address by which it has it.
@@ -236,6 +269,9 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	v, err := s.serve(ctx, d.Server, d.Domain.UUID, DiskID(s.name()))
 	if err != nil {
 		return nil, err
+	}
+	if above := all.above(func(u transport.URI) bool { return v.isAt(ctx, u) }); len(above) > 0 {
+		return nil, errBeneath(above)
 	}
 	v.stay(ctx, all)
 	if all[libvirtd.Live] == nil && s.Image != "" && s.Owner == "" && s.Mode == "" {
@@ -651,9 +687,14 @@ func (d *Domain) left(ctx context.Context, all states, word string, ids []string
 	var others, names []string
 	for _, x := range list {
 		one, own := strings.CutPrefix(x.Name, ExportName(d.Domain.UUID, ""))
+		is := func(u transport.URI) bool { return u.Export == x.Name }
+		above, meant := all.above(is), slices.Contains(ids, one) || one == word || x.Name == word
 		switch {
-		case !own || len(all.targets(func(u transport.URI) bool { return u.Export == x.Name })) > 0:
-		case slices.Contains(ids, one) || one == word || x.Name == word:
+		case !own || len(all.targets(is)) > 0:
+		case len(above) > 0 && meant:
+			return "", errBeneath(above)
+		case len(above) > 0:
+		case meant:
 			return one, nil
 		default:
 			others, names = append(others, one), append(names, x.Name)
@@ -669,10 +710,16 @@ func (d *Domain) left(ctx context.Context, all states, word string, ids []string
 }
 
 // targets are those of the NBD disks with a source that fits, each once.
-func (s states) targets(fits func(transport.URI) bool) (found []string) {
-	s.scope(func(disk *libvirtxml.DomainDisk) bool {
+func (s states) targets(fits func(transport.URI) bool) []string {
+	return s.targetsOf(func(disk *libvirtxml.DomainDisk) bool {
 		u := source(disk)
-		if u.Kind != "" && disk.Target != nil && fits(u) && !slices.Contains(found, disk.Target.Dev) {
+		return u.Kind != "" && fits(u)
+	})
+}
+
+func (s states) targetsOf(fits func(*libvirtxml.DomainDisk) bool) (found []string) {
+	s.scope(func(disk *libvirtxml.DomainDisk) bool {
+		if disk.Target != nil && fits(disk) && !slices.Contains(found, disk.Target.Dev) {
 			found = append(found, disk.Target.Dev)
 		}
 		return false
@@ -764,10 +811,15 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	plan := &Plan{Aim: fmt.Sprintf("detach %s from domain %q", target, d.Domain.Name), Disk: target}
 	if disk == nil {
 		_, other := all.scope(isTarget(target))
-		if m := d.machine(nil); other == nil && m.serves(ctx, target) {
-			err = d.remove(ctx, plan, m, ExportName(m.Name, target), force)
+		m := d.machine(nil)
+		if other != nil || !m.serves(ctx, target) {
+			return plan, nil
 		}
-		return plan, err
+		export := ExportName(m.Name, target)
+		if above := all.above(func(u transport.URI) bool { return u.Export == export }); len(above) > 0 {
+			return nil, errBeneath(above)
+		}
+		return plan, d.remove(ctx, plan, m, export, force)
 	}
 	uri := source(disk)
 	own := d.isOwnExport(uri.Export)
@@ -792,7 +844,8 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 		}
 	}
 	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })
-	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil {
+	above := all.above(func(u transport.URI) bool { return u.String() == uri.String() })
+	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil && above == nil {
 		err = d.remove(ctx, plan, m, uri.Export, force)
 	}
 	return plan, err
@@ -810,7 +863,8 @@ func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export stri
 		return err
 	}
 	all := states{libvirtd.Live: saved}
-	if targets := all.targets(func(u transport.URI) bool { return u.Export == export }); len(targets) > 0 {
+	is := func(u transport.URI) bool { return u.Export == export }
+	if targets := append(all.targets(is), all.above(is)...); len(targets) > 0 {
 		return fmt.Errorf("%w: as %q", ErrSaved, targets)
 	}
 	return nil

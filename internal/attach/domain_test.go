@@ -469,6 +469,43 @@ func (h *host) wantNodes(t *testing.T, n int, size int64) {
 	}
 }
 
+// TestDiskBelowAnOverlayIsTheDomainsStill: libvirt's external snapshots put a file
+// above a disk, which the guest has all the same.
+func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
+	p, err := h.Attach(ctx, s, o)
+	do(t, p, err)
+	target := p.Disk
+	dir := testenv.TempDir(t)
+	must(t, os.Chmod(dir, 0o777))
+	h.Virsh(t, "snapshot-create-as", "--domain="+domainName, "--disk-only", "--no-metadata", "--diskspec="+target+",file="+filepath.Join(dir, "snap"))
+	refused := func(when string) {
+		t.Helper()
+		if _, err := h.Attach(ctx, s, o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), target) {
+			t.Errorf("%s: second attach: %v", when, err)
+		}
+		for _, word := range []string{s.Image, "sdz"} {
+			if id, err := h.Resolve(ctx, word); err == nil {
+				t.Errorf("%s: detach of %q means %q", when, word, id)
+			}
+		}
+		list, err := h.service.Exports(ctx)
+		must(t, err)
+		id := strings.TrimPrefix(list[0].Name, attach.ExportName(h.Domain.Domain.UUID, ""))
+		if _, err := h.Detach(ctx, id, false); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("%s: detach of %q: %v", when, id, err)
+		}
+	}
+	refused("while it runs")
+	h.Virsh(t, "destroy", "--domain="+domainName)
+	refused("while it is off")
+	h.Virsh(t, "start", "--paused", "--domain="+domainName)
+}
+
 // TestDiskOfADomainComesOverTLS has libvirt give QEMU the certificates that its
 // qemu.conf names, for a service that takes nothing but TLS and certificates. The
 // disk gets the reconnect delay that libvirt has forgotten, and grows, with the
