@@ -18,7 +18,7 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 	if err != nil {
 		return nil, err
 	}
-	own := slices.ContainsFunc(list, func(n qmp.Node) bool { return isOwn(n.Name) }) || m.serves(ctx, id)
+	own := slices.ContainsFunc(list, func(n qmp.Node) bool { return isOwn(n.Name) }) || len(list) == 0 && m.serves(ctx, id)
 	if own && m.Server == nil {
 		return nil, fmt.Errorf("%w: the control socket is needed to remove the export", ErrNoServer)
 	}

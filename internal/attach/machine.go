@@ -142,7 +142,13 @@ func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id st
 	}
 	for i := range all {
 		is, node := all[i].ID(), all[i].Inserted
-		if node == nil || !isNodeOf(node.Name, is) || raw != nil && is != asked {
+		if node == nil || raw != nil && is != asked {
+			continue
+		}
+		if !isNodeOf(node.Name, is) {
+			if err := m.notBeneath(ctx, is, x); err != nil {
+				return "", nil, l, err
+			}
 			continue
 		}
 		way, err := m.linkTo(ctx, node, is, x)
@@ -154,6 +160,27 @@ func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id st
 		}
 	}
 	return id, raw, l, nil
+}
+
+// notBeneath refuses an export that a device has below what somebody else has put
+// above its raw node, which is read-only there whatever it was.
+func (m *Machine) notBeneath(ctx context.Context, id string, x api.Export) error {
+	list, err := nodes(ctx, m.Monitor, id)
+	if err != nil {
+		return err
+	}
+	for i := range list {
+		for _, list[i].ReadOnly = range []bool{false, true} {
+			_, err := m.linkTo(ctx, &list[i], id, x)
+			switch {
+			case err == nil:
+				return fmt.Errorf("%w: the machine has the export below disk %s, by a snapshot or a copy: block-commit or block-job-cancel ends that", ErrDiffers, id)
+			case !errors.Is(err, ErrDiffers):
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // nbd is a client that guests do not notice the absence of its server by, with the

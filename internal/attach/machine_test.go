@@ -1169,6 +1169,51 @@ func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
 	}
 }
 
+// TestExportOfAnEarlierDiskIsNoDisk: a machine that has been started again has another
+// disk under the name by now.
+func TestExportOfAnEarlierDiskIsNoDisk(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	earlier := addExport(attach.ExportName(m.Name, "data"), l.image(t, "earlier", diskSize))
+	_, err := l.service.Add(ctx, earlier)
+	must(t, err)
+	p, err := m.Attach(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: "data"})
+	do(t, p, err)
+	if _, err := m.Snapshot(ctx, "data", "", filepath.Join(l.dir, "overlay"), false); !errors.Is(err, attach.ErrDiffers) {
+		t.Errorf("snapshot: %v, want it refused", err)
+	}
+	p, err = m.Detach(ctx, "data", false)
+	do(t, p, err)
+	if _, err := l.service.Export(ctx, earlier.Name); err != nil {
+		t.Errorf("the export of the earlier disk: %v", err)
+	}
+}
+
+// TestExportBelowAnOverlayIsInTheMachine: QEMU's snapshots put a node above that of a
+// disk, which the guest has all the same.
+func TestExportBelowAnOverlayIsInTheMachine(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	p, err := m.Attach(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: "data"})
+	do(t, p, err)
+	disks, err := qmp.QueryBlock(ctx, m.Monitor)
+	must(t, err)
+	for _, d := range disks {
+		if !d.Is("data") {
+			continue
+		}
+		_, err := m.Monitor.Execute(ctx, "blockdev-snapshot-sync", map[string]any{"node-name": d.Inserted.Name, "snapshot-file": filepath.Join(l.dir, "snap"), "snapshot-node-name": "snap"})
+		must(t, err)
+	}
+	for _, id := range []string{"", "data", "second"} {
+		if _, err := m.Attach(ctx, attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: id}); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("attach as %q: %v, want it refused", id, err)
+		}
+	}
+}
+
 // TestDiskGrowsByTheAddressThatItCameBy has an export at several: the client with
 // the new size comes by that of the first, with the same TLS. So does that of a disk
 // whose image attach has served beside them.

@@ -319,7 +319,7 @@ func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export,
 	if named == "" && hasCode(err, api.CodeNotFound) {
 		return x, unnamed(id)
 	}
-	if err == nil && named != "" {
+	if err == nil {
 		err = m.isFrom(ctx, id, x)
 	}
 	return x, err
@@ -336,14 +336,16 @@ func otherExport(disk string, x api.Export) error {
 }
 
 // isFrom refuses an export that is not the one behind the disk: the name of the
-// raw node tells.
+// raw node tells. One that Attach has made may be left of an earlier disk.
 func (m *Machine) isFrom(ctx context.Context, id string, x api.Export) error {
-	if x.Name == ExportName(m.Name, id) {
-		return nil
-	}
 	raw, err := m.inserted(ctx, id)
-	if err == nil {
+	if err != nil {
+		return err
+	}
+	if x.Name != ExportName(m.Name, id) {
 		_, err = m.linkTo(ctx, raw, id, x)
+	} else if !isOwn(raw.Name) {
+		err = otherExport(id, x)
 	}
 	return err
 }
