@@ -409,11 +409,15 @@ func describe(d qmp.Device) string {
 	return bus
 }
 
-// unplug takes a device out that may be gone already.
+// unplug takes a device out that may be gone already, or that the guest was asked to
+// release before: QEMU has but words for that (qdev-monitor.c).
 func unplug(ctx context.Context, m *qmp.Monitor, id string) error {
 	err := m.Unplug(ctx, id)
-	if qmp.HasClass(err, qmp.ClassDeviceNotFound) {
+	switch {
+	case qmp.HasClass(err, qmp.ClassDeviceNotFound):
 		return nil
+	case qmp.HasClass(err, qmp.ClassGeneric) && strings.Contains(err.Error(), "already in the process of unplug"):
+		return m.AwaitUnplug(ctx, id)
 	}
 	return err
 }

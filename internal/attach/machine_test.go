@@ -1472,6 +1472,38 @@ func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 	}
 }
 
+// TestSecondDetachWaitsForTheGuestToo has been asked by the first.
+func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	empty := l.state(t, m.Monitor)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.VirtIOBlk, ID: "d"})
+	do(t, p, err)
+	for range 2 {
+		impatient, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		p, err = m.Detach(ctx, "d", false)
+		must(t, err)
+		if _, err := p.Run(impatient); !errors.Is(err, qmp.ErrNotReleased) {
+			t.Errorf("detach of a guest that does nothing: %v, want %v", err, qmp.ErrNotReleased)
+		}
+	}
+	released := make(chan error)
+	p, err = m.Detach(ctx, "d", false)
+	must(t, err)
+	go func() {
+		_, err := p.Run(ctx)
+		released <- err
+	}()
+	_, err = m.Monitor.Execute(ctx, "system_reset", nil)
+	must(t, err)
+	must(t, <-released)
+	if got := l.state(t, m.Monitor); got != empty {
+		t.Errorf("left %s", got)
+	}
+}
+
 // TestPoisonedDiskIsDetached as any other: that its last writes are lost is known.
 func TestPoisonedDiskIsDetached(t *testing.T) {
 	l := start(t, q35...)
