@@ -16,6 +16,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 func newVM() *cobra.Command {
@@ -243,7 +244,7 @@ func (v *vmShown) ask(ctx context.Context, x qmp.Executor) error {
 	for _, d := range disks {
 		one := vmDisk{Device: d.ID(), Status: d.IOStatus}
 		if n := d.Inserted; n != nil {
-			one.Node, one.Driver, one.Size, one.ReadOnly, one.Source = n.Name, n.Driver, n.Image.VirtualSize, n.ReadOnly, n.File
+			one.Node, one.Driver, one.Size, one.ReadOnly, one.Source = n.Name, n.Driver, n.Image.VirtualSize, n.ReadOnly, transport.HideTokens(n.File)
 		}
 		v.Disks = append(v.Disks, one)
 	}

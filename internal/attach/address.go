@@ -11,9 +11,9 @@ import (
 )
 
 // isAt tells whether a disk from u is the export, under its name or, while it is
-// the default export, under none.
+// the default export, under none, with a token or without.
 func isAt(ctx context.Context, u transport.URI, x api.Export) bool {
-	if u.Export != x.Name && (u.Export != "" || !x.Default) {
+	if name, _ := transport.CutToken(u.Export); name != x.Name && (name != "" || !x.Default) {
 		return false
 	}
 	return slices.ContainsFunc(x.URIs, func(text string) bool {

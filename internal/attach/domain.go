@@ -226,7 +226,7 @@ func element(v *served, target, bus string, o Options) (*libvirtxml.DomainDisk, 
 	case v.uri.Kind == transport.TCP && v.uri.Port <= 65535:
 		n.Host, n.Port = v.uri.Address, uint16(v.uri.Port)
 	default:
-		return nil, fmt.Errorf("%w: address %s", ErrLibvirt, v.uri)
+		return nil, fmt.Errorf("%w: address %s", ErrLibvirt, v.uri.Shown())
 	}
 	return n.Element()
 }
@@ -297,7 +297,7 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 		return nil, err
 	}
 	g.disk = disk
-	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", s.name(), d.Domain.Name, target), Disk: target}
+	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", transport.HideTokens(s.name()), d.Domain.Name, target), Disk: target}
 	give := g.step(plan)
 	delay, err := g.delaySteps(ctx, all, &give, o.Reconnect)
 	if err != nil {
@@ -393,7 +393,7 @@ type gift struct {
 // step gives the domain the disk of the plan.
 func (g *gift) step(plan *Plan) Step {
 	return Step{
-		Name: fmt.Sprintf("give %s disk %s, on bus %s, from %s", whereText(g.scope), g.disk.Target.Dev, g.disk.Target.Bus, g.uri),
+		Name: fmt.Sprintf("give %s disk %s, on bus %s, from %s", whereText(g.scope), g.disk.Target.Dev, g.disk.Target.Bus, g.uri.Shown()),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()
@@ -872,9 +872,9 @@ func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export stri
 
 // takeStep takes the disk out of the states that the scope has.
 func (d *Domain) takeStep(disk *libvirtxml.DomainDisk, uri transport.URI, scope libvirtd.Scope) Step {
-	name := fmt.Sprintf("take disk %s out of the domain's configuration, from %s", disk.Target.Dev, uri)
+	name := fmt.Sprintf("take disk %s out of the domain's configuration, from %s", disk.Target.Dev, uri.Shown())
 	if scope&libvirtd.Live != 0 {
-		name = fmt.Sprintf("have the guest release disk %s, from %s", disk.Target.Dev, uri)
+		name = fmt.Sprintf("have the guest release disk %s, from %s", disk.Target.Dev, uri.Shown())
 	}
 	if scope == libvirtd.Live|libvirtd.Config {
 		name += ", and take it out of the domain's configuration"

@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/qmp"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // Machine is a QEMU with its monitor.
@@ -82,7 +83,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 		return nil, err
 	}
 	if v.uri.TLS && v.creds.dir == "" {
-		return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri)
+		return nil, fmt.Errorf("%w URI %s: a machine needs a folder of certificates for TLS, or a pre-shared key", qmp.ErrInvalid, v.uri.Shown())
 	}
 	p := &plug{Machine: m, served: *v, id: o.ID, model: cmp.Or(o.Model, qmp.VirtIOBlk), said: o}
 	p.serial = cmp.Or(o.Serial, serial(m.Name, o.ID))
@@ -103,7 +104,7 @@ func (m *Machine) Attach(ctx context.Context, s Source, o Options) (*Plan, error
 		p.client.TLSCreds, p.client.TLSHostname = v.creds.objectID(o.ID), v.creds.hostname
 		v.steps = append(v.steps, mortal(m.Monitor.Ended, p.credsStep())...)
 	}
-	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", s.name(), m.Name, o.ID), Disk: o.ID}
+	plan := &Plan{Aim: fmt.Sprintf("attach %q to %q as %s", transport.HideTokens(s.name()), m.Name, o.ID), Disk: o.ID}
 	plan.Steps = append(v.steps, mortal(m.Monitor.Ended, p.clientStep(), p.rawStep(), p.deviceStep(place), p.verifyStep())...)
 	return plan, nil
 }
@@ -293,7 +294,7 @@ func maybe(err error) bool { return err == nil || errors.Is(err, qmp.ErrUnanswer
 
 func (p *plug) clientStep() Step {
 	return Step{
-		Name: fmt.Sprintf("have the machine connect to %s, as node %s", p.uri, p.client.Node),
+		Name: fmt.Sprintf("have the machine connect to %s, as node %s", p.uri.Shown(), p.client.Node),
 		Do: func(ctx context.Context) (bool, error) {
 			ctx, cancel := steady(ctx)
 			defer cancel()

@@ -1472,6 +1472,22 @@ func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 	}
 }
 
+// TestTokenIsInNoPlan: plans and their errors go to terminals and logs.
+func TestTokenIsInNoPlan(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	token := strings.Repeat("a1", limits.TokenDigits/2)
+	for name, there := range map[string]bool{"web": true, "other": false} {
+		p, err := m.Attach(ctx, attach.Source{URI: fmt.Sprintf("nbd+unix:///%s%%3F%s?socket=%s/shared", name, token, l.dir)}, attach.Options{Model: qmp.SCSIDisk})
+		must(t, err)
+		_, err = p.Run(ctx)
+		if text := fmt.Sprintf("%+v: %v", *p, err); (err == nil) != there || strings.Contains(text, token) {
+			t.Errorf("attach of %s: %s", name, text)
+		}
+	}
+}
+
 // TestSecondDetachWaitsForTheGuestToo has been asked by the first.
 func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
 	l := start(t, q35...)

@@ -135,7 +135,7 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 		return nil, fmt.Errorf("%w source: one of image, export and URI", qmp.ErrInvalid)
 	}
 	if c == nil && s.URI == "" {
-		return nil, fmt.Errorf("%w: %s", ErrNoServer, s.name())
+		return nil, fmt.Errorf("%w: %s", ErrNoServer, transport.HideTokens(s.name()))
 	}
 	switch {
 	case s.Image != "":

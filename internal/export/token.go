@@ -3,19 +3,13 @@ package export
 import (
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/hex"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
-
-// A token comes with the name of an export: NAME?TOKEN, TOKEN being
-// limits.TokenDigits hexadecimal digits. No export has a name of that form, so
-// that a token is never taken for a part of a name and told to somebody.
 
 // digest is the SHA-256 of a token, which is all that is kept of it.
 type digest = [sha256.Size]byte
@@ -28,16 +22,12 @@ type Token struct {
 
 // cutToken takes the token off a name; nil if there is none.
 func cutToken(name string) (string, *digest) {
-	i := strings.LastIndexByte(name, '?')
-	if i < 0 || len(name)-i-1 != limits.TokenDigits {
+	export, token := transport.CutToken(name)
+	if token == "" {
 		return name, nil
 	}
-	token := name[i+1:]
-	if _, err := hex.DecodeString(token); err != nil {
-		return name, nil
-	}
-	d := sha256.Sum256([]byte(strings.ToLower(token)))
-	return name[:i], &d
+	d := sha256.Sum256([]byte(token))
+	return export, &d
 }
 
 // shownToken is the token that came with a name, and when.
