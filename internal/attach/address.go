@@ -2,6 +2,8 @@ package attach
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -10,12 +12,28 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
-// isAt tells whether a disk from u is the export, under its name or, while it is
-// the default export, under none, with a token or without.
+// isAt tells whether a disk from u is the export, with a token or without.
 func isAt(ctx context.Context, u transport.URI, x api.Export) bool {
-	if name, _ := transport.CutToken(u.Export); name != x.Name && (name != "" || !x.Default) {
-		return false
-	}
+	name, _ := transport.CutToken(u.Export)
+	return name == x.Name && sharesAddress(ctx, u, x)
+}
+
+// mayBe tells whether a disk from u is the default export of an address of x: that
+// is the one which was the default when the machine connected.
+func mayBe(ctx context.Context, u transport.URI, x api.Export) bool {
+	name, _ := transport.CutToken(u.Export)
+	return name == "" && sharesAddress(ctx, u, x)
+}
+
+// errMayBe is what errUnnamed has beside ErrDiffers, which is for other disks too.
+var errMayBe = errors.New("detach it, and attach it under its name")
+
+// errUnnamed is for a disk that may be an export.
+func errUnnamed(disk string, x api.Export) error {
+	return fmt.Errorf("%w: disk %s was attached under no name, as the default export of an address of %q, which may have been another: %w", ErrDiffers, disk, x.Name, errMayBe)
+}
+
+func sharesAddress(ctx context.Context, u transport.URI, x api.Export) bool {
 	return slices.ContainsFunc(x.URIs, func(text string) bool {
 		at, err := transport.ParseURI(text)
 		if err != nil || at.TLS != u.TLS {

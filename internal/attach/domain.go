@@ -175,6 +175,10 @@ func (v *served) isAt(ctx context.Context, u transport.URI) bool {
 	return u.String() == v.uri.String() || v.export != nil && isAt(ctx, u, *v.export)
 }
 
+func (v *served) mayBe(ctx context.Context, u transport.URI) bool {
+	return v.export != nil && mayBe(ctx, u, *v.export)
+}
+
 // above are the targets of the disks that stand on an NBD disk that fits, or are
 // being copied to one, each once.
 func (s states) above(fits func(transport.URI) bool) []string {
@@ -270,8 +274,13 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
-	if above := all.above(func(u transport.URI) bool { return v.isAt(ctx, u) }); len(above) > 0 {
+	if above := all.above(func(u transport.URI) bool { return v.isAt(ctx, u) || v.mayBe(ctx, u) }); len(above) > 0 {
 		return nil, errBeneath(above)
+	}
+	if _, there := all.scope(v.is(ctx)); there == nil {
+		if unnamed := all.targets(func(u transport.URI) bool { return v.mayBe(ctx, u) }); len(unnamed) > 0 {
+			return nil, errUnnamed(unnamed[0], *v.export)
+		}
 	}
 	v.stay(ctx, all)
 	if all[libvirtd.Live] == nil && s.Image != "" && s.Owner == "" && s.Mode == "" {
@@ -789,7 +798,12 @@ func (d *Domain) serving(ctx context.Context, target, named string) (in libvirtd
 	case named == "":
 		return 0, nil, x, unnamed(target)
 	}
-	if x, err = d.Server.Export(ctx, named); err == nil && !isAt(ctx, uri, x) {
+	x, err = d.Server.Export(ctx, named)
+	switch {
+	case err != nil || isAt(ctx, uri, x):
+	case mayBe(ctx, uri, x):
+		err = errUnnamed(target, x)
+	default:
 		err = otherExport(target, x)
 	}
 	return in, disk, x, err

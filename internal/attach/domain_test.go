@@ -719,7 +719,7 @@ func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
 	}
 	before := state()
 	overlay := filepath.Join(h.dir, "overlay")
-	for target, named := range map[string][]string{"sda": {"other", "web"}, "sdb": {"other", own}, "sdc": {"other", own}} {
+	for target, named := range map[string][]string{"sda": {"other", "web"}, "sdb": {"other", own}, "sdc": {"other", own, "web"}} {
 		for _, export := range named {
 			if _, err := h.Resize(ctx, target, export, attach.Size{Bytes: 3 * diskSize}); !errors.Is(err, attach.ErrDiffers) {
 				t.Errorf("resize %s with export %s: %v", target, export, err)
@@ -735,7 +735,7 @@ func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
 	if got := state(); got != before {
 		t.Errorf("changed to %s", got)
 	}
-	for target, export := range map[string]string{"sda": own, "sdb": "web", "sdc": "web"} {
+	for target, export := range map[string]string{"sda": own, "sdb": "web"} {
 		p, err := h.Resize(ctx, target, export, attach.Size{Bytes: 3 * diskSize})
 		if !do(t, p, err) {
 			t.Errorf("%s was not grown", target)

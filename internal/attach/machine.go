@@ -141,6 +141,7 @@ func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id st
 	if err != nil {
 		return "", nil, l, err
 	}
+	var unnamed error
 	for i := range all {
 		is, node := all[i].ID(), all[i].Inserted
 		if node == nil || raw != nil && is != asked {
@@ -156,9 +157,14 @@ func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id st
 		switch {
 		case err == nil:
 			id, raw, l = is, node, way
+		case errors.Is(err, errMayBe):
+			unnamed = err
 		case !errors.Is(err, ErrDiffers):
 			return "", nil, l, err
 		}
+	}
+	if raw == nil {
+		return "", nil, l, unnamed
 	}
 	return id, raw, l, nil
 }
@@ -176,7 +182,7 @@ func (m *Machine) notBeneath(ctx context.Context, id string, x api.Export) error
 			switch {
 			case err == nil:
 				return fmt.Errorf("%w: the machine has the export below disk %s, by a snapshot or a copy: block-commit or block-job-cancel ends that", ErrDiffers, id)
-			case !errors.Is(err, ErrDiffers):
+			case !errors.Is(err, ErrDiffers) || errors.Is(err, errMayBe):
 				return err
 			}
 		}

@@ -1230,9 +1230,6 @@ uri = "nbd://127.0.0.1:%d"
 [[listener]]
 uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	ctx := testenv.Context(t)
-	yes := true
-	_, err := l.service.Patch(ctx, "web", api.Patch{Default: &yes})
-	must(t, err)
 	client := func() (c api.Client) {
 		t.Helper()
 		await(t, func() bool { // the machine ends a connection before the server sees its end
@@ -1249,7 +1246,6 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	for name, s := range map[string]attach.Source{
 		"TLS":                    tls,
 		"TCP":                    {URI: fmt.Sprintf("nbd://127.0.0.1:%d/web", plain)},
-		"TCP, as the default":    {URI: fmt.Sprintf("nbd://127.0.0.1:%d", plain)},
 		"a Unix socket":          {URI: fmt.Sprintf("nbd+unix:///web?socket=%s/shared", l.dir)},
 		"a socket of its own":    l.source(l.image(t, "own.img", diskSize)),
 		"what attach has chosen": {Export: "web"},
@@ -1273,8 +1269,34 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 	}
 }
 
-// TestExportIsOneDiskOfAMachine by whichever of its addresses, and under whichever
-// name, the machine has it. Its daemon is started again with an address that is
+// TestDiskUnderNoNameIsNoExport: the default export may be another by now, whose bytes
+// a running guest would get.
+func TestDiskUnderNoNameIsNoExport(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	unnamed := attach.Source{URI: fmt.Sprintf("nbd+unix:///?socket=%s/shared", l.dir)}
+	p, err := m.Attach(ctx, unnamed, attach.Options{Model: qmp.SCSIDisk, ID: "d"})
+	do(t, p, err)
+	other := addExport("other", l.image(t, "other", diskSize))
+	other.Default = true
+	_, err = l.service.Add(ctx, other)
+	must(t, err)
+	for _, export := range []string{"web", "other"} {
+		if _, err := m.Attach(ctx, attach.Source{Export: export}, attach.Options{Model: qmp.SCSIDisk}); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("attach of %s: %v", export, err)
+		}
+		if _, err := m.Resize(ctx, "d", export, attach.Size{Bytes: 2 * diskSize}); !errors.Is(err, attach.ErrDiffers) {
+			t.Errorf("resize with export %s: %v", export, err)
+		}
+	}
+	p, err = m.Attach(ctx, unnamed, attach.Options{Model: qmp.SCSIDisk, ID: "d"})
+	if changed := do(t, p, err); changed {
+		t.Error("attached again as it is: changed")
+	}
+}
+
+// TestExportIsOneDiskOfAMachine by whichever of its addresses the machine has it. Its daemon is started again with an address that is
 // taken before the one that the disk was attached by.
 func TestExportIsOneDiskOfAMachine(t *testing.T) {
 	l := &lab{dir: testenv.TempDir(t)}
@@ -1287,7 +1309,7 @@ func TestExportIsOneDiskOfAMachine(t *testing.T) {
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
 	web := addExport("web", l.image(t, "web.img", diskSize))
-	web.Persist, web.Default = true, true
+	web.Persist = true
 	_, err := l.service.Add(ctx, web)
 	must(t, err)
 	named := attach.Source{Export: "web"}
@@ -1297,13 +1319,12 @@ func TestExportIsOneDiskOfAMachine(t *testing.T) {
 		s      attach.Source
 		id     string
 	}{
-		"TCP":                   {both, named, ""},
-		"TLS":                   {tcp, overTLS, ""},
-		"a name of its own":     {both, named, "first"},
-		"TLS, a name":           {tcp, overTLS, "first"},
-		"a URI":                 {both, attach.Source{URI: fmt.Sprintf("nbd://127.0.0.1:%d/web", plain)}, ""},
-		"a URI, as the default": {both, attach.Source{URI: fmt.Sprintf("nbd://127.0.0.1:%d", plain)}, ""},
-		"an image":              {both, l.source(l.image(t, "own.img", diskSize)), ""},
+		"TCP":               {both, named, ""},
+		"TLS":               {tcp, overTLS, ""},
+		"a name of its own": {both, named, "first"},
+		"TLS, a name":       {tcp, overTLS, "first"},
+		"a URI":             {both, attach.Source{URI: fmt.Sprintf("nbd://127.0.0.1:%d/web", plain)}, ""},
+		"an image":          {both, l.source(l.image(t, "own.img", diskSize)), ""},
 	} {
 		l.endService()
 		l.startService(t, tt.before)

@@ -390,24 +390,21 @@ func (m *Machine) linkTo(ctx context.Context, raw *qmp.Node, id string, x api.Ex
 }
 
 // attachedBy is the address of the export that the raw node of a disk is for, of
-// those with TLS or of those without. Its name is the export's own, also where
-// the disk was attached as the default export, which another may be by now.
+// those with TLS or of those without. For a disk that was attached as the default
+// export of one it fails with errMayBe too.
 func attachedBy(raw *qmp.Node, id string, x api.Export, tls bool, identity string) (transport.URI, error) {
-	names := []string{x.Name}
-	if x.Default {
-		names = append(names, "")
-	}
 	for _, text := range x.URIs {
 		uri, _, err := new(Source).remote(text)
 		if err != nil || uri.TLS != tls {
 			continue
 		}
 		uri.User = identity
-		for _, uri.Export = range names {
-			if rawNode(isOwn(raw.Name), id, uri.String(), raw.ReadOnly) == raw.Name {
-				uri.Export = x.Name
-				return uri, nil
-			}
+		is := func() bool { return rawNode(isOwn(raw.Name), id, uri.String(), raw.ReadOnly) == raw.Name }
+		if uri.Export = x.Name; is() {
+			return uri, nil
+		}
+		if uri.Export = ""; is() {
+			return transport.URI{}, errUnnamed(id, x)
 		}
 	}
 	return transport.URI{}, otherExport(id, x)
