@@ -33,6 +33,21 @@ type image struct {
 // known are the files of an image.
 func (i *image) known() []*os.File { return slices.Collect(maps.Values(i.files)) }
 
+// mayWriteAgain refuses, by raw.Unclaimed, an export with these files that clients can
+// write to as to says, and could not as from says: the files stayed open for writing.
+func mayWriteAgain(from, to *config.Export, files map[open.Request]*os.File) error {
+	if !from.ReadOnly || to.ReadOnly {
+		return nil
+	}
+	for r, f := range files {
+		err := raw.Unclaimed(f, raw.Options{Path: r.Path, ReadOnly: r.ReadOnly, Lock: raw.LockMode(to.Lock)})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // openImage opens the image of an export as s says, with what was handed over for it.
 func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (image, error) {
 	if err := d.cfg.Handed.images(x, &s); err != nil {

@@ -734,6 +734,10 @@ func (r *reopening) takeBack(ctx context.Context, after *config.Export) error {
 	defer r.next.stay()
 	live, _, _ := r.d.disks.look(r.next)
 	r.before.cfg = config.TakenBack(&r.before.cfg, after, &live)
+	files, _ := r.before.files.Contents()
+	if err := mayWriteAgain(&live, &r.before.cfg, files); err != nil {
+		return err
+	}
 	_, back, err := r.d.closeFor(ctx, r.next, r.before)
 	if err != nil {
 		return err

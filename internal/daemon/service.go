@@ -340,6 +340,9 @@ func set[T any](to *T, from *T) {
 
 // change makes an export in use what x says of all that can change. With k.busy.
 func (d *daemon) change(k *disk, x config.Export) error {
+	if err := mayWriteAgain(&k.cfg, &x, k.stack.files); err != nil {
+		return err
+	}
 	settings, err := settingsOf(&x)
 	if err != nil {
 		return err

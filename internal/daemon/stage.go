@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -443,9 +444,21 @@ func (s *stage0) handImage(x *config.Export, g gathered) error {
 	h.Dirs = dirs
 	for r, f := range files {
 		h.Files = append(h.Files, handedFile{Path: r.Path, ReadOnly: r.ReadOnly, Direct: r.Direct, FD: s.hand(f)})
+		if s.served() && !r.ReadOnly {
+			s.mayOpenAgain(f)
+		}
 	}
 	s.out.Images[x.Name] = h
 	return nil
+}
+
+// mayOpenAgain lets the worker open a block device again that it writes to, wherever
+// links to it lie, as raw.Unclaimed does. To read and to write, both: a reload opens it
+// as it shall be served, and asks by ioctl(2) for its size.
+func (s *stage0) mayOpenAgain(f *os.File) {
+	if fi, err := f.Stat(); err == nil && fi.Mode().Type() == fs.ModeDevice {
+		s.may(pathOf(f), confine.Read|confine.Write)
+	}
 }
 
 func (s *stage0) openPIDFile() error {

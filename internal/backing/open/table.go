@@ -137,8 +137,11 @@ func (s *Spec) Asked(f *os.File, below bool) Request {
 	return Request{Path: f.Name(), ReadOnly: below || s.ReadOnly, Direct: cacheModes[s.Cache].direct}
 }
 
-// Contents are the files, which stay the table's, and the folders.
+// Contents are the files, which stay the table's, and the folders; of no table none.
 func (t *Table) Contents() (files map[Request]*os.File, dirs map[string]string) {
+	if t == nil {
+		return nil, nil
+	}
 	return t.files, t.dirs
 }
 

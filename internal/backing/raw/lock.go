@@ -117,7 +117,7 @@ func Lock(f *os.File, o Options) (unlock func(), err error) {
 // Unclaimed refuses f if it is a block device that is to be written to, by the
 // options, and is mounted, or in use by the kernel for swap, LVM or md: no byte
 // lock tells of that. It is for whoever opens an image, before Open, which may have
-// no right to ask. The device is opened once more, with O_EXCL (open(2)), and
+// no right to ask, and for whoever lets clients write to it again. The device is opened once more, with O_EXCL (open(2)), and
 // closed at once. To keep it so would be in the way of who opens it again while it
 // is served, as a reload does. What cannot be opened again is not refused. Error:
 // ErrLocked.
