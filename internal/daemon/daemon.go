@@ -208,6 +208,9 @@ func (d *daemon) loadTLS() error {
 		return nil
 	}
 	err := d.loadSecrets()
+	if err == nil {
+		d.warnUnseen()
+	}
 	if err == nil || needed {
 		return err
 	}

@@ -23,10 +23,10 @@ func (d *daemon) loadKeys() (err error) {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
 	if d.keys, err = psk.LoadFrom(f, d.cfg.TLSKeys); err != nil {
-		return err
+		return errors.Join(err, f.Close())
 	}
+	d.keys.Keep(f)
 	d.warnOfKeys()
 	return nil
 }
@@ -65,11 +65,28 @@ func (d *daemon) warnOfKeys() {
 	}
 }
 
+// warnUnseen tells of certificates and keys whose folder is closed to this process: that
+// they have not changed is more than it can know.
+func (d *daemon) warnUnseen() {
+	const text = "cannot be looked at: only what becomes of the files that were there at the start is noticed"
+	if d.creds != nil {
+		if err := d.creds.Unseen(); err != nil {
+			d.logs.For("tls").Warn("certificates "+text, "error", err)
+		}
+	}
+	if d.keys != nil {
+		if err := d.keys.Unseen(); err != nil {
+			d.logs.For("tls").Warn("pre-shared keys "+text, "error", err)
+		}
+	}
+}
+
 // readSecrets reads certificates and pre-shared keys again, and says what has
 // changed. The keys count when take is called, which is never nil without an error;
 // certificates do at once, as at any handshake, unless it is a dry run. What is wrong
 // with a file is an error, and changes nothing of it.
 func (d *daemon) readSecrets(dryRun bool) (changes []string, take func(), err error) {
+	d.warnUnseen()
 	certificates, take := d.creds.Look, func() {}
 	if dryRun {
 		certificates = d.creds.Check

@@ -227,7 +227,9 @@ func (s *stage0) openCertificates() error {
 	s.out.TLS = map[string]int{}
 	for name, f := range all {
 		s.out.TLS[name] = s.hand(f)
-		s.mayReadAgain(filepath.Join(dir, name))
+		if name != transport.CredentialsFolder {
+			s.mayReadAgain(filepath.Join(dir, name))
+		}
 	}
 	s.may(dir, confine.Read)
 	return nil

@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport/stamp"
 )
@@ -29,6 +31,10 @@ const (
 	caFile  = "ca-cert.pem"
 	crlFile = "ca-crl.pem"
 )
+
+// CredentialsFolder is the name of the folder itself among the files of
+// OpenCredentials.
+const CredentialsFolder = "."
 
 // TLSOptions are for LoadCredentials.
 type TLSOptions struct {
@@ -41,8 +47,9 @@ type TLSOptions struct {
 	NoVerifyPeer bool
 
 	// Given, if not nil, are all files that there are, opened by
-	// OpenCredentials: they are what is loaded first. LoadCredentials closes
-	// them.
+	// OpenCredentials: they are what is loaded first. With an error LoadCredentials
+	// closes them; else they stay open, to look at while the folder is closed to the
+	// process.
 	Given map[string]*os.File
 
 	// Log gets the reloads; nil is slog.Default.
@@ -54,11 +61,13 @@ type TLSOptions struct {
 // are in order in place of the old ones. Certificate and key change together. What
 // is wrong with one file keeps no revocation in another from taking effect, and a
 // file that has not changed is not read again: the process may have lost the right
-// to. Safe for concurrent use.
+// to, and in a folder that is closed to it, that is told by the files that it was
+// given. Safe for concurrent use.
 type Credentials struct {
-	dir string
-	opt TLSOptions
-	log *slog.Logger
+	dir    string
+	opt    TLSOptions  // Given included
+	folder stamp.Stamp // of the one that was given, before the files were read
+	log    *slog.Logger
 
 	mu  sync.Mutex
 	set *credentialSet // guarded by mu; what it points to never changes
@@ -106,17 +115,22 @@ func (o TLSOptions) parts() (own, ca, crl part) {
 // Once loaded, ca-cert.pem and ca-crl.pem may change but not vanish: that
 // would silently open what they close.
 func LoadCredentials(dir string, o TLSOptions) (*Credentials, error) {
+	c := &Credentials{dir: dir, opt: o, log: o.Log}
+	if f := o.Given[CredentialsFolder]; f != nil {
+		if fi, err := f.Stat(); err == nil {
+			c.folder = stamp.Of(fi, nil)
+		}
+	}
 	set := &credentialSet{given: o.Given}
 	own, ca, crl := o.parts()
 	set, err := set.with(dir, o, own, ca, crl)
-	for _, f := range o.Given {
-		f.Close()
-	}
 	if err != nil {
+		for _, f := range o.Given {
+			f.Close()
+		}
 		return nil, fmt.Errorf("tls credentials in %q: %w", dir, err)
 	}
-	o.Given, set.given = nil, nil
-	c := &Credentials{dir: dir, opt: o, log: o.Log, set: set}
+	set.given, c.set = nil, set
 	if c.log == nil {
 		c.log = slog.Default()
 	}
@@ -190,7 +204,7 @@ func (c *Credentials) Look() (changed bool, err error) {
 func (c *Credentials) Check() (changed bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	set, wrong := c.set.renew(c.dir, c.opt, stampAll(c.dir, c.opt))
+	set, wrong := c.set.renew(c.dir, c.opt, c.stampAll())
 	return set != c.set, c.told(wrong)
 }
 
@@ -210,7 +224,7 @@ func (c *Credentials) current() *credentialSet {
 }
 
 func (c *Credentials) currentLocked() *credentialSet {
-	now := stampAll(c.dir, c.opt)
+	now := c.stampAll()
 	if maps.Equal(now, c.set.stamps) {
 		c.refused.stamps, c.refused.text = nil, ""
 		return c.set
@@ -390,15 +404,18 @@ func (s *credentialSet) open(dir, name string) (*os.File, error) {
 
 // openFile is not held up by a FIFO; read refuses it.
 func openFile(dir, name string) (*os.File, error) {
+	if name == CredentialsFolder {
+		return os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	}
 	return os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|syscall.O_NONBLOCK, 0)
 }
 
 // OpenCredentials opens the files that LoadCredentials would read, for a
-// process that may not.
+// process that may not. Their folder is there too, opened with O_PATH.
 func OpenCredentials(dir string, o TLSOptions) (map[string]*os.File, error) {
 	cert, key := o.ownFiles()
 	all := map[string]*os.File{}
-	for _, name := range [...]string{cert, key, caFile, crlFile} {
+	for _, name := range [...]string{CredentialsFolder, cert, key, caFile, crlFile} {
 		f, err := openFile(dir, name)
 		switch {
 		case err == nil:
@@ -424,7 +441,9 @@ func (s *credentialSet) read(dir, name string, limit int64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	if s.given == nil {
+		defer f.Close()
+	}
 	fi, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -475,11 +494,45 @@ func eachPEM(data []byte, kind string, f func(der []byte) error) error {
 }
 
 // stampAll looks at all files of a set, without opening them.
-func stampAll(dir string, o TLSOptions) map[string]stamp.Stamp {
-	cert, key := o.ownFiles()
+func (c *Credentials) stampAll() map[string]stamp.Stamp {
+	cert, key := c.opt.ownFiles()
 	all := make(map[string]stamp.Stamp, 4)
 	for _, name := range [...]string{cert, key, caFile, crlFile} {
-		all[name] = stamp.Of(os.Stat(filepath.Join(dir, name)))
+		fi, err := os.Stat(filepath.Join(c.dir, name))
+		if errors.Is(err, fs.ErrPermission) && c.folderStays() {
+			all[name] = c.stampGiven(name)
+			continue
+		}
+		all[name] = stamp.Of(fi, err)
 	}
 	return all
+}
+
+// folderStays tells whether the folder that was given has the entries that it had then:
+// its times tell of any other.
+func (c *Credentials) folderStays() bool {
+	f := c.opt.Given[CredentialsFolder]
+	return f != nil && stamp.OfOpen(f) == c.folder
+}
+
+// stampGiven looks at a file that was given, for a folder that has the same entries.
+func (c *Credentials) stampGiven(name string) stamp.Stamp {
+	f := c.opt.Given[name]
+	if f == nil {
+		return stamp.Stamp{} // absent, as it was
+	}
+	return stamp.OfOpen(f)
+}
+
+// Unseen is why files cannot be looked at by their paths, nil if all can. Then what
+// becomes of those that were given, and of their folder, is noticed all the same, but
+// not that a folder above it, or one to which a symbolic link leads, is another one.
+func (c *Credentials) Unseen() error {
+	cert, key := c.opt.ownFiles()
+	for _, name := range [...]string{cert, key, caFile, crlFile} {
+		if _, err := os.Stat(filepath.Join(c.dir, name)); errors.Is(err, fs.ErrPermission) {
+			return err
+		}
+	}
+	return nil
 }

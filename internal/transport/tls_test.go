@@ -589,8 +589,8 @@ func TestAKeyThatCannotBeReadAgain(t *testing.T) {
 	transporttest.WriteServer(t, p.dir, p.ca, first)
 	p.crl(t, p.ca.CRL(day))
 	hidden := func() error { return os.Chmod(filepath.Join(p.dir, "server-key.pem"), 0) }
-	given, err := transport.OpenCredentials(p.dir, transport.TLSOptions{})
-	put(t, errors.Join(err, hidden()))
+	given := openCredentials(t, p.dir)
+	put(t, hidden())
 	var log logged
 	creds := p.load(t, transport.TLSOptions{Given: given, Log: log.logger()})
 
@@ -614,17 +614,100 @@ func TestAKeyThatCannotBeReadAgain(t *testing.T) {
 	}
 }
 
+// TestWhatWasGivenIsLookedAtInAClosedFolder: nothing there can be read again. What has
+// not changed is no error, and a change of any kind is one.
+func TestWhatWasGivenIsLookedAtInAClosedFolder(t *testing.T) {
+	day, ca := time.Now().Add(24*time.Hour), transporttest.NewCA(t, "test CA")
+	for _, tt := range []struct {
+		name   string
+		change func(p *pki) error // nil: nothing
+	}{
+		{"nothing", nil},
+		{"list that comes", func(p *pki) error { p.crl(t, ca.CRL(day)); return nil }},
+		{"authority that goes", func(p *pki) error { return os.Remove(filepath.Join(p.dir, "ca-cert.pem")) }},
+		{"key that is written", func(p *pki) error {
+			return os.WriteFile(filepath.Join(p.dir, "server-key.pem"), ca.IssueServer("server").KeyPEM(t), 0o600)
+		}},
+		{"certificate with another link", func(p *pki) error {
+			return os.Link(filepath.Join(p.dir, "server-cert.pem"), filepath.Join(publicDir(t), "other"))
+		}},
+		{"another folder", func(p *pki) error {
+			old := filepath.Join(publicDir(t), "old")
+			return errors.Join(os.Rename(p.dir, old), os.Mkdir(p.dir, 0o700))
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &pki{ca: ca, dir: publicDir(t)}
+			transporttest.WriteServer(t, p.dir, p.ca, p.ca.IssueServer("server"))
+			given := openCredentials(t, p.dir)
+			within := closeFolder(t, p.dir)
+			var log logged
+			creds := p.load(t, transport.TLSOptions{Given: given, Log: log.logger()})
+			if tt.change != nil {
+				within(func() error { return tt.change(p) })
+			}
+			changed, err := lookAsNobody(t, creds)
+			if changed || (tt.change == nil) != (err == nil) || err != nil && !strings.Contains(err.Error(), "permission denied") {
+				t.Errorf("look: changed %v, %v; want a fault: %v", changed, err, tt.change != nil)
+			}
+			if _, err := asNobody(t, func() (bool, error) { return false, creds.Unseen() }); !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("unseen: got %v, want that the folder is closed", err)
+			}
+		})
+	}
+}
+
+// openCredentials opens those of a server, until the test ends.
+func openCredentials(t *testing.T, dir string) map[string]*os.File {
+	t.Helper()
+	given, err := transport.OpenCredentials(dir, transport.TLSOptions{})
+	put(t, err)
+	t.Cleanup(func() {
+		for _, f := range given {
+			_ = f.Close()
+		}
+	})
+	return given
+}
+
+// closeFolder closes a folder to everybody but root. within does something in it.
+func closeFolder(t *testing.T, dir string) (within func(do func() error)) {
+	t.Helper()
+	chmod := func(mode os.FileMode) {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Error(err)
+		}
+	}
+	chmod(0)
+	t.Cleanup(func() { chmod(0o700) })
+	return func(do func() error) {
+		if os.Getuid() != 0 {
+			chmod(0o700)
+			defer chmod(0)
+		}
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // lookAsNobody is c.Look by a user to whom no file belongs.
 func lookAsNobody(t *testing.T, c *transport.Credentials) (changed bool, err error) {
 	t.Helper()
+	return asNobody(t, c.Look)
+}
+
+// asNobody calls look as a user to whom no file belongs.
+func asNobody(t *testing.T, look func() (bool, error)) (changed bool, err error) {
+	t.Helper()
 	if os.Getuid() != 0 {
-		return c.Look()
+		return look()
 	}
 	runtime.LockOSThread() // whose user for files it is
 	defer runtime.UnlockOSThread()
 	put(t, unix.Setfsuid(65534))
 	defer func() { put(t, unix.Setfsuid(0)) }()
-	return c.Look()
+	return look()
 }
 
 func TestDirectoriesThatAreNotLoaded(t *testing.T) {

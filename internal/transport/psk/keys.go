@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"sync"
@@ -36,6 +37,8 @@ type Keys struct {
 	mu   sync.RWMutex
 	list []identity  // guarded by mu; what it holds never changes
 	from stamp.Stamp // of the file that list is from; guarded by mu
+
+	file *os.File // see Keep; nil: there is none
 }
 
 // identity has one key, or two while one is replaced.
@@ -72,6 +75,20 @@ func LoadFrom(f *os.File, path string) (*Keys, error) {
 	return k, nil
 }
 
+// Keep has Check and Reload look at f, from which k was loaded, while the folder of the
+// file is closed to the process. It stays open. Keep comes before they are called.
+func (k *Keys) Keep(f *os.File) { k.file = f }
+
+// Unseen is why the file cannot be looked at by its path, nil if it can. Then what
+// becomes of the file itself is noticed all the same, but not that a folder above it is
+// another one.
+func (k *Keys) Unseen() error {
+	if _, err := os.Lstat(k.path); errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	return nil
+}
+
 // Reload reads the file again, and tells whether it has other keys. On an error they
 // stay what they are. That a file which has not changed cannot be opened is none: the
 // process may have lost the right to. Connections that are open stay as well.
@@ -86,7 +103,7 @@ func (k *Keys) Reload() (changed bool, err error) {
 // Check tells what Reload would, and changes nothing before take is called, if there is
 // no error: that takes the keys that were read here.
 func (k *Keys) Check() (changed bool, take func(), err error) {
-	list, from, err := readAt(k.path)
+	list, from, err := k.readAgain()
 	k.mu.RLock()
 	defer k.mu.RUnlock()
 	switch {
@@ -102,14 +119,17 @@ func (k *Keys) Check() (changed bool, take func(), err error) {
 	}, nil
 }
 
-// readAt is read for a file that may not be readable.
-func readAt(path string) ([]identity, stamp.Stamp, error) {
-	f, err := Open(path)
-	if err != nil {
-		return nil, stamp.Of(os.Lstat(path)), err
+// readAgain is read for a file that may not be readable.
+func (k *Keys) readAgain() ([]identity, stamp.Stamp, error) {
+	f, err := Open(k.path)
+	switch {
+	case err == nil:
+		defer f.Close()
+		return read(f, k.path)
+	case k.file != nil && k.Unseen() != nil:
+		return nil, stamp.OfOpen(k.file), err
 	}
-	defer f.Close()
-	return read(f, path)
+	return nil, stamp.Of(os.Lstat(k.path)), err
 }
 
 // read returns what is in a key file, and which one it is.

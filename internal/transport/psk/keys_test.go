@@ -270,6 +270,73 @@ func TestKeysThatCannotBeReadAgain(t *testing.T) {
 	}
 }
 
+// TestKeysInAClosedFolder are looked at by the file that they were loaded from.
+func TestKeysInAClosedFolder(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(path string) error // nil: nothing
+		kept   bool
+	}{
+		{"nothing", nil, true},
+		{"nothing, and nothing to look at", nil, false},
+		{"written", func(path string) error {
+			return os.WriteFile(path, []byte("vm2:"+hexKey(32, 2)+"\n"), 0o600)
+		}, true},
+		{"replaced", func(path string) error { return Add(path, "vm2", 32, false) }, true},
+		{"removed", os.Remove, true},
+		{"moved", func(path string) error { return os.Rename(path, path+".old") }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := keyFile(t, "vm1:"+hexKey(32, 1)+"\n", 0o600)
+			f, err := Open(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			k, err := LoadFrom(f, path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			within := closeFolder(t, filepath.Dir(path))
+			if tt.kept {
+				k.Keep(f)
+			}
+			if tt.change != nil {
+				within(func() error { return tt.change(path) })
+			}
+			same := tt.kept && tt.change == nil
+			changed, err := asNobody(t, k.Reload)
+			if changed || same != (err == nil) || err != nil && !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("reload: got %t, %v; want no change, and that it cannot be read: %t", changed, err, !same)
+			}
+			if _, err := asNobody(t, func() (bool, error) { return false, k.Unseen() }); !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("unseen: got %v, want that the folder is closed", err)
+			}
+		})
+	}
+}
+
+// closeFolder closes a folder to everybody but root. within does something in it.
+func closeFolder(t *testing.T, dir string) (within func(do func() error)) {
+	t.Helper()
+	chmod := func(mode os.FileMode) {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Error(err)
+		}
+	}
+	chmod(0)
+	t.Cleanup(func() { chmod(0o700) })
+	return func(do func() error) {
+		if os.Getuid() != 0 {
+			chmod(0o700)
+			defer chmod(0)
+		}
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // asNobody calls look as a user to whom no file belongs.
 func asNobody(t *testing.T, look func() (bool, error)) (changed bool, err error) {
 	t.Helper()

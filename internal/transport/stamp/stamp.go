@@ -5,6 +5,7 @@ package stamp
 import (
 	"errors"
 	"io/fs"
+	"os"
 	"syscall"
 )
 
@@ -15,6 +16,20 @@ type Stamp struct {
 	size         int64
 	mtime, ctime syscall.Timespec
 	reason       string
+}
+
+// OfOpen is the Stamp of an open file, for who may not look at its path. As long as it
+// stays the same the file has the names that it had: the file systems of Linux set the
+// ctime at link(2), unlink(2) and rename(2). A file without a name has none that another
+// can have.
+func OfOpen(f *os.File) Stamp {
+	fi, err := f.Stat()
+	if err == nil {
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Nlink == 0 {
+			return Stamp{reason: "removed"}
+		}
+	}
+	return Of(fi, err)
 }
 
 // Of is the Stamp of what Stat and its like have returned.
