@@ -252,6 +252,56 @@ func TestDeviceIsTakenOverFromADeadProcess(t *testing.T) {
 	})
 }
 
+// defaultScenario: another export, of another size, becomes the one that opens
+// without a name. The device's own is asked for by its name, also by who takes
+// the device over, and with its token.
+const defaultScenario = serviceStart + `
+kill $server
+wait $server || :
+truncate -s 64M /run/d/a.img
+truncate -s 128M /run/d/b.img
+cat >/run/conf <<END
+[control]
+socket = "/run/d/control"
+[images]
+roots = ["/run/d"]
+[[listener]]
+uri = "nbd+unix:///?socket=/run/d/nbd"
+[[export]]
+name = "a"
+image = "/run/d/a.img"
+END
+serve
+token=$(printf %064d 7)
+attach() { vmdiskctl device attach "nbd+unix:///%3F$token?socket=/run/d/nbd" /dev/nbd0 --persist --timeout 2s --poll 200ms; }
+attach
+/usr/sbin/mke2fs -q -F -t ext4 /dev/nbd0
+mount -t ext4 /dev/nbd0 /mnt
+sed -i 's/^\[\[export\]\]/[[export]]\nname = "b"\nimage = "\/run\/d\/b.img"\n&/' /run/conf
+bounce
+vmdiskctl info --size 'nbd+unix:///?socket=/run/d/nbd' | grep 134217728
+dd if=/dev/urandom of=/mnt/one bs=64k count=16 conv=fsync 2>/dev/null
+holder=$(pidof vmdiskctl)
+kill -9 $holder
+await '! kill -0 $holder 2>/dev/null'
+attach
+bounce
+dd if=/dev/urandom of=/mnt/two bs=64k count=16 conv=fsync 2>/dev/null
+cat /sys/block/nbd0/backend
+fails 1 grep $token /sys/block/nbd0/backend
+[ $(stat -c %b /run/d/b.img) = 0 ]
+[ $(cat /sys/block/nbd0/size) = 131072 ]
+umount /mnt
+/usr/sbin/e2fsck -fn /dev/nbd0
+vmdiskctl device detach /dev/nbd0
+/usr/sbin/e2fsck -fn /run/d/a.img
+if dmesg | grep -E 'I/O error|blocked for more'; then exit 9; fi
+`
+
+func TestDeviceStaysWithItsExport(t *testing.T) {
+	oneKernel(t, stableKernel, func(t *testing.T, k testenv.Kernel) { bootDevice(t, k, defaultScenario, "", "vsock_loopback") })
+}
+
 // securedScenario: the driver takes no TLS, so relays speak it: with certificates
 // over TCP, with a pre-shared key over vsock. The service dies under each.
 const securedScenario = serviceStart + kept + `

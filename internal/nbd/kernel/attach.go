@@ -24,14 +24,60 @@ import (
 // Server is an export and the way to it.
 type Server struct {
 	Target transport.Target
+	// Export is the name to ask for.
 	Export string
 	TLS    *tls.Config // nil for none
+
+	// name is what the server calls the export, without a token. It is known,
+	// and does not change, from the first connection on.
+	name  string
+	known bool
 }
 
 // Direct tells whether the driver can speak to the server by itself; if not,
 // every connection has a relay in this process.
 func (s *Server) Direct() bool {
 	return s.TLS == nil && (s.Target.Kind == transport.Unix || s.Target.Kind == transport.TCP)
+}
+
+// settle has the export asked for by the name that the server has for it, and no
+// other be taken for it: what opens to a name, as to the empty one, may be
+// another export later. A token is shown with that name too.
+func (s *Server) settle(name string) {
+	_, token := cutToken(s.Export)
+	s.name, s.known = name, true
+	if s.Export = name; token != "" {
+		s.Export += "?" + token
+	}
+}
+
+// called is the name of what was asked for: the one that was asked for, if the
+// server tells none (NBD proto.md, "NBD_INFO_NAME").
+func (s *Server) called(e client.Export) string {
+	name := e.Canonical
+	if name == "" {
+		name = s.Export
+	}
+	name, _ = cutToken(name)
+	return name
+}
+
+// check refuses an export that is another one than at the first connection.
+func (s *Server) check(e client.Export) error {
+	if name := s.called(e); s.known && name != s.name {
+		return refused("the server calls the export %q, not %q: it is another one", clip(name), clip(s.name))
+	}
+	return nil
+}
+
+// alias is the name of the export for a device that asked for another one, or
+// "". It holds nothing of the token that was asked with.
+func (s *Server) alias(asked string) string {
+	_, token := cutToken(asked)
+	if s.Export == asked || token != "" && strings.Contains(strings.ToLower(s.name), strings.ToLower(token)) {
+		return ""
+	}
+	return s.name
 }
 
 // Config says how to attach a device.
@@ -117,15 +163,16 @@ func (c *Config) Check() error {
 }
 
 func (v *Device) attach(ctx context.Context) error {
+	c := &v.config
+	asked := c.Server.Export
 	export, err := v.connectAll(ctx)
 	if err != nil {
 		return err
 	}
-	c := &v.config
 	if c.Connections > 1 && !export.Has(wire.CanMultiConn) {
 		return refused("the server does not allow %d connections to share this export", c.Connections)
 	}
-	v.setup = Setup{Index: c.Index, Flags: export.Flags, Timeout: c.Timeout, DeadConn: c.DeadConn, Backend: backend(c.URI)}
+	v.setup = Setup{Index: c.Index, Flags: export.Flags, Timeout: c.Timeout, DeadConn: c.DeadConn, Backend: backend(c.URI, c.Server.alias(asked))}
 	if c.ReadOnly {
 		v.setup.Flags |= wire.ReadOnly
 	}
@@ -176,6 +223,7 @@ func (v *Device) connectAll(ctx context.Context) (client.Export, error) {
 		v.links = append(v.links, l)
 		if n == 0 {
 			first = e
+			v.config.Server.settle(v.config.Server.called(e))
 		} else if e.Size != first.Size || e.Flags != first.Flags || e.Blocks != first.Blocks {
 			return first, senseless("the server describes the export in two ways")
 		}
@@ -224,13 +272,40 @@ func (v *Device) Close() {
 
 // backendPrefix begins what the driver remembers of devices attached here; a
 // random number follows, so that one who reconnects a device knows it from one
-// that was attached since, a blank, and the URI.
-const backendPrefix = "vmdiskctl-"
+// that was attached since, a blank, and the URI. Before that stands, with another
+// blank, aliasPrefix and the name of the export, escaped as in a URI, if the URI
+// has another one.
+const (
+	backendPrefix = "vmdiskctl-"
+	aliasPrefix   = "export="
+)
 
-func backend(uri string) string {
+// backend leaves out an alias for which limits.Backend has no room.
+func backend(uri, alias string) string {
 	var nonce [8]byte
 	rand.Read(nonce[:]) // never fails
-	return backendPrefix + hex.EncodeToString(nonce[:]) + " " + ShownURI(uri)
+	id, uri := backendPrefix+hex.EncodeToString(nonce[:])+" ", ShownURI(uri)
+	name := aliasPrefix + url.PathEscape(alias) + " "
+	if alias == "" || len(id)+len(name)+len(uri) > limits.Backend {
+		return id + uri
+	}
+	return id + name + uri
+}
+
+// parseBackend is false for a device that others have attached.
+func parseBackend(backend string) (uri, alias string, ours bool) {
+	rest, ours := strings.CutPrefix(backend, backendPrefix)
+	_, uri, blank := strings.Cut(rest, " ")
+	if !ours || !blank {
+		return "", "", false
+	}
+	name, after, _ := strings.Cut(uri, " ")
+	if name, ok := strings.CutPrefix(name, aliasPrefix); ok && after != "" {
+		if alias, err := url.PathUnescape(name); err == nil {
+			return after, alias, true
+		}
+	}
+	return uri, "", true
 }
 
 // ShownURI is what everybody may know of a URI: the first digits of its SHA-256
@@ -240,22 +315,34 @@ func ShownURI(uri string) string {
 	return uri[:min(len(uri), limits.Backend-64)]
 }
 
-// hideToken shortens the token of a URI whose export is NAME?TOKEN, TOKEN being
-// limits.TokenDigits hexadecimal digits, to tokenShown digits of its SHA-256:
+// hideToken shortens the token of a URI to tokenShown digits of its SHA-256:
 // "vmdiskctl token list" has the others.
 func hideToken(uri string) string {
 	u, err := url.Parse(uri)
 	if err != nil {
 		return uri
 	}
-	i := strings.LastIndexByte(u.Path, '?') + 1
-	token := strings.ToLower(u.Path[i:])
-	if _, err := hex.DecodeString(token); i == 0 || err != nil || len(token) != limits.TokenDigits {
+	name, token := cutToken(u.Path)
+	if token == "" {
 		return uri
 	}
-	sum := sha256.Sum256([]byte(token))
-	u.Path, u.RawPath = u.Path[:i]+hex.EncodeToString(sum[:])[:tokenShown], ""
+	sum := sha256.Sum256([]byte(strings.ToLower(token)))
+	u.Path, u.RawPath = name+"?"+hex.EncodeToString(sum[:])[:tokenShown], ""
 	return u.String()
+}
+
+// cutToken takes the token off a name NAME?TOKEN, TOKEN being limits.TokenDigits
+// hexadecimal digits; "" if there is none.
+func cutToken(name string) (base, token string) {
+	i := strings.LastIndexByte(name, '?')
+	if i < 0 {
+		return name, ""
+	}
+	token = name[i+1:]
+	if _, err := hex.DecodeString(token); err != nil || len(token) != limits.TokenDigits {
+		return name, ""
+	}
+	return name[:i], token
 }
 
 // tokenShown tells tokens apart and is too short to be taken for one.
@@ -264,10 +351,8 @@ const tokenShown = 8
 // BackendURI is the URI in what the driver remembers, as ShownURI, or all of it
 // when others have attached the device. It is data.
 func BackendURI(backend string) string {
-	if rest, ok := strings.CutPrefix(backend, backendPrefix); ok {
-		if _, uri, ok := strings.Cut(rest, " "); ok {
-			return ShownURI(uri)
-		}
+	if uri, _, ours := parseBackend(backend); ours {
+		return ShownURI(uri)
 	}
 	return backend
 }
@@ -278,7 +363,7 @@ type link struct {
 	relay *Relay   // nil for a direct connection
 }
 
-// connect negotiates one connection up to its first request.
+// connect negotiates one connection to the export, up to its first request.
 func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
 	ctx, cancel := context.WithTimeout(ctx, limits.Handshake)
 	defer cancel()
@@ -288,6 +373,10 @@ func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
 	}
 	way, e, err := session.Handover(ctx, s.Export)
 	if err != nil {
+		return nil, e, err
+	}
+	if err := s.check(e); err != nil {
+		way.Close()
 		return nil, e, err
 	}
 	if !s.Direct() {

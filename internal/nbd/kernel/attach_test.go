@@ -90,7 +90,7 @@ func TestTokenIsNotShown(t *testing.T) {
 		"nbd+unix:///disk?socket=/%3F" + token:                              "nbd+unix:///disk?socket=/%3F" + token,
 		"nbd://host/" + strings.Repeat("n", limits.Backend) + "%3F" + token: "nbd://host/" + strings.Repeat("n", limits.Backend-64-len("nbd://host/")),
 	} {
-		if got := BackendURI(backend(uri)); got != want {
+		if got := BackendURI(backend(uri, "")); got != want {
 			t.Errorf("%s:\ngot  %s\nwant %s", uri, got, want)
 		}
 	}
@@ -102,6 +102,65 @@ func TestTokenIsNotShown(t *testing.T) {
 	defer v.Close()
 	if got := k.file(t, "backend"); strings.Contains(got, token) || !strings.HasSuffix(got, " nbd+unix:///disk%3F"+sum+"?socket=/s") {
 		t.Errorf("the driver remembers %q", got)
+	}
+}
+
+// defaultIs makes a server of the exports a and b, of which one opens to who
+// names none, with and without a token.
+func (s *fakeServer) defaultIs(name string, sizeOfA int64) {
+	list := names{"a": {"a", sizeOfA}, "b": {"b", 2 << 20}}
+	list[""] = list[name]
+	for _, n := range []string{"", "a", "b"} {
+		list[n+"?"+aToken] = list[n]
+	}
+	s.names.Store(&list)
+}
+
+var aToken = strings.Repeat("A5", limits.TokenDigits/2)
+
+// TestKeptDeviceStaysWithItsExport: connections and sizes are those of the
+// export that was the server's default at the first connection.
+func TestKeptDeviceStaysWithItsExport(t *testing.T) {
+	for asked, then := range map[string]string{"": "a", "?" + aToken: "a?" + aToken} {
+		k, s := newFakeKernel(t), newFakeServer(t)
+		s.defaultIs("a", 1<<20)
+		c := k.config(s)
+		c.Server.Export, c.Connections = asked, 2
+		v, err := Attach(t.Context(), k.d, c)
+		must(t, err)
+		if got := s.lastAsked(); got != then {
+			t.Errorf("the second connection is to %q, want %q", got, then)
+		}
+		s.defaultIs("b", 1<<20)
+		must(t, unix.Shutdown(int(k.socket(0).Fd()), unix.SHUT_RDWR))
+		said, end := keep(t, &Keeper{Device: v, Poll: limits.DevicePollLeast})
+		hear(t, said, "connection 1 of /dev/nbd2 is new")
+		s.defaultIs("b", 3<<20)
+		hear(t, said, "has 3145728 bytes")
+		if err := end(); !errors.Is(err, context.Canceled) {
+			t.Errorf("the keeper ends with %v", err)
+		}
+		for _, c := range k.calls {
+			if c.numbers[attrSizeBytes] == 2<<20 {
+				t.Errorf("%q: the driver is told the size of the other export: %+v", asked, c)
+			}
+		}
+		v.Close()
+	}
+}
+
+// TestSizeOfAnotherExportIsNotFollowed: the server has given its name away.
+func TestSizeOfAnotherExportIsNotFollowed(t *testing.T) {
+	k, s := newFakeKernel(t), newFakeServer(t)
+	s.defaultIs("a", 1<<20)
+	c := k.config(s)
+	c.Server.Export = "a"
+	v, err := Attach(t.Context(), k.d, c)
+	must(t, err)
+	defer v.Close()
+	s.names.Store(&names{"a": {"b", 2 << 20}})
+	if size, err := sizeOf(t.Context(), &v.config.Server); !errors.Is(err, ErrRefused) {
+		t.Errorf("got %d, %v", size, err)
 	}
 }
 
@@ -166,6 +225,10 @@ func TestWhatCannotBeSafeIsRefused(t *testing.T) {
 		"two connections that the server does not allow": func(c *Config, s *fakeServer) {
 			c.Connections = 2
 			s.flags.Store(uint32(wire.HasFlags))
+		},
+		"two connections to two exports": func(c *Config, s *fakeServer) {
+			c.Server.Export, c.Connections = "", 2
+			s.names.Store(&names{"": {"a", 1 << 20}, "a": {"b", 1 << 20}})
 		},
 		"an export below a block": func(_ *Config, s *fakeServer) { s.size.Store(100) },
 		"blocks above a page":     func(_ *Config, s *fakeServer) { s.block.Store(8192) },
@@ -283,6 +346,7 @@ func TestKeeperGivesNoDeviceToAnotherExport(t *testing.T) {
 		"broke the protocol":      func(s *fakeServer) { s.early.Store(true) },
 		"the device keeps its si": func(s *fakeServer) { s.size.Store(1 << 19) },
 		"smaller than one block":  func(s *fakeServer) { s.size.Store(5) },
+		`"other", not "disk"`:     func(s *fakeServer) { s.names.Store(&names{"disk": {"other", 1 << 20}}) },
 	} {
 		k, s := newFakeKernel(t), newFakeServer(t)
 		v, err := Attach(t.Context(), k.d, k.config(s))
@@ -344,7 +408,7 @@ func TestKeeperDetachesItsOwnDeviceAlone(t *testing.T) {
 		"the same":                 {func(*fakeKernel) {}, true},
 		"the same, old kernel":     {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "backend"))) }, true},
 		"detached":                 {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "pid"))) }, false},
-		"attached anew":            {func(k *fakeKernel) { k.write(2, "backend", backend("nbd+unix:///disk")+"\n") }, false},
+		"attached anew":            {func(k *fakeKernel) { k.write(2, "backend", backend("nbd+unix:///disk", "")+"\n") }, false},
 		"attached anew by another": {func(k *fakeKernel) { k.write(2, "backend", "somebody else\n") }, false},
 	} {
 		k, s := newFakeKernel(t), newFakeServer(t)

@@ -196,10 +196,21 @@ type fakeServer struct {
 	block  atomic.Uint32
 	early  atomic.Bool                // sends a byte before the first request
 	tls    atomic.Pointer[tls.Config] // nil for none
+	names  atomic.Pointer[names]      // nil for a server that has any export, and tells no names
 	l      net.Listener
 	mu     sync.Mutex
 	conns  []net.Conn // guarded by mu
+	asked  []string   // guarded by mu; the names of exports that were asked for
 	served sync.WaitGroup
+}
+
+// names are the exports of a server that tells their names, by the names that
+// open them.
+type names map[string]fakeExport
+
+type fakeExport struct {
+	name string
+	size int64
 }
 
 func newFakeServer(t testing.TB) *fakeServer {
@@ -290,7 +301,7 @@ func (s *serving) haggle() bool {
 	if err != nil {
 		return false
 	}
-	s.recv(int(h.Len))
+	p := s.recv(int(h.Len))
 	if h.Opt == wire.OptStartTLS && s.tls.Load() != nil {
 		s.send(wire.AppendOptReply(nil, h.Opt, wire.RepAck, nil))
 		s.c = tls.Server(s.c, s.tls.Load())
@@ -304,8 +315,16 @@ func (s *serving) haggle() bool {
 		s.send(wire.AppendOptReply(nil, h.Opt, rep, nil))
 		return true
 	}
+	e, ok := s.find(p)
+	if !ok {
+		s.send(wire.AppendOptReply(nil, h.Opt, wire.RepErrUnknown, nil))
+		return true
+	}
 	flags := wire.ExportFlags(s.flags.Load())
-	b := wire.AppendOptReply(nil, h.Opt, wire.RepInfo, wire.AppendInfoExport(nil, uint64(s.size.Load()), flags))
+	b := wire.AppendOptReply(nil, h.Opt, wire.RepInfo, wire.AppendInfoExport(nil, uint64(e.size), flags))
+	if s.names.Load() != nil {
+		b = wire.AppendOptReply(b, h.Opt, wire.RepInfo, wire.AppendInfoText(nil, wire.InfoName, e.name))
+	}
 	b = wire.AppendOptReply(b, h.Opt, wire.RepInfo, wire.AppendInfoBlockSize(nil, wire.BlockSizes{Min: s.block.Load(), Preferred: max(4096, s.block.Load()), Max: 1 << 20}))
 	b = wire.AppendOptReply(b, h.Opt, wire.RepAck, nil)
 	if s.early.Load() {
@@ -313,4 +332,28 @@ func (s *serving) haggle() bool {
 	}
 	s.send(b)
 	return h.Opt == wire.OptInfo
+}
+
+// find is the export of an INFO or GO.
+func (s *fakeServer) find(request []byte) (fakeExport, bool) {
+	r, err := wire.DecodeInfoRequest(request)
+	if err != nil {
+		return fakeExport{}, false
+	}
+	s.mu.Lock()
+	s.asked = append(s.asked, r.Name)
+	s.mu.Unlock()
+	list := s.names.Load()
+	if list == nil {
+		return fakeExport{size: s.size.Load()}, true
+	}
+	e, ok := (*list)[r.Name]
+	return e, ok
+}
+
+// lastAsked is the name of the export that was asked for last.
+func (s *fakeServer) lastAsked() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked[len(s.asked)-1]
 }

@@ -235,6 +235,9 @@ func sizeOf(ctx context.Context, s *Server) (int64, error) {
 		return 0, err
 	}
 	e, err := session.Info(ctx, s.Export)
+	if err == nil {
+		err = s.check(e)
+	}
 	if err != nil {
 		session.Close()
 		return 0, err

@@ -59,8 +59,12 @@ func (c *Config) attached() (Info, bool) {
 // offered for those that do not.
 func (v *Device) takeOver(ctx context.Context, now Info) error {
 	c := &v.config
-	if !strings.HasPrefix(now.Backend, backendPrefix) || BackendURI(now.Backend) != ShownURI(c.URI) {
+	uri, alias, ours := parseBackend(now.Backend)
+	if !ours || ShownURI(uri) != ShownURI(c.URI) {
 		return fmt.Errorf("%w: it was not attached from %q", ErrBusy, clip(ShownURI(c.URI)))
+	}
+	if alias != "" {
+		c.Server.settle(alias)
 	}
 	v.setup = Setup{Index: c.Index, Backend: now.Backend, Block: uint32(now.Block), Size: uint64(now.Size)}
 	var err error

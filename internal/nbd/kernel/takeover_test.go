@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"errors"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -72,6 +73,81 @@ func TestDeviceOfATokenIsTakenOver(t *testing.T) {
 		v, err := Attach(t.Context(), k.d, c)
 		if err != nil || !v.TakenOver {
 			t.Fatalf("by the same token: %v", err)
+		}
+		v.Close()
+	}
+}
+
+// TestDeviceIsTakenOverWithItsExport: it is the one that was the server's default
+// when the device was attached, as far as the driver was told that.
+func TestDeviceIsTakenOverWithItsExport(t *testing.T) {
+	for _, tt := range []struct {
+		name, asked, then string
+		change            func(*fakeKernel, *fakeServer)
+		want              error
+	}{
+		{"the same default", "", "a", func(_ *fakeKernel, s *fakeServer) { s.defaultIs("a", 1<<20) }, nil},
+		{"another default", "", "a", func(_ *fakeKernel, s *fakeServer) { s.defaultIs("b", 1<<20) }, nil},
+		{"a token", "?" + aToken, "a?" + aToken, func(_ *fakeKernel, s *fakeServer) { s.defaultIs("b", 1<<20) }, nil},
+		{"attached when names were not kept", "", "", func(k *fakeKernel, _ *fakeServer) {
+			k.write(2, "backend", backendPrefix+"0123456789abcdef nbd+unix:///\n")
+		}, nil},
+		{"the name of another", "", "a", func(_ *fakeKernel, s *fakeServer) { s.names.Store(&names{"a": {"b", 2 << 20}}) }, ErrRefused},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			k, s := newFakeKernel(t), newFakeServer(t)
+			s.defaultIs("a", 1<<20)
+			c := k.config(s)
+			c.Holds, c.Server.Export = t.TempDir(), tt.asked
+			c.URI = "nbd+unix:///" + url.PathEscape(tt.asked)
+			orphan(t, k, c)
+			if got := k.file(t, "backend"); strings.Contains(got, aToken) || BackendURI(got) != ShownURI(c.URI) {
+				t.Errorf("the driver remembers %q", got)
+			}
+			tt.change(k, s)
+			v, err := Attach(t.Context(), k.d, c)
+			if !errors.Is(err, tt.want) || err == nil && !v.TakenOver {
+				t.Errorf("got %v", err)
+			}
+			if got := s.lastAsked(); got != tt.then {
+				t.Errorf("the server is asked for %q, want %q", got, tt.then)
+			}
+			if err == nil {
+				v.Close()
+			}
+		})
+	}
+}
+
+// TestNameOfTheExportIsRemembered: as long as it fits.
+func TestNameOfTheExportIsRemembered(t *testing.T) {
+	for name, want := range map[string]string{
+		"a": "a", "a b/c%20d?e": "a b/c%20d?e", "\xff\n\x00ä": "\xff\n\x00ä", "export=": "export=", "": "",
+		strings.Repeat("n", limits.Backend): "",
+	} {
+		text := backend("nbd+unix:///?socket=/a b", name)
+		if uri, got, ours := parseBackend(text); !ours || got != want || uri != "nbd+unix:///?socket=/a b" || len(text) > limits.Backend || strings.ContainsAny(text, "\n\x00") {
+			t.Errorf("%q is remembered in %q as %q", name, text, got)
+		}
+	}
+	for _, text := range []string{"", "export=a nbd:///", backendPrefix, backendPrefix + "00", backendPrefix + "00 export=%zz nbd:///", backendPrefix + "00 export=a"} {
+		if _, name, _ := parseBackend(text); name != "" {
+			t.Errorf("%q has the name %q", text, name)
+		}
+	}
+}
+
+// TestTokenIsNotRememberedWithAName: whatever name a server gives to its export.
+func TestTokenIsNotRememberedWithAName(t *testing.T) {
+	for _, name := range []string{"?" + aToken, "a?" + aToken, "x" + strings.ToLower(aToken) + "y"} {
+		k, s := newFakeKernel(t), newFakeServer(t)
+		s.names.Store(&names{"?" + aToken: {name, 1 << 20}})
+		c := k.config(s)
+		c.Server.Export, c.URI = "?"+aToken, "nbd+unix:///%3F"+aToken
+		v, err := Attach(t.Context(), k.d, c)
+		must(t, err)
+		if got := k.file(t, "backend"); strings.Contains(strings.ToLower(got), strings.ToLower(aToken)) {
+			t.Errorf("%q: the driver remembers %q", name, got)
 		}
 		v.Close()
 	}
