@@ -17,6 +17,8 @@ import (
 type server struct {
 	transport.URI
 	tls *tls.Config // nil unless the URI asks for TLS
+	// renew reads the files of tls again; nil without TLS.
+	renew func() (*tls.Config, error)
 }
 
 // connectFlags are those of every command that talks to a server.
@@ -60,22 +62,27 @@ func (f *connectFlags) server(uri string) (*server, error) {
 	if !u.TLS {
 		return s, nil
 	}
+	if keys != "" && u.User == "" {
+		return nil, usage("nbd uri %q: tls-psk-file needs an identity, as in nbds://IDENTITY@host", uri)
+	}
+	s.renew = func() (*tls.Config, error) { return clientTLS(dir, host, keys, u.User) }
+	s.tls, err = s.renew()
+	return s, err
+}
+
+// clientTLS is with the key that keys has for an identity, if it names a file,
+// and else with the certificates in dir, if it names one, for a server called host.
+func clientTLS(dir, host, keys, identity string) (*tls.Config, error) {
 	if keys != "" {
-		if u.User == "" {
-			return nil, usage("nbd uri %q: tls-psk-file needs an identity, as in nbds://IDENTITY@host", uri)
-		}
-		s.tls, err = psk.ClientConfig(keys, u.User)
-		return s, err
+		return psk.ClientConfig(keys, identity)
 	}
 	if host == "" {
 		host = "localhost"
 	}
 	if dir == "" {
-		s.tls = &tls.Config{ServerName: host}
-		return s, nil
+		return &tls.Config{ServerName: host}, nil
 	}
-	s.tls, err = transport.ClientConfig(dir, host)
-	return s, err
+	return transport.ClientConfig(dir, host)
 }
 
 // open connects and opens the export of the URI.

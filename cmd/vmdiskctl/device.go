@@ -114,7 +114,7 @@ func (f *deviceFlags) run(c *cobra.Command, args []string) error {
 		}
 	}
 	config := kernel.Config{
-		Server: kernel.Server{Target: s.Target, Export: s.Export, TLS: s.tls},
+		Server: kernel.Server{Target: s.Target, Export: s.Export, TLS: s.renew},
 		URI:    s.URI.String(), Index: index, Sysfs: kernel.BlockDevices,
 	}
 	if err := f.check(c, config.Server.Direct()); err != nil {

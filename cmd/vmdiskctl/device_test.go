@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/kernel"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
@@ -144,5 +145,26 @@ func TestReportedDeviceIsRead(t *testing.T) {
 		if index, err := f.heldDevice(b.Bytes()); err != nil || index != 0 {
 			t.Errorf("%q: device %d, %v", b.String(), index, err)
 		}
+	}
+}
+
+// TestDeviceHasTheCertificatesOfTheDay: each connection of a device reads them.
+func TestDeviceHasTheCertificatesOfTheDay(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca-cert.pem")
+	must(t, os.WriteFile(file, transporttest.NewCA(t, "old").PEM(), 0o600))
+	s, err := (&connectFlags{}).server("nbds://host/disk?tls-certificates=" + filepath.Dir(file))
+	must(t, err)
+	must(t, os.WriteFile(file, transporttest.NewCA(t, "new").PEM(), 0o600))
+	now, err := s.renew()
+	must(t, err)
+	if now.ServerName != "host" || now.RootCAs.Equal(s.tls.RootCAs) {
+		t.Errorf("the authority of %s is not the new one", now.ServerName)
+	}
+	must(t, os.Remove(file))
+	if _, err := s.renew(); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without its file: %v", err)
+	}
+	if s, err := (&connectFlags{}).server("nbd://host/disk"); err != nil || s.renew != nil {
+		t.Errorf("without TLS: %v", err)
 	}
 }

@@ -303,7 +303,8 @@ func TestDeviceStaysWithItsExport(t *testing.T) {
 }
 
 // securedScenario: the driver takes no TLS, so relays speak it: with certificates
-// over TCP, with a pre-shared key over vsock. The service dies under each.
+// over TCP, with a pre-shared key over vsock. The service dies under each, and
+// comes back with another key.
 const securedScenario = serviceStart + kept + `
 ip link set lo up
 truncate -s 64M /run/d/secret.img
@@ -334,6 +335,7 @@ fails 1 vmdiskctl device attach 'nbd+unix:///secret?socket=/run/d/nbd' /dev/nbd0
 fails 1 vmdiskctl device attach 'nbds+vsock://vm1@1:10811/secret?tls-psk-file=/pki/wrong.psk' /dev/nbd0
 for uri in 'nbds://127.0.0.1:10810/secret?tls-certificates=/pki' 'nbds+vsock://vm1@1:10811/secret?tls-psk-file=/pki/keys.psk'; do
 	kept "$uri" --connections 2
+	printf 'vm1:%064d\n' $((key += 1)) >/pki/keys.psk
 	bounce
 	more
 	left

@@ -26,7 +26,9 @@ type Server struct {
 	Target transport.Target
 	// Export is the name to ask for.
 	Export string
-	TLS    *tls.Config // nil for none
+	// TLS is called for each connection, by several goroutines, so that keys and
+	// certificates are those of the day; nil for none.
+	TLS func() (*tls.Config, error)
 
 	// name is what the server calls the export, without a token. It is known,
 	// and does not change, from the first connection on.
@@ -397,11 +399,18 @@ func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
 // negotiate begins a session whose replies are those that the driver knows. The
 // session owns the connection.
 func negotiate(ctx context.Context, s *Server) (*client.Session, transport.Conn, error) {
+	o := client.Options{Replies: client.Simple}
+	if s.TLS != nil {
+		var err error
+		if o.TLS, err = s.TLS(); err != nil {
+			return nil, nil, err
+		}
+	}
 	conn, err := transport.Dial(ctx, s.Target)
 	if err != nil {
 		return nil, nil, err
 	}
-	session, err := client.Negotiate(ctx, conn, client.Options{TLS: s.TLS, Replies: client.Simple})
+	session, err := client.Negotiate(ctx, conn, o)
 	return session, conn, err
 }
 

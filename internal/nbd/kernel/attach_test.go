@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -164,19 +165,27 @@ func TestSizeOfAnotherExportIsNotFollowed(t *testing.T) {
 	}
 }
 
-// TestTLSServerIsReachedThroughARelay: the driver's socket is plain, and the
-// server's is not.
-func TestTLSServerIsReachedThroughARelay(t *testing.T) {
-	k, s := newFakeKernel(t), newFakeServer(t)
+// certified are the configurations of a server called "disks" and of a client
+// that trusts it, with a new authority.
+func certified(t *testing.T) (server, trusted *tls.Config) {
+	t.Helper()
 	ca := transporttest.NewCA(t, "ca")
 	cert := ca.IssueServer("disks")
 	pair, err := tls.X509KeyPair(cert.CertPEM(), cert.KeyPEM(t))
 	must(t, err)
-	s.tls.Store(&tls.Config{Certificates: []tls.Certificate{pair}})
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(ca.PEM())
+	return &tls.Config{Certificates: []tls.Certificate{pair}}, &tls.Config{RootCAs: pool, ServerName: "disks"}
+}
+
+// TestTLSServerIsReachedThroughARelay: the driver's socket is plain, and the
+// server's is not.
+func TestTLSServerIsReachedThroughARelay(t *testing.T) {
+	k, s := newFakeKernel(t), newFakeServer(t)
+	own, trusted := certified(t)
+	s.tls.Store(own)
 	c := k.config(s)
-	c.Server.TLS, c.Connections = &tls.Config{RootCAs: pool, ServerName: "disks"}, 2
+	c.Server.TLS, c.Connections = func() (*tls.Config, error) { return trusted, nil }, 2
 	if c.Server.Direct() {
 		t.Fatal("the driver is to speak TLS")
 	}
@@ -186,12 +195,14 @@ func TestTLSServerIsReachedThroughARelay(t *testing.T) {
 	reads(t, k.socket(0))
 	reads(t, k.socket(1))
 
-	c.Server.TLS = &tls.Config{RootCAs: pool, ServerName: "other"}
+	other := trusted.Clone()
+	other.ServerName = "other"
+	c.Server.TLS = func() (*tls.Config, error) { return other, nil }
 	if _, err := Attach(t.Context(), k.d, c); !errors.As(err, new(x509.HostnameError)) {
 		t.Errorf("a certificate of another name: %v", err)
 	}
 	s.tls.Store(nil)
-	c.Server.TLS = &tls.Config{RootCAs: pool, ServerName: "disks"}
+	c.Server.TLS = func() (*tls.Config, error) { return trusted, nil }
 	if _, err := Attach(t.Context(), k.d, c); !errors.Is(err, client.ErrNoTLS) {
 		t.Errorf("a server without TLS: %v", err)
 	}
@@ -336,6 +347,75 @@ func TestKeeperReplacesConnectionsAndFollowsTheSize(t *testing.T) {
 		t.Errorf("the keeper ends with %v", err)
 	}
 	v.Close()
+}
+
+// TestKeeperFollowsCertificates: the server's are replaced under a device. That a
+// new connection would fail is said before the old one is lost, once; when it is
+// lost, a new one is made with what is there by then.
+func TestKeeperFollowsCertificates(t *testing.T) {
+	k, s := newFakeKernel(t), newFakeServer(t)
+	own, trusted := certified(t)
+	s.tls.Store(own)
+	var now atomic.Pointer[tls.Config]
+	now.Store(trusted)
+	read := make(chan struct{}, 64)
+	c := k.config(s)
+	c.Server.TLS = func() (*tls.Config, error) {
+		select {
+		case read <- struct{}{}:
+		default:
+		}
+		if c := now.Load(); c != nil {
+			return c, nil
+		}
+		return nil, errors.New("certificates are gone")
+	}
+	v, err := Attach(t.Context(), k.d, c)
+	must(t, err)
+	defer v.Close()
+	said, end := keep(t, &Keeper{Device: v, Poll: limits.DevicePollLeast})
+
+	replaced, renewed := certified(t)
+	s.tls.Store(replaced)
+	hear(t, said, "asking the server of /dev/nbd2 for the size: nbd handshake: tls handshake")
+	now.Store(nil)
+	hear(t, said, "certificates are gone")
+	for range 8 {
+		<-read
+	}
+	select {
+	case again := <-said:
+		t.Errorf("said again: %s", again)
+	default:
+	}
+	reads(t, k.socket(0))
+	must(t, unix.Shutdown(int(k.socket(0).Fd()), unix.SHUT_RDWR))
+	hear(t, said, "connection 1 of /dev/nbd2: certificates are gone")
+	now.Store(renewed)
+	hear(t, said, "connection 1 of /dev/nbd2 is new")
+	reads(t, k.socket(1))
+	now.Store(trusted)
+	hear(t, said, "asking the server")
+	now.Store(renewed)
+	s.size.Store(2 << 20)
+	hear(t, said, "has 2097152 bytes")
+	now.Store(trusted)
+	hear(t, said, "asking the server") // again: it was right meanwhile
+	if err := end(); !errors.Is(err, context.Canceled) {
+		t.Errorf("the keeper ends with %v", err)
+	}
+}
+
+// TestFailureIsTheSameFromAnotherPort: it is told once.
+func TestFailureIsTheSameFromAnotherPort(t *testing.T) {
+	var said []string
+	k := &Keeper{Say: func(format string, args ...any) { said = append(said, sprintf(format, args...)) }}
+	for port := range 3 {
+		k.fail("connection 1: %w", &net.OpError{Op: "read", Net: "tcp", Source: &net.TCPAddr{Port: 40000 + port}, Err: unix.ECONNRESET})
+	}
+	if len(said) != 1 || !strings.Contains(said[0], "40000: connection reset") {
+		t.Errorf("said: %q", said)
+	}
 }
 
 func TestKeeperGivesNoDeviceToAnotherExport(t *testing.T) {

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
+	"net"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -21,7 +22,8 @@ type Keeper struct {
 	// limits.DeviceTick.
 	Dead <-chan int
 	// Poll is how often the size is asked for, not below
-	// limits.DevicePollLeast; 0 leaves it to reconnections.
+	// limits.DevicePollLeast; 0 leaves it to reconnections. It tells as well of
+	// a server that takes no new connection while the old ones live.
 	Poll time.Duration
 	// Say reports what a keeper does and what fails. Each failure is told
 	// once, until something succeeds.
@@ -31,10 +33,17 @@ type Keeper struct {
 
 	unseen  bool          // a connection of a device that was taken over may have died
 	spare   int           // the link that is offered for the next such one
-	said    string        // the failure that was told last
+	said    string        // the failure that was told last, without our port
 	pause   time.Duration // before the next attempt to connect; 0 when there was no failure
-	sizes   chan int64    // what the poll found; nil while none runs
+	polled  chan sizeTold // what the poll found; nil while none runs
 	leaving chan error    // how leaving went; nil while nobody leaves
+}
+
+// sizeTold is a server's answer to the question for the size of the export in
+// bytes.
+type sizeTold struct {
+	size int64
+	err  error
 }
 
 // Keep works until the device is detached, by whomever, which it reports as
@@ -71,9 +80,9 @@ func (k *Keeper) Keep(ctx context.Context) error {
 		case <-retry:
 		case <-poll.C:
 			k.ask(ctx)
-		case size := <-k.sizes:
-			k.sizes = nil
-			k.follow(size)
+		case found := <-k.polled:
+			k.polled = nil
+			k.hear(found)
 		case <-k.Leave:
 			k.leave(ctx)
 		case err := <-k.leaving:
@@ -186,6 +195,7 @@ func (k *Keeper) follow(bytes int64) {
 		return
 	}
 	if size == v.setup.Size {
+		k.said = ""
 		return
 	}
 	if size < v.setup.Size {
@@ -197,29 +207,39 @@ func (k *Keeper) follow(bytes int64) {
 		return
 	}
 	k.Say("%s has %d bytes, %d before", v.Path(), size, v.setup.Size)
-	v.setup.Size = size
+	k.said, v.setup.Size = "", size
 }
 
 // ask begins to ask for the size, unless that is being done or a connection is
-// lost. What it finds comes in k.sizes.
+// lost. What it finds comes in k.polled.
 func (k *Keeper) ask(ctx context.Context) {
-	if k.sizes != nil || k.pause != 0 {
+	if k.polled != nil || k.pause != 0 {
 		return
 	}
-	k.sizes = make(chan int64, 1)
-	go func(found chan<- int64, s *Server, unknown uint64) {
+	k.polled = make(chan sizeTold, 1)
+	go func(found chan<- sizeTold, s *Server) {
 		size, err := sizeOf(ctx, s)
-		if err != nil {
-			size = int64(min(unknown, math.MaxInt64)) // a lost server is noticed elsewhere
-		}
-		found <- size
-	}(k.sizes, &k.Device.config.Server, k.Device.setup.Size)
+		found <- sizeTold{size, err}
+	}(k.polled, &k.Device.config.Server)
+}
+
+// hear follows the size that the server has told. A question that fails is how a
+// new connection would fail while the old ones live, which is the time to put
+// keys or certificates right. Of a server that was lost meanwhile mend speaks.
+func (k *Keeper) hear(found sizeTold) {
+	switch {
+	case k.pause != 0:
+	case found.err != nil:
+		k.fail("asking the server of %s for the size: %w", k.Device.Path(), found.err)
+	default:
+		k.follow(found.size)
+	}
 }
 
 // wait ends with the goroutines of ask and leave.
 func (k *Keeper) wait() {
-	if k.sizes != nil {
-		<-k.sizes
+	if k.polled != nil {
+		<-k.polled
 	}
 	if k.leaving != nil {
 		<-k.leaving
@@ -269,9 +289,13 @@ func (v *Device) detach(ctx context.Context) error {
 }
 
 func (k *Keeper) fail(format string, args ...any) {
-	text := fmt.Errorf(format, args...).Error()
-	if text != k.said {
-		k.said = text
-		k.Say("%s", text)
+	err := fmt.Errorf(format, args...)
+	said := err.Error()
+	if op, ok := errors.AsType[*net.OpError](err); ok && op.Source != nil {
+		said = strings.ReplaceAll(said, op.Source.String(), "") // each connection has another port
+	}
+	if said != k.said {
+		k.said = said
+		k.Say("%v", err)
 	}
 }
