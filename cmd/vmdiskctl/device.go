@@ -28,7 +28,7 @@ type deviceFlags struct {
 	swap, swapOn       bool
 	persist, stay, log bool
 	poll               time.Duration
-	readyFD            int
+	readyFD, uriFD     int
 }
 
 func newDeviceAttach() *cobra.Command { return new(deviceFlags).command() }
@@ -60,9 +60,25 @@ died, the same command with the name of the device takes the device over.`,
 	n.BoolVar(&f.stay, "foreground", false, "be that process")
 	n.BoolVar(&f.log, "syslog", false, "with --foreground: when attached, let go of the terminal and write to the system log")
 	n.IntVar(&f.readyFD, "ready-fd", -1, "with --foreground: write the device to this descriptor when it is attached")
+	n.IntVar(&f.uriFD, "uri-fd", -1, "with --foreground: read the URI from this descriptor; the argument is for others to see")
 	n.DurationVar(&f.poll, "poll", limits.DevicePoll, "how often that process asks for the size; 0 is never, the default with --swap")
 	n.BoolVar(&f.json, "json", false, "write JSON")
 	return c
+}
+
+// checkHolder refuses what is wrong with the flags of the process that holds the
+// device.
+func (f *deviceFlags) checkHolder(c *cobra.Command) error {
+	set := c.Flags().Changed
+	switch {
+	case (f.log || set("ready-fd") || set("uri-fd")) && !f.stay:
+		return usage("--syslog, --ready-fd and --uri-fd belong to --foreground")
+	case set("ready-fd") && f.readyFD < 3:
+		return usage("--ready-fd: want a descriptor from 3")
+	case set("uri-fd") && (f.uriFD < 3 || f.uriFD == f.readyFD):
+		return usage("--uri-fd: want a descriptor from 3, another one than --ready-fd")
+	}
+	return nil
 }
 
 // check refuses flags that contradict each other and fills in what depends on
@@ -74,12 +90,8 @@ func (f *deviceFlags) check(c *cobra.Command, direct bool) error {
 		return usage("--connections: want 1 to %d", limits.DeviceSockets)
 	case f.swapOn && !f.swap:
 		return usage("--swapon belongs to --swap")
-	case (f.log || f.readyFD >= 0) && !f.stay:
-		return usage("--syslog and --ready-fd belong to --foreground")
 	case f.poll != 0 && f.poll < limits.DevicePollLeast:
 		return usage("--poll: want 0 or at least %v", limits.DevicePollLeast)
-	case set("ready-fd") && f.readyFD < 3:
-		return usage("--ready-fd: want a descriptor from 3")
 	case f.swap && (set("timeout") && f.timeout != 0 || f.connections != 1):
 		return usage("--swap has one connection and no timeout")
 	}
@@ -103,7 +115,14 @@ func (f *deviceFlags) check(c *cobra.Command, direct bool) error {
 }
 
 func (f *deviceFlags) run(c *cobra.Command, args []string) error {
-	s, err := f.server(args[0])
+	if err := f.checkHolder(c); err != nil {
+		return err
+	}
+	uri, err := f.uri(args[0])
+	if err != nil {
+		return err
+	}
+	s, err := f.server(uri)
 	if err != nil {
 		return err
 	}

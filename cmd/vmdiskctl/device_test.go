@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -33,6 +35,9 @@ func TestDeviceAttachRefusesBeforeItAsksAnybody(t *testing.T) {
 		{exitUsage, unix + " --syslog", "--foreground"},
 		{exitUsage, unix + " --foreground --ready-fd=1", "--ready-fd"},
 		{exitUsage, unix + " --ready-fd=-2", "--ready-fd"},
+		{exitUsage, unix + " --uri-fd=3", "--foreground"},
+		{exitUsage, unix + " --foreground --uri-fd=0", "--uri-fd"},
+		{exitUsage, unix + " --foreground --uri-fd=3 --ready-fd=3", "--uri-fd"},
 		{exitUsage, unix + " --poll 1ms", "--poll"},
 		{exitUsage, unix + " --timeout=soon", "soon"},
 		{exitUsage, unix + " --swap --timeout 5s", "--swap"},
@@ -89,6 +94,56 @@ func TestHolderThatCannotAttachIsHeard(t *testing.T) {
 		}
 		if strings.Count(stderr, "vmdiskctl: ") != 1 || len(strings.TrimSpace(stderr)) < 20 {
 			t.Errorf("standard error is %q", stderr)
+		}
+	}
+}
+
+// TestHolderIsToldTheURIInPrivate: everybody may read the arguments of a process
+// for as long as it lives.
+func TestHolderIsToldTheURIInPrivate(t *testing.T) {
+	token := strings.Repeat("A5", limits.TokenDigits/2)
+	uri := "nbd+unix:///disk%3F" + token + "?socket=/" + strings.Repeat("n", 1<<16) // more than a pipe takes at once
+	self := filepath.Join(t.TempDir(), "self")
+	must(t, os.WriteFile(self, []byte("#!/bin/sh\n{ echo \"$*\"; cat <&4; } >&3\n"), 0o700))
+	f := &deviceFlags{}
+	c := f.command()
+	must(t, c.ParseFlags([]string{uri, "/dev/nbd7", "--persist", "--timeout=5s"}))
+	h, w, err := f.startHolder(c, self)
+	must(t, err)
+	defer closePipes(h.ready, h.said)
+	var told sync.WaitGroup
+	told.Go(func() { tell(w, uri) })
+	b, err := io.ReadAll(h.ready)
+	must(t, err)
+	told.Wait()
+	must(t, h.Wait())
+	args, read, _ := strings.Cut(string(b), "\n")
+	if strings.Contains(args, token) || !strings.Contains(args, "--uri-fd=4 --persist=true --timeout=5s -- nbd+unix:///disk%3F") || !strings.HasSuffix(args, " /dev/nbd7") {
+		t.Errorf("its arguments are %q", args)
+	}
+	if read != uri {
+		t.Errorf("it reads %d bytes, want %d", len(read), len(uri))
+	}
+}
+
+// TestURIIsReadFromItsDescriptor and not from the argument.
+func TestURIIsReadFromItsDescriptor(t *testing.T) {
+	for name, tt := range map[string]struct {
+		text, says string
+		code       int
+	}{
+		"another server": {"nbd+vsock://2/disk\n", "swap needs a Unix socket", exitRefused},
+		"no URI":         {"", "an NBD URI is", exitUsage},
+		"too long":       {"nbd+unix:///disk?socket=/" + strings.Repeat("n", limits.DeviceURI), "--uri-fd", exitUsage},
+	} {
+		path := filepath.Join(t.TempDir(), "uri")
+		must(t, os.WriteFile(path, []byte(tt.text), 0o600))
+		// A descriptor that nothing else owns: the command closes it.
+		fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+		must(t, err)
+		code, _, stderr := ctl(t, "device", "attach", "--foreground", "--swap", fmt.Sprintf("--uri-fd=%d", fd), "nbd+unix:///disk?socket=/nowhere")
+		if code != tt.code || !strings.Contains(stderr, tt.says) {
+			t.Errorf("%s: exit code %d, want %d; %q", name, code, tt.code, stderr)
 		}
 	}
 }

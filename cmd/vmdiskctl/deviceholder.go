@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -34,6 +35,12 @@ type holderError struct {
 
 func (e *holderError) Error() string { return e.text }
 
+// holder is a process that holds a device, or is about to.
+type holder struct {
+	*exec.Cmd
+	ready, said *os.File // what it reports, and its standard error
+}
+
 // background runs the same command again as a process of its own that stays,
 // and returns when that has attached the device, or failed to. A device of which
 // that cannot be said is taken away again, unless it was attached before.
@@ -43,38 +50,78 @@ func (f *deviceFlags) background(c *cobra.Command, config kernel.Config) error {
 	if err != nil {
 		return err
 	}
-	ready, readyW, err := os.Pipe()
+	h, uri, err := f.startHolder(c, self)
 	if err != nil {
 		return err
 	}
-	defer ready.Close()
-	said, saidW, err := os.Pipe()
-	if err != nil {
-		readyW.Close()
-		return err
-	}
-	defer said.Close()
-	// Not bound to the context: it outlives this process.
-	cmd := exec.Command(self, f.arguments(c)...)
-	cmd.Stderr, cmd.ExtraFiles = saidW, []*os.File{readyW}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
-	readyW.Close()
-	saidW.Close()
-	if err != nil {
-		return err
-	}
-	stop := context.AfterFunc(c.Context(), func() { cmd.Process.Signal(unix.SIGTERM) })
+	defer h.ready.Close()
+	defer h.said.Close()
+	stop := context.AfterFunc(c.Context(), func() { h.Process.Signal(unix.SIGTERM) })
 	defer stop()
-	line, err := io.ReadAll(io.LimitReader(ready, limits.MaxString))
+	tell(uri, c.Flags().Arg(0))
+	line, err := io.ReadAll(io.LimitReader(h.ready, limits.MaxString))
 	if err == nil && len(line) > 0 {
 		if _, err = c.OutOrStdout().Write(line); err != nil && fresh != nil {
-			return errors.Join(err, f.dismiss(c.Context(), cmd, config.Sysfs, line))
+			return errors.Join(err, f.dismiss(c.Context(), h.Cmd, config.Sysfs, line))
 		}
-		return errors.Join(err, cmd.Process.Release())
+		return errors.Join(err, h.Process.Release())
 	}
-	text, _ := io.ReadAll(io.LimitReader(said, limits.MaxString))
-	return holderFailed(cmd.Wait(), text)
+	text, _ := io.ReadAll(io.LimitReader(h.said, limits.MaxString))
+	return holderFailed(h.Wait(), text)
+}
+
+// startHolder runs the program self. It is to be told the URI, which is not for
+// everybody who sees its arguments.
+func (f *deviceFlags) startHolder(c *cobra.Command, self string) (h *holder, uri *os.File, err error) {
+	ready, readyW, err1 := os.Pipe()
+	said, saidW, err2 := os.Pipe()
+	uriR, uri, err3 := os.Pipe()
+	err = errors.Join(err1, err2, err3)
+	// Not bound to the context: it outlives this process.
+	cmd := exec.Command(self, f.arguments(c)...)
+	if err == nil {
+		cmd.Stderr, cmd.ExtraFiles = saidW, []*os.File{readyW, uriR}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		err = cmd.Start()
+	}
+	closePipes(readyW, saidW, uriR)
+	if err != nil {
+		closePipes(ready, said, uri)
+		return nil, nil, err
+	}
+	return &holder{cmd, ready, said}, uri, nil
+}
+
+// closePipes passes over ends that are nil.
+func closePipes(ends ...*os.File) {
+	for _, f := range ends {
+		f.Close()
+	}
+}
+
+// tell writes the URI for a holder and closes w. One that does not read it ends,
+// and says why.
+func tell(w *os.File, uri string) {
+	_, _ = w.WriteString(uri)
+	w.Close()
+}
+
+// uri is the one to attach: what tell has written, if there is a descriptor for
+// it, which is closed, and else the argument.
+func (f *deviceFlags) uri(argument string) (string, error) {
+	if f.uriFD < 0 {
+		return argument, nil
+	}
+	file := os.NewFile(uintptr(f.uriFD), "uri")
+	defer file.Close()
+	b, err := io.ReadAll(io.LimitReader(file, limits.DeviceURI+1))
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("--uri-fd: %w", err)
+	case len(b) > limits.DeviceURI:
+		return "", usage("--uri-fd: a URI of more than %d bytes", limits.DeviceURI)
+	}
+	return strings.TrimSuffix(string(b), "\n"), nil
 }
 
 // dismiss takes away the device that a process holds, which has said line: that
@@ -105,13 +152,16 @@ func (f *deviceFlags) heldDevice(line []byte) (index int, err error) {
 	return kernel.ParseDevice(r.Device)
 }
 
-// arguments are those of the command line that holds the device.
+// arguments are those of the command line that holds the device, in which the URI
+// is as others may see it.
 func (f *deviceFlags) arguments(c *cobra.Command) []string {
-	args := []string{"device", "attach", "--foreground", "--syslog", "--ready-fd=3"}
+	args := []string{"device", "attach", "--foreground", "--syslog", "--ready-fd=3", "--uri-fd=4"}
 	c.Flags().Visit(func(g *pflag.Flag) {
 		args = append(args, "--"+g.Name+"="+g.Value.String())
 	})
-	return append(append(args, "--"), c.Flags().Args()...)
+	positional := slices.Clone(c.Flags().Args())
+	positional[0] = kernel.ShownURI(positional[0])
+	return append(append(args, "--"), positional...)
 }
 
 func holderFailed(err error, text []byte) error {

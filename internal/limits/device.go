@@ -19,6 +19,10 @@ const (
 	// device: sysfs shows a page.
 	Backend = 2048
 
+	// DeviceURI bounds the URI that a process is told to attach, in bytes: that
+	// of an argument (MAX_ARG_STRLEN of Linux).
+	DeviceURI = 128 << 10
+
 	// SysfsFile bounds a file of sysfs: it shows at most a page.
 	SysfsFile = 4096
 

@@ -289,6 +289,9 @@ bounce
 dd if=/dev/urandom of=/mnt/two bs=64k count=16 conv=fsync 2>/dev/null
 cat /sys/block/nbd0/backend
 fails 1 grep $token /sys/block/nbd0/backend
+tr '\0' ' ' </proc/$(pidof vmdiskctl)/cmdline >/run/cmdline
+grep -- --foreground /run/cmdline
+fails 1 grep $token /run/cmdline
 [ $(stat -c %b /run/d/b.img) = 0 ]
 [ $(cat /sys/block/nbd0/size) = 131072 ]
 umount /mnt
