@@ -72,6 +72,24 @@ func (s *Server) check(e client.Export) error {
 	return nil
 }
 
+// hide keeps the token out of the text of an error that names the export.
+func (s *Server) hide(err error) error {
+	_, token := cutToken(s.Export)
+	if err == nil || token == "" {
+		return err
+	}
+	return &hidden{strings.ReplaceAll(err.Error(), token, digits(token)), err}
+}
+
+// hidden is an error with another text.
+type hidden struct {
+	text string
+	err  error
+}
+
+func (e *hidden) Error() string { return e.text }
+func (e *hidden) Unwrap() error { return e.err }
+
 // alias is the name of the export for a device that asked for another one, or
 // "". It holds nothing of the token that was asked with.
 func (s *Server) alias(asked string) string {
@@ -317,8 +335,7 @@ func ShownURI(uri string) string {
 	return uri[:min(len(uri), limits.Backend-64)]
 }
 
-// hideToken shortens the token of a URI to tokenShown digits of its SHA-256:
-// "vmdiskctl token list" has the others.
+// hideToken shortens the token of a URI to its digits.
 func hideToken(uri string) string {
 	u, err := url.Parse(uri)
 	if err != nil {
@@ -328,8 +345,7 @@ func hideToken(uri string) string {
 	if token == "" {
 		return uri
 	}
-	sum := sha256.Sum256([]byte(strings.ToLower(token)))
-	u.Path, u.RawPath = name+"?"+hex.EncodeToString(sum[:])[:tokenShown], ""
+	u.Path, u.RawPath = name+"?"+digits(token), ""
 	return u.String()
 }
 
@@ -345,6 +361,13 @@ func cutToken(name string) (base, token string) {
 		return name, ""
 	}
 	return name[:i], token
+}
+
+// digits stand for a token: the first tokenShown of its SHA-256, of which
+// "vmdiskctl token list" has the others.
+func digits(token string) string {
+	sum := sha256.Sum256([]byte(strings.ToLower(token)))
+	return hex.EncodeToString(sum[:])[:tokenShown]
 }
 
 // tokenShown tells tokens apart and is too short to be taken for one.
@@ -375,7 +398,7 @@ func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
 	}
 	way, e, err := session.Handover(ctx, s.Export)
 	if err != nil {
-		return nil, e, err
+		return nil, e, s.hide(err)
 	}
 	if err := s.check(e); err != nil {
 		way.Close()

@@ -106,6 +106,34 @@ func TestTokenIsNotShown(t *testing.T) {
 	}
 }
 
+// TestTokenIsNotSaid: the messages of a keeper go to the journal, and those of the
+// first connection to whoever asked for it.
+func TestTokenIsNotSaid(t *testing.T) {
+	k, s := newFakeKernel(t), newFakeServer(t)
+	c := k.config(s)
+	c.Server.Export = "a?" + aToken
+	s.names.Store(&names{})
+	_, err := Attach(t.Context(), k.d, c)
+	if refused, ok := errors.AsType[*client.OptionError](err); !ok || refused.Rep != wire.RepErrUnknown || strings.Contains(err.Error(), aToken) {
+		t.Errorf("no export: %v", err)
+	}
+	s.defaultIs("a", 1<<20)
+	v, err := Attach(t.Context(), k.d, c)
+	must(t, err)
+	defer v.Close()
+	s.names.Store(&names{})
+	said, end := keep(t, &Keeper{Device: v, Poll: limits.DevicePollLeast})
+	for _, want := range []string{"asking the server", "connection 1"} {
+		if text := hear(t, said, want); strings.Contains(text, aToken) || !strings.Contains(text, `export "a?`) {
+			t.Errorf("said: %s", text)
+		}
+		must(t, unix.Shutdown(int(k.socket(0).Fd()), unix.SHUT_RDWR))
+	}
+	if err := end(); !errors.Is(err, context.Canceled) {
+		t.Errorf("the keeper ends with %v", err)
+	}
+}
+
 // defaultIs makes a server of the exports a and b, of which one opens to who
 // names none, with and without a token.
 func (s *fakeServer) defaultIs(name string, sizeOfA int64) {
@@ -300,14 +328,15 @@ func keep(t *testing.T, k *Keeper) (said <-chan string, end func() error) {
 	return words, func() error { cancel(); return <-ended }
 }
 
-func hear(t *testing.T, said <-chan string, want string) {
+// hear waits for a message with want in it, and returns it.
+func hear(t *testing.T, said <-chan string, want string) string {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
 		select {
 		case s := <-said:
 			if strings.Contains(s, want) {
-				return
+				return s
 			}
 			t.Logf("said: %s", s)
 		case <-deadline:
