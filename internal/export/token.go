@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,7 +27,7 @@ func cutToken(name string) (string, *digest) {
 	if token == "" {
 		return name, nil
 	}
-	d := sha256.Sum256([]byte(token))
+	d := sha256.Sum256([]byte(strings.ToLower(token)))
 	return export, &d
 }
 

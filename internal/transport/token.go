@@ -14,7 +14,8 @@ import (
 // limits.TokenDigits hexadecimal digits. No export has a name of that form, so
 // that a token is never taken for a part of a name and told to somebody.
 
-// CutToken takes the token off a name of an export; it is "" if there is none.
+// CutToken takes the token off a name of an export, as it is written; it is "" if there
+// is none.
 func CutToken(name string) (export, token string) {
 	i := strings.LastIndexByte(name, '?')
 	if i < 0 || len(name)-i-1 != limits.TokenDigits {
@@ -23,7 +24,7 @@ func CutToken(name string) (export, token string) {
 	if _, err := hex.DecodeString(name[i+1:]); err != nil {
 		return name, ""
 	}
-	return name[:i], strings.ToLower(name[i+1:])
+	return name[:i], name[i+1:]
 }
 
 // tokenShown tells tokens apart and is too short to be taken for one.
@@ -31,14 +32,19 @@ const tokenShown = 8
 
 var tokens = regexp.MustCompile(`(\?|%3[Ff])([0-9A-Fa-f]{` + strconv.Itoa(limits.TokenDigits) + `})`)
 
-// HideTokens is a text, such as a URI, without the tokens of the names in it: the
-// first digits of its SHA-256, of which "vmdiskctl token list" has the others, stand
-// for each.
+// ShownToken is what everybody may know of a token: the first digits of its SHA-256,
+// of which "vmdiskctl token list" has the others.
+func ShownToken(token string) string {
+	sum := sha256.Sum256([]byte(strings.ToLower(token)))
+	return hex.EncodeToString(sum[:])[:tokenShown]
+}
+
+// HideTokens is a text, such as a message with a name in it, with ShownToken for
+// each token.
 func HideTokens(text string) string {
 	return tokens.ReplaceAllStringFunc(text, func(s string) string {
 		n := len(s) - limits.TokenDigits
-		sum := sha256.Sum256([]byte(strings.ToLower(s[n:])))
-		return s[:n] + hex.EncodeToString(sum[:])[:tokenShown]
+		return s[:n] + ShownToken(s[n:])
 	})
 }
 

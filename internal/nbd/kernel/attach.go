@@ -3,7 +3,6 @@ package kernel
 import (
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
@@ -46,7 +45,7 @@ func (s *Server) Direct() bool {
 // other be taken for it: what opens to a name, as to the empty one, may be
 // another export later. A token is shown with that name too.
 func (s *Server) settle(name string) {
-	_, token := cutToken(s.Export)
+	_, token := transport.CutToken(s.Export)
 	s.name, s.known = name, true
 	if s.Export = name; token != "" {
 		s.Export += "?" + token
@@ -60,7 +59,7 @@ func (s *Server) called(e client.Export) string {
 	if name == "" {
 		name = s.Export
 	}
-	name, _ = cutToken(name)
+	name, _ = transport.CutToken(name)
 	return name
 }
 
@@ -72,13 +71,15 @@ func (s *Server) check(e client.Export) error {
 	return nil
 }
 
-// hide keeps the token out of the text of an error that names the export.
-func (s *Server) hide(err error) error {
-	_, token := cutToken(s.Export)
-	if err == nil || token == "" {
-		return err
+// hide keeps tokens out of the text of an error that names the export.
+func hide(err error) error {
+	if err == nil {
+		return nil
 	}
-	return &hidden{strings.ReplaceAll(err.Error(), token, digits(token)), err}
+	if text := transport.HideTokens(err.Error()); text != err.Error() {
+		return &hidden{text, err}
+	}
+	return err
 }
 
 // hidden is an error with another text.
@@ -93,7 +94,7 @@ func (e *hidden) Unwrap() error { return e.err }
 // alias is the name of the export for a device that asked for another one, or
 // "". It holds nothing of the token that was asked with.
 func (s *Server) alias(asked string) string {
-	_, token := cutToken(asked)
+	_, token := transport.CutToken(asked)
 	if s.Export == asked || token != "" && strings.Contains(strings.ToLower(s.name), strings.ToLower(token)) {
 		return ""
 	}
@@ -328,50 +329,26 @@ func parseBackend(backend string) (uri, alias string, ours bool) {
 	return uri, "", true
 }
 
-// ShownURI is what everybody may know of a URI: the first digits of its SHA-256
-// stand for a token, and what is behind limits.Backend - 64 bytes is cut off.
+// ShownURI is what everybody may know of a URI: transport.ShownToken
+// stands for a token, and what is behind limits.Backend - 64 bytes is cut off.
 func ShownURI(uri string) string {
 	uri = hideToken(uri)
 	return uri[:min(len(uri), limits.Backend-64)]
 }
 
-// hideToken shortens the token of a URI to its digits.
+// hideToken shortens the token of a URI, however it is written.
 func hideToken(uri string) string {
 	u, err := url.Parse(uri)
 	if err != nil {
 		return uri
 	}
-	name, token := cutToken(u.Path)
+	name, token := transport.CutToken(u.Path)
 	if token == "" {
 		return uri
 	}
-	u.Path, u.RawPath = name+"?"+digits(token), ""
+	u.Path, u.RawPath = name+"?"+transport.ShownToken(token), ""
 	return u.String()
 }
-
-// cutToken takes the token off a name NAME?TOKEN, TOKEN being limits.TokenDigits
-// hexadecimal digits; "" if there is none.
-func cutToken(name string) (base, token string) {
-	i := strings.LastIndexByte(name, '?')
-	if i < 0 {
-		return name, ""
-	}
-	token = name[i+1:]
-	if _, err := hex.DecodeString(token); err != nil || len(token) != limits.TokenDigits {
-		return name, ""
-	}
-	return name[:i], token
-}
-
-// digits stand for a token: the first tokenShown of its SHA-256, of which
-// "vmdiskctl token list" has the others.
-func digits(token string) string {
-	sum := sha256.Sum256([]byte(strings.ToLower(token)))
-	return hex.EncodeToString(sum[:])[:tokenShown]
-}
-
-// tokenShown tells tokens apart and is too short to be taken for one.
-const tokenShown = 8
 
 // BackendURI is the URI in what the driver remembers, as ShownURI, or all of it
 // when others have attached the device. It is data.
@@ -398,7 +375,7 @@ func connect(ctx context.Context, s *Server) (*link, client.Export, error) {
 	}
 	way, e, err := session.Handover(ctx, s.Export)
 	if err != nil {
-		return nil, e, s.hide(err)
+		return nil, e, hide(err)
 	}
 	if err := s.check(e); err != nil {
 		way.Close()

@@ -260,7 +260,7 @@ func sizeOf(ctx context.Context, s *Server) (int64, error) {
 	}
 	if err != nil {
 		session.Close()
-		return 0, s.hide(err)
+		return 0, hide(err)
 	}
 	return e.Size, session.Abort(ctx)
 }
