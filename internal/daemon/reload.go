@@ -175,6 +175,7 @@ type reload struct {
 	late   []config.ListenerChange // added ones whose addresses were in use
 	hiding []*door                 // see hide
 	over   []func()                // what is called when nothing is undone any more
+	since  uint64                  // see export.Registry.Review
 
 	takeSecrets func() // see readSecrets
 }
@@ -182,7 +183,7 @@ type reload struct {
 // apply does a reload: what comes, what changes, and when all that is done, what
 // goes. If a step fails, those before it are undone.
 func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change, takeSecrets func()) error {
-	r := &reload{d: d, c: c, takeSecrets: takeSecrets}
+	r := &reload{d: d, c: c, takeSecrets: takeSecrets, since: d.exports.Begun()}
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
@@ -201,8 +202,8 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	return nil
 }
 
-// takeBack undoes what was done. A daemon that stops takes down all there is, so
-// that nothing has to come back.
+// takeBack undoes what was done, for those who came meanwhile too. A daemon that stops
+// takes down all there is, so that nothing has to come back.
 func (r *reload) takeBack() {
 	ctx, cancel := context.WithTimeout(r.d.stopping, openTimeout)
 	defer cancel()
@@ -212,6 +213,7 @@ func (r *reload) takeBack() {
 	for _, undo := range slices.Backward(r.undo) {
 		undo(ctx)
 	}
+	r.d.exports.Review(r.since)
 }
 
 // end is when what was done stays, or was undone.
@@ -329,8 +331,9 @@ func (r *reload) reopenExports(ctx context.Context) error {
 	return err
 }
 
-// finish makes the new configuration the one that is served, and takes away what
-// goes. It cannot fail: what is left of an export that goes is logged.
+// finish makes the new configuration the one that is served, for those who came
+// meanwhile too, and takes away what goes. It cannot fail: what is left of an export
+// that goes is logged.
 func (r *reload) finish(ctx context.Context) {
 	d := r.d
 	r.takeSecrets()
@@ -348,6 +351,7 @@ func (r *reload) finish(ctx context.Context) {
 		d.closeDoors(d.doors.sharedAt(l.Place))
 	}
 	r.hideNoMore()
+	d.exports.Review(r.since)
 	for _, x := range r.change.Exports {
 		if x.What != config.Remove {
 			continue

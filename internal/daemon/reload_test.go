@@ -70,7 +70,7 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 func TestReloadThatComesTooLateDoesNothing(t *testing.T) {
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
-	d := &daemon{stopping: over}
+	d := &daemon{exports: export.NewRegistry(), stopping: over}
 	c := &config.Config{Groups: map[string]config.Rate{"g": {Ops: 1}}}
 	if err := d.apply(over, c, config.Diff(&config.Config{}, c), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want %v", err, context.Canceled)

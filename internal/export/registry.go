@@ -74,6 +74,7 @@ type Registry struct {
 	away    map[string]*entry // guarded by mu; Closed, with a place that Keep keeps
 	count   int               // guarded by mu; of what makes an entry first or last
 	rank    map[string]int    // guarded by mu; of the names given to Arrange, below 0
+	begun   uint64            // guarded by mu; of the uses, the number of the last one
 	closed  bool              // guarded by mu
 	opening sync.WaitGroup    // Add is not called once closed is set
 
@@ -91,12 +92,12 @@ type entry struct {
 	spec  Spec
 	state State
 	lost  bool // the disk has failed: there is nothing to flush
-	users int
+	uses  map[*use]struct{}
 	place
 	due      int           // what place.made will be; 0 before it is known
 	kept     bool          // it is away when it is closed, and not forgotten
 	removing int           // Removes that are under way
-	idle     chan struct{} // not nil while somebody waits for users to be 0
+	idle     chan struct{} // not nil while somebody waits for uses to be none
 
 	shut    chan struct{} // not nil once the disk is being closed, closed when it is
 	shutErr error         // of that; set before shut is closed
@@ -158,7 +159,7 @@ func (r *Registry) AddOpening(s Spec, open func() (backing.Device, error)) error
 	if s.Stats == nil {
 		s.Stats = new(obs.ExportStats)
 	}
-	e := &entry{spec: s, state: Opening}
+	e := &entry{spec: s, state: Opening, uses: map[*use]struct{}{}}
 	e.welcome()
 	r.mu.Lock()
 	if _, ok := r.byName[s.Name]; ok || r.closed {
@@ -259,7 +260,7 @@ func (r *Registry) Remove(ctx context.Context, name string, owner any, force boo
 	case e == nil || e.spec.Owner != owner || e.state == Opening:
 		r.mu.Unlock()
 		return nbd.ErrUnknownExport
-	case e.users > 0 && !force:
+	case len(e.uses) > 0 && !force:
 		r.mu.Unlock()
 		return fmt.Errorf("%w: %q", ErrInUse, name)
 	}
@@ -290,7 +291,7 @@ func (r *Registry) Remove(ctx context.Context, name string, owner any, force boo
 // wait waits until nobody uses e.
 func (r *Registry) wait(ctx context.Context, e *entry) error {
 	r.mu.Lock()
-	if e.users > 0 && e.idle == nil {
+	if len(e.uses) > 0 && e.idle == nil {
 		e.idle = make(chan struct{})
 	}
 	idle := e.idle
@@ -411,56 +412,11 @@ func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd
 		Device:     dev,
 		Gone:       u.gone,
 		Cut:        u.cut,
-		Still:      func() bool { return r.still(&u, p) },
+		Still:      func() bool { return r.still(u) },
 		Stats:      u.spec.Stats,
 		Flush:      flush,
-		Close: sync.OnceFunc(func() {
-			u.forget()
-			r.left(u.e)
-		}),
+		Close:      sync.OnceFunc(func() { r.left(u) }),
 	}, nil
-}
-
-// use is one use of an export, which left ends.
-type use struct {
-	e      *entry
-	spec   Spec         // of e when the use began
-	deny   backing.Caps // what the peer may not do
-	known  learnt       // of the peer when the use began
-	gone   context.Context
-	forget func() // frees gone
-	cut    context.Context
-}
-
-// use begins a use of an export by p.
-func (r *Registry) use(name string, p *transport.Peer) (use, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	e, access, known, err := r.findLocked(name, p)
-	if err != nil {
-		return use{}, err
-	}
-	if n := e.spec.Connections; n > 0 && e.users >= n {
-		return use{}, errFull
-	}
-	u := use{e: e, spec: e.spec, deny: e.spec.denies(access) | e.spec.lacks(), known: known, gone: e.gone, forget: func() {}, cut: e.cut}
-	if x := known.lease; x != nil {
-		u.gone, u.forget = either(e.gone, x.gone)
-	}
-	e.users++
-	return u, nil
-}
-
-// still tells whether p would be given at least what u has, besides that u.gone
-// may have ended. A token that was right when the use began still is.
-func (r *Registry) still(u *use, p *transport.Peer) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if p != nil && !u.e.shownTo(p) {
-		return false
-	}
-	access, _ := u.e.spec.accessOf(p, learnt{token: u.known.token, lease: r.leaseLocked(p)})
-	return access != NoAccess && u.deny.Has(u.e.spec.denies(access))
 }
 
 // denies is what a peer with that access may not do.
@@ -489,16 +445,6 @@ func lastFlush(dev backing.Device) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.CloseFlush)
 	defer cancel()
 	_ = dev.Flush(ctx)
-}
-
-// left is the end of one use of e.
-func (r *Registry) left(e *entry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if e.users--; e.users == 0 && e.idle != nil {
-		close(e.idle)
-		e.idle = nil
-	}
 }
 
 // findLocked also gives what was learnt of the peer, with the lease if the access
@@ -632,7 +578,7 @@ func (r *Registry) Len() int {
 
 // status is what is known of e without its device.
 func (e *entry) status() Status {
-	return Status{Spec: e.spec, State: e.state, Clients: e.users}
+	return Status{Spec: e.spec, State: e.state, Clients: len(e.uses)}
 }
 
 // ask completes s with what the device says of itself.

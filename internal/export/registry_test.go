@@ -252,6 +252,54 @@ func TestUseKnowsWhetherItsRightsAreStillGiven(t *testing.T) {
 	}
 }
 
+// TestReviewHasThoseLeaveWhoWouldNotBeLetIn, of those who came since a moment: who was
+// there before stays, and so does who has all that it had.
+func TestReviewHasThoseLeaveWhoWouldNotBeLetIn(t *testing.T) {
+	of := func(a Access) []Grant { return []Grant{{Access: a, UIDs: []uint32{7}}} }
+	var scope transport.Scope
+	peer := &transport.Peer{Kind: transport.Unix, UID: 7, Scope: &scope}
+	for _, tt := range []struct {
+		name   string
+		change func(*Settings)
+		leaves bool
+	}{
+		{"nothing", func(*Settings) {}, false},
+		{"no rights", func(s *Settings) { s.Grants = of(NoAccess) }, true},
+		{"reading is left", func(s *Settings) { s.Grants = of(ReadOnly) }, true},
+		{"read-only", func(s *Settings) { s.ReadOnly = true }, true},
+		{"another listener", func(*Settings) { scope.Show("b") }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			scope.ShowAll()
+			r := NewRegistry()
+			open := func() *nbd.Export {
+				t.Helper()
+				x, err := r.Open(t.Context(), "a", peer)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return x
+			}
+			add(t, r, Spec{Name: "a", Settings: Settings{Grants: of(ReadWrite)}})
+			before := open()
+			defer before.Close()
+			n := r.Begun()
+			since := open()
+			defer since.Close()
+			if err := r.Update("a", tt.change); err != nil {
+				t.Fatal(err)
+			}
+			r.Review(n)
+			if before.Gone.Err() != nil {
+				t.Error("who was there before is told to leave")
+			}
+			if got := since.Gone.Err() != nil; got != tt.leaves {
+				t.Errorf("who came since is told to leave: got %t, want %t", got, tt.leaves)
+			}
+		})
+	}
+}
+
 // TestListenerOfAnExportShowsNothingElse: and the export is not to be seen at
 // others. Who came in by a listener that is closed sees nothing.
 func TestListenerOfAnExportShowsNothingElse(t *testing.T) {
