@@ -1,17 +1,24 @@
 package daemon
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // reloaded is a service whose configuration reload replaces.
@@ -122,6 +129,148 @@ func TestReloadAsksAgainWhoCameMeanwhile(t *testing.T) {
 			}
 			if before.Gone.Err() != nil {
 				t.Error("who was there before is told to leave")
+			}
+		})
+	}
+}
+
+// secrets are what the clients of a service prove: one kind is old, and then revoked or
+// replaced by one that is new.
+type secrets struct {
+	grant    string // the key of a grant
+	old, new *tls.Config
+	replace  func() // in the files
+}
+
+// certified gives d certificates in a folder.
+func certified(t *testing.T, d *daemon) secrets {
+	t.Helper()
+	dir, ca := t.TempDir(), transporttest.NewCA(t, "authority")
+	transporttest.WriteServer(t, dir, ca, ca.IssueServer("server"))
+	list := func(revoked ...*transporttest.Issued) {
+		transporttest.WriteFile(t, filepath.Join(dir, "ca-crl.pem"), ca.CRL(time.Now().Add(24*time.Hour), revoked...), 0o644)
+	}
+	list()
+	var err error
+	if d.creds, err = transport.LoadCredentials(dir, transport.TLSOptions{Log: d.log}); err != nil {
+		t.Fatal(err)
+	}
+	shows := func(is *transporttest.Issued) *tls.Config {
+		roots := x509.NewCertPool()
+		roots.AddCert(ca.Cert)
+		return &tls.Config{RootCAs: roots, ServerName: "server", Certificates: []tls.Certificate{{Certificate: is.Chain, PrivateKey: is.Key}}}
+	}
+	old := ca.IssueClient("guest")
+	return secrets{"cert-name", shows(old), shows(ca.IssueClient("guest")), func() { list(old) }}
+}
+
+// keyed gives d pre-shared keys in a file.
+func keyed(t *testing.T, d *daemon) secrets {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "keys.psk")
+	add := func() *tls.Config {
+		t.Helper()
+		if err := psk.Add(path, "guest", 32, true); err != nil {
+			t.Fatal(err)
+		}
+		c, err := psk.ClientConfig(path, "guest")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	last := add()
+	next, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := add()
+	if d.keys, err = psk.Load(path); err != nil {
+		t.Fatal(err)
+	}
+	return secrets{"psk", old, last, func() { transporttest.WriteFile(t, path, next, 0o600) }}
+}
+
+// TestReloadOpensNothingToWhatItReplaces: a key that a reload replaces and a certificate
+// that is revoked with it open what it brings, if at all, until it is over, whenever they
+// were proved. Who had opened an export before stays.
+func TestReloadOpensNothingToWhatItReplaces(t *testing.T) {
+	kinds := map[string]func(*testing.T, *daemon) secrets{"certificate": certified}
+	if psk.Supported() == nil {
+		kinds["key"] = keyed
+	}
+	for name, kind := range kinds {
+		t.Run(name, func(t *testing.T) {
+			d, reload := reloaded(t)
+			its := kind(t, d)
+			met := func(c *tls.Config) *transport.Peer {
+				t.Helper()
+				server, client := transporttest.Pair(t)
+				met := make(chan error, 1)
+				go func() {
+					_, err := transport.ClientTLS(client, c)
+					met <- err
+				}()
+				in, err := (&transport.ServerSecurity{Certificates: d.creds, Keys: d.keys}).Encrypt(server)
+				if err := errors.Join(err, <-met); err != nil {
+					t.Fatal(err)
+				}
+				return in.Peer()
+			}
+			granted := fmt.Sprintf("[[export.grant]]\naccess = \"rw\"\n%s = [\"guest\"]\n", its.grant)
+			if err := reload(inMemory("there", granted), inMemory("slow", "")); err != nil {
+				t.Fatal(err)
+			}
+			old := met(its.old)
+			before, err := d.exports.Open(t.Context(), "there", old)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer before.Close()
+			k := d.disks.find("slow")
+			k.busy.Lock() // the reload waits when it has opened what it brings
+			goOn := sync.OnceFunc(k.busy.Unlock)
+			defer goOn()
+			its.replace()
+			done := make(chan error, 1)
+			go func() {
+				done <- reload(inMemory("there", granted), inMemory("slow", `description = "changed"`), inMemory("new", granted))
+			}()
+			eventually(t, "the new export is open", func() bool {
+				state, _ := d.exports.StateOf("new")
+				return state == export.Ready || len(done) > 0
+			})
+			var meanwhile []*nbd.Export
+			for _, name := range []string{"there", "new"} {
+				if x, err := d.exports.Open(t.Context(), name, old); err == nil {
+					defer x.Close()
+					meanwhile = append(meanwhile, x)
+				}
+			}
+			goOn()
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
+			for _, x := range meanwhile {
+				if x.Gone.Err() == nil {
+					t.Errorf("who has opened %q with the old one while the reload was under way stays", x.Name)
+				}
+			}
+			if before.Gone.Err() != nil {
+				t.Error("who was there before is told to leave")
+			}
+			for _, tt := range []struct {
+				name string
+				peer *transport.Peer
+				want bool
+			}{{"old", old, false}, {"new", met(its.new), true}} {
+				x, err := d.exports.Open(t.Context(), "new", tt.peer)
+				if err == nil {
+					x.Close()
+				}
+				if (err == nil) != tt.want {
+					t.Errorf("the %s one opens what the reload has brought: got %v, want it: %t", tt.name, err, tt.want)
+				}
 			}
 		})
 	}

@@ -361,6 +361,9 @@ func (r *Registry) List(p *transport.Peer) []nbd.ExportInfo {
 
 // visible are the exports that p may see, in any order.
 func (r *Registry) visible(p *transport.Peer) []Spec {
+	if !p.Stands() {
+		return nil
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var specs []Spec
@@ -384,6 +387,9 @@ func (r *Registry) Find(name string, p *transport.Peer) (nbd.ExportInfo, error) 
 
 // find is the export that the name stands for to p.
 func (r *Registry) find(name string, p *transport.Peer) (Spec, error) {
+	if !p.Stands() {
+		return Spec{}, nbd.ErrUnknownExport
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, _, _, err := r.findLocked(name, p)

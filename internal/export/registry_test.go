@@ -300,6 +300,39 @@ func TestReviewHasThoseLeaveWhoWouldNotBeLetIn(t *testing.T) {
 	}
 }
 
+// TestWhoseProofDoesNotStandFindsNothing, and what it has opened before knows it.
+func TestWhoseProofDoesNotStandFindsNothing(t *testing.T) {
+	stands := true
+	peer := &transport.Peer{Kind: transport.Unix, PSK: "vm1", Proof: func() bool { return stands }}
+	r := NewRegistry()
+	add(t, r, Spec{Name: "a", Settings: Settings{Grants: []Grant{{Access: ReadWrite, PSKs: []string{"vm1"}}}}})
+	var x *nbd.Export
+	for _, stands = range []bool{true, false} {
+		_, found := r.Find("a", peer)
+		opened, err := r.Open(t.Context(), "a", peer)
+		if err == nil {
+			defer opened.Close()
+			x = opened
+		}
+		if n := len(r.List(peer)); (n == 1) != stands || (found == nil) != stands || (err == nil) != stands {
+			t.Errorf("stands: %t: %d exports are listed, find: %v, open: %v", stands, n, found, err)
+		}
+	}
+	if x.Still() || x.Gone.Err() != nil {
+		t.Errorf("who has opened it before: still %t, told to leave: %v", x.Still(), x.Gone.Err())
+	}
+	r.Review(r.Begun())
+	if x.Gone.Err() != nil {
+		t.Error("who was there before a review is told to leave")
+	}
+	if r.Review(0); x.Gone.Err() == nil {
+		t.Error("who has come since is not told to leave")
+	}
+	if s, _ := r.StatusOf("a"); s.Clients != 1 {
+		t.Errorf("got %d clients, want 1", s.Clients)
+	}
+}
+
 // TestListenerOfAnExportShowsNothingElse: and the export is not to be seen at
 // others. Who came in by a listener that is closed sees nothing.
 func TestListenerOfAnExportShowsNothingElse(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
@@ -20,8 +21,19 @@ type use struct {
 	cut   context.Context
 }
 
-// use begins a use of an export by p.
+// use begins a use of an export by p. Whether what p has proved stands is asked when the
+// use is there: who exchanges keys or certificates and calls Review then misses nobody.
 func (r *Registry) use(name string, p *transport.Peer) (*use, error) {
+	u, err := r.begin(name, p)
+	if err == nil && !p.Stands() {
+		r.left(u)
+		return nil, nbd.ErrUnknownExport
+	}
+	return u, err
+}
+
+// begin is use by who has proved what it is.
+func (r *Registry) begin(name string, p *transport.Peer) (*use, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, access, known, err := r.findLocked(name, p)
@@ -45,6 +57,9 @@ func (r *Registry) use(name string, p *transport.Peer) (*use, error) {
 // still tells whether the peer would be given at least what u has, besides that
 // u.gone may have ended. A token that was right when the use began still is.
 func (r *Registry) still(u *use) bool {
+	if !u.p.Stands() {
+		return false
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if u.p != nil && !u.e.shownTo(u.p) {

@@ -16,15 +16,19 @@ type ServerSecurity struct {
 }
 
 // Encrypt shakes hands as ServerTLS does. The Peer of the Conn has the
-// identity of the key that the client has proved.
+// identity of the key that the client has proved, and the Proof of what it has.
 func (s *ServerSecurity) Encrypt(c Conn) (Conn, error) {
 	switch {
 	case s.Keys != nil:
 		return s.withKeys(c)
-	case s.Certificates != nil:
-		return ServerTLS(c, s.Certificates.ServerConfig())
+	case s.Certificates == nil:
+		return nil, errors.New("there is nothing to encrypt with")
 	}
-	return nil, errors.New("there is nothing to encrypt with")
+	in, err := ServerTLS(c, s.Certificates.ServerConfig())
+	if t, ok := in.(*tlsConn); ok {
+		t.peer.Proof = s.Certificates.proofOf(t.ConnectionState())
+	}
+	return in, err
 }
 
 func (s *ServerSecurity) withKeys(c Conn) (Conn, error) {
@@ -46,7 +50,11 @@ func (s *ServerSecurity) withKeys(c Conn) (Conn, error) {
 	if err != nil {
 		return nil, handshakeError(c, err)
 	}
-	t.peer.PSK = name
+	if name != "" {
+		t.peer.PSK, t.peer.Proof = name, h.Stands
+	} else {
+		t.peer.Proof = s.Certificates.proofOf(t.ConnectionState())
+	}
 	t.learn()
 	return t, nil
 }

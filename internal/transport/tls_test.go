@@ -484,6 +484,58 @@ func TestARevocationTakesEffectAtTheNextHandshake(t *testing.T) {
 	}
 }
 
+// TestShownCertificateStandsUntilItWouldBeRefused at another handshake, also where none
+// was to be shown; what has changed is looked at each time.
+func TestShownCertificateStandsUntilItWouldBeRefused(t *testing.T) {
+	p, other := newPKI(t), transporttest.NewCA(t, "other CA")
+	day := time.Now().Add(24 * time.Hour)
+	authority := filepath.Join(p.dir, "ca-cert.pem")
+	put(t, os.Remove(authority))
+	bob := p.ca.Intermediate("intermediate CA").IssueClient("bob")
+	admit := func() *transport.Peer {
+		t.Helper()
+		s := &transport.ServerSecurity{Certificates: p.load(t, transport.TLSOptions{Log: slog.New(slog.DiscardHandler)})}
+		sc, cc := transporttest.Pair(t)
+		put(t, errors.Join(sc.SetDeadline(time.Now().Add(30*time.Second)), cc.SetDeadline(time.Now().Add(30*time.Second))))
+		done := make(chan error, 1)
+		go func() {
+			_, err := transport.ClientTLS(cc, p.clientConfig(bob))
+			done <- err
+		}()
+		c, err := s.Encrypt(sc)
+		if err := errors.Join(err, <-done); err != nil {
+			t.Fatal(err)
+		}
+		return c.Peer()
+	}
+	anybody := admit()
+	if !anybody.Stands() {
+		t.Error("who has to show nothing is refused")
+	}
+	transporttest.WriteFile(t, authority, p.ca.PEM(), 0o644)
+	if anybody.Stands() {
+		t.Error("who has shown nothing stands where a certificate is needed")
+	}
+	peer := admit()
+	for _, st := range []struct {
+		name   string
+		change func()
+		want   bool
+	}{
+		{"nothing", func() {}, true},
+		{"another authority", func() { transporttest.WriteFile(t, authority, other.PEM(), 0o644) }, false},
+		{"both authorities", func() { transporttest.WriteFile(t, authority, append(other.PEM(), p.ca.PEM()...), 0o644) }, true},
+		{"no list of the intermediate authority", func() { p.crl(t, p.ca.CRL(day)) }, false},
+	} {
+		st.change()
+		for range 2 {
+			if got := peer.Stands(); got != st.want {
+				t.Errorf("%s: got %t, want %t", st.name, got, st.want)
+			}
+		}
+	}
+}
+
 // TestAFaultOfOneFileHoldsUpNoRevocation: what is wrong with the others is told,
 // and they stay as they were.
 func TestAFaultOfOneFileHoldsUpNoRevocation(t *testing.T) {

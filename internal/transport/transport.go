@@ -62,7 +62,15 @@ type Peer struct {
 
 	// Encrypted is set by the TLS handshake, whichever way it verified.
 	Encrypted bool
+
+	// Proof tells whether the client would be let in now with what it has proved
+	// in its TLS handshake. It may read files; nil is that it has proved nothing.
+	Proof func() bool
 }
+
+// Stands tells whether what the peer has proved would let it in now: its key may have
+// been replaced, or its certificate revoked. It may read files.
+func (p *Peer) Stands() bool { return p == nil || p.Proof == nil || p.Proof() }
 
 // Key names the peer for budgets: connections with one key share them.
 func (p *Peer) Key() string {

@@ -25,6 +25,7 @@ type Handshake struct {
 	tap  *tap
 	cfg  *tls.Config
 	name string // of the identity whose key was proved, or ""
+	key  []byte // that was proved
 	hint error  // why not, for the log
 }
 
@@ -66,6 +67,13 @@ func (h *Handshake) End(t *tls.Conn, err error) (string, error) {
 	return h.name, nil
 }
 
+// Stands tells whether the key that the client has proved is still one of its
+// identity.
+func (h *Handshake) Stands() bool {
+	name, keys := h.keys.find([]byte(h.name))
+	return name != "" && slices.ContainsFunc(keys[:], func(key []byte) bool { return hmac.Equal(key, h.key) })
+}
+
 // unwrap is called with the first identity that the client offers; the others
 // are not looked at. crypto/tls then checks the binder for the key that unwrap
 // chooses, which for an unknown identity or a wrong key is one that nobody
@@ -93,7 +101,7 @@ func (h *Handshake) unwrap(label []byte, cs tls.ConnectionState) (*tls.SessionSt
 	}
 	switch {
 	case proved && name != "":
-		h.name = name
+		h.name, h.key = name, chosen
 	case name != "":
 		h.hint = fmt.Errorf("wrong key for psk identity %q", name)
 	default:

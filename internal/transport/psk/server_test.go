@@ -101,6 +101,34 @@ func client(t testing.TB, identity string, key []byte) *tls.Config {
 
 func key(b byte) []byte { return bytes.Repeat([]byte{b}, 32) }
 
+// TestProvedKeyStandsUntilItGoes: the identity may go on with another one.
+func TestProvedKeyStandsUntilItGoes(t *testing.T) {
+	needBuild(t)
+	for _, tt := range []struct {
+		name, keys string
+		want       bool
+	}{
+		{"the same", "vm1:" + hexKey(32, 1), true},
+		{"behind a new one", "vm1:" + hexKey(32, 2) + "\nvm1:" + hexKey(32, 1), true},
+		{"replaced", "vm1:" + hexKey(32, 2), false},
+		{"that of another", "vm2:" + hexKey(32, 1), false},
+		{"gone", "vm2:" + hexKey(32, 2), false},
+	} {
+		k := someKeys(t, "vm1:"+hexKey(32, 1))
+		var h *Handshake
+		if got, serverErr, clientErr := meet(t, k, client(t, "vm1", key(1)), func(x *Handshake) { h = x }); got != "vm1" || serverErr != nil || clientErr != nil {
+			t.Fatalf("got %q, %v, %v", got, serverErr, clientErr)
+		}
+		if !h.Stands() {
+			t.Errorf("%s: before that, the key does not stand", tt.name)
+		}
+		k.list = someKeys(t, tt.keys).list
+		if got := h.Stands(); got != tt.want {
+			t.Errorf("%s: stands: got %t, want %t", tt.name, got, tt.want)
+		}
+	}
+}
+
 func TestClientWithItsKeyIsKnownByName(t *testing.T) {
 	needBuild(t)
 	k := someKeys(t, "vm1:"+hexKey(32, 1)+"\nvm2:"+hexKey(32, 2)+"\nvm2:"+hexKey(32, 3))
