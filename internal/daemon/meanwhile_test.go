@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
@@ -273,5 +274,59 @@ func TestReloadOpensNothingToWhatItReplaces(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestReloadChangesWhoMayChangeThingsWhenItIsDone: what somebody does by the control API
+// before a reload fails would not be taken back.
+func TestReloadChangesWhoMayChangeThingsWhenItIsDone(t *testing.T) {
+	for _, fails := range []bool{true, false} {
+		d, reload := reloaded(t)
+		dir := t.TempDir()
+		control := func(users string) string {
+			return fmt.Sprintf("[control]\nsocket = %q\nchange-users = [%s]\n", filepath.Join(dir, "control"), users)
+		}
+		listener := fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s\"\n", filepath.Join(dir, "s"))
+		first, err := config.LoadText(d.cfg.File, []byte(control(`"7"`)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.conf.Store(first)
+		if err := reload(control(`"7"`), listener, inMemory("slow", "")); err != nil {
+			t.Fatal(err)
+		}
+		want := func(when string, first, second server.Access) {
+			t.Helper()
+			rules := d.rules.Load()
+			if a, b := rules.Access(server.Peer{UID: 7}), rules.Access(server.Peer{UID: 8}); a != first || b != second {
+				t.Errorf("%s, with a reload that fails: %t: users 7 and 8 may do %d and %d, want %d and %d", when, fails, a, b, first, second)
+			}
+		}
+		want("before", server.Change, server.NoAccess)
+		k := d.disks.find("slow")
+		k.busy.Lock() // the reload waits when it has opened what it brings
+		goOn := sync.OnceFunc(k.busy.Unlock)
+		defer goOn()
+		if fails {
+			listener += "owner = \"no-such-user\"\n" // the last step fails
+		}
+		done := make(chan error, 1)
+		go func() {
+			done <- reload(control(`"8"`), listener, inMemory("slow", `description = "changed"`), inMemory("new", ""))
+		}()
+		eventually(t, "the new export is open", func() bool {
+			state, _ := d.exports.StateOf("new")
+			return state == export.Ready || len(done) > 0
+		})
+		want("meanwhile", server.Change, server.NoAccess)
+		goOn()
+		if err := <-done; (err != nil) != fails {
+			t.Fatalf("reload: %v", err)
+		}
+		if fails {
+			want("after it", server.Change, server.NoAccess)
+		} else {
+			want("after it", server.NoAccess, server.Change)
+		}
 	}
 }

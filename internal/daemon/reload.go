@@ -14,6 +14,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/control/server"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
@@ -176,6 +177,7 @@ type reload struct {
 	hiding []*door                 // see hide
 	over   []func()                // what is called when nothing is undone any more
 	since  uint64                  // see export.Registry.Review
+	rules  *server.Rules           // of the control API as it shall be
 
 	takeSecrets func() // see readSecrets
 }
@@ -187,7 +189,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
-		r.hideEarly, r.restoreDefault, r.setRates, r.setRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
+		r.hideEarly, r.restoreDefault, r.setRates, r.readRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -234,14 +236,11 @@ func (r *reload) setRates(context.Context) error {
 	return err
 }
 
-func (r *reload) setRules(context.Context) error {
-	rules, err := rulesOf(&r.c.Control)
-	if err != nil {
-		return err
-	}
-	old := r.d.rules.Swap(rules)
-	r.onError(func(context.Context) { r.d.rules.Store(old) })
-	return nil
+// readRules looks up who may use the control API in the end: what was done by it in
+// the meantime could not be undone.
+func (r *reload) readRules(context.Context) (err error) {
+	r.rules, err = rulesOf(&r.c.Control)
+	return err
 }
 
 func (r *reload) addExports(ctx context.Context) error {
@@ -337,6 +336,7 @@ func (r *reload) reopenExports(ctx context.Context) error {
 func (r *reload) finish(ctx context.Context) {
 	d := r.d
 	r.takeSecrets()
+	d.rules.Store(r.rules)
 	for _, o := range r.fresh {
 		d.accept(o)
 	}
