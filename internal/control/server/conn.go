@@ -116,10 +116,7 @@ func (s *Server) admit(c net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := NoAccess
-	if p.UID != transport.OverflowID {
-		a = s.authorize(p)
-	}
+	a := s.accessOf(p)
 	if a != Read && a != Change {
 		return nil, fmt.Errorf("user %d may not use it", p.UID)
 	}
@@ -127,6 +124,14 @@ func (s *Server) admit(c net.Conn) (*conn, error) {
 		return nil, &fullError{fmt.Sprintf("too many connections of user %d, or of those who may not change things", p.UID)}
 	}
 	return &conn{Conn: c, unix: u, peer: p, access: a, leave: func() { s.conns.leave(p.UID) }}, nil
+}
+
+// accessOf is what p may do now.
+func (s *Server) accessOf(p Peer) Access {
+	if p.UID == transport.OverflowID {
+		return NoAccess
+	}
+	return s.authorize(p)
 }
 
 // conn is a connection with the descriptors that came with its first byte.

@@ -8,8 +8,8 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// events sends a line for each event, from now on, until the peer leaves or
-// the server ends.
+// events sends a line for each event, from now on, until the peer leaves or may read
+// no more, or the server ends.
 func (c *call) events() (any, error) {
 	uid, access := c.conn.peer.UID, c.conn.access
 	open, perUID := &c.s.readers, limits.EventsPerReader
@@ -39,7 +39,7 @@ func (c *call) events() (any, error) {
 		case <-c.s.ended:
 			return sent{}, nil
 		case e, ok := <-ch:
-			if !ok || c.writeDeadline() != nil || enc.Encode(e) != nil || c.flush(rc) != nil {
+			if !ok || c.s.accessOf(c.conn.peer) == NoAccess || c.writeDeadline() != nil || enc.Encode(e) != nil || c.flush(rc) != nil {
 				return sent{}, nil
 			}
 		}

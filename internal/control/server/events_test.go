@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -97,6 +98,47 @@ func TestCloseEndsStreamsAndListenersLeave(t *testing.T) {
 	}
 	for e, err := range second {
 		t.Errorf("after the end: got %+v, %v", e, err)
+	}
+}
+
+// TestStreamEndsWithTheRightToRead, before the next event.
+func TestStreamEndsWithTheRightToRead(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		before, now server.Access
+		want        []string
+	}{
+		{"a reader stays", server.Read, server.Read, []string{"first", "second"}},
+		{"a reader may change things", server.Read, server.Change, []string{"first", "second"}},
+		{"a reader may do nothing", server.Read, server.NoAccess, []string{"first"}},
+		{"who could change things may read", server.Change, server.Read, []string{"first", "second"}},
+		{"who could change things may do nothing", server.Change, server.NoAccess, []string{"first"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var access atomic.Uint32
+			access.Store(uint32(tt.before))
+			s := &controltest.Service{}
+			w := startWith(t, s, func(server.Peer) server.Access { return server.Access(access.Load()) })
+			seq, err := w.client.Events(testContext(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.Publish(api.Event{Kind: "first"})
+			var got []string
+			for e, err := range seq {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got = append(got, e.Kind); e.Kind == "second" {
+					break
+				}
+				access.Store(uint32(tt.now))
+				s.Publish(api.Event{Kind: "second"})
+			}
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("got the events %q, want %q", got, tt.want)
+			}
+		})
 	}
 }
 

@@ -74,8 +74,8 @@ type MetricsSource interface {
 type Config struct {
 	Service Service
 
-	// Authorize says what a peer may do. It is asked once for each connection,
-	// before anything is read.
+	// Authorize says what a peer may do. It is asked for each connection before
+	// anything is read, and again before an event is sent on it.
 	Authorize Authorizer
 
 	// Log gets a line for each change, and for each that was refused.
