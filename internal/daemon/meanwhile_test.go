@@ -330,3 +330,70 @@ func TestReloadChangesWhoMayChangeThingsWhenItIsDone(t *testing.T) {
 		}
 	}
 }
+
+// TestReloadEndsWhatWasOpenedByAListenerThatItCloses while it was under way, unless it
+// fails. Who has come in by one that was closed and has opened nothing finds nothing.
+func TestReloadEndsWhatWasOpenedByAListenerThatItCloses(t *testing.T) {
+	for _, tt := range []struct {
+		altered string
+		fails   bool
+		shows   map[string]bool // in the end
+	}{
+		{`owner = "no-such-user"`, true, map[string]bool{"kept": true, "removed": true}},
+		{`mode = "0660"`, false, map[string]bool{"kept": true}},
+	} {
+		d, reload := reloaded(t)
+		dir := t.TempDir()
+		listener := func(name, more string) string {
+			return fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s\"\n%s\n", filepath.Join(dir, name), more)
+		}
+		if err := reload(listener("kept", ""), listener("removed", ""), listener("altered", ""), inMemory("a", ""), inMemory("slow", "")); err != nil {
+			t.Fatal(err)
+		}
+		peers, before, meanwhile := map[string]*transport.Peer{}, map[string]*nbd.Export{}, map[string]*nbd.Export{}
+		for _, o := range d.doors.all() {
+			peers[filepath.Base(o.Addr())] = &transport.Peer{Kind: transport.Unix, Scope: &o.scope}
+		}
+		open := func(to map[string]*nbd.Export) {
+			t.Helper()
+			for name, p := range peers {
+				x, err := d.exports.Open(t.Context(), "a", p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(x.Close)
+				to[name] = x
+			}
+		}
+		open(before)
+		k := d.disks.find("slow")
+		k.busy.Lock() // the reload waits when it has opened what it brings
+		goOn := sync.OnceFunc(k.busy.Unlock)
+		defer goOn()
+		done := make(chan error, 1)
+		go func() {
+			done <- reload(listener("kept", ""), listener("altered", tt.altered), inMemory("a", ""), inMemory("slow", `description = "changed"`), inMemory("new", ""))
+		}()
+		eventually(t, "the new export is open", func() bool {
+			state, _ := d.exports.StateOf("new")
+			return state == export.Ready || len(done) > 0
+		})
+		open(meanwhile)
+		goOn()
+		if err := <-done; (err != nil) != tt.fails {
+			t.Fatalf("%s: %v", tt.altered, err)
+		}
+		for name, p := range peers {
+			_, err := d.exports.Find("a", p)
+			if found := err == nil; found != tt.shows[name] {
+				t.Errorf("%s: by listener %q a is found: got %t, want %t", tt.altered, name, found, !found)
+			}
+			if stays, want := meanwhile[name].Gone.Err() == nil, tt.fails || name == "kept"; stays != want {
+				t.Errorf("%s: who has opened a by listener %q meanwhile stays: got %t, want %t", tt.altered, name, stays, want)
+			}
+			if before[name].Gone.Err() != nil {
+				t.Errorf("%s: who has opened a by listener %q before is told to leave", tt.altered, name)
+			}
+		}
+	}
+}

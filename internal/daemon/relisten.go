@@ -127,9 +127,11 @@ func (r *reload) show(l config.ListenerChange) {
 	r.onError(func(context.Context) { show(l.Old.Exports) })
 }
 
-// close closes a listener; it is opened again as it was if the reload fails.
+// close closes a listener; it is opened again as it was if the reload fails, and who
+// has opened an export by it meanwhile keeps that.
 func (r *reload) close(l config.ListenerChange) {
-	r.d.closeDoors(r.d.doors.sharedAt(l.Place))
+	closed := r.d.doors.sharedAt(l.Place)
+	r.d.closeDoors(closed)
 	r.onError(func(ctx context.Context) {
 		list, err := r.d.share(ctx, l.Place, *l.Old)
 		if err != nil {
@@ -138,6 +140,10 @@ func (r *reload) close(l config.ListenerChange) {
 			return
 		}
 		r.hide(l, list)
+		for _, o := range closed { // until the uses were reviewed
+			o.show(l.Old.Exports)
+			r.over = append(r.over, func() { o.scope.Show() })
+		}
 		for _, o := range list {
 			r.d.accept(o)
 		}
