@@ -220,6 +220,35 @@ func TestConnectionsOfOtherGrantsOutliveALease(t *testing.T) {
 	}
 }
 
+// TestLeaseDoesNotKeepWhoHasComeByAnotherGrant when that has gone: its end would not end
+// that use.
+func TestLeaseDoesNotKeepWhoHasComeByAnotherGrant(t *testing.T) {
+	r, p := leasing(t)
+	lend(t, r, "vm1", "s1")
+	var byLease []Grant
+	set := func(grants []Grant) {
+		t.Helper()
+		if err := r.Update("a", func(s *Settings) { byLease, s.Grants = s.Grants, grants }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set([]Grant{{Access: ReadOnly, CIDs: []uint32{42}}})
+	x, err := r.Open(t.Context(), "a", p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	if !x.Still() {
+		t.Error("the grant that has admitted it does not hold")
+	}
+	if set(byLease); x.Still() {
+		t.Error("it holds by a lease whose end it would not notice")
+	}
+	if r.Review(0); x.Gone.Err() == nil {
+		t.Error("it is not told to leave")
+	}
+}
+
 func TestLeasesOfOthersThanGuestsAreRefused(t *testing.T) {
 	r, _ := leasing(t)
 	long := strings.Repeat("x", limits.LeaseName+1)

@@ -55,7 +55,8 @@ func (r *Registry) begin(name string, p *transport.Peer) (*use, error) {
 }
 
 // still tells whether the peer would be given at least what u has, besides that
-// u.gone may have ended. A token that was right when the use began still is.
+// u.gone may have ended. A token that was right when the use began still is; a lease
+// gives nothing to a use that does not end with it.
 func (r *Registry) still(u *use) bool {
 	if !u.p.Stands() {
 		return false
@@ -65,7 +66,10 @@ func (r *Registry) still(u *use) bool {
 	if u.p != nil && !u.e.shownTo(u.p) {
 		return false
 	}
-	access, _ := u.e.spec.accessOf(u.p, learnt{token: u.known.token, lease: r.leaseLocked(u.p)})
+	access, byLease := u.e.spec.accessOf(u.p, learnt{token: u.known.token, lease: r.leaseLocked(u.p)})
+	if byLease && u.known.lease == nil {
+		return false
+	}
 	return access != NoAccess && u.deny.Has(u.e.spec.denies(access))
 }
 
