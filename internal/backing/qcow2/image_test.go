@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -301,18 +302,20 @@ func TestDataFileHasClustersAtTheirOwnPlace(t *testing.T) {
 		{"E10 elsewhere and zero", "8000000000010001", qcow2.Damaged},
 		{"not allocated", "0000000000000000", qcow2.Absent},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			o, data := quiet(), storetest.New(nil)
-			data.Cut(64 << 20)
-			o.DataFile = data
-			m := open(t, patch(t, b, u64(b, 0x30000)&0xffffff, tt.hex), o)
-			if s := at(t, m, 0); s.Kind != tt.want {
-				t.Errorf("span %+v, want kind %d", s, tt.want)
-			}
-			if s := at(t, m, 1<<20+5); s.Kind != qcow2.Data || s.Off != 1<<20+5 || s.Store != data {
-				t.Errorf("elsewhere: %+v", s)
-			}
-		})
+		for _, lenient := range []bool{false, true} {
+			t.Run(fmt.Sprint(tt.name, ",", lenient), func(t *testing.T) {
+				o, data := quiet(), storetest.New(nil)
+				data.Cut(64 << 20)
+				o.DataFile, o.Lenient = data, lenient
+				m := open(t, patch(t, b, u64(b, 0x30000)&0xffffff, tt.hex), o)
+				if s := at(t, m, 0); s.Kind != tt.want {
+					t.Errorf("span %+v, want kind %d", s, tt.want)
+				}
+				if s := at(t, m, 1<<20+5); s.Kind != qcow2.Data || s.Off != 1<<20+5 || s.Store != data {
+					t.Errorf("elsewhere: %+v", s)
+				}
+			})
+		}
 	}
 }
 

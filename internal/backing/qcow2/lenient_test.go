@@ -37,6 +37,10 @@ func TestLenientReadsAsQEMUReads(t *testing.T) {
 		{"M8 reserved bits in an extended entry", x, l2Table, "bf000000000501fe"},
 		{"M9 cluster at 64 GiB", d, l2Table, "8000001000000000"},
 		{"M10 cluster at the largest offset", d, l2Table, "80ffffffffff0000"},
+		{"copied flag without a cluster", d, l2Table, "8000000000000000"},
+		{"copied flag of a zero cluster without storage", d, l2Table, "8000000000000001"},
+		{"reserved bits and copied flag without a cluster", d, l2Table, "bf000000000001fe"},
+		{"copied flag in an extended entry without a cluster", x, l2Table, "8000000000000000 0000000000000000"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			b := patch(t, tt.image, tt.off, tt.hex)

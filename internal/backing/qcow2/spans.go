@@ -159,8 +159,8 @@ func (w *walk) entries(p []byte, end int64) {
 		skip := w.off & (g.ClusterSize - 1)
 		n := min(end-w.off, g.ClusterSize-skip)
 		word := be64(p)
-		if w.lenient && word&format.FlagCompressed == 0 {
-			word &^= format.L2Reserved
+		if w.lenient {
+			word = w.leniently(word)
 		}
 		c, err := g.DecodeL2(word, bitmap)
 		switch {
@@ -172,6 +172,19 @@ func (w *walk) entries(p []byte, end int64) {
 			w.cluster(&c, skip, n)
 		}
 	}
+}
+
+// leniently is an L2 entry without the bits that QEMU does not look at: the
+// reserved ones, and the copied flag where there is no cluster.
+func (w *walk) leniently(word uint64) uint64 {
+	if word&format.FlagCompressed != 0 {
+		return word
+	}
+	word &^= format.L2Reserved
+	if word&format.OffsetMask == 0 && !w.g.DataFile {
+		word &^= format.FlagCopied
+	}
+	return word
 }
 
 // emit yields a span of the range.
