@@ -143,7 +143,7 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, keep bool, absen
 			n, err = f(s, first, n)
 			d.m.mu.Unlock()
 		}
-		if first += n; err == errCompressed {
+		if first += n; err == errMustWrite {
 			at := first << d.g.ClusterBits
 			if err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()), keep); err == nil {
 				first++
@@ -199,21 +199,20 @@ func (d *disk) eachCluster(s *slice, first, n, from, to int64, f func(old *forma
 	return n, nil
 }
 
-// errCompressed says that a part of a compressed cluster cannot be changed.
-var errCompressed = errors.New("cluster is compressed")
+// errMustWrite says that the mapping alone cannot make a part of a cluster zero.
+var errMustWrite = errors.New("a part of a cluster must be written")
 
 // zeroed is a cluster that reads as zeroes in subs. With keep it has a host
-// cluster, which need not have storage yet. With d.m.mu.
+// cluster of its own, which need not have storage yet. With d.m.mu.
 func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Cluster, error) {
-	all := subs == d.g.AllSubs()
-	if old.Compressed && !all {
-		return *old, errCompressed
+	if subs != d.g.AllSubs() && (old.Compressed || keep && old.HasHost() && !old.Copied) {
+		return *old, errMustWrite
 	}
 	c := format.Cluster{Host: old.Host, Copied: old.Copied, Data: old.Data &^ subs, Zero: old.Zero | subs}
 	switch {
 	case !keep && c.Data == 0:
 		c.Host, c.Copied = format.NoHost, false
-	case keep && (!old.HasHost() || !old.Copied && all):
+	case keep && needsHost(old):
 		r, err := d.space.Reserve(d.g.ClusterSize)
 		if err != nil {
 			return *old, err

@@ -269,12 +269,16 @@ func TestTrimNeedsNoRoom(t *testing.T) {
 // be written when the host is full; one that is full before says so.
 func TestZeroWithoutHolesTakesStorage(t *testing.T) {
 	const size = 2<<20 + 512
-	for _, o := range []create.Options{{ClusterSize: 4096}, {ClusterSize: 64 << 10}, {ClusterSize: 64 << 10, ExtendedL2: true}} {
+	for _, s := range []*specimen{
+		blank(t, "4k", create.Options{Size: size, ClusterSize: 4096}),
+		blank(t, "64k", create.Options{Size: size, ClusterSize: 64 << 10}),
+		blank(t, "subclusters", create.Options{Size: size, ClusterSize: 64 << 10, ExtendedL2: true}),
+		fromQEMUIO(t, "subclusters, snapshot", ",extended_l2=on", 64<<10, fmt.Sprint(size), "write -P 1 0 1M", "snapshot a"),
+	} {
 		for _, cannotZero := range []bool{false, true} {
 			for _, r := range [][2]int64{{0, size}, {5000, size - 3000}, {100, 300}, {70 << 10, 75 << 10}} {
-				t.Run(fmt.Sprint(o.ClusterSize, o.ExtendedL2, cannotZero, r), func(t *testing.T) {
-					o.Size = size
-					host, err := storetest.NewFull(t.Context(), blank(t, "zeroes", o).image)
+				t.Run(fmt.Sprint(s.name, cannotZero, r), func(t *testing.T) {
+					host, err := storetest.NewFull(t.Context(), s.image.Clone())
 					if err != nil {
 						t.Fatal(err)
 					}
