@@ -54,17 +54,16 @@ func (d *disk) zeroWhole(ctx context.Context, from, to int64, keep, fast bool) e
 		return backing.ErrNotSupported
 	case d.g.DataFile:
 		return d.zeroData(ctx, from, to, keep)
-	}
-	absent := func(off int64) bool { return !keep && d.belowHas(off) == 0 }
-	err := d.eachStretch(ctx, from, to, keep, absent, func(s *slice, first, n int64) (int64, error) {
-		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
-			return d.zeroed(old, subs, keep)
+	case keep:
+		absent := func(int64) bool { return false }
+		return d.eachStretch(ctx, from, to, true, absent, func(first, n int64) (int64, error) {
+			return d.zeroKept(ctx, first, n, from, to)
 		})
-	})
-	if err == nil && keep {
-		err = d.storeKept(ctx, from, to)
 	}
-	return err
+	absent := func(off int64) bool { return d.belowHas(off) == 0 }
+	return d.eachStretch(ctx, from, to, false, absent, func(first, n int64) (int64, error) {
+		return d.eachCluster(ctx, first, n, from, to, d.zeroed)
+	})
 }
 
 // keepsFast reports whether what has to stay allocated can be zero with no slow
@@ -123,12 +122,11 @@ func (d *disk) zeroBytes(ctx context.Context, off, end int64, keep bool) error {
 	return nil
 }
 
-// eachStretch calls f for the clusters of [from, to), as many at a time as lie
-// in one slice and nobody has claimed, with d.m.mu locked. f says how many of
-// them it did; what it cannot do is written as zeroes. None is passed over: an
-// error is that of the first one that is not done. Where there is no L2 table
-// and absent says that none is needed, f is not called.
-func (d *disk) eachStretch(ctx context.Context, from, to int64, keep bool, absent func(off int64) bool, f func(s *slice, first, n int64) (int64, error)) error {
+// eachStretch calls f for the clusters of [from, to) that are not done, n from
+// first on. f says how many it did, of one slice; what it cannot do is written as
+// zeroes. None is passed over: an error is that of the first one that is not done.
+// Where there is no L2 table and absent says that none is needed, f is not called.
+func (d *disk) eachStretch(ctx context.Context, from, to int64, keep bool, absent func(off int64) bool, f func(first, n int64) (int64, error)) error {
 	full := int64(-1)
 	for first, end := from>>d.g.ClusterBits, d.g.Clusters(to); first < end; {
 		if off := first << d.g.ClusterBits; absent(off) && d.noTable(off) {
@@ -138,11 +136,7 @@ func (d *disk) eachStretch(ctx context.Context, from, to int64, keep bool, absen
 		if err := d.commits.makeRoom(ctx); err != nil {
 			return err
 		}
-		s, n, err := d.lockClusters(ctx, first, end-first)
-		if err == nil {
-			n, err = f(s, first, n)
-			d.m.mu.Unlock()
-		}
+		n, err := f(first, end-first)
 		if first += n; err == errMustWrite {
 			at := first << d.g.ClusterBits
 			if err = d.zeroBytes(ctx, max(from, at), min(to, at+d.g.ClusterSize, d.reach.Load()), keep); err == nil {
@@ -178,9 +172,14 @@ func (d *disk) noTable(off int64) bool {
 	return d.m.l1[off/d.g.L2Coverage] == 0
 }
 
-// eachCluster makes of n clusters from first on what f says, given those of
-// their subclusters that lie in [from, to), until f fails. With d.m.mu.
-func (d *disk) eachCluster(s *slice, first, n, from, to int64, f func(old *format.Cluster, subs uint32) (format.Cluster, error)) (done int64, err error) {
+// eachCluster makes of some of n clusters from first on what f says, given those
+// of their subclusters that lie in [from, to), until f fails.
+func (d *disk) eachCluster(ctx context.Context, first, n, from, to int64, f func(old *format.Cluster, subs uint32) (format.Cluster, error)) (done int64, err error) {
+	s, n, err := d.lockClusters(ctx, first, n)
+	if err != nil {
+		return 0, err
+	}
+	defer d.m.mu.Unlock()
 	for ; done < n; done++ {
 		i := first%d.m.entries + done
 		old := d.cluster(s, i)
@@ -202,27 +201,107 @@ func (d *disk) eachCluster(s *slice, first, n, from, to int64, f func(old *forma
 // errMustWrite says that the mapping alone cannot make a part of a cluster zero.
 var errMustWrite = errors.New("a part of a cluster must be written")
 
-// zeroed is a cluster that reads as zeroes in subs. With keep it has a host
-// cluster of its own, which need not have storage yet. With d.m.mu.
-func (d *disk) zeroed(old *format.Cluster, subs uint32, keep bool) (format.Cluster, error) {
-	if subs != d.g.AllSubs() && (old.Compressed || keep && old.HasHost() && !old.Copied) {
+// zeroed is a cluster that reads as zeroes in subs, without a host cluster if it
+// can be. With d.m.mu.
+func (d *disk) zeroed(old *format.Cluster, subs uint32) (format.Cluster, error) {
+	if old.Compressed && subs != d.g.AllSubs() {
 		return *old, errMustWrite
 	}
 	c := format.Cluster{Host: old.Host, Copied: old.Copied, Data: old.Data &^ subs, Zero: old.Zero | subs}
-	switch {
-	case !keep && c.Data == 0:
+	if c.Data == 0 {
 		c.Host, c.Copied = format.NoHost, false
-	case keep && needsHost(old):
-		r, err := d.space.Reserve(d.g.ClusterSize)
-		if err != nil {
-			return *old, err
-		}
-		c.Host, c.Copied = r.Off, true
 	}
 	if d.g.Version < 3 {
 		c.Zero = 0
 	}
 	return c, nil
+}
+
+// zeroKept makes what some of n clusters from first on have of [from, to) zero, in
+// host clusters with storage, and says for how many. They are claimed until the
+// storage is there: a mapping that names new clusters has it.
+func (d *disk) zeroKept(ctx context.Context, first, n, from, to int64) (done int64, err error) {
+	x, err := d.planKept(ctx, first, n, from, to)
+	if err != nil {
+		return 0, err
+	}
+	base := first << d.g.ClusterBits
+	lo, hi := max(from, base), min(to, base+x.n<<d.g.ClusterBits)
+	part := space.Ref{Off: x.run.Off + lo - base, Len: hi - lo}
+	if x.fresh {
+		err = d.space.Store(ctx, part)
+	} else {
+		err = d.space.Zero(ctx, part)
+	}
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	defer d.letGo(&x.claim)
+	if err == nil {
+		d.linkKept(x, from, to)
+		return x.n, nil
+	}
+	if x.fresh {
+		d.space.Drop(x.run.Off, x.run.Len)
+	}
+	return 0, err
+}
+
+// planKept claims some of n clusters from first on: those that have host clusters
+// in a row, or such that need some, which are reserved. errMustWrite where the
+// first one has to be copied, for what lies outside of [from, to).
+func (d *disk) planKept(ctx context.Context, first, n, from, to int64) (*stretch, error) {
+	s, free, err := d.lockClusters(ctx, first, n)
+	if err != nil {
+		return nil, err
+	}
+	defer d.m.mu.Unlock()
+	x := &stretch{at: first % d.m.entries}
+	x.first = first
+	c := d.cluster(s, x.at)
+	if d.mustCopy(&c, d.touched(first, from, to)) {
+		return nil, errMustWrite
+	}
+	x.fresh, x.run = needsHost(&c), space.Run{Off: c.Host}
+	for x.n = 1; x.n < free; x.n++ {
+		next := d.cluster(s, x.at+x.n)
+		if needsHost(&next) != x.fresh || !x.fresh && next.Host != c.Host+x.n<<d.g.ClusterBits ||
+			d.mustCopy(&next, d.touched(first+x.n, from, to)) {
+			break
+		}
+	}
+	if x.fresh {
+		if x.run, err = d.space.Reserve(x.n << d.g.ClusterBits); err != nil {
+			return nil, err
+		}
+		x.n = x.run.Len >> d.g.ClusterBits
+	}
+	d.hold(&x.claim, s)
+	return x, nil
+}
+
+// mustCopy reports whether a cluster can have subs in a host cluster of its own
+// only with a copy of the others.
+func (d *disk) mustCopy(c *format.Cluster, subs uint32) bool {
+	return subs != d.g.AllSubs() && (c.Compressed || c.HasHost() && !c.Copied)
+}
+
+// linkKept makes the clusters of x read as zeroes in [from, to). With d.m.mu.
+func (d *disk) linkKept(x *stretch, from, to int64) {
+	for i := range x.n {
+		old := d.cluster(x.s, x.at+i)
+		subs := d.touched(x.first+i, from, to)
+		c := format.Cluster{
+			Host: x.run.Off + i<<d.g.ClusterBits, Copied: true,
+			Data: old.Data &^ subs, Zero: old.Zero | subs,
+		}
+		if c == old {
+			continue
+		}
+		d.set(x.s, x.at+i, c)
+		if x.fresh {
+			d.release(&old)
+		}
+	}
 }
 
 // Trim frees the host clusters of whole subclusters, which then read as zeroes,
@@ -265,8 +344,8 @@ func (d *disk) trim(ctx context.Context, off, n int64) error {
 // trimTable is trim for whole subclusters of one L2 table.
 func (d *disk) trimTable(ctx context.Context, from, to int64) error {
 	absent := func(int64) bool { return true }
-	err := d.eachStretch(ctx, from, to, false, absent, func(s *slice, first, n int64) (int64, error) {
-		return d.eachCluster(s, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
+	err := d.eachStretch(ctx, from, to, false, absent, func(first, n int64) (int64, error) {
+		return d.eachCluster(ctx, first, n, from, to, func(old *format.Cluster, subs uint32) (format.Cluster, error) {
 			return d.trimmed(old, subs), nil
 		})
 	})
@@ -305,14 +384,6 @@ func (d *disk) punchKept(ctx context.Context, from, to int64) error {
 		return nil
 	}
 	return err
-}
-
-// storeKept gives storage to what host clusters have of whole subclusters of
-// [from, to) that were made zero, and makes it zero itself.
-func (d *disk) storeKept(ctx context.Context, from, to int64) error {
-	return d.eachKept(ctx, from, to, func(host, n int64) error {
-		return d.space.Store(ctx, space.Ref{Off: host, Len: n})
-	})
 }
 
 // eachKept calls f for the stretches of the image that host clusters have for

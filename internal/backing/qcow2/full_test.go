@@ -311,6 +311,45 @@ func TestZeroWithoutHolesTakesStorage(t *testing.T) {
 	}
 }
 
+// TestFailedZeroKeepsStorage: a zero for which a full host has no storage leaves the
+// disk what it had, written or only zeroed, and the host the rest.
+func TestFailedZeroKeepsStorage(t *testing.T) {
+	const had, room, size = 2 << 20, 1 << 20, 8 << 20
+	for _, o := range []create.Options{{Size: size}, {Size: size, ExtendedL2: true}} {
+		for _, cannotZero := range []bool{false, true} {
+			t.Run(fmt.Sprint(o.ExtendedL2, cannotZero), func(t *testing.T) {
+				host, err := storetest.NewFull(t.Context(), blank(t, "zeroes", o).image)
+				if err != nil {
+					t.Fatal(err)
+				}
+				host.CannotZero = cannotZero
+				host.SetRoom(1 << 30)
+				d, err := qcow2.Open(t.Context(), host, quiet())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer d.Close()
+				data := bytes.Repeat([]byte{1}, had)
+				if err := errors.Join(d.Zero(t.Context(), 0, had/2, backing.NoHole), d.WriteAt(t.Context(), data[:had/2], had/2, 0),
+					d.Flush(t.Context())); err != nil {
+					t.Fatal(err)
+				}
+				host.SetRoom(room)
+				if err := d.Zero(t.Context(), 0, size, backing.NoHole); !errors.Is(err, backing.ErrNoSpace) {
+					t.Errorf("zero without room: got %v, want %v", err, backing.ErrNoSpace)
+				}
+				if got := host.Room(); got != room {
+					t.Errorf("it left the host %d, want %d", got, room)
+				}
+				host.SetRoom(0)
+				if err := errors.Join(d.WriteAt(t.Context(), data, 0, 0), d.Flush(t.Context())); err != nil {
+					t.Errorf("write of what had storage: %v", err)
+				}
+			})
+		}
+	}
+}
+
 // TestZeroesFindWhatWasTrimmed: on a device that is full, a zero that needs host
 // clusters has those that are free after a commit, as a write does.
 func TestZeroesFindWhatWasTrimmed(t *testing.T) {

@@ -247,7 +247,7 @@ func (s *Space) fundHoles(ctx context.Context, off, end int64) error {
 	})
 	for _, h := range holes {
 		if err == nil {
-			err = s.store(ctx, h)
+			err = s.Store(ctx, h)
 		}
 	}
 	return err
@@ -259,38 +259,40 @@ func (s *Space) fundRun(ctx context.Context, r Run) error {
 	if !s.isStrict() {
 		return nil
 	}
-	return s.store(ctx, Ref{r.Off, r.Len})
+	return s.Store(ctx, Ref{r.Off, r.Len})
 }
 
-// Store makes a range of clusters in use zero, and gives it storage; after an
-// error it has none. A block device has all of its storage, and is not written.
-// Errors: those of Extend, and of the file.
+// Store makes a range without contents zero, and gives it storage; after an error
+// it has none. A block device has all of its storage, and is not written. Errors:
+// those of Extend, and of the file.
 func (s *Space) Store(ctx context.Context, r Ref) error {
+	err := s.Zero(ctx, r)
+	if err == nil {
+		return nil
+	}
+	// A file system that has too little takes what there is before it says so: kept,
+	// that would be missing for a smaller range, and for everybody on the host.
+	if err := s.st.Punch(context.WithoutCancel(ctx), r.Off, r.Len); err != nil {
+		s.log.Debug("a range without contents keeps its storage", "offset", r.Off, "length", r.Len, "error", err)
+	}
+	return err
+}
+
+// Zero is Store for clusters in use: after an error they have at least the storage
+// that they had. What the file system took before stays as well, nothing tells it
+// from theirs: to lseek(2) storage that was never written to is a hole.
+func (s *Space) Zero(ctx context.Context, r Ref) error {
 	if s.fixed {
 		return nil
 	}
 	if err := s.Extend(ctx, r.Off+r.Len); err != nil {
 		return err
 	}
-	return s.store(ctx, r)
+	return s.provide(ctx, r)
 }
 
-// store makes a range zero that has storage then; after an error it has none.
-// A file system that has too little takes what there is before it says so: kept,
-// that would be missing for a smaller range, and for everybody on the host.
-func (s *Space) store(ctx context.Context, r Ref) error {
-	err := s.provide(ctx, r)
-	if err == nil {
-		return nil
-	}
-	if err := s.st.Punch(context.WithoutCancel(ctx), r.Off, r.Len); err != nil {
-		s.log.Debug("a range for metadata keeps its storage", "offset", r.Off, "length", r.Len, "error", err)
-	}
-	return err
-}
-
-// provide is store without the end: where the file cannot zero in place, such as
-// on tmpfs, by writing.
+// provide makes a range of the file zero that has storage then: where the file
+// cannot zero in place, such as on tmpfs, by writing.
 func (s *Space) provide(ctx context.Context, r Ref) error {
 	err := s.st.Zero(ctx, r.Off, r.Len)
 	if !errors.Is(err, backing.ErrNotSupported) {

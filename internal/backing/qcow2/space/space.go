@@ -40,8 +40,8 @@ type Run struct {
 type Ref struct{ Off, Len int64 }
 
 // Space is the account of one image. Reserve, ReserveMeta, ReserveTable, Drop,
-// IsMeta, Pending, Extend and Store are for any goroutine; Write, Release, Fund,
-// Adopt and Trim for one at a time, which is called the commit. Lock order:
+// IsMeta, Pending, Extend, Store and Zero are for any goroutine; Write, Release,
+// Fund, Adopt and Trim for one at a time, which is called the commit. Lock order:
 // extendMu, mu.
 type Space struct {
 	st    store.Store

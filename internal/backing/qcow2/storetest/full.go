@@ -14,13 +14,14 @@ const hostBlock = 4096
 // Full is a file on a host that has little room: what is written or zeroed
 // where there was a hole takes storage, and fails with ErrNoSpace when there is
 // too little left. Then its bytes are untouched, and it has taken all there was,
-// as on ext4 and tmpfs. Extents are those of the storage.
+// as on ext4 and tmpfs. To Extents storage that was never written to is a hole, as
+// to lseek(2) on ext4 and XFS.
 type Full struct {
 	store.Store
 	CannotZero bool // Zero is not supported
 
 	mu   sync.Mutex
-	has  map[int64]bool // guarded by mu; blocks with storage, by number
+	has  map[int64]bool // guarded by mu; blocks with storage, by number: whether one was written
 	room int64          // guarded by mu; blocks that are left
 }
 
@@ -51,18 +52,19 @@ func (f *Full) SetRoom(n int64) {
 }
 
 // take gets storage for a range, from its beginning on as far as there is any.
-func (f *Full) take(off, n int64) error {
+func (f *Full) take(off, n int64, write bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i := off / hostBlock; i <= (off+n-1)/hostBlock; i++ {
+		written, ok := f.has[i]
 		switch {
-		case f.has[i]:
+		case ok:
 		case f.room == 0:
 			return backing.ErrNoSpace
 		default:
-			f.has[i] = true
 			f.room--
 		}
+		f.has[i] = written || write
 	}
 	return nil
 }
@@ -79,7 +81,7 @@ func (f *Full) give(off, end int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i := (off + hostBlock - 1) / hostBlock; i < end/hostBlock; i++ {
-		if f.has[i] {
+		if _, ok := f.has[i]; ok {
 			delete(f.has, i)
 			f.room++
 		}
@@ -88,7 +90,7 @@ func (f *Full) give(off, end int64) {
 
 // WriteAt fails when there is no storage for p.
 func (f *Full) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
-	if err := f.take(off, int64(len(p))); err != nil {
+	if err := f.take(off, int64(len(p)), true); err != nil {
 		return err
 	}
 	return f.Store.WriteAt(ctx, p, off, durable)
@@ -99,7 +101,7 @@ func (f *Full) Zero(ctx context.Context, off, n int64) error {
 	if f.CannotZero {
 		return backing.ErrNotSupported
 	}
-	if err := f.take(off, n); err != nil {
+	if err := f.take(off, n, false); err != nil {
 		return err
 	}
 	return f.Store.Zero(ctx, off, n)
@@ -126,7 +128,7 @@ func (f *Full) Truncate(size int64) error {
 	return err
 }
 
-// Extents tells holes by the storage.
+// Extents tells holes by what has storage and was written.
 func (f *Full) Extents(_ context.Context, off, n int64, yield func(backing.Extent) bool) error {
 	for end := off + n; off < end; {
 		step := min(end, (off/hostBlock+1)*hostBlock) - off
