@@ -104,6 +104,19 @@ func (d *disk) lockClusters(ctx context.Context, first, n int64) (s *slice, free
 	}
 }
 
+// lockForChange is lockClusters for a slice whose entries can all change: the
+// file has storage for it. Else funded gets it.
+func (d *disk) lockForChange(ctx context.Context, first, n int64) (s *slice, free int64, err error) {
+	if s, free, err = d.lockClusters(ctx, first, n); err != nil {
+		return nil, 0, err
+	}
+	if err := d.mayChange(s); err != nil {
+		d.m.mu.Unlock()
+		return nil, 0, err
+	}
+	return s, free, nil
+}
+
 // release puts what a mapping entry had into quarantine. With d.m.mu.
 func (d *disk) release(c *format.Cluster) {
 	switch {

@@ -148,7 +148,7 @@ func (d *disk) planFunded(ctx context.Context, off, n int64) (*stretch, error) {
 // nothing to change any more.
 func (d *disk) plan(ctx context.Context, off, n int64) (*stretch, error) {
 	first, last := off>>d.g.ClusterBits, (off+n-1)>>d.g.ClusterBits
-	s, free, err := d.lockClusters(ctx, first, last-first+1)
+	s, free, err := d.lockForChange(ctx, first, last-first+1)
 	if err != nil {
 		return nil, err
 	}

@@ -184,6 +184,9 @@ func (d *disk) eachCluster(ctx context.Context, first, n, from, to int64, f func
 		i := first%d.m.entries + done
 		old := d.cluster(s, i)
 		c, err := f(&old, d.touched(first+done, from, to))
+		if err == nil && c != old {
+			err = d.mayChange(s)
+		}
 		if err != nil {
 			return done, err
 		}
@@ -250,7 +253,7 @@ func (d *disk) zeroKept(ctx context.Context, first, n, from, to int64) (done int
 // in a row, or such that need some, which are reserved. errMustWrite where the
 // first one has to be copied, for what lies outside of [from, to).
 func (d *disk) planKept(ctx context.Context, first, n, from, to int64) (*stretch, error) {
-	s, free, err := d.lockClusters(ctx, first, n)
+	s, free, err := d.lockForChange(ctx, first, n)
 	if err != nil {
 		return nil, err
 	}

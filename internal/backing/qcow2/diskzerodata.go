@@ -46,7 +46,7 @@ func (d *disk) zeroData(ctx context.Context, from, to int64, keep bool) error {
 // lie in [from, to), and says for how many. They are claimed meanwhile: whoever
 // would fill them with what is below comes before or after.
 func (d *disk) zeroDataOnce(ctx context.Context, first, n, from, to int64, keep bool) (done int64, err error) {
-	s, n, err := d.lockClusters(ctx, first, n)
+	s, n, err := d.lockForChange(ctx, first, n)
 	if err != nil {
 		return 0, err
 	}

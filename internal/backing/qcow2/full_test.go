@@ -28,7 +28,8 @@ import (
 
 // TestFullHostFailsWritesAndNoFlush runs scripts on hosts that have room for a
 // part of them: whatever fails, each flush brings what was written, and once
-// there is room everything goes on.
+// there is room everything goes on. What one session leaves the next one takes for
+// holes where nothing was written.
 func TestFullHostFailsWritesAndNoFlush(t *testing.T) {
 	list := append(created(t), compressedImage(t, "", 4096, 256<<10), compressedImage(t, ",extended_l2=on", 16<<10, 512<<10),
 		fromQEMUIO(t, "512,snapshots", "", 512, "1M", "write -P 1 0 700k", "snapshot a", "write -P 2 300k 200k", "snapshot b"),
@@ -54,24 +55,36 @@ func TestFullHostFailsWritesAndNoFlush(t *testing.T) {
 	}
 }
 
-// onFullHost runs a script on a host of s whose room changes, and says how many
+// onFullHost runs scripts on a host of s, one for each session, and says how many
 // times it was full.
 func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error) {
-	ctx, h := t.Context(), s.host()
-	rnd := rand.New(rand.NewPCG(seed, 0))
+	h, o := s.host(), disktest.NewOracle(bytes.Clone(s.first))
+	for session := range uint32(2) {
+		n, err := s.sessionOnFullHost(t, h, o, seed, session)
+		if err != nil {
+			return 0, fmt.Errorf("session %d: %w", session, err)
+		}
+		refused += n
+	}
+	return refused, reread(t.Context(), h, o)
+}
+
+// sessionOnFullHost runs a script while the room of the host changes.
+func (s *specimen) sessionOnFullHost(t *testing.T, h *host, o *disktest.Oracle, seed uint64, session uint32) (refused int, err error) {
+	ctx, rnd, version := t.Context(), rand.New(rand.NewPCG(seed, uint64(session))), 1+session<<16
+	f := h.again()
 	host, err := storetest.NewFull(ctx, h.files[0])
 	if err != nil {
 		return 0, err
 	}
 	host.CannotZero = seed%2 == 0
-	f := h.again()
 	f.Image = host
 	dev, err := s.open(ctx, f, false)
 	if err != nil {
 		return 0, err
 	}
-	r := disktest.Run{Dev: dev, Oracle: disktest.NewOracle(bytes.Clone(s.first)), Faulty: true}
-	shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 60, Largest: 256 << 10}
+	r := disktest.Run{Dev: dev, Oracle: o, Faulty: true}
+	shape := disktest.Shape{Size: int64(len(s.first)), Cluster: s.cluster, Ops: 60, Largest: 256 << 10, Version: version}
 	for i, batch := range shape.Random(rnd) {
 		if i%4 == 0 {
 			host.SetRoom(rnd.Int64N(512<<10) * rnd.Int64N(2))
@@ -90,8 +103,9 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 		host.SetRoom(0)
 		p := make([]byte, 4096)
 		off := rnd.Int64N(int64(len(s.first)) - 4096)
-		disktest.Fill(p, off, uint32(1<<20+i))
-		c := r.Oracle.Begin(off, 4096, uint32(1<<20+i), false, false)
+		mark := 1<<20 + version + uint32(i)
+		disktest.Fill(p, off, mark)
+		c := r.Oracle.Begin(off, 4096, mark, false, false)
 		if err := dev.WriteAt(ctx, p, off, 0); err == nil {
 			r.Oracle.End(c)
 		} else if errors.Is(err, backing.ErrNoSpace) {
@@ -110,10 +124,105 @@ func (s *specimen) onFullHost(t *testing.T, seed uint64) (refused int, err error
 	if err := r.Do(ctx, shape.Random(rnd)); err != nil {
 		return 0, errors.Join(errors.New("with room"), err)
 	}
-	if err := errors.Join(dev.Close(), h.closed(ctx)); err != nil {
-		return 0, err
+	return refused, errors.Join(dev.Close(), h.closed(ctx))
+}
+
+// sparseCopy is a disk of 8 GiB whose first part is written, with clusters of 64 KiB,
+// or with a data file. Its image has a hole wherever it is zero, and the host is full.
+func sparseCopy(t *testing.T, written int, data bool) (st *storetest.Mem, host *storetest.Full, d backing.Device) {
+	t.Helper()
+	st, o, opt := storetest.New(nil), create.Options{Size: 8 << 30}, quiet()
+	guest := storetest.New(nil)
+	if data {
+		o.DataFile, o.Data, opt.DataFile = "data", guest, guest
 	}
-	return refused, reread(ctx, h, r.Oracle)
+	if err := create.Image(t.Context(), st, o); err != nil {
+		t.Fatal(err)
+	}
+	d, err := qcow2.Open(t.Context(), st, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(d.WriteAt(t.Context(), bytes.Repeat([]byte{1}, written), 0, 0), d.Close()); err != nil {
+		t.Fatal(err)
+	}
+	guest.Reopen()
+	st = storetest.New(st.Contents())
+	if host, err = storetest.NewFull(t.Context(), st); err != nil {
+		t.Fatal(err)
+	}
+	if d, err = qcow2.Open(t.Context(), host, opt); err != nil {
+		t.Fatal(err)
+	}
+	return st, host, d
+}
+
+// TestHolesOfTablesFailChangesAndNoFlush: on a full host, what changes an entry of an
+// L2 table where the file has a hole, as in a sparse copy, says that there is no
+// room. What frees clusters has no need of any.
+func TestHolesOfTablesFailChangesAndNoFlush(t *testing.T) {
+	const written, hole, cluster = 1 << 20, 400 << 20, 64 << 10
+	zero := func(d backing.Device) error { return d.Zero(t.Context(), hole, cluster, 0) }
+	write := func(d backing.Device) error { return d.WriteAt(t.Context(), make([]byte, cluster), hole, 0) }
+	for _, tt := range []struct {
+		name string
+		data bool
+		do   func(d backing.Device) error
+		want error
+	}{
+		{"zero", false, zero, backing.ErrNoSpace},
+		{"zero, data file", true, zero, backing.ErrNoSpace},
+		{"write, data file", true, write, backing.ErrNoSpace},
+		{"zero of what was written", false, func(d backing.Device) error { return d.Zero(t.Context(), 0, written, 0) }, nil},
+		{"trim", false, func(d backing.Device) error { return d.Trim(t.Context(), 0, d.Info().Size, 0) }, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			st, _, d := sparseCopy(t, written, tt.data)
+			if err := tt.do(d); !errors.Is(err, tt.want) {
+				t.Errorf("without room: got %v, want %v", err, tt.want)
+			}
+			if err := errors.Join(d.Flush(t.Context()), d.Close()); err != nil {
+				t.Errorf("flush and close: %v", err)
+			}
+			st.Reopen()
+			wantSound(t, st, 0)
+			if tt.want != nil {
+				return
+			}
+			p := make([]byte, written)
+			d = openQuiet(t, st, true)
+			if err := errors.Join(d.ReadAt(t.Context(), p, 0), d.Close()); err != nil || !backing.AllZero(p) {
+				t.Errorf("read: got %v, and zeroes: %t", err, backing.AllZero(p))
+			}
+		})
+	}
+}
+
+// TestRefusedWriteLeavesTablesTheirStorage: a write for whose tables there is too
+// little room, by any number of blocks, takes none from a change that was done.
+func TestRefusedWriteLeavesTablesTheirStorage(t *testing.T) {
+	const block, tables, hole, cluster = 4096, 1 << 20, 400 << 20, 64 << 10
+	refused, short := 0, true
+	for n := int64(0); short; n++ {
+		_, host, d := sparseCopy(t, cluster, false)
+		host.Crowded = true
+		host.SetRoom(block)
+		if err := d.Zero(t.Context(), hole, cluster, 0); err != nil {
+			t.Fatal(err)
+		}
+		host.SetRoom(tables + n*block)
+		err := d.WriteAt(t.Context(), make([]byte, cluster), 2*hole, 0)
+		host.SetRoom(0)
+		if err := errors.Join(d.Flush(t.Context()), d.Close()); err != nil {
+			t.Errorf("flush and close with %d blocks: %v", n, err)
+		}
+		if short = errors.Is(err, backing.ErrNoSpace); short {
+			refused++
+		}
+	}
+	if refused < tables/block/16 {
+		t.Errorf("the write was refused with %d blocks at most", refused)
+	}
 }
 
 // fullSubclusters is an image of 15 compressed clusters with subclusters of 512

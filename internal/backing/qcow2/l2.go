@@ -296,12 +296,40 @@ func (d *disk) own(i int64) error {
 	return nil
 }
 
+// holed is the number of a slice that may have holes in the file.
+type holed int64
+
+func (holed) Error() string { return space.ErrUnfunded.Error() }
+
+// mayChange answers holed where no entry of a slice may change before funded was
+// called. With d.m.mu.
+func (d *disk) mayChange(s *slice) error {
+	if d.space.Funded(s.number) {
+		return nil
+	}
+	return holed(s.number)
+}
+
 // funded gets host storage for metadata where err says that it is missing: nil
 // is to try again. A host that is full is so for the guest's write, and not for
-// the commit.
+// the commit. What only changes entries takes no more than that: a trim of what
+// has clusters finds their entries stored, and so passes when the host is full.
 func (d *disk) funded(ctx context.Context, err error) error {
-	if err != space.ErrUnfunded {
+	if err == space.ErrUnfunded {
+		return d.commits.exclusive(func() error { return d.space.Fund(ctx) })
+	}
+	number, ok := err.(holed)
+	if !ok {
 		return err
 	}
-	return d.commits.exclusive(func() error { return d.space.Fund(ctx) })
+	return d.commits.exclusive(func() error { return d.storeSlice(ctx, int64(number)) })
+}
+
+// storeSlice gets host storage for a slice of a table that the disk had at first.
+// With commits.one.
+func (d *disk) storeSlice(ctx context.Context, number int64) error {
+	d.m.mu.RLock()
+	at := d.place(number)
+	d.m.mu.RUnlock()
+	return d.space.FundSlice(ctx, number, space.Ref{Off: at, Len: d.m.entries * d.g.EntrySize})
 }

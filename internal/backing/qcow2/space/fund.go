@@ -20,9 +20,10 @@ var ErrUnfunded = errors.New("metadata has no storage")
 // gets its first cluster, a cluster for its refcount block is owed, and as many
 // as are owed are set aside. A part is what one refcount block counts.
 type funds struct {
-	strict bool  // refuse what is not funded
-	begun  bool  // the metadata that was there at first has its storage
-	old    int64 // that before this cluster has; the commit's own
+	strict bool         // refuse what is not funded
+	begun  bool         // the metadata that was there at first has its storage
+	old    int64        // that before this cluster has; the commit's own
+	stored clusters.Set // slices that have, by number
 
 	aside   []int64      // clusters of used with storage, all zero, without a reference
 	counted clusters.Set // parts that have a refcount block, by index
@@ -42,6 +43,27 @@ func (s *Space) Demand() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.funds.strict = !s.fixed
+}
+
+// Funded reports whether metadata that was there at first has its storage: all of
+// it, or the slice of that number. Else FundSlice gets it.
+func (s *Space) Funded(slice int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := &s.funds
+	return !f.strict || f.begun || f.stored.Has(slice)
+}
+
+// FundSlice gets storage for r, metadata in use to which the caller gives a number.
+// It is for the commit. Errors as of Store.
+func (s *Space) FundSlice(ctx context.Context, slice int64, r Ref) error {
+	if err := s.fundHoles(ctx, r); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.funds.stored.Add(slice)
+	return nil
 }
 
 func (s *Space) isStrict() bool {
@@ -216,9 +238,6 @@ func (s *Space) fundOld(ctx context.Context) error {
 	s.mu.Lock()
 	end := s.meta.Last(s.top) + 1
 	s.mu.Unlock()
-	if err := s.Extend(ctx, end<<s.g.ClusterBits); err != nil {
-		return err
-	}
 	for old := &s.funds.old; ; {
 		s.mu.Lock()
 		from := s.meta.Next(*old, end)
@@ -227,18 +246,22 @@ func (s *Space) fundOld(ctx context.Context) error {
 		if from == end {
 			return nil
 		}
-		if err := s.fundHoles(ctx, from<<s.g.ClusterBits, to<<s.g.ClusterBits); err != nil {
+		if err := s.fundHoles(ctx, Ref{from << s.g.ClusterBits, (to - from) << s.g.ClusterBits}); err != nil {
 			return err
 		}
 		*old = to
 	}
 }
 
-// fundHoles gets storage for the holes of [off, end), which lies in the file.
-func (s *Space) fundHoles(ctx context.Context, off, end int64) error {
+// fundHoles gets storage for the holes of metadata in use. Some of them may have it
+// already, and be counted on: nothing is given back.
+func (s *Space) fundHoles(ctx context.Context, r Ref) error {
+	if err := s.Extend(ctx, r.Off+r.Len); err != nil {
+		return err
+	}
 	var holes []Ref
-	at := off
-	err := s.st.Extents(ctx, off, end-off, func(e backing.Extent) bool {
+	at := r.Off
+	err := s.st.Extents(ctx, r.Off, r.Len, func(e backing.Extent) bool {
 		if e.Hole {
 			holes = append(holes, Ref{at, e.Len})
 		}
@@ -247,7 +270,7 @@ func (s *Space) fundHoles(ctx context.Context, off, end int64) error {
 	})
 	for _, h := range holes {
 		if err == nil {
-			err = s.Store(ctx, h)
+			err = s.Zero(ctx, h)
 		}
 	}
 	return err
@@ -262,9 +285,9 @@ func (s *Space) fundRun(ctx context.Context, r Run) error {
 	return s.Store(ctx, Ref{r.Off, r.Len})
 }
 
-// Store makes a range without contents zero, and gives it storage; after an error
-// it has none. A block device has all of its storage, and is not written. Errors:
-// those of Extend, and of the file.
+// Store makes a range of clusters that nothing names yet zero, and gives it
+// storage; after an error it has none. A block device has all of its storage, and
+// is not written. Errors: those of Extend, and of the file.
 func (s *Space) Store(ctx context.Context, r Ref) error {
 	err := s.Zero(ctx, r)
 	if err == nil {

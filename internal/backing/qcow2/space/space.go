@@ -40,9 +40,9 @@ type Run struct {
 type Ref struct{ Off, Len int64 }
 
 // Space is the account of one image. Reserve, ReserveMeta, ReserveTable, Drop,
-// IsMeta, Pending, Extend, Store and Zero are for any goroutine; Write, Release,
-// Fund, Adopt and Trim for one at a time, which is called the commit. Lock order:
-// extendMu, mu.
+// IsMeta, Pending, Funded, Extend, Store and Zero are for any goroutine; Write,
+// Release, Fund, FundSlice, Adopt and Trim for one at a time, which is called the
+// commit. Lock order: extendMu, mu.
 type Space struct {
 	st    store.Store
 	g     format.Geometry

@@ -19,6 +19,7 @@ const hostBlock = 4096
 type Full struct {
 	store.Store
 	CannotZero bool // Zero is not supported
+	Crowded    bool // others take what is given back
 
 	mu   sync.Mutex
 	has  map[int64]bool // guarded by mu; blocks with storage, by number: whether one was written
@@ -83,7 +84,9 @@ func (f *Full) give(off, end int64) {
 	for i := (off + hostBlock - 1) / hostBlock; i < end/hostBlock; i++ {
 		if _, ok := f.has[i]; ok {
 			delete(f.has, i)
-			f.room++
+			if !f.Crowded {
+				f.room++
+			}
 		}
 	}
 }
@@ -131,14 +134,23 @@ func (f *Full) Truncate(size int64) error {
 // Extents tells holes by what has storage and was written.
 func (f *Full) Extents(_ context.Context, off, n int64, yield func(backing.Extent) bool) error {
 	for end := off + n; off < end; {
-		step := min(end, (off/hostBlock+1)*hostBlock) - off
-		f.mu.Lock()
-		hole := !f.has[off/hostBlock]
-		f.mu.Unlock()
-		if !yield(backing.Extent{Len: step, Hole: hole, Zero: hole}) {
+		e := f.extent(off, end)
+		if !yield(e) {
 			break
 		}
-		off += step
+		off += e.Len
 	}
 	return nil
+}
+
+// extent is the one that begins with off, as far as end.
+func (f *Full) extent(off, end int64) backing.Extent {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	i := off / hostBlock
+	hole := !f.has[i]
+	for i*hostBlock < end && !f.has[i] == hole {
+		i++
+	}
+	return backing.Extent{Len: min(i*hostBlock, end) - off, Hole: hole, Zero: hole}
 }
