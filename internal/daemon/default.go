@@ -19,9 +19,9 @@ func splitDefault(change *config.Change) (first *config.Change, last []config.Ex
 		if x.What != config.Alter || !x.Old.Default || x.New.Default {
 			continue
 		}
-		last = append(last, config.ExportChange{What: x.What, Name: x.Name, Old: x.Old, New: x.New, Fields: []string{"default"}, Live: true})
 		stays := *x.New
 		stays.Default = true
+		last = append(last, config.ExportChange{What: x.What, Name: x.Name, Old: &stays, New: x.New, Fields: []string{"default"}, Live: true})
 		x.New = &stays
 		x.Fields = slices.DeleteFunc(slices.Clone(x.Fields), func(key string) bool { return key == "default" })
 	}

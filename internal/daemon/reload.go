@@ -172,6 +172,7 @@ type reload struct {
 	change *config.Change          // without last
 	last   []config.ExportChange   // see splitDefault
 	undo   []func(context.Context) // of what is done, in its order
+	opened []undoing               // of the exports that are open by it, in their order
 	fresh  []*door                 // open; nothing is accepted at them before the end
 	late   []config.ListenerChange // added ones whose addresses were in use
 	hiding []*door                 // see hide
@@ -189,7 +190,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	r.change, r.last = splitDefault(change)
 	defer r.end()
 	for _, step := range [...]func(context.Context) error{
-		r.hideEarly, r.restoreDefault, r.setRates, r.readRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
+		r.hideEarly, r.restoreDefault, r.closeLate, r.setRates, r.readRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
 		err := ctx.Err()
 		if err == nil {
@@ -202,20 +203,6 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 	}
 	r.finish(ctx)
 	return nil
-}
-
-// takeBack undoes what was done, for those who came meanwhile too. A daemon that stops
-// takes down all there is, so that nothing has to come back.
-func (r *reload) takeBack() {
-	ctx, cancel := context.WithTimeout(r.d.stopping, openTimeout)
-	defer cancel()
-	if ctx.Err() != nil {
-		return
-	}
-	for _, undo := range slices.Backward(r.undo) {
-		undo(ctx)
-	}
-	r.d.exports.Review(r.since)
 }
 
 // end is when what was done stays, or was undone.
@@ -251,14 +238,14 @@ func (r *reload) addExports(ctx context.Context) error {
 		}
 	}
 	undo, err := r.d.addAll(ctx, list)
-	r.undo = append(r.undo, undo...)
+	r.opened = append(r.opened, undo...)
 	return err
 }
 
 // addAll opens exports that are not open: none, unless the storage of all answers.
 // It returns what takes back what it has done, also with an error; one that had
 // failed before is that again.
-func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []func(context.Context), err error) {
+func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err error) {
 	all := d.filesOf(list)
 	defer func() {
 		for _, g := range all {
@@ -276,7 +263,10 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []func(context.
 		if err := d.addDisk(ctx, k, nil); err != nil {
 			return undo, fmt.Errorf("export %q: %w", name, err)
 		}
-		undo = append(undo, func(ctx context.Context) { d.retire(ctx, k, failed) })
+		undo = append(undo, func(ctx context.Context) func() {
+			d.retire(ctx, k, failed)
+			return func() {}
+		})
 	}
 	return undo, nil
 }
@@ -308,7 +298,7 @@ func (r *reload) changeOpen(ctx context.Context, x *config.ExportChange) error {
 	}
 	r.onError(func(ctx context.Context) {
 		_, _, err := r.d.exchange(ctx, k, func(live *config.Export) config.Export { return config.TakenBack(&old, &now, live) })
-		r.d.tellChanged(x.Name, err) // it was valid: the export is being changed
+		r.d.tellChanged(k, x, err) // it was valid: the export is being changed
 	})
 	return nil
 }
@@ -322,11 +312,12 @@ func (r *reload) reopenExports(ctx context.Context) error {
 			list = append(list, r.change.Exports[i])
 			continue
 		}
-		x, _ := exportOf(r.c, name) // reopened names exports of c
-		list = append(list, config.ExportChange{Name: name, New: &x})
+		x, _ := exportOf(r.c, name) // reopened names exports of both
+		old, _ := exportOf(r.d.conf.Load(), name)
+		list = append(list, config.ExportChange{Name: name, Old: &old, New: &x})
 	}
 	undo, over, err := r.d.reopen(ctx, list...)
-	r.undo, r.over = append(r.undo, undo...), append(r.over, over)
+	r.opened, r.over = append(r.opened, undo...), append(r.over, over)
 	return err
 }
 
@@ -469,14 +460,6 @@ func (d *daemon) retire(ctx context.Context, k, instead *disk) {
 // removed it.
 func displaced(err error) bool { return errors.Is(err, errAway) || errors.Is(err, errTaken) }
 
-// tellChanged tells what has kept a reload that is taken back from making an export
-// what it was.
-func (d *daemon) tellChanged(name string, err error) {
-	if err != nil && !displaced(err) {
-		d.log.Error("export stays changed", "export", name, "error", err)
-	}
-}
-
 func (d *daemon) tellRetired(name string, err error) {
 	if err != nil && !displaced(err) {
 		d.log.Warn("export was not removed in good order", "export", name, "error", err)
@@ -554,6 +537,7 @@ func named(list []config.Export, name string) (x config.Export, ok bool) {
 type reopening struct {
 	d            *daemon
 	k            *disk
+	change       *config.ExportChange
 	next, before *disk // others of its name, with their files: before is as k is, with those that k has open
 }
 
@@ -562,7 +546,7 @@ type reopening struct {
 // back what it has done, also with an error: an export that cannot be opened is
 // opened as it was. over, which is never nil, is to be called when nothing is taken
 // back any more.
-func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []func(context.Context), over func(), err error) {
+func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo []undoing, over func(), err error) {
 	var away []*disk
 	var all []*reopening
 	over = func() {
@@ -623,7 +607,7 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 		return nil, err
 	}
 	next := &disk{cfg: change.On(&live), origin: fromConfig, writes: !change.New.ReadOnly, trial: true}
-	return &reopening{d: d, k: k, next: next, before: d.likeness(k)}, nil
+	return &reopening{d: d, k: k, change: &change, next: next, before: d.likeness(k)}, nil
 }
 
 // gatherReopened opens the files of exports that are to be opened anew, and takes
@@ -711,7 +695,7 @@ func (r *reopening) end() {
 
 // reopen closes the export and opens it as r.next says; if that fails, as it was.
 // It returns what takes it back.
-func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err error) {
+func (r *reopening) reopen(ctx context.Context) (undo undoing, err error) {
 	d := r.d
 	closed, back, err := d.closeFor(ctx, r.k, r.before)
 	if err != nil {
@@ -726,28 +710,30 @@ func (r *reopening) reopen(ctx context.Context) (undo func(context.Context), err
 		back()
 		return nil, err
 	}
-	return func(ctx context.Context) { d.tellChanged(after.Name, r.takeBack(ctx, &after)) }, nil
+	return func(ctx context.Context) func() {
+		back, err := r.takeBack(ctx, &after)
+		if err != nil {
+			return func() { d.tellChanged(r.next, r.change, err) }
+		}
+		return back
+	}, nil
 }
 
-// takeBack closes the export, which was opened as after says, and opens it as it was
+// takeBack closes the export, which was opened as after says. back opens it as it was
 // before, with what was set since.
-func (r *reopening) takeBack(ctx context.Context, after *config.Export) error {
+func (r *reopening) takeBack(ctx context.Context, after *config.Export) (back func(), err error) {
 	if err := r.next.leave(ctx); err != nil {
-		return fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
+		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
 	defer r.next.stay()
 	live, _, _ := r.d.disks.look(r.next)
 	r.before.cfg = config.TakenBack(&r.before.cfg, after, &live)
 	files, _ := r.before.files.Contents()
 	if err := mayWriteAgain(&live, &r.before.cfg, files); err != nil {
-		return err
+		return nil, err
 	}
-	_, back, err := r.d.closeFor(ctx, r.next, r.before)
-	if err != nil {
-		return err
-	}
-	back()
-	return nil
+	_, back, err = r.d.closeFor(ctx, r.next, r.before)
+	return back, err
 }
 
 // likeness is another disk of the name of k, to be opened as k is.

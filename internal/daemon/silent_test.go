@@ -150,8 +150,8 @@ func TestReloadAsksForAllImagesAtOnce(t *testing.T) {
 		return func() error {
 			r := &reload{d: d, change: &config.Change{Exports: changes(config.Add, images)}}
 			err := r.addExports(t.Context())
-			if err == nil && len(r.undo) != n {
-				t.Errorf("%d exports can be taken back, want %d", len(r.undo), n)
+			if err == nil && len(r.opened) != n {
+				t.Errorf("%d exports can be taken back, want %d", len(r.opened), n)
 			}
 			return err
 		}
