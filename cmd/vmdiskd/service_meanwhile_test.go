@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -246,4 +247,118 @@ func TestNothingIsKeptThatAReloadLeavesNoRoomFor(t *testing.T) {
 	s.start()
 	s.wantExports("after a restart", "a ready config", "z ready config")
 	s.stop()
+}
+
+// exportOwn is the listener of one export, at the socket own.
+const exportOwn = "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/own\"\n"
+
+// otherStores are exports called a, before and after a reload that has them keep what
+// clients write in another place.
+var otherStores = map[string]struct{ before, after string }{
+	"an overlay comes":         {exportA, exportA + overlayTable},
+	"an overlay goes":          {exportA + overlayTable, exportA},
+	"another image":            {exportA, strings.Replace(exportA, "a.img", "b.img", 1)},
+	"another part of it":       {exportA, exportA + "window = { offset = \"512K\" }\n"},
+	"another size of memory":   {memExport("a", "1M", ""), memExport("a", "2M", "")},
+	"at a listener of its own": {exportA + exportOwn, exportA + overlayTable + exportOwn},
+}
+
+// tryToWrite is write for a client that may find no export.
+func (s *testService) tryToWrite(uri, byteAs, at string) (done bool) {
+	s.Helper()
+	out, err := tool(s.T, s.dir, "qemu-io", "-f", "raw", "-c", "write -P "+byteAs+" "+at+" 64k", "-c", "flush", uri)
+	if done = err == nil; done && strings.Contains(out, "failed") {
+		s.Errorf("an export that can be opened takes no writes: %s", out)
+	}
+	return done
+}
+
+// TestReloadThatFailsLosesNoWrites to another place than that in which they are kept
+// before and after it: while the reload may be undone clients write to the first, or
+// find no export.
+func TestReloadThatFailsLosesNoWrites(t *testing.T) {
+	t.Parallel()
+	for what, a := range otherStores {
+		for when, z := range map[string]string{"is to be closed": exportZ + anew, "is open as it shall be": memExport("z", "2M", "")} {
+			t.Run(what+", and it "+when, func(t *testing.T) {
+				t.Parallel()
+				s := newService(t, a.before+exportZ+unixListener("goes", ""))
+				busy, err := net.Listen("unix", filepath.Join(s.dir, "busy"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer busy.Close()
+				uri := s.uri("a")
+				if strings.Contains(a.before, exportOwn) {
+					uri = "nbd+unix:///a?socket=" + filepath.Join(s.dir, "own")
+				}
+				if !s.tryToWrite(uri, "0x41", "0") {
+					t.Fatal("a cannot be opened before the reload")
+				}
+				written := "0"
+				if err := s.meanwhile(a.after+z+unixListener("busy", ""), func() {
+					if s.tryToWrite(uri, "0x42", "256k") {
+						written = "0x42"
+					}
+				}); err == nil {
+					t.Error("the reload opened a listener where another server listens")
+				}
+				s.wantExports("after the reload that failed", "a ready config", "z ready config")
+				out, err := tool(t, s.dir, "qemu-io", "-r", "-f", "raw", "-c", "read -P 0x41 0 64k", "-c", "read -P "+written+" 256k 64k", uri)
+				if err != nil || strings.Contains(out, "Pattern") {
+					t.Errorf("a does not read 0x41 at 0 and %s at 256k: %v: %s", written, err, out)
+				}
+				s.stop()
+				for _, name := range []string{"a.img", "b.img"} {
+					b, err := os.ReadFile(filepath.Join(s.dir, name))
+					if err != nil {
+						t.Fatal(err)
+					}
+					if kept := name == "a.img" && strings.HasPrefix(a.before, exportA) && !strings.Contains(a.before, overlayTable); !kept && slices.Max(b) > 0 {
+						t.Errorf("%s has bytes of what is thrown away", name)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestReloadShowsAnotherStoreWhenItIsDone: nobody finds an export before that which
+// keeps what clients write in another place, at its own listener neither; and everybody
+// while what goes still waits for clients.
+func TestReloadShowsAnotherStoreWhenItIsDone(t *testing.T) {
+	t.Parallel()
+	for what, a := range otherStores {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, a.before+exportZ)
+			uri := s.uri("a")
+			if strings.Contains(a.before, exportOwn) {
+				uri = "nbd+unix:///a?socket=" + filepath.Join(s.dir, "own")
+			}
+			z := memExport("z", "2M", "")
+			if err := s.meanwhile(a.after+z, func() {
+				if got := s.size(uri); got != "" {
+					t.Errorf("during the reload: a can be opened, and has %s bytes", got)
+				}
+			}); err != nil {
+				t.Errorf("reload: %v", err)
+			}
+			if !s.tryToWrite(uri, "0x42", "0") {
+				t.Error("a cannot be opened after the reload")
+			}
+			if err := s.reload(a.before + z); err != nil {
+				t.Error(err)
+			}
+			if err := s.meanwhile(a.after, func() {
+				if !s.tryToWrite(uri, "0x42", "0") {
+					t.Error("a cannot be opened when all is done but that z goes")
+				}
+			}); err != nil {
+				t.Errorf("reload that removes z: %v", err)
+			}
+			s.wantExports("after all", "a ready config")
+			s.stop()
+		})
+	}
 }

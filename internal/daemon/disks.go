@@ -47,6 +47,10 @@ type disk struct {
 	// it back. Guarded by disks.mu.
 	trial bool
 
+	// hidden is for one that a reload opens and that nobody finds before that is over:
+	// were it taken back, what is written to it would be lost. Set before it is open.
+	hidden bool
+
 	// busy is held by whoever changes the export. Removals hold it while they
 	// begin and while they end, not while they wait for clients and storage.
 	busy    lock

@@ -74,7 +74,7 @@ func (d *daemon) addDisk(ctx context.Context, k *disk, files []*os.File) (err er
 		}
 	}()
 	spec, err := specOf(&x)
-	spec.Owner = k
+	spec.Owner, spec.Hidden = k, k.hidden
 	if err == nil && (k.origin == fromAPI || k.origin == fromState) {
 		err = d.mayJoin(&x, k.origin == fromState) // a reload that begins now finds the name claimed
 	}

@@ -188,7 +188,6 @@ type reload struct {
 func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change, takeSecrets func()) error {
 	r := &reload{d: d, c: c, takeSecrets: takeSecrets, since: d.exports.Begun()}
 	r.change, r.last = splitDefault(change)
-	defer r.end()
 	for _, step := range [...]func(context.Context) error{
 		r.hideEarly, r.restoreDefault, r.closeLate, r.setRates, r.readRules, r.addListeners, r.addExports, r.changeExports, r.reopenExports, r.passDefault, r.changeListeners,
 	} {
@@ -198,6 +197,7 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 		}
 		if err != nil {
 			r.takeBack()
+			r.end()
 			return err
 		}
 	}
@@ -342,6 +342,7 @@ func (r *reload) finish(ctx context.Context) {
 		d.closeDoors(d.doors.sharedAt(l.Place))
 	}
 	r.hideNoMore()
+	r.end()
 	d.exports.Review(r.since)
 	for _, x := range r.change.Exports {
 		if x.What != config.Remove {
@@ -551,6 +552,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	var all []*reopening
 	over = func() {
 		for _, r := range all {
+			d.exports.Reveal(r.change.Name, r.next)
 			r.letGo()
 		}
 	}
@@ -582,6 +584,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	if undo, err = d.addAll(ctx, away); err != nil {
 		return undo, over, err
 	}
+	slices.SortStableFunc(all, hiddenLast)
 	for _, r := range all {
 		back, err := r.reopen(ctx)
 		if err != nil {
@@ -634,15 +637,31 @@ func (d *daemon) gatherReopened(ctx context.Context, all []*reopening) error {
 	return first
 }
 
+// hiddenLast orders exports so that those which are hidden are closed last: nobody finds
+// them from then on until all is done.
+func hiddenLast(a, b *reopening) int {
+	switch {
+	case a.next.hidden == b.next.hidden:
+		return 0
+	case b.next.hidden:
+		return -1
+	}
+	return 1
+}
+
 // handOver has r.next, which is to be opened as x says, go on with what r.k has in
-// memory and in its overlay: that of a disk of other bytes is of no use to it.
+// memory and in its overlay: that of a disk of other bytes is of no use to it. If r.next
+// keeps what is written in another place than r.k, it is hidden: the clients of the one
+// would miss that in the other.
 func (r *reopening) handOver(x *sought) (err error) {
 	if !hasFiles(&x.Export) {
 		r.next.files, err = open.Again(r.k.stack.dev, nil, nil)
 	}
-	if r.sameBelow(x) {
+	same := r.sameBelow(x)
+	if same {
 		r.next.delta = r.before.delta
 	}
+	r.next.hidden = !same || (r.before.delta == nil) != (x.Overlay == nil)
 	return err
 }
 

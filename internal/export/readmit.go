@@ -21,6 +21,15 @@ func (r *Registry) Readmit(name string, owner any) bool {
 	return true
 }
 
+// Reveal is the end of Spec.Hidden for the export of an owner, if that is there.
+func (r *Registry) Reveal(name string, owner any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e := r.byName[name]; e != nil && e.spec.Owner == owner {
+		e.spec.Hidden = false
+	}
+}
+
 // removed is the end of a Remove that found e.
 func (r *Registry) removed(e *entry) {
 	r.mu.Lock()

@@ -3,12 +3,14 @@ package export
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // TestReadmittedExportServesAgain: also while those who were told to leave are
@@ -85,5 +87,50 @@ func TestWhatIsBeingRemovedIsNotReadmitted(t *testing.T) {
 	}
 	if _, err := r.Open(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
 		t.Errorf("open: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+}
+
+// TestHiddenExportIsFoundWhenItIsRevealed: until its owner is, the empty name stands for
+// no other in its stead, and it can be removed.
+func TestHiddenExportIsFoundWhenItIsRevealed(t *testing.T) {
+	r := NewRegistry()
+	add(t, r, Spec{Name: "a", Device: mem.New(1, nil), Owner: 1, Hidden: true})
+	add(t, r, Spec{Name: "b", Device: mem.New(1, nil)})
+	wants := func(when string, shown bool) {
+		t.Helper()
+		p := &transport.Peer{Kind: transport.Unix}
+		for _, name := range []string{"a", ""} {
+			x, err := r.Open(t.Context(), name, p)
+			switch {
+			case !shown && !errors.Is(err, nbd.ErrUnknownExport):
+				t.Errorf("%s: open %q: got %v, want %v", when, name, err, nbd.ErrUnknownExport)
+			case shown && (err != nil || x.Name != "a"):
+				t.Errorf("%s: open %q: got %v, want a", when, name, err)
+			}
+			if err == nil {
+				x.Close()
+			}
+		}
+		want := []string{"b"}
+		if shown {
+			want = []string{"a", "b"}
+		}
+		var got []string
+		for _, x := range r.List(p) {
+			got = append(got, x.Name)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: the list has %q, want %q", when, got, want)
+		}
+	}
+	wants("at first", false)
+	r.Reveal("a", 2)
+	r.Reveal("c", 1)
+	wants("when others are revealed", false)
+	r.Reveal("a", 1)
+	wants("when it is revealed", true)
+	add(t, r, Spec{Name: "c", Device: mem.New(1, nil), Hidden: true})
+	if err := r.Remove(t.Context(), "c", nil, false); err != nil {
+		t.Errorf("remove one that is hidden: %v", err)
 	}
 }

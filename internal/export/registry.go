@@ -52,6 +52,9 @@ type Spec struct {
 	// for all that show it.
 	At []*transport.Scope
 
+	// Hidden is for an export that is Ready and that no peer sees before Reveal.
+	Hidden bool
+
 	Settings
 }
 
@@ -494,7 +497,7 @@ func (r *Registry) guessesLocked(e *entry, p *transport.Peer, token *shownToken)
 
 // openToLocked tells whether e can be opened where p is, by who has the right to.
 func (r *Registry) openToLocked(e *entry, p *transport.Peer) bool {
-	return !r.closed && e.state == Ready && (p == nil || e.shownTo(p))
+	return !r.closed && e.state == Ready && !e.spec.Hidden && (p == nil || e.shownTo(p))
 }
 
 // accessLocked is what p may do with e, and whether by its lease. What it may
