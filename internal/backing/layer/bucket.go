@@ -23,7 +23,7 @@ type bucket struct {
 	slack   float64       // guarded by mu; held on top of burst for those who wake late
 	tokens  float64       // guarded by mu; below 0 it is a debt
 	last    time.Time     // guarded by mu; when tokens was right
-	changed chan struct{} // guarded by mu; closed when the rate changes
+	changed chan struct{} // guarded by mu; closed when the rate changes, or tokens come back
 }
 
 // init makes a bucket without a bound.
@@ -51,8 +51,7 @@ func (b *bucket) set(rate int64, burst time.Duration) {
 		b.tokens = b.burst
 	}
 	b.tokens = max(min(b.tokens, b.burst), -b.burst)
-	close(b.changed)
-	b.changed = make(chan struct{})
+	b.wakeLocked()
 }
 
 // fillLocked adds what came in since the last call.
@@ -134,11 +133,20 @@ func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) error {
 	return nil
 }
 
-// putBack returns n tokens that were not used.
+// putBack returns n tokens that were not used, also to who has begun to wait for others.
 func (b *bucket) putBack(n int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.rate != 0 {
 		b.tokens = min(b.tokens+float64(n), b.burst+b.slack)
 	}
+	if len(b.turn) == 0 {
+		b.wakeLocked()
+	}
+}
+
+// wakeLocked has who waits look again.
+func (b *bucket) wakeLocked() {
+	close(b.changed)
+	b.changed = make(chan struct{})
 }
