@@ -21,6 +21,10 @@ type Full struct {
 	CannotZero bool // Zero is not supported
 	Crowded    bool // others take what is given back
 
+	// order has punches and writes of a block one after the other, as a file system
+	// does.
+	order sync.RWMutex
+
 	mu   sync.Mutex
 	has  map[int64]bool // guarded by mu; blocks with storage, by number: whether one was written
 	room int64          // guarded by mu; blocks that are left
@@ -93,6 +97,8 @@ func (f *Full) give(off, end int64) {
 
 // WriteAt fails when there is no storage for p.
 func (f *Full) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
+	f.order.RLock()
+	defer f.order.RUnlock()
 	if err := f.take(off, int64(len(p)), true); err != nil {
 		return err
 	}
@@ -112,6 +118,8 @@ func (f *Full) Zero(ctx context.Context, off, n int64) error {
 
 // Punch gives the host its storage back.
 func (f *Full) Punch(ctx context.Context, off, n int64) error {
+	f.order.Lock()
+	defer f.order.Unlock()
 	err := f.Store.Punch(ctx, off, n)
 	if err == nil {
 		f.give(off, off+n)
