@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // Checked tops every chain. It holds what one connection was told (size,
@@ -105,11 +106,12 @@ func (c *Checked) Trim(ctx context.Context, off, n int64, f Flags) error {
 
 func (c *Checked) Flush(ctx context.Context) error { return c.dev.Flush(ctx) }
 
+// Cache is a hint: no more than the first limits.CacheMost bytes are read.
 func (c *Checked) Cache(ctx context.Context, off, n int64) error {
 	if err := c.check(off, n, 0, ""); err != nil {
 		return err
 	}
-	return c.dev.Cache(ctx, off, n)
+	return c.dev.Cache(ctx, off, min(n, limits.CacheMost))
 }
 
 func (c *Checked) Extents(ctx context.Context, off, n int64, f Flags, yield func(Extent) bool) error {

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // recorder notes the calls that reach it and answers err.
@@ -195,5 +197,21 @@ func TestCheckedCloseLeavesTheDeviceOpen(t *testing.T) {
 	r := &recorder{info: backing.Info{Size: 512, MinBlock: 1, Caps: allCaps}}
 	if err := backing.NewChecked(r, 0).Close(); err != nil || len(r.calls) != 0 {
 		t.Errorf("close: got %v, the device saw %q", err, r.calls)
+	}
+}
+
+// TestCheckedCutsAHint: one request that costs its sender nothing may name the whole
+// of any disk.
+func TestCheckedCutsAHint(t *testing.T) {
+	for n, want := range map[int64]string{
+		4096:                 fmt.Sprintf("cache 4096+%d 0", 4096),
+		limits.CacheMost:     fmt.Sprintf("cache 4096+%d 0", limits.CacheMost),
+		limits.CacheMost + 1: fmt.Sprintf("cache 4096+%d 0", limits.CacheMost),
+		1 << 60:              fmt.Sprintf("cache 4096+%d 0", limits.CacheMost),
+	} {
+		r := &recorder{info: backing.Info{Size: 1 << 62, MinBlock: 1, Caps: allCaps}}
+		if err := backing.NewChecked(r, 0).Cache(t.Context(), 4096, n); err != nil || !slices.Equal(r.calls, []string{want}) {
+			t.Errorf("cache of %d bytes: got %v, the device saw %q, want %q", n, err, r.calls, want)
+		}
 	}
 }

@@ -39,6 +39,11 @@ const (
 	// have to wait for their turn.
 	RatePiece = 1 << 20
 
+	// CacheMost is how much of a disk one CACHE reads at most, which is a hint and
+	// may name all of it: more than any client has use for at once, and below
+	// two seconds of a disk that turns.
+	CacheMost = 256 << 20
+
 	// RateEffect is the most of a request without payload that counts as one
 	// where its bytes do not count: about what fits a compact request, which has
 	// 32 bits for it. Extended headers have 64.

@@ -255,9 +255,12 @@ func (l *RateLimit) Zero(ctx context.Context, off, n int64, f backing.Flags) err
 }
 
 // pieces does a request that has no payload, and may so be of any length, in
-// pieces of limits.RatePiece.
+// pieces of limits.RatePiece. What it has not begun when ctx ends is not done.
 func (l *RateLimit) pieces(ctx context.Context, write bool, off, n int64, do func(off, n int64) error) error {
 	for n > 0 {
+		if err := ctx.Err(); err != nil { // who finds tokens does not look
+			return err
+		}
 		step := min(n, limits.RatePiece-off%limits.RatePiece)
 		if err := l.take(ctx, write, step); err != nil {
 			return err
@@ -284,8 +287,11 @@ func (l *RateLimit) Flush(ctx context.Context) error {
 	return l.Next.Flush(ctx)
 }
 
-// Cache goes in pieces: it makes the storage read.
+// Cache goes in pieces where there are bounds: it makes the storage read.
 func (l *RateLimit) Cache(ctx context.Context, off, n int64) error {
+	if !l.limiters.Load().bounded() {
+		return l.Next.Cache(ctx, off, n)
+	}
 	return l.pieces(ctx, false, off, n, func(off, n int64) error { return l.Next.Cache(ctx, off, n) })
 }
 

@@ -636,3 +636,48 @@ func TestWhatHasNoBytesWaitsForNone(t *testing.T) {
 		})
 	}
 }
+
+// leaving is a disk without fast zeroes whose client leaves while a piece runs.
+type leaving struct {
+	backing.Device
+	leave  context.CancelFunc
+	pieces int
+	most   int64
+}
+
+func (d *leaving) Info() backing.Info { return plodder{d.Device}.Info() }
+
+func (d *leaving) piece(n int64) error {
+	if d.pieces++; d.pieces == 3 {
+		d.leave()
+	}
+	d.most = max(d.most, n)
+	return nil
+}
+
+func (d *leaving) Cache(_ context.Context, _, n int64) error                 { return d.piece(n) }
+func (d *leaving) Zero(_ context.Context, _, n int64, _ backing.Flags) error { return d.piece(n) }
+
+// TestPiecesEndWithTheirContext: also while there are tokens, so that nothing waits.
+func TestPiecesEndWithTheirContext(t *testing.T) {
+	rates := layer.Rates{Total: layer.Rate{Bytes: 1 << 50}}
+	for name, do := range map[string]func(context.Context, backing.Device) error{
+		"cache": func(ctx context.Context, d backing.Device) error { return d.Cache(ctx, 0, 1<<30) },
+		"zero":  func(ctx context.Context, d backing.Device) error { return d.Zero(ctx, 0, 1<<30, 0) },
+	} {
+		ctx, leave := context.WithCancel(t.Context())
+		defer leave()
+		d := &leaving{Device: mem.Null(1 << 40), leave: leave}
+		if err := do(ctx, limited(d, rates)); !errors.Is(err, context.Canceled) || d.pieces != 3 || d.most != limits.RatePiece {
+			t.Errorf("%s: got %v after %d pieces of at most %d bytes, want %v after 3 of %d",
+				name, err, d.pieces, d.most, context.Canceled, limits.RatePiece)
+		}
+	}
+}
+
+func TestCacheWithoutBoundsGoesAsAWhole(t *testing.T) {
+	d := &leaving{Device: mem.Null(1 << 40), leave: func() {}}
+	if err := limited(d, layer.Rates{}).Cache(t.Context(), 0, 1<<30); err != nil || d.pieces != 1 {
+		t.Errorf("got %v in %d pieces, want one", err, d.pieces)
+	}
+}
