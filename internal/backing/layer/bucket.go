@@ -95,7 +95,14 @@ func (b *bucket) try(n int64) bool {
 	return len(b.turn) == 1 && b.takeLocked(float64(n)) == 0
 }
 
-// take waits for n tokens until ctx ends.
+// bounded tells whether there is a rate.
+func (b *bucket) bounded() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.rate != 0
+}
+
+// take waits for n tokens until ctx ends. Who had to wait takes none after that.
 func (b *bucket) take(ctx context.Context, n int64) error {
 	if b.try(n) {
 		return nil
@@ -106,17 +113,33 @@ func (b *bucket) take(ctx context.Context, n int64) error {
 		return ctx.Err()
 	}
 	defer func() { b.turn <- struct{}{} }()
-	for {
+	err := ctx.Err() // the turn may have come at the same time
+	for err == nil {
 		b.mu.Lock()
 		d, changed := b.takeLocked(float64(n)), b.changed
 		b.mu.Unlock()
 		if d == 0 {
 			return nil
 		}
-		if err := sleep(ctx, d, changed); err != nil {
+		err = sleep(ctx, d, changed)
+	}
+	return err
+}
+
+// takeEach takes n tokens as n that want one each do: in turn with all others, and
+// with no debt that is larger than theirs.
+func (b *bucket) takeEach(ctx context.Context, n int64) error {
+	for taken := int64(0); taken < n && b.bounded(); taken++ {
+		err := ctx.Err()
+		if err == nil {
+			err = b.take(ctx, 1)
+		}
+		if err != nil {
+			b.putBack(taken)
 			return err
 		}
 	}
+	return nil
 }
 
 // sleep waits for d, or until wake is closed. It ends with an error when ctx
@@ -128,9 +151,8 @@ func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) error {
 	case <-t.C:
 	case <-wake:
 	case <-ctx.Done():
-		return ctx.Err()
 	}
-	return nil
+	return ctx.Err()
 }
 
 // putBack returns n tokens that were not used, also to who has begun to wait for others.

@@ -103,12 +103,20 @@ func (l *Limiter) buckets(c cost) [4]share {
 	if c.write {
 		own = &l.write
 	}
-	return [4]share{{&own.ops, c.ops}, {&l.total.ops, c.ops}, {&own.bytes, c.bytes}, {&l.total.bytes, c.bytes}}
+	return [4]share{{&own.ops, c.ops, true}, {&l.total.ops, c.ops, true}, {&own.bytes, c.bytes, false}, {&l.total.bytes, c.bytes, false}}
 }
 
 type share struct {
-	b *bucket
-	n int64
+	b    *bucket
+	n    int64
+	each bool // one by one: what counts as many requests waits as those do
+}
+
+func (s share) take(ctx context.Context) error {
+	if s.each {
+		return s.b.takeEach(ctx, s.n)
+	}
+	return s.b.take(ctx, s.n)
 }
 
 // RateOptions name the limiters of a disk.
@@ -128,7 +136,8 @@ type limiters []*Limiter
 // one for each limits.RateEffect that they begin.
 //
 // A read or a write that is larger than a burst goes as a whole, and what
-// follows waits the longer.
+// follows waits the longer. What counts as many requests, of which a client may
+// send any number at no cost, takes its turns among those of others.
 type RateLimit struct {
 	backing.Passthrough
 	limiters atomic.Pointer[limiters]
@@ -181,7 +190,7 @@ func (l limiters) take(ctx context.Context, c cost) error {
 		}
 		shares := lim.buckets(c)
 		for j, s := range shares {
-			if err := s.b.take(ctx, s.n); err != nil {
+			if err := s.take(ctx); err != nil {
 				putBack(shares[:j])
 				l[:i].putBack(c)
 				return err

@@ -532,6 +532,40 @@ func TestZeroesCountAsRequests(t *testing.T) {
 	})
 }
 
+// TestLongRequestsHoldUpNoNeighbour: a client of one disk asks for what counts as many
+// requests, again and again, and leaves. Those of another disk of its group wait for
+// one request of each at most, and then for nothing.
+func TestLongRequestsHoldUpNoNeighbour(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const trims, rate = 100, 1000
+		group := must(layer.NewLimiter(layer.Rates{Total: layer.Rate{Ops: rate}}))
+		disk := func() backing.Device {
+			return must(layer.NewRateLimit(mem.Null(1<<43), layer.RateOptions{Limiters: []*layer.Limiter{group}}))
+		}
+		a, b := disk(), disk()
+		ctx, leave := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for range trims {
+			wg.Go(func() {
+				if err := a.Trim(ctx, 0, 1<<43, 0); !errors.Is(err, context.Canceled) {
+					t.Errorf("trim whose client left: got %v, want %v", err, context.Canceled)
+				}
+			})
+		}
+		synctest.Wait()
+		time.Sleep(time.Second)
+		read := func() error { return b.ReadAt(t.Context(), make([]byte, 4096), 0) }
+		if got, most := elapsed(t, read), (trims+1)*time.Second/rate; got > most {
+			t.Errorf("a neighbour's read waits %v, want no more than %v", got, most)
+		}
+		leave()
+		wg.Wait()
+		if got := elapsed(t, read); got > time.Second/rate {
+			t.Errorf("with the client gone: waits %v, want what one request does", got)
+		}
+	})
+}
+
 func TestTooManyGroupsAreRefused(t *testing.T) {
 	_, err := layer.NewRateLimit(mem.New(1, nil), layer.RateOptions{Limiters: make([]*layer.Limiter, limits.RateGroups+2)})
 	isKind(t, "groups", err, backing.ErrInvalid)
