@@ -52,6 +52,10 @@ type Hold struct {
 	p     *Pause
 	timer *time.Timer
 	ended chan struct{}
+
+	// turn has a token when the disk goes on, which those that wait hand on: they
+	// are let in by order of arrival.
+	turn chan struct{}
 }
 
 // Ended is closed when the disk goes on.
@@ -98,7 +102,7 @@ func (p *Pause) begin(limit time.Duration) (*Hold, error) {
 	if p.hold != nil {
 		return nil, invalid("pause", "the disk is paused")
 	}
-	h := &Hold{p: p, ended: make(chan struct{})}
+	h := &Hold{p: p, ended: make(chan struct{}), turn: make(chan struct{}, 1)}
 	p.hold = h
 	select {
 	case <-p.idle: // left by an earlier pause
@@ -161,6 +165,7 @@ func (p *Pause) end(h *Hold) bool {
 	h.timer.Stop()
 	p.state.And(^int64(pausedBit))
 	close(h.ended)
+	h.turn <- struct{}{}
 	p.mu.Unlock()
 	p.changed()
 	return true
@@ -187,7 +192,7 @@ func (p *Pause) tryEnter() bool {
 	return false
 }
 
-// enter counts a request, after the pause if there is one.
+// enter counts a request, after the pause if there is one, unless ctx ends before.
 func (p *Pause) enter(ctx context.Context) error {
 	for !p.tryEnter() {
 		p.mu.Lock()
@@ -196,13 +201,26 @@ func (p *Pause) enter(ctx context.Context) error {
 		if h == nil {
 			continue
 		}
-		select {
-		case <-h.ended:
-		case <-ctx.Done():
-			return ctx.Err()
+		if in, err := h.enter(ctx); in || err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// enter waits for the end of the pause, and then for those that came before. in is
+// false when the disk is paused again.
+func (h *Hold) enter(ctx context.Context) (in bool, err error) {
+	select {
+	case <-h.turn:
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
+	defer func() { h.turn <- struct{}{} }()
+	if err := ctx.Err(); err != nil { // both may have come at the same time
+		return false, err
+	}
+	return h.p.tryEnter(), nil
 }
 
 // leave ends a request.

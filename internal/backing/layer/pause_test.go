@@ -166,6 +166,74 @@ func TestPausedDiskHoldsEveryRequest(t *testing.T) {
 	})
 }
 
+// looking is a context that notes when it is asked whether it has ended.
+type looking struct {
+	context.Context
+	note func()
+}
+
+func (l looking) Err() error {
+	l.note()
+	return l.Context.Err()
+}
+
+// TestThoseThatWaitForAPauseEnterByOrderOfArrival: what one client has asked for, and
+// then left, does not go after what another did later.
+func TestThoseThatWaitForAPauseEnterByOrderOfArrival(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := layer.NewPause(mem.New(1000, nil))
+		h := must(p.Pause(t.Context(), time.Minute))
+		const requests = 50
+		let := make(chan int, requests) // in, while nobody else may be
+		errs := make(chan error, requests)
+		for i := range requests {
+			ctx := looking{t.Context(), func() { let <- i }}
+			go func() { errs <- p.WriteAt(ctx, make([]byte, 1), int64(i), 0) }()
+			synctest.Wait()
+		}
+		if err := h.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		for want := range requests {
+			if err := <-errs; err != nil {
+				t.Errorf("write: %v", err)
+			}
+			select {
+			case got := <-let:
+				if got != want {
+					t.Errorf("let in: got request %d, want %d", got, want)
+				}
+			default:
+				t.Fatal("a request was let in beside others")
+			}
+		}
+	})
+}
+
+// TestWhoLeavesAPauseHoldsUpNobodyBehind, and is not let in.
+func TestWhoLeavesAPauseHoldsUpNobodyBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := layer.NewPause(quick{mem.New(1000, nil)})
+		h := must(p.Begin(time.Minute))
+		ctx, leave := context.WithCancel(t.Context())
+		gone, stays := make(chan error, 1), make(chan error, 1)
+		go func() { gone <- p.Flush(ctx) }()
+		synctest.Wait()
+		go func() { stays <- p.Flush(t.Context()) }()
+		synctest.Wait()
+		leave()
+		if err := h.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-gone; !errors.Is(err, context.Canceled) {
+			t.Errorf("request of who has left: got %v, want %v", err, context.Canceled)
+		}
+		if err := <-stays; err != nil {
+			t.Errorf("request behind it: %v", err)
+		}
+	})
+}
+
 func TestPauseEndsByItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := layer.NewPause(mem.New(1000, nil))
