@@ -73,6 +73,11 @@ const (
 	// part of the disk while the peer does not take it.
 	Unread = time.Second
 
+	// Lookout is how often a connection that waits for its own requests, not for
+	// its peer, looks whether there is a peer at all: a client that is started
+	// anew takes longer to come back.
+	Lookout = 20 * time.Millisecond
+
 	// StallBytes of a payload, or its end, have to come within Stall: whoever
 	// sends less keeps memory from others of its peer.
 	StallBytes = 2 << 20

@@ -58,7 +58,7 @@ func (i *input) free() []byte {
 // is given up.
 func (i *input) hold() {
 	if i.buf == nil {
-		b, err := i.s.opt.Buffers.Get(i.s.ctx, limits.TurnBuffer)
+		b, err := i.s.buffer(limits.TurnBuffer)
 		if err != nil {
 			return
 		}

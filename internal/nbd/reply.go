@@ -1,7 +1,9 @@
 package nbd
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
@@ -62,9 +64,12 @@ func (s *session) appendError(b []byte, req *wire.Request, e wire.Errno, text st
 
 // appendFailure appends the error reply to a request that ended with err, and
 // logs it: what the storage did at warning level, what the client did at
-// debug level.
+// debug level. A request that was given up has failed for neither reason.
 func (s *session) appendFailure(b []byte, req *wire.Request, err error, at int64) []byte {
 	e := errnoOf(err, req)
+	if s.ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		e = wire.ESHUTDOWN
+	}
 	if e == wire.EIO || e == wire.ENOSPC && backing.KindOf(err) == backing.ErrNoSpace {
 		s.reportFailed(req, e, err)
 	} else if s.chatty {

@@ -216,7 +216,7 @@ func (r *request) lend(n int) error {
 		if err := r.s.endTurn(); err != nil {
 			return err
 		}
-		b, err := r.s.opt.Buffers.Get(r.s.ctx, n)
+		b, err := r.s.buffer(n)
 		if err != nil {
 			return err
 		}
@@ -318,9 +318,19 @@ func (r *request) start() { go r.runFn() }
 
 // run is for what may block: calls that cannot be mapped.
 func (r *request) run() {
+	err := r.s.ctx.Err()
+	if err == nil {
+		err = r.call()
+	}
+	o := &r.s.sender // r is gone with its answer
+	r.answer(err)
+	o.Flush()
+}
+
+// call asks the disk.
+func (r *request) call() (err error) {
 	dev, ctx := r.s.dev, r.s.ctx
 	off, n := device(&r.req)
-	var err error
 	switch r.req.Cmd {
 	case wire.CmdRead:
 		if r.hole = r.s.isHole(&r.req); !r.hole {
@@ -339,9 +349,7 @@ func (r *request) run() {
 	case wire.CmdExtents:
 		r.p, err = r.s.collectExtents(&r.req, r.contexts)
 	}
-	o := &r.s.sender // r is gone with its answer
-	r.answer(err)
-	o.Flush()
+	return err
 }
 
 var flagMap = [...]struct {

@@ -37,11 +37,17 @@ func (r *rig) simple() net.Conn {
 func (r *rig) simpleOf(name string) net.Conn {
 	r.t.Helper()
 	c := r.dial(r.t)
+	r.greet(c, name)
+	return c
+}
+
+// greet opens a session of the export of that name on c.
+func (r *rig) greet(c net.Conn, name string) {
+	r.t.Helper()
 	c.SetDeadline(time.Now().Add(hangLimit))
 	r.expect(c, 18)
 	r.send(c, wire.AppendOption(clientFlags(nil), wire.OptExportName, []byte(name)))
 	r.expect(c, 10)
-	return c
 }
 
 func (r *rig) send(c net.Conn, p []byte) {

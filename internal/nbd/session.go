@@ -54,11 +54,12 @@ type session struct {
 
 	refused int // replies with an error since it rested
 
-	sender sender         // see there
-	own    budget         // what this connection has in flight
-	peer   *budget        // what its peer has
-	owner  engine.Owner   // of all transfers
-	work   sync.WaitGroup // requests, queued turns, writeLoop
+	sender  sender         // see there
+	own     budget         // what this connection has in flight
+	peer    *budget        // what its peer has
+	owner   engine.Owner   // of all transfers
+	work    sync.WaitGroup // requests, queued turns, writeLoop
+	lookout lookout
 
 	// For whoever wants to know; requests are those of former turns.
 	requests, bytesIn, bytesOut atomic.Uint64
@@ -118,6 +119,7 @@ func newSession(srv *Server, n *negotiation) *session {
 	s.poll = poller{max: o.Poll, busy: &s.own.requests, crowd: &srv.wakes}
 	s.sender.init(s, newLink(n.conn, &s.poll, 4*s.keeps()))
 	s.batch = make([]*engine.IO, 0, s.keeps())
+	s.lookout.init(s, n.conn)
 	s.in.init(s, n.early())
 	s.ctx, s.cancel = context.WithCancel(engine.WithOwner(context.Background(), s.owner))
 	return s
@@ -127,18 +129,21 @@ func newSession(srv *Server, n *negotiation) *session {
 func (s *session) keeps() int { return min(s.opt.Keep, s.opt.Requests) }
 
 // serve answers requests until the peer disconnects. What is in flight then is
-// finished and sent before it returns. orderly tells that both sides know of
-// the end: the connection can linger.
+// finished and sent before it returns; of a peer that is gone without a DISC, only
+// what has begun. orderly tells that both sides know of the end: the connection can
+// linger.
 func (s *session) serve(ctx context.Context) (orderly bool, err error) {
 	stop := context.AfterFunc(ctx, s.drain)
 	defer stop()
+	s.lookout.start()
+	defer s.lookout.stop()
 	err = s.readLoop()
 	if e := s.endTurn(); err == nil {
 		err = e
 	}
-	s.work.Wait()
-	s.endPatience()
 	s.tell()
+	s.finish(err)
+	s.endPatience()
 	s.m.Release() // of a read whose reply was cut off
 	s.in.release()
 	s.releaseOut()
@@ -151,6 +156,21 @@ func (s *session) serve(ctx context.Context) (orderly bool, err error) {
 		return true, nil
 	}
 	return errors.Is(err, errTooLong), err
+}
+
+// finish waits for what is in flight when err, nil after a DISC, has ended readLoop.
+// "The server MUST handle all outstanding requests" after a DISC (proto.md,
+// "NBD_CMD_DISC"), wherever its sender is.
+func (s *session) finish(err error) {
+	if err != nil && !s.own.empty() {
+		if errors.Is(err, io.ErrUnexpectedEOF) { // TLS: no close_notify
+			s.fail(errGone)
+		}
+		s.lookout.begin()
+		defer s.lookout.end()
+		s.lookout.look()
+	}
+	s.work.Wait()
 }
 
 // magicSize is the size of a request's magic.
@@ -290,7 +310,9 @@ func (s *session) waitFor(b *budget, stop func() bool) error {
 		return err
 	}
 	s.tell()
+	s.lookout.begin()
 	b.wait(stop)
+	s.lookout.end()
 	s.poll.mark = 0
 	if s.dead.Load() {
 		return net.ErrClosed
@@ -324,12 +346,22 @@ func (s *session) reserve(n int) error {
 	if err := s.endTurn(); err != nil {
 		return err
 	}
-	b, err := s.opt.Buffers.Get(s.ctx, limits.TurnBuffer)
+	b, err := s.buffer(limits.TurnBuffer)
 	if err != nil {
 		return err
 	}
 	s.outB, s.out = b, b.Bytes()[:0]
 	return nil
+}
+
+// buffer lends n bytes, which it may wait for.
+func (s *session) buffer(n int) (*bufpool.Buf, error) {
+	if b := s.opt.Buffers.TryGet(n); b != nil {
+		return b, nil
+	}
+	s.lookout.begin()
+	defer s.lookout.end()
+	return s.opt.Buffers.Get(s.ctx, n)
 }
 
 // tryReserve is reserve for who has a lease: it does not wait, and tells whether
@@ -441,7 +473,8 @@ func (s *session) drags() bool {
 	return slow
 }
 
-// fail ends the connection at once; replies that are not out are dropped.
+// fail ends the connection at once; replies that are not out are dropped, and
+// requests that wait for their turn are given up.
 func (s *session) fail(err error) {
 	s.mu.Lock()
 	if s.cause == nil {
@@ -450,6 +483,7 @@ func (s *session) fail(err error) {
 	s.mu.Unlock()
 	s.dead.Store(true)
 	s.sender.fail(err)
+	s.cancel()
 	// Not Close: it would wait for the call that may be running fail.
 	s.conn.SetDeadline(time.Unix(1, 0))
 	s.own.wake()
