@@ -23,10 +23,24 @@ func (s *session) extents(req *wire.Request) error {
 }
 
 func (s *session) startExtents(req *wire.Request, contexts []metaContext) error {
-	r := s.newRequest(req, len(contexts)*limits.MaxExtents*extentSize, false)
+	r, err := s.newBuffered(req, len(contexts)*chunkRoom(req))
+	if err != nil {
+		return err
+	}
 	r.contexts = contexts
 	r.start()
 	return nil
+}
+
+// chunkRoom is what the chunk of one context takes at most, in the extended form.
+// What a buffer is larger stands for the list that the chunk is made of, whose
+// descriptors are of the same size.
+func chunkRoom(req *wire.Request) int {
+	most := limits.MaxExtents
+	if req.Flags&wire.FlagReqOne != 0 {
+		most = 1
+	}
+	return maxHead + most*extentSize
 }
 
 // extentSize is what one descriptor takes in the extended form.
@@ -71,15 +85,15 @@ func indexOf(contexts []metaContext, id contextID) int {
 	return slices.IndexFunc(contexts, func(c metaContext) bool { return c.id == id })
 }
 
-// collectExtents makes the whole reply: one chunk per context. A reply may
-// describe less than was asked for, never nothing.
-func (s *session) collectExtents(req *wire.Request, contexts []metaContext) ([]byte, error) {
+// collectExtents appends the whole reply to b, which has room for it: one chunk per
+// context. A reply may describe less than was asked for, never nothing.
+func (s *session) collectExtents(b []byte, req *wire.Request, contexts []metaContext) ([]byte, error) {
 	if len(contexts) == 0 {
-		return s.appendDone(nil, req), nil
+		return s.appendDone(b, req), nil
 	}
-	var b []byte
+	var list []backing.Status
 	for i, c := range contexts {
-		e := statusList{wide: s.extended, one: req.Flags&wire.FlagReqOne != 0}
+		e := statusList{list: list[:0], wide: s.extended, one: req.Flags&wire.FlagReqOne != 0}
 		if err := s.describe(req, c, &e); err != nil {
 			return nil, err
 		}
@@ -88,6 +102,7 @@ func (s *session) collectExtents(req *wire.Request, contexts []metaContext) ([]b
 			f = wire.ChunkDone
 		}
 		b = s.appendExtents(b, req, f, c.id, &e)
+		list = e.list
 	}
 	return b, nil
 }

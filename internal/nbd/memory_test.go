@@ -1,11 +1,18 @@
 package nbd
 
 import (
+	"fmt"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
+	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
@@ -107,4 +114,53 @@ func TestBuffersCountAsWhatTheyTake(t *testing.T) {
 			t.Fatalf("a read of 5 MiB counts as %d bytes, want 8 MiB", got)
 		}
 	}
+}
+
+// TestBlockStatusIsHeldToThePeersBudget: of a peer that asks for the largest reply on
+// each of many connections, while the disk answers none.
+func TestBlockStatusIsHeldToThePeersBudget(t *testing.T) {
+	pause := layer.NewPause(backing.NewEmulate(described{mem.New(1<<20, nil)}))
+	hold, err := pause.Begin(limits.PauseLongest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRig(t, pause, engine.NewPool(1), bufpool.New(limits.BufferBudget))
+	for i := range limits.MaxContexts {
+		r.exports.contexts = append(r.exports.contexts, fmt.Sprintf("qemu:dirty-bitmap:b%d", i))
+	}
+	const clients = 100
+	var all sync.WaitGroup
+	for range clients {
+		s, err := client.Negotiate(t.Context(), r.dial(t), client.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := s.Go(t.Context(), "disk", r.exports.contexts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all.Go(func() {
+			if _, err := c.Extents(t.Context(), 0, 1<<20, 0); err == nil {
+				t.Error("a disk that has none of the contexts described them")
+			}
+			c.Close()
+		})
+	}
+	b := r.server.sessions()[0].peer
+	for since := time.Now(); b.requests.Load()+int64(b.waiters.Load()) < clients; time.Sleep(time.Millisecond) {
+		if time.Since(since) > hangLimit {
+			t.Fatal("requests neither run nor wait")
+		}
+	}
+	const most = limits.BytesPerPeerAlone + 4<<20 // and one request
+	if n := b.bytes.Load(); n > most {
+		t.Errorf("the peer has replies of %d bytes in flight, want no more than %d", n, most)
+	}
+	if _, n := r.opt.Buffers.Outstanding(); n < limits.BytesPerPeerAlone {
+		t.Errorf("buffers of %d bytes are lent, want what the peer's budget counts", n)
+	}
+	if err := hold.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	all.Wait()
 }

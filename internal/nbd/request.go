@@ -347,7 +347,7 @@ func (r *request) call() (err error) {
 	case wire.CmdZero:
 		err = dev.Zero(ctx, off, n, deviceFlags(r.req.Flags))
 	case wire.CmdExtents:
-		r.p, err = r.s.collectExtents(&r.req, r.contexts)
+		r.p, err = r.s.collectExtents(r.p[:0], &r.req, r.contexts)
 	}
 	return err
 }
