@@ -3,6 +3,7 @@ package qcow2_test
 import (
 	"errors"
 	"log/slog"
+	"syscall"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
@@ -74,5 +75,27 @@ func TestImageThatIsDamagedMeanwhileTakesNoMoreWrites(t *testing.T) {
 				t.Error("more was written than the mark")
 			}
 		})
+	}
+}
+
+// TestCommitThatIsLostAtTheEndIsTold: of an image that is closed without its mapping
+// who opens it again must know.
+func TestCommitThatIsLostAtTheEndIsTold(t *testing.T) {
+	st := storetest.New(made(t, "cluster_size=64k", "2G"))
+	var told []error
+	d, err := qcow2.Open(t.Context(), st, qcow2.Options{Path: "image", Log: slog.New(slog.DiscardHandler),
+		Poisoned: func(err error) { told = append(told, err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	st.FailOp(storetest.Write, 1, syscall.ENOSPC)
+	if err := d.Close(); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("close: got %v, want %v", err, syscall.ENOSPC)
+	}
+	if len(told) != 1 || !errors.Is(told[0], backing.ErrPoisoned) {
+		t.Errorf("told of %v, want one error that a write was lost", told)
 	}
 }

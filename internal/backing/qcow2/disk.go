@@ -202,6 +202,9 @@ func (d *disk) Info() backing.Info {
 func (d *disk) Close() error {
 	ctx := context.Background()
 	err := d.commits.stop()
+	if err != nil { // who opens it again does not find all that was written
+		d.stopWrites(&backing.Error{Op: "close", Path: d.path, Off: -1, Kind: backing.ErrPoisoned, Err: err})
+	}
 	d.marking.Wait()
 	if err == nil {
 		err = errors.Join(d.saveBitmaps(ctx), d.space.Trim(ctx))
