@@ -1,14 +1,19 @@
 package main
 
 import (
+	"bytes"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
@@ -145,4 +150,125 @@ func TestPoisonedOverlayIsForgotten(t *testing.T) {
 	}
 	s.wantBytes("a", "0", "2G")
 	s.stop()
+}
+
+// newThin is a service with an export called a of a volume, of that format, that has
+// less storage than it promises: of what the page cache takes most is lost. It
+// returns the configuration of the export, with more keys.
+func newThin(t *testing.T, format string) (s *testService, conf func(more string) string) {
+	t.Helper()
+	s = &testService{T: t, dir: t.TempDir()}
+	volume := filepath.Join(backingtest.Tmpfs(t, 2<<20), "volume")
+	if err := errors.Join(os.WriteFile(volume, nil, 0o600), os.Truncate(volume, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	node := backingtest.Loop(t, volume, 512)
+	if format == "qcow2" {
+		if out, err := tool(t, s.dir, "qemu-img", "create", "-q", "-f", "qcow2", node, "32M"); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	conf = func(more string) string {
+		return fmt.Sprintf("[[export]]\nname = \"a\"\nimage = %q\nformat = %q\n%s", node, format, more)
+	}
+	s.reconfigure(conf(""))
+	s.start()
+	t.Cleanup(func() { // before the volume goes
+		if s.done != nil {
+			_ = s.cmd.Process.Kill()
+			<-s.done
+		}
+	})
+	return s, conf
+}
+
+// reconfigure is configure with the devices of the host among the images.
+func (s *testService) reconfigure(more string) {
+	s.Helper()
+	s.configure(more)
+	s.rewrite(`roots = ["`+s.dir+`"]`, `roots = ["`+s.dir+`", "/dev"]`)
+}
+
+// lose has a client write what the volume of newThin has no storage for.
+func (s *testService) lose() {
+	s.Helper()
+	k, block := s.open("a"), bytes.Repeat([]byte{0x55}, 1<<20)
+	for i := range uint64(16) {
+		k.request(wire.CmdWrite, i, i<<20, uint64(len(block)), block)
+		if e, _ := k.reply(); e != wire.OK {
+			s.Fatalf("write %d: %v", i, e)
+		}
+	}
+}
+
+// wantLost fails the test unless the export called a says that a write was lost, and
+// takes no more, nor a flush, of a client that comes now.
+func (s *testService) wantLost(when string) {
+	s.Helper()
+	x, err := s.ctl.Export(s.Context(), "a")
+	if err != nil || x.State != "poisoned" || x.Writable || !strings.Contains(x.Error, "an earlier write was lost") {
+		s.Errorf("%s: got state %q, writable %t, %q, %v, want it poisoned", when, x.State, x.Writable, x.Error, err)
+	}
+	k := s.open("a")
+	k.request(wire.CmdWrite, 1, 0, 512, make([]byte, 512))
+	if e, _ := k.reply(); e != wire.EIO {
+		s.Errorf("%s: write: got %v, want %v", when, e, wire.EIO)
+	}
+	k.request(wire.CmdFlush, 2, 0, 0, nil)
+	if e, _ := k.reply(); e != wire.EIO {
+		s.Errorf("%s: flush: got %v, want %v", when, e, wire.EIO)
+	}
+	k.reads(1)
+}
+
+// TestReloadForgetsNoLostWrite, whether it was lost before, or when the reload closed
+// the image, and whether the reload is done: a flush that says later that all is there
+// would be a lie. Who removes the export and adds it again has a new one.
+func TestReloadForgetsNoLostWrite(t *testing.T) {
+	t.Parallel()
+	for _, format := range []string{"raw", "qcow2"} {
+		for _, before := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, lost before %t", format, before), func(t *testing.T) {
+				t.Parallel()
+				s, conf := newThin(t, format)
+				s.lose()
+				reload := func(more string) error {
+					s.reconfigure(conf(more))
+					_, err := s.ctl.Reload(t.Context(), false)
+					return err
+				}
+				if before {
+					k := s.open("a")
+					k.request(wire.CmdFlush, 1, 0, 0, nil)
+					if e, _ := k.reply(); e != wire.EIO {
+						t.Fatalf("flush: got %v, want %v", e, wire.EIO)
+					}
+					s.wantLost("before the reload")
+				}
+				if err := reload(anew + "window = { offset = \"1T\" }\n"); err == nil {
+					t.Error("the reload was done")
+				}
+				s.wantLost("after a reload that failed")
+				if err := reload(anew); err != nil {
+					t.Errorf("the next reload: %v", err)
+				}
+				s.wantLost("after a reload that was done")
+				if err := reload("readonly = true\n"); err != nil {
+					t.Errorf("the reload to what is read-only: %v", err)
+				}
+				s.wantExports("read-only", "a ready config")
+				if err := reload(""); err != nil {
+					t.Errorf("the reload back: %v", err)
+				}
+				s.wantLost("after it was read-only")
+				if err := s.ctl.Remove(t.Context(), "a", true, 0); err != nil {
+					t.Errorf("remove: %v", err)
+				}
+				if err := reload("description = \"checked\"\n"); err != nil {
+					t.Error(err)
+				}
+				s.wantExports("when it was removed and added", "a ready config")
+			})
+		}
+	}
 }

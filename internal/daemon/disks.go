@@ -28,6 +28,7 @@ type disk struct {
 	delta  *layer.Delta  // what its overlay is to go on with; nil: it begins empty
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
+	lost   *poison       // of the image, which this one opens again; nil: it was not open before
 	writes bool          // its image is opened for writing, though cfg may have been set read-only since
 
 	// again is the one that failed which this is another attempt at: that has the
@@ -63,7 +64,8 @@ type disks struct {
 	byName map[string]*disk // guarded by mu
 }
 
-// poison is whether an image takes no more writes.
+// poison is whether an image takes no more writes. It outlasts that a reload closes
+// the image and opens it again: who removes the export and adds it again begins anew.
 type poison struct {
 	why atomic.Pointer[error] // nil: it takes them; set once
 }
@@ -228,24 +230,37 @@ func (s *disks) healthOf(k *disk) (h health) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if h.failed = k.failed; h.failed == nil && k.poison != nil {
-		if why := k.poison.why.Load(); why != nil {
-			h.poisoned = *why
-		}
+	if h.failed = k.failed; h.failed == nil {
+		h.poisoned = k.poison.reason()
 	}
 	return h
 }
 
-// renew begins the record of an image that is about to be opened for the export of
-// that name, if there is one.
-func (s *disks) renew(name string) *poison {
+// reason is why the image takes no more writes, or nil.
+func (p *poison) reason() error {
+	if p == nil {
+		return nil
+	}
+	if why := p.why.Load(); why != nil {
+		return *why
+	}
+	return nil
+}
+
+// record is that of the image of k, which is about to be opened: for writing, of an
+// image that was open before, what it was then.
+func (k *disk) record(readOnly bool) *poison {
+	if k.lost == nil || readOnly {
+		return new(poison)
+	}
+	return k.lost
+}
+
+// lostBy is the record of the image of k for another disk that opens it again.
+func (s *disks) lostBy(k *disk) *poison {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := new(poison)
-	if k := s.byName[name]; k != nil {
-		k.poison = p
-	}
-	return p
+	return cmp.Or(k.lost, k.poison)
 }
 
 // doorsOf are the listeners of k alone.

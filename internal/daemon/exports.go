@@ -130,7 +130,7 @@ func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files 
 	}
 	d.disks.mu.Lock()
 	defer d.disks.mu.Unlock()
-	k.cfg, k.stack, k.again = cfg, s, nil
+	k.cfg, k.stack, k.poison, k.again = cfg, s, s.poison, nil
 	return s.top, unkeep, nil
 }
 
@@ -451,7 +451,7 @@ func (d *daemon) giveUp(failed *disk) {
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
-	failed := &disk{cfg: k.cfg, origin: k.origin, again: k.again}
+	failed := &disk{cfg: k.cfg, origin: k.origin, lost: k.lost, again: k.again}
 	if failed.failed = d.addDisk(ctx, k, nil); failed.failed != nil && !errors.Is(failed.failed, errAway) {
 		d.giveUp(failed)
 	}

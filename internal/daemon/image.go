@@ -28,6 +28,8 @@ type image struct {
 	files map[open.Request]*os.File // of the device, which closes them
 	dirs  map[string]string         // of the table that they came from
 	below []config.File
+
+	poison *poison // the record of the image
 }
 
 // known are the files of an image.
@@ -49,19 +51,21 @@ func mayWriteAgain(from, to *config.Export, files map[open.Request]*os.File) err
 }
 
 // openImage opens the image of an export as s says, with what was handed over for it.
-func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec) (image, error) {
+// p is its record.
+func (d *daemon) openImage(ctx context.Context, x *config.Export, s open.Spec, p *poison) (image, error) {
 	if err := d.cfg.Handed.images(x, &s); err != nil {
 		return image{}, err
 	}
 	defer s.Table.Close()
 	defer closeFiles(s.Known)
-	return d.openSpec(ctx, x.Name, s)
+	return d.openSpec(ctx, x.Name, s, p)
 }
 
-// openSpec opens the image of an export of that name.
-func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec) (i image, err error) {
-	s.Log, s.Poisoned = d.logs.For("backing"), d.watch(name)
-	i.files = map[open.Request]*os.File{}
+// openSpec opens the image of an export of that name, of which p is the record: if it
+// takes no more writes, it takes none now.
+func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec, p *poison) (i image, err error) {
+	s.Log, s.Lost, s.Poisoned = d.logs.For("backing"), p.reason(), d.watch(name, p)
+	i.files, i.poison = map[open.Request]*os.File{}, p
 	if s.Table != nil {
 		_, i.dirs = s.Table.Contents()
 	}
@@ -72,17 +76,21 @@ func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec) (i imag
 		}
 	}
 	i.dev, err = open.Open(ctx, s)
+	if err == nil && s.Lost != nil {
+		d.log.Error("export takes no more writes, as before its image was opened again: check the image, and remove the export and add it again, or restart",
+			"export", name, "error", s.Lost)
+	}
 	return i, d.explain(s.Path, err)
 }
 
-// openGathered opens an image whose files are in t, and which th is told of.
-func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Table, th *raw.Threshold) (image, error) {
+// openGathered opens an image whose files are in t, and which th and p are told of.
+func (d *daemon) openGathered(ctx context.Context, x *config.Export, t *open.Table, th *raw.Threshold, p *poison) (image, error) {
 	s, err := d.imageSpec(x, nil)
 	if err != nil {
 		return image{}, err
 	}
 	s.Table, s.Threshold = t, th
-	return d.openSpec(ctx, x.Name, s)
+	return d.openSpec(ctx, x.Name, s, p)
 }
 
 // gather opens the files of an image without locking them, while those in known

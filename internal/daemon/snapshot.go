@@ -136,7 +136,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	if err := old.Close(); err != nil {
 		return false, err
 	}
-	i, err := d.openGathered(ctx, &next, t, k.stack.threshold)
+	i, err := d.openGathered(ctx, &next, t, k.stack.threshold, new(poison))
 	if err != nil {
 		return false, err
 	}
@@ -153,7 +153,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	}
 	k.stack.put(i, next)
 	d.disks.mu.Lock()
-	k.cfg = cfg
+	k.cfg, k.poison, k.lost = cfg, i.poison, nil
 	if k.origin == fromAPI { // it is kept by now
 		k.origin = fromState
 	}
@@ -164,7 +164,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 // goOn opens an image again that was closed, with the files in t. If that cannot
 // be done the export has failed.
 func (d *daemon) goOn(k *disk, t *open.Table) error {
-	i, err := d.openGathered(context.Background(), &k.stack.x, t, k.stack.threshold)
+	i, err := d.openGathered(context.Background(), &k.stack.x, t, k.stack.threshold, k.stack.poison)
 	if err != nil {
 		d.fail(k, fmt.Errorf("image cannot be opened again: %w", err))
 		return err

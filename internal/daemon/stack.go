@@ -9,7 +9,6 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
-	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 )
@@ -38,7 +37,7 @@ type stack struct {
 // nothing open.
 func (d *daemon) build(ctx context.Context, k *disk, x *config.Export, files []*os.File) (*stack, error) {
 	opened, th := k.opens(*x), d.newThreshold(x)
-	i, err := d.openIn(ctx, &opened, files, k.files, th)
+	i, err := d.openIn(ctx, k, &opened, files, th)
 	if err != nil {
 		return nil, err
 	}
@@ -58,10 +57,11 @@ func (d *daemon) build(ctx context.Context, k *disk, x *config.Export, files []*
 	return s, nil
 }
 
-// openIn opens the image of an export whose files may be in t. If none are, and the
-// daemon serves already, they are gathered first: storage that hangs holds up
+// openIn opens the image of k as x says, whose files may be in k.files. If none are,
+// and the daemon serves already, they are gathered first: storage that hangs holds up
 // nothing then but a while.
-func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File, t *open.Table, th *raw.Threshold) (image, error) {
+func (d *daemon) openIn(ctx context.Context, k *disk, x *config.Export, files []*os.File, th *raw.Threshold) (image, error) {
+	t, p := k.files, k.record(x.ReadOnly)
 	if t == nil && d.server != nil && len(files) == 0 && hasFiles(x) {
 		var err error
 		if t, err = d.gather(ctx, x, nil); err != nil {
@@ -76,9 +76,9 @@ func (d *daemon) openIn(ctx context.Context, x *config.Export, files []*os.File,
 	s.Writes, s.Threshold = d.mayWrite(x), th
 	if t != nil {
 		s.Table = t
-		return d.openSpec(ctx, x.Name, s)
+		return d.openSpec(ctx, x.Name, s, p)
 	}
-	return d.openImage(ctx, x, s)
+	return d.openImage(ctx, x, s, p)
 }
 
 // putReadOnly lets a served disk be made read-only for those who use it. It is

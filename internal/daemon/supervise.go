@@ -185,11 +185,9 @@ func (d *daemon) release(k *disk, name string, instead *disk) {
 	d.tellState(name)
 }
 
-// watch begins the record of an image that the export of that name opens, in place
-// of that of the image before. It returns what is to be told when the image takes no
-// more writes.
-func (d *daemon) watch(name string) func(why error) {
-	p := d.disks.renew(name)
+// watch is what is to be told when the image that the export of that name opens takes
+// no more writes; p is the record of the image.
+func (d *daemon) watch(name string, p *poison) func(why error) {
 	return func(why error) {
 		if p.why.CompareAndSwap(nil, &why) {
 			d.log.Error("export takes no more writes until its image is opened anew: check the image, and remove the export and add it again, or restart",

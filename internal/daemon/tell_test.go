@@ -60,8 +60,9 @@ func TestPoisonedExportIsAnEventAndALine(t *testing.T) {
 	if err := d.disks.claim(k); err != nil {
 		t.Fatal(err)
 	}
-	old := d.watch("a")
-	poisoned, gone := d.watch("a"), &backing.Error{Op: "flush", Off: -1, Kind: backing.ErrPoisoned, Err: errors.New("gone")}
+	old := d.watch("a", new(poison))
+	k.poison = new(poison)
+	poisoned, gone := d.watch("a", k.poison), &backing.Error{Op: "flush", Off: -1, Kind: backing.ErrPoisoned, Err: errors.New("gone")}
 	old(errors.New("closed too late"))
 	if h := d.disks.healthOf(k); h != (health{}) {
 		t.Errorf("after the one before was lost: got %+v, want it well", h)
@@ -122,7 +123,7 @@ func TestLastEventOfAnExportIsItsState(t *testing.T) {
 		{"pause", func() error { return s.Pause(t.Context(), "mem", time.Minute) }},
 		{"resume", func() error { return s.Resume("mem") }},
 		{"pause again", func() error { return s.Pause(t.Context(), "mem", time.Minute) }},
-		{"lose a write meanwhile", func() error { d.watch("mem")(backing.ErrPoisoned); return nil }},
+		{"lose a write meanwhile", func() error { d.watch("mem", d.disks.get("mem").poison)(backing.ErrPoisoned); return nil }},
 		{"resume what has lost a write", func() error { return s.Resume("mem") }},
 		{"remove what failed", remove("none")},
 		{"remove what is ready", remove("mem")},

@@ -55,6 +55,21 @@ func Loop(t testing.TB, image string, sector uint32) string {
 	return ""
 }
 
+// Tmpfs mounts a file system of size bytes until the test ends.
+func Tmpfs(t testing.TB, size int64) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
+		t.Skipf("needs root to mount a tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil { // a loop device on it may take a moment to end
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	return dir
+}
+
 // Claim keeps a block device for the test alone, as the kernel keeps what it mounts,
 // until free is called or the test ends.
 func Claim(t testing.TB, node string) (free func()) {

@@ -173,7 +173,8 @@ func (ch *chain) store(f *os.File, path string, i int) (st store.Store, dev *raw
 	ch.seen[id] = path
 	dev, err = raw.Open(f, ch.spec.Engine, raw.Options{
 		Path: path, ReadOnly: readOnly, Direct: ch.cache.direct, Container: true,
-		Lock: ch.lock(readOnly), For: ch.spec.For, Buffers: ch.spec.Buffers, Log: ch.spec.Log, Poisoned: ch.spec.Poisoned,
+		Lock: ch.lock(readOnly), For: ch.spec.For, Buffers: ch.spec.Buffers, Log: ch.spec.Log,
+		Lost: ch.spec.Lost, Poisoned: ch.spec.Poisoned,
 	})
 	if err != nil {
 		return nil, nil, err

@@ -90,6 +90,9 @@ type Spec struct {
 	// guest's data: the image, or the data file that it names.
 	Threshold *raw.Threshold
 
+	// Lost, if not nil, is that of raw.Options, of each file.
+	Lost error
+
 	// Poisoned, if not nil, is that of raw.Options, of each file that is open
 	// for writing, and that of qcow2.Options.
 	Poisoned func(err error)
@@ -172,7 +175,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	}
 	dev, err := raw.Open(f, s.Engine, raw.Options{
 		Path: s.Path, ReadOnly: s.ReadOnly, Direct: c.direct, Writethrough: c.through,
-		Lock: s.lock(), For: s.For, Buffers: s.Buffers, Log: s.Log, Poisoned: s.Poisoned,
+		Lock: s.lock(), For: s.For, Buffers: s.Buffers, Log: s.Log, Lost: s.Lost, Poisoned: s.Poisoned,
 	})
 	if err != nil {
 		return nil, err

@@ -41,6 +41,10 @@ type Options struct {
 	Buffers *bufpool.Pool // needed for direct files only
 	Log     *slog.Logger  // nil: slog.Default
 
+	// Lost, if not nil, is why the device is poisoned from the beginning, unless it is
+	// ReadOnly: a write was lost when the file was open before.
+	Lost error
+
 	// Poisoned, if not nil, is called once when the device is, with what it
 	// was that failed. It does not wait for anything.
 	Poisoned func(err error)
@@ -102,6 +106,9 @@ func (d *Device) open(f *os.File) (err error) {
 		return err
 	}
 	d.size.Store(d.geo.size)
+	if d.opt.Lost != nil && !d.opt.ReadOnly {
+		d.poison.Store(&backing.Error{Op: "open", Path: d.opt.Path, Off: -1, Kind: backing.ErrPoisoned, Err: d.opt.Lost})
+	}
 	if d.locked, d.unlock, err = lockImage(f, d.geo, d.opt); err != nil {
 		return err
 	}

@@ -139,6 +139,31 @@ func TestFailedFlushIsForEver(t *testing.T) {
 	})
 }
 
+// TestWriteLostBeforeIsForEver: a file that is opened again after a lost write can be
+// read, and opened read-only it is as any other.
+func TestWriteLostBeforeIsForEver(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		why := errors.New("a write was lost")
+		path := tempImage(t, 1<<20)
+		d := openRaw(t, path, newEngine(t, k.engine), k.direct, raw.Options{Lost: why})
+		wantPoisoned(t, d)
+		if err := d.Flush(t.Context()); !errors.Is(err, why) {
+			t.Errorf("flush: got %v, want %v", err, why)
+		}
+		if got := contents(t, d); len(got) != 1<<20 {
+			t.Errorf("read: got %d bytes, want 1 MiB", len(got))
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d = openRaw(t, path, newEngine(t, k.engine), k.direct, raw.Options{Lost: why, ReadOnly: true})
+		closeAfter(t, d)
+		if err := d.Flush(t.Context()); err != nil {
+			t.Errorf("flush of what is read-only: %v", err)
+		}
+	})
+}
+
 // wantPoisoned checks that d does nothing but read.
 func wantPoisoned(t *testing.T, d backing.Device) {
 	t.Helper()

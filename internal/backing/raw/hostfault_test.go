@@ -18,25 +18,10 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
-// mountTmpfs mounts a file system of so many bytes until the test ends.
-func mountTmpfs(t *testing.T, size int64) string {
-	t.Helper()
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
-		t.Skipf("needs root to mount a tmpfs: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
-	})
-	return dir
-}
-
 // TestFullFileSystemRecovers is fault BE-05.
 func TestFullFileSystemRecovers(t *testing.T) {
 	forKinds(t, func(t *testing.T, k kind) {
-		dir := mountTmpfs(t, 1<<20)
+		dir := backingtest.Tmpfs(t, 1<<20)
 		path := filepath.Join(dir, "disk.img")
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -79,7 +64,7 @@ func TestFullFileSystemRecovers(t *testing.T) {
 func TestTmpfsConforms(t *testing.T) {
 	for _, k := range []kind{{"pool", false}, {"pool", true}} {
 		t.Run(k.String(), func(t *testing.T) {
-			dir := mountTmpfs(t, 64<<20)
+			dir := backingtest.Tmpfs(t, 64<<20)
 			backingtest.Run(t, backingtest.Maker{New: func(t testing.TB, size int64) backing.Device {
 				path := filepath.Join(dir, strings.ReplaceAll(t.Name(), "/", "-"))
 				f, err := os.Create(path)
@@ -101,7 +86,7 @@ func TestTmpfsConforms(t *testing.T) {
 
 // TestLargestFilesAreServedToTheirEnd: offsets end there too.
 func TestLargestFilesAreServedToTheirEnd(t *testing.T) {
-	dir := mountTmpfs(t, 1<<20)
+	dir := backingtest.Tmpfs(t, 1<<20)
 	for _, tt := range []struct {
 		size    int64
 		direct  bool
