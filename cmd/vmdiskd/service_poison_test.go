@@ -154,7 +154,7 @@ func TestPoisonedOverlayIsForgotten(t *testing.T) {
 
 // newThin is a service with an export called a of a volume, of that format, that has
 // less storage than it promises: of what the page cache takes most is lost. It
-// returns the configuration of the export, with more keys.
+// returns the configuration of the export, with more keys. It ends with the test.
 func newThin(t *testing.T, format string) (s *testService, conf func(more string) string) {
 	t.Helper()
 	s = &testService{T: t, dir: t.TempDir()}
@@ -174,10 +174,8 @@ func newThin(t *testing.T, format string) (s *testService, conf func(more string
 	s.reconfigure(conf(""))
 	s.start()
 	t.Cleanup(func() { // before the volume goes
-		if s.done != nil {
-			_ = s.cmd.Process.Kill()
-			<-s.done
-		}
+		_ = s.cmd.Process.Kill()
+		<-s.done
 	})
 	return s, conf
 }
@@ -271,4 +269,38 @@ func TestReloadForgetsNoLostWrite(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestReloadTellsOfWritesThatAreLostAtTheEnd of an export that it removes: that cannot
+// be taken back, and is in its answer, in its event and in the log.
+func TestReloadTellsOfWritesThatAreLostAtTheEnd(t *testing.T) {
+	t.Parallel()
+	s, _ := newThin(t, "raw")
+	s.lose()
+	events, err := s.ctl.Events(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.reconfigure("")
+	r, err := s.ctl.Reload(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = `export "a" is removed, but what was written to it last may be lost: flush`
+	if len(r.Changes) != 2 || r.Changes[0] != `remove export "a"` || !strings.HasPrefix(r.Changes[1], want) {
+		t.Errorf("reload: got %q, want the removal and %q", r.Changes, want)
+	}
+	for e, err := range events {
+		if err == nil && e.Kind != "reloaded" {
+			continue
+		}
+		if err != nil || !strings.Contains(e.Text, want) {
+			t.Errorf("event: got %q, %v, want %q", e.Text, err, want)
+		}
+		break
+	}
+	if log := s.log(); !strings.Contains(log, "msg=\"export was not removed in good order") {
+		t.Error("the log has no line of it")
+	}
+	s.wantExports("afterwards")
 }

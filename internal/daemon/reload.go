@@ -92,9 +92,11 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 func (d *daemon) applyAll(c *config.Config, change *config.Change, takeSecrets func(), r *api.Reload) error {
 	ctx, cancel := context.WithTimeout(d.stopping, reloadTimeout)
 	defer cancel()
-	if err := d.apply(ctx, c, change, takeSecrets); err != nil {
+	lost, err := d.apply(ctx, c, change, takeSecrets)
+	if err != nil {
 		return err
 	}
+	r.Changes = append(r.Changes, lost...)
 	for _, name := range d.retry(ctx, func(error) bool { return true }) {
 		r.Changes = append(r.Changes, d.outcome(name)...)
 	}
@@ -184,8 +186,9 @@ type reload struct {
 }
 
 // apply does a reload: what comes, what changes, and when all that is done, what
-// goes. If a step fails, those before it are undone.
-func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change, takeSecrets func()) error {
+// goes. If a step fails, those before it are undone. It returns a line for each export
+// that has gone without its last writes.
+func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Change, takeSecrets func()) (lost []string, err error) {
 	r := &reload{d: d, c: c, takeSecrets: takeSecrets, since: d.exports.Begun()}
 	r.change, r.last = splitDefault(change)
 	for _, step := range [...]func(context.Context) error{
@@ -198,11 +201,10 @@ func (d *daemon) apply(ctx context.Context, c *config.Config, change *config.Cha
 		if err != nil {
 			r.takeBack()
 			r.end()
-			return err
+			return nil, err
 		}
 	}
-	r.finish(ctx)
-	return nil
+	return r.finish(ctx), nil
 }
 
 // end is when what was done stays, or was undone.
@@ -264,7 +266,7 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err 
 			return undo, fmt.Errorf("export %q: %w", name, err)
 		}
 		undo = append(undo, func(ctx context.Context) func() {
-			d.retire(ctx, k, failed)
+			_ = d.retire(ctx, k, failed) // it was not there before
 			return func() {}
 		})
 	}
@@ -322,9 +324,9 @@ func (r *reload) reopenExports(ctx context.Context) error {
 }
 
 // finish makes the new configuration the one that is served, for those who came
-// meanwhile too, and takes away what goes. It cannot fail: what is left of an export
-// that goes is logged.
-func (r *reload) finish(ctx context.Context) {
+// meanwhile too, and takes away what goes. It cannot fail: it returns a line for each
+// export that has gone without its last writes, which is logged too.
+func (r *reload) finish(ctx context.Context) (lost []string) {
 	d := r.d
 	r.takeSecrets()
 	d.rules.Store(r.rules)
@@ -354,9 +356,12 @@ func (r *reload) finish(ctx context.Context) {
 			d.release(k, x.Name, nil)
 			d.freePlace(x.Name)
 		default:
-			d.retire(ctx, k, nil)
+			if err := d.retire(ctx, k, nil); err != nil {
+				lost = append(lost, errLastLost(x.Name, err).Error())
+			}
 		}
 	}
+	return lost
 }
 
 // retries are the lines of a dry run for what a reload to c tries to open again: not
@@ -444,17 +449,25 @@ func (d *daemon) retryLocked() error {
 	return nil
 }
 
-// retire is removeExport that cannot fail. Where clients hold that up beyond ctx,
-// it is done when they have left.
-func (d *daemon) retire(ctx context.Context, k, instead *disk) {
+// retire is removeExport that cannot fail. It logs why the export, which is away, was
+// not closed in good order, and returns that. Where clients hold it up beyond ctx, it is
+// done when they have left.
+func (d *daemon) retire(ctx context.Context, k, instead *disk) error {
 	x, _, _ := d.disks.look(k)
 	name, err := x.Name, d.removeExport(ctx, k, instead)
-	if !errors.Is(err, export.ErrInUse) || d.stopping.Err() != nil {
+	switch {
+	case displaced(err):
+		return nil
+	case !errors.Is(err, export.ErrInUse):
 		d.tellRetired(name, err)
-		return
+		return err
+	case d.stopping.Err() != nil:
+		d.tellRetired(name, err)
+		return nil
 	}
 	d.log.Warn("export is removed when its clients have left", "export", name)
 	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, k, instead)) })
+	return nil
 }
 
 // displaced tells that nothing was done to an export because somebody else has

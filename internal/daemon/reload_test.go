@@ -43,7 +43,9 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	}
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
-	d.retire(over, k, nil)
+	if err := d.retire(over, k, nil); err != nil {
+		t.Errorf("retire: %v", err)
+	}
 	if d.disks.get("a") == nil {
 		t.Error("an export in use was forgotten")
 	}
@@ -72,7 +74,7 @@ func TestReloadThatComesTooLateDoesNothing(t *testing.T) {
 	cancel()
 	d := &daemon{exports: export.NewRegistry(), stopping: over}
 	c := &config.Config{Groups: map[string]config.Rate{"g": {Ops: 1}}}
-	if err := d.apply(over, c, config.Diff(&config.Config{}, c), nil); !errors.Is(err, context.Canceled) {
+	if _, err := d.apply(over, c, config.Diff(&config.Config{}, c), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
 	if d.groups.find("g") != nil || d.conf.Load() != nil {

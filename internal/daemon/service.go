@@ -400,9 +400,14 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 		return nil, nil
 	})
 	if removed && err != nil {
-		err = fmt.Errorf("export %q is removed, but what was written to it last may be lost: %w", name, err)
+		err = errLastLost(name, err)
 	}
 	return told(err)
+}
+
+// errLastLost is for an export that is away by now, and was not closed in good order.
+func errLastLost(name string, err error) error {
+	return fmt.Errorf("export %q is removed, but what was written to it last may be lost: %w", name, err)
 }
 
 func (s service) Pause(ctx context.Context, name string, limit time.Duration) error {

@@ -87,7 +87,7 @@ func readyService(t *testing.T) *daemon {
 	t.Cleanup(func() {
 		_ = d.server.Shutdown(context.Background())
 		for _, x := range d.exports.Status() {
-			d.retire(context.Background(), d.disks.get(x.Spec.Name), nil)
+			_ = d.retire(context.Background(), d.disks.get(x.Spec.Name), nil)
 		}
 		_ = d.engine.Close()
 	})
