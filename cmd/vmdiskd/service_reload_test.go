@@ -1065,3 +1065,61 @@ func TestListenerIsTheSameHoweverItIsSpelt(t *testing.T) {
 	}
 	s.stop()
 }
+
+// TestFailedExportKeepsWrites that are in no file, when it cannot be opened again as it
+// was: until it is opened, whatever fails in between, or removed.
+func TestFailedExportKeepsWrites(t *testing.T) {
+	t.Parallel()
+	for what, conf := range forgetful {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, "")
+			if out, err := tool(t, s.dir, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.img", "-F", "raw", "top.qcow2"); err != nil {
+				t.Fatal(err, out)
+			}
+			own := func(more, socket string) string {
+				return conf(more) + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/" + socket + "\"\n"
+			}
+			uri := func(socket string) string { return "nbd+unix:///a?socket=" + filepath.Join(s.dir, socket) }
+			if err := s.reload(own("", "one") + exportZ); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := tool(t, s.dir, "qemu-io", "-f", "raw", "-c", "write -P 0x41 0 64k", "-c", "flush", uri("one")); err != nil {
+				t.Fatal(err, out)
+			}
+			occupy := func(name string) (leave func()) {
+				l, err := net.Listen("unix", filepath.Join(s.dir, name))
+				if err != nil {
+					t.Fatal(err)
+				}
+				return func() { l.Close() }
+			}
+			var leave func()
+			// It is closed by then: its socket is free, and another program has it.
+			fails := own(anew, "two") + exportZ + "window = { offset = \"2M\" }\n"
+			if err := s.meanwhile(fails, func() { leave = occupy("one") }); err == nil {
+				t.Fatal("the reload did not fail")
+			}
+			s.await("a has failed", func() bool { return slices.Contains(s.states(), "a failed") })
+			if err := s.reload(own("", "one") + exportZ); err != nil { // it is tried again
+				t.Errorf("a reload while the socket is taken: %v", err)
+			}
+			s.await("a fails still", func() bool { return slices.Contains(s.states(), "a failed") })
+			if err := s.reload(own(anew, "one") + exportZ); err == nil {
+				t.Error("a reload that changes it while the socket is taken was done")
+			}
+			leave()
+			if err := s.reload(own(anew, "one") + exportZ + unixListener("none/there", "")); err == nil {
+				t.Error("a reload with a listener that cannot be made was done")
+			}
+			if err := s.reload(own("", "one") + exportZ); err != nil {
+				t.Errorf("the last reload: %v", err)
+			}
+			s.await("a is ready", func() bool { return slices.Contains(s.states(), "a ready") })
+			if out, err := tool(t, s.dir, "qemu-io", "-r", "-f", "raw", "-c", "read -P 0x41 0 64k", uri("one")); err != nil || strings.Contains(out, "Pattern") {
+				t.Errorf("what was written is not there: %v %s", err, out)
+			}
+			s.stop()
+		})
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -28,8 +29,12 @@ type disk struct {
 	delta  *layer.Delta  // what its overlay is to go on with; nil: it begins empty
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
-	lost   *poison       // of the image, which this one opens again; nil: it was not open before
+	lost   *poison       // of the image, which this one opens again; nil: it was not open before, or another was
 	writes bool          // its image is opened for writing, though cfg may have been set read-only since
+
+	// held is what another attempt at this one, which failed, goes on with. One that a
+	// reload has opened has it as long as it may be taken back. Guarded by disks.mu.
+	held held
 
 	// again is the one that failed which this is another attempt at: that has the
 	// name if this one is not opened. Guarded by disks.mu; nil once it is open.
@@ -56,6 +61,77 @@ type disk struct {
 	// begin and while they end, not while they wait for clients and storage.
 	busy    lock
 	leaving int // guarded by busy; removals under way, meanwhile nobody begins to change it
+}
+
+// held is what guests have written to that is in no file of an image: memory, and an
+// overlay with the files of the image below it. It is lost when it is closed.
+type held struct {
+	of    *config.Export // as it was when they wrote; nil: nothing is held
+	files *open.Table
+	delta *layer.Delta
+}
+
+// volatile is what k, which is about to be opened, is to go on with, for the case that
+// it fails.
+func (k *disk) volatile() (h held, err error) {
+	if k.delta == nil && !k.files.InMemory() {
+		return h, nil
+	}
+	if h.files, err = k.files.Again(); err != nil {
+		return h, err
+	}
+	if k.delta != nil {
+		h.delta = k.delta.Hold()
+	}
+	x := k.cfg
+	h.of = &x
+	return h, nil
+}
+
+// from has h, if it is empty, have what old has: that is closed otherwise.
+func (h *held) from(old *held) {
+	if h.of != nil {
+		old.close()
+		return
+	}
+	*h, *old = *old, held{}
+}
+
+// heldFor are the files of the image below what k goes on with.
+func (s *disks) heldFor(k *disk) []*os.File {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.again == nil {
+		return nil
+	}
+	return k.again.held.files.Files()
+}
+
+// takeOver gives k, if it is another attempt at one that failed and is to be opened as
+// x says, with the files of g, what that one holds: as with handOver, a disk of other
+// bytes has no use for it. g is closed by who has it.
+func (s *disks) takeOver(k *disk, x *sought, g *gathered) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.again == nil || g.err != nil || k.again.held.of == nil {
+		return
+	}
+	h := &k.again.held
+	if !hasFiles(&x.Export) {
+		g.table, g.err = h.files.Again()
+	}
+	if h.delta != nil && sameBelow(h.of, x, g.table) {
+		g.delta = h.delta.Hold()
+	}
+}
+
+// close leaves h empty.
+func (h *held) close() {
+	h.files.Close()
+	if h.delta != nil {
+		_ = h.delta.Close() // it is to be forgotten
+	}
+	*h = held{}
 }
 
 // disks are the exports of the daemon, those included that are being opened.
@@ -128,6 +204,7 @@ func (s *disks) claim(k *disk) error {
 		return errAway
 	case k.again != nil && k.again.stack == nil:
 		if k.failed != nil {
+			k.held.from(&k.again.held)
 			k.again = nil
 		}
 	case old != nil && old.failed != nil && old.origin == fromState && k.origin == fromState:
@@ -150,12 +227,14 @@ func (s *disks) forget(k, instead *disk) {
 	case s.byName[k.cfg.Name] != k:
 	case instead != nil:
 		s.byName[k.cfg.Name] = instead
+		instead.held, k.held = k.held, held{}
 	case k.again != nil:
 		s.byName[k.cfg.Name] = k.again
 	case k.inPlaceOf != nil:
 		s.byName[k.cfg.Name] = k.inPlaceOf
 	default:
 		delete(s.byName, k.cfg.Name)
+		k.held.close()
 	}
 }
 
@@ -178,7 +257,9 @@ func (s *disks) confirm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, k := range s.byName {
-		k.trial = false
+		if k.trial = false; k.stack != nil {
+			k.held.close()
+		}
 	}
 }
 

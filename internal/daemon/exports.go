@@ -130,6 +130,12 @@ func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files 
 	}
 	d.disks.mu.Lock()
 	defer d.disks.mu.Unlock()
+	if k.again != nil {
+		k.held, k.again.held = k.again.held, held{}
+	}
+	if !k.trial {
+		k.held.close()
+	}
 	k.cfg, k.stack, k.poison, k.again = cfg, s, s.poison, nil
 	return s.top, unkeep, nil
 }
@@ -417,7 +423,7 @@ func (d *daemon) readKept(state string) ([]config.Export, error) {
 func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 	for i, g := range d.filesOf(list) {
 		k := list[i]
-		switch k.files = g.table; {
+		switch {
 		case ctx.Err() != nil:
 		case k.failed != nil:
 			d.giveUp(k)
@@ -427,7 +433,7 @@ func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 		default:
 			d.tryDisk(k)
 		}
-		g.table.Close()
+		g.close()
 	}
 }
 
@@ -440,21 +446,30 @@ func (d *daemon) giveUp(failed *disk) {
 		}
 	}
 	d.log.Error("export cannot be opened", "export", failed.cfg.Name, "error", failed.failed)
-	if d.disks.claim(failed) == nil {
-		d.keepPlace(failed)
-		d.tellState(failed.cfg.Name)
+	if d.disks.claim(failed) != nil {
+		failed.held.close()
+		return
 	}
+	d.keepPlace(failed)
+	d.tellState(failed.cfg.Name)
 }
 
-// tryDisk opens a disk that is not open, or notes why it does not work. Another attempt
-// at one that was removed meanwhile is none.
+// tryDisk opens a disk that is not open, or notes why it does not work: what it was to
+// go on with is held for the next attempt. Another attempt at one that was removed
+// meanwhile is none.
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
 	failed := &disk{cfg: k.cfg, origin: k.origin, lost: k.lost, again: k.again}
-	if failed.failed = d.addDisk(ctx, k, nil); failed.failed != nil && !errors.Is(failed.failed, errAway) {
-		d.giveUp(failed)
+	var err error
+	if failed.held, err = k.volatile(); err != nil {
+		d.log.Warn("what is in no file is forgotten if the export cannot be opened", "export", k.cfg.Name, "error", err)
 	}
+	if failed.failed = d.addDisk(ctx, k, nil); failed.failed == nil || errors.Is(failed.failed, errAway) {
+		failed.held.close()
+		return
+	}
+	d.giveUp(failed)
 }
 
 // removeFailed forgets k, which does not work, if its file can be removed. An export

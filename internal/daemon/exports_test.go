@@ -17,6 +17,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -350,5 +351,21 @@ func TestStatusIsAnObjectThatClientsTake(t *testing.T) {
 	}
 	if n := limits.StatusNotes; len(got.Notes) != n+1 || got.Notes["export 0"] == "" || !strings.Contains(got.Notes["exports"], fmt.Sprint(limits.ConfigExports-n)) {
 		t.Errorf("%d notes, of more it says %q, want %d and the number of the others", len(got.Notes), got.Notes["exports"], n)
+	}
+}
+
+// TestAttemptWithoutAnAnswerKeepsWhatIsHeld: what was written outlasts an attempt that
+// had nothing of it, and one that had it leaves no other hold.
+func TestAttemptWithoutAnAnswerKeepsWhatIsHeld(t *testing.T) {
+	d := emptyService(t)
+	x := config.Export{Name: "a", Image: "1M", Format: "mem"}
+	failed := &disk{cfg: x, origin: fromConfig, failed: errNoAnswer, held: held{of: &x, files: open.NewTable(nil, nil)}}
+	if err := d.disks.claim(failed); err != nil {
+		t.Fatal(err)
+	}
+	want := failed.held
+	d.giveUp(&disk{cfg: x, origin: fromConfig, failed: errNoAnswer, again: failed})
+	if got := d.disks.get("a"); got == failed || got.held != want || failed.held != (held{}) {
+		t.Errorf("after an attempt without an answer: got %+v, and the one before %+v, want that it has %+v", got.held, failed.held, want)
 	}
 }

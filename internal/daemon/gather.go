@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
@@ -23,11 +24,18 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
-// gathered are the files of the image of an export, or why there are none. An
-// export without files has neither.
+// gathered are the files of the image of an export, or why there are none, with what
+// its overlay is to go on with. An export without files may have nothing.
 type gathered struct {
 	table *open.Table
+	delta *layer.Delta
 	err   error
+}
+
+// close closes what nobody took.
+func (g *gathered) close() {
+	h := held{files: g.table, delta: g.delta}
+	h.close()
 }
 
 // sought is an export whose files are to be opened, while those in known are open
@@ -82,7 +90,7 @@ func (d *daemon) gatherOne(ctx context.Context, x *sought, buffers *bufpool.Pool
 	}
 	spec.Log, spec.Known, spec.Buffers = slog.New(slog.DiscardHandler), x.known, buffers
 	t, err := gatherAlone(ctx, spec)
-	return gathered{t, d.explain(spec.Path, err)}
+	return gathered{table: t, err: d.explain(spec.Path, err)}
 }
 
 // asking bounds the calls that open files of images, those included that hang. A
@@ -176,7 +184,7 @@ func (d *daemon) gatherInTime(ctx context.Context, spec open.Spec) (*open.Table,
 	defer cancel()
 	g := d.asking.one(ctx, func() gathered {
 		t, err := gatherAlone(ctx, spec)
-		return gathered{t, err}
+		return gathered{table: t, err: err}
 	}).of(spec.Path)
 	return g.table, g.err
 }
@@ -243,9 +251,9 @@ func (s *stage0) startAnew() error {
 	return fmt.Errorf("start without the %d exports whose storage does not answer: %w", len(s.out.Silent), err)
 }
 
-// filesOf gathers the files of exports that are to be opened. For the first exports
-// of the worker stage 0 has opened what the configuration names, and knows whose did
-// not answer.
+// filesOf gathers the files of exports that are to be opened, which have them then. For
+// the first exports of the worker stage 0 has opened what the configuration names, and
+// knows whose did not answer.
 func (d *daemon) filesOf(list []*disk) []gathered {
 	var first *Handed
 	if d.server == nil {
@@ -264,11 +272,14 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 			}
 		}
 		images[i] = first.lacks(images[i].Export)
+		images[i].known = append(images[i].known, d.disks.heldFor(k)...)
 	}
 	for i, g := range d.gatherAll(images) {
 		if out[i].err == nil {
 			out[i] = g
 		}
+		d.disks.takeOver(list[i], &images[i], &out[i])
+		list[i].files, list[i].delta = out[i].table, out[i].delta
 	}
 	return out
 }

@@ -251,7 +251,7 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err 
 	all := d.filesOf(list)
 	defer func() {
 		for _, g := range all {
-			g.table.Close()
+			g.close()
 		}
 	}()
 	for i, g := range all {
@@ -259,9 +259,8 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err 
 			return nil, fmt.Errorf("export %q: %w", list[i].cfg.Name, g.err)
 		}
 	}
-	for i, k := range list {
+	for _, k := range list {
 		name, failed := k.cfg.Name, k.again
-		k.files = all[i].table
 		if err := d.addDisk(ctx, k, nil); err != nil {
 			return undo, fmt.Errorf("export %q: %w", name, err)
 		}
@@ -670,7 +669,7 @@ func (r *reopening) handOver(x *sought) (err error) {
 	if !hasFiles(&x.Export) {
 		r.next.files, err = open.Again(r.k.stack.dev, nil, nil)
 	}
-	same := r.sameBelow(x)
+	same := sameBelow(&r.before.cfg, x, r.next.files)
 	if same {
 		r.next.delta = r.before.delta
 	}
@@ -681,15 +680,14 @@ func (r *reopening) handOver(x *sought) (err error) {
 	return err
 }
 
-// sameBelow tells whether the overlay of x stands on the disk on which that of r.k
-// does.
-func (r *reopening) sameBelow(x *sought) bool {
-	old := &r.before.cfg
+// sameBelow tells whether the overlay of x, whose files are in t, stands on the disk on
+// which that of old does, whose files are known.
+func sameBelow(old *config.Export, x *sought, t *open.Table) bool {
 	if x.ImageFormat() != old.ImageFormat() || x.Snapshot != old.Snapshot || !reflect.DeepEqual(x.Window, old.Window) {
 		return false
 	}
 	if hasFiles(&x.Export) {
-		return r.next.files.Same(x.known)
+		return t.Same(x.known)
 	}
 	return x.Image == old.Image
 }

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -93,7 +95,36 @@ func NewTable(files map[Request]*os.File, dirs map[string]string) *Table {
 // opened with. The descriptors are others of the same open files; what is not among
 // them is not opened. A disk of format "mem" is the same one, if its size is wanted.
 func Again(dev backing.Device, files map[Request]*os.File, dirs map[string]string) (*Table, error) {
-	t := &Table{files: make(map[Request]*os.File, len(files)), dirs: dirs, memory: memoryOf(dev), filled: true, whole: true}
+	return again(files, dirs, memoryOf(dev))
+}
+
+// Again makes another table of the same open files, and of the same disk in memory,
+// for one more Open. t may be nil, and so is the other then.
+func (t *Table) Again() (*Table, error) {
+	if t == nil {
+		return nil, nil
+	}
+	m := t.memory
+	if m != nil {
+		m = m.Hold()
+	}
+	return again(t.files, t.dirs, m)
+}
+
+// InMemory tells whether t has a disk of format "mem".
+func (t *Table) InMemory() bool { return t != nil && t.memory != nil }
+
+// Files are those of the table, which stay its own.
+func (t *Table) Files() []*os.File {
+	if t == nil {
+		return nil
+	}
+	return slices.Collect(maps.Values(t.files))
+}
+
+// again takes over m.
+func again(files map[Request]*os.File, dirs map[string]string, m *mem.Disk) (*Table, error) {
+	t := &Table{files: make(map[Request]*os.File, len(files)), dirs: dirs, memory: m, filled: true, whole: true}
 	for r, f := range files {
 		other, err := duplicate(f)
 		if err != nil {
