@@ -175,9 +175,9 @@ func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64, fua bool) er
 // writeCached writes p to a file in the page cache.
 func (a *Aligned) writeCached(ctx context.Context, p []byte, off int64, fua bool) error {
 	if !fua {
-		n := a.eng.WriteNow(a.file, p, off)
-		if p, off = p[n:], off+int64(n); len(p) == 0 {
-			return nil
+		n, err := a.eng.WriteNow(a.file, p, off)
+		if p, off = p[n:], off+int64(n); len(p) == 0 || err != nil {
+			return err
 		}
 	}
 	_, err := a.do(ctx, engine.OpWrite, p, off, fua)

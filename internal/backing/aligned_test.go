@@ -341,6 +341,34 @@ func TestAlignedCarriesFUA(t *testing.T) {
 	}
 }
 
+// full is an engine whose page cache has no room, once: the kernel tells some
+// errors to one write alone.
+type full struct{ *engine.Pool }
+
+func (full) WriteNow(*engine.File, []byte, int64) (int, error) { return 0, syscall.ENOSPC }
+
+func TestErrorOfACachedWriteIsFinal(t *testing.T) {
+	e := full{engine.NewPool(1)}
+	defer e.Close()
+	f, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := e.Open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	a, err := backing.NewAligned(t.Context(), e, file, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if err := a.WriteAt(t.Context(), make([]byte, 4096), 0, false); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("write: got %v, want %v", err, syscall.ENOSPC)
+	}
+}
+
 func TestPartialWriteThatCannotReadWritesNothing(t *testing.T) {
 	d := newDirect(t, 8192, 4096, bounce)
 	d.fault.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpRead), Fault: backingtest.Fault{Errno: syscall.EIO}})

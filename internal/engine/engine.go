@@ -82,7 +82,7 @@ type File struct {
 
 	// OnError, if not nil, is told of each error of an operation by Failed. It is set
 	// before the first one.
-	OnError func(err error) error
+	OnError func(op Op, err error) error
 
 	disk uint64 // number of the device that it is on, or is
 
@@ -107,13 +107,13 @@ func NewFile(f *os.File, direct bool, align int, index int32, closer func() erro
 	return file
 }
 
-// Failed is what an error of an operation means, to its owner: who submits
-// operations of its own passes their errors through it. nil stays nil.
-func (f *File) Failed(err error) error {
+// Failed is what an error of an operation means, to the owner of the file: who
+// submits operations of its own passes their errors through it. nil stays nil.
+func (f *File) Failed(op Op, err error) error {
 	if err == nil || f.OnError == nil {
 		return err
 	}
-	return f.OnError(err)
+	return f.OnError(op, err)
 }
 
 // FD is the descriptor of the file, and one that is never open once the file is
@@ -158,10 +158,11 @@ type Engine interface {
 
 	// WriteNow copies p to the page cache, for a caller who waits anyway: it
 	// may wait itself, as write(2) does when too much is dirty. It returns how
-	// much of p it wrote from the front; anything short of len(p) is not an
-	// error but work for Submit, which also finds out about errors. It returns
-	// 0 for direct files, and while limits.CachedWriters others write so.
-	WriteNow(f *File, p []byte, off int64) int
+	// much of p it wrote from the front; anything short of len(p) without an
+	// error is work for Submit. An error is final: the kernel may tell it once.
+	// It returns 0 for direct files, and while limits.CachedWriters others write
+	// so.
+	WriteNow(f *File, p []byte, off int64) (int, error)
 
 	// Submit hands over the batch. It does not wait for transfers; it may
 	// wait for room in the queue.

@@ -74,13 +74,12 @@ func (p *Pool) Open(f *os.File) (*File, error) {
 func (p *Pool) ReadNow(f *File, b []byte, off int64) int { return ReadCached(f, b, off) }
 
 // WriteNow writes p to the page cache.
-func (p *Pool) WriteNow(f *File, b []byte, off int64) int {
+func (p *Pool) WriteNow(f *File, b []byte, off int64) (int, error) {
 	defer p.writers.Add(-1)
 	if p.writers.Add(1) > limits.CachedWriters || f.Direct {
-		return 0
+		return 0, nil
 	}
-	n, _ := f.WriteCached(b, off)
-	return n
+	return f.WriteCached(b, off)
 }
 
 // Submit queues the batch. Unless the pool is inline it never waits. It may be

@@ -23,8 +23,8 @@ func TestWriteNowIsForABoundedNumberOfCallers(t *testing.T) {
 	defer f.Close()
 	for _, tt := range []struct{ others, want int }{{limits.CachedWriters - 1, 5}, {limits.CachedWriters, 0}, {0, 5}} {
 		p.writers.Store(int64(tt.others))
-		if got := p.WriteNow(f, []byte("12345"), 0); got != tt.want {
-			t.Errorf("WriteNow beside %d others = %d, want %d", tt.others, got, tt.want)
+		if got, err := p.WriteNow(f, []byte("12345"), 0); got != tt.want || err != nil {
+			t.Errorf("WriteNow beside %d others = %d, %v, want %d", tt.others, got, err, tt.want)
 		}
 	}
 }

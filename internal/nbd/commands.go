@@ -390,7 +390,7 @@ func (s *session) writeCached(req *wire.Request, m *backing.Mapping, p []byte) e
 	off, n := device(req)
 	for _, run := range m.Runs[:m.N] {
 		if _, err := run.File.WriteCached(p[:run.Len], run.Off); err != nil {
-			return backing.Wrap("write", off, n, run.File.Failed(err))
+			return backing.Wrap("write", off, n, run.File.Failed(engine.OpWrite, err))
 		}
 		p = p[run.Len:]
 	}

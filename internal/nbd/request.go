@@ -260,7 +260,7 @@ func (r *request) ioDone(t *engine.IO) {
 		// The file has become shorter: never zeroes, always an error.
 		err = io.ErrUnexpectedEOF
 	}
-	if err = t.File.Failed(err); err != nil {
+	if err = t.File.Failed(t.Op, err); err != nil {
 		r.mu.Lock()
 		if r.err == nil {
 			r.err, r.errAt = err, r.guestOffset(t)

@@ -94,7 +94,7 @@ func (f *FaultEngine) Clear() int {
 func (f *FaultEngine) ReadNow(*engine.File, []byte, int64) int { return 0 }
 
 // WriteNow leaves every write to Submit too.
-func (f *FaultEngine) WriteNow(*engine.File, []byte, int64) int { return 0 }
+func (f *FaultEngine) WriteNow(*engine.File, []byte, int64) (int, error) { return 0, nil }
 
 // Submit applies the rules and hands over the rest as one batch.
 func (f *FaultEngine) Submit(batch []*engine.IO) {

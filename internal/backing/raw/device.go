@@ -115,7 +115,7 @@ func (d *Device) open(f *os.File) (err error) {
 	if d.file, err = d.eng.Open(f); err != nil {
 		return err
 	}
-	d.file.OnError = d.explain
+	d.file.OnError = func(op engine.Op, err error) error { return d.explain(op.String(), err) }
 	if d.geo.direct {
 		d.geo.align = max(d.geo.align, int64(d.file.Align))
 		d.file.Align = int(d.geo.align)
@@ -301,14 +301,16 @@ func (d *Device) lost(op string, err error) {
 
 // failed wraps the error of a transfer.
 func (d *Device) failed(op string, off, n int64, err error) error {
-	return d.wrap(op, off, n, d.file.Failed(err))
+	return d.wrap(op, off, n, d.explain(op, err))
 }
 
 // explain tells a device that went away from one that is full, or failed. It does
 // not come back with what was written to it. Linux gives a device that was pulled
-// out the size 0: reads of it end at once, and writes find no space.
-func (d *Device) explain(err error) error {
-	if backing.GaveUp(err) {
+// out the size 0: reads of it end at once, and writes find no space. A write to the
+// page cache of one of lateErrors counts as the loss of earlier ones, even for lack
+// of room: a guest that waits for that would go on without them.
+func (d *Device) explain(op string, err error) error {
+	if err == nil || backing.GaveUp(err) {
 		return err
 	}
 	if d.geo.block {
@@ -318,6 +320,9 @@ func (d *Device) explain(err error) error {
 	}
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
 		d.lost("transfer", err)
+	} else if d.geo.late && d.cached() && op == engine.OpWrite.String() {
+		d.lost(op, err)
+		return d.poisoned()
 	}
 	return err
 }

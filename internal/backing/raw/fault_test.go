@@ -248,6 +248,64 @@ func TestFUAWithoutSpacePoisonsOnlyIfPagesWereLost(t *testing.T) {
 	}
 }
 
+// TestWriteThatMayTellOfOthersPoisons: on NFS the error of a write may be that of
+// pages which were written before, and the sync afterwards succeeds.
+func TestWriteThatMayTellOfOthersPoisons(t *testing.T) {
+	const size = 1 << 20
+	writes := map[string]func(*raw.Device) error{
+		"write":     func(d *raw.Device) error { return d.WriteAt(t.Context(), make([]byte, 4096), 0, 0) },
+		"FUA write": func(d *raw.Device) error { return d.WriteAt(t.Context(), make([]byte, 4096), 0, backing.FUA) },
+		"mapped write": func(d *raw.Device) error {
+			var m backing.Mapping
+			if err := d.Map(engine.OpWrite, 0, 4096, &m); err != nil {
+				return err
+			}
+			defer m.Release()
+			return m.Runs[0].File.Failed(engine.OpWrite, syscall.ENOSPC)
+		},
+	}
+	for name, write := range writes {
+		for _, tt := range []struct {
+			k    kind
+			late bool
+			want bool // poisoned
+		}{
+			{kind{"pool", false}, true, true}, {kind{"pool", true}, true, false}, {kind{"pool", false}, false, false},
+		} {
+			t.Run(fmt.Sprintf("%s by %s late %v", name, tt.k, tt.late), func(t *testing.T) {
+				if tt.late {
+					raw.TellLate(t, t.TempDir())
+				}
+				d, f := newFaulty(t, tt.k, size, raw.Options{})
+				fill(t, d, 1)
+				f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Fault: backingtest.Fault{Errno: syscall.ENOSPC}})
+				err := write(d)
+				if !errors.Is(err, syscall.ENOSPC) || errors.Is(err, backing.ErrPoisoned) != tt.want {
+					t.Errorf("got %v, want %v, poisoned %v", err, syscall.ENOSPC, tt.want)
+				}
+				if tt.want {
+					wantPoisoned(t, d)
+				} else if err := d.Flush(t.Context()); err != nil {
+					t.Errorf("flush: %v", err)
+				}
+			})
+		}
+	}
+}
+
+// TestReadThatFailsLosesNothing: not even where a write may tell of others.
+func TestReadThatFailsLosesNothing(t *testing.T) {
+	raw.TellLate(t, t.TempDir())
+	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{})
+	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpRead), Fault: backingtest.Fault{Errno: syscall.EIO}})
+	if err := d.ReadAt(t.Context(), make([]byte, 4096), 0); !errors.Is(err, syscall.EIO) {
+		t.Errorf("read: got %v, want %v", err, syscall.EIO)
+	}
+	if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, 0); err != nil {
+		t.Errorf("write: %v", err)
+	}
+}
+
 func TestWritethroughMakesEveryWriteDurable(t *testing.T) {
 	d, f := newFaulty(t, kind{"pool", false}, 1<<20, raw.Options{Writethrough: true})
 	var ranged, syncs int

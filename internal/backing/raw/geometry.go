@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -36,6 +37,7 @@ type geometry struct {
 	preferred  int64
 	rotational bool
 	fastZero   bool // block device: it makes zeroes itself
+	late       bool // the file system is one of lateErrors
 
 	// id is equal for two names of one image.
 	id ID
@@ -92,11 +94,28 @@ func survey(f *os.File, o Options) (geometry, error) {
 		return g, err
 	}
 	if g.block {
-		if err := g.surveyBlock(fd, o); err != nil {
-			return g, err
-		}
+		err = g.surveyBlock(fd, o)
+	} else {
+		g.late, err = tellsLate(fd)
+	}
+	if err != nil {
+		return g, err
 	}
 	return g, g.surveyDirect(fd, o)
+}
+
+// lateErrors are the file systems, with the numbers of statfs(2), where the error
+// of a write to the page cache may be that of an earlier one, whose page could
+// not be written back, and which no sync of the open file tells any more. NFS:
+// nfs_file_write passes on what background writes met (file_check_and_advance_wb_err).
+// Ceph: ceph_write_iter syncs every write while a pool is nearly full.
+var lateErrors = []int64{unix.NFS_SUPER_MAGIC, unix.CEPH_SUPER_MAGIC}
+
+// tellsLate reports whether an open file is on one of lateErrors.
+func tellsLate(fd uintptr) (bool, error) {
+	var st unix.Statfs_t
+	err := unix.Fstatfs(int(fd), &st)
+	return slices.Contains(lateErrors, int64(uint32(st.Type))), os.NewSyscallError("statfs", err)
 }
 
 // surveyBlock asks what only block devices answer.

@@ -246,14 +246,15 @@ func writeNowWritesToThePageCache(e *env) {
 	if e.direct {
 		want = 0
 	}
-	if got := e.eng.WriteNow(f, data, blockBytes); got != want {
-		e.Errorf("WriteNow of %d bytes = %d, want %d", len(data), got, want)
+	if got, err := e.eng.WriteNow(f, data, blockBytes); got != want || err != nil {
+		e.Errorf("WriteNow of %d bytes = %d, %v, want %d", len(data), got, err, want)
 	} else if now := e.contents(f); !bytes.Equal(now[blockBytes:][:want], data[:want]) || len(now) != 4*blockBytes {
 		e.Error("WriteNow wrote other bytes")
 	}
 	refused := e.open(e.path(), unix.O_RDONLY|unix.O_CREAT)
-	if got := e.eng.WriteNow(refused, data, 0); got != 0 {
-		e.Errorf("WriteNow to a file that is open for reading = %d, want 0", got)
+	got, err := e.eng.WriteNow(refused, data, 0)
+	if got != 0 || !e.direct && !errors.Is(err, syscall.EBADF) {
+		e.Errorf("WriteNow to a file that is open for reading = %d, %v, want 0, %v", got, err, syscall.EBADF)
 	}
 }
 
@@ -377,7 +378,7 @@ func closedFileIsNotTheNextOne(e *env) {
 	if n := e.eng.ReadNow(gone, buf, 0); n != 0 {
 		e.Errorf("ReadNow of a closed file = %d, want 0", n)
 	}
-	if n := e.eng.WriteNow(gone, buf, 0); n != 0 {
+	if n, _ := e.eng.WriteNow(gone, buf, 0); n != 0 {
 		e.Errorf("WriteNow to a closed file = %d, want 0", n)
 	}
 	if gone.Cached(0, blockBytes) {

@@ -283,7 +283,7 @@ func (e *Engine) ReadNow(f *engine.File, p []byte, off int64) int {
 
 // WriteNow writes p to the page cache. On file systems that cannot promise not
 // to wait, as ext4, the ring would have a thread of the kernel do the same.
-func (e *Engine) WriteNow(f *engine.File, p []byte, off int64) int {
+func (e *Engine) WriteNow(f *engine.File, p []byte, off int64) (int, error) {
 	return e.pool.WriteNow(f, p, off)
 }
 
