@@ -270,9 +270,6 @@ func TestFsyncErrorIsSticky(t *testing.T) {
 				t.Errorf("%s: got %v, want %v", name, err, backing.ErrIO)
 			}
 			b.verdict.Store(nil)
-			if k.direct && name != "flush" {
-				continue // a direct write is lost alone
-			}
 			wantPoisoned(t, d)
 		}
 	})

@@ -91,22 +91,21 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	return d.poisoned()
 }
 
-// writeDurably returns when p is on stable storage. In the page cache that is a
-// write and a sync, not one of both (RWF_DSYNC), whose error would not say which
-// of them failed: a write that finds no room loses nothing, and a sync that
-// fails tells of lost pages, which may be those of others.
+// writeDurably returns when p is on stable storage. That is a write and a sync, not
+// one of both (RWF_DSYNC), whose error would not say which of them failed: a write
+// that finds no room loses nothing, and a sync that fails tells of lost pages,
+// which may be those of others. A direct file has some too: the file system may
+// leave parts of its blocks in the page cache, where they are zeroed (ext4) or
+// shared with another file (XFS).
 func (d *Device) writeDurably(ctx context.Context, p []byte, off int64) error {
-	if !d.cached() {
-		return d.al.WriteAt(ctx, p, off, true)
-	}
 	if err := d.al.WriteAt(ctx, p, off, false); err != nil {
 		return err
 	}
 	return d.fdatasync(context.WithoutCancel(ctx), "write", off, int64(len(p)))
 }
 
-// cached reports whether written bytes may be in the page cache: the tail of
-// a direct file that is not, or was not, a whole number of blocks is.
+// cached reports whether a write may go through the page cache: one to the tail
+// of a direct file that is not, or was not, a whole number of blocks does.
 func (d *Device) cached() bool {
 	return !d.geo.direct || d.tail.Load() || d.size.Load()&(d.geo.align-1) != 0
 }
