@@ -289,6 +289,11 @@ const (
 	// signals interrupt slow fallocate calls several times.
 	IORetries = 100
 
+	// BusyRetries bounds how often the pages of a range of a block device are
+	// written back so that it can be zeroed or trimmed while somebody else has
+	// the device for itself. Other writes may change pages again in between.
+	BusyRetries = 10
+
 	// LockRetries bounds attempts to take image locks, which come at growing
 	// distances within a second. Another opener may only be testing; and the
 	// kernel lets go of the files of a killed server's io_uring a while after

@@ -3,6 +3,7 @@ package raw_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
 	"testing"
 
@@ -107,6 +108,81 @@ func TestFastZeroOfLessThanABlockIsRefusedUntouched(t *testing.T) {
 	}
 	if got := contents(t, d); !bytes.Equal(got, bytes.Repeat([]byte{1}, 64<<10)) {
 		t.Error("refused fast zero changed contents")
+	}
+}
+
+// TestClaimedBlockDeviceIsZeroedAndTrimmed: while somebody else has the device with
+// O_EXCL, the kernel does not drop pages of it that are not written back.
+func TestClaimedBlockDeviceIsZeroedAndTrimmed(t *testing.T) {
+	const size = 1 << 20
+	for name, do := range map[string]func(*raw.Device) error{
+		"zero":              func(d *raw.Device) error { return d.Zero(t.Context(), 0, size, 0) },
+		"zero without hole": func(d *raw.Device) error { return d.Zero(t.Context(), 0, size, backing.NoHole) },
+		"trim":              func(d *raw.Device) error { return d.Trim(t.Context(), 0, size, 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			forKinds(t, func(t *testing.T, k kind) {
+				node := backingtest.Loop(t, tempImage(t, size), 512)
+				d := openRaw(t, node, newEngine(t, k.engine), k.direct, raw.Options{})
+				closeAfter(t, d)
+				backingtest.Claim(t, node)
+				fill(t, d, 1)
+				if err := do(d); err != nil {
+					t.Errorf("got %v, want none", err)
+				}
+				if got := contents(t, d); name != "trim" && !bytes.Equal(got, make([]byte, size)) {
+					t.Error("read: not all zero")
+				}
+			})
+		})
+	}
+}
+
+// TestFailedSyncOfAClaimedBlockDevicePoisons: what it tells is not told again.
+func TestFailedSyncOfAClaimedBlockDevicePoisons(t *testing.T) {
+	const size = 1 << 20
+	node := backingtest.Loop(t, tempImage(t, size), 512)
+	f := backingtest.NewFaultEngine(newEngine(t, "pool"))
+	d := openRaw(t, node, f, false, raw.Options{})
+	closeAfter(t, d)
+	backingtest.Claim(t, node)
+	fill(t, d, 1)
+	f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: unix.EIO}})
+	if err := d.Zero(t.Context(), 0, size, 0); !errors.Is(err, unix.EIO) {
+		t.Errorf("zero: got %v, want %v", err, unix.EIO)
+	}
+	wantPoisoned(t, d)
+}
+
+// TestServedBlockDeviceIsNotClaimed: who is kept out by the locks of another process
+// does not ask the kernel, which would disturb whoever serves it. Those of this
+// process keep nobody out who opens the device again.
+func TestServedBlockDeviceIsNotClaimed(t *testing.T) {
+	node := backingtest.Loop(t, tempImage(t, 1<<20), 512)
+	other := openFile(t, node, unix.O_RDWR)
+	defer other.Close()
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: 100, Len: 200} // all that QEMU has
+	if err := unix.FcntlFlock(other.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	free := backingtest.Claim(t, node)
+	f := openFile(t, node, unix.O_RDWR)
+	defer f.Close()
+	if err := raw.Unclaimed(f, raw.Options{Path: node}); err != nil {
+		t.Errorf("asked: got %v, want no answer", err)
+	}
+	if _, err := raw.Lock(f, raw.Options{Path: node}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("lock: got %v, want %v", err, backing.ErrLocked)
+	}
+	free()
+	l.Type = unix.F_UNLCK
+	if err := unix.FcntlFlock(other.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+		t.Fatal(err)
+	}
+	closeAfter(t, openRaw(t, node, newEngine(t, "pool"), false, raw.Options{}))
+	backingtest.Claim(t, node)
+	if err := raw.Unclaimed(f, raw.Options{Path: node}); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("served by this process: got %v, want %v", err, backing.ErrLocked)
 	}
 }
 

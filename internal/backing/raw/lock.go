@@ -119,8 +119,9 @@ func Lock(f *os.File, o Options) (unlock func(), err error) {
 // lock tells of that. It is for whoever opens an image, before Open, which may have
 // no right to ask, and for whoever lets clients write to it again. The device is opened once more, with O_EXCL (open(2)), and
 // closed at once. To keep it so would be in the way of who opens it again while it
-// is served, as a reload does. What cannot be opened again is not refused. Error:
-// ErrLocked.
+// is served, as a reload does. Who serves it is disturbed even so: what the locks of
+// another process keep out is left to them, unasked. What cannot be opened again is
+// not refused. Error: ErrLocked.
 func Unclaimed(f *os.File, o Options) error {
 	if o.ReadOnly || o.Lock == LockOff {
 		return nil
@@ -128,6 +129,9 @@ func Unclaimed(f *os.File, o Options) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return err
+	}
+	if err := locksOf(o).alone(f, o); errors.Is(err, backing.ErrLocked) && !inUse.has(IDIn(&st)) {
+		return nil
 	}
 	return patiently(func() error {
 		again, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDONLY|unix.O_EXCL, 0)
@@ -221,6 +225,11 @@ func (b lockBytes) tryTake(f *os.File, o Options) error {
 			return noLocks(err)
 		}
 	}
+	return b.alone(f, o)
+}
+
+// alone looks for others.
+func (b lockBytes) alone(f *os.File, o Options) error {
 	for _, at := range b.absent {
 		l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: at, Len: 1}
 		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
@@ -294,6 +303,13 @@ func (t *useTable) add(id ID, u use) (other use, ok bool) {
 	}
 	t.uses[id] = append(t.uses[id], u)
 	return use{}, true
+}
+
+// has tells whether the image is in use.
+func (t *useTable) has(id ID) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.uses[id]) > 0
 }
 
 // remove takes away a use that add has entered.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/sysio"
 )
 
@@ -115,7 +116,24 @@ func (d *Device) operate(ctx context.Context, op engine.Op, off, n int64) error 
 	if l != nil {
 		defer l.Release()
 	}
-	return d.al.Do(ctx, op, off, n)
+	return d.pastPages(ctx, off, n, func() error { return d.al.Do(ctx, op, off, n) })
+}
+
+// pastPages makes try zero or trim the range. Of a block device that somebody else
+// has opened with O_EXCL, if only for a moment, the kernel drops no pages that are
+// not written back, and says EBUSY (truncate_bdev_range): that is done then.
+func (d *Device) pastPages(ctx context.Context, off, n int64, try func() error) error {
+	err := try()
+	for range limits.BusyRetries {
+		if !d.geo.block || !errors.Is(err, unix.EBUSY) {
+			break
+		}
+		if err := d.fdatasync(context.WithoutCancel(ctx), "flush", off, n); err != nil {
+			return err
+		}
+		err = try()
+	}
+	return err
 }
 
 // zeroBlocks zeroes the whole blocks inside the range, then writes zeroes to
@@ -197,13 +215,11 @@ func (d *Device) trim(ctx context.Context, off, n int64) error {
 	if l != nil {
 		defer l.Release()
 	}
-	if e := sysio.BlockDiscard(d.file.FD(), lo, hi-lo); e != 0 {
-		if e == unix.EOPNOTSUPP {
-			d.noDiscard.Store(true)
-		}
-		return e
+	err = d.pastPages(ctx, lo, hi-lo, func() error { return errnoError(sysio.BlockDiscard(d.file.FD(), lo, hi-lo)) })
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		d.noDiscard.Store(true)
 	}
-	return nil
+	return err
 }
 
 // inward gives the whole blocks inside a range; lo ≥ hi says that there are
