@@ -83,7 +83,9 @@ func openImageFile(o raw.Options) (*os.File, error) {
 		flags = os.O_RDONLY
 	}
 	// O_NONBLOCK: what takes the place of the file meanwhile may be a FIFO.
-	f, err := os.OpenFile(o.Path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	f, err := raw.PastLease(func() (*os.File, error) {
+		return os.OpenFile(o.Path, flags|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	})
 	if err != nil {
 		return nil, err
 	}

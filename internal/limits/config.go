@@ -71,6 +71,12 @@ const (
 	// the 120 seconds that the units allow.
 	ImageAnswers = 30 * time.Second
 
+	// LeaseAnswers is how long whoever has a lease on a file has to give it back:
+	// less than ImageAnswers, so that this is said, and enough for an NFS server that
+	// asks its clients. The kernel takes a lease away after
+	// /proc/sys/fs/lease-break-time, 45 seconds if nobody has changed it.
+	LeaseAnswers = 20 * time.Second
+
 	// SpareFiles is how many descriptors the exports of the start leave to the
 	// rest of the service: to its confinement, the control API and clients.
 	SpareFiles = 64

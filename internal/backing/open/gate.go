@@ -14,6 +14,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 // gate opens the files that the images of one chain name, as far as the
@@ -330,14 +331,10 @@ func (g *gate) openVolume(w wish, rel string) (*os.File, error) {
 
 func isBlock(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFBLK }
 
-// openatRetrying is openat2 that no signal interrupts.
+// openatRetrying is openat2 that neither a signal nor a lease interrupts. It is made
+// again as well where the path was renamed meanwhile, of which EAGAIN tells too.
 func openatRetrying(dir int, name string, how *unix.OpenHow) (int, error) {
-	for {
-		fd, err := unix.Openat2(dir, name, how)
-		if !errors.Is(err, unix.EINTR) {
-			return fd, err
-		}
-	}
+	return raw.PastLease(func() (int, error) { return unix.Openat2(dir, name, how) })
 }
 
 func (g *gate) openat(w wish, rel string, flags uint64) (int, error) {

@@ -327,12 +327,7 @@ func stored(fd int, path string) error {
 }
 
 func openRetrying(path string, flags int) (int, error) {
-	for {
-		fd, err := unix.Open(path, flags, 0)
-		if !errors.Is(err, unix.EINTR) {
-			return fd, err
-		}
-	}
+	return raw.PastLease(func() (int, error) { return unix.Open(path, flags, 0) })
 }
 
 var kinds = map[uint32]string{

@@ -41,7 +41,9 @@ func OpenFile(path string, lock raw.LockMode) (*File, error) {
 
 func openFile(path string, flag int) (*File, error) {
 	// O_NONBLOCK keeps a FIFO from holding the open.
-	f, err := os.OpenFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	f, err := raw.PastLease(func() (*os.File, error) {
+		return os.OpenFile(path, flag|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	})
 	if err != nil {
 		return nil, err
 	}
