@@ -75,7 +75,8 @@ type Credentials struct {
 	// refused says which files could not be loaded, why, and when that was
 	// found; guarded by mu.
 	refused struct {
-		stamps map[string]stamp.Stamp
+		stamps map[string]stamp.Stamp // of all files
+		unused map[string]stamp.Stamp // of those that the set does not have
 		text   string
 		at     time.Time
 	}
@@ -226,7 +227,7 @@ func (c *Credentials) current() *credentialSet {
 func (c *Credentials) currentLocked() *credentialSet {
 	now := c.stampAll()
 	if maps.Equal(now, c.set.stamps) {
-		c.refused.stamps, c.refused.text = nil, ""
+		c.refused.stamps, c.refused.unused, c.refused.text = nil, nil, ""
 		return c.set
 	}
 	known := maps.Equal(now, c.refused.stamps)
@@ -240,13 +241,14 @@ func (c *Credentials) currentLocked() *credentialSet {
 		set.crls.warn(c.log, c.dir)
 	}
 	if wrong == "" {
-		c.refused.stamps, c.refused.text = nil, ""
+		c.refused.stamps, c.refused.unused, c.refused.text = nil, nil, ""
 		return c.set
 	}
-	if !known || wrong != c.refused.text {
+	unused := c.set.lacks(now)
+	if wrong != c.refused.text || !maps.Equal(unused, c.refused.unused) {
 		c.log.Warn("tls files that are not in order stay as they were", "dir", c.dir, "error", wrong)
 	}
-	c.refused.stamps, c.refused.text, c.refused.at = now, wrong, time.Now()
+	c.refused.stamps, c.refused.unused, c.refused.text, c.refused.at = now, unused, wrong, time.Now()
 	return c.set
 }
 
@@ -281,6 +283,13 @@ func (s *credentialSet) renew(dir string, o TLSOptions, now map[string]stamp.Sta
 // has tells whether the files of p are those that s was made of.
 func (s *credentialSet) has(p part, now map[string]stamp.Stamp) bool {
 	return !slices.ContainsFunc(p.files, func(name string) bool { return now[name] != s.stamps[name] })
+}
+
+// lacks is what of now is not in s.
+func (s *credentialSet) lacks(now map[string]stamp.Stamp) map[string]stamp.Stamp {
+	rest := maps.Clone(now)
+	maps.DeleteFunc(rest, func(name string, at stamp.Stamp) bool { return s.stamps[name] == at })
+	return rest
 }
 
 // with is another set, for which parts are read and the rest is as in s.

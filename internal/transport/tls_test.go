@@ -579,6 +579,12 @@ func TestAFaultOfOneFileHoldsUpNoRevocation(t *testing.T) {
 			}
 			_, _, serr, cerr = handshake(t, creds.ServerConfig(), p.clientConfig(alice))
 			put(t, errors.Join(serr, cerr))
+			_ = log.take()
+			p.crl(t, p.ca.CRL(day, alice, bob))
+			_, err = creds.Look()
+			if got := log.take(); err == nil || !strings.Contains(got, "reloaded") || strings.Contains(got, "stay as they were") {
+				t.Errorf("second list: %v, log %q; want the list, and nothing of the fault that was told", err, got)
+			}
 		})
 	}
 }

@@ -34,8 +34,7 @@ func greetingChecks(s *Server) []check {
 			for range 1000 {
 				_ = c.dial().raw.Close()
 			}
-			c.awaitAdmission()
-			c.haggle().usable()
+			c.admitted().haggle(clientFlags).usable()
 		}},
 		{id: "HS-06", claim: "without fixed newstyle an option but EXPORT_NAME ends the connection", negative: true, run: func(c *script) {
 			for _, o := range []wire.Opt{wire.OptList, wire.OptGo, wire.OptStructuredReply, optUnknown} {

@@ -20,31 +20,39 @@ const maxReply = 64 << 10
 // connect dials and reads the greeting.
 func (c *script) connect() *peer {
 	p := c.dial()
-	b := p.recv(18, "greeting")
-	if got := be.Uint64(b); got != wire.MagicInit {
-		c.failf("greeting starts with %#x, want %#x", got, uint64(wire.MagicInit))
-	}
-	if got := be.Uint64(b[8:]); got != wire.MagicOption {
-		c.failf("greeting: %#x, want newstyle %#x", got, uint64(wire.MagicOption))
-	}
-	p.serverFlags = be.Uint16(b[16:])
-	if p.serverFlags&wire.FlagFixedNewstyle == 0 {
-		c.failf("handshake flags %#x, want fixed newstyle", p.serverFlags)
-	}
+	p.greeted(p.recv(greetingSize, "greeting"))
 	return p
 }
 
-// awaitAdmission waits until a connection is greeted: a server that bounds them
-// may turn one away before it has noticed that others have gone.
-func (c *script) awaitAdmission() {
+// greetingSize is how many bytes a server sends before the client flags.
+const greetingSize = 18
+
+// greeted expects that b is the greeting of a newstyle server.
+func (p *peer) greeted(b []byte) {
+	if got := be.Uint64(b); got != wire.MagicInit {
+		p.c.failf("greeting starts with %#x, want %#x", got, uint64(wire.MagicInit))
+	}
+	if got := be.Uint64(b[8:]); got != wire.MagicOption {
+		p.c.failf("greeting: %#x, want newstyle %#x", got, uint64(wire.MagicOption))
+	}
+	p.serverFlags = be.Uint16(b[16:])
+	if p.serverFlags&wire.FlagFixedNewstyle == 0 {
+		p.c.failf("handshake flags %#x, want fixed newstyle", p.serverFlags)
+	}
+}
+
+// admitted connects until it is greeted: a server that bounds connections may turn
+// one away before it has noticed that others have gone.
+func (c *script) admitted() *peer {
 	for end := time.Now().Add(c.patience); ; time.Sleep(10 * time.Millisecond) {
-		p := c.dial()
+		p, b := c.dial(), make([]byte, greetingSize)
 		_ = p.conn.SetReadDeadline(end)
-		_, err := io.ReadFull(p.conn, make([]byte, 1))
-		_ = p.conn.Close()
+		_, err := io.ReadFull(p.conn, b)
 		if err == nil {
-			return
+			p.greeted(b)
+			return p
 		}
+		_ = p.conn.Close()
 		if time.Now().After(end) {
 			c.failf("no connection is greeted: %v", err)
 		}
@@ -64,11 +72,13 @@ func (c *script) plain() *peer {
 // haggle connects up to the point where options about exports are answered.
 func (c *script) haggle() *peer { return c.haggleWith(clientFlags) }
 
-func (c *script) haggleWith(flags uint32) *peer {
-	p := c.connect()
+func (c *script) haggleWith(flags uint32) *peer { return c.connect().haggle(flags) }
+
+// haggle goes on from the greeting to that point.
+func (p *peer) haggle(flags uint32) *peer {
 	p.flags(flags)
-	if c.s.TLS.Mode == TLSRequire {
-		p.startTLS(c.s.TLS.Config)
+	if p.c.s.TLS.Mode == TLSRequire {
+		p.startTLS(p.c.s.TLS.Config)
 	}
 	return p
 }
