@@ -113,7 +113,7 @@ func (a *Aligned) ReadAt(ctx context.Context, p []byte, off int64) (int, error) 
 		if n == len(p) {
 			return n, nil
 		}
-		m, err := a.do(ctx, engine.OpRead, p[n:], off+int64(n), false)
+		m, err := a.do(ctx, engine.OpRead, p[n:], off+int64(n))
 		return n + m, err
 	}
 	done := 0
@@ -130,7 +130,7 @@ func (a *Aligned) ReadAt(ctx context.Context, p []byte, off int64) (int, error) 
 // readPart reads the first want bytes of p, as many as one transfer covers.
 func (a *Aligned) readPart(ctx context.Context, p []byte, off int64) (want, n int, err error) {
 	if m := int64(len(p)) &^ (a.align - 1); m > 0 && a.fitsMemory(p, off) {
-		n, err = a.do(ctx, engine.OpRead, p[:m], off, false)
+		n, err = a.do(ctx, engine.OpRead, p[:m], off)
 		return int(m), n, err
 	}
 	lo, hi := a.blocks(off, int64(len(p)))
@@ -142,27 +142,26 @@ func (a *Aligned) readPart(ctx context.Context, p []byte, off int64) (want, n in
 	}
 	defer a.giveBack(b)
 	buf := b.Bytes()[:hi-lo]
-	got, err := a.do(ctx, engine.OpRead, buf, lo, false)
+	got, err := a.do(ctx, engine.OpRead, buf, lo)
 	if err != nil {
 		return want, 0, err
 	}
 	return want, copy(p[:want], buf[min(off-lo, int64(got)):got]), nil
 }
 
-// WriteAt writes all of p or returns an error. With fua the bytes are on
-// stable storage before it returns.
-func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
+// WriteAt writes all of p or returns an error. Only a sync makes it durable.
+func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if a.align == 1 {
-		return a.writeCached(ctx, p, off, fua)
+		return a.writeCached(ctx, p, off)
 	}
 	for len(p) > 0 {
 		var n int64
 		var err error
 		if m := int64(len(p)) &^ (a.align - 1); m > 0 && off&(a.align-1) == 0 {
-			n, err = m, a.writeBlocks(ctx, p[:m], off, fua)
+			n, err = m, a.writeBlocks(ctx, p[:m], off)
 		} else {
 			n = min(int64(len(p)), a.align-off&(a.align-1))
-			err = a.modify(ctx, p[:n], off, fua)
+			err = a.modify(ctx, p[:n], off)
 		}
 		if err != nil {
 			return err
@@ -173,26 +172,24 @@ func (a *Aligned) WriteAt(ctx context.Context, p []byte, off int64, fua bool) er
 }
 
 // writeCached writes p to a file in the page cache.
-func (a *Aligned) writeCached(ctx context.Context, p []byte, off int64, fua bool) error {
-	if !fua {
-		n, err := a.eng.WriteNow(a.file, p, off)
-		if p, off = p[n:], off+int64(n); len(p) == 0 || err != nil {
-			return err
-		}
+func (a *Aligned) writeCached(ctx context.Context, p []byte, off int64) error {
+	n, err := a.eng.WriteNow(a.file, p, off)
+	if p, off = p[n:], off+int64(n); len(p) == 0 || err != nil {
+		return err
 	}
-	_, err := a.do(ctx, engine.OpWrite, p, off, fua)
+	_, err = a.do(ctx, engine.OpWrite, p, off)
 	return err
 }
 
 // writeBlocks writes whole blocks.
-func (a *Aligned) writeBlocks(ctx context.Context, p []byte, off int64, fua bool) error {
+func (a *Aligned) writeBlocks(ctx context.Context, p []byte, off int64) error {
 	l, err := a.locks.lock(ctx, off, off+int64(len(p)), false)
 	if err != nil {
 		return err
 	}
 	defer l.Release()
 	if a.fitsMemory(p, off) {
-		_, err := a.do(ctx, engine.OpWrite, p, off, fua)
+		_, err := a.do(ctx, engine.OpWrite, p, off)
 		return err
 	}
 	b, err := a.bounce(ctx, min(len(p), limits.BounceBuffer))
@@ -202,7 +199,7 @@ func (a *Aligned) writeBlocks(ctx context.Context, p []byte, off int64, fua bool
 	defer a.giveBack(b)
 	for len(p) > 0 {
 		n := copy(b.Bytes(), p)
-		if _, err := a.do(ctx, engine.OpWrite, b.Bytes()[:n], off, fua); err != nil {
+		if _, err := a.do(ctx, engine.OpWrite, b.Bytes()[:n], off); err != nil {
 			return err
 		}
 		p, off = p[n:], off+int64(n)
@@ -211,16 +208,16 @@ func (a *Aligned) writeBlocks(ctx context.Context, p []byte, off int64, fua bool
 }
 
 // modify writes p, a part of one block.
-func (a *Aligned) modify(ctx context.Context, p []byte, off int64, fua bool) error {
-	if ends, err := a.modifyBlock(ctx, p, off, fua); err != nil || !ends {
+func (a *Aligned) modify(ctx context.Context, p []byte, off int64) error {
+	if ends, err := a.modifyBlock(ctx, p, off); err != nil || !ends {
 		return err
 	}
-	return a.writeTail(ctx, p, off, fua)
+	return a.writeTail(ctx, p, off)
 }
 
 // modifyBlock reads, modifies and writes the block of which p is a part. It
 // writes nothing if the file ends in the block.
-func (a *Aligned) modifyBlock(ctx context.Context, p []byte, off int64, fua bool) (ends bool, err error) {
+func (a *Aligned) modifyBlock(ctx context.Context, p []byte, off int64) (ends bool, err error) {
 	lo, hi := a.blocks(off, int64(len(p)))
 	l, err := a.locks.lock(ctx, lo, hi, true)
 	if err != nil {
@@ -233,12 +230,12 @@ func (a *Aligned) modifyBlock(ctx context.Context, p []byte, off int64, fua bool
 	}
 	defer a.giveBack(b)
 	buf := b.Bytes()[:a.align]
-	n, err := a.do(ctx, engine.OpRead, buf, lo, false)
+	n, err := a.do(ctx, engine.OpRead, buf, lo)
 	if err != nil || n < len(buf) {
 		return err == nil, err
 	}
 	copy(buf[off-lo:], p)
-	_, err = a.do(ctx, engine.OpWrite, buf, lo, fua)
+	_, err = a.do(ctx, engine.OpWrite, buf, lo)
 	return false, err
 }
 
@@ -253,7 +250,7 @@ func (a *Aligned) modifyBlock(ctx context.Context, p []byte, off int64, fua bool
 // left dirty is written back before the next direct write near it begins. Reads
 // may be made either way: those through the page cache leave clean pages,
 // which direct writes drop.
-func (a *Aligned) writeTail(ctx context.Context, p []byte, off int64, fua bool) (err error) {
+func (a *Aligned) writeTail(ctx context.Context, p []byte, off int64) (err error) {
 	l, err := a.locks.lock(ctx, 0, math.MaxInt64, true)
 	if err != nil {
 		return err
@@ -267,7 +264,7 @@ func (a *Aligned) writeTail(ctx context.Context, p []byte, off int64, fua bool) 
 			err = e
 		}
 	}()
-	_, err = a.do(ctx, engine.OpWrite, p, off, fua)
+	_, err = a.do(ctx, engine.OpWrite, p, off)
 	return err
 }
 
@@ -324,9 +321,9 @@ func (a *Aligned) Do(ctx context.Context, op engine.Op, off, n int64) error {
 	return err
 }
 
-func (a *Aligned) do(ctx context.Context, op engine.Op, p []byte, off int64, fua bool) (int, error) {
+func (a *Aligned) do(ctx context.Context, op engine.Op, p []byte, off int64) (int, error) {
 	io := ios.Get().(*engine.IO)
-	*io = engine.IO{Op: op, FUA: fua, File: a.file, Buf: p, Off: off}
+	*io = engine.IO{Op: op, File: a.file, Buf: p, Off: off}
 	err := engine.Do(ctx, a.eng, io)
 	n := io.N
 	io.Buf = nil

@@ -99,7 +99,7 @@ func TestAlignedServesAnyRange(t *testing.T) {
 							p[j] = byte(i)
 						}
 						copy(model[off:], p)
-						if err := d.WriteAt(t.Context(), p, off, rnd.IntN(8) == 0); err != nil {
+						if err := d.WriteAt(t.Context(), p, off); err != nil {
 							t.Fatalf("write at %d+%d: %v", off, n, err)
 						}
 						continue
@@ -135,7 +135,7 @@ func TestAlignedTailWriteKeepsSizeAndDirectness(t *testing.T) {
 	want := bytes.Repeat([]byte{1}, 10000)
 	for _, r := range [][2]int{{9999, 1}, {8192, 1808}, {8000, 2000}, {8300, 5}} {
 		p := bytes.Repeat([]byte{byte(r[0])}, r[1])
-		if err := d.WriteAt(t.Context(), p, int64(r[0]), true); err != nil {
+		if err := d.WriteAt(t.Context(), p, int64(r[0])); err != nil {
 			t.Fatalf("write at %d+%d: %v", r[0], r[1], err)
 		}
 		copy(want[r[0]:], p)
@@ -148,7 +148,7 @@ func TestAlignedTailWriteKeepsSizeAndDirectness(t *testing.T) {
 
 func TestAlignedWritePastTheEndGrowsTheFileByThatMuch(t *testing.T) {
 	d := newDirect(t, 5000, 512, bounce)
-	if err := d.WriteAt(t.Context(), bytes.Repeat([]byte{2}, 3000), 4999, false); err != nil {
+	if err := d.WriteAt(t.Context(), bytes.Repeat([]byte{2}, 3000), 4999); err != nil {
 		t.Fatalf("write: %v", err)
 	}
 	d.wantContents(t, append(bytes.Repeat([]byte{1}, 4999), bytes.Repeat([]byte{2}, 3000)...))
@@ -177,14 +177,14 @@ func TestPartialWriteExcludesOtherWritesOfItsBlock(t *testing.T) {
 			gate := backingtest.NewGate()
 			d.fault.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpRead), Gate: gate})
 			first, second := make(chan error, 1), make(chan error, 1)
-			go func() { first <- d.WriteAt(t.Context(), bytes.Repeat([]byte{2}, 100), block, false) }()
+			go func() { first <- d.WriteAt(t.Context(), bytes.Repeat([]byte{2}, 100), block) }()
 			<-gate.Arrived
 			if lease, ok := d.TryShare(tt.off, int64(tt.n), nil); ok != tt.free {
 				t.Errorf("try to share: got %v, want %v", ok, tt.free)
 			} else if ok {
 				lease.Release()
 			}
-			go func() { second <- d.WriteAt(t.Context(), bytes.Repeat([]byte{3}, tt.n), tt.off, false) }()
+			go func() { second <- d.WriteAt(t.Context(), bytes.Repeat([]byte{3}, tt.n), tt.off) }()
 			if tt.free {
 				if err := <-second; err != nil {
 					t.Errorf("write elsewhere: %v", err)
@@ -232,7 +232,7 @@ func TestTailWriteRunsBesideNoOtherWrite(t *testing.T) {
 	d.fault.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpWrite), Gate: gate})
 	tail, after := newWaiter(t), newWaiter(t)
 	first, second := make(chan error, 1), make(chan error, 1)
-	go func() { first <- d.WriteAt(tail, []byte{2}, end-1, false) }()
+	go func() { first <- d.WriteAt(tail, []byte{2}, end-1) }()
 	select {
 	case <-tail.waits:
 	case <-gate.Arrived:
@@ -245,7 +245,7 @@ func TestTailWriteRunsBesideNoOtherWrite(t *testing.T) {
 		lease.Release()
 		t.Error("a write elsewhere could be mapped while the tail is written")
 	}
-	go func() { second <- d.WriteAt(after, bytes.Repeat([]byte{3}, block), 0, false) }()
+	go func() { second <- d.WriteAt(after, bytes.Repeat([]byte{3}, block), 0) }()
 	select {
 	case <-after.waits:
 	case err := <-second:
@@ -268,13 +268,13 @@ func TestSharedRangeHoldsPartialWritesBackAndLetsWholeOnesPass(t *testing.T) {
 	if err != nil {
 		t.Fatalf("share: %v", err)
 	}
-	if err := d.WriteAt(t.Context(), make([]byte, 4096), 0, false); err != nil {
+	if err := d.WriteAt(t.Context(), make([]byte, 4096), 0); err != nil {
 		t.Errorf("write of the whole block: %v", err)
 	}
 	d.fault.Clear()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- d.WriteAt(ctx, []byte{1}, 0, false) }()
+	go func() { done <- d.WriteAt(ctx, []byte{1}, 0) }()
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("partial write: got %v, want %v", err, context.Canceled)
@@ -283,7 +283,7 @@ func TestSharedRangeHoldsPartialWritesBackAndLetsWholeOnesPass(t *testing.T) {
 		t.Errorf("partial write that waits: got %d transfers, want none", n)
 	}
 	lease.Release()
-	if err := d.WriteAt(t.Context(), []byte{9}, 0, false); err != nil {
+	if err := d.WriteAt(t.Context(), []byte{9}, 0); err != nil {
 		t.Errorf("partial write afterwards: %v", err)
 	}
 }
@@ -299,7 +299,7 @@ func TestPartialWritesNeedNoBuffersOfAnEmptyPool(t *testing.T) {
 			p := make([]byte, 100<<10)
 			for i := range int64(4) {
 				off := w*100<<10 + i + 1
-				if err := d.WriteAt(t.Context(), p, off, false); err != nil {
+				if err := d.WriteAt(t.Context(), p, off); err != nil {
 					t.Errorf("write at %d: %v", off, err)
 				}
 				if _, err := d.ReadAt(t.Context(), p, off); err != nil {
@@ -311,33 +311,6 @@ func TestPartialWritesNeedNoBuffersOfAnEmptyPool(t *testing.T) {
 	wg.Wait()
 	if n, _ := pool.Outstanding(); n != 1 {
 		t.Errorf("buffers lent: got %d, want the spare one", n)
-	}
-}
-
-func TestAlignedCarriesFUA(t *testing.T) {
-	d := newDirect(t, 64<<10, 4096, bounce)
-	for _, fua := range []bool{false, true} {
-		writes, durable := 0, 0
-		d.fault.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool {
-			if io.Op == engine.OpWrite {
-				writes++
-				if io.FUA {
-					durable++
-				}
-			}
-			return false
-		}})
-		if err := d.WriteAt(t.Context(), make([]byte, 20000), 100, fua); err != nil {
-			t.Fatalf("write: %v", err)
-		}
-		d.fault.Clear()
-		want := 0
-		if fua {
-			want = 3
-		}
-		if writes != 3 || durable != want {
-			t.Errorf("write with fua=%v: got %d writes, %d durable, want 3, %d", fua, writes, durable, want)
-		}
 	}
 }
 
@@ -364,7 +337,7 @@ func TestErrorOfACachedWriteIsFinal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.Close()
-	if err := a.WriteAt(t.Context(), make([]byte, 4096), 0, false); !errors.Is(err, syscall.ENOSPC) {
+	if err := a.WriteAt(t.Context(), make([]byte, 4096), 0); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("write: got %v, want %v", err, syscall.ENOSPC)
 	}
 }
@@ -372,7 +345,7 @@ func TestErrorOfACachedWriteIsFinal(t *testing.T) {
 func TestPartialWriteThatCannotReadWritesNothing(t *testing.T) {
 	d := newDirect(t, 8192, 4096, bounce)
 	d.fault.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpRead), Fault: backingtest.Fault{Errno: syscall.EIO}})
-	if err := d.WriteAt(t.Context(), []byte{2}, 100, false); !errors.Is(err, syscall.EIO) {
+	if err := d.WriteAt(t.Context(), []byte{2}, 100); !errors.Is(err, syscall.EIO) {
 		t.Errorf("write: got %v, want %v", err, syscall.EIO)
 	}
 	if n := d.fault.Clear(); n != 1 {
@@ -387,7 +360,7 @@ func TestAlignedWholeBlocksAreOneTransfer(t *testing.T) {
 	defer b.Release()
 	for _, do := range []func() error{
 		func() error { _, err := d.ReadAt(t.Context(), b.Bytes(), 4096); return err },
-		func() error { return d.WriteAt(t.Context(), b.Bytes(), 4096, false) },
+		func() error { return d.WriteAt(t.Context(), b.Bytes(), 4096) },
 	} {
 		if err := do(); err != nil {
 			t.Fatal(err)

@@ -30,7 +30,7 @@ var (
 	callsOfDisks = []string{
 		"cachestat", "copy_file_range", "dup", "fadvise64", "fallocate", "fdatasync", "flock", "fstat", "fstatfs",
 		"fsync", "ftruncate", "getcwd", "getdents64", "io_uring_enter", "lseek", "memfd_create", "newfstatat", "openat",
-		"openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "read", "readahead", "readlinkat",
+		"openat2", "pread64", "preadv", "preadv2", "pwrite64", "pwritev", "read", "readahead", "readlinkat",
 		"readv", "sendfile", "splice", "statx", "sync_file_range", "unlinkat", "write", "writev",
 	}
 

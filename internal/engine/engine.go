@@ -31,7 +31,6 @@ func (o Op) String() string { return opNames[o] }
 // and after Done; in between it and Buf belong to the engine.
 type IO struct {
 	Op    Op
-	FUA   bool // OpWrite: durable before Done (RWF_DSYNC)
 	File  *File
 	Owner Owner  // whose share of the engine it takes
 	Buf   []byte // OpRead, OpWrite; for a direct file aligned as File.Align says

@@ -13,7 +13,7 @@ import (
 func (f *File) WriteCached(p []byte, off int64) (int, error) {
 	done := 0
 	for done < len(p) {
-		n, e := sysio.Pwrite(f.FD(), p[done:], off+int64(done), false)
+		n, e := sysio.Pwrite(f.FD(), p[done:], off+int64(done))
 		switch {
 		case e == syscall.EINTR || e == syscall.EAGAIN:
 		case e != 0:

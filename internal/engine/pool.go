@@ -180,7 +180,7 @@ func syscallFor(fd uintptr, c Call) (int, syscall.Errno) {
 	case OpRead:
 		return sysio.Pread(fd, c.Buf, c.Off)
 	case OpWrite:
-		return sysio.Pwrite(fd, c.Buf, c.Off, c.Dsync)
+		return sysio.Pwrite(fd, c.Buf, c.Off)
 	case OpPunch:
 		return 0, errno(unix.Fallocate(int(fd), PunchMode, c.Off, c.Len))
 	case OpZero:

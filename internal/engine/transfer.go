@@ -8,23 +8,19 @@ import (
 
 // Call is one system call of a transfer.
 type Call struct {
-	Op    Op
-	Buf   []byte // OpRead, OpWrite: what is left to move
-	Off   int64
-	Len   int64 // OpPunch, OpZero, OpSync
-	Dsync bool  // OpWrite: with RWF_DSYNC
+	Op  Op
+	Buf []byte // OpRead, OpWrite: what is left to move
+	Off int64
+	Len int64 // OpPunch, OpZero, OpSync
 }
 
 // Transfer carries one IO through as many calls as it takes: interrupted and
-// short ones are continued, FUA without kernel support becomes a write and a
-// sync. It is for implementations of Engine, which make the calls, so that all
+// short ones are continued. It is for implementations of Engine, which make the calls, so that all
 // of them continue and give up alike. A Transfer is used by one goroutine at a
 // time and may be reused after Finish reported the end.
 type Transfer struct {
 	IO      *IO
-	retries int  // calls since the last byte moved
-	plain   bool // FUA: RWF_DSYNC is not supported, sync afterwards
-	syncing bool // FUA: all bytes are written, the sync is what is left
+	retries int // calls since the last byte moved
 }
 
 // Start begins io. It reports false when io is over without any call.
@@ -43,12 +39,10 @@ func (t *Transfer) Start(io *IO) bool {
 func (t *Transfer) Next() Call {
 	io := t.IO
 	switch {
-	case t.syncing:
-		return Call{Op: OpSync}
 	case io.Op == OpRead:
 		return Call{Op: OpRead, Buf: io.Buf[io.N:], Off: io.Off + int64(io.N)}
 	case io.Op == OpWrite:
-		return Call{Op: OpWrite, Buf: io.Buf[io.N:], Off: io.Off + int64(io.N), Dsync: io.FUA && !t.plain}
+		return Call{Op: OpWrite, Buf: io.Buf[io.N:], Off: io.Off + int64(io.N)}
 	}
 	return Call{Op: io.Op, Off: io.Off, Len: io.Len}
 }
@@ -61,13 +55,8 @@ func (t *Transfer) Finish(n int, e syscall.Errno) (over bool) {
 	switch {
 	case e == syscall.EINTR || e == syscall.EAGAIN:
 		return t.stalled(e)
-	case e == syscall.EOPNOTSUPP && io.Op == OpWrite && io.FUA && !t.plain:
-		t.plain = true
-		return false
 	case e != 0:
 		io.Err = e
-		return true
-	case t.syncing:
 		return true
 	case io.Op == OpRead:
 		return t.read(n)
@@ -92,9 +81,7 @@ func (t *Transfer) wrote(n int) (over bool) {
 	before := io.N
 	io.N += n
 	if io.N >= len(io.Buf) {
-		t.syncing = io.FUA && t.plain
-		t.retries = 0
-		return !t.syncing
+		return true
 	}
 	if io.File.Direct {
 		io.N -= io.N % io.File.Align

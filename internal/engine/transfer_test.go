@@ -9,12 +9,11 @@ import (
 
 // result is what a kernel answered, and the call that must have asked for it.
 type result struct {
-	op    Op
-	off   int64
-	left  int // bytes asked for
-	dsync bool
-	n     int
-	e     syscall.Errno
+	op   Op
+	off  int64
+	left int // bytes asked for
+	n    int
+	e    syscall.Errno
 }
 
 func TestTransferContinuesUntilItIsOver(t *testing.T) {
@@ -45,14 +44,6 @@ func TestTransferContinuesUntilItIsOver(t *testing.T) {
 			[]result{{op: OpWrite, left: 50, n: 49}, {op: OpWrite, off: 49, left: 1, n: 1}}, 50, nil},
 		{"direct write goes on from a boundary", IO{Op: OpWrite, File: direct, Buf: make([]byte, 2048)},
 			[]result{{op: OpWrite, left: 2048, n: 700}, {op: OpWrite, off: 512, left: 1536, n: 1536}}, 2048, nil},
-		{"durable write", IO{Op: OpWrite, FUA: true, File: buffered, Buf: make([]byte, 50)},
-			[]result{{op: OpWrite, left: 50, dsync: true, n: 50}}, 50, nil},
-		{"durable write without RWF_DSYNC", IO{Op: OpWrite, FUA: true, File: buffered, Buf: make([]byte, 50)},
-			[]result{{op: OpWrite, left: 50, dsync: true, e: syscall.EOPNOTSUPP},
-				{op: OpWrite, left: 50, n: 50}, {op: OpSync, e: syscall.EINTR}, {op: OpSync}}, 50, nil},
-		{"durable write whose sync fails", IO{Op: OpWrite, FUA: true, File: buffered, Buf: make([]byte, 50)},
-			[]result{{op: OpWrite, left: 50, dsync: true, e: syscall.EOPNOTSUPP},
-				{op: OpWrite, left: 50, n: 50}, {op: OpSync, e: syscall.EIO}}, 50, syscall.EIO},
 		{"write that is not supported at all", IO{Op: OpWrite, File: buffered, Buf: make([]byte, 50)},
 			[]result{{op: OpWrite, left: 50, e: syscall.EOPNOTSUPP}}, 0, syscall.EOPNOTSUPP},
 		{"sync", IO{Op: OpSync, File: buffered}, []result{{op: OpSync}}, 0, nil},
@@ -73,9 +64,8 @@ func playTransfer(t *testing.T, io *IO, calls []result, n int, err error) {
 	}
 	for i, r := range calls {
 		c := tr.Next()
-		if c.Op != r.op || c.Off != r.off || len(c.Buf) != r.left || c.Dsync != r.dsync {
-			t.Fatalf("call %d is %v of %d at %d, dsync %v; want %v of %d at %d, dsync %v",
-				i, c.Op, len(c.Buf), c.Off, c.Dsync, r.op, r.left, r.off, r.dsync)
+		if c.Op != r.op || c.Off != r.off || len(c.Buf) != r.left {
+			t.Fatalf("call %d is %v of %d at %d, want %v of %d at %d", i, c.Op, len(c.Buf), c.Off, r.op, r.left, r.off)
 		}
 		if over := tr.Finish(r.n, r.e); over != (i == len(calls)-1) {
 			t.Fatalf("after call %d over is %v", i, over)

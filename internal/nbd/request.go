@@ -247,7 +247,7 @@ func (r *request) copyFile(g *segment) error {
 func (r *request) transfer(i int, op engine.Op, f *engine.File, from, to, off int64) {
 	t := &r.ios[i]
 	r.at[i] = int64(r.req.Off) + from
-	t.Op, t.FUA, t.File, t.Owner, t.Buf, t.Off = op, false, f, r.s.owner, r.p[from:to], off
+	t.Op, t.File, t.Owner, t.Buf, t.Off = op, f, r.s.owner, r.p[from:to], off
 	t.N, t.Err, t.Done, t.After = 0, nil, r.ioDoneFn, &r.s.sender
 	r.left.Add(1)
 	r.s.batch = append(r.s.batch, t)

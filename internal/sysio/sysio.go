@@ -142,20 +142,9 @@ func Pread(fd uintptr, p []byte, off int64) (int, syscall.Errno) {
 	return int(n), 0
 }
 
-// Pwrite writes and may wait. With dsync the bytes and what is needed to
-// find them are on stable storage when it returns (RWF_DSYNC).
-func Pwrite(fd uintptr, p []byte, off int64, dsync bool) (int, syscall.Errno) {
-	if !dsync {
-		n, _, e := syscall.Syscall6(unix.SYS_PWRITE64, fd, base(p), uintptr(len(p)), uintptr(off), 0, 0)
-		if e != 0 {
-			return 0, e
-		}
-		return int(n), 0
-	}
-	iov := unix.Iovec{Base: unsafe.SliceData(p)}
-	iov.SetLen(len(p))
-	n, _, e := syscall.Syscall6(unix.SYS_PWRITEV2, fd, uintptr(unsafe.Pointer(&iov)), 1,
-		uintptr(off), 0, unix.RWF_DSYNC)
+// Pwrite writes and may wait.
+func Pwrite(fd uintptr, p []byte, off int64) (int, syscall.Errno) {
+	n, _, e := syscall.Syscall6(unix.SYS_PWRITE64, fd, base(p), uintptr(len(p)), uintptr(off), 0, 0)
 	if e != 0 {
 		return 0, e
 	}

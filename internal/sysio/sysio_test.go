@@ -109,16 +109,14 @@ func TestPageCacheReadFindsWhatWasWritten(t *testing.T) {
 	}
 }
 
-func TestDurableWriteIsRead(t *testing.T) {
+func TestWriteIsRead(t *testing.T) {
 	f := file(t, make([]byte, 8192))
-	for _, dsync := range []bool{false, true} {
-		if n, e := Pwrite(f.Fd(), []byte("hello"), 4094, dsync); n != 5 || e != 0 {
-			t.Errorf("dsync %v: wrote %d, %v", dsync, n, e)
-		}
-		got := make([]byte, 5)
-		if n, e := Pread(f.Fd(), got, 4094); n != 5 || e != 0 || string(got) != "hello" {
-			t.Errorf("dsync %v: read %d %q, %v", dsync, n, got, e)
-		}
+	if n, e := Pwrite(f.Fd(), []byte("hello"), 4094); n != 5 || e != 0 {
+		t.Errorf("wrote %d, %v", n, e)
+	}
+	got := make([]byte, 5)
+	if n, e := Pread(f.Fd(), got, 4094); n != 5 || e != 0 || string(got) != "hello" {
+		t.Errorf("read %d %q, %v", n, got, e)
 	}
 }
 
@@ -159,7 +157,7 @@ func TestNoCallAllocates(t *testing.T) {
 	v.Reset()
 	if n := testing.AllocsPerRun(100, func() {
 		TryPread(f.Fd(), p, 0)
-		Pwrite(f.Fd(), p, 0, false)
+		Pwrite(f.Fd(), p, 0)
 		TrySend(a, p, true)
 		TryRecv(b, p)
 		v.Add(p)

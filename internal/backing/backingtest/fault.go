@@ -148,7 +148,7 @@ func (f *FaultEngine) strike(io *engine.IO, x Fault) {
 		io.Done(io)
 		return
 	}
-	part := &engine.IO{Op: io.Op, FUA: io.FUA, File: io.File, Buf: io.Buf[:min(x.Moved, len(io.Buf))], Off: io.Off}
+	part := &engine.IO{Op: io.Op, File: io.File, Buf: io.Buf[:min(x.Moved, len(io.Buf))], Off: io.Off}
 	part.Done = func(p *engine.IO) {
 		io.N, io.Err = p.N, p.Err
 		if io.Err == nil {

@@ -95,7 +95,7 @@ func TestCacheModes(t *testing.T) {
 			durable, synced, direct := 0, 0, false
 			e.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool {
 				direct = io.File.Direct
-				if io.FUA || io.Op == engine.OpSync && io.Len > 0 {
+				if io.Op == engine.OpSync && io.Len > 0 {
 					durable++
 				} else if io.Op == engine.OpSync {
 					synced++

@@ -183,7 +183,7 @@ func (d *Device) WriteAt(ctx context.Context, p []byte, off int64, f backing.Fla
 	if f&backing.FUA != 0 || d.opt.Writethrough {
 		err = d.writeDurably(ctx, p, off)
 	} else {
-		err = d.al.WriteAt(ctx, p, off, false)
+		err = d.al.WriteAt(ctx, p, off)
 	}
 	return d.failed("write", off, int64(len(p)), err)
 }

@@ -201,7 +201,7 @@ func TestFailedFUAPoisons(t *testing.T) {
 				if err := d.Zero(t.Context(), 512, 8192, 0); err != nil {
 					t.Fatalf("zero: %v", err)
 				}
-				durable := func(x *engine.IO) bool { return x.FUA || x.Op == engine.OpSync }
+				durable := func(x *engine.IO) bool { return x.Op == engine.OpSync }
 				f.Inject(backingtest.Rule{Match: durable, Fault: backingtest.Fault{Errno: syscall.EIO}})
 				if err := d.WriteAt(t.Context(), make([]byte, 4096), 64<<10, backing.FUA); !errors.Is(err, backing.ErrIO) {
 					t.Fatalf("FUA write: got %v, want %v", err, backing.ErrIO)

@@ -98,7 +98,7 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 // leave parts of its blocks in the page cache, where they are zeroed (ext4) or
 // shared with another file (XFS).
 func (d *Device) writeDurably(ctx context.Context, p []byte, off int64) error {
-	if err := d.al.WriteAt(ctx, p, off, false); err != nil {
+	if err := d.al.WriteAt(ctx, p, off); err != nil {
 		return err
 	}
 	return d.fdatasync(context.WithoutCancel(ctx), "write", off, int64(len(p)))

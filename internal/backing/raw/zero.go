@@ -186,7 +186,7 @@ func (d *Device) writeZeroes(ctx context.Context, lo, hi int64) error {
 	for lo < hi {
 		p := zeroes[:min(hi-lo, fileBlock)]
 		d.threshold.writes(lo + int64(len(p)))
-		if err := d.al.WriteAt(ctx, p, lo, false); err != nil {
+		if err := d.al.WriteAt(ctx, p, lo); err != nil {
 			return err
 		}
 		lo += int64(len(p))

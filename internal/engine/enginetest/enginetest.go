@@ -62,7 +62,7 @@ var claims = []struct {
 	{"WriteExtendsTheFile", writeExtendsTheFile},
 	{"LargeTransferIsWhole", largeTransferIsWhole},
 	{"EmptyTransfersSucceed", emptyTransfersSucceed},
-	{"DurableWritesAndSyncSucceed", durableWritesAndSyncSucceed},
+	{"WritesAndSyncSucceed", writesAndSyncSucceed},
 	{"PunchedRangeReadsAsZeroAndKeepsTheSize", punchedRangeReadsAsZero},
 	{"ZeroedRangeReadsAsZeroAndKeepsTheSize", zeroedRangeReadsAsZero},
 	{"ErrorsAreTheKernelsNumbers", errorsAreTheKernelsNumbers},

@@ -31,7 +31,6 @@ func errorsAreTheKernelsNumbers(e *env) {
 		want syscall.Errno
 	}{
 		{"write to a read-only file", engine.IO{Op: engine.OpWrite, File: ro, Buf: buf}, syscall.EBADF},
-		{"durable write to a read-only file", engine.IO{Op: engine.OpWrite, FUA: true, File: ro, Buf: buf}, syscall.EBADF},
 		{"punch in a read-only file", engine.IO{Op: engine.OpPunch, File: ro, Len: blockBytes}, syscall.EBADF},
 		{"read from a write-only file", engine.IO{Op: engine.OpRead, File: wo, Buf: buf}, syscall.EBADF},
 		{"read at -1", engine.IO{Op: engine.OpRead, File: f, Buf: buf, Off: -1}, syscall.EINVAL},

@@ -88,7 +88,7 @@ func (m *modelled) transfer(lo, hi int) *engine.IO {
 		io.Op = engine.OpRead
 		clear(io.Buf)
 	case r < 9:
-		io.Op, io.FUA = engine.OpWrite, m.rand.IntN(16) == 0
+		io.Op = engine.OpWrite
 		for i := range io.Buf {
 			io.Buf[i] = byte(m.rand.Uint32())
 		}
@@ -200,12 +200,12 @@ func emptyTransfersSucceed(e *env) {
 	e.eng.Submit(nil)
 }
 
-func durableWritesAndSyncSucceed(e *env) {
+func writesAndSyncSucceed(e *env) {
 	f := e.create(make([]byte, 4*blockBytes))
 	buf := e.buf(4 * blockBytes)
 	want := pattern(len(buf), 6)
 	copy(buf, want)
-	e.do(&engine.IO{Op: engine.OpWrite, FUA: true, File: f, Buf: buf[:blockBytes]},
+	e.do(&engine.IO{Op: engine.OpWrite, File: f, Buf: buf[:blockBytes]},
 		&engine.IO{Op: engine.OpWrite, File: f, Buf: buf[blockBytes:], Off: blockBytes})
 	e.do(&engine.IO{Op: engine.OpSync, File: f},
 		&engine.IO{Op: engine.OpSync, File: f, Off: blockBytes, Len: blockBytes},

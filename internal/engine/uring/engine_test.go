@@ -261,7 +261,7 @@ func TestRegisteredBuffersCarryTheData(t *testing.T) {
 			p[j] = byte(i + j)
 		}
 		want := bytes.Clone(p)
-		w := &engine.IO{Op: engine.OpWrite, FUA: i%2 == 0, File: f, Buf: p, Off: int64(i) * 4096}
+		w := &engine.IO{Op: engine.OpWrite, File: f, Buf: p, Off: int64(i) * 4096}
 		if err := engine.Do(t.Context(), e, w); err != nil {
 			t.Fatal(err)
 		}

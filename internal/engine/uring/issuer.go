@@ -179,9 +179,6 @@ func (s *issuer) queue(i uint32) bool {
 		q.opcode = s.buffer(q, c.Buf, file.Direct, opRead, opReadFixed)
 	case engine.OpWrite:
 		q.opcode = s.buffer(q, c.Buf, file.Direct, opWrite, opWriteFixed)
-		if c.Dsync {
-			q.opFlags = unix.RWF_DSYNC
-		}
 	case engine.OpSync:
 		q.opcode, q.opFlags, q.off = opFsync, fsyncDatasync, 0
 		if c.Off >= 0 && c.Len > 0 && c.Len <= math.MaxUint32 {
