@@ -64,24 +64,27 @@ func (m *Machine) nodesStep(id string) Step {
 	return Step{
 		Name:  fmt.Sprintf("delete the nodes of %s", id),
 		Final: true,
-		Do: func(ctx context.Context) (changed bool, err error) {
-			ctx, cancel := steady(ctx)
-			defer cancel()
-			list, err := nodes(ctx, m.Monitor, id)
-			if err != nil {
-				return false, err
-			}
-			// A raw node holds the client whose name begins with its own.
-			slices.SortFunc(list, func(a, b qmp.Node) int { return len(a.Name) - len(b.Name) })
-			for _, n := range list {
-				if err := deleteNode(ctx, m.Monitor, id, n.Name); err != nil {
-					return changed, err
-				}
-				changed = true
-			}
-			return changed, nil
-		},
+		Do:    func(ctx context.Context) (bool, error) { return deleteNodes(ctx, m.Monitor, id) },
 	}
+}
+
+// deleteNodes deletes the nodes for a disk that no device uses.
+func deleteNodes(ctx context.Context, x qmp.Executor, id string) (changed bool, err error) {
+	ctx, cancel := steady(ctx)
+	defer cancel()
+	list, err := nodes(ctx, x, id)
+	if err != nil {
+		return false, err
+	}
+	// A raw node holds the client whose name begins with its own.
+	slices.SortFunc(list, func(a, b qmp.Node) int { return len(a.Name) - len(b.Name) })
+	for _, n := range list {
+		if err := deleteNode(ctx, x, id, n.Name); err != nil {
+			return changed, err
+		}
+		changed = true
+	}
+	return changed, nil
 }
 
 func (m *Machine) removeStep(name string, force bool) Step {

@@ -833,7 +833,7 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 		if above := all.above(func(u transport.URI) bool { return u.Export == export }); len(above) > 0 {
 			return nil, errBeneath(above)
 		}
-		return plan, d.remove(ctx, plan, m, export, force)
+		return plan, d.remove(ctx, plan, m, export, all[libvirtd.Live] != nil, force)
 	}
 	uri := source(disk)
 	own := d.isOwnExport(uri.Export)
@@ -860,14 +860,17 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })
 	above := all.above(func(u transport.URI) bool { return u.String() == uri.String() })
 	if has, _ := all.scope(isDisk(target, uri)); own && has&^in == 0 && left == nil && above == nil {
-		err = d.remove(ctx, plan, m, uri.Export, force)
+		err = d.remove(ctx, plan, m, uri.Export, all[libvirtd.Live] != nil, force)
 	}
 	return plan, err
 }
 
-// remove has the plan remove an export. One that a saved guest needs is ErrSaved,
-// unless force is set.
-func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export string, force bool) error {
+// remove has the plan remove an export, and what its disk has left in a machine that
+// runs. One that a saved guest needs is ErrSaved, unless force is set.
+func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export string, running, force bool) error {
+	if running {
+		plan.Steps = append(plan.Steps, d.leftStep(plan.Disk, export))
+	}
 	plan.Steps = append(plan.Steps, m.removeStep(export, force))
 	if force {
 		return nil
@@ -882,6 +885,37 @@ func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export stri
 		return fmt.Errorf("%w: as %q", ErrSaved, targets)
 	}
 	return nil
+}
+
+// leftStep deletes the clients that an unfinished renewal of a disk has left, which
+// libvirt does not know. Only if the export has clients yet is QEMU asked for them.
+func (d *Domain) leftStep(target, export string) Step {
+	return Step{
+		Name:  fmt.Sprintf("delete what a change of disk %s that was cut short has left in the machine, if the export has clients yet", target),
+		Final: true,
+		Do: func(ctx context.Context) (bool, error) {
+			wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
+			defer cancel()
+			for {
+				x, err := d.Server.Export(ctx, export)
+				if hasCode(err, api.CodeNotFound) || err == nil && x.Clients == 0 {
+					return false, nil
+				}
+				if err != nil {
+					return false, err
+				}
+				if wait.Err() != nil {
+					break
+				}
+				pause(wait, limits.AttachPoll)
+			}
+			changed, err := deleteNodes(ctx, d.Session.Monitor(d.Domain), target)
+			if err != nil && d.ended(ctx) {
+				err = nil
+			}
+			return changed, err
+		},
+	}
 }
 
 // takeStep takes the disk out of the states that the scope has.

@@ -1402,6 +1402,29 @@ func secondResize(t *testing.T, h *host) {
 	h.wantNothing(t)
 }
 
+// TestDetachEndsWhatAResizeHasLeft that was cut short in any step: no client is left,
+// and the export goes without force.
+func TestDetachEndsWhatAResizeHasLeft(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	image, size := h.image(t, "disk", diskSize), int64(diskSize)
+	for at, last := 0, 0; at <= last; at++ {
+		p, err := h.Attach(ctx, h.source(image), attach.Options{Model: qmp.SCSIDisk})
+		do(t, p, err)
+		size += diskSize
+		p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: size})
+		must(t, err)
+		last = len(p.Steps) - 2
+		killed(t, p, at)
+		p, err = h.Detach(ctx, "sda", false)
+		do(t, p, err)
+		h.wantNothing(t)
+		if left := h.nodes(t); left != "" {
+			t.Errorf("cut short after %q: nodes are left:\n%s", p.Steps[at].Name, left)
+		}
+	}
+}
+
 // killed runs a plan to the end of a step, and what has begun stays.
 func killed(t *testing.T, p *attach.Plan, at int) {
 	t.Helper()
