@@ -19,16 +19,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/stamp/stamptest"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
@@ -698,7 +696,7 @@ func TestWhatWasGivenIsLookedAtInAClosedFolder(t *testing.T) {
 			p := &pki{ca: ca, dir: publicDir(t)}
 			transporttest.WriteServer(t, p.dir, p.ca, p.ca.IssueServer("server"))
 			given := openCredentials(t, p.dir)
-			within := closeFolder(t, p.dir)
+			within := stamptest.CloseFolder(t, p.dir)
 			var log logged
 			creds := p.load(t, transport.TLSOptions{Given: given, Log: log.logger()})
 			if tt.change != nil {
@@ -708,7 +706,7 @@ func TestWhatWasGivenIsLookedAtInAClosedFolder(t *testing.T) {
 			if changed || (tt.change == nil) != (err == nil) || err != nil && !strings.Contains(err.Error(), "permission denied") {
 				t.Errorf("look: changed %v, %v; want a fault: %v", changed, err, tt.change != nil)
 			}
-			if _, err := asNobody(t, func() (bool, error) { return false, creds.Unseen() }); !errors.Is(err, fs.ErrPermission) {
+			if _, err := stamptest.AsNobody(t, func() (bool, error) { return false, creds.Unseen() }); !errors.Is(err, fs.ErrPermission) {
 				t.Errorf("unseen: got %v, want that the folder is closed", err)
 			}
 		})
@@ -728,44 +726,10 @@ func openCredentials(t *testing.T, dir string) map[string]*os.File {
 	return given
 }
 
-// closeFolder closes a folder to everybody but root. within does something in it.
-func closeFolder(t *testing.T, dir string) (within func(do func() error)) {
-	t.Helper()
-	chmod := func(mode os.FileMode) {
-		if err := os.Chmod(dir, mode); err != nil {
-			t.Error(err)
-		}
-	}
-	chmod(0)
-	t.Cleanup(func() { chmod(0o700) })
-	return func(do func() error) {
-		if os.Getuid() != 0 {
-			chmod(0o700)
-			defer chmod(0)
-		}
-		if err := do(); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // lookAsNobody is c.Look by a user to whom no file belongs.
 func lookAsNobody(t *testing.T, c *transport.Credentials) (changed bool, err error) {
 	t.Helper()
-	return asNobody(t, c.Look)
-}
-
-// asNobody calls look as a user to whom no file belongs.
-func asNobody(t *testing.T, look func() (bool, error)) (changed bool, err error) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		return look()
-	}
-	runtime.LockOSThread() // whose user for files it is
-	defer runtime.UnlockOSThread()
-	put(t, unix.Setfsuid(65534))
-	defer func() { put(t, unix.Setfsuid(0)) }()
-	return look()
+	return stamptest.AsNobody(t, c.Look)
 }
 
 func TestDirectoriesThatAreNotLoaded(t *testing.T) {

@@ -7,14 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/vmdiskd/vmdiskd/internal/limits"
+	"github.com/vmdiskd/vmdiskd/internal/transport/stamp/stamptest"
 )
 
 // hexKey is a key of n bytes, in digits.
@@ -252,7 +250,7 @@ func TestKeysThatCannotBeReadAgain(t *testing.T) {
 		return changed, err
 	}
 	for name, look := range map[string]func() (bool, error){"check": check, "reload": k.Reload} {
-		if changed, err := asNobody(t, look); changed || err != nil {
+		if changed, err := stamptest.AsNobody(t, look); changed || err != nil {
 			t.Errorf("%s of the same file: got %t, %v; want no change", name, changed, err)
 		}
 	}
@@ -261,7 +259,7 @@ func TestKeysThatCannotBeReadAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, look := range map[string]func() (bool, error){"check": check, "reload": k.Reload} {
-		if changed, err := asNobody(t, look); changed || !errors.Is(err, fs.ErrPermission) {
+		if changed, err := stamptest.AsNobody(t, look); changed || !errors.Is(err, fs.ErrPermission) {
 			t.Errorf("%s of a file that has changed: got %t, %v; want that it cannot be read", name, changed, err)
 		}
 	}
@@ -297,7 +295,7 @@ func TestKeysInAClosedFolder(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			within := closeFolder(t, filepath.Dir(path))
+			within := stamptest.CloseFolder(t, filepath.Dir(path))
 			if tt.kept {
 				k.Keep(f)
 			}
@@ -305,55 +303,15 @@ func TestKeysInAClosedFolder(t *testing.T) {
 				within(func() error { return tt.change(path) })
 			}
 			same := tt.kept && tt.change == nil
-			changed, err := asNobody(t, k.Reload)
+			changed, err := stamptest.AsNobody(t, k.Reload)
 			if changed || same != (err == nil) || err != nil && !errors.Is(err, fs.ErrPermission) {
 				t.Errorf("reload: got %t, %v; want no change, and that it cannot be read: %t", changed, err, !same)
 			}
-			if _, err := asNobody(t, func() (bool, error) { return false, k.Unseen() }); !errors.Is(err, fs.ErrPermission) {
+			if _, err := stamptest.AsNobody(t, func() (bool, error) { return false, k.Unseen() }); !errors.Is(err, fs.ErrPermission) {
 				t.Errorf("unseen: got %v, want that the folder is closed", err)
 			}
 		})
 	}
-}
-
-// closeFolder closes a folder to everybody but root. within does something in it.
-func closeFolder(t *testing.T, dir string) (within func(do func() error)) {
-	t.Helper()
-	chmod := func(mode os.FileMode) {
-		if err := os.Chmod(dir, mode); err != nil {
-			t.Error(err)
-		}
-	}
-	chmod(0)
-	t.Cleanup(func() { chmod(0o700) })
-	return func(do func() error) {
-		if os.Getuid() != 0 {
-			chmod(0o700)
-			defer chmod(0)
-		}
-		if err := do(); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// asNobody calls look as a user to whom no file belongs.
-func asNobody(t *testing.T, look func() (bool, error)) (changed bool, err error) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		return look()
-	}
-	runtime.LockOSThread() // whose user for files it is
-	defer runtime.UnlockOSThread()
-	if err := unix.Setfsuid(65534); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := unix.Setfsuid(0); err != nil {
-			t.Error(err)
-		}
-	}()
-	return look()
 }
 
 func FuzzKeyFile(f *testing.F) {
