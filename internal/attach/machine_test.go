@@ -1509,6 +1509,34 @@ func TestTokenIsInNoPlan(t *testing.T) {
 	}
 }
 
+// TestDiskThatCameWithATokenIsItsExport to the commands that name the export.
+func TestDiskThatCameWithATokenIsItsExport(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	token := strings.Repeat("a1", limits.TokenDigits/2)
+	with := attach.Source{URI: fmt.Sprintf("nbd+unix:///web%%3F%s?socket=%s/shared", token, l.dir)}
+	o := attach.Options{Model: qmp.SCSIDisk, ID: "d"}
+	p, err := m.Attach(ctx, with, o)
+	do(t, p, err)
+	for _, s := range []attach.Source{with, {Export: "web"}} {
+		p, err := m.Attach(ctx, s, o)
+		must(t, err)
+		if do(t, p, nil) {
+			t.Error("the second attach changed something")
+		}
+	}
+	x, err := m.Server.Export(ctx, "web")
+	must(t, err)
+	p, err = m.Resize(ctx, "d", "web", attach.Size{Bytes: diskSize, More: true})
+	do(t, p, err)
+	list, err := qmp.QueryNamedBlockNodes(ctx, m.Monitor)
+	must(t, err)
+	if !slices.ContainsFunc(list, func(n qmp.Node) bool { return n.Driver == "nbd" && n.Image.VirtualSize == x.Size+diskSize }) {
+		t.Errorf("the machine has %+v, want a client of %d bytes", list, x.Size+diskSize)
+	}
+}
+
 // TestSecondDetachWaitsForTheGuestToo has been asked by the first.
 func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
 	l := start(t, q35...)

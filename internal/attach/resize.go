@@ -400,14 +400,29 @@ func attachedBy(raw *qmp.Node, id string, x api.Export, tls bool, identity strin
 		}
 		uri.User = identity
 		is := func() bool { return rawNode(isOwn(raw.Name), id, uri.String(), raw.ReadOnly) == raw.Name }
-		if uri.Export = x.Name; is() {
-			return uri, nil
+		for _, uri.Export = range named(raw, x.Name) {
+			if is() {
+				return uri, nil
+			}
 		}
 		if uri.Export = ""; is() {
 			return transport.URI{}, errUnnamed(id, x)
 		}
 	}
 	return transport.URI{}, otherExport(id, x)
+}
+
+// named are the names that a node may have been given for an export: its own, and
+// that with the token that QEMU shows behind it, if it shows one.
+func named(n *qmp.Node, export string) []string {
+	all := []string{export}
+	if _, rest, shown := strings.Cut(n.File, "/"+export+"?"); shown && len(rest) >= limits.TokenDigits {
+		with := export + "?" + rest[:limits.TokenDigits]
+		if _, token := transport.CutToken(with); token != "" {
+			all = append(all, with)
+		}
+	}
+	return all
 }
 
 // hasSize tells whether a machine says that a node has the size.
