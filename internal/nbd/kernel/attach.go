@@ -3,6 +3,7 @@ package kernel
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
@@ -193,7 +194,11 @@ func (v *Device) attach(ctx context.Context) error {
 	if c.Connections > 1 && !export.Has(wire.CanMultiConn) {
 		return refused("the server does not allow %d connections to share this export", c.Connections)
 	}
-	v.setup = Setup{Index: c.Index, Flags: export.Flags, Timeout: c.Timeout, DeadConn: c.DeadConn, Backend: backend(c.URI, c.Server.alias(asked))}
+	text, err := backend(c.URI, c.Server.alias(asked))
+	if err != nil {
+		return err
+	}
+	v.setup = Setup{Index: c.Index, Flags: export.Flags, Timeout: c.Timeout, DeadConn: c.DeadConn, Backend: text}
 	if c.ReadOnly {
 		v.setup.Flags |= wire.ReadOnly
 	}
@@ -301,16 +306,20 @@ const (
 	aliasPrefix   = "export="
 )
 
-// backend leaves out an alias for which limits.Backend has no room.
-func backend(uri, alias string) string {
+// backend refuses an alias for which limits.Backend has no room: without it the
+// device would go on with whatever has the name then.
+func backend(uri, alias string) (string, error) {
 	var nonce [8]byte
 	rand.Read(nonce[:]) // never fails
 	id, uri := backendPrefix+hex.EncodeToString(nonce[:])+" ", ShownURI(uri)
-	name := aliasPrefix + url.PathEscape(alias) + " "
-	if alias == "" || len(id)+len(name)+len(uri) > limits.Backend {
-		return id + uri
+	if alias == "" {
+		return id + uri, nil
 	}
-	return id + name + uri
+	text := id + aliasPrefix + url.PathEscape(alias) + " " + uri
+	if len(text) > limits.Backend {
+		return "", refused("the driver has no room for the name of the export, %q, beside its URI: attach it by that name", clip(alias))
+	}
+	return text, nil
 }
 
 // parseBackend is false for a device that others have attached.
@@ -329,11 +338,17 @@ func parseBackend(backend string) (uri, alias string, ours bool) {
 	return uri, "", true
 }
 
-// ShownURI is what everybody may know of a URI: transport.ShownToken
-// stands for a token, and what is behind limits.Backend - 64 bytes is cut off.
+// ShownURI is what everybody may know of a URI: transport.ShownToken stands for a
+// token. One of more than limits.Backend - 64 bytes is cut off, and ends with digits
+// of its SHA-256, which tell it from others that begin alike.
 func ShownURI(uri string) string {
+	const most, digits = limits.Backend - 64, 32
 	uri = hideToken(uri)
-	return uri[:min(len(uri), limits.Backend-64)]
+	if len(uri) <= most {
+		return uri
+	}
+	sum := sha256.Sum256([]byte(uri))
+	return uri[:most-digits] + hex.EncodeToString(sum[:])[:digits]
 }
 
 // hideToken shortens the token of a URI, however it is written.

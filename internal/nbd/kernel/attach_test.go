@@ -3,8 +3,10 @@ package kernel
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"io"
 	"net"
@@ -77,19 +79,20 @@ func TestAttachedDeviceTransmitsOnEachConnection(t *testing.T) {
 // TestTokenIsNotShown: everybody may read what the driver remembers.
 func TestTokenIsNotShown(t *testing.T) {
 	token := strings.Repeat("A5", limits.TokenDigits/2)
-	sum := transport.ShownToken(token)
+	sum, long := transport.ShownToken(token), "nbd://host/"+strings.Repeat("n", limits.Backend)
+	all := sha256.Sum256([]byte(long + "%3F" + sum))
 	for uri, want := range map[string]string{
-		"nbd+unix:///disk%3F" + token + "?socket=/s":                        "nbd+unix:///disk%3F" + sum + "?socket=/s",
-		"nbd://host/%3f" + strings.ToLower(token):                           "nbd://host/%3F" + sum,
-		"nbd://host/a%3Fb%3F" + token:                                       "nbd://host/a%3Fb%3F" + sum,
-		"nbd://host/a%3F" + strings.Repeat("%415", len(token)/2):            "nbd://host/a%3F" + sum,
-		"nbd://host/a%3F" + token[1:]:                                       "nbd://host/a%3F" + token[1:],
-		"nbd://host/a%3Fg" + token[1:]:                                      "nbd://host/a%3Fg" + token[1:],
-		"nbd://host/" + token:                                               "nbd://host/" + token,
-		"nbd+unix:///disk?socket=/%3F" + token:                              "nbd+unix:///disk?socket=/%3F" + token,
-		"nbd://host/" + strings.Repeat("n", limits.Backend) + "%3F" + token: "nbd://host/" + strings.Repeat("n", limits.Backend-64-len("nbd://host/")),
+		"nbd+unix:///disk%3F" + token + "?socket=/s":             "nbd+unix:///disk%3F" + sum + "?socket=/s",
+		"nbd://host/%3f" + strings.ToLower(token):                "nbd://host/%3F" + sum,
+		"nbd://host/a%3Fb%3F" + token:                            "nbd://host/a%3Fb%3F" + sum,
+		"nbd://host/a%3F" + strings.Repeat("%415", len(token)/2): "nbd://host/a%3F" + sum,
+		"nbd://host/a%3F" + token[1:]:                            "nbd://host/a%3F" + token[1:],
+		"nbd://host/a%3Fg" + token[1:]:                           "nbd://host/a%3Fg" + token[1:],
+		"nbd://host/" + token:                                    "nbd://host/" + token,
+		"nbd+unix:///disk?socket=/%3F" + token:                   "nbd+unix:///disk?socket=/%3F" + token,
+		long + "%3F" + token:                                     long[:limits.Backend-96] + hex.EncodeToString(all[:16]),
 	} {
-		if got := BackendURI(backend(uri, "")); got != want {
+		if got := BackendURI(remembered(t, uri, "")); got != want {
 			t.Errorf("%s:\ngot  %s\nwant %s", uri, got, want)
 		}
 	}
@@ -515,7 +518,7 @@ func TestKeeperDetachesItsOwnDeviceAlone(t *testing.T) {
 		"the same":                 {func(*fakeKernel) {}, true},
 		"the same, old kernel":     {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "backend"))) }, true},
 		"detached":                 {func(k *fakeKernel) { must(k.t, os.Remove(k.sysfs.path(2, "pid"))) }, false},
-		"attached anew":            {func(k *fakeKernel) { k.write(2, "backend", backend("nbd+unix:///disk", "")+"\n") }, false},
+		"attached anew":            {func(k *fakeKernel) { k.write(2, "backend", remembered(t, "nbd+unix:///disk", "")+"\n") }, false},
 		"attached anew by another": {func(k *fakeKernel) { k.write(2, "backend", "somebody else\n") }, false},
 	} {
 		k, s := newFakeKernel(t), newFakeServer(t)
@@ -611,4 +614,12 @@ func TestRelayPassesBytesAndEndsWithEitherSide(t *testing.T) {
 		l.close()
 		far.Close()
 	}
+}
+
+// remembered is what the driver remembers of a device.
+func remembered(t *testing.T, uri, alias string) string {
+	t.Helper()
+	text, err := backend(uri, alias)
+	must(t, err)
+	return text
 }

@@ -28,7 +28,7 @@ func TestDeviceNamesAreStrict(t *testing.T) {
 func TestAttachedDevicesAreDescribed(t *testing.T) {
 	k := newFakeKernel(t)
 	k.show(12, call{backend: "somebody, <\"x\">", numbers: map[uint16]uint64{attrSizeBytes: 1 << 30, attrBlockSize: 4096}})
-	k.show(3, call{backend: backend("nbd://host/disk", ""), numbers: map[uint16]uint64{attrSizeBytes: 512, attrBlockSize: 512}})
+	k.show(3, call{backend: remembered(t, "nbd://host/disk", ""), numbers: map[uint16]uint64{attrSizeBytes: 512, attrBlockSize: 512}})
 	k.write(3, "ro", "1\n")
 	must(t, os.Remove(k.sysfs.path(12, "backend")))
 	for _, other := range []string{"nbd4", "sda", "nbd3p1", "nbd007"} {
@@ -110,11 +110,11 @@ func TestOddEndOfAnExportIsLeftOut(t *testing.T) {
 }
 
 func TestBackendKeepsItsURIAndItsBound(t *testing.T) {
-	one, two := backend("nbd://a b", ""), backend("nbd://a b", "")
+	one, two := remembered(t, "nbd://a b", ""), remembered(t, "nbd://a b", "")
 	if one == two || BackendURI(one) != "nbd://a b" {
 		t.Errorf("%q and %q", one, two)
 	}
-	if n := len(backend(strings.Repeat("u", 1<<16), "")); n > limits.Backend {
+	if n := len(remembered(t, strings.Repeat("u", 1<<16), "")); n > limits.Backend {
 		t.Errorf("%d bytes", n)
 	}
 	for _, others := range []string{"", "vmdiskctl-", "vmdiskctl-abc", "ceph <x>"} {

@@ -21,18 +21,35 @@ type hold struct{ file *os.File }
 // claimHold fails with ErrBusy while another process keeps the attachment.
 func claimHold(dir, backend string) (*hold, error) {
 	id, _, _ := strings.Cut(backend, " ")
-	f, err := os.OpenFile(filepath.Join(dir, filepath.Base(id)+".lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	path := filepath.Join(dir, filepath.Base(id)+".lock")
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil && isAt(f, path) {
+			return &hold{f}, nil
+		}
+		f.Close()
+		switch {
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("%w: a process keeps it", ErrBusy)
+		case err != nil:
+			return nil, os.NewSyscallError("flock", err)
+		}
+	}
+}
+
+// isAt tells whether a file has the path: who gives a claim up removes the name, and
+// a lock on the nameless file that is left keeps nobody out.
+func isAt(f *os.File, path string) bool {
+	own, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return false
 	}
-	if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
-		return &hold{f}, nil
-	}
-	f.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, fmt.Errorf("%w: a process keeps it", ErrBusy)
-	}
-	return nil, os.NewSyscallError("flock", err)
+	there, err := os.Lstat(path)
+	return err == nil && os.SameFile(own, there)
 }
 
 // release gives the claim up; nil has none.

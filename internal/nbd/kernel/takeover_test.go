@@ -5,7 +5,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -119,16 +122,19 @@ func TestDeviceIsTakenOverWithItsExport(t *testing.T) {
 	}
 }
 
-// TestNameOfTheExportIsRemembered: as long as it fits.
+// TestNameOfTheExportIsRemembered, or the device is refused: without its name it
+// would go on with whatever export is the default then.
 func TestNameOfTheExportIsRemembered(t *testing.T) {
 	for name, want := range map[string]string{
 		"a": "a", "a b/c%20d?e": "a b/c%20d?e", "\xff\n\x00ä": "\xff\n\x00ä", "export=": "export=", "": "",
-		strings.Repeat("n", limits.Backend): "",
 	} {
-		text := backend("nbd+unix:///?socket=/a b", name)
+		text := remembered(t, "nbd+unix:///?socket=/a b", name)
 		if uri, got, ours := parseBackend(text); !ours || got != want || uri != "nbd+unix:///?socket=/a b" || len(text) > limits.Backend || strings.ContainsAny(text, "\n\x00") {
 			t.Errorf("%q is remembered in %q as %q", name, text, got)
 		}
+	}
+	if text, err := backend("nbd:///", strings.Repeat("n", limits.Backend)); !errors.Is(err, ErrRefused) {
+		t.Errorf("a name that does not fit: %q, %v", text, err)
 	}
 	for _, text := range []string{"", "export=a nbd:///", backendPrefix, backendPrefix + "00", backendPrefix + "00 export=%zz nbd:///", backendPrefix + "00 export=a"} {
 		if _, name, _ := parseBackend(text); name != "" {
@@ -175,6 +181,31 @@ func TestOnlyOneKeeperAtATime(t *testing.T) {
 	}
 }
 
+// TestOneHoldsAClaim, however many take it and give it up at one time.
+func TestOneHoldsAClaim(t *testing.T) {
+	dir, text := t.TempDir(), remembered(t, "nbd:///", "")
+	var held atomic.Int32
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			for range 20000 {
+				h, err := claimHold(dir, text)
+				if errors.Is(err, ErrBusy) {
+					continue
+				}
+				if err != nil || held.Add(1) != 1 {
+					t.Errorf("two hold it, or nobody can: %v", err)
+					return
+				}
+				runtime.Gosched()
+				held.Add(-1)
+				h.release()
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // TestOtherDevicesAreNotTakenOver: the driver is told nothing.
 func TestOtherDevicesAreNotTakenOver(t *testing.T) {
 	for _, tt := range []struct {
@@ -183,6 +214,11 @@ func TestOtherDevicesAreNotTakenOver(t *testing.T) {
 		want   error
 	}{
 		{"another server", func(_ *fakeKernel, _ *fakeServer, c *Config) { c.URI += "2" }, ErrBusy},
+		{"another server at the end of a long URI", func(k *fakeKernel, _ *fakeServer, c *Config) {
+			long := c.URI + strings.Repeat("x", limits.Backend)
+			k.write(2, "backend", remembered(t, long, "")+"\n")
+			c.URI = long + "2"
+		}, ErrBusy},
 		{"another program", func(k *fakeKernel, _ *fakeServer, c *Config) { k.write(2, "backend", c.URI+"\n") }, ErrBusy},
 		{"an old kernel", func(k *fakeKernel, _ *fakeServer, _ *Config) { must(t, os.Remove(k.sysfs.path(2, "backend"))) }, ErrBusy},
 		{"a smaller export", func(_ *fakeKernel, s *fakeServer, _ *Config) { s.size.Store(1<<20 - 4096) }, ErrRefused},
