@@ -1,6 +1,7 @@
 package open
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -36,7 +37,7 @@ func CreateOverlay(ctx context.Context, s Spec, size int64, base, baseFormat str
 	}
 	st := store.NewFile(dev)
 	err = create.Image(ctx, st, create.Options{Size: size, Backing: format.FileName(base), BackingFormat: baseFormat})
-	return errors.Join(err, st.Close(), syncDir(filepath.Dir(s.Path)))
+	return errors.Join(err, st.Close(), syncFolder(s.Path))
 }
 
 // createFile makes a file that is not there yet, beneath the roots if there are
@@ -55,9 +56,11 @@ func createFile(s Spec) (*os.File, error) {
 	})
 }
 
-// syncDir makes the entries of a directory durable.
-func syncDir(path string) error {
-	d, err := os.Open(path)
+// syncFolder makes the name of a file durable. It is not cleaned: ".." behind a
+// symbolic link leads out of another folder.
+func syncFolder(path string) error {
+	dir, _ := filepath.Split(path)
+	d, err := os.Open(cmp.Or(dir, "."))
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package psk
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -169,12 +170,14 @@ func with(old []byte, name string, key []byte, only bool) []byte {
 // replace puts a file in place of was in one step and durably, with its owner; if
 // that is nil, only where there is none.
 func replace(was *os.File, path string, text []byte) error {
-	dir, err := os.Open(filepath.Dir(path))
+	folder, name := filepath.Split(path) // not cleaned: ".." may stand behind a symbolic link
+	folder = cmp.Or(folder, ".")
+	dir, err := os.Open(folder)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
+	f, err := os.CreateTemp(folder, "."+name+".*") // mode 0600
 	if err != nil {
 		return err
 	}

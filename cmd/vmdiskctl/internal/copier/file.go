@@ -1,6 +1,7 @@
 package copier
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -170,7 +171,7 @@ func (d *File) Flush(context.Context) error {
 // folder that may be written to need not be one that may be read, as fsync(2)
 // wants; then all of the file system is synced.
 func (d *File) SyncName() error {
-	folder, err := os.Open(filepath.Dir(d.f.Name()))
+	folder, err := os.Open(folderOf(d.f.Name()))
 	if errors.Is(err, fs.ErrPermission) {
 		return os.NewSyscallError("syncfs", unix.Syncfs(int(d.f.Fd())))
 	}
@@ -182,6 +183,13 @@ func (d *File) SyncName() error {
 		err = nil
 	}
 	return errors.Join(err, folder.Close())
+}
+
+// folderOf is where the kernel looks for a name. It is not cleaned: ".." behind a
+// symbolic link leads out of another folder.
+func folderOf(path string) string {
+	dir, _ := filepath.Split(path)
+	return cmp.Or(dir, ".")
 }
 
 // Extents implements Disk. What the file system cannot tell apart is data, as is
