@@ -186,6 +186,9 @@ func (f *createFlags) make(ctx context.Context, path string, length int64, o cre
 			return fmt.Errorf("%w: %q cannot be both the image and its other file", copier.ErrRefused, path)
 		}
 	}
+	if f.backing != "" && leadsTo(ctx, beside(path, f.backing), f.backingFormat, path) {
+		return fmt.Errorf("%w: the chain of %q has %q in it, and would be a loop", copier.ErrRefused, f.backing, path)
+	}
 	if f.backing != "" && f.dataFile != "" && sameFile(beside(path, f.backing), beside(path, f.dataFile)) {
 		return fmt.Errorf("%w: %q cannot be both backing file and data file", copier.ErrRefused, f.backing)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,9 +12,11 @@ import (
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/create"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // newFiles are the files that one command makes.
@@ -94,17 +97,57 @@ func (n *newFiles) close(err error) error {
 	return err
 }
 
-// sameFile reports whether two paths name one file, there or not.
+// sameFile reports whether two paths name one file, there or not. Paths are not
+// cleaned: what ".." behind a symbolic link is, only the kernel knows.
 func sameFile(a, b string) bool {
-	if filepath.Clean(a) == filepath.Clean(b) {
-		return true
+	is := func(a, b string) (same, there bool) {
+		x, noX := os.Stat(a)
+		y, noY := os.Stat(b)
+		return noX == nil && noY == nil && os.SameFile(x, y), noX == nil || noY == nil
 	}
-	x, err := os.Stat(a)
+	same, there := is(a, b)
+	if there || a == b {
+		return same || a == b
+	}
+	from, name := filepath.Split(a)
+	to, other := filepath.Split(b)
+	same, _ = is(cmp.Or(from, "."), cmp.Or(to, "."))
+	return same && name == other
+}
+
+// leadsTo reports whether the chain that begins with an image of a format has a file in
+// it. One that cannot be read to its end has what was found: who opens it is told.
+func leadsTo(ctx context.Context, image, kind, path string) bool {
+	for range limits.ChainDepth {
+		if sameFile(image, path) {
+			return true
+		}
+		h, err := headerOf(ctx, image, kind)
+		if err != nil || h == nil {
+			return false
+		}
+		if h.DataFile != "" && sameFile(beneath(image, h.DataFile), path) {
+			return true
+		}
+		if h.Backing == "" {
+			return false
+		}
+		image, kind = beneath(image, h.Backing), h.BackingFormat
+	}
+	return false
+}
+
+// headerOf is nil for a raw image. It takes no lock, as imageSize.
+func headerOf(ctx context.Context, image, kind string) (*format.Header, error) {
+	if kind == formatRaw {
+		return nil, nil
+	}
+	st, done, err := openImage(image, true, raw.LockOff)
 	if err != nil {
-		return false
+		return nil, err
 	}
-	y, err := os.Stat(b)
-	return err == nil && os.SameFile(x, y)
+	h, err := qcow2.ReadHeader(ctx, st)
+	return h, errors.Join(err, done())
 }
 
 // imageSize is the size of the disk in an image that the operator named,

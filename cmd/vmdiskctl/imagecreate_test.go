@@ -148,6 +148,24 @@ func TestImageCreateFollowsLinksAsTheKernelDoes(t *testing.T) {
 	want(t, exitRefused, "image", "create", "--force", top, "1M", "--data-file=../deep/top")
 }
 
+// TestImageCreateMakesNoLoop: a file that the chain of its backing file has stays.
+func TestImageCreateMakesNoLoop(t *testing.T) {
+	t.Chdir(t.TempDir())
+	want(t, exitDone, "image", "create", "a", "1M", "--data-file=a.data")
+	want(t, exitDone, "image", "create", "b", "--backing-file=a", "--backing-format=qcow2")
+	want(t, exitDone, "image", "create", "c", "--backing-file=b", "--backing-format=qcow2")
+	must(t, os.Symlink("b", "link"))
+	for _, file := range []string{"a", "a.data", "b", "c", "link"} {
+		want(t, exitRefused, "image", "create", "--force", file, "1M", "--backing-file=c", "--backing-format=qcow2")
+		if qemu := exec.Command("qemu-img", "check", "-q", "c"); qemu.Run() != nil {
+			t.Fatalf("%s is not what it was: c is broken", file)
+		}
+	}
+	must(t, os.Remove("a"))
+	want(t, exitDone, "image", "create", "d", "1M", "--backing-file=c", "--backing-format=qcow2")
+	want(t, exitRefused, "image", "create", "e", "1M", "--backing-file=./e", "--backing-format=qcow2")
+}
+
 func TestImageCreateRoundsTheSizeUpAsQEMUDoes(t *testing.T) {
 	for _, size := range []string{"1", "513", "1048577", "1049088"} {
 		dir := t.TempDir()
