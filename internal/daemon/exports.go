@@ -427,7 +427,7 @@ func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 		case ctx.Err() != nil:
 		case k.failed != nil:
 			d.giveUp(k)
-		case errors.Is(g.err, errNoAnswer):
+		case g.settled():
 			k.failed = g.err
 			d.giveUp(k)
 		default:

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -30,6 +31,12 @@ type gathered struct {
 	table *open.Table
 	delta *layer.Delta
 	err   error
+}
+
+// settled tells whether g.err is the last word: another attempt would wait as long, for
+// silent storage, or for who has the image. Of other errors addDisk complains.
+func (g *gathered) settled() bool {
+	return errors.Is(g.err, errNoAnswer) || errors.Is(g.err, backing.ErrLocked)
 }
 
 // close closes what nobody took.
@@ -253,7 +260,7 @@ func (s *stage0) startAnew() error {
 
 // filesOf gathers the files of exports that are to be opened, which have them then. For
 // the first exports of the worker stage 0 has opened what the configuration names, and
-// knows whose did not answer.
+// knows whose did not answer, or are in use.
 func (d *daemon) filesOf(list []*disk) []gathered {
 	var first *Handed
 	if d.server == nil {
@@ -271,7 +278,7 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 				images[i].Export = placed
 			}
 		}
-		images[i] = first.lacks(images[i].Export)
+		images[i], out[i].err = first.lacks(images[i].Export)
 		images[i].known = append(images[i].known, d.disks.heldFor(k)...)
 	}
 	for i, g := range d.gatherAll(images) {
@@ -305,15 +312,25 @@ func (t *Handed) gathered(list []*disk) []gathered {
 }
 
 // lacks is x if its image has not been handed over, such as a remembered overlay, and
-// no image otherwise: openImage finds what has.
-func (t *Handed) lacks(x config.Export) sought {
+// no image otherwise: openImage finds what has. Error: that of stage 0, for an image
+// that it has found in use.
+func (t *Handed) lacks(x config.Export) (sought, error) {
 	if t == nil {
-		return sought{Export: x}
+		return sought{Export: x}, nil
 	}
 	h, ok := t.in.Images[x.Name]
-	if ok && h.Image == x.Image {
-		return sought{}
+	switch {
+	case ok && h.Image == x.Image && h.InUse != "":
+		return sought{}, inUseError(h.InUse)
+	case ok && h.Image == x.Image:
+		return sought{}, nil
 	}
 	known, _ := h.open() // images complains
-	return sought{x, slices.Collect(maps.Values(known))}
+	return sought{x, slices.Collect(maps.Values(known))}, nil
 }
+
+// inUseError is backing.ErrLocked in the words of another process.
+type inUseError string
+
+func (e inUseError) Error() string { return string(e) }
+func (inUseError) Unwrap() error   { return backing.ErrLocked }

@@ -242,9 +242,9 @@ func (r *reload) addExports(ctx context.Context) error {
 	return err
 }
 
-// addAll opens exports that are not open: none, unless the storage of all answers.
-// It returns what takes back what it has done, also with an error; one that had
-// failed before is that again.
+// addAll opens exports that are not open: none, unless the storage of all answers and
+// nobody else has an image of them. It returns what takes back what it has done, also
+// with an error; one that had failed before is that again.
 func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err error) {
 	all := d.filesOf(list)
 	defer func() {
@@ -253,7 +253,7 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err 
 		}
 	}()
 	for i, g := range all {
-		if errors.Is(g.err, errNoAnswer) { // of the others addDisk complains
+		if g.settled() {
 			return nil, fmt.Errorf("export %q: %w", list[i].cfg.Name, g.err)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/config"
@@ -52,6 +53,7 @@ type handedImage struct {
 	Image string // as the export names it
 	Dirs  map[string]string
 	Files []handedFile
+	InUse string // who has the image, so that it is not opened; "": nobody
 }
 
 type handedFile struct {
@@ -433,10 +435,14 @@ func (s *stage0) openImages() (err error) {
 	return nil
 }
 
-// handImage keeps the files of an image open until the worker has them.
+// handImage keeps the files of an image open until the worker has them, or notes what
+// it is not to wait for once more.
 func (s *stage0) handImage(x *config.Export, g gathered) error {
-	if errors.Is(g.err, errNoAnswer) {
+	switch {
+	case errors.Is(g.err, errNoAnswer):
 		s.out.Silent[x.Name] = !errors.Is(g.err, errNoTurn)
+	case errors.Is(g.err, backing.ErrLocked):
+		s.out.Images[x.Name] = handedImage{Image: x.Image, InUse: g.err.Error()}
 	}
 	if g.table == nil {
 		return g.err
