@@ -19,6 +19,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 	"github.com/vmdiskd/vmdiskd/internal/engine/bufpool"
@@ -79,6 +80,29 @@ func (g gathered) of(image string) gathered {
 		g.err = fmt.Errorf("image %q: %w", image, g.err)
 	}
 	return g
+}
+
+// gatherFirst is gatherAll for the worker. Beside the error of a block device that
+// somebody else has is its file, opened to be read: an overlay that the worker
+// remembers may stand on it. A lease is not waited for again.
+func (s *stage0) gatherFirst(list []sought) []gathered {
+	all := s.gatherAll(list)
+	readers := make([]sought, len(list))
+	for i, g := range all {
+		if errors.Is(g.err, backing.ErrLocked) && !errors.Is(g.err, raw.ErrLeased) && s.served() {
+			readers[i] = list[i]
+			readers[i].ReadOnly = true
+		}
+	}
+	for i, g := range s.gatherAll(readers) {
+		switch {
+		case g.settled(): // it answers no more
+			all[i] = g
+		case g.table != nil:
+			all[i].table = g.table
+		}
+	}
+	return all
 }
 
 // errNoTurn is errNoAnswer for an image that nobody was asked for.

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
+	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
@@ -89,5 +90,34 @@ func TestWorkerIsToldOfAnImageInUse(t *testing.T) {
 	}
 	if x, err := h.lacks(config.Export{Name: "x", Image: "/overlay"}); err != nil || x.Image != "/overlay" {
 		t.Errorf("an overlay: got %q, %v, want it to be opened", x.Image, err)
+	}
+}
+
+// TestDeviceInUseIsHandedOverToBeRead: an overlay that the worker remembers may stand
+// on it, and the worker may have no right to open it. What it serves later it may open.
+func TestDeviceInUseIsHandedOverToBeRead(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	x := config.Export{Name: "x", Format: "raw", Image: backingtest.Loop(t, image, 512)}
+	x.SetDefaults()
+	backingtest.Claim(t, x.Image)
+	s := &stage0{daemon: emptyService(t), out: handover{Images: map[string]handedImage{}}}
+	g := s.gatherFirst([]sought{{Export: x}})[0]
+	defer g.close()
+	if err := s.handImage(&x, g); !errors.Is(err, backing.ErrLocked) {
+		t.Errorf("stage 0: got %v, want %v", err, backing.ErrLocked)
+	}
+	if len(s.paths) != 1 || s.paths[0].Path != x.Image {
+		t.Errorf("the worker may open %v, want %s", s.paths, x.Image)
+	}
+	h := s.out.Images["x"]
+	if len(s.files) != 1 || h.InUse == "" || len(h.Files) != 1 || !h.Files[0].ReadOnly {
+		t.Fatalf("got %d files and %+v, want one to be read of an image in use", len(s.files), h)
+	}
+	flags, err := unix.FcntlInt(s.files[0].Fd(), unix.F_GETFL, 0)
+	if err != nil || flags&unix.O_ACCMODE != unix.O_RDONLY {
+		t.Errorf("the file has flags %#x, %v, want one to be read", flags, err)
 	}
 }

@@ -53,7 +53,7 @@ type handedImage struct {
 	Image string // as the export names it
 	Dirs  map[string]string
 	Files []handedFile
-	InUse string // who has the image, so that it is not opened; "": nobody
+	InUse string // who has the image, whose files are only read then; "": nobody
 }
 
 type handedFile struct {
@@ -415,7 +415,7 @@ func (s *stage0) openImages() (err error) {
 	}
 	known := len(s.out.Silent)
 	done := make(chan []gathered, 1)
-	go func() { done <- s.gatherAll(list) }()
+	go func() { done <- s.gatherFirst(list) }()
 	select {
 	case all := <-done:
 		for i, g := range all {
@@ -438,26 +438,26 @@ func (s *stage0) openImages() (err error) {
 // handImage keeps the files of an image open until the worker has them, or notes what
 // it is not to wait for once more.
 func (s *stage0) handImage(x *config.Export, g gathered) error {
+	h := handedImage{Image: x.Image}
 	switch {
 	case errors.Is(g.err, errNoAnswer):
 		s.out.Silent[x.Name] = !errors.Is(g.err, errNoTurn)
 	case errors.Is(g.err, backing.ErrLocked):
-		s.out.Images[x.Name] = handedImage{Image: x.Image, InUse: g.err.Error()}
+		h.InUse = g.err.Error()
 	}
-	if g.table == nil {
+	if g.table == nil && h.InUse == "" {
 		return g.err
 	}
-	h := handedImage{Image: x.Image}
 	files, dirs := g.table.Contents()
 	h.Dirs = dirs
 	for r, f := range files {
 		h.Files = append(h.Files, handedFile{Path: r.Path, ReadOnly: r.ReadOnly, Direct: r.Direct, FD: s.hand(f)})
-		if s.served() && !r.ReadOnly {
+		if s.served() && (!r.ReadOnly || h.InUse != "" && r.Path == x.Image) {
 			s.mayOpenAgain(f)
 		}
 	}
 	s.out.Images[x.Name] = h
-	return nil
+	return g.err
 }
 
 // mayOpenAgain lets the worker open a block device again that it writes to, wherever

@@ -6,6 +6,8 @@ import (
 	"io"
 	"os"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -168,11 +170,8 @@ func TestServedBlockDeviceIsNotClaimed(t *testing.T) {
 	free := backingtest.Claim(t, node)
 	f := openFile(t, node, unix.O_RDWR)
 	defer f.Close()
-	if err := raw.Unclaimed(f, raw.Options{Path: node}); err != nil {
-		t.Errorf("asked: got %v, want no answer", err)
-	}
-	if _, err := raw.Lock(f, raw.Options{Path: node}); !errors.Is(err, backing.ErrLocked) {
-		t.Errorf("lock: got %v, want %v", err, backing.ErrLocked)
+	if err := raw.Unclaimed(f, raw.Options{Path: node}); !errors.Is(err, backing.ErrLocked) || errors.Is(err, raw.ErrClaimed) {
+		t.Errorf("served by another: got %v, want %v by its locks", err, backing.ErrLocked)
 	}
 	free()
 	l.Type = unix.F_UNLCK
@@ -183,6 +182,39 @@ func TestServedBlockDeviceIsNotClaimed(t *testing.T) {
 	backingtest.Claim(t, node)
 	if err := raw.Unclaimed(f, raw.Options{Path: node}); !errors.Is(err, backing.ErrLocked) {
 		t.Errorf("served by this process: got %v, want %v", err, backing.ErrLocked)
+	}
+}
+
+// TestPassingLockHidesNoClaim: a lock that somebody else has for a moment, as a program
+// that copies the device, is waited for, and what the kernel says counts then.
+func TestPassingLockHidesNoClaim(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		claimed bool
+		want    error
+	}{{"claimed", true, raw.ErrClaimed}, {"free", false, nil}} {
+		t.Run(tt.name, func(t *testing.T) {
+			node := backingtest.Loop(t, tempImage(t, 1<<20), 512)
+			if tt.claimed {
+				backingtest.Claim(t, node)
+			}
+			synctest.Test(t, func(t *testing.T) {
+				other, f := openFile(t, node, unix.O_RDONLY), openFile(t, node, unix.O_RDWR)
+				defer f.Close()
+				l := unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart, Start: 201, Len: 1} // nobody else may write
+				if err := unix.FcntlFlock(other.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+					t.Fatal(err)
+				}
+				time.AfterFunc(100*time.Millisecond, func() { _ = other.Close() })
+				unlock, err := raw.Lock(f, raw.Options{Path: node})
+				if !errors.Is(err, tt.want) {
+					t.Errorf("lock: got %v, want %v", err, tt.want)
+				}
+				if err == nil {
+					unlock()
+				}
+			})
+		})
 	}
 }
 

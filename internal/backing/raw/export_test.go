@@ -6,6 +6,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrClaimed is the kernel's answer.
+var ErrClaimed = errClaimed
+
 // TellLate has the file system at path be one of lateErrors until the test ends.
 func TellLate(t *testing.T, path string) {
 	t.Helper()

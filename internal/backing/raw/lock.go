@@ -117,11 +117,12 @@ func Lock(f *os.File, o Options) (unlock func(), err error) {
 // Unclaimed refuses f if it is a block device that is to be written to, by the
 // options, and is mounted, or in use by the kernel for swap, LVM or md: no byte
 // lock tells of that. It is for whoever opens an image, before Open, which may have
-// no right to ask, and for whoever lets clients write to it again. The device is opened once more, with O_EXCL (open(2)), and
-// closed at once. To keep it so would be in the way of who opens it again while it
-// is served, as a reload does. Who serves it is disturbed even so: what the locks of
-// another process keep out is left to them, unasked. What cannot be opened again is
-// not refused. Error: ErrLocked.
+// no right to ask, and for whoever lets clients write to it again. The device is
+// opened once more, with O_EXCL (open(2)), and closed at once. To keep it so would be
+// in the way of who opens it again while it is served, as a reload does. Who serves it
+// is disturbed even so: while another process has it locked, it is waited for, as by
+// Open, and refused in the end, unasked. What cannot be opened again is not refused.
+// Error: ErrLocked.
 func Unclaimed(f *os.File, o Options) error {
 	if o.ReadOnly || o.Lock == LockOff {
 		return nil
@@ -130,10 +131,10 @@ func Unclaimed(f *os.File, o Options) error {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return err
 	}
-	if err := locksOf(o).alone(f, o); errors.Is(err, backing.ErrLocked) && !inUse.has(IDIn(&st)) {
-		return nil
-	}
 	return patiently(func() error {
+		if err := locksOf(o).alone(f, o); errors.Is(err, backing.ErrLocked) && !inUse.has(IDIn(&st)) {
+			return err
+		}
 		again, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDONLY|unix.O_EXCL, 0)
 		switch {
 		case errors.Is(err, unix.EBUSY):
