@@ -4,13 +4,13 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
-	"log/slog"
 	"strings"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/store"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
@@ -31,6 +31,7 @@ func patchedBytes(t *testing.T, b []byte, off int, digits string) []byte {
 func TestDamagedImageIsServedReadOnlyOrNotAtAll(t *testing.T) {
 	data := made(t, "cluster_size=64k", "64M", written)
 	snap := made(t, "cluster_size=64k", "64M", written, "snapshot s1")
+	outside := made(t, "cluster_size=64k,data_file=t.data", "64M", written)
 	table := int(u64(snap, format.OffSnapshots+4))
 	for _, tt := range []struct {
 		name   string
@@ -49,6 +50,8 @@ func TestDamagedImageIsServedReadOnlyOrNotAtAll(t *testing.T) {
 		{"R8 block is an L2 table", data, 0x10008, overL2},
 		{"R9 block out of bounds", data, 0x10008, "00ffffff00000000"},
 		{"M cluster twice", data, 0x40008, "8000000000050000"},
+		{"E10 cluster elsewhere in the data file", outside, 0x40000, "8000000000030000"},
+		{"E10 zero cluster elsewhere in the data file", outside, 0x40000, "8000000000030001"},
 		{"S1 snapshot table not aligned", snap, table, "0000000000400200"},
 		{"S2 L1 of a snapshot too large", snap, table + 8, "10000000"},
 		{"S3 extra data too large", snap, table + 36, "00000401"},
@@ -60,7 +63,9 @@ func TestDamagedImageIsServedReadOnlyOrNotAtAll(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			st := storetest.New(patchedBytes(t, tt.b, tt.off, tt.digits))
 			before := st.Contents()
-			d, err := qcow2.Open(t.Context(), st, qcow2.Options{Path: "image", Log: slog.New(slog.DiscardHandler)})
+			o := quiet()
+			o.DataFile = dataFor(t, st)
+			d, err := qcow2.Open(t.Context(), st, o)
 			if err == nil {
 				_ = d.Close()
 			}
@@ -71,7 +76,8 @@ func TestDamagedImageIsServedReadOnlyOrNotAtAll(t *testing.T) {
 				t.Error("the image was changed")
 			}
 			st.Reopen()
-			d, err = qcow2.Open(t.Context(), st, qcow2.Options{Path: "image", ReadOnly: true, Log: slog.New(slog.DiscardHandler)})
+			o.ReadOnly, o.DataFile = true, dataFor(t, st)
+			d, err = qcow2.Open(t.Context(), st, o)
 			if err != nil {
 				t.Fatalf("open read-only: %v", err)
 			}
@@ -81,6 +87,19 @@ func TestDamagedImageIsServedReadOnlyOrNotAtAll(t *testing.T) {
 			}
 		})
 	}
+}
+
+// dataFor is an empty data file if the image in st needs one, else nil.
+func dataFor(t *testing.T, st store.Store) store.Store {
+	t.Helper()
+	h, err := qcow2.ReadHeader(t.Context(), st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !qcow2.NamesOf(h).NeedsDataFile {
+		return nil
+	}
+	return storetest.New(nil)
 }
 
 // overL2 makes a refcount block of the L2 table of the first clusters.

@@ -87,6 +87,10 @@ func TestBrokenImagesAgreeWithQEMU(t *testing.T) {
 		{"S2", func(t *testing.T) image { i, sn := snapped(t); return i.patch(sn+8, "10000000") }},
 		{"S5", func(t *testing.T) image { i, sn := snapped(t); return i.patch(sn, "0000000000030000") }},
 		{"snapshot without a size", func(t *testing.T) image { return sizeless(t) }},
+		{"zero clusters of a data file in two places", func(t *testing.T) image {
+			i := create(t, "data_file=data", "1G", "write -z 0 1M")
+			return i.patch(0x30000, "00000000000400000000000000040000").patch(0x20008, "0002")
+		}},
 		{"V6", func(t *testing.T) image {
 			i := create(t, "", "64M")
 			i.run("qemu-img", "bitmap", "--add", "-g", "64k", i.path, "b0")
@@ -127,6 +131,9 @@ func hexOf(b []byte) string {
 // TestDifferencesFromQEMU has the images where another answer is meant.
 func TestDifferencesFromQEMU(t *testing.T) {
 	data := func() image { return create(t, "", "64M", fill) }
+	outside := func(options, size string) image {
+		return create(t, "data_file=data"+options, size, "write -P 1 0 1M")
+	}
 	bitmap := func() (i image, dir, table int64) {
 		i = create(t, "", "64M")
 		i.run("qemu-img", "bitmap", "--add", "-g", "64k", i.path, "b0")
@@ -159,6 +166,26 @@ func TestDifferencesFromQEMU(t *testing.T) {
 		{"R2", "refcounts that cannot be found are 0: qemu-img counts failed reads",
 			func() image { return data().patch(0x10000, "0000000000022a00") },
 			numbers{Corruptions: 8, Total: 1024, Allocated: 1, End: 0x60000}},
+		{"cluster elsewhere in a data file", "as M11",
+			func() image { return outside("", "64M").patch(0x40078, "8000000000030000") },
+			numbers{Corruptions: 1, Total: 1024, Allocated: 16, Fragmented: 1, End: 0x50000}},
+		{"zero cluster elsewhere in a data file", "as M11",
+			func() image { return outside("", "64M").patch(0x40078, "8000000000030001") },
+			numbers{Corruptions: 1, Total: 1024, Allocated: 16, Fragmented: 1, End: 0x50000}},
+		{"subclusters elsewhere in a data file", "as M11, without data too",
+			func() image {
+				return outside(",extended_l2=on", "64M").patch(0x400f0, "80000000000300000000000000000000")
+			},
+			numbers{Corruptions: 1, Total: 1024, Allocated: 16, Fragmented: 1, End: 0x50000}},
+		{"first cluster elsewhere in a data file", "as M11: with the copied flag 0 is a place",
+			func() image { return outside("", "64M").patch(0x40078, "8000000000000000") },
+			numbers{Corruptions: 1, Total: 1024, Allocated: 16, Fragmented: 1, End: 0x50000}},
+		{"clusters of a data file in two places", "as M11, whatever refcount the table has",
+			func() image {
+				twice := "00000000000400000000000000040000"
+				return outside("", "1G").patch(0x30000, twice).patch(0x20008, "0002")
+			},
+			numbers{Corruptions: 16, Total: 16384, Allocated: 32, End: 0x50000}},
 		{"S3", "the active disk can be checked without the snapshots; qemu-img does not open it",
 			func() image { i := data().snap("one"); return i.patch(i.at(64)+36, "00000401") },
 			numbers{Corruptions: 1, Leaks: 4, Total: 1024, Allocated: 1, End: 0x80000}},

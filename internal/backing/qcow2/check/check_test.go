@@ -195,6 +195,7 @@ func TestSoundImagesAgreeWithQEMU(t *testing.T) {
 		{"extended_l2=on", "64M"}, {"extended_l2=on,cluster_size=16k", "64M"},
 		{"preallocation=metadata", "64M"}, {"preallocation=full,cluster_size=512", "2M"},
 		{"lazy_refcounts=on", "64M"}, {"data_file=data", "64M"}, {"data_file=data,data_file_raw=on", "64M"},
+		{"data_file=data,cluster_size=512", "2M"}, {"data_file=data,extended_l2=on,cluster_size=16k", "64M"},
 	} {
 		t.Run(tt.options+" "+tt.size, func(t *testing.T) {
 			i := create(t, tt.options, tt.size)

@@ -65,7 +65,7 @@ func (w *walker) l1Entry(e uint64, i int, active bool, what string) {
 	if !inFile {
 		return
 	}
-	w.tables.add(off, active)
+	w.tables.add(off, i, active)
 }
 
 // snapshots counts the snapshot table and the L1 tables of all snapshots.

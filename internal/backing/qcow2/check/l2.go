@@ -3,6 +3,7 @@ package check
 import (
 	"cmp"
 	"encoding/binary"
+	"math"
 	"slices"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
@@ -13,17 +14,18 @@ import (
 type table struct {
 	off         int64
 	all, active uint64
+	index       int64 // the first entry of the active L1 table that names it, MaxInt64 for none
 }
 
 // tables are L2 tables. After merge each is there once, in the order of the
-// file. They take 24 bytes each, twice as much while they are gathered.
+// file. They take 32 bytes each, twice as much while they are gathered.
 type tables struct{ list []table }
 
-// add counts a reference to the table at off.
-func (l *tables) add(off int64, active bool) {
-	t := table{off: off, all: 1}
+// add counts a reference to the table at off, by entry i of an L1 table.
+func (l *tables) add(off int64, i int, active bool) {
+	t := table{off: off, all: 1, index: math.MaxInt64}
 	if active {
-		t.active = 1
+		t.active, t.index = 1, int64(i)
 	}
 	if len(l.list) == cap(l.list) {
 		l.merge()
@@ -39,6 +41,7 @@ func (l *tables) merge() {
 		if last := len(merged) - 1; last >= 0 && merged[last].off == t.off {
 			merged[last].all += t.all
 			merged[last].active += t.active
+			merged[last].index = min(merged[last].index, t.index)
 			continue
 		}
 		merged = append(merged, t)
@@ -160,6 +163,8 @@ func (t *l2Table) cluster(off int64, copied bool, e, bitmap uint64) {
 	}
 	if !t.g.Aligned(off) {
 		t.bad("has a cluster that is not on a cluster boundary", e)
+	} else if t.g.DataFile {
+		t.placed(off, e)
 	}
 	t.r.AllocatedClusters += int64(t.active)
 	if t.next != 0 && off != t.next {
@@ -183,4 +188,18 @@ func (t *l2Table) copied(off int64, copied bool, e uint64) {
 			t.r.unmarked += int64(t.active)
 		}
 	}
+}
+
+// placed checks that a cluster of a data file lies at its guest offset (section
+// "Header", incompatible_features, bit 2), which it does for one reference to the
+// table at most. Such an image has no snapshots: only the active L1 table counts.
+func (t *l2Table) placed(off int64, e uint64) {
+	if t.active == 0 {
+		return
+	}
+	guest, wrong := (t.index*t.g.L2Entries+int64(t.i))<<t.g.ClusterBits, t.active
+	if off == guest {
+		wrong--
+	}
+	t.badTimes(wrong, "has a cluster of the data file and is not at its place: guest offset %#x", e, guest)
 }

@@ -153,13 +153,17 @@ func TestRepairCanBeDoneAgain(t *testing.T) {
 }
 
 func TestRepairRefusesCorruptions(t *testing.T) {
-	i := leaky(t).patch(0x2000a, "0000")
-	before := i.bytes()
-	if err := i.repair(); !errors.Is(err, ErrCorrupt) {
-		t.Errorf("RepairLeaks = %v, want ErrCorrupt", err)
-	}
-	if !bytes.Equal(i.bytes(), before) {
-		t.Error("the image was changed")
+	for name, i := range map[string]image{
+		"refcount too low":                 leaky(t).patch(0x2000a, "0000"),
+		"cluster elsewhere in a data file": create(t, "data_file=data", "64M", fill).patch(0x40000, "8000000000030000").patch(0x2000a, "0001"),
+	} {
+		before := i.bytes()
+		if err := i.repair(); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%s: RepairLeaks = %v, want ErrCorrupt", name, err)
+		}
+		if !bytes.Equal(i.bytes(), before) {
+			t.Errorf("%s: the image was changed", name)
+		}
 	}
 }
 
