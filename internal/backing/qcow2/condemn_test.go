@@ -1,7 +1,9 @@
 package qcow2_test
 
 import (
+	"bytes"
 	"errors"
+	"fmt"
 	"log/slog"
 	"syscall"
 	"testing"
@@ -75,6 +77,49 @@ func TestImageThatIsDamagedMeanwhileTakesNoMoreWrites(t *testing.T) {
 				t.Error("more was written than the mark")
 			}
 		})
+	}
+}
+
+// TestAuditFindsWhatWouldCondemn: an image in which one bit of an entry is wrong, or
+// whose end is missing, is refused, or nothing is found when it is read.
+func TestAuditFindsWhatWouldCondemn(t *testing.T) {
+	const size, entries = 64 << 10, 32 // bytes of the disk, and of its L2 table that have entries
+	for _, tt := range []struct {
+		options  string
+		commands []string
+	}{
+		{"cluster_size=4k", []string{"write -q -P 17 0 8k"}},
+		{"cluster_size=4k", []string{"write -q -c -P 17 0 4k", "write -q -c -P 18 4k 4k"}},
+		{"cluster_size=16k,extended_l2=on", []string{"write -q -P 17 0 20k"}},
+		{"cluster_size=4k,data_file=t.data", []string{"write -q -P 17 0 8k"}},
+		{"cluster_size=16k,extended_l2=on,data_file=t.data", []string{"write -q -P 17 0 20k"}},
+	} {
+		sound := made(t, tt.options, fmt.Sprint(size), tt.commands...)
+		refused := 0
+		try := func(name string, b []byte) {
+			st, o := storetest.New(b), quiet()
+			o.DataFile = dataFor(t, st)
+			o.Poisoned = func(err error) { t.Errorf("%s, %q, %s: %v", tt.options, tt.commands, name, err) }
+			d, err := qcow2.Open(t.Context(), st, o)
+			if err != nil {
+				refused++
+				return
+			}
+			_ = d.ReadAt(t.Context(), make([]byte, size), 0)
+			_ = d.Close()
+		}
+		table := u64(sound, u64(sound, format.OffL1+4)) & format.OffsetMask
+		for bit := range entries * 8 {
+			b := bytes.Clone(sound)
+			b[table+bit/8] ^= 1 << (bit % 8)
+			try(fmt.Sprintf("bit %d of byte %d", bit%8, bit/8), b)
+		}
+		for end := table + entries; end < len(sound); end += 128 {
+			try(fmt.Sprintf("%d bytes", end), sound[:end])
+		}
+		if refused < entries {
+			t.Errorf("%s, %q: only %d images are refused", tt.options, tt.commands, refused)
+		}
 	}
 }
 

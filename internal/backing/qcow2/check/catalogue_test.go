@@ -186,6 +186,15 @@ func TestDifferencesFromQEMU(t *testing.T) {
 				return outside("", "1G").patch(0x30000, twice).patch(0x20008, "0002")
 			},
 			numbers{Corruptions: 16, Total: 16384, Allocated: 32, End: 0x50000}},
+		{"compressed data behind the end", "as M11: there is nothing to decompress",
+			func() image {
+				i := create(t, "", "64M", "write -c -P 1 0 64k")
+				if err := os.Truncate(i.path, 0x50000); err != nil {
+					t.Fatal(err)
+				}
+				return i
+			},
+			numbers{Corruptions: 1, Total: 1024, Allocated: 1, Fragmented: 1, Compressed: 1, End: 0x60000}},
 		{"S3", "the active disk can be checked without the snapshots; qemu-img does not open it",
 			func() image { i := data().snap("one"); return i.patch(i.at(64)+36, "00000401") },
 			numbers{Corruptions: 1, Leaks: 4, Total: 1024, Allocated: 1, End: 0x80000}},

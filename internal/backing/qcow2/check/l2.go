@@ -120,9 +120,13 @@ func (t *l2Table) compressed(e, bitmap uint64) {
 	t.r.AllocatedClusters += int64(t.active)
 	t.r.CompressedClusters += int64(t.active)
 	t.r.FragmentedClusters += int64(t.active)
-	if t.ref(host, n, t.all, "compressed cluster") {
-		t.overlap(host, n, e)
+	if !t.ref(host, n, t.all, "compressed cluster") {
+		return
 	}
+	if host >= t.size {
+		t.bad("is compressed, and its data begin behind the end of the file", e)
+	}
+	t.overlap(host, n, e)
 }
 
 // overlap notes data that lie in metadata.
