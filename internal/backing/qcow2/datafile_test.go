@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
@@ -270,6 +273,108 @@ func TestRawDataFileIsTheDiskThatGrew(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFailedGrowthLeavesTheDataFileTheDisk makes each call to the files fail in turn:
+// the data file ends where the disk does, unless nobody knows where that is.
+func TestFailedGrowthLeavesTheDataFileTheDisk(t *testing.T) {
+	for _, raw := range []bool{false, true} {
+		for i, name := range []string{"image", "data file"} {
+			t.Run(fmt.Sprintf("raw %v, %s", raw, name), func(t *testing.T) {
+				n := 1
+				for failGrowth(t, create.Options{DataFileRaw: raw}, i, n) {
+					n++
+				}
+				if n < 3 {
+					t.Errorf("only %d calls were made to fail", n-1)
+				}
+			})
+		}
+	}
+}
+
+// failGrowth grows a disk while call n to its image, or to its data file, fails, and
+// reports whether there was such a call.
+func failGrowth(t *testing.T, o create.Options, file, n int) bool {
+	t.Helper()
+	const size = 1 << 30 // the L1 table moves
+	d, image, data := halfWritten(t, o)
+	want := make([]byte, dataSize)
+	if err := d.ReadAt(t.Context(), want, 0); err != nil {
+		t.Fatal(err)
+	}
+	failing := []*storetest.Mem{image, data}[file]
+	before := failing.Calls()
+	failing.FailCall(n, syscall.ENOSPC)
+	err := d.(backing.Resizer).Resize(t.Context(), size)
+	called := failing.Calls()-before >= n
+	failing.FailCall(0, nil)
+	end, broken := data.Size()
+	if broken != nil {
+		t.Fatal(broken)
+	}
+	lost := errors.Is(d.WriteAt(t.Context(), want[:512], 0, 0), backing.ErrPoisoned)
+	h, broken := qcow2.ReadHeader(t.Context(), image)
+	switch {
+	case broken != nil:
+		t.Fatal(broken)
+	case end < int64(h.Size):
+		t.Errorf("call %d: got %v, and the data file has %d bytes of a disk of %d", n, err, end, h.Size)
+	case !lost && end != d.Info().Size:
+		t.Errorf("call %d: got %v, and the data file has %d bytes, want %d", n, err, end, d.Info().Size)
+	}
+	mustMatch(t, d, 0, want)
+	_ = d.Close() // after a failed sync it fails
+	return called
+}
+
+// TestFailedGrowthWaitsForTheLastCluster: a write that fills it up to where the disk
+// would have ended is over before the data file gets its end back.
+func TestFailedGrowthWaitsForTheLastCluster(t *testing.T) {
+	s := withData(t, create.Options{Backing: "below", BackingFormat: "raw"})
+	below, err := qcow2.NewRawLayer(storetest.New(bytes.Repeat([]byte{5}, dataSize+1<<20)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := s.host()
+	synctest.Test(t, func(t *testing.T) {
+		data, opt := h.files[1], quiet()
+		opt.DataFile, opt.Backing = data, below
+		d, err := qcow2.Open(t.Context(), h.files[0], opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun, gate, written := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+		data.SetHook(func(c storetest.Call) {
+			switch {
+			case c.Done:
+			case c.Op == storetest.Punch: // of what is below and becomes the disk's
+				data.FailOp(storetest.Punch, 1, syscall.ENOSPC)
+				go func() { written <- d.WriteAt(t.Context(), []byte{9}, dataSize-1, 0) }()
+				<-begun
+			case c.Op == storetest.Write:
+				close(begun)
+				<-gate
+			}
+		})
+		grown := make(chan error, 1)
+		go func() { grown <- d.(backing.Resizer).Resize(t.Context(), dataSize+1<<20) }()
+		synctest.Wait()
+		close(gate)
+		if err := <-grown; !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("resize: got %v, want %v", err, syscall.ENOSPC)
+		}
+		if err := <-written; err != nil {
+			t.Errorf("write: %v", err)
+		}
+		if end, err := data.Size(); err != nil || end != dataSize {
+			t.Errorf("the data file has %d bytes, want %d: %v", end, dataSize, err)
+		}
+		mustMatch(t, d, dataSize-2, []byte{5, 9})
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestDataFileThatShrankIsAnError: the end of the image has no say in it.

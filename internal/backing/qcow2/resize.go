@@ -25,9 +25,21 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 		return d.wrap("resize", size, 0, err)
 	}
 	err = d.commits.exclusive(func() error { return d.bitmaps.BeginGrowth(ctx, size) })
-	if err == nil && d.g.DataFile {
-		err = d.growData(ctx, old, size)
+	if err == nil {
+		err = d.grow(ctx, old, size)
 	}
+	if err != nil {
+		return d.wrap("resize", size, 0, err)
+	}
+	d.bitmaps.Grown(size)
+	d.size.Store(size)
+	return nil
+}
+
+// grow changes the files, the size in the header last. If it fails the mapping ends
+// where the disk does.
+func (d *disk) grow(ctx context.Context, old, size int64) error {
+	err := d.growData(ctx, old, size)
 	if err == nil {
 		err = d.moveEnd(ctx, size)
 	}
@@ -41,11 +53,9 @@ func (d *disk) Resize(ctx context.Context, size int64) error {
 	}
 	if err != nil {
 		d.reach.Store(old)
-		return d.wrap("resize", size, 0, err)
+		d.cutData(ctx, old)
 	}
-	d.bitmaps.Grown(size)
-	d.size.Store(size)
-	return nil
+	return err
 }
 
 // canResize refuses what the format or this package cannot do.
@@ -167,9 +177,13 @@ func (d *disk) dataHasRoom(size int64) error {
 	return err
 }
 
-// growData makes the data file as long as the disk is to be, durably. What a
-// raw one has behind the old end becomes zero: the new size makes it the disk's.
+// growData makes the data file, if there is one, as long as the disk is to be,
+// durably. What a raw one has behind the old end becomes zero: the new size makes
+// it the disk's.
 func (d *disk) growData(ctx context.Context, old, size int64) error {
+	if !d.g.DataFile {
+		return nil
+	}
 	end, err := d.data.Size()
 	if n := min(end, size) - old; err == nil && n > 0 && d.rawData() {
 		err = d.clearData(ctx, old, n)
@@ -181,6 +195,26 @@ func (d *disk) growData(ctx context.Context, old, size int64) error {
 		return err
 	}
 	return d.data.Sync(ctx)
+}
+
+// cutData lets the data file end where the disk does, after a growth that failed: a
+// raw one is to have the disk and no more. It stays as long as it is where nobody
+// knows what the header says. The caller has set reach to size before; what filled
+// the last cluster beyond it is waited for, whether ctx has ended or not.
+func (d *disk) cutData(ctx context.Context, size int64) {
+	if !d.g.DataFile || d.data.Fixed() || d.writable() != nil {
+		return
+	}
+	d.m.mu.RLock()
+	last := d.claimed(size>>d.g.ClusterBits, 1)
+	d.m.mu.RUnlock()
+	if last != nil {
+		_ = last.wait(context.WithoutCancel(ctx)) // it cannot give up
+	}
+	if err := d.data.Truncate(size); err != nil {
+		d.log.Warn("data file could not be cut to the size of the disk, which has not grown",
+			"path", d.path, "bytes", size, "error", err)
+	}
 }
 
 // clearData makes a range of the data file zero, in the quickest way that it
