@@ -20,6 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/obs"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
@@ -142,6 +143,12 @@ func TestDisconnectAnswersWhatIsInFlight(t *testing.T) {
 // that it takes.
 func (r *rig) secure(t *testing.T, mode TLSMode) *tls.Config {
 	t.Helper()
+	return r.secureBeside(t, mode, nil)
+}
+
+// secureBeside is secure for a server that takes keys as well, if there are any.
+func (r *rig) secureBeside(t *testing.T, mode TLSMode, keys *psk.Keys) *tls.Config {
+	t.Helper()
 	dir := t.TempDir()
 	ca := transporttest.NewCA(t, "test")
 	transporttest.WriteServer(t, dir, ca, ca.IssueServer("localhost"))
@@ -154,7 +161,7 @@ func (r *rig) secure(t *testing.T, mode TLSMode) *tls.Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.opt.TLS, r.opt.Encrypt = mode, (&transport.ServerSecurity{Certificates: creds}).Encrypt
+	r.opt.TLS, r.opt.Encrypt = mode, (&transport.ServerSecurity{Certificates: creds, Keys: keys}).Encrypt
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.Cert)
 	return &tls.Config{ServerName: "localhost", RootCAs: pool, Certificates: []tls.Certificate{pair}}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
 	"net"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 )
 
 const lookoutSize = 512 // of the writes of these tests, all at the beginning of the disk
@@ -63,17 +66,37 @@ func (r *rig) idle() {
 func TestRequestsOfWhoIsGoneAreGivenUp(t *testing.T) {
 	unix := func(t *testing.T, r *rig) net.Conn { return r.simple() }
 	inTLS := func(t *testing.T, r *rig) net.Conn { return r.simpleInsideTLS(r.secure(t, TLSRequire)) }
-	for name, tt := range map[string]struct {
+	beside := func(t *testing.T, r *rig) net.Conn {
+		keys, _ := guestKey(t)
+		return r.simpleInsideTLS(r.secureBeside(t, TLSRequire, keys))
+	}
+	byKey := func(t *testing.T, r *rig) net.Conn {
+		keys, cfg := guestKey(t)
+		r.secureBeside(t, TLSRequire, keys)
+		return r.simpleInsideTLS(cfg)
+	}
+	const more = limits.RequestsPerConn + 10
+	closed := func(c net.Conn) { c.Close() }
+	cut := func(c net.Conn) { c.(*tls.Conn).NetConn().Close() }
+	type leaving struct {
 		dial   func(*testing.T, *rig) net.Conn
 		writes int
 		leave  func(c net.Conn)
-	}{
-		"closed":            {unix, 10, func(c net.Conn) { c.Close() }},
-		"closed, and more":  {unix, limits.RequestsPerConn + 10, func(c net.Conn) { c.Close() }},
-		"both sides shut":   {unix, 10, func(c net.Conn) { c.(*net.UnixConn).CloseWrite(); c.(*net.UnixConn).CloseRead() }},
-		"cut, inside TLS":   {inTLS, 10, func(c net.Conn) { c.(*tls.Conn).NetConn().Close() }},
-		"ended, inside TLS": {inTLS, 10, func(c net.Conn) { c.Close() }},
-	} {
+	}
+	cases := map[string]leaving{
+		"closed":                     {unix, 10, closed},
+		"closed, and more":           {unix, more, closed},
+		"both sides shut":            {unix, 10, func(c net.Conn) { c.(*net.UnixConn).CloseWrite(); c.(*net.UnixConn).CloseRead() }},
+		"cut, inside TLS":            {inTLS, 10, cut},
+		"ended, inside TLS":          {inTLS, 10, closed},
+		"cut, beside keys, and more": {beside, more, cut},
+		"ended, beside keys":         {beside, 10, closed},
+	}
+	if psk.Supported() == nil {
+		cases["cut, with a key, and more"] = leaving{byKey, more, cut}
+		cases["ended, with a key"] = leaving{byKey, 10, closed}
+	}
+	for name, tt := range cases {
 		t.Run(name, func(t *testing.T) {
 			r, p, h := pausedRig(t)
 			c := tt.dial(t, r)
@@ -88,6 +111,25 @@ func TestRequestsOfWhoIsGoneAreGivenUp(t *testing.T) {
 			r.untouched(p)
 		})
 	}
+}
+
+// guestKey is a server's key for one guest, and the configuration of that guest, which
+// is nil in a build that cannot use keys.
+func guestKey(t *testing.T) (*psk.Keys, *tls.Config) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "keys.psk")
+	if err := psk.Add(path, "guest", limits.MinPSK, false); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := psk.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := psk.ClientConfig(path, "guest")
+	if err != nil && !errors.Is(err, psk.ErrUnsupported) {
+		t.Fatal(err)
+	}
+	return keys, cfg
 }
 
 // untouched checks that the disk has none of the bytes that write writes.

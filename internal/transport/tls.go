@@ -3,6 +3,7 @@ package transport
 import (
 	"crypto/tls"
 	"fmt"
+	"net"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -71,6 +72,10 @@ func (t *tlsConn) CloseWrite() error {
 
 func (t *tlsConn) Peer() *Peer          { return &t.peer }
 func (t *tlsConn) Raw() syscall.RawConn { return nil }
+
+// NetConn is the Conn that carries the records, as Conn promises. What crypto/tls
+// writes them to may be a wrapping of it that is no Conn.
+func (t *tlsConn) NetConn() net.Conn { return t.under }
 
 // bounded shortens the five seconds that crypto/tls grants for close_notify
 // to limits.TLSClose.

@@ -26,6 +26,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/transport"
+	"github.com/vmdiskd/vmdiskd/internal/transport/psk"
 	"github.com/vmdiskd/vmdiskd/internal/transport/stamp/stamptest"
 	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
@@ -478,6 +479,46 @@ func TestARevocationTakesEffectAtTheNextHandshake(t *testing.T) {
 		_, _, serr, cerr := handshake(t, cfg, p.clientConfig(bob))
 		if err := errors.Join(serr, cerr); (err == nil) != st.in {
 			t.Errorf("%s: handshake %v, want success: %v", st.name, err, st.in)
+		}
+	}
+}
+
+// TestConnBelowTLSIsKnown, whatever the server encrypts with: it tells of a peer that
+// is gone.
+func TestConnBelowTLSIsKnown(t *testing.T) {
+	p := newPKI(t)
+	path := filepath.Join(t.TempDir(), "keys.psk")
+	put(t, psk.Add(path, "guest", limits.MinPSK, false))
+	keys, err := psk.Load(path)
+	put(t, err)
+	certs := p.load(t, transport.TLSOptions{})
+	shown := p.clientConfig(p.ca.IssueClient("guest"))
+	type sides struct {
+		server transport.ServerSecurity
+		client *tls.Config
+	}
+	cases := map[string]sides{
+		"certificates":             {transport.ServerSecurity{Certificates: certs}, shown},
+		"certificates beside keys": {transport.ServerSecurity{Certificates: certs, Keys: keys}, shown},
+	}
+	if psk.Supported() == nil {
+		cfg, err := psk.ClientConfig(path, "guest")
+		put(t, err)
+		cases["keys"] = sides{transport.ServerSecurity{Keys: keys}, cfg}
+	}
+	for name, tt := range cases {
+		sc, cc := transporttest.Pair(t)
+		put(t, errors.Join(sc.SetDeadline(time.Now().Add(30*time.Second)), cc.SetDeadline(time.Now().Add(30*time.Second))))
+		done := make(chan error, 1)
+		go func() {
+			_, err := transport.ClientTLS(cc, tt.client)
+			done <- err
+		}()
+		c, err := tt.server.Encrypt(sc)
+		put(t, errors.Join(err, <-done))
+		under, ok := c.(interface{ NetConn() net.Conn }).NetConn().(transport.Conn)
+		if !ok || under.Raw() != sc.Raw() {
+			t.Errorf("%s: below TLS is %v, want the socket", name, under)
 		}
 	}
 }

@@ -123,7 +123,8 @@ type Conn interface {
 	// Peer never changes.
 	Peer() *Peer
 
-	// Raw is nil for a pair of pipes.
+	// Raw is nil for a pair of pipes, and inside TLS. There the Conn has a method
+	// NetConn, as tls.Conn has, and what that returns is the Conn below.
 	Raw() syscall.RawConn
 }
 
