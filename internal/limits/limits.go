@@ -132,6 +132,12 @@ const (
 	SlowWrite    = 10 * time.Millisecond
 	SlowWriteFor = 5 * time.Second
 
+	// LongTurn is how long a connection may copy one write after the other into
+	// the page cache before it sends the replies that it has, which also shows
+	// whether the peer is still there: who takes its place shall not have its
+	// writes overwritten. A TurnBuffer of quick writes takes a fraction of that.
+	LongTurn = 5 * time.Millisecond
+
 	// KeepAliveIdle, KeepAliveInterval and KeepAliveCount find dead TCP peers
 	// in about a minute and a half.
 	KeepAliveIdle     = 60 * time.Second

@@ -363,11 +363,18 @@ func (s *session) writeMapped(req *wire.Request, b *bufpool.Buf, p []byte) error
 	return nil
 }
 
+// writeDone answers a write of this turn, which it ends if that has been a long one: to
+// a peer that is gone no reply can be sent, and its other writes stay undone.
 func (s *session) writeDone(req *wire.Request, err error) error {
 	if err != nil {
-		return s.replyError(req, err)
+		err = s.replyError(req, err)
+	} else {
+		err = s.replyDone(req)
 	}
-	return s.replyDone(req)
+	if err == nil && s.pace.long() {
+		err = s.endTurn()
+	}
+	return err
 }
 
 // mapWrite maps a write into m. cached says that all of it may be copied to

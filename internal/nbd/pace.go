@@ -9,8 +9,9 @@ import (
 // pace finds out whether writes within the turn hold the connection up. The
 // clock is looked at once per write and once per turn.
 type pace struct {
-	mark time.Time // when the last write ended, or the first of a turn began
-	slow time.Time // until then writes are for the engine
+	first time.Time // when the first write of the turn began
+	mark  time.Time // when the last write ended, or the first of a turn began
+	slow  time.Time // until then writes are for the engine
 }
 
 // quick says that a write may happen in the turn, and begins it.
@@ -22,7 +23,7 @@ func (p *pace) quick() bool {
 	if now.Before(p.slow) {
 		return false
 	}
-	p.slow, p.mark = time.Time{}, now
+	p.slow, p.first, p.mark = time.Time{}, now, now
 	return true
 }
 
@@ -34,5 +35,9 @@ func (p *pace) wrote(now time.Time) {
 	p.mark = now
 }
 
+// long says that the writes of the turn have kept the connection for so long that it
+// shall end.
+func (p *pace) long() bool { return p.mark.Sub(p.first) > limits.LongTurn }
+
 // turn ends the turn: time that passes from now on is not the writes'.
-func (p *pace) turn() { p.mark = time.Time{} }
+func (p *pace) turn() { p.first, p.mark = time.Time{}, time.Time{} }

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -98,6 +99,66 @@ func TestSlowWritesDoNotHoldUpReads(t *testing.T) {
 	}
 }
 
+// writes are n writes of lookoutSize bytes, with cookies from 0.
+func writes(n int) (p []byte) {
+	for i := range n {
+		p = append(p, message(wire.CmdWrite, uint64(i), uint64(i)*lookoutSize, lookoutSize)...)
+		p = append(p, make([]byte, lookoutSize)...)
+	}
+	return p
+}
+
+// TestLongTurnOfWritesEndsWithItsClient: who takes its place may have written by then.
+func TestLongTurnOfWritesEndsWithItsClient(t *testing.T) {
+	r, f := farRig(t)
+	c := r.simple()
+	sent := make(chan struct{})
+	var written atomic.Int32
+	slow := func() {
+		if written.Add(1) == 1 {
+			<-sent
+			c.Close()
+		}
+		<-time.After(limits.LongTurn)
+	}
+	f.write.Store(&slow)
+	r.send(c, writes(100))
+	close(sent)
+	if err := r.ended(); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("the session ended with %v, want %v", err, syscall.EPIPE)
+	}
+	if n := written.Load(); n != 1 {
+		t.Errorf("%d writes reached the disk, want the one in which the client left", n)
+	}
+}
+
+// TestLongTurnOfWritesIsAnsweredMeanwhile: the first write has its reply while the second
+// lasts.
+func TestLongTurnOfWritesIsAnsweredMeanwhile(t *testing.T) {
+	r, f := farRig(t)
+	c := r.simple()
+	answered := make(chan struct{})
+	free := sync.OnceFunc(func() { close(answered) })
+	t.Cleanup(free)
+	var written atomic.Int32
+	slow := func() {
+		if written.Add(1) == 1 {
+			<-time.After(limits.LongTurn)
+		} else {
+			<-answered
+		}
+	}
+	f.write.Store(&slow)
+	r.send(c, writes(2))
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 0 {
+		t.Errorf("first answer: got %v for %d, want OK for 0", e, cookie)
+	}
+	free()
+	if e, cookie := r.reply(c); e != wire.OK || cookie != 1 {
+		t.Errorf("second answer: got %v for %d, want OK for 1", e, cookie)
+	}
+}
+
 func TestPaceSlowsDownAndRecovers(t *testing.T) {
 	var p pace
 	if !p.quick() {
@@ -117,7 +178,17 @@ func TestPaceSlowsDownAndRecovers(t *testing.T) {
 		t.Error("slowness does not end")
 	}
 	p.turn()
+	if p.long() {
+		t.Error("a turn without a write is long")
+	}
 	if !p.quick() || time.Since(p.mark) > hangLimit {
 		t.Error("a new turn does not begin now")
+	}
+	p.wrote(p.mark.Add(limits.LongTurn / 2))
+	if p.long() {
+		t.Error("a turn within the limit is long")
+	}
+	if p.wrote(p.mark.Add(limits.LongTurn)); !p.long() {
+		t.Error("a long turn was not noticed")
 	}
 }
