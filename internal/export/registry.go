@@ -97,6 +97,7 @@ type entry struct {
 	lost  bool // the disk has failed: there is nothing to flush
 	uses  map[*use]struct{}
 	place
+	clients  int           // of the uses, those that are not for information alone
 	due      int           // what place.made will be; 0 before it is known
 	kept     bool          // it is away when it is closed, and not forgotten
 	removing int           // Removes that are under way
@@ -251,8 +252,8 @@ func (r *Registry) Fail(name string) {
 }
 
 // Remove takes the export of an owner away: no peer sees it any more, and those that
-// use it leave when what they have in flight is finished. Without force an export in
-// use stays: ErrInUse. With it, what is in flight at the deadline of ctx is given
+// use it leave when what they have in flight is finished. Without force an export that
+// has clients stays: ErrInUse. With it, what is in flight at the deadline of ctx is given
 // up. When all have left, the disk is flushed and closed. If ctx is cancelled
 // before that, or the storage still has requests, the export stays in the state
 // Draining, and Remove can be called again, or Readmit.
@@ -263,7 +264,7 @@ func (r *Registry) Remove(ctx context.Context, name string, owner any, force boo
 	case e == nil || e.spec.Owner != owner || e.state == Opening:
 		r.mu.Unlock()
 		return nbd.ErrUnknownExport
-	case len(e.uses) > 0 && !force:
+	case e.clients > 0 && !force:
 		r.mu.Unlock()
 		return fmt.Errorf("%w: %q", ErrInUse, name)
 	}
@@ -407,7 +408,17 @@ func (r *Registry) find(name string, p *transport.Peer) (Spec, error) {
 // export is in use from before the device is asked for that, which it may take
 // long to answer.
 func (r *Registry) Open(_ context.Context, name string, p *transport.Peer) (*nbd.Export, error) {
-	u, err := r.use(name, p)
+	return r.open(name, p, true)
+}
+
+// Inspect implements nbd.Exports. The disk stays until the view is closed, for which
+// Remove waits.
+func (r *Registry) Inspect(_ context.Context, name string, p *transport.Peer) (*nbd.Export, error) {
+	return r.open(name, p, false)
+}
+
+func (r *Registry) open(name string, p *transport.Peer, client bool) (*nbd.Export, error) {
+	u, err := r.use(name, p, client)
 	if err != nil {
 		return nil, err
 	}
@@ -587,7 +598,7 @@ func (r *Registry) Len() int {
 
 // status is what is known of e without its device.
 func (e *entry) status() Status {
-	return Status{Spec: e.spec, State: e.state, Clients: len(e.uses)}
+	return Status{Spec: e.spec, State: e.state, Clients: e.clients}
 }
 
 // ask completes s with what the device says of itself.

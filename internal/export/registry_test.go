@@ -508,6 +508,53 @@ func TestExportOfOneConnectionIsNotForSeveral(t *testing.T) {
 	}
 }
 
+// TestWhoAsksForInformationTakesNoPlace of a client, needs none, and is no reason to
+// keep the export.
+func TestWhoAsksForInformationTakesNoPlace(t *testing.T) {
+	r := NewRegistry()
+	add(t, r, Spec{Name: "a", Settings: Settings{Connections: 1}})
+	clients := func(want int) {
+		t.Helper()
+		if s, _ := r.StatusOf("a"); s.Clients != want {
+			t.Errorf("got %d clients, want %d", s.Clients, want)
+		}
+	}
+	before, err := r.Inspect(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clients(0)
+	x, err := r.Open(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatalf("while somebody asks for information: %v", err)
+	}
+	after, err := r.Inspect(t.Context(), "a", nil)
+	if err != nil {
+		t.Fatalf("information about an export in use: %v", err)
+	}
+	before.Close()
+	clients(1)
+	if _, err := r.Open(t.Context(), "a", nil); !errors.Is(err, nbd.ErrUnknownExport) {
+		t.Errorf("the second client: got %v, want %v", err, nbd.ErrUnknownExport)
+	}
+	if err := r.Remove(t.Context(), "a", nil, false); !errors.Is(err, ErrInUse) {
+		t.Errorf("remove: got %v, want %v", err, ErrInUse)
+	}
+	x.Close()
+	clients(0)
+	removed := make(chan error, 1)
+	go func() { removed <- r.Remove(t.Context(), "a", nil, false) }()
+	select {
+	case <-after.Gone.Done():
+	case err := <-removed:
+		t.Fatalf("remove while somebody asks for information: %v", err)
+	}
+	after.Close()
+	if err := <-removed; err != nil {
+		t.Errorf("remove: %v", err)
+	}
+}
+
 func TestFailedOpenLeavesNothing(t *testing.T) {
 	r := NewRegistry()
 	boom := errors.New("boom")

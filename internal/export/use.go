@@ -10,21 +10,22 @@ import (
 
 // use is one use of an export, which left ends.
 type use struct {
-	e     *entry
-	p     *transport.Peer // nil for one of the process itself
-	begun uint64          // by Registry.begun
-	spec  Spec            // of e when the use began
-	deny  backing.Caps    // what p may not do
-	known learnt          // of p when the use began
-	gone  context.Context
-	leave func() // ends gone, and frees it
-	cut   context.Context
+	e      *entry
+	p      *transport.Peer // nil for one of the process itself
+	client bool            // it is not for information alone
+	begun  uint64          // by Registry.begun
+	spec   Spec            // of e when the use began
+	deny   backing.Caps    // what p may not do
+	known  learnt          // of p when the use began
+	gone   context.Context
+	leave  func() // ends gone, and frees it
+	cut    context.Context
 }
 
 // use begins a use of an export by p. Whether what p has proved stands is asked when the
 // use is there: who exchanges keys or certificates and calls Review then misses nobody.
-func (r *Registry) use(name string, p *transport.Peer) (*use, error) {
-	u, err := r.begin(name, p)
+func (r *Registry) use(name string, p *transport.Peer, client bool) (*use, error) {
+	u, err := r.begin(name, p, client)
 	if err == nil && !p.Stands() {
 		r.left(u)
 		return nil, nbd.ErrUnknownExport
@@ -33,24 +34,27 @@ func (r *Registry) use(name string, p *transport.Peer) (*use, error) {
 }
 
 // begin is use by who has proved what it is.
-func (r *Registry) begin(name string, p *transport.Peer) (*use, error) {
+func (r *Registry) begin(name string, p *transport.Peer, client bool) (*use, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e, access, known, err := r.findLocked(name, p)
 	if err != nil {
 		return nil, err
 	}
-	if n := e.spec.Connections; n > 0 && len(e.uses) >= n {
+	if n := e.spec.Connections; client && n > 0 && e.clients >= n {
 		return nil, errFull
 	}
 	r.begun++
-	u := &use{e: e, p: p, begun: r.begun, spec: e.spec, deny: e.spec.denies(access) | e.spec.lacks(), known: known, cut: e.cut}
+	u := &use{e: e, p: p, client: client, begun: r.begun, spec: e.spec, deny: e.spec.denies(access) | e.spec.lacks(), known: known, cut: e.cut}
 	if x := known.lease; x != nil {
 		u.gone, u.leave = either(e.gone, x.gone)
 	} else {
 		u.gone, u.leave = context.WithCancel(e.gone)
 	}
 	e.uses[u] = struct{}{}
+	if client {
+		e.clients++
+	}
 	return u, nil
 }
 
@@ -79,6 +83,9 @@ func (r *Registry) left(u *use) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e := u.e
+	if u.client {
+		e.clients--
+	}
 	if delete(e.uses, u); len(e.uses) == 0 && e.idle != nil {
 		close(e.idle)
 		e.idle = nil

@@ -64,7 +64,7 @@ func (n *negotiation) oldstyle(ctx context.Context) error {
 	if n.opt.TLS == TLSRequire {
 		return errTLSReqd
 	}
-	x, _, err := n.open(ctx, "")
+	x, _, err := n.open(ctx, "", n.opt.Exports.Open)
 	if err != nil {
 		return err
 	}

@@ -46,6 +46,7 @@ type oneExport struct {
 	cut      func()
 	still    func() bool // Export.Still; may be nil
 	opened   atomic.Int32
+	looked   atomic.Int32 // calls of Inspect
 	open     atomic.Int32
 }
 
@@ -75,6 +76,19 @@ func (x *oneExport) Find(name string, _ *transport.Peer) (ExportInfo, error) {
 }
 
 func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Export, error) {
+	e, err := x.view(name, p)
+	if err == nil {
+		x.opened.Add(1)
+	}
+	return e, err
+}
+
+func (x *oneExport) Inspect(_ context.Context, name string, p *transport.Peer) (*Export, error) {
+	x.looked.Add(1)
+	return x.view(name, p)
+}
+
+func (x *oneExport) view(name string, p *transport.Peer) (*Export, error) {
 	info, err := x.Find(name, p)
 	if err != nil {
 		return nil, err
@@ -83,7 +97,6 @@ func (x *oneExport) Open(_ context.Context, name string, p *transport.Peer) (*Ex
 	if info.Name == "large" {
 		dev = x.large
 	}
-	x.opened.Add(1)
 	x.open.Add(1)
 	return &Export{ExportInfo: info, Device: backing.NewChecked(dev, x.deny), Stats: x.stats, Cut: x.cutting, Still: x.still, Close: func() { x.open.Add(-1) }}, nil
 }

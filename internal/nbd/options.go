@@ -8,6 +8,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/internal/transport"
 )
 
 // option is one row of the table of options.
@@ -47,7 +48,7 @@ func (n *negotiation) optExportName(ctx context.Context, _ wire.Opt, p []byte) (
 	if n.agreed.extended || len(p) > limits.MaxString {
 		return hangUp, errExportName
 	}
-	x, _, err := n.open(ctx, string(p))
+	x, _, err := n.open(ctx, string(p), n.opt.Exports.Open)
 	if err != nil {
 		return hangUp, err
 	}
@@ -98,7 +99,7 @@ func (n *negotiation) optStartTLS(_ context.Context, o wire.Opt, _ []byte) (verd
 // optInfo and optGo give the same answers; GO starts transmission after them
 // and never sends the 124 zeroes (proto.md, "NBD_OPT_INFO and NBD_OPT_GO").
 func (n *negotiation) optInfo(ctx context.Context, o wire.Opt, p []byte) (verdict, error) {
-	x, v := n.describe(ctx, o, p)
+	x, v := n.describe(ctx, o, p, n.opt.Exports.Inspect)
 	if x != nil {
 		x.Close()
 	}
@@ -106,7 +107,7 @@ func (n *negotiation) optInfo(ctx context.Context, o wire.Opt, p []byte) (verdic
 }
 
 func (n *negotiation) optGo(ctx context.Context, o wire.Opt, p []byte) (verdict, error) {
-	x, v := n.describe(ctx, o, p)
+	x, v := n.describe(ctx, o, p, n.opt.Exports.Open)
 	if x == nil {
 		return v, nil
 	}
@@ -116,7 +117,7 @@ func (n *negotiation) optGo(ctx context.Context, o wire.Opt, p []byte) (verdict,
 
 // describe opens the export, answers with its information and hands it over.
 // Without an export the error has been appended.
-func (n *negotiation) describe(ctx context.Context, o wire.Opt, p []byte) (*Export, verdict) {
+func (n *negotiation) describe(ctx context.Context, o wire.Opt, p []byte, open opener) (*Export, verdict) {
 	req, err := wire.DecodeInfoRequest(p)
 	if err != nil {
 		return nil, n.fail(o, wire.RepErrInvalid, "malformed request")
@@ -124,7 +125,7 @@ func (n *negotiation) describe(ctx context.Context, o wire.Opt, p []byte) (*Expo
 	if len(req.Name) > limits.MaxString {
 		return nil, n.fail(o, wire.RepErrTooBig, "export name is too long")
 	}
-	x, rep, err := n.open(ctx, req.Name)
+	x, rep, err := n.open(ctx, req.Name, open)
 	if err != nil {
 		return nil, n.fail(o, rep, err.Error())
 	}
@@ -161,13 +162,16 @@ func distinct(infos []wire.Info) []wire.Info {
 
 var errTLSReqd = errors.New("TLS is required for this export")
 
+// opener is a method of Exports that opens one.
+type opener func(context.Context, string, *transport.Peer) (*Export, error)
+
 // open is the only way to an export. The reply fits the error.
-func (n *negotiation) open(ctx context.Context, name string) (*Export, wire.Rep, error) {
+func (n *negotiation) open(ctx context.Context, name string, open opener) (*Export, wire.Rep, error) {
 	found, rep, err := n.find(name)
 	if err != nil {
 		return nil, rep, err
 	}
-	x, err := n.opt.Exports.Open(ctx, name, n.conn.Peer())
+	x, err := open(ctx, name, n.conn.Peer())
 	switch {
 	case errors.Is(err, ErrUnknownExport):
 		return nil, wire.RepErrUnknown, ErrUnknownExport

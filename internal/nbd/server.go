@@ -81,6 +81,10 @@ type Exports interface {
 
 	// Open opens what Find found.
 	Open(ctx context.Context, name string, p *transport.Peer) (*Export, error)
+
+	// Inspect is Open for a peer that asks for information alone: it is no client,
+	// and takes nobody's place.
+	Inspect(ctx context.Context, name string, p *transport.Peer) (*Export, error)
 }
 
 // TLSMode says when a connection must be encrypted (proto.md, "TLS support").

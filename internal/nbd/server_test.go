@@ -412,22 +412,26 @@ func TestHandshakeHasOneDeadlineInAll(t *testing.T) {
 
 func TestExportIsOpenedByItsOptionsOnly(t *testing.T) {
 	for _, tt := range []struct {
-		name string
-		p    []byte
-		want int
+		name           string
+		p              []byte
+		opened, looked int32
 	}{
-		{"nothing", clientFlags(nil), 0},
-		{"LIST", wire.AppendOption(clientFlags(nil), wire.OptList, nil), 0},
-		{"SET_META_CONTEXT", metaOption(wire.AppendOption(clientFlags(nil), wire.OptStructuredReply, nil)), 0},
-		{"GO", goOption(clientFlags(nil)), 1},
-		{"EXPORT_NAME", sessionPrefixes[0], 1},
-		{"unknown name", wire.AppendOption(clientFlags(nil), wire.OptExportName, []byte("x")), 0},
+		{"nothing", clientFlags(nil), 0, 0},
+		{"LIST", wire.AppendOption(clientFlags(nil), wire.OptList, nil), 0, 0},
+		{"SET_META_CONTEXT", metaOption(wire.AppendOption(clientFlags(nil), wire.OptStructuredReply, nil)), 0, 0},
+		{"INFO", wire.AppendOption(clientFlags(nil), wire.OptInfo, []byte(infoRequest("disk"))), 0, 1},
+		{"GO", goOption(clientFlags(nil)), 1, 0},
+		{"EXPORT_NAME", sessionPrefixes[0], 1, 0},
+		{"unknown name", wire.AppendOption(clientFlags(nil), wire.OptExportName, []byte("x")), 0, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := memRig(t, 1<<20)
 			r.feed(t, tt.p)
-			if int(r.exports.opened.Load()) != tt.want {
-				t.Errorf("exports opened: got %d, want %d", r.exports.opened.Load(), tt.want)
+			if n := r.exports.opened.Load(); n != tt.opened {
+				t.Errorf("exports opened: got %d, want %d", n, tt.opened)
+			}
+			if n := r.exports.looked.Load(); n != tt.looked {
+				t.Errorf("exports looked at: got %d, want %d", n, tt.looked)
 			}
 		})
 	}
