@@ -36,10 +36,6 @@ const (
 	// stream up for a while.
 	ControlReplyTime = 60 * time.Second
 
-	// ControlRefusal bounds the sending of the reply to a connection for which
-	// there is no room: the kernel takes it at once.
-	ControlRefusal = 100 * time.Millisecond
-
 	// ControlRemove is how long a removal waits for what the clients of an
 	// export have in flight if the request does not say, and ControlRemoveMost
 	// at most.

@@ -12,7 +12,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
-	"time"
+	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -85,19 +85,37 @@ type fullError struct{ text string }
 
 func (e *fullError) Error() string { return e.text }
 
-// reply answers a request that is not read. Nothing was sent on c yet, so that
-// there is room for it.
+// reply answers a request that is not read. Nothing was sent on c yet, so that there
+// is room for it: the kernel takes it whole and at once, or it is not sent. No clock
+// bounds that, by which a busy host would cut it.
 func (e *fullError) reply(c net.Conn) {
-	b, err := json.Marshal(api.Error{Code: api.CodeInUse, Text: e.text})
-	if err != nil || c.SetWriteDeadline(time.Now().Add(limits.ControlRefusal)) != nil {
+	raw, err := e.http()
+	sc, ok := c.(syscall.Conn)
+	if err != nil || !ok {
 		return
+	}
+	if rc, err := sc.SyscallConn(); err == nil {
+		_ = rc.Write(func(fd uintptr) bool {
+			_, _ = unix.Write(int(fd), raw) // it may have left
+			return true
+		})
+	}
+}
+
+// http is the reply as it is sent.
+func (e *fullError) http() ([]byte, error) {
+	b, err := json.Marshal(api.Error{Code: api.CodeInUse, Text: e.text})
+	if err != nil {
+		return nil, err
 	}
 	r := http.Response{
 		StatusCode: http.StatusServiceUnavailable, ProtoMajor: 1, ProtoMinor: 1, Close: true,
 		Header: http.Header{"Content-Type": {"application/json"}, "Retry-After": {"1"}}, // in seconds
 		Body:   io.NopCloser(bytes.NewReader(b)), ContentLength: int64(len(b)),
 	}
-	_ = r.Write(c) // it may have left
+	var out bytes.Buffer
+	err = r.Write(&out)
+	return out.Bytes(), err
 }
 
 // admit decides about a connection of which nothing was read yet.
