@@ -653,35 +653,37 @@ func TestConnectionsAreBoundedPerPeerAndInAll(t *testing.T) {
 // TestHalfOpenConnectionsMakeRoom: for another guest of their peer, and for
 // another peer, but not for whoever has most of them.
 func TestHalfOpenConnectionsMakeRoom(t *testing.T) {
-	a := newAdmission()
-	var flood []*slot
-	for i := range limits.Connections {
-		flood = append(flood, enter(t, a, fmt.Sprint("uid:", i/limits.ConnectionsPerPeer)))
-	}
-	for i, tt := range []struct{ key, guest, of string }{
-		{"uid:1", "uid:1,pid:2", "uid:1"},
-		{"uid:9", "uid:9", "uid:0"},
-	} {
-		s, err := a.enter(tt.key, tt.guest, func() {})
-		if err != nil {
-			t.Fatalf("%s: %v", tt.guest, err)
+	synctest.Test(t, func(t *testing.T) { // no grace is over
+		a := newAdmission()
+		var flood []*slot
+		for i := range limits.Connections {
+			flood = append(flood, enter(t, a, fmt.Sprint("uid:", i/limits.ConnectionsPerPeer)))
 		}
-		spare := slices.IndexFunc(flood, (*slot).madeRoom)
-		if spare < 0 || flood[spare].peer.key != tt.of || spare%limits.ConnectionsPerPeer != limits.HandshakingPerPeer {
-			t.Errorf("%s: connection %d made room, want the first of %s that waits", tt.guest, spare, tt.of)
+		for i, tt := range []struct{ key, guest, of string }{
+			{"uid:1", "uid:1,pid:2", "uid:1"},
+			{"uid:9", "uid:9", "uid:0"},
+		} {
+			s, err := a.enter(tt.key, tt.guest, func() {})
+			if err != nil {
+				t.Fatalf("%s: %v", tt.guest, err)
+			}
+			spare := slices.IndexFunc(flood, (*slot).madeRoom)
+			if spare < 0 || flood[spare].peer.key != tt.of || spare%limits.ConnectionsPerPeer != limits.HandshakingPerPeer {
+				t.Errorf("%s: connection %d made room, want the first of %s that waits", tt.guest, spare, tt.of)
+			}
+			if err := flood[max(spare, 0)].handshake(nil, nil); err != nil {
+				t.Errorf("connection %d waits on: %v", spare, err)
+			}
+			flood = slices.Delete(flood, spare, spare+1)
+			flood = append(flood, s)
+			if a.all != limits.Connections {
+				t.Errorf("after %d: got %d connections, want %d", i+1, a.all, limits.Connections)
+			}
 		}
-		if err := flood[max(spare, 0)].handshake(nil, nil); err != nil {
-			t.Errorf("connection %d waits on: %v", spare, err)
+		if _, err := a.enter("uid:2", "uid:2", nil); !errors.Is(err, errTooManyPeerConns) {
+			t.Errorf("one more of a peer that has most: got %v, want %v", err, errTooManyPeerConns)
 		}
-		flood = slices.Delete(flood, spare, spare+1)
-		flood = append(flood, s)
-		if a.all != limits.Connections {
-			t.Errorf("after %d: got %d connections, want %d", i+1, a.all, limits.Connections)
-		}
-	}
-	if _, err := a.enter("uid:2", "uid:2", nil); !errors.Is(err, errTooManyPeerConns) {
-		t.Errorf("one more of a peer that has most: got %v, want %v", err, errTooManyPeerConns)
-	}
+	})
 }
 
 // fromAddr is a connection from a TCP address.
