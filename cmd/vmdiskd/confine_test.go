@@ -586,6 +586,12 @@ func (s *testService) logged(what string) bool {
 	return err == nil && bytes.Contains(b, []byte(what))
 }
 
+// wantLogged waits until the log has what: lines are written behind what they tell of.
+func (s *testService) wantLogged(what string) {
+	s.Helper()
+	s.await(fmt.Sprintf("the log has %q", what), func() bool { return s.logged(what) })
+}
+
 // TestCertificatesBehindLinksAreRenewed: they are laid out as by certbot, where a
 // renewal is a new file elsewhere and a new link.
 func TestCertificatesBehindLinksAreRenewed(t *testing.T) {
@@ -712,8 +718,10 @@ func TestRootThatComesLaterIsExplained(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.rewrite(`roots = ["`+s.dir, `roots = ["`+late+`", "`+replaced)
+	scratch := t.TempDir() // the worker may write there, wherever those of the tests are
+	s.prepare = func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "TMPDIR="+scratch) }
 	s.start()
-	s.await("the log names the missing root", func() bool { return s.logged("root=" + late) })
+	s.wantLogged("root=" + late)
 	if s.logged("root=" + replaced) {
 		t.Error("the log names a root that is there")
 	}

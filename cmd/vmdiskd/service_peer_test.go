@@ -2,14 +2,18 @@ package main
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
@@ -18,13 +22,30 @@ import (
 // peers of different addresses can come from.
 func tcpListener(t *testing.T) (addr, toml string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr = net.JoinHostPort("127.0.0.1", freePort(t))
+	return addr, fmt.Sprintf("[[listener]]\nuri = \"nbd://%s\"\n", addr)
+}
+
+// freePort is a TCP port of 127.0.0.1 that the kernel gives to nobody else until the
+// end of the test: a socket has it that does not listen, beside which the service,
+// which reuses addresses, may.
+func freePort(t *testing.T) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	addr = l.Addr().String()
-	return addr, fmt.Sprintf("[[listener]]\nuri = \"nbd://%s\"\n", addr)
+	t.Cleanup(func() { unix.Close(fd) })
+	err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+		unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.Itoa(at.(*unix.SockaddrInet4).Port)
 }
 
 // dialFrom connects from one of the addresses that are this machine's own.

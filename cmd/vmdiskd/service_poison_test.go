@@ -61,9 +61,7 @@ func TestExportThatTakesNoMoreWritesIsNotWell(t *testing.T) {
 	if got := s.metric(`export_writable{export="q"}`); got != 0 {
 		t.Errorf("metrics: writable is %v, want 0", got)
 	}
-	if log := s.log(); !strings.Contains(log, "msg=\"export takes no more writes") {
-		t.Error("the log has no line of it")
-	}
+	s.wantLogged("msg=\"export takes no more writes")
 	s.wantBytes("q", "0xcd", "0")
 
 	if err := s.ctl.Remove(t.Context(), "q", true, 0); err != nil { // that it cannot be flushed is known
@@ -98,9 +96,7 @@ func TestPoisonedExportIsRemoved(t *testing.T) {
 	if states, files := s.states(), s.kept(); len(states)+len(files) != 0 {
 		t.Errorf("afterwards: got %q and %q, want nothing", states, files)
 	}
-	if log := s.log(); !strings.Contains(log, "msg=\"export was closed without its last writes") {
-		t.Error("the log has no line of it")
-	}
+	s.wantLogged("msg=\"export was closed without its last writes")
 	s.stop()
 }
 
@@ -299,8 +295,6 @@ func TestReloadTellsOfWritesThatAreLostAtTheEnd(t *testing.T) {
 		}
 		break
 	}
-	if log := s.log(); !strings.Contains(log, "msg=\"export was not removed in good order") {
-		t.Error("the log has no line of it")
-	}
+	s.wantLogged("msg=\"export was not removed in good order")
 	s.wantExports("afterwards")
 }

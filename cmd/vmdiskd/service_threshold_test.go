@@ -117,6 +117,7 @@ func TestThresholdIsAnEventForEachTimeThatItIsArmed(t *testing.T) {
 	s.write("a", "1", "512k")
 	s.wantReached("by the configuration", take, first)
 	s.wantThreshold("when it was reached", 0)
+	s.wantLogged("write threshold of export is reached")
 	if n := strings.Count(s.log(), "write threshold of export is reached"); n != 1 {
 		t.Errorf("the log tells it %d times", n)
 	}
