@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -36,6 +37,7 @@ type attack struct {
 	UDP     string // address that takes datagrams
 	Probe   int    // descriptor that connect is allowed for
 	Alone   bool   // the filter is all there is, as on a kernel without Landlock
+	Collect bool   // stage 0 collects garbage all the time
 }
 
 // attackStage0 becomes the worker, or attacks by itself.
@@ -50,6 +52,13 @@ func attackStage0(word string) error {
 			return err
 		}
 		return a.run()
+	}
+	if a.Collect {
+		go func() {
+			for {
+				runtime.GC()
+			}
+		}()
 	}
 	p := &confine.Plan{Mode: confine.Auto, State: a, User: os.Getenv("CONFINE_TEST_USER")}
 	return p.Exec()
@@ -311,14 +320,25 @@ func TestAttacksOfTheWorkerFail(t *testing.T) {
 	}
 }
 
+// TestCollectorTakesNothingFromTheWorker: what stage 0 hands over stays open until the
+// exec, also if that takes long, for many arguments.
+func TestCollectorTakesNothingFromTheWorker(t *testing.T) {
+	a := attack{Name: "be traceable", Collect: true}
+	for range 3 {
+		if got, want := runAttack(t, a, slices.Repeat([]string{"x"}, 120_000)...), attacks[a.Name].want; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 // runAttack returns the error that the worker saw, or that it was killed.
-func runAttack(t *testing.T, a attack) string {
+func runAttack(t *testing.T, a attack, args ...string) string {
 	t.Helper()
 	word, err := json.Marshal(a)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(os.Args[0])
+	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = append(os.Environ(), attackEnv+"="+string(word))
 	var out, msg strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &msg

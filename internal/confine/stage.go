@@ -318,6 +318,8 @@ func firstOwn() int {
 // become execs. Nothing stays open but the files of the plan, the standard
 // streams and the sockets of systemd.
 func (p *Plan) become(self program, handover *os.File) error {
+	// The collector closes what nobody uses any more, until the exec as well.
+	defer runtime.KeepAlive([...]any{p, self.file, handover})
 	if err := unix.CloseRange(uint(firstOwn()), ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return os.NewSyscallError("close_range", err)
 	}
@@ -334,9 +336,7 @@ func (p *Plan) become(self program, handover *os.File) error {
 			return fmt.Errorf("exec %q: %w", self.path, err)
 		}
 	}
-	err := execFile(self.file, os.Args, env)
-	runtime.KeepAlive(p.Files)
-	return fmt.Errorf("exec: %w", err)
+	return fmt.Errorf("exec: %w", execFile(self.file, os.Args, env))
 }
 
 // execFile is execveat(2) with AT_EMPTY_PATH.
