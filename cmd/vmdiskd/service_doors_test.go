@@ -16,6 +16,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // TestClosedListenerShowsNothing: also not to those who came in by it before
@@ -175,7 +176,9 @@ func TestSocketsInTheWayOfAServiceThatRuns(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.Close()
+		if err := testenv.Close(l); err != nil {
+			t.Fatal(err)
+		}
 		if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: x}); err != nil {
 			t.Fatalf("in place of a stale socket: %v", err)
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // reload gives the service another configuration and has it read.
@@ -651,7 +652,7 @@ func TestFailedExportComesBackAsNoOther(t *testing.T) {
 		t.Fatal("a snapshot of an image that another locks was made")
 	}
 	image := filepath.Join(s.dir, "a.img")
-	err := errors.Join(lock.Close(), os.Rename(image, filepath.Join(s.dir, "c.img")), os.WriteFile(image, make([]byte, 4096), 0o600))
+	err := errors.Join(testenv.Close(lock), os.Rename(image, filepath.Join(s.dir, "c.img")), os.WriteFile(image, make([]byte, 4096), 0o600))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -772,7 +773,7 @@ func TestReloadOpensWhatHasFailedWhileItWasOpen(t *testing.T) {
 		t.Errorf("reload while the image is locked: got %v, want it to be in use", err)
 	}
 	s.wantExports("while the image is locked", "a failed config", "b ready config")
-	if err := lock.Close(); err != nil {
+	if err := testenv.Close(lock); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.ctl.Reload(t.Context(), false); err != nil {

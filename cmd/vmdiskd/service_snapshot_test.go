@@ -17,6 +17,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
+	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
 
 // client runs a script with h, which has export a open, and snapshot and add, which
@@ -105,7 +106,7 @@ assert not snapshot("again.qcow2")
 				if err := s.ctl.Remove(t.Context(), "a", false, 0); err != nil {
 					t.Errorf("remove: %v", err)
 				}
-				if err := lock.Close(); err != nil {
+				if err := testenv.Close(lock); err != nil {
 					t.Fatal(err)
 				}
 				if _, err := s.ctl.Add(t.Context(), api.AddExport{Export: config.Export{Name: "a", Image: filepath.Join(s.dir, "a.img")}}); err != nil {

@@ -8,13 +8,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Patience bounds every wait of the end-to-end tests. It is generous, because
@@ -135,6 +139,26 @@ func Await(ctx context.Context, ready func() bool) error {
 		}
 	}
 	return nil
+}
+
+// Close ends what c listens for and locks, and closes it. A program that another test
+// starts has a duplicate of each descriptor until it executes, by which a socket that
+// is only closed goes on listening, and a file stays locked.
+func Close(c io.Closer) error {
+	if sc, ok := c.(syscall.Conn); ok {
+		raw, err := sc.SyscallConn()
+		if err != nil {
+			return err
+		}
+		err = raw.Control(func(fd uintptr) { // of the two, one fits
+			_ = unix.Shutdown(int(fd), unix.SHUT_RDWR)
+			_ = unix.FcntlFlock(fd, unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return c.Close()
 }
 
 // Run runs a program to its end and returns its standard output. A failure of
