@@ -136,7 +136,7 @@ func (d *daemonProcess) wait() int {
 	}
 }
 
-// client is a session with simple replies.
+// client is a session with simple replies, each of which has hangLimit.
 type client struct {
 	net.Conn
 	t    *testing.T
@@ -162,6 +162,7 @@ func (d *daemonProcess) dial() *client {
 func (c *client) read(n int) []byte {
 	c.t.Helper()
 	b := make([]byte, n)
+	_ = c.SetReadDeadline(time.Now().Add(hangLimit))
 	if _, err := io.ReadFull(c, b); err != nil {
 		c.t.Fatalf("read of %d bytes: %v", n, err)
 	}
@@ -170,6 +171,7 @@ func (c *client) read(n int) []byte {
 
 func (c *client) send(b []byte) {
 	c.t.Helper()
+	_ = c.SetWriteDeadline(time.Now().Add(hangLimit))
 	if _, err := c.Write(b); err != nil {
 		c.t.Fatalf("send: %v", err)
 	}
