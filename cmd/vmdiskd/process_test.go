@@ -314,6 +314,10 @@ func TestSIGTERMUnderLoadLosesNoAcknowledgedWrite(t *testing.T) {
 	}
 }
 
+// drainTimeout is that of a drain which ends with untaken replies: the storage of a busy
+// host has answered all requests by then.
+const drainTimeout = "--drain-timeout=5s"
+
 // stuck is a client that asks for more than sockets hold and reads nothing,
 // so that a drain has something to wait for.
 func (d *daemonProcess) stuck() {
@@ -329,7 +333,7 @@ func (d *daemonProcess) stuck() {
 // TestStuckGuestLosesNobodysData is for what has no answer.
 func TestDrainHasABound(t *testing.T) {
 	t.Parallel()
-	d := serve(t, "--drain-timeout=300ms", image(t, 64<<20))
+	d := serve(t, drainTimeout, image(t, 64<<20))
 	d.stuck()
 	d.signal(syscall.SIGTERM)
 	if got := d.wait(); got != 0 {

@@ -188,7 +188,7 @@ func TestUntakenRepliesLeaveAWholeQcow2(t *testing.T) {
 	if out, err := tool(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", image, "64M"); err != nil {
 		t.Fatalf("qemu-img create: %v: %s", err, out)
 	}
-	d := serve(t, "--format=qcow2", "--drain-timeout=300ms", image)
+	d := serve(t, "--format=qcow2", drainTimeout, image)
 	uri := "nbd+unix:///?socket=" + d.socket
 	if out, err := tool(t, dir, "qemu-io", "-f", "raw", "-t", "unsafe", "-d", "unmap", "-c", "write -P 5 0 32M", uri); err != nil {
 		t.Fatalf("qemu-io: %v: %s", err, out)
