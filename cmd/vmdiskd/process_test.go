@@ -277,41 +277,22 @@ func TestSIGTERMUnderLoadLosesNoAcknowledgedWrite(t *testing.T) {
 	path := image(t, 64<<20)
 	d := serve(t, path)
 	c := d.dial()
-	const size, window = 4096, 64
-	acked := 0
-	for i := range window {
-		c.request(wire.CmdWrite, uint64(i), uint64(i*size), size, bytes.Repeat([]byte{byte(i + 1)}, size))
-	}
-	for next := window; ; next++ {
-		b := make([]byte, wire.SimpleReplySize)
-		if _, err := io.ReadFull(c, b); err == io.EOF {
-			break
-		} else if err != nil {
-			t.Fatalf("a reply was cut: %v", err)
+	const size, blocks = 4096, 256
+	many, acked := make(chan struct{}, 2), make(chan []int, 1)
+	go func() {
+		list, err := writeUntilTheEnd(c, size, blocks, many)
+		if err != nil {
+			t.Error(err)
 		}
-		if e, cookie, err := wire.DecodeSimpleReply(b); err != nil || e != wire.OK || int(cookie) != acked {
-			t.Fatalf("reply: %v for %d, %v; want OK for %d", e, cookie, err, acked)
-		}
-		if acked++; acked == 1000 {
-			d.signal(syscall.SIGTERM)
-		}
-		if next < 64<<20/size {
-			c.Write(append(wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdWrite, Cookie: uint64(next),
-				Off: uint64(next * size), Len: size}), bytes.Repeat([]byte{byte(next + 1)}, size)...))
-		}
-	}
+		many <- struct{}{}
+		acked <- list
+	}()
+	<-many
+	d.signal(syscall.SIGTERM)
 	if got := d.wait(); got != 0 {
 		t.Errorf("exit status: got %d, want 0: %s", got, d.stderr.String())
 	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range acked {
-		if want := bytes.Repeat([]byte{byte(i + 1)}, size); !bytes.Equal(b[i*size:(i+1)*size], want) {
-			t.Fatalf("acknowledged write %d of %d is not in the image", i, acked)
-		}
-	}
+	wantWritten(t, path, size, blocks, <-acked)
 }
 
 // drainTimeout is that of a drain which ends with untaken replies: the storage of a busy

@@ -371,8 +371,8 @@ func TestSlowListenerIsToldOfLostEvents(t *testing.T) {
 	const clients = 5000
 	for i := range clients {
 		s.open("a").disconnect()
-		if i%100 == 99 { // who takes nothing for limits.ControlReplyTime is cut off
-			for range 20 {
+		if i%250 == 249 { // who makes no room for limits.ControlReplyTime is cut off
+			for range 250 {
 				hear()
 			}
 		}

@@ -88,17 +88,23 @@ func TestEndOfAServiceLosesNoAcknowledgedWrite(t *testing.T) {
 	<-many
 	s.stop()
 	for name, ch := range acked {
-		list := <-ch
-		b, err := os.ReadFile(filepath.Join(s.dir, name+".img"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, i := range list[max(0, len(list)-blocks):] {
-			at := i % blocks * size
-			// One that was sent later may have been done without its reply.
-			if got := b[at]; got != byte(i/blocks) && got != byte(i/blocks+1) || !bytes.Equal(b[at:at+size], bytes.Repeat([]byte{got}, size)) {
-				t.Fatalf("%s: acknowledged write %d is not in the image: got %d", name, i, got)
-			}
+		wantWritten(t, filepath.Join(s.dir, name+".img"), size, blocks, <-ch)
+	}
+}
+
+// wantWritten fails the test unless an image has the last of the writes that
+// writeUntilTheEnd has returned.
+func wantWritten(t *testing.T, path string, size, blocks int, acked []int) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range acked[max(0, len(acked)-blocks):] {
+		at := i % blocks * size
+		// One that was sent later may have been done without its reply.
+		if got := b[at]; got != byte(i/blocks) && got != byte(i/blocks+1) || !bytes.Equal(b[at:at+size], bytes.Repeat([]byte{got}, size)) {
+			t.Fatalf("%s: acknowledged write %d is not there: got %d", path, i, got)
 		}
 	}
 }
