@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"sync"
@@ -15,8 +16,8 @@ import (
 // ErrResumed is what Resume returns when the disk went on by itself before.
 var ErrResumed = errors.New("the pause had ended")
 
-// pausedBit is set in Pause.state while requests have to wait; the lower bits
-// count those that do not.
+// pausedBit is set in Pause.state while requests have to stand in line; the lower
+// bits count those that are in flight.
 const pausedBit = 1 << 62
 
 // Pause can hold a disk still: for a snapshot of the storage below, say. It
@@ -37,7 +38,11 @@ type Pause struct {
 	idle chan struct{}
 
 	mu   sync.Mutex
-	hold *Hold // guarded by mu; nil while the disk runs
+	hold *Hold     // guarded by mu; nil while the disk runs
+	line list.List // guarded by mu; the waiters, by order of arrival
+	turn *waiter   // guarded by mu; who is in, and has not handed its turn on
+	came uint64    // guarded by mu; number of the last waiter
+	held uint64    // guarded by mu; number of the last one that a pause has held
 
 	settling sync.WaitGroup // Add is called with mu and a hold, so not when Close waits
 }
@@ -52,10 +57,6 @@ type Hold struct {
 	p     *Pause
 	timer *time.Timer
 	ended chan struct{}
-
-	// turn has a token when the disk goes on, which those that wait hand on: they
-	// are let in by order of arrival.
-	turn chan struct{}
 }
 
 // Ended is closed when the disk goes on.
@@ -102,7 +103,7 @@ func (p *Pause) begin(limit time.Duration) (*Hold, error) {
 	if p.hold != nil {
 		return nil, invalid("pause", "the disk is paused")
 	}
-	h := &Hold{p: p, ended: make(chan struct{}), turn: make(chan struct{}, 1)}
+	h := &Hold{p: p, ended: make(chan struct{})}
 	p.hold = h
 	select {
 	case <-p.idle: // left by an earlier pause
@@ -154,7 +155,8 @@ func (p *Pause) settle(ctx context.Context, h *Hold) error {
 	}
 }
 
-// end lets requests go on, if h is the pause that they wait for.
+// end lets requests go on, if h is the pause that they wait for: those that it has
+// held one by one, and then everybody.
 func (p *Pause) end(h *Hold) bool {
 	p.mu.Lock()
 	if p.hold != h {
@@ -163,9 +165,11 @@ func (p *Pause) end(h *Hold) bool {
 	}
 	p.hold = nil
 	h.timer.Stop()
-	p.state.And(^int64(pausedBit))
+	p.held = p.came
+	if p.turn == nil {
+		p.passLocked()
+	}
 	close(h.ended)
-	h.turn <- struct{}{}
 	p.mu.Unlock()
 	p.changed()
 	return true
@@ -177,13 +181,17 @@ func (p *Pause) changed() {
 	}
 }
 
-// Paused tells whether requests wait.
-func (p *Pause) Paused() bool { return p.state.Load()&pausedBit != 0 }
+// Paused tells whether the disk is held.
+func (p *Pause) Paused() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.hold != nil
+}
 
 // InFlight counts the requests that have begun and not ended.
 func (p *Pause) InFlight() int64 { return p.state.Load() &^ pausedBit }
 
-// tryEnter counts a request, unless the disk is paused.
+// tryEnter counts a request, unless the disk is paused or others stand in line.
 func (p *Pause) tryEnter() bool {
 	if p.state.Add(1)&pausedBit == 0 {
 		return true
@@ -192,35 +200,76 @@ func (p *Pause) tryEnter() bool {
 	return false
 }
 
-// enter counts a request, after the pause if there is one, unless ctx ends before.
-func (p *Pause) enter(ctx context.Context) error {
-	for !p.tryEnter() {
-		p.mu.Lock()
-		h := p.hold
-		p.mu.Unlock()
-		if h == nil {
-			continue
-		}
-		if in, err := h.enter(ctx); in || err != nil {
-			return err
-		}
-	}
-	return nil
+// waiter is a request that stands in line.
+type waiter struct {
+	number uint64
+	place  *list.Element
+	in     chan struct{} // closed when it is in flight
 }
 
-// enter waits for the end of the pause, and then for those that came before. in is
-// false when the disk is paused again.
-func (h *Hold) enter(ctx context.Context) (in bool, err error) {
+// enter counts a request, after the pause if there is one and after those that
+// waited for its end, unless ctx ends before.
+func (p *Pause) enter(ctx context.Context) error {
+	if p.tryEnter() {
+		return nil
+	}
+	w := p.lineUp()
+	if w == nil {
+		return nil
+	}
 	select {
-	case <-h.turn:
+	case <-w.in:
 	case <-ctx.Done():
-		return false, ctx.Err()
 	}
-	defer func() { h.turn <- struct{}{} }()
-	if err := ctx.Err(); err != nil { // both may have come at the same time
-		return false, err
+	err := ctx.Err() // both may have come at the same time
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-w.in:
+		if err != nil {
+			p.leave()
+		}
+		if p.turn == w {
+			p.passLocked()
+		}
+	default:
+		p.line.Remove(w.place)
 	}
-	return h.p.tryEnter(), nil
+	return err
+}
+
+// lineUp puts a request at the end of the line. It is nil when there is nothing to
+// wait for any more: the request is counted.
+func (p *Pause) lineUp() *waiter {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.tryEnter() {
+		return nil
+	}
+	p.came++
+	w := &waiter{number: p.came, in: make(chan struct{})}
+	w.place = p.line.PushBack(w)
+	return w
+}
+
+// passLocked hands the turn on while the disk runs. Who was held has it until it
+// runs: the next one enters after it. Those that came later are let in together, or
+// a busy disk would have a line for ever.
+func (p *Pause) passLocked() {
+	p.turn = nil
+	for p.hold == nil && p.turn == nil {
+		first := p.line.Front()
+		if first == nil {
+			p.state.And(^int64(pausedBit))
+			return
+		}
+		w := p.line.Remove(first).(*waiter)
+		p.state.Add(1)
+		close(w.in)
+		if w.number <= p.held {
+			p.turn = w
+		}
+	}
 }
 
 // leave ends a request.

@@ -3,6 +3,7 @@ package layer_test
 import (
 	"context"
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -208,6 +209,81 @@ func TestThoseThatWaitForAPauseEnterByOrderOfArrival(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestWhoComesAsAPauseEndsEntersAfterThoseThatWaited, also one that would map; and a
+// pause that begins then holds those that have not entered.
+func TestWhoComesAsAPauseEndsEntersAfterThoseThatWaited(t *testing.T) {
+	for name, again := range map[string]bool{"running": false, "paused again": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &slow{Device: mem.New(1000, nil), gate: make(chan struct{})}
+				close(s.gate)
+				p := layer.NewPause(s)
+				const requests = 10
+				entered := make(chan int, 4*requests) // while nobody else may
+				errs, after := make(chan error, requests+1), make(chan int, 1)
+				var m backing.Mapping
+				var second *layer.Hold
+				ended := make(chan struct{})
+				meanwhile := sync.OnceFunc(func() {
+					defer close(ended)
+					isKind(t, "map", p.Map(engine.OpWrite, 0, 10, &m), backing.ErrNotMappable)
+					go func() {
+						errs <- p.WriteAt(t.Context(), make([]byte, 1), 0, 0)
+						after <- len(entered)
+					}()
+					synctest.Wait()
+					if again {
+						second = must(p.Begin(time.Minute))
+					}
+				})
+				first := must(p.Pause(t.Context(), time.Minute))
+				for i := range requests {
+					ctx := looking{t.Context(), func() {
+						if entered <- i; i == 0 {
+							meanwhile()
+						}
+					}}
+					go func() { errs <- p.WriteAt(ctx, make([]byte, 1), 0, 0) }()
+					synctest.Wait()
+				}
+				if err := first.Resume(); err != nil {
+					t.Fatal(err)
+				}
+				<-ended
+				synctest.Wait()
+				if again {
+					if err := second.Settle(t.Context()); err != nil || len(entered) != 1 {
+						t.Fatalf("paused again: %v, with %d entered, want 1", err, len(entered))
+					}
+					if err := second.Resume(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				for range requests + 1 {
+					if err := <-errs; err != nil {
+						t.Errorf("write: %v", err)
+					}
+				}
+				if n := <-after; n != requests {
+					t.Errorf("who came as the pause had ended entered after %d, want %d", n, requests)
+				}
+				for want := range requests {
+					if got := <-entered; got != want {
+						t.Errorf("entered: got request %d, want %d", got, want)
+					}
+				}
+				if err := p.Map(engine.OpWrite, 0, 10, &m); err != nil {
+					t.Errorf("map afterwards: %v", err)
+				}
+				m.Release()
+				if n := p.InFlight(); n != 0 {
+					t.Errorf("in flight: got %d, want 0", n)
+				}
+			})
+		})
+	}
 }
 
 // TestWhoLeavesAPauseHoldsUpNobodyBehind, and is not let in.
