@@ -204,23 +204,50 @@ func TestHalfOfAConnectionGetsItsReplies(t *testing.T) {
 	}
 }
 
-// TestDisconnectRequestFinishesWhatIsInFlight, also of a client that does not wait.
+// TestDisconnectRequestFinishesWhatIsInFlight, also of a client that does not wait: the
+// first reply already finds nobody.
 func TestDisconnectRequestFinishesWhatIsInFlight(t *testing.T) {
 	r, p, h := pausedRig(t)
 	c := r.simple()
-	x := r.write(c, 10)
-	r.send(c, message(wire.CmdDisc, 0, 0, 0))
-	c.Close()
-	for x.requests.Load() != 11 {
-		time.Sleep(time.Millisecond)
-	}
+	const writes = 10
+	r.disconnect(c, r.writeApart(c, writes), writes)
 	if err := h.Resume(); err != nil {
 		t.Fatal(err)
 	}
 	<-r.errs
-	got := make([]byte, lookoutSize)
-	if err := p.ReadAt(t.Context(), got, 0); err != nil || got[0] != 'A' {
-		t.Errorf("the disk has %q, %v, want what was written", got[:1], err)
+	r.written(p, writes)
+}
+
+// writeApart sends n writes, each behind the other, and waits until they are in
+// flight.
+func (r *rig) writeApart(c net.Conn, n int) *session {
+	r.t.Helper()
+	for i := range n {
+		w := message(wire.CmdWrite, 1, uint64(i)*lookoutSize, lookoutSize)
+		r.send(c, append(w, bytes.Repeat([]byte{'A'}, lookoutSize)...))
+	}
+	return r.await(func(s *session) bool { return s.own.requests.Load() == int64(n) })
+}
+
+// disconnect has the client of session x leave by the rules after n requests, and
+// wait for no reply.
+func (r *rig) disconnect(c net.Conn, x *session, n uint64) {
+	r.t.Helper()
+	r.send(c, message(wire.CmdDisc, 0, 0, 0))
+	c.Close()
+	for since := time.Now(); x.requests.Load() != n+1; time.Sleep(time.Millisecond) {
+		if time.Since(since) > hangLimit {
+			r.t.Fatal("the request to disconnect is not read")
+		}
+	}
+}
+
+// written checks that the disk has what writeApart writes.
+func (r *rig) written(d backing.Device, n int) {
+	r.t.Helper()
+	got := make([]byte, n*lookoutSize)
+	if err := d.ReadAt(context.Background(), got, 0); err != nil || bytes.Count(got, []byte{'A'}) != len(got) {
+		r.t.Errorf("the disk has %d bytes of %d that were written, %v", bytes.Count(got, []byte{'A'}), len(got), err)
 	}
 }
 

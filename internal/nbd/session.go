@@ -72,6 +72,7 @@ type session struct {
 	patience  *time.Timer // guarded by mu; of a forced stop with the peer
 
 	dead    atomic.Bool // the connection was ended from this side
+	parted  atomic.Bool // the peer has sent a DISC
 	leaving atomic.Bool // no further requests are read
 
 	// The watch over stalls.
@@ -206,6 +207,7 @@ func (s *session) readLoop() error {
 		s.poll.requests++
 		s.tally.requests++
 		if s.req.Cmd == wire.CmdDisc {
+			s.parted.Store(true)
 			return nil
 		}
 		if err := s.dispatch(&s.req); err != nil {
@@ -474,7 +476,8 @@ func (s *session) drags() bool {
 }
 
 // fail ends the connection at once; replies that are not out are dropped, and
-// requests that wait for their turn are given up.
+// requests that wait for their turn are given up, unless they came before a DISC: see
+// finish.
 func (s *session) fail(err error) {
 	s.mu.Lock()
 	if s.cause == nil {
@@ -483,7 +486,9 @@ func (s *session) fail(err error) {
 	s.mu.Unlock()
 	s.dead.Store(true)
 	s.sender.fail(err)
-	s.cancel()
+	if !s.parted.Load() {
+		s.cancel()
+	}
 	// Not Close: it would wait for the call that may be running fail.
 	s.conn.SetDeadline(time.Unix(1, 0))
 	s.own.wake()
