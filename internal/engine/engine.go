@@ -37,6 +37,11 @@ type IO struct {
 	Off   int64  // bytes; OpSync: counts if Len does
 	Len   int64  // OpPunch, OpZero: bytes; OpSync: what is synced at least, all if not positive
 
+	// Cancel, if it is not nil, is closed when nobody wants the transfer any more.
+	// One that has not begun then is not made, and ends with context.Canceled; one
+	// that has goes on.
+	Cancel <-chan struct{}
+
 	// Done is called once, from any goroutine, when the transfer is over.
 	// It must not block.
 	Done func(*IO)
@@ -49,8 +54,8 @@ type IO struct {
 	// N is the number of bytes moved. A read is short only at the end of the
 	// file; a write is never short without Err.
 	N int
-	// Err is nil or a syscall.Errno. EINTR, EAGAIN and short transfers are
-	// dealt with inside the engine.
+	// Err is nil, a syscall.Errno, or context.Canceled of one that was called off.
+	// EINTR, EAGAIN and short transfers are dealt with inside the engine.
 	Err error
 
 	// Engine-private state while the IO is submitted.
@@ -61,6 +66,16 @@ type IO struct {
 
 // Flusher sends on what several Done have gathered.
 type Flusher interface{ Flush() }
+
+// calledOff tells whether nobody wants io any more. It costs as much as a load.
+func (io *IO) calledOff() bool {
+	select {
+	case <-io.Cancel:
+		return true
+	default:
+		return false
+	}
+}
 
 // finish calls Done and flushes After, for engines that finish transfers one
 // by one. The IO is the caller's again when Done has returned.
@@ -196,10 +211,10 @@ func (w *waiter) finish(*IO) {
 	}
 }
 
-// Do submits the batch, sets each Done, and the Owner of each to that of ctx,
-// waits for all of it and returns the first error in batch order. ctx is looked
-// at before the batch is submitted only: buffers that the kernel works on
-// cannot be taken back.
+// Do submits the batch, sets each Done and Cancel, and the Owner of each to that of
+// ctx, waits for all of it and returns the first error in batch order. The end of ctx
+// calls off what has not begun; buffers that the kernel works on cannot be taken
+// back. Who must have the transfer made gives a context that does not end.
 func Do(ctx context.Context, e Engine, batch ...*IO) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -209,14 +224,17 @@ func Do(ctx context.Context, e Engine, batch ...*IO) error {
 	}
 	w := waiters.Get().(*waiter)
 	w.left = len(batch)
-	by := owner(ctx)
+	by, gone := owner(ctx), ctx.Done()
 	for _, io := range batch {
-		io.Done, io.Owner = w.fn, by
+		io.Done, io.Owner, io.Cancel = w.fn, by, gone
 	}
 	e.Submit(batch)
 	<-w.done
 	waiters.Put(w)
 	for _, io := range batch {
+		if io.Err == context.Canceled {
+			return ctx.Err()
+		}
 		if io.Err != nil {
 			return io.Err
 		}

@@ -58,6 +58,58 @@ func TestDoRefusesAnEndedContextBeforeSubmitting(t *testing.T) {
 	}
 }
 
+// leaving is an engine whose caller leaves as soon as it has submitted something.
+type leaving struct {
+	engine.Engine
+	leave func()
+}
+
+func (l leaving) Submit(batch []*engine.IO) {
+	l.Engine.Submit(batch)
+	l.leave()
+}
+
+// TestDoEndsWithItsContextInTheQueue, whatever has ended that; one that does not end
+// has its transfer made.
+func TestDoEndsWithItsContextInTheQueue(t *testing.T) {
+	for name, tt := range map[string]struct {
+		ctx  func(context.Context) context.Context
+		want error
+	}{
+		"canceled":     {func(ctx context.Context) context.Context { return ctx }, context.Canceled},
+		"does not end": {context.WithoutCancel, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "disk")
+			if err := os.WriteFile(path, make([]byte, 1), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			osf, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := engine.NewPool(1)
+			defer p.Close()
+			f, err := p.Open(osf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			free := make(chan struct{})
+			p.Submit([]*engine.IO{{Op: engine.OpSync, File: f, Done: func(*engine.IO) { <-free }}}) // the only worker
+			ctx, cancel := context.WithCancel(t.Context())
+			e := leaving{p, func() { cancel(); close(free) }}
+			err = engine.Do(tt.ctx(ctx), e, &engine.IO{Op: engine.OpWrite, File: f, Buf: []byte("A")})
+			if err != tt.want {
+				t.Errorf("write: got %v, want %v", err, tt.want)
+			}
+			if b, err := os.ReadFile(path); err != nil || (b[0] == 'A') != (tt.want == nil) {
+				t.Errorf("the file has %q, %v", b, err)
+			}
+		})
+	}
+}
+
 func TestDescribeTellsDirectFilesAndTheirAlignment(t *testing.T) {
 	p := filepath.Join(t.TempDir(), "disk")
 	if err := os.WriteFile(p, make([]byte, 4096), 0o600); err != nil {

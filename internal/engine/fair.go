@@ -170,6 +170,8 @@ func (q *Queue) Pop() *IO {
 	for held := 0; held < len(q.ready); {
 		f := q.ready[q.turn]
 		switch {
+		case f.head.calledOff():
+			return q.drop(f)
 		case !q.may(f):
 			held++
 			q.pass()
@@ -185,7 +187,11 @@ func (q *Queue) Pop() *IO {
 }
 
 // Ready reports whether Pop would return a transfer.
-func (q *Queue) Ready() bool { return q.flying < q.places && slices.ContainsFunc(q.ready, q.may) }
+func (q *Queue) Ready() bool { return q.flying < q.places && slices.ContainsFunc(q.ready, q.leads) }
+
+// leads tells whether the first transfer of f may stop waiting. One that was called
+// off always may: it is over at once.
+func (q *Queue) leads(f *flow) bool { return f.head.calledOff() || q.may(f) }
 
 // pass gives the turn to the next one.
 func (q *Queue) pass() {
@@ -236,25 +242,46 @@ func (q *Queue) room(has, free int) int {
 	return free - max(both/limits.ShareSpare, min(both/2, q.places/limits.ShareLast))
 }
 
-// start takes the first transfer of f.
-func (q *Queue) start(f *flow) *IO {
+// pull takes the first transfer of f, whose turn it is, from those that wait.
+func (q *Queue) pull(f *flow) *IO {
 	io := f.head
 	f.head, io.Next = io.Next, nil
-	cost := io.cost()
-	f.credit -= cost
 	if f.head == nil {
 		f.tail, f.credit = nil, 0
 		q.ready = slices.Delete(q.ready, q.turn, q.turn+1)
 		if q.turn >= len(q.ready) {
 			q.turn = 0
 		}
-	} else if len(q.ready) == 1 {
-		f.credit = 0
 	}
 	q.waiting--
+	return io
+}
+
+// drop takes the first transfer of f, which was called off. Until it leaves it is the
+// house's: f has taken nothing of its share, and its disk has moved nothing.
+func (q *Queue) drop(f *flow) *IO {
+	io := q.pull(f)
+	io.flow = &q.house
+	q.fly(io.flow, io.cost())
+	return io
+}
+
+// fly counts a transfer of f as in flight.
+func (q *Queue) fly(f *flow, cost int64) {
 	q.flying++
 	f.flying++
 	f.cost += cost
+}
+
+// start takes the first transfer of f, at its cost.
+func (q *Queue) start(f *flow) *IO {
+	cost := f.head.cost()
+	f.credit -= cost
+	io := q.pull(f)
+	if len(q.ready) == 1 {
+		f.credit = 0
+	}
+	q.fly(f, cost)
 	if d := f.disk; d != nil {
 		d.flying++
 		d.ahead++

@@ -146,6 +146,48 @@ func TestReadsAreNotBehindTheNeighboursQueue(t *testing.T) {
 	}
 }
 
+// TestCalledOffTakesNothingOfTheShare: of a disk that hangs all that waits may leave at
+// once when it is called off, and nothing more begins for that.
+func TestCalledOffTakesNothingOfTheShare(t *testing.T) {
+	d := newFakeDisk(64)
+	gone := make(chan struct{})
+	const deep = 100
+	for range deep {
+		io := d.io(alice, OpWrite, 4096)
+		io.Cancel = gone
+		d.q.Push(io)
+	}
+	d.fill()
+	begun := len(d.has)
+	if begun == 0 || begun == deep || d.q.Ready() {
+		t.Fatalf("%d of %d have begun, more may: %v", begun, deep, d.q.Ready())
+	}
+	before := *d.q.disks[d.file.disk]
+	close(gone)
+	for i := range deep - begun {
+		if !d.q.Ready() {
+			t.Fatalf("%d of %d may leave, want all", i, deep-begun)
+		}
+		d.q.Leave(d.q.Pop())
+	}
+	d.push(deep, alice, OpWrite, 4096)
+	if io := d.q.Pop(); io != nil || d.q.Ready() {
+		t.Error("another transfer began before one of the disk was over")
+	}
+	after := d.q.disks[d.file.disk]
+	if after.moved != before.moved || after.ahead != before.ahead || after.flying != begun {
+		t.Errorf("the disk: got %+v, want %+v", *after, before)
+	}
+	for range begun + deep {
+		if d.serve() == nil {
+			t.Fatal("the disk goes on, and does not have everything")
+		}
+	}
+	if d.q.flying != 0 || d.q.house.flying != 0 || d.q.house.cost != 0 || d.q.Waiting() != 0 {
+		t.Errorf("afterwards: got %d in flight, %d waiting", d.q.flying, d.q.Waiting())
+	}
+}
+
 // TestFastDiskHasMoreInFlight has two owners with as much as they can have,
 // on disks that take so long for each transfer.
 func TestFastDiskHasMoreInFlight(t *testing.T) {

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"context"
 	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -27,6 +28,10 @@ type Transfer struct {
 func (t *Transfer) Start(io *IO) bool {
 	*t = Transfer{IO: io}
 	io.N, io.Err = 0, nil
+	if io.calledOff() {
+		io.Err = context.Canceled
+		return false
+	}
 	// A ring takes offset -1 for "the file position", pread refuses it.
 	if io.Off < 0 && io.Op != OpSync {
 		io.Err = syscall.EINVAL

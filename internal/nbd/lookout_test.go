@@ -210,7 +210,7 @@ func TestDisconnectRequestFinishesWhatIsInFlight(t *testing.T) {
 	r, p, h := pausedRig(t)
 	c := r.simple()
 	const writes = 10
-	r.disconnect(c, r.writeApart(c, writes), writes)
+	r.disconnect(c, r.writeApart(c, writes, 0), writes)
 	if err := h.Resume(); err != nil {
 		t.Fatal(err)
 	}
@@ -220,10 +220,10 @@ func TestDisconnectRequestFinishesWhatIsInFlight(t *testing.T) {
 
 // writeApart sends n writes, each behind the other, and waits until they are in
 // flight.
-func (r *rig) writeApart(c net.Conn, n int) *session {
+func (r *rig) writeApart(c net.Conn, n int, flags wire.CmdFlags) *session {
 	r.t.Helper()
 	for i := range n {
-		w := message(wire.CmdWrite, 1, uint64(i)*lookoutSize, lookoutSize)
+		w := wire.AppendRequest(nil, wire.Request{Cmd: wire.CmdWrite, Flags: flags, Cookie: 1, Off: uint64(i) * lookoutSize, Len: lookoutSize})
 		r.send(c, append(w, bytes.Repeat([]byte{'A'}, lookoutSize)...))
 	}
 	return r.await(func(s *session) bool { return s.own.requests.Load() == int64(n) })

@@ -248,7 +248,7 @@ func (r *request) transfer(i int, op engine.Op, f *engine.File, from, to, off in
 	t := &r.ios[i]
 	r.at[i] = int64(r.req.Off) + from
 	t.Op, t.File, t.Owner, t.Buf, t.Off = op, f, r.s.owner, r.p[from:to], off
-	t.N, t.Err, t.Done, t.After = 0, nil, r.ioDoneFn, &r.s.sender
+	t.N, t.Err, t.Cancel, t.Done, t.After = 0, nil, r.s.given, r.ioDoneFn, &r.s.sender
 	r.left.Add(1)
 	r.s.batch = append(r.s.batch, t)
 }

@@ -28,6 +28,7 @@ type session struct {
 	dev    *backing.Checked
 	ctx    context.Context
 	cancel context.CancelFunc
+	given  <-chan struct{} // closed when what has not begun is given up: when ctx ends
 	id     uint64
 	name   string    // of the export
 	since  time.Time // when the session was made
@@ -123,6 +124,7 @@ func newSession(srv *Server, n *negotiation) *session {
 	s.lookout.init(s, n.conn)
 	s.in.init(s, n.early())
 	s.ctx, s.cancel = context.WithCancel(engine.WithOwner(context.Background(), s.owner))
+	s.given = s.ctx.Done()
 	return s
 }
 

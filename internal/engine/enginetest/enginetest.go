@@ -69,6 +69,7 @@ var claims = []struct {
 	{"FullFilesystemIsENOSPC", fullFilesystemIsENOSPC},
 	{"OneFailureLeavesTheRestOfTheBatchAlone", oneFailureLeavesTheRest},
 	{"NeighboursReadIsNotBehindALongQueue", neighboursRead},
+	{"CalledOffInTheQueueIsNotMade", calledOffIsNotMade},
 	{"SubmitFromDoneDoesNotDeadlock", submitFromDone},
 	{"CloseWaitsForEverything", closeWaitsForEverything},
 	{"BufferBelongsToTheCallerAfterDone", bufferBelongsToTheCallerAfterDone},

@@ -1,6 +1,8 @@
 package enginetest
 
 import (
+	"bytes"
+	"context"
 	"slices"
 	"sync/atomic"
 
@@ -64,4 +66,46 @@ func neighboursRead(e *env) {
 	if n := between[reads/4]; n > most {
 		e.Errorf("%d writes and syncs while a read of the neighbour was answered, want at most %d in a quarter of the cases; all: %v", n, most, between)
 	}
+}
+
+// calledOffIsNotMade calls off more writes than any engine makes at a time, when the
+// first of them is over. Those that have begun are not over before that.
+func calledOffIsNotMade(e *env) {
+	const deep = 512
+	f := e.create(make([]byte, deep*blockBytes))
+	out := e.buf(blockBytes)
+	copy(out, pattern(blockBytes, 3))
+	first, gone := make(chan struct{}, deep), make(chan struct{})
+	var over group
+	over.Add(deep)
+	batch := make([]*engine.IO, deep)
+	for i := range batch {
+		batch[i] = &engine.IO{Op: engine.OpWrite, Owner: engine.OwnerOf("gone"), File: f, Buf: out, Off: int64(i * blockBytes), Cancel: gone,
+			Done: func(io *engine.IO) {
+				first <- struct{}{}
+				<-gone
+				over.done(io)
+			}}
+	}
+	over.Go(func() { e.eng.Submit(batch) }) // an inline pool makes the last one within
+	<-first
+	close(gone)
+	over.Wait()
+	made, got := 0, e.contents(f)
+	for i, io := range batch {
+		want := make([]byte, blockBytes)
+		if io.Err == nil {
+			made++
+			want = out
+		} else if io.Err != context.Canceled || io.N != 0 {
+			e.Errorf("write %d: %d bytes, %v, want none and %v", i, io.N, io.Err, context.Canceled)
+		}
+		if !bytes.Equal(got[i*blockBytes:][:blockBytes], want) {
+			e.Errorf("write %d: %v, which the file does not tell", i, io.Err)
+		}
+	}
+	if made == 0 || made > deep/2 {
+		e.Errorf("%d writes of %d were made, want the first ones", made, deep)
+	}
+	e.do(&engine.IO{Op: engine.OpWrite, File: f, Buf: out, Off: (deep - 1) * blockBytes})
 }
