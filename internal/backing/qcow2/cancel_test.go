@@ -1,12 +1,15 @@
 package qcow2_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/disktest"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/storetest"
 )
 
@@ -71,4 +74,117 @@ func TestOpeningEndsWhenTheCallerHasLeft(t *testing.T) {
 	if _, err := qcow2.Open(ctx, &left{Mem: storetest.New(b), leave: cancel}, quiet()); !errors.Is(err, context.Canceled) || errors.Is(err, backing.ErrIO) {
 		t.Errorf("open that is given up meanwhile: got %v, want %v alone", err, context.Canceled)
 	}
+}
+
+// leaver is a file whose writer gives up while its n-th operation waits: that one is
+// not made, unless it has to be.
+type leaver struct {
+	*storetest.Mem
+	left  atomic.Int64 // operations until then
+	leave func()
+}
+
+func (l *leaver) count() {
+	if l.left.Add(-1) == 0 {
+		l.leave()
+	}
+}
+
+func (l *leaver) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	l.count()
+	return l.Mem.ReadAt(ctx, p, off)
+}
+
+func (l *leaver) WriteAt(ctx context.Context, p []byte, off int64, durable bool) error {
+	l.count()
+	return l.Mem.WriteAt(ctx, p, off, durable)
+}
+
+func (l *leaver) Zero(ctx context.Context, off, n int64) error {
+	l.count()
+	return l.Mem.Zero(ctx, off, n)
+}
+
+func (l *leaver) Punch(ctx context.Context, off, n int64) error {
+	l.count()
+	return l.Mem.Punch(ctx, off, n)
+}
+
+// The range that writers who leave want to change, of 1 MiB.
+const leaverSize, leaverBlock, leaverOff, leaverLen = 1 << 20, 512, 4096 + 512, 128<<10 + 7*512
+
+// TestWriterWhoLeavesAtAnyOperationLeavesADiskThatIsWhole: a write has happened or
+// not, block by block, all else is untouched, and the image has no fault and takes
+// all that the next writer has.
+func TestWriterWhoLeavesAtAnyOperationLeavesADiskThatIsWhole(t *testing.T) {
+	image := made(t, "cluster_size=4k", "1M", "write -q -P 65 0 256k", "snapshot s", "write -q -P 66 64k 64k")
+	write := func(f backing.Flags) func(context.Context, backing.Device) error {
+		return func(ctx context.Context, d backing.Device) error {
+			return d.WriteAt(ctx, bytes.Repeat([]byte{'N'}, leaverLen), leaverOff, f)
+		}
+	}
+	zero := func(ctx context.Context, d backing.Device) error {
+		return d.Zero(ctx, leaverOff, leaverLen, backing.NoHole)
+	}
+	for name, tt := range map[string]struct {
+		do   func(context.Context, backing.Device) error
+		fill byte
+	}{
+		"write":         {write(0), 'N'},
+		"durable write": {write(backing.FUA), 'N'},
+		"zero":          {zero, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for n := 1; leaveAt(t, image, n, tt.do, tt.fill); n++ {
+			}
+		})
+	}
+}
+
+// leaveAt has a writer give up at operation n of a change that fills the range; it
+// reports whether there was one.
+func leaveAt(t *testing.T, image []byte, n int, do func(context.Context, backing.Device) error, fill byte) bool {
+	t.Helper()
+	st := &leaver{Mem: storetest.New(image)}
+	d, err := qcow2.Open(t.Context(), st, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, after := make([]byte, leaverSize), make([]byte, leaverSize)
+	if err := d.ReadAt(t.Context(), before, 0); err != nil {
+		t.Fatal(err)
+	}
+	var ctx context.Context
+	ctx, st.leave = context.WithCancel(t.Context())
+	defer st.leave()
+	st.left.Store(int64(n))
+	err = do(ctx, d)
+	if err != nil && !errors.Is(err, context.Canceled) {
+		t.Fatalf("operation %d: got %v", n, err)
+	}
+	left := st.left.Swap(0) <= 0
+	if err := d.ReadAt(t.Context(), after, 0); err != nil {
+		t.Fatal(err)
+	}
+	for at := 0; at < leaverSize; at += leaverBlock {
+		b := after[at : at+leaverBlock]
+		within := at >= leaverOff && at < leaverOff+leaverLen
+		if within && bytes.Count(b, []byte{fill}) == leaverBlock {
+			continue
+		}
+		if within && err == nil || !bytes.Equal(b, before[at:at+leaverBlock]) {
+			t.Fatalf("operation %d, %v: the disk has %q at %d, had %q", n, err, b[0], at, before[at])
+		}
+	}
+	next := bytes.Repeat([]byte{'B'}, leaverSize)
+	if err := errors.Join(d.WriteAt(t.Context(), next, 0, 0), d.Flush(t.Context()), d.ReadAt(t.Context(), after, 0)); err != nil || !bytes.Equal(after, next) {
+		t.Fatalf("operation %d: the next writer lost bytes: %v", n, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := audit(t.Context(), disktest.Files{Image: storetest.New(st.Contents())}); err != nil {
+		t.Fatalf("operation %d: %v", n, err)
+	}
+	return left
 }
