@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"runtime"
@@ -134,7 +135,8 @@ func TestMemlockRefusalLeavesTheEngineWorking(t *testing.T) {
 		defer f.Close()
 		files = append(files, f)
 	}
-	attr := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	// Locked memory is counted by user, and given back after the end of a process.
+	attr := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1<<20 + rand.Uint32N(1<<30), Gid: 65534}}
 	runChild(t, "memlock", attr, files...)
 }
 
