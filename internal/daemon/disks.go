@@ -60,6 +60,7 @@ type disk struct {
 	// begin and while they end, not while they wait for clients and storage.
 	busy    lock
 	leaving int // guarded by busy; removals under way, meanwhile nobody begins to change it
+	final   int // guarded by busy; those of them after which nothing shall have its name
 }
 
 // disks are the exports of the daemon, those included that are being opened.
@@ -94,21 +95,39 @@ func (k *disk) opens(x config.Export) config.Export {
 }
 
 // leave begins a removal of k when who changes it has finished, unless ctx ends
-// before.
-func (k *disk) leave(ctx context.Context) error {
+// before. After one that is final nothing shall have its name.
+func (k *disk) leave(ctx context.Context, final bool) error {
 	if err := k.busy.Wait(ctx); err != nil {
 		return err
 	}
 	defer k.busy.Unlock()
 	k.leaving++
+	if final {
+		k.final++
+	}
 	return nil
 }
 
-// stay is the end of a removal after which k is still there.
-func (k *disk) stay() {
+// goes tells whether a removal of k is final.
+func (k *disk) goes() bool {
 	k.busy.Lock() // while it leaves nobody holds that for long
 	defer k.busy.Unlock()
+	return k.final > 0
+}
+
+// stay is the end of a removal after which k is still there.
+func (k *disk) stay(final bool) {
+	k.busy.Lock() // while it leaves nobody holds that for long
+	defer k.busy.Unlock()
+	k.stayLocked(final)
+}
+
+// stayLocked is stay with k.busy.
+func (k *disk) stayLocked(final bool) {
 	k.leaving--
+	if final {
+		k.final--
+	}
 }
 
 // claim takes a name. One that failed is for another attempt at that very export,

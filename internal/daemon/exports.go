@@ -224,28 +224,30 @@ func (d *daemon) mayChange(k *disk, name string) error {
 
 // removeExport takes k away, which has been opened, when its clients have finished
 // what they have in flight, and its listeners with it. One that is kept stays so.
-// instead, if not nil, has the name and the place then. If somebody else has removed
-// it before: errAway.
+// instead, if not nil, has the name and the place then, unless another removal waits
+// after which nothing shall have them. If somebody else has removed it before: errAway.
 func (d *daemon) removeExport(ctx context.Context, k, instead *disk) error {
 	x, _, _ := d.disks.look(k)
-	return d.takeAway(ctx, k, x.Name, true, func() (*disk, error) { return instead, nil })
+	return d.takeAway(ctx, k, x.Name, true, instead, func() error { return nil })
 }
 
-// takeAway is removeExport of k, which has that name. When it has left, and
-// before its name is free, forget is called with k.busy. Of an export that took no
-// more writes when this began, it is no error that it was closed without the last.
-func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, forget func() (instead *disk, err error)) error {
+// takeAway is removeExport of k, which has that name. When it has left, and before its
+// name is free, forget is called with k.busy: if that fails, the name is that of an
+// export which has failed for it. Of an export that took no more writes when this
+// began, it is no error that it was closed without the last.
+func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool, instead *disk, forget func() error) error {
 	if x, _ := d.exports.StatusOf(name); x.Clients > 0 && !force { // as Remove says, before the pause is over
 		return fmt.Errorf("%w: %q", export.ErrInUse, name)
 	}
 	d.keepPlace(k)
 	defer d.freePlace(name)
 	d.unpause(k) // who changes it may wait for that
-	if err := k.leave(ctx); err != nil {
+	final := instead == nil
+	if err := k.leave(ctx, final); err != nil {
 		return fmt.Errorf("%w: %q is being changed: %w", export.ErrInUse, name, err)
 	}
 	if d.disks.get(name) != k { // another removal has taken it away
-		k.stay()
+		k.stay(final)
 		return errAway
 	}
 	d.unpause(k) // nobody pauses it any more
@@ -253,7 +255,10 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	err := d.exports.Remove(ctx, name, k, force)
 	k.busy.Lock()
 	defer k.busy.Unlock()
-	k.leaving--
+	k.stayLocked(final)
+	if errors.Is(err, export.ErrInUse) && d.disks.get(name) != k {
+		return nil // another removal has waited longer
+	}
 	if _, stays := d.exports.StatusOf(name); stays || errors.Is(err, nbd.ErrUnknownExport) {
 		return err // it is in use, or opening, or another removal has taken it away
 	}
@@ -265,7 +270,13 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 		return err // as with another removal, which was told the same
 	}
 	d.closeDoors(k.doors)
-	instead, kept := forget()
+	kept := forget()
+	switch {
+	case kept != nil:
+		instead = &disk{cfg: k.cfg, origin: k.origin, failed: kept}
+	case k.final > 0:
+		instead = nil
+	}
 	d.release(k, name, instead)
 	if instead != nil {
 		d.keepPlace(instead)

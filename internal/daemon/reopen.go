@@ -106,9 +106,10 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	return undo, over, nil
 }
 
-// beginReopen refuses an export that the API has paused: the pause would be over.
+// beginReopen refuses an export that the API has paused, as the pause would be over, and
+// one that somebody else is removing.
 func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportChange) (*reopening, error) {
-	if err := k.leave(ctx); err != nil {
+	if err := k.leave(ctx, false); err != nil {
 		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
 	live, _, _ := d.disks.look(k)
@@ -116,8 +117,11 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 	if err == nil && d.disks.held(k) {
 		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
 	}
+	if err == nil && k.goes() {
+		err = fmt.Errorf("%w: it is being removed", export.ErrInUse)
+	}
 	if err != nil {
-		k.stay()
+		k.stay(false)
 		return nil, err
 	}
 	next := &disk{cfg: change.On(&live), origin: fromConfig, writes: !change.New.ReadOnly, trial: true}
@@ -222,7 +226,7 @@ func (r *reopening) letGo() {
 
 func (r *reopening) end() {
 	r.next.files.Close()
-	r.k.stay()
+	r.k.stay(false)
 }
 
 // reopen closes the export and opens it as r.next says; if that fails, as it was.
@@ -254,10 +258,10 @@ func (r *reopening) reopen(ctx context.Context) (undo undoing, err error) {
 // takeBack closes the export, which was opened as after says. back opens it as it was
 // before, with what was set since.
 func (r *reopening) takeBack(ctx context.Context, after *config.Export) (back func(), err error) {
-	if err := r.next.leave(ctx); err != nil {
+	if err := r.next.leave(ctx, false); err != nil {
 		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
 	}
-	defer r.next.stay()
+	defer r.next.stay(false)
 	live, _, _ := r.d.disks.look(r.next)
 	r.before.cfg = config.TakenBack(&r.before.cfg, after, &live)
 	files, _ := r.before.files.Contents()

@@ -385,24 +385,31 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	switch _, now, failed := s.d.disks.look(k); {
 	case now == nil && failed != nil:
 		return told(s.d.removeFailed(ctx, k, name))
-	case now == nil: // it is being opened
-		return unknownExport(name)
+	case now == nil:
+		return errUnready(name)
 	}
 	if err := s.d.mayForget(k, name); err != nil { // nobody is cut off for that
 		return told(err)
 	}
 	removed := false
-	err := s.d.takeAway(ctx, k, name, force, func() (*disk, error) {
-		if err := s.d.forgetKept(k, name); err != nil {
-			return &disk{cfg: k.cfg, origin: k.origin, failed: err}, err
-		}
-		removed = true
-		return nil, nil
+	err := s.d.takeAway(ctx, k, name, force, nil, func() error {
+		err := s.d.forgetKept(k, name)
+		removed = err == nil
+		return err
 	})
-	if removed && err != nil {
+	switch {
+	case removed && err != nil:
 		err = errLastLost(name, err)
+	case errors.Is(err, errAway) && s.d.disks.get(name) != nil:
+		err = errUnready(name)
 	}
 	return told(err)
+}
+
+// errUnready is for an export that cannot be removed at the moment: somebody else has
+// begun to open it, or to open it anew.
+func errUnready(name string) error {
+	return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be removed: it is being opened", name)}
 }
 
 // errLastLost is for an export that is away by now, and was not closed in good order.
@@ -566,10 +573,10 @@ func (s service) Forget(ctx context.Context, name string, force, dryRun bool) (a
 	}
 	defer s.d.reloading.Unlock()
 	if k := s.d.disks.get(name); k != nil {
-		if err := k.leave(ctx); err != nil { // a snapshot may be on its way, and none must begin
+		if err := k.leave(ctx, false); err != nil { // a snapshot may be on its way, and none must begin
 			return api.Forgotten{}, told(err)
 		}
-		defer k.stay()
+		defer k.stay(false)
 	}
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()

@@ -9,8 +9,10 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 )
 
@@ -157,4 +159,55 @@ func TestWhatStaysChangedIsAChange(t *testing.T) {
 			r.want("after the next reload", again, "a", "g", "s")
 		})
 	}
+}
+
+// TestRemovalHasItsWayOverAReload that closes the export to open it anew, or to take that
+// back, whoever of the two is first when the last client leaves: what is told to be
+// removed is away.
+func TestRemovalHasItsWayOverAReload(t *testing.T) {
+	for range 20 { // either may be the first
+		synctest.Test(t, func(t *testing.T) {
+			r := beginFailing(t)
+			slow := r.open("s")
+			ended := map[string]chan error{"s": make(chan error, 1), "z": make(chan error, 1)}
+			for name, end := range ended {
+				go func() { end <- service{r.d}.Remove(context.Background(), name, true) }()
+			}
+			synctest.Wait()
+			r.z.Close()
+			synctest.Wait() // the reload fails, and closes s
+			slow.Close()
+			if err := <-r.begun; err == nil {
+				t.Error("the reload was done")
+			}
+			for name, end := range ended {
+				if err := <-end; err != nil || r.d.disks.get(name) != nil {
+					t.Errorf("removal of %q: got %v, and the export is %+v, want none", name, err, r.d.disks.get(name))
+				}
+			}
+			r.want("after the reload", false, "a", "g")
+		})
+	}
+}
+
+// TestReloadLeavesWhatIsBeingRemoved as it is, and says so at once.
+func TestReloadLeavesWhatIsBeingRemoved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := beginFailing(t)
+		r.fail()
+		slow, removed := r.open("s"), make(chan error, 1)
+		go func() { removed <- service{r.d}.Remove(context.Background(), "s", true) }()
+		synctest.Wait()
+		begun := time.Now()
+		_, err := r.reload(fmt.Sprintf(failingConf, failingKey, 4711, ""))
+		wantCode(t, "a reload that opens it anew", err, api.CodeInUse)
+		if d := time.Since(begun); d > 0 {
+			t.Errorf("the reload has waited %v for the removal", d)
+		}
+		slow.Close()
+		if err := <-removed; err != nil || r.d.disks.get("s") != nil {
+			t.Errorf("removal: got %v, and the export is %+v, want none", err, r.d.disks.get("s"))
+		}
+		r.want("after the reload", false, "a", "g")
+	})
 }
