@@ -75,6 +75,7 @@ type daemon struct {
 	stopping context.Context // ends when the daemon begins to stop: what changes it is given up
 	stop     context.CancelFunc
 	accepted sync.WaitGroup // accept loops and the connections they made
+	closing  sync.WaitGroup // of exports by a reload, also in the background: the registry waits for their storage
 	refused  atomic.Uint64  // connections that no export is for
 	finished chan error     // a captive command or the one stdio client ended
 }
@@ -598,6 +599,7 @@ func (d *daemon) closeDisk() error {
 	if errors.Is(err, export.ErrInUse) { // an opening hangs, which the engine would wait for
 		return err
 	}
+	d.closing.Wait()
 	if d.engine != nil {
 		err = errors.Join(err, d.engine.Close())
 	}

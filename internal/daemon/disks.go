@@ -21,7 +21,7 @@ type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
 	named  config.Export // its image as the configuration has it, whatever snapshots have put above
 	origin string        // guarded by disks.mu; written with busy held too
-	doors  []*door       // its own; guarded by disks.mu; set once, before it is open
+	doors  []*door       // its own; guarded by disks.mu; set before it is open, none once they are being closed
 	stack  *stack        // guarded by disks.mu; nil while it opens and when it failed
 	hold   *layer.Hold   // guarded by disks.mu; of a pause by the API; set with busy held too
 	files  *open.Table   // of the image, opened already; nil: none are
@@ -67,6 +67,10 @@ type disk struct {
 type disks struct {
 	mu     sync.Mutex
 	byName map[string]*disk // guarded by mu
+
+	// late are the names of exports that are still being closed though nobody waits for
+	// it any more, until what is to follow is done. Guarded by mu.
+	late map[string]bool
 }
 
 // poison is whether an image takes no more writes. It outlasts that a reload closes
@@ -199,11 +203,15 @@ func (s *disks) passing(k *disk) bool {
 	return k.trial
 }
 
-// confirm is when a reload is over: what it has opened and not taken back stays.
+// confirm is when a reload is over: what it has opened and not taken back stays. One
+// that is late is still to be taken back.
 func (s *disks) confirm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, k := range s.byName {
+	for name, k := range s.byName {
+		if s.late[name] {
+			continue
+		}
 		if k.trial = false; k.stack != nil {
 			k.held.close()
 		}

@@ -269,7 +269,7 @@ func (d *daemon) takeAway(ctx context.Context, k *disk, name string, force bool,
 	if d.disks.get(name) != k {
 		return err // as with another removal, which was told the same
 	}
-	d.closeDoors(k.doors)
+	d.closeDoors(d.disks.takeDoors(k))
 	kept := forget()
 	switch {
 	case kept != nil:

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	if err := d.mayDrop(change); err != nil {
 		return api.Reload{}, err
 	}
-	if err := d.mayTake(change); err != nil {
+	if err := cmp.Or(d.mayTake(change), d.mayFollow(change)); err != nil {
 		return api.Reload{}, told(err)
 	}
 	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines(), Restart: change.Restart()}, d.retries(c, change)
@@ -409,7 +410,7 @@ func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried []
 	for _, k := range d.disks.failed() {
 		_, now, why := d.disks.look(k)
 		x, known := d.wanted(d.conf.Load(), k)
-		if known && now == nil && gone(why) {
+		if known && now == nil && !d.disks.isLate(x.Name) && gone(why) {
 			again = append(again, &disk{cfg: x, origin: k.origin, lost: d.lostTo(k, x), again: k})
 			tried = append(tried, x.Name)
 		}
@@ -448,12 +449,16 @@ func (d *daemon) retryLocked() error {
 
 // retire is removeExport that cannot fail. It logs why the export, which is away, was
 // not closed in good order, and returns that. Where clients hold it up beyond ctx, it is
-// done when they have left.
+// done when they have left, and where storage does, when that answers.
 func (d *daemon) retire(ctx context.Context, k, instead *disk) error {
 	x, _, _ := d.disks.look(k)
-	name, err := x.Name, d.removeExport(ctx, k, instead)
+	name := x.Name
+	err := d.closeInTime(ctx, k, name, func() error { return d.removeExport(ctx, k, instead) }, func(err error) { d.tellRetired(name, err) })
 	switch {
 	case displaced(err):
+		return nil
+	case errors.Is(err, errLate):
+		d.log.Warn("export is removed when its storage answers", "export", name)
 		return nil
 	case !errors.Is(err, export.ErrInUse):
 		d.tellRetired(name, err)
@@ -463,7 +468,7 @@ func (d *daemon) retire(ctx context.Context, k, instead *disk) error {
 		return nil
 	}
 	d.log.Warn("export is removed when its clients have left", "export", name)
-	d.accepted.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, k, instead)) })
+	d.closing.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, k, instead)) })
 	return nil
 }
 

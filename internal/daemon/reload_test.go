@@ -53,7 +53,7 @@ func TestWhatGoesIsRemovedWhenItsClientsHaveLeft(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		d.accepted.Wait()
+		d.closing.Wait()
 	}()
 	select {
 	case <-done:

@@ -51,6 +51,7 @@ type reopening struct {
 	k            *disk
 	change       *config.ExportChange
 	next, before *disk // others of its name, with their files: before is as k is, with those that k has open
+	late         bool  // before is that of closeFor
 }
 
 // reopen closes exports and opens them as list says; one that is not open is
@@ -77,6 +78,8 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 		switch {
 		case k != nil && d.disks.originOf(k) != fromConfig:
 			err = errTaken
+		case d.disks.isLate(x.Name):
+			err = errLate
 		case k == nil || !d.disks.opened(k):
 			away = append(away, &disk{cfg: *x.New, origin: fromConfig, lost: d.lostTo(k, *x.New), again: k, trial: true})
 		default:
@@ -218,10 +221,24 @@ func (r *reopening) seek(ctx context.Context) (sought, error) {
 
 // letGo is when r.before is not opened any more.
 func (r *reopening) letGo() {
-	r.before.files.Close()
-	if r.before.delta != nil {
-		_ = r.before.delta.Close() // it is to be forgotten
+	if !r.late {
+		r.before.letGo()
 	}
+}
+
+// letGo closes what k, which is not open, was to go on with.
+func (k *disk) letGo() {
+	k.files.Close()
+	if k.delta != nil {
+		_ = k.delta.Close() // it is to be forgotten
+	}
+}
+
+// close closes k, to be opened again as r.before.
+func (r *reopening) close(ctx context.Context, k *disk) (closed *disk, back func(), err error) {
+	closed, back, err = r.d.closeFor(ctx, k, r.before)
+	r.late = errors.Is(err, errLate)
+	return closed, back, err
 }
 
 func (r *reopening) end() {
@@ -233,7 +250,7 @@ func (r *reopening) end() {
 // It returns what takes it back.
 func (r *reopening) reopen(ctx context.Context) (undo undoing, err error) {
 	d := r.d
-	closed, back, err := d.closeFor(ctx, r.k, r.before)
+	closed, back, err := r.close(ctx, r.k)
 	if err != nil {
 		return nil, err
 	}
@@ -268,7 +285,7 @@ func (r *reopening) takeBack(ctx context.Context, after *config.Export) (back fu
 	if err := mayWriteAgain(&live, &r.before.cfg, files); err != nil {
 		return nil, err
 	}
-	_, back, err = r.d.closeFor(ctx, r.next, r.before)
+	_, back, err = r.close(ctx, r.next)
 	return back, err
 }
 
@@ -297,30 +314,44 @@ var errReopening = errors.New("it is being opened again")
 // closeFor closes k, which is to come back as again, a likeness of what it is or has
 // been: closed has its name, as one that failed. back opens again, or has it failed
 // as it had, if nobody has removed it. Another that has taken the name of k stays:
-// errAway or errTaken.
+// errAway or errTaken. If k is late, it comes back by itself, with what again has, which
+// is closed then: errLate.
 func (d *daemon) closeFor(ctx context.Context, k, again *disk) (closed *disk, back func(), err error) {
 	name := again.cfg.Name
 	if err := d.disks.stillHas(name, k); err != nil {
 		return nil, nil, err
 	}
 	again.origin = d.disks.originOf(k)
-	closed = &disk{cfg: again.cfg, origin: again.origin, failed: errReopening}
-	again.again = closed
-	back = func() {
-		if again.failed != nil {
-			d.giveUp(again)
-			return
+	instead := &disk{cfg: again.cfg, origin: again.origin, failed: errReopening}
+	again.again = instead
+	err = d.closeInTime(ctx, k, name, func() error { return d.makeRoom(ctx, k, instead) }, func(err error) {
+		defer again.letGo()
+		d.tellRetired(name, err)
+		if d.stopping.Err() == nil {
+			d.comeBack(again)
 		}
-		d.tryDisk(again)
-	}
-	err = d.makeRoom(ctx, k, closed)
+	})
 	switch {
 	case err == nil:
-		return closed, back, nil
+		return instead, func() { d.comeBack(again) }, nil
+	case errors.Is(err, errLate):
+		d.log.Warn("export is opened as it was when its storage answers", "export", name)
 	case d.disks.find(name) == nil: // in bad order
-		back()
+		d.comeBack(again)
 	}
 	return nil, nil, err
+}
+
+// comeBack opens again, or has it failed as it had, if what closeFor has closed for it
+// has its name still.
+func (d *daemon) comeBack(again *disk) {
+	switch {
+	case d.disks.get(again.cfg.Name) != again.again:
+	case again.failed != nil:
+		d.giveUp(again)
+	default:
+		d.tryDisk(again)
+	}
 }
 
 // makeRoom removes k for instead. If its clients do not leave before ctx ends, it

@@ -190,10 +190,14 @@ func (d *daemon) describe(x export.Status) api.Export {
 	var now *stack
 	out.Export, now, _ = d.disks.look(k)
 	out.Origin = d.disks.originOf(k)
-	if why := h.why(); why != nil {
+	late := x.State == export.Draining && d.disks.isLate(x.Spec.Name)
+	switch why := h.why(); {
+	case late:
+		out.Error = stillClosing
+	case why != nil:
 		out.Error = why.Error()
 	}
-	if now == nil && h.failed != nil { // it is nowhere to be seen
+	if late || now == nil && h.failed != nil { // it is nowhere to be seen
 		return out
 	}
 	out.State = d.shown(k, x.State)

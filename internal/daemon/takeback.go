@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 
@@ -37,7 +38,8 @@ func (r *reload) closeLate(context.Context) error {
 
 // takeBackExports takes back the exports that were opened. All close at the same time,
 // so that ctx bounds how long the clients of all are waited for. None is opened as it
-// was before all are closed: it may need an address that another has.
+// was before all are closed, but for those that are late, which come back by themselves:
+// it may need an address or an image that another has.
 func (r *reload) takeBackExports(ctx context.Context) {
 	back := make([]func(), len(r.opened))
 	var closing sync.WaitGroup
@@ -55,7 +57,7 @@ func (r *reload) takeBackExports(ctx context.Context) {
 // the configuration says.
 func (d *daemon) tellChanged(k *disk, x *config.ExportChange, err error) {
 	switch {
-	case err == nil || displaced(err):
+	case err == nil || displaced(err) || errors.Is(err, errLate): // closeFor has told of that
 	case d.disks.find(x.Name) != k: // it has gone, in bad order
 		d.tellRetired(x.Name, err)
 	default:

@@ -35,9 +35,8 @@ const (
 	failingWindow = "window = { offset = \"1G\" }\n"
 )
 
-// beginFailing begins a reload that fails, and returns when it waits for the client
-// of z.
-func beginFailing(t *testing.T) *failing {
+// newFailing has no exports yet.
+func newFailing(t *testing.T) *failing {
 	t.Helper()
 	r := &failing{T: t, d: readyService(t), begun: make(chan error, 1)}
 	r.d.cfg.File = filepath.Join(t.TempDir(), "conf")
@@ -49,17 +48,31 @@ func beginFailing(t *testing.T) *failing {
 		t.Fatal(err)
 	}
 	r.d.conf.Store(empty)
+	return r
+}
+
+// beginFailing begins a reload that fails, and returns when it waits for the client
+// of z.
+func beginFailing(t *testing.T) *failing {
+	t.Helper()
+	r := newFailing(t)
 	if _, err := r.reload(fmt.Sprintf(failingConf, "", 4711, "")); err != nil {
 		t.Fatal(err)
 	}
+	r.begin(fmt.Sprintf(failingConf, failingKey, 0, failingWindow))
+	r.want("while the reload waits", true, "a", "g", "s")
+	return r
+}
+
+// begin begins a reload that waits for a client of z.
+func (r *failing) begin(conf string) {
+	r.Helper()
 	r.z = r.open("z")
 	go func() {
-		_, err := r.reload(fmt.Sprintf(failingConf, failingKey, 0, failingWindow))
+		_, err := r.reload(conf)
 		r.begun <- err
 	}()
 	synctest.Wait()
-	r.want("while the reload waits", true, "a", "g", "s")
-	return r
 }
 
 func (r *failing) open(name string) *nbd.Export {
