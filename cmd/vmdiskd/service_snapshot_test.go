@@ -289,7 +289,7 @@ func TestSnapshotWaitsForAReload(t *testing.T) {
 			}()
 			s.await("the reload has opened the other image", func() bool {
 				x, err := s.ctl.Export(t.Context(), "a")
-				return err == nil && x.Image == filepath.Join(s.dir, "b.img") && x.State == "ready"
+				return err == nil && x.Image == filepath.Join(s.dir, "b.img") && x.State == "opening"
 			})
 			overlay := filepath.Join(s.dir, "top.qcow2")
 			_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay})

@@ -53,7 +53,8 @@ type disk struct {
 	trial bool
 
 	// hidden is for one that a reload opens and that nobody finds before that is over:
-	// were it taken back, what is written to it would be lost. Set before it is open.
+	// were it taken back, what is written to it would be lost. Guarded by disks.mu; set
+	// before it is open.
 	hidden bool
 
 	// busy is held by whoever changes the export. Removals hold it while they
@@ -216,6 +217,13 @@ func (s *disks) confirm() {
 			k.held.close()
 		}
 	}
+}
+
+// hides tells whether nobody finds k before a reload is over.
+func (s *disks) hides(k *disk) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return k.hidden
 }
 
 // get is an export in any state, or nil.

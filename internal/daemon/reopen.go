@@ -64,7 +64,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	var all []*reopening
 	over = func() {
 		for _, r := range all {
-			d.exports.Reveal(r.change.Name, r.next)
+			d.reveal(r.change.Name, r.next)
 			r.letGo()
 		}
 	}
@@ -165,6 +165,15 @@ func hiddenLast(a, b *reopening) int {
 		return -1
 	}
 	return 1
+}
+
+// reveal is the end of disk.hidden for k, which may be away.
+func (d *daemon) reveal(name string, k *disk) {
+	d.exports.Reveal(name, k)
+	d.disks.mu.Lock()
+	k.hidden = false
+	d.disks.mu.Unlock()
+	d.tellState(name)
 }
 
 // handOver has r.next, which is to be opened as x says, go on with what r.k has in

@@ -196,6 +196,8 @@ func (d *daemon) describe(x export.Status) api.Export {
 		out.Error = stillClosing
 	case why != nil:
 		out.Error = why.Error()
+	case d.disks.hides(k):
+		out.Error = "a reload that is under way has opened it: nobody finds it before that is done"
 	}
 	if late || now == nil && h.failed != nil { // it is nowhere to be seen
 		return out

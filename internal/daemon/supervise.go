@@ -164,13 +164,15 @@ func (d *daemon) stateOf(name string) (s string, known bool) {
 }
 
 // shown is the state of k, which may be nil, as the API has it, with s that of the
-// registry: what is ready there may be paused, or take no more writes.
+// registry: what is ready there may be hidden, paused, or take no more writes.
 func (d *daemon) shown(k *disk, s export.State) string {
 	if k == nil || s != export.Ready {
 		return string(s)
 	}
 	_, now, _ := d.disks.look(k)
 	switch {
+	case d.disks.hides(k):
+		return string(export.Opening)
 	case now != nil && now.pause != nil && now.pause.Paused():
 		return api.StatePaused
 	case d.disks.healthOf(k).poisoned != nil:

@@ -224,3 +224,35 @@ func TestReloadLeavesWhatIsBeingRemoved(t *testing.T) {
 		r.want("after the reload", false, "a", "g")
 	})
 }
+
+// TestHiddenExportIsListedAsOpening until the reload that has opened it is over: its last
+// event says so too.
+func TestHiddenExportIsListedAsOpening(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newFailing(t)
+		r.d.tellStates()
+		if _, err := r.reload(fmt.Sprintf(failingConf, "", 0, "")); err != nil {
+			t.Fatal(err)
+		}
+		r.begin(fmt.Sprintf(failingConf, "[export.overlay]\nquota = \"1M\"\n", 0, "[export.overlay]\nquota = \"1M\"\n"))
+		list := []string{"a", "s"}
+		r.wantStates("while the reload waits", "opening", true, list...)
+		r.wantStates("while the reload waits", "ready", false, "g")
+		r.z.Close()
+		if err := <-r.begun; err != nil {
+			t.Error(err)
+		}
+		r.wantStates("after the reload", "ready", false, append(list, "g", "z")...)
+	})
+}
+
+// wantStates wants exports to be listed, and told of, in a state, with a reason or not.
+func (r *failing) wantStates(when, state string, why bool, names ...string) {
+	r.Helper()
+	for _, name := range names {
+		x, err := service{r.d}.Export(name)
+		if last := r.d.told.last[name]; err != nil || x.State != state || (x.Error != "") != why || last != state {
+			r.Errorf("%s: export %q is %q (%s), told as %q, %v; want it %s, with a reason: %t", when, name, x.State, x.Error, last, err, state, why)
+		}
+	}
+}

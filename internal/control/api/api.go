@@ -122,7 +122,7 @@ type Export struct {
 	Clients  int      `json:"clients"`
 	Origin   string   `json:"origin"`          // "config", "state", "api" or "command line"
 	URIs     []string `json:"uris"`            // where clients find it
-	Error    string   `json:"error,omitempty"` // why it does not work any more, or takes no more writes
+	Error    string   `json:"error,omitempty"` // why it does not work, yet or any more, or takes no more writes
 }
 
 // Patch changes what can change while an export is in use. What is absent
