@@ -1071,12 +1071,23 @@ func TestListenerIsTheSameHoweverItIsSpelt(t *testing.T) {
 // was: until it is opened, whatever fails in between, or removed.
 func TestFailedExportKeepsWrites(t *testing.T) {
 	t.Parallel()
-	for what, conf := range forgetful {
+	const remembered = "an overlay of that of a snapshot"
+	all := maps.Clone(forgetful)
+	all[remembered] = forgetful["an overlay"]
+	for what, conf := range all {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
 			s := newService(t, "")
 			if out, err := tool(t, s.dir, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.img", "-F", "raw", "top.qcow2"); err != nil {
 				t.Fatal(err, out)
+			}
+			if what == remembered {
+				if err := s.reload(exportA); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: filepath.Join(s.dir, "over.qcow2")}); err != nil {
+					t.Fatal(err)
+				}
 			}
 			own := func(more, socket string) string {
 				return conf(more) + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/" + socket + "\"\n"

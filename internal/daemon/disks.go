@@ -156,7 +156,7 @@ func (s *disks) claim(k *disk) error {
 		return errAway
 	case k.again != nil && k.again.stack == nil:
 		if k.failed != nil {
-			k.held.from(&k.again.held)
+			k.held, k.again.held = k.again.held, held{}
 			k.again = nil
 		}
 	case old != nil && old.failed != nil && old.origin == fromState && k.origin == fromState:

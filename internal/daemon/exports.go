@@ -458,29 +458,21 @@ func (d *daemon) giveUp(failed *disk) {
 	}
 	d.log.Error("export cannot be opened", "export", failed.cfg.Name, "error", failed.failed)
 	if d.disks.claim(failed) != nil {
-		failed.held.close()
 		return
 	}
 	d.keepPlace(failed)
 	d.tellState(failed.cfg.Name)
 }
 
-// tryDisk opens a disk that is not open, or notes why it does not work: what it was to
-// go on with is held for the next attempt. Another attempt at one that was removed
-// meanwhile is none.
+// tryDisk opens a disk that is not open, or notes why it does not work. Another attempt
+// at one that was removed meanwhile is none.
 func (d *daemon) tryDisk(k *disk) {
 	ctx, cancel := context.WithTimeout(d.stopping, openTimeout)
 	defer cancel()
 	failed := &disk{cfg: k.cfg, origin: k.origin, lost: k.lost, again: k.again}
-	var err error
-	if failed.held, err = k.volatile(); err != nil {
-		d.log.Warn("what is in no file is forgotten if the export cannot be opened", "export", k.cfg.Name, "error", err)
+	if failed.failed = d.addDisk(ctx, k, nil); failed.failed != nil && !errors.Is(failed.failed, errAway) {
+		d.giveUp(failed)
 	}
-	if failed.failed = d.addDisk(ctx, k, nil); failed.failed == nil || errors.Is(failed.failed, errAway) {
-		failed.held.close()
-		return
-	}
-	d.giveUp(failed)
 }
 
 // removeFailed forgets k, which does not work, if its file can be removed. An export

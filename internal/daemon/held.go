@@ -16,8 +16,22 @@ type held struct {
 	delta *layer.Delta
 }
 
-// volatile is what k, which is about to be opened, is to go on with, for the case that
-// it fails.
+// hold has closed, if it still has its name, hold what again is to go on with, until
+// that is open or another attempt is: closed stands for what both were.
+func (d *daemon) hold(closed, again *disk) {
+	h, err := again.volatile()
+	if err != nil {
+		d.log.Warn("what is in no file is forgotten if the export cannot be opened", "export", again.cfg.Name, "error", err)
+	}
+	d.disks.mu.Lock()
+	defer d.disks.mu.Unlock()
+	if h.of != nil && d.disks.byName[closed.cfg.Name] == closed {
+		h, closed.held = closed.held, h
+	}
+	h.close()
+}
+
+// volatile is what k, which is not open, is to go on with.
 func (k *disk) volatile() (h held, err error) {
 	if k.delta == nil && !k.files.InMemory() {
 		return h, nil
@@ -31,15 +45,6 @@ func (k *disk) volatile() (h held, err error) {
 	x := k.cfg
 	h.of = &x
 	return h, nil
-}
-
-// from has h, if it is empty, have what old has: that is closed otherwise.
-func (h *held) from(old *held) {
-	if h.of != nil {
-		old.close()
-		return
-	}
-	*h, *old = *old, held{}
 }
 
 // heldFor are the files of the image below what k goes on with.

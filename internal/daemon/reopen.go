@@ -342,6 +342,7 @@ func (d *daemon) closeFor(ctx context.Context, k, again *disk) (closed *disk, ba
 	})
 	switch {
 	case err == nil:
+		d.hold(instead, again)
 		return instead, func() { d.comeBack(again) }, nil
 	case errors.Is(err, errLate):
 		d.log.Warn("export is opened as it was when its storage answers", "export", name)
@@ -359,6 +360,7 @@ func (d *daemon) comeBack(again *disk) {
 	case again.failed != nil:
 		d.giveUp(again)
 	default:
+		d.hold(again.again, again)
 		d.tryDisk(again)
 	}
 }
