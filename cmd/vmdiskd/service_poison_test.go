@@ -4,15 +4,19 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/backing/backingtest"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 	"github.com/vmdiskd/vmdiskd/test/testenv"
 )
@@ -265,6 +269,104 @@ func TestReloadForgetsNoLostWrite(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestFailedExportForgetsNoLostWrite when its device is named by another node: one that
+// a reload has closed and could not open again takes no writes when it is opened.
+func TestFailedExportForgetsNoLostWrite(t *testing.T) {
+	t.Parallel()
+	for _, node := range []string{"the same node", "another node"} {
+		t.Run(node, func(t *testing.T) {
+			t.Parallel()
+			s, conf := newThin(t, "raw")
+			own := func(more, socket string) string {
+				return conf(more) + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/" + socket + "\"\n"
+			}
+			reload := func(conf string) error {
+				s.reconfigure(conf)
+				_, err := control.Dial(filepath.Join(s.dir, "control")).Reload(t.Context(), false)
+				return err
+			}
+			s.lose()
+			k := s.open("a")
+			k.request(wire.CmdFlush, 1, 0, 0, nil)
+			if e, _ := k.reply(); e != wire.EIO {
+				t.Fatalf("flush: got %v, want %v", e, wire.EIO)
+			}
+			k.Close()
+			if err := reload(own("", "one") + exportZ); err != nil {
+				t.Fatal(err)
+			}
+			s.hang("z")
+			refused := make(chan error, 1)
+			go func() { refused <- reload(own(anew, "two") + exportZ + "window = { offset = \"2M\" }\n") }()
+			s.await("the reload waits", func() bool { return slices.Contains(s.states(), "z draining") })
+			l, err := net.Listen("unix", filepath.Join(s.dir, "one")) // it is closed by then
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			s.letGo("z")
+			if err := <-refused; err == nil {
+				t.Fatal("the reload did not fail")
+			}
+			s.await("a has failed", func() bool { return slices.Contains(s.states(), "a failed") })
+			next := conf("")
+			if node == "another node" {
+				next = s.renode(next)
+			}
+			if err := reload(next + exportZ); err != nil {
+				t.Errorf("the next reload: %v", err)
+			}
+			s.wantLost("when it is opened again")
+		})
+	}
+}
+
+// renode is the configuration of newThin with another node of the same device.
+func (s *testService) renode(conf string) string {
+	s.Helper()
+	_, rest, _ := strings.Cut(conf, "image = \"")
+	old, _, _ := strings.Cut(rest, "\"")
+	var st unix.Stat_t
+	other := filepath.Join(s.dir, "volume")
+	if err := errors.Join(unix.Stat(old, &st), unix.Mknod(other, unix.S_IFBLK|0o600, int(st.Rdev))); err != nil {
+		s.Fatal(err)
+	}
+	return strings.Replace(conf, old, other, 1)
+}
+
+// TestFailedExportServesTheFileThatReplacesItsOwn: that a write to the one was lost says
+// nothing of the other.
+func TestFailedExportServesTheFileThatReplacesItsOwn(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	served := filepath.Join(s.dir, "q.qcow2")
+	testenv.SparseQcow2(t, served)
+	sound, err := os.ReadFile(served)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportQ); err != nil {
+		t.Fatal(err)
+	}
+	s.poison("q", served)
+	if err := s.reload(exportQ + anew); err == nil {
+		t.Error("the reload opened an image that is marked corrupt")
+	}
+	if got := s.states(); !slices.Equal(got, []string{"q failed"}) {
+		t.Errorf("after the reload: got %q, want it failed", got)
+	}
+	if err := errors.Join(os.WriteFile(served+".new", sound, 0o600), os.Rename(served+".new", served)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.reload(exportQ); err != nil {
+		t.Errorf("the next reload: %v", err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "q"); err != nil || x.State != "ready" || !x.Writable {
+		t.Errorf("with another file at its path: got %+v, %v, want it ready", x, err)
+	}
+	s.stop()
 }
 
 // TestReloadTellsOfWritesThatAreLostAtTheEnd of an export that it removes: that cannot

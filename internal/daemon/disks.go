@@ -11,6 +11,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
@@ -28,7 +29,7 @@ type disk struct {
 	delta  *layer.Delta  // what its overlay is to go on with; nil: it begins empty
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
-	lost   *poison       // of the image, which this one opens again; nil: it was not open before, or another was
+	lost   *poison       // of what its name has written to last; see record. Guarded by disks.mu once k is open
 	writes bool          // its image is opened for writing, though cfg may have been set read-only since
 
 	// held is what another attempt at this one, which failed, goes on with. One that a
@@ -78,6 +79,7 @@ type disks struct {
 // the image and opens it again: who removes the export and adds it again begins anew.
 type poison struct {
 	why atomic.Pointer[error] // nil: it takes them; set once
+	of  []raw.ID              // its files that are written to; none before it is open
 }
 
 // health is what an export is good for. At most one of the two is not nil.
@@ -291,17 +293,29 @@ func (p *poison) reason() error {
 	return nil
 }
 
-// record is that of the image of k, which is about to be opened: for writing, of an
-// image that was open before, what it was then.
-func (k *disk) record(readOnly bool) *poison {
+// record is that of the image of k, which is about to be opened and whose files are in
+// t: for writing to a file that was written to before, by whatever path, what it was
+// then. Where nobody knows the files (nil) they are taken for the same.
+func (k *disk) record(readOnly bool, t *open.Table) (*poison, error) {
 	if k.lost == nil || readOnly {
-		return new(poison)
+		return new(poison), nil
 	}
-	return k.lost
+	if t == nil {
+		return k.lost, nil
+	}
+	written, err := t.Written()
+	if err != nil || slices.ContainsFunc(written, func(id raw.ID) bool { return slices.Contains(k.lost.of, id) }) {
+		return k.lost, err
+	}
+	return new(poison), nil
 }
 
-// lostBy is the record of the image of k for another disk that opens it again.
+// lostBy is the record of the image of k, which may be nil, for another disk of its
+// name.
 func (s *disks) lostBy(k *disk) *poison {
+	if k == nil {
+		return nil
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return cmp.Or(k.lost, k.poison)

@@ -137,6 +137,9 @@ func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files 
 		k.held.close()
 	}
 	k.cfg, k.stack, k.poison, k.again = cfg, s, s.poison, nil
+	if !s.x.ReadOnly {
+		k.lost = nil // that is its record, or of another image
+	}
 	return s.top, unkeep, nil
 }
 

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -76,6 +77,11 @@ func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec, p *pois
 		}
 	}
 	i.dev, err = open.Open(ctx, s)
+	if err == nil {
+		if p.of, err = open.NewTable(i.files, nil).Written(); err != nil {
+			err = errors.Join(err, i.dev.Close())
+		}
+	}
 	if err == nil && s.Lost != nil {
 		d.log.Error("export takes no more writes, as before its image was opened again: check the image, and remove the export and add it again, or restart",
 			"export", name, "error", s.Lost)

@@ -411,7 +411,7 @@ func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried []
 		_, now, why := d.disks.look(k)
 		x, known := d.wanted(d.conf.Load(), k)
 		if known && now == nil && !d.disks.isLate(x.Name) && gone(why) {
-			again = append(again, &disk{cfg: x, origin: k.origin, lost: d.lostTo(k, x), again: k})
+			again = append(again, &disk{cfg: x, origin: k.origin, lost: d.disks.lostBy(k), again: k})
 			tried = append(tried, x.Name)
 		}
 	}

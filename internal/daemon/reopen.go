@@ -81,7 +81,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 		case d.disks.isLate(x.Name):
 			err = errLate
 		case k == nil || !d.disks.opened(k):
-			away = append(away, &disk{cfg: *x.New, origin: fromConfig, lost: d.lostTo(k, *x.New), again: k, trial: true})
+			away = append(away, &disk{cfg: *x.New, origin: fromConfig, lost: d.disks.lostBy(k), again: k, trial: true})
 		default:
 			var r *reopening
 			if r, err = d.beginReopen(ctx, k, x); err == nil {
@@ -189,9 +189,7 @@ func (r *reopening) handOver(x *sought) (err error) {
 		r.next.delta = r.before.delta
 	}
 	r.next.hidden = !same || (r.before.delta == nil) != (x.Overlay == nil)
-	if hasFiles(&x.Export) && r.next.files.Same(x.known) {
-		r.next.lost = r.before.lost
-	}
+	r.next.lost = r.before.lost
 	return err
 }
 
@@ -302,19 +300,6 @@ func (r *reopening) takeBack(ctx context.Context, after *config.Export) (back fu
 func (d *daemon) likeness(k *disk) *disk {
 	x, s, failed := d.disks.look(k)
 	return &disk{cfg: x, named: k.named, writes: !s.x.ReadOnly, failed: failed, lost: d.disks.lostBy(k)}
-}
-
-// lostTo is the record of the image of k, which has failed and may be nil, for another
-// attempt that opens it as x says: nil, if that is of another image.
-func (d *daemon) lostTo(k *disk, x config.Export) *poison {
-	if k == nil {
-		return nil
-	}
-	old, _, _ := d.disks.look(k)
-	if now, err := d.placed(x); err == nil && now.Image != old.Image {
-		return nil
-	}
-	return d.disks.lostBy(k)
 }
 
 // errReopening is what an export has failed for that closeFor has closed.

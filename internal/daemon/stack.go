@@ -61,13 +61,17 @@ func (d *daemon) build(ctx context.Context, k *disk, x *config.Export, files []*
 // and the daemon serves already, they are gathered first: storage that hangs holds up
 // nothing then but a while.
 func (d *daemon) openIn(ctx context.Context, k *disk, x *config.Export, files []*os.File, th *raw.Threshold) (image, error) {
-	t, p := k.files, k.record(x.ReadOnly)
+	t := k.files
 	if t == nil && d.server != nil && len(files) == 0 && hasFiles(x) {
 		var err error
 		if t, err = d.gather(ctx, x, nil); err != nil {
 			return image{}, err
 		}
 		defer t.Close()
+	}
+	p, err := k.record(x.ReadOnly, t)
+	if err != nil {
+		return image{}, err
 	}
 	s, err := d.imageSpec(x, files)
 	if err != nil {

@@ -186,6 +186,21 @@ func (t *Table) Others(known []*os.File) (paths []string) {
 	return paths
 }
 
+// Written are the files that are opened for writing.
+func (t *Table) Written() (ids []raw.ID, err error) {
+	for r, f := range t.files {
+		if r.ReadOnly {
+			continue
+		}
+		id, err := raw.Identify(f)
+		if err != nil {
+			return nil, &fs.PathError{Op: "identify", Path: r.Path, Err: err}
+		}
+		ids = append(ids, id)
+	}
+	return ids, nil
+}
+
 // Same tells whether the files are those in known, and all of them.
 func (t *Table) Same(known []*os.File) bool {
 	return len(t.files) == len(known) && len(t.Others(known)) == 0

@@ -16,6 +16,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
+	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
 // TestGatheredFilesReplacePaths opens a chain twice: when its files are there,
@@ -65,6 +66,29 @@ func TestGatheredFilesReplacePaths(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestWrittenIsTheTopOfAChain, and nothing of what is opened read-only.
+func TestWrittenIsTheTopOfAChain(t *testing.T) {
+	dir := t.TempDir()
+	chainIn(t, dir)
+	top := filepath.Join(dir, "top.qcow2")
+	var st unix.Stat_t
+	if err := unix.Stat(top, &st); err != nil {
+		t.Fatal(err)
+	}
+	for readOnly, want := range map[bool][]raw.ID{false: {raw.IDIn(&st)}, true: nil} {
+		s := chainSpec(t, top, open.Policy{Mode: open.SameDir})
+		s.ReadOnly = readOnly
+		table, err := open.Gather(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := table.Written(); err != nil || !slices.Equal(got, want) {
+			t.Errorf("read-only %t: got %v, %v, want %v", readOnly, got, err, want)
+		}
+		table.Close()
 	}
 }
 
