@@ -1068,7 +1068,8 @@ func TestListenerIsTheSameHoweverItIsSpelt(t *testing.T) {
 }
 
 // TestFailedExportKeepsWrites that are in no file, when it cannot be opened again as it
-// was: until it is opened, whatever fails in between, or removed.
+// was: until it is opened, whatever fails in between, or removed. Nobody else writes to
+// the image below meanwhile.
 func TestFailedExportKeepsWrites(t *testing.T) {
 	t.Parallel()
 	const remembered = "an overlay of that of a snapshot"
@@ -1106,6 +1107,15 @@ func TestFailedExportKeepsWrites(t *testing.T) {
 				}
 				return func() { l.Close() }
 			}
+			wantKept := func(when string) {
+				t.Helper()
+				if strings.Contains(what, "memory") {
+					return
+				}
+				if out, err := tool(t, s.dir, "qemu-io", "-f", "raw", "-c", "write -P 0x77 0 64k", "a.img"); err == nil || !strings.Contains(out, "lock") {
+					t.Errorf("%s: another program writes to the image: %v %s", when, err, out)
+				}
+			}
 			var leave func()
 			// It is closed by then: its socket is free, and another program has it.
 			fails := own(anew, "two") + exportZ + "window = { offset = \"2M\" }\n"
@@ -1113,6 +1123,7 @@ func TestFailedExportKeepsWrites(t *testing.T) {
 				t.Fatal("the reload did not fail")
 			}
 			s.await("a has failed", func() bool { return slices.Contains(s.states(), "a failed") })
+			wantKept("when it has failed")
 			if err := s.reload(own("", "one") + exportZ); err != nil { // it is tried again
 				t.Errorf("a reload while the socket is taken: %v", err)
 			}
@@ -1120,7 +1131,12 @@ func TestFailedExportKeepsWrites(t *testing.T) {
 			if err := s.reload(own(anew, "one") + exportZ); err == nil {
 				t.Error("a reload that changes it while the socket is taken was done")
 			}
+			wantKept("when it has failed again")
 			leave()
+			if err := s.reload(fails); err == nil {
+				t.Error("a reload that opens it and fails later was done")
+			}
+			wantKept("when it was opened and closed again")
 			if err := s.reload(own(anew, "one") + exportZ + unixListener("none/there", "")); err == nil {
 				t.Error("a reload with a listener that cannot be made was done")
 			}

@@ -463,6 +463,7 @@ func (d *daemon) giveUp(failed *disk) {
 	if d.disks.claim(failed) != nil {
 		return
 	}
+	d.guard(failed.cfg.Name)
 	d.keepPlace(failed)
 	d.tellState(failed.cfg.Name)
 }

@@ -14,6 +14,7 @@ type held struct {
 	of    *config.Export // as it was when they wrote; nil: nothing is held
 	files *open.Table
 	delta *layer.Delta
+	base  *base // of delta; nil: it stands on no files
 }
 
 // hold has closed, if it still has its name, hold what again is to go on with, until
@@ -23,12 +24,16 @@ func (d *daemon) hold(closed, again *disk) {
 	if err != nil {
 		d.log.Warn("what is in no file is forgotten if the export cannot be opened", "export", again.cfg.Name, "error", err)
 	}
+	if h.delta != nil && len(h.files.Files()) > 0 {
+		h.base = newBase(again, h.files.Files(), d.logs.For("backing"))
+	}
 	d.disks.mu.Lock()
-	defer d.disks.mu.Unlock()
-	if h.of != nil && d.disks.byName[closed.cfg.Name] == closed {
+	if closed.held.of == nil && d.disks.byName[closed.cfg.Name] == closed {
 		h, closed.held = closed.held, h
 	}
 	h.close()
+	d.disks.mu.Unlock()
+	d.guard(closed.cfg.Name)
 }
 
 // volatile is what k, which is not open, is to go on with.
@@ -77,6 +82,7 @@ func (s *disks) takeOver(k *disk, x *sought, g *gathered) {
 
 // close leaves h empty.
 func (h *held) close() {
+	h.base.close()
 	h.files.Close()
 	if h.delta != nil {
 		_ = h.delta.Close() // it is to be forgotten

@@ -77,6 +77,9 @@ func (d *daemon) openIn(ctx context.Context, k *disk, x *config.Export, files []
 	if err != nil {
 		return image{}, err
 	}
+	if err := d.unguard(k); err != nil {
+		return image{}, err
+	}
 	s.Writes, s.Threshold = d.mayWrite(x), th
 	if t != nil {
 		s.Table = t

@@ -184,6 +184,7 @@ func (d *daemon) shown(k *disk, s export.State) string {
 // release frees the name of k, or gives it to instead, as disks.forget does.
 func (d *daemon) release(k *disk, name string, instead *disk) {
 	d.disks.forget(k, instead)
+	d.guard(name)
 	d.tellState(name)
 }
 
