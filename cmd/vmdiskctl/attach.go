@@ -277,7 +277,7 @@ func plugError(err error) error {
 // refusedByMachine tells whether a machine, or what it has, keeps the user from
 // what was asked for.
 func refusedByMachine(err error) bool {
-	for _, e := range [...]error{attach.ErrMounted, attach.ErrSaved, attach.ErrDiffers, attach.ErrSmaller, attach.ErrFull, qmp.ErrUnplugRefused} {
+	for _, e := range [...]error{attach.ErrMounted, attach.ErrSaved, attach.ErrDiffers, attach.ErrSmaller, attach.ErrFull, attach.ErrPaused, qmp.ErrUnplugRefused} {
 		if errors.Is(err, e) {
 			return true
 		}

@@ -390,6 +390,7 @@ func TestExitCodesOfPlans(t *testing.T) {
 		{attach.ErrDiffers, exitRefused},
 		{attach.ErrSmaller, exitRefused},
 		{attach.ErrFull, exitRefused},
+		{attach.ErrPaused, exitRefused},
 		{qmp.ErrUnplugRefused, exitRefused},
 		{&api.Error{Code: api.CodeForbidden}, exitRefused},
 		{&api.Error{Code: api.CodeExists}, exitRefused},

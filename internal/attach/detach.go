@@ -11,8 +11,9 @@ import (
 
 // Detach plans to unplug a disk by the name that Resolve found, and to remove
 // its export if Attach has made it. A guest that has the disk mounted is
-// ErrMounted, unless force is set. From the moment that the guest releases the
-// disk nothing is taken back: what fails then is done by a second Detach.
+// ErrMounted, unless force is set, and an export that is paused ErrPaused. From
+// the moment that the guest releases the disk nothing is taken back: what fails
+// then is done by a second Detach.
 func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, error) {
 	list, err := nodes(ctx, m.Monitor, id)
 	if err != nil {
@@ -53,6 +54,9 @@ func (m *Machine) unplugStep(id string) Step {
 			if d.Inserted == nil || !isNodeOf(d.Inserted.Name, id) {
 				return false, fmt.Errorf("%w: device %q has a disk that was not attached by this program", ErrDiffers, id)
 			}
+			if err := m.noPause(ctx, id); err != nil {
+				return false, err
+			}
 			err = unplug(ctx, m.Monitor, id)
 			return err == nil, err
 		},
@@ -64,7 +68,12 @@ func (m *Machine) nodesStep(id string) Step {
 	return Step{
 		Name:  fmt.Sprintf("delete the nodes of %s", id),
 		Final: true,
-		Do:    func(ctx context.Context) (bool, error) { return deleteNodes(ctx, m.Monitor, id) },
+		Do: func(ctx context.Context) (bool, error) {
+			if err := m.noPause(ctx, id); err != nil {
+				return false, err
+			}
+			return deleteNodes(ctx, m.Monitor, id)
+		},
 	}
 }
 

@@ -780,7 +780,8 @@ func (d *Domain) isOwnExport(name string) bool {
 
 // serving is the disk with the target, which the domain must have, where it is,
 // and the export behind it: the named one or, if that is "", the one that
-// Attach has made. An export that the disk is not from is refused.
+// Attach has made. An export that the disk is not from is refused, and one that is
+// paused is ErrPaused.
 func (d *Domain) serving(ctx context.Context, target, named string) (in libvirtd.Scope, disk *libvirtxml.DomainDisk, x api.Export, err error) {
 	if in, disk, err = d.find(ctx, target); err != nil {
 		return 0, nil, x, err
@@ -800,7 +801,9 @@ func (d *Domain) serving(ctx context.Context, target, named string) (in libvirtd
 	}
 	x, err = d.Server.Export(ctx, named)
 	switch {
-	case err != nil || isAt(ctx, uri, x):
+	case err != nil:
+	case isAt(ctx, uri, x):
+		err = goesOn(x)
 	case mayBe(ctx, uri, x):
 		err = errUnnamed(target, x)
 	default:
@@ -930,8 +933,20 @@ func (d *Domain) takeStep(disk *libvirtxml.DomainDisk, uri transport.URI, scope 
 	return Step{
 		Name:  name,
 		Final: true,
-		Do:    func(ctx context.Context) (bool, error) { return d.detach(ctx, disk, uri, scope) },
+		Do: func(ctx context.Context) (bool, error) {
+			if scope&libvirtd.Live != 0 {
+				if err := d.noPause(ctx, uri); err != nil {
+					return false, err
+				}
+			}
+			return d.detach(ctx, disk, uri, scope)
+		},
 	}
+}
+
+// noPause refuses a disk from u whose export is paused, or may be.
+func (d *Domain) noPause(ctx context.Context, u transport.URI) error {
+	return noPause(ctx, d.Server, func(x api.Export) (bool, error) { return isAt(ctx, u, x) || mayBe(ctx, u, x), nil })
 }
 
 // Resize is as Machine's. While the domain runs the plan, not its making, goes

@@ -506,6 +506,44 @@ func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
 	h.Virsh(t, "start", "--paused", "--domain="+domainName)
 }
 
+// TestPausedDiskOfADomainStaysAsItIs is TestPausedDiskStaysAsItIs with a domain, whose
+// configuration loses the disk all the same.
+func TestPausedDiskOfADomainStaysAsItIs(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	s.Add.Persist = true
+	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
+	p, err := h.Attach(ctx, s, o)
+	do(t, p, err)
+	export := attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(s.Image))
+	must(t, h.service.Pause(ctx, export, 0))
+	for what, plan := range map[string]func() (*attach.Plan, error){
+		"attach":   func() (*attach.Plan, error) { return h.Attach(ctx, s, o) },
+		"named":    func() (*attach.Plan, error) { return h.Attach(ctx, attach.Source{Export: export}, o) },
+		"detach":   func() (*attach.Plan, error) { return h.Detach(ctx, "sda", true) },
+		"resize":   func() (*attach.Plan, error) { return h.Resize(ctx, "sda", "", attach.Size{Bytes: diskSize}) },
+		"snapshot": func() (*attach.Plan, error) { return h.Snapshot(ctx, "sda", "", h.dir+"/overlay", false) },
+	} {
+		p, err := plan()
+		if err == nil {
+			_, err = p.Run(ctx)
+		}
+		if in := h.states(t); !errors.Is(err, attach.ErrPaused) || errors.Is(err, attach.ErrIncomplete) || in != libvirtd.Live|libvirtd.Config {
+			t.Errorf("%s: %v, the disk is in %v", what, err, in)
+		}
+	}
+	h.Scope = libvirtd.Config
+	if p, err = h.Detach(ctx, "sda", true); !do(t, p, err) || h.states(t) != libvirtd.Live {
+		t.Errorf("detach from the configuration: the disk is in %v", h.states(t))
+	}
+	h.Scope = 0
+	must(t, h.service.Resume(ctx, export))
+	p, err = h.Detach(ctx, "sda", true)
+	do(t, p, err)
+	h.wantNothing(t)
+}
+
 // TestDiskOfADomainComesOverTLS has libvirt give QEMU the certificates that its
 // qemu.conf names, for a service that takes nothing but TLS and certificates. The
 // disk gets the reconnect delay that libvirt has forgotten, and grows, with the

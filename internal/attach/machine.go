@@ -172,22 +172,43 @@ func (m *Machine) diskOf(ctx context.Context, x api.Export, asked string) (id st
 // notBeneath refuses an export that a device has below what somebody else has put
 // above its raw node, which is read-only there whatever it was.
 func (m *Machine) notBeneath(ctx context.Context, id string, x api.Export) error {
+	is, err := m.hasNode(ctx, id, x)
+	if is {
+		err = fmt.Errorf("%w: the machine has the export below disk %s, by a snapshot or a copy: block-commit or block-job-cancel ends that", ErrDiffers, id)
+	}
+	return err
+}
+
+// hasNode reports whether a raw node that was made for the disk, with a device above
+// it or without, is from the export. One that may be is errMayBe.
+func (m *Machine) hasNode(ctx context.Context, id string, x api.Export) (bool, error) {
 	list, err := nodes(ctx, m.Monitor, id)
 	if err != nil {
-		return err
+		return false, err
 	}
 	for i := range list {
 		for _, list[i].ReadOnly = range []bool{false, true} {
 			_, err := m.linkTo(ctx, &list[i], id, x)
 			switch {
 			case err == nil:
-				return fmt.Errorf("%w: the machine has the export below disk %s, by a snapshot or a copy: block-commit or block-job-cancel ends that", ErrDiffers, id)
+				return true, nil
 			case !errors.Is(err, ErrDiffers) || errors.Is(err, errMayBe):
-				return err
+				return false, err
 			}
 		}
 	}
-	return nil
+	return false, nil
+}
+
+// noPause refuses a disk whose export is paused, or may be.
+func (m *Machine) noPause(ctx context.Context, id string) error {
+	return noPause(ctx, m.Server, func(x api.Export) (bool, error) {
+		is, err := m.hasNode(ctx, id, x)
+		if errors.Is(err, errMayBe) {
+			return true, nil
+		}
+		return is, err
+	})
 }
 
 // nbd is a client that guests do not notice the absence of its server by, with the

@@ -1593,6 +1593,55 @@ func TestPoisonedDiskIsDetached(t *testing.T) {
 	}
 }
 
+// TestPausedDiskStaysAsItIs: QEMU reads from a new disk and flushes an old one in its
+// main loop, and the whole guest would stand still until the end of the pause. A disk
+// that is paused while it is being detached is left to a second detach.
+func TestPausedDiskStaysAsItIs(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	ctx := testenv.Context(t)
+	o := attach.Options{Model: qmp.SCSIDisk, ID: "d"}
+	empty := l.state(t, m.Monitor)
+	for export, s := range map[string]attach.Source{
+		"web": {Export: "web"}, attach.ExportName(m.Name, "d"): l.source(l.image(t, "own", diskSize)),
+	} {
+		p, err := m.Attach(ctx, s, o)
+		do(t, p, err)
+		there := l.state(t, m.Monitor)
+		must(t, l.service.Pause(ctx, export, 0))
+		for what, plan := range map[string]func() (*attach.Plan, error){
+			"attach":   func() (*attach.Plan, error) { return m.Attach(ctx, s, o) },
+			"detach":   func() (*attach.Plan, error) { return m.Detach(ctx, "d", true) },
+			"resize":   func() (*attach.Plan, error) { return m.Resize(ctx, "d", export, attach.Size{Bytes: diskSize}) },
+			"snapshot": func() (*attach.Plan, error) { return m.Snapshot(ctx, "d", export, l.dir+"/overlay", false) },
+		} {
+			p, err := plan()
+			if err == nil {
+				_, err = p.Run(ctx)
+			}
+			if !errors.Is(err, attach.ErrPaused) || errors.Is(err, attach.ErrIncomplete) || l.state(t, m.Monitor) != there {
+				t.Errorf("%s of %s: %v, left %s", what, export, err, l.state(t, m.Monitor))
+			}
+		}
+		must(t, l.service.Resume(ctx, export))
+		p, err = m.Detach(ctx, "d", true)
+		must(t, err)
+		before(p, 1, func() { must(t, l.service.Pause(ctx, export, 0)) }) // the device is gone
+		if _, err := p.Run(ctx); !errors.Is(err, attach.ErrPaused) || !errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("detach of %s, which was paused meanwhile: %v", export, err)
+		}
+		must(t, l.service.Resume(ctx, export))
+		p, err = m.Detach(ctx, "d", true)
+		if do(t, p, err); l.state(t, m.Monitor) != empty {
+			t.Errorf("left %s", l.state(t, m.Monitor))
+		}
+	}
+	must(t, l.service.Pause(ctx, "web", 0))
+	if _, err := m.Attach(ctx, attach.Source{Export: "web"}, o); !errors.Is(err, attach.ErrPaused) {
+		t.Errorf("attach of an export that is paused: %v", err)
+	}
+}
+
 func TestMachineWithoutAPlaceIsToldBeforeAnythingIsDone(t *testing.T) {
 	l := start(t, "-machine", "q35")
 	m := l.machine(t, l.monitor, nil)

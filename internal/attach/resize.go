@@ -306,7 +306,7 @@ func (g *growth) deleteStep() Step {
 }
 
 // exportOf is the export that a disk of the machine is, or the one that the
-// user names, if the machine has its disk.
+// user names, if the machine has its disk. One that is paused is ErrPaused.
 func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export, err error) {
 	if m.Server == nil {
 		return x, ErrNoServer
@@ -321,6 +321,9 @@ func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export,
 	}
 	if err == nil {
 		err = m.isFrom(ctx, id, x)
+	}
+	if err == nil {
+		err = goesOn(x)
 	}
 	return x, err
 }

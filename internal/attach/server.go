@@ -26,6 +26,10 @@ var (
 
 	// ErrNoServer is for disks that the control API does not have.
 	ErrNoServer = errors.New("not an export of this daemon")
+
+	// ErrPaused is for a disk whose requests are held back. QEMU waits for some
+	// of them in its main loop, and the whole guest with it, until the pause ends.
+	ErrPaused = errors.New("the disk is paused")
 )
 
 // Source is where a disk is served: exactly one of Image, Export and URI.
@@ -325,13 +329,42 @@ func exportStep(c *client.Client, a api.AddExport, files []*os.File, size *int64
 	}
 }
 
-// works refuses an export of which a machine would get errors: one that has failed,
-// or, unless it only reads, one that takes no more writes.
+// works refuses an export that is paused, and one of which a machine would get
+// errors: one that has failed, or, unless it only reads, one that takes no more
+// writes.
 func works(x api.Export, readOnly bool) error {
 	if x.Error == "" || readOnly && x.State != api.StateFailed {
-		return nil
+		return goesOn(x)
 	}
 	return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
+}
+
+// goesOn refuses an export that is paused.
+func goesOn(x api.Export) error {
+	if x.State != api.StatePaused {
+		return nil
+	}
+	return fmt.Errorf("%w: resume export %q first, or wait for the end of the pause", ErrPaused, x.Name)
+}
+
+// noPause refuses a disk of which one of the daemon's exports that are paused is the
+// export. What the daemon does not answer for has none: disks of other servers
+// need no daemon.
+func noPause(ctx context.Context, c *client.Client, is func(api.Export) (bool, error)) error {
+	if c == nil {
+		return nil
+	}
+	exports, _ := c.Exports(ctx)
+	for _, x := range exports {
+		paused := goesOn(x)
+		if paused == nil {
+			continue
+		}
+		if fits, err := is(x); err != nil || fits {
+			return cmp.Or(err, paused)
+		}
+	}
+	return nil
 }
 
 // addOrFind adds an export that is not there; one that somebody is just adding

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -92,7 +93,7 @@ func TestExportThatAnotherAddsIsWaitedFor(t *testing.T) {
 }
 
 // TestExportThatIsNotWellIsRefused, by its name as for its image; one that takes no
-// more writes is served to who only reads.
+// more writes is served to who only reads, and one that is paused to nobody.
 func TestExportThatIsNotWellIsRefused(t *testing.T) {
 	for _, tt := range []struct {
 		state, why         string
@@ -103,6 +104,8 @@ func TestExportThatIsNotWellIsRefused(t *testing.T) {
 		{"poisoned", "a write was lost", true, true},
 		{"failed", "no such file", false, false},
 		{"failed", "no such file", true, false},
+		{"paused", "", false, false},
+		{"paused", "", true, false},
 	} {
 		t.Run(fmt.Sprint(tt.state, ",", tt.readOnly), func(t *testing.T) {
 			a := wanted()
@@ -113,7 +116,7 @@ func TestExportThatIsNotWellIsRefused(t *testing.T) {
 			_, step := exportStep(c, a, nil, new(int64)).Do(t.Context())
 			_, named := (&Source{Export: "d", ReadOnly: tt.readOnly}).serveExport(t.Context(), c)
 			for _, err := range []error{step, named} {
-				if (err == nil) != tt.accepted || err != nil && !strings.Contains(err.Error(), tt.why) {
+				if (err == nil) != tt.accepted || err != nil && !strings.Contains(err.Error(), cmp.Or(tt.why, tt.state)) {
 					t.Errorf("got %v, want it accepted %t", err, tt.accepted)
 				}
 			}
