@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"libvirt.org/go/libvirtxml"
 
@@ -248,10 +247,6 @@ func busOf(m qmp.Model) (string, error) {
 
 // Attach is as Machine's.
 func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error) {
-	bus, err := busOf(o.Model)
-	if err != nil {
-		return nil, err
-	}
 	all, err := d.describe(ctx)
 	if err != nil {
 		return nil, err
@@ -274,47 +269,68 @@ func (d *Domain) Attach(ctx context.Context, s Source, o Options) (*Plan, error)
 	if err != nil {
 		return nil, err
 	}
-	if above := all.above(func(u transport.URI) bool { return v.isAt(ctx, u) || v.mayBe(ctx, u) }); len(above) > 0 {
-		return nil, errBeneath(above)
-	}
-	if _, there := all.scope(v.is(ctx)); there == nil {
-		if unnamed := all.targets(func(u transport.URI) bool { return v.mayBe(ctx, u) }); len(unnamed) > 0 {
-			return nil, errUnnamed(unnamed[0], *v.export)
-		}
-	}
-	v.stay(ctx, all)
 	if all[libvirtd.Live] == nil && s.Image != "" && s.Owner == "" && s.Mode == "" {
 		return nil, fmt.Errorf("%w: the domain is off, and libvirt does not say whom it will run it as: name the owner or the mode of the socket, or attach the disk while the domain runs", ErrUnowned)
 	}
 	g := &gift{Domain: d, served: v, wanted: o, scope: scope}
-	target, err := g.place(ctx, all, bus)
-	if err != nil {
+	if err := g.shape(ctx, all, s); err != nil {
 		return nil, err
 	}
-	if _, there := all.scope(from(v.uri)); there != nil && there.Target != nil {
-		bus = there.Target.Bus
-		o.Serial = cmp.Or(o.Serial, there.Serial)
-		delay, err := d.delayOf(ctx, all, there)
-		if err != nil {
-			return nil, err
-		}
-		o.Reconnect = cmp.Or(o.Reconnect, delay)
-	}
-	d.number(&o, s)
-	disk, err := element(v, target, bus, o)
-	if err != nil {
-		return nil, err
-	}
-	g.disk = disk
+	target := g.disk.Target.Dev
 	plan := &Plan{Aim: fmt.Sprintf("attach %q to domain %q as %s", transport.HideTokens(s.name()), d.Domain.Name, target), Disk: target}
 	give := g.step(plan)
-	delay, err := g.delaySteps(ctx, all, &give, o.Reconnect)
+	delay, err := g.delaySteps(ctx, all, &give)
 	if err != nil {
 		return nil, err
 	}
 	plan.Steps = append(append(v.steps, mortal(d.unknown, give)...), delay...)
-	plan.Steps = append(plan.Steps, d.verifyStep(disk, v, scope))
+	plan.Steps = append(plan.Steps, d.verifyStep(g.disk, v, scope))
 	return plan, nil
+}
+
+// shape makes the disk for libvirt: as the domain has it or else, under a target that
+// is free, as the user wants it. One that it has otherwise, or out of sight, is
+// refused.
+func (g *gift) shape(ctx context.Context, all states, s Source) error {
+	o := g.wanted
+	bus, err := busOf(o.Model)
+	if err != nil {
+		return err
+	}
+	if err := g.inSight(ctx, all); err != nil {
+		return err
+	}
+	g.stay(ctx, all)
+	target, err := g.place(ctx, all, bus)
+	if err != nil {
+		return err
+	}
+	if _, there := all.scope(from(g.uri)); there != nil && there.Target != nil {
+		bus = there.Target.Bus
+		o.Serial = cmp.Or(o.Serial, there.Serial)
+		delay, err := g.delayOf(ctx, all, there)
+		if err != nil {
+			return err
+		}
+		o.Reconnect = cmp.Or(o.Reconnect, delay)
+	}
+	g.number(&o, s)
+	g.disk, err = element(g.served, target, bus, o)
+	return err
+}
+
+// inSight refuses what the domain has below another disk, or may have under no name.
+func (v *served) inSight(ctx context.Context, all states) error {
+	if above := all.above(func(u transport.URI) bool { return v.isAt(ctx, u) || v.mayBe(ctx, u) }); len(above) > 0 {
+		return errBeneath(above)
+	}
+	if _, there := all.scope(v.is(ctx)); there != nil {
+		return nil
+	}
+	if unnamed := all.targets(func(u transport.URI) bool { return v.mayBe(ctx, u) }); len(unnamed) > 0 {
+		return errUnnamed(unnamed[0], *v.export)
+	}
+	return nil
 }
 
 // scope is where Attach puts a disk.
@@ -540,7 +556,7 @@ func (d *Domain) detach(ctx context.Context, disk *libvirtxml.DomainDisk, uri tr
 
 // delaySteps are those behind give that see to the delay of a disk of the running
 // machine.
-func (g *gift) delaySteps(ctx context.Context, all states, give *Step, delay time.Duration) ([]Step, error) {
+func (g *gift) delaySteps(ctx context.Context, all states, give *Step) ([]Step, error) {
 	if g.scope&libvirtd.Live == 0 {
 		return nil, nil
 	}
@@ -548,7 +564,7 @@ func (g *gift) delaySteps(ctx context.Context, all states, give *Step, delay tim
 	if err != nil || !g.wanted.Renew {
 		return steps, err
 	}
-	r := &renewal{Domain: g.Domain, target: g.disk.Target.Dev, reconnect: delay, size: func() int64 { return 0 }, always: true}
+	r := &renewal{Domain: g.Domain, target: g.disk.Target.Dev, reconnect: libvirtd.ReconnectDelay(g.disk), size: func() int64 { return 0 }, always: true}
 	return append(steps, mortal(g.ended, r.delaySteps(give, g.disk)...)...), nil
 }
 
@@ -1031,7 +1047,8 @@ func (d *Domain) Snapshot(ctx context.Context, target, export, overlay string, m
 }
 
 // Element is the XML of the disk that Attach would give the domain, for people
-// who edit descriptions themselves. Nothing is changed.
+// who edit descriptions themselves. What Attach refuses for what the domain has is
+// refused. Nothing is changed.
 func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, error) {
 	if s.Image != "" && s.forgets() {
 		return "", errForgets
@@ -1044,16 +1061,11 @@ func (d *Domain) Element(ctx context.Context, s Source, o Options) (string, erro
 	if err != nil {
 		return "", err
 	}
-	v.stay(ctx, all)
-	bus, err := busOf(o.Model)
-	if err != nil {
+	g := &gift{Domain: d, served: v, wanted: o}
+	if err := g.shape(ctx, all, s); err != nil {
 		return "", err
 	}
-	if o.ID, err = d.target(ctx, all, v, bus, o.ID); err != nil {
-		return "", err
-	}
-	d.number(&o, s)
-	return text(v, o)
+	return g.disk.Marshal()
 }
 
 // Element is the XML of a disk at a URI that has the target Options.ID in some
@@ -1063,16 +1075,11 @@ func Element(s Source, o Options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return text(&served{uri: uri, readOnly: s.ReadOnly, creds: creds}, o)
-}
-
-// text is the element with the target Options.ID.
-func text(v *served, o Options) (string, error) {
 	bus, err := busOf(o.Model)
 	if err != nil {
 		return "", err
 	}
-	disk, err := element(v, o.ID, bus, o)
+	disk, err := element(&served{uri: uri, readOnly: s.ReadOnly, creds: creds}, o.ID, bus, o)
 	if err != nil {
 		return "", err
 	}

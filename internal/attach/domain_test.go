@@ -488,6 +488,11 @@ func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
 		if _, err := h.Attach(ctx, s, o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), target) {
 			t.Errorf("%s: second attach: %v", when, err)
 		}
+		for _, of := range []attach.Source{s, {Export: attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(s.Image))}} {
+			if x, err := h.Element(ctx, of, o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), target) {
+				t.Errorf("%s: an element for a second disk: %s, %v", when, x, err)
+			}
+		}
 		for _, word := range []string{s.Image, "sdz"} {
 			if id, err := h.Resolve(ctx, word); err == nil {
 				t.Errorf("%s: detach of %q means %q", when, word, id)
@@ -1546,6 +1551,12 @@ func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
 		if _, err := h.Attach(ctx, tt.s, tt.o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), tt.says) {
 			t.Errorf("%s: got %v, want ErrDiffers with %s", name, err, tt.says)
 		}
+		if x, err := h.Element(ctx, tt.s, tt.o); !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), tt.says) {
+			t.Errorf("%s: element %s, %v, want ErrDiffers with %s", name, x, err, tt.says)
+		}
+	}
+	if x, err := h.Element(ctx, s, attach.Options{}); err != nil || !strings.Contains(x, `dev="sda" bus="scsi"`) {
+		t.Errorf("the element of the disk that is there: %s, %v", x, err)
 	}
 	keep := s
 	keep.Add.Persist = true
