@@ -446,6 +446,11 @@ func (g *gift) give(ctx context.Context) (bool, error) {
 		case refused != nil && !changed:
 			return g.given != 0, refused
 		}
+		if g.missing&libvirtd.Live != 0 {
+			if err := g.ready(ctx); err != nil {
+				return g.given != 0, err
+			}
+		}
 		refused = g.Session.AttachDisk(ctx, g.Domain.Domain, g.disk, g.missing)
 		if refused == nil || !errors.As(refused, new(*libvirtd.Error)) {
 			g.given |= g.missing
@@ -564,7 +569,7 @@ func (g *gift) delaySteps(ctx context.Context, all states, give *Step) ([]Step, 
 	if err != nil || !g.wanted.Renew {
 		return steps, err
 	}
-	r := &renewal{Domain: g.Domain, target: g.disk.Target.Dev, reconnect: libvirtd.ReconnectDelay(g.disk), size: func() int64 { return 0 }, always: true}
+	r := &renewal{Domain: g.Domain, target: g.disk.Target.Dev, reconnect: libvirtd.ReconnectDelay(g.disk), size: func() int64 { return 0 }, always: true, ready: g.ready}
 	return append(steps, mortal(g.ended, r.delaySteps(give, g.disk)...)...), nil
 }
 
@@ -986,7 +991,8 @@ func (d *Domain) Resize(ctx context.Context, target, export string, want Size) (
 	if in&libvirtd.Live == 0 {
 		return plan, nil
 	}
-	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), resumes: true, size: func() int64 { return g.size }}
+	r := &renewal{Domain: d, target: target, reconnect: libvirtd.ReconnectDelay(disk), resumes: true, size: func() int64 { return g.size },
+		ready: func(ctx context.Context) error { return admits(ctx, d.Server, x.Name, disk.ReadOnly != nil) }}
 	plan.Steps = append([]Step{r.lookStep(x)}, plan.Steps...)
 	plan.Steps = append(plan.Steps, mortal(d.ended, r.openStep(), r.swapStep(), r.tellStep(), r.returnStep(), r.restoreStep(), r.endStep())...)
 	return plan, nil

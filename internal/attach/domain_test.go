@@ -736,6 +736,51 @@ func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
 	})
 }
 
+// TestAttachToADomainNeedsAPlaceForItsClient is TestAttachNeedsAPlaceForItsClient with
+// a domain. One that gets a delay which libvirt forgets needs two, also for a disk that
+// it has.
+func TestAttachToADomainNeedsAPlaceForItsClient(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	h.endService()
+	h.startService(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"\nmode = \"0666\"", h.dir))
+	_, err := h.service.Add(ctx, addExport("web", h.image(t, "web", diskSize)))
+	must(t, err)
+	bound(t, h.service, "web", 1)
+	image := h.source(h.image(t, "disk", diskSize))
+	image.Add.Connections = 1
+	web, o := attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk}
+	renewed := o
+	renewed.Renew = true
+	full := func(what string, s attach.Source, o attach.Options, in libvirtd.Scope) {
+		t.Helper()
+		p, err := h.Attach(ctx, s, o)
+		must(t, err)
+		_, err = p.Run(ctx)
+		if is := h.states(t); !errors.Is(err, attach.ErrFull) || errors.Is(err, attach.ErrIncomplete) || is != in {
+			t.Errorf("%s: %v, the disk is in %v; want ErrFull and %v", what, err, is, in)
+		}
+	}
+	full("a new export with a delay", image, renewed, 0)
+	full("an export with a delay", web, renewed, 0)
+	h.lab.startMachine(t, q35...)
+	m := h.lab.machine(t, h.lab.monitor, nil)
+	p, err := m.Attach(ctx, web, o)
+	do(t, p, err)
+	full("an export with another client", web, o, 0)
+	p, err = m.Detach(ctx, p.Disk, true)
+	do(t, p, err)
+	p, err = h.Attach(ctx, web, o)
+	do(t, p, err)
+	full("a disk that gets a delay", web, renewed, libvirtd.Live)
+	bound(t, h.service, "web", 2)
+	if p, err = h.Attach(ctx, web, renewed); !do(t, p, err) {
+		t.Error("no delay was set")
+	}
+	p, err = h.Detach(ctx, "sda", true)
+	do(t, p, err)
+}
+
 // TestDiskOfADomainIsNoOtherExportThanItsOwn is TestDiskIsNoOtherExportThanItsOwn
 // with a domain.
 func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {

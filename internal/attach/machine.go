@@ -333,6 +333,9 @@ func (p *plug) clientStep() Step {
 			if err != nil || has(list, p.raw) {
 				return false, err
 			}
+			if err := p.ready(ctx); err != nil {
+				return false, err
+			}
 			err = p.client.Add(ctx, p.Monitor)
 			return maybe(err), err
 		},

@@ -1404,16 +1404,46 @@ func TestResizeNeedsAPlaceForASecondClient(t *testing.T) {
 	})
 }
 
+// TestAttachNeedsAPlaceForItsClient: QEMU would try for seconds in its main loop, and
+// say that there is no such export. A disk that is there needs none.
+func TestAttachNeedsAPlaceForItsClient(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	first, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
+	other := &lab{dir: testenv.TempDir(t), service: l.service}
+	other.startMachine(t, q35...)
+	second := other.machine(t, other.monitor, nil)
+	ctx := testenv.Context(t)
+	web, o := attach.Source{Export: "web"}, attach.Options{Model: qmp.SCSIDisk, ID: "d0"}
+	p, err := first.Attach(ctx, web, o)
+	do(t, p, err)
+	bound(t, l.service, "web", 1)
+	if p, err = first.Attach(ctx, web, o); do(t, p, err) {
+		t.Error("the second attach to a machine changed something")
+	}
+	empty := other.state(t, second.Monitor)
+	p, err = second.Attach(ctx, web, o)
+	must(t, err)
+	if _, err := p.Run(ctx); !errors.Is(err, attach.ErrFull) || errors.Is(err, attach.ErrIncomplete) || !strings.Contains(err.Error(), "max-connections") || other.state(t, second.Monitor) != empty {
+		t.Errorf("full: %v, left %s; want ErrFull and nothing", err, other.state(t, second.Monitor))
+	}
+	gone, err := first.Detach(ctx, "d0", true)
+	do(t, gone, err)
+	p, err = second.Attach(ctx, web, o)
+	do(t, p, err)
+}
+
+// bound sets the number of clients that an export takes.
+func bound(t *testing.T, c *client.Client, export string, n int) {
+	t.Helper()
+	_, err := c.Patch(testenv.Context(t), export, api.Patch{Connections: &n})
+	must(t, err)
+}
+
 // needsAPlace grows a disk whose export has a client.
 func needsAPlace(t *testing.T, c *client.Client, export, image string, resize func(int64) (*attach.Plan, error)) {
 	t.Helper()
 	ctx := testenv.Context(t)
-	bound := func(n int) {
-		t.Helper()
-		_, err := c.Patch(ctx, export, api.Patch{Connections: &n})
-		must(t, err)
-	}
-	bound(1)
+	bound(t, c, export, 1)
 	p, err := resize(2 * diskSize)
 	if err == nil {
 		_, err = p.Run(ctx)
@@ -1423,7 +1453,7 @@ func needsAPlace(t *testing.T, c *client.Client, export, image string, resize fu
 	if !errors.Is(err, attach.ErrFull) || errors.Is(err, attach.ErrIncomplete) || !strings.Contains(err.Error(), "max-connections") || info.Size() != diskSize {
 		t.Errorf("full: %v, the image has %d bytes; want ErrFull and %d", err, info.Size(), diskSize)
 	}
-	bound(2)
+	bound(t, c, export, 2)
 	p, err = resize(2 * diskSize)
 	if !do(t, p, err) {
 		t.Error("nothing was grown")
@@ -1432,7 +1462,7 @@ func needsAPlace(t *testing.T, c *client.Client, export, image string, resize fu
 		x, err := c.Export(ctx, export)
 		return err == nil && x.Clients == 1
 	})
-	bound(1)
+	bound(t, c, export, 1)
 	p, err = resize(2 * diskSize)
 	if do(t, p, err) {
 		t.Error("growing to the size that is there changed something")

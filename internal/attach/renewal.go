@@ -33,9 +33,10 @@ type renewal struct {
 	*Domain
 	target    string
 	reconnect time.Duration
-	resumes   bool         // without a reconnect delay, that of the last renewal
-	size      func() int64 // bytes that the disk must have, once it is known; 0: any
-	always    bool         // whatever the size is
+	resumes   bool                        // without a reconnect delay, that of the last renewal
+	size      func() int64                // bytes that the disk must have, once it is known; 0: any
+	always    bool                        // whatever the size is
+	ready     func(context.Context) error // as that of served
 
 	alias  string           // of the guest's device
 	disk   *qmp.BlockDevice // of the guest, as it was found
@@ -225,6 +226,9 @@ func (r *renewal) openStep() Step {
 			}
 			var err error
 			if r.needed, err = r.needs(ctx); err != nil || !r.needed {
+				return false, err
+			}
+			if err := r.ready(ctx); err != nil {
 				return false, err
 			}
 			second := r.client

@@ -20,16 +20,17 @@ var ErrSmaller = errors.New("a disk does not shrink")
 // ErrRigid is for disks whose size QEMU does not let change.
 var ErrRigid = errors.New("QEMU does not let a plugged nvme disk grow: detach and attach it")
 
-// ErrFull is for exports that take no second client of a disk, which they have
-// beside the first while the two are exchanged.
-var ErrFull = errors.New("no place for a second client")
+// ErrFull is for exports that take no further client: that of a disk that is being
+// attached, or the second one of a disk, which they have beside the first while the
+// two are exchanged.
+var ErrFull = errors.New("no place for another client")
 
 // room refuses an export that is full.
 func room(x api.Export) error {
 	if x.Connections == 0 || x.Clients < x.Connections {
 		return nil
 	}
-	return fmt.Errorf("%w: export %q has %d of at most %d: let it have one more meanwhile (max-connections)", ErrFull, x.Name, x.Clients, x.Connections)
+	return fmt.Errorf("%w: export %q has %d of at most %d: let it have one more, if only meanwhile (max-connections)", ErrFull, x.Name, x.Clients, x.Connections)
 }
 
 // errOldQEMU is for a QEMU without blockdev-reopen.

@@ -99,6 +99,11 @@ type served struct {
 	differs func(context.Context) error
 
 	creds credentials // for a server with TLS
+
+	// ready refuses, when a machine is to connect, an export that does not work by
+	// then or has no room for it: QEMU would try for limits.AttachOpen in its main
+	// loop, and the whole guest would wait. Nothing is known of other servers.
+	ready func(context.Context) error
 }
 
 // before says how one that a machine has in its place may have been attached.
@@ -148,7 +153,8 @@ func (s *Source) serve(ctx context.Context, c *client.Client, machine, id string
 		return s.serveExport(ctx, c)
 	}
 	uri, creds, err := s.remote(s.URI)
-	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }, creds: creds}, err
+	return &served{uri: uri, readOnly: s.ReadOnly, size: func() int64 { return 0 }, creds: creds,
+		ready: func(context.Context) error { return nil }}, err
 }
 
 // address is where QEMU connects to.
@@ -183,7 +189,8 @@ func (s *Source) serveExport(ctx context.Context, c *client.Client) (*served, er
 	if err != nil {
 		return nil, err
 	}
-	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }, export: &x}
+	v := &served{uri: uri, readOnly: s.ReadOnly || !x.Writable, size: func() int64 { return x.Size }, export: &x,
+		ready: func(ctx context.Context) error { return admits(ctx, c, x.Name, s.ReadOnly) }}
 	if uri.TLS {
 		creds.setHostname(&uri)
 		v.creds, v.uri.User = creds, creds.identity
@@ -250,7 +257,8 @@ func (s *Source) serveImage(ctx context.Context, c *client.Client, machine, id s
 		return same(x, a)
 	}
 	return &served{steps: []Step{step}, uri: uri, own: true, readOnly: a.ReadOnly, size: func() int64 { return size },
-		forgets: s.forgets(), lookup: lookup, differs: differs}, nil
+		forgets: s.forgets(), lookup: lookup, differs: differs,
+		ready: func(ctx context.Context) error { return admits(ctx, c, name, a.ReadOnly) }}, nil
 }
 
 // forgets tells a disk whose export takes what was written along when it ends.
@@ -337,6 +345,27 @@ func works(x api.Export, readOnly bool) error {
 		return goesOn(x)
 	}
 	return fmt.Errorf("export %q does not work: %s", x.Name, qmp.Printable(x.Error, limits.ControlErrorText))
+}
+
+// admits refuses an export that does not work, or that has no room for a client once
+// it has been waited for: the server may notice some time after a machine that its
+// client has left.
+func admits(ctx context.Context, c *client.Client, name string, readOnly bool) error {
+	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
+	defer cancel()
+	for {
+		x, err := c.Export(ctx, name)
+		if err == nil {
+			err = works(x, readOnly)
+		}
+		if err == nil {
+			err = room(x)
+		}
+		if !errors.Is(err, ErrFull) || wait.Err() != nil {
+			return err
+		}
+		pause(wait, limits.AttachPoll)
+	}
 }
 
 // goesOn refuses an export that is paused.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -19,27 +20,45 @@ import (
 	ctlserver "github.com/vmdiskd/vmdiskd/internal/control/server"
 )
 
+// full stands for an export that is ready and has all the clients that it takes.
+const full = "full"
+
 // busyService has exports that others change and use.
 type busyService struct {
 	controltest.Service
-	looks []string // states of the export at each look; "": there is none yet
 	inUse bool
+
+	mu    sync.Mutex
+	looks []string // guarded by mu: states of the export at each look, or full; "": there is none yet
 }
 
 func (s *busyService) Export(name string) (api.Export, error) {
-	if len(s.looks) == 0 {
+	state, ok := s.next()
+	if !ok {
 		return s.Service.Export(name)
 	}
-	state := s.looks[0]
-	s.looks = s.looks[1:]
 	if state == "" {
 		return api.Export{}, &api.Error{Code: api.CodeNotFound, Text: "no export"}
 	}
 	x, err := s.Service.Export(name)
-	if x.State = state; state == api.StateOpening {
+	switch x.State = state; state {
+	case api.StateOpening:
 		x.Size = 0
+	case full:
+		x.State, x.Clients = api.StateReady, x.Connections
 	}
 	return x, err
+}
+
+// next takes the first of the looks, if any is left.
+func (s *busyService) next() (state string, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.looks) == 0 {
+		return "", false
+	}
+	state, s.looks = s.looks[0], s.looks[1:]
+	return state, true
 }
 
 func (s *busyService) Remove(ctx context.Context, name string, force bool) error {
@@ -87,8 +106,8 @@ func TestExportThatAnotherAddsIsWaitedFor(t *testing.T) {
 	if changed, err := step.Do(t.Context()); changed || err != nil || size != 4096 {
 		t.Errorf("changed %v, size %d, %v", changed, size, err)
 	}
-	if len(s.looks) != 0 {
-		t.Errorf("not looked at in the states %q", s.looks)
+	if left, ok := s.next(); ok {
+		t.Errorf("not looked at in the state %q", left)
 	}
 }
 
@@ -121,6 +140,30 @@ func TestExportThatIsNotWellIsRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestClientThatLeavesIsWaitedFor: the server may notice some time after a machine.
+func TestClientThatLeavesIsWaitedFor(t *testing.T) {
+	for _, tt := range []struct {
+		looks []string
+		want  error
+	}{
+		{[]string{full, full, api.StateReady}, nil},
+		{[]string{full, api.StatePaused}, ErrPaused},
+	} {
+		s := &busyService{looks: append([]string{full}, tt.looks...)} // the plan takes the first
+		x := wanted().Export
+		x.Connections = 1
+		s.Put(api.Export{Export: x, URIs: []string{"nbd+unix:///d?socket=/d.sock"}})
+		v, err := (&Source{Export: "d"}).serveExport(t.Context(), s.answer(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = v.ready(t.Context())
+		if left, ok := s.next(); ok || !errors.Is(err, tt.want) {
+			t.Errorf("%q: got %v, want %v, not looked at when %q", tt.looks, err, tt.want, left)
+		}
 	}
 }
 
