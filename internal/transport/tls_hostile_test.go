@@ -33,8 +33,9 @@ const (
 	wasteCPU  = 2 * time.Second
 
 	// wasteSignatures is how many signatures a server verifies in that time where
-	// it takes longer for them, as with the race detector.
-	wasteSignatures = 100
+	// it takes longer for them, as with the race detector. crypto/x509 verifies 100
+	// for a chain, and a processor that is shared is not always as fast.
+	wasteSignatures = 150
 )
 
 // counted counts what is read.
@@ -233,8 +234,7 @@ func junk(t *testing.T, n int) *transporttest.Issued {
 }
 
 // TestHostileCertificatesCostLittle: whoever may connect may send certificates,
-// and has the server look at them before anything is proved. That no more than
-// 32 signatures are verified is the doing of scripts/tlsoverlay.
+// and has the server look at them before anything is proved.
 func TestHostileCertificatesCostLittle(t *testing.T) {
 	p := newPKI(t)
 	server := p.load(t, transport.TLSOptions{}).ServerConfig()
