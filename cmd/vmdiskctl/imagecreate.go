@@ -181,10 +181,8 @@ func beside(path, name string) string {
 // make makes the files, of which that of the image has length bytes, reports that to
 // w, and removes those again that it made when it fails.
 func (f *createFlags) make(ctx context.Context, path string, length int64, o create.Options, w io.Writer) (err error) {
-	for _, other := range []string{f.backing, f.dataFile} {
-		if other != "" && sameFile(path, beside(path, other)) {
-			return fmt.Errorf("%w: %q cannot be both the image and its other file", copier.ErrRefused, path)
-		}
+	if f.dataFile != "" && sameFile(path, beside(path, f.dataFile)) {
+		return fmt.Errorf("%w: %q cannot be both the image and its data file", copier.ErrRefused, path)
 	}
 	if f.backing != "" && leadsTo(ctx, beside(path, f.backing), f.backingFormat, path) {
 		return fmt.Errorf("%w: the chain of %q has %q in it, and would be a loop", copier.ErrRefused, f.backing, path)

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -116,12 +114,10 @@ func (f *imageFlags) describe(ctx context.Context, st store.Store, path string) 
 // beneath is what the name in the image at path means: names are relative to
 // the directory of the image. A name with a protocol stays as it is.
 func beneath(path, name string) string {
-	protocol, _, found := strings.Cut(name, ":")
-	if name == "" || filepath.IsAbs(name) || found && !strings.Contains(protocol, "/") {
+	if _, other := format.Protocol(name); other || name == "" {
 		return name
 	}
-	dir, _ := filepath.Split(path)
-	return dir + name
+	return beside(path, name)
 }
 
 func detailsOf(h *format.Header) qcow2Data {
