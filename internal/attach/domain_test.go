@@ -469,17 +469,22 @@ func (h *host) wantNodes(t *testing.T, n int, size int64) {
 	}
 }
 
+// keep attaches a disk, as target, to the running machine and to its configuration.
+func (h *host) keep(t *testing.T) (s attach.Source, o attach.Options, target string) {
+	t.Helper()
+	s, o = h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, Persist: true}
+	s.Add.Persist = true
+	p, err := h.Attach(testenv.Context(t), s, o)
+	do(t, p, err)
+	return s, o, p.Disk
+}
+
 // TestDiskBelowAnOverlayIsTheDomainsStill: libvirt's external snapshots put a file
 // above a disk, which the guest has all the same.
 func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
 	h := startHost(t)
 	ctx := testenv.Context(t)
-	s := h.source(h.image(t, "disk", diskSize))
-	s.Add.Persist = true
-	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
-	p, err := h.Attach(ctx, s, o)
-	do(t, p, err)
-	target := p.Disk
+	s, o, target := h.keep(t)
 	dir := testenv.TempDir(t)
 	must(t, os.Chmod(dir, 0o777))
 	h.Virsh(t, "snapshot-create-as", "--domain="+domainName, "--disk-only", "--no-metadata", "--diskspec="+target+",file="+filepath.Join(dir, "snap"))
@@ -516,11 +521,7 @@ func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
 func TestPausedDiskOfADomainStaysAsItIs(t *testing.T) {
 	h := startHost(t)
 	ctx := testenv.Context(t)
-	s := h.source(h.image(t, "disk", diskSize))
-	s.Add.Persist = true
-	o := attach.Options{Model: qmp.SCSIDisk, Persist: true}
-	p, err := h.Attach(ctx, s, o)
-	do(t, p, err)
+	s, o, _ := h.keep(t)
 	export := attach.ExportName(h.Domain.Domain.UUID, attach.DiskID(s.Image))
 	must(t, h.service.Pause(ctx, export, 0))
 	for what, plan := range map[string]func() (*attach.Plan, error){
@@ -539,12 +540,12 @@ func TestPausedDiskOfADomainStaysAsItIs(t *testing.T) {
 		}
 	}
 	h.Scope = libvirtd.Config
-	if p, err = h.Detach(ctx, "sda", true); !do(t, p, err) || h.states(t) != libvirtd.Live {
+	if p, err := h.Detach(ctx, "sda", true); !do(t, p, err) || h.states(t) != libvirtd.Live {
 		t.Errorf("detach from the configuration: the disk is in %v", h.states(t))
 	}
 	h.Scope = 0
 	must(t, h.service.Resume(ctx, export))
-	p, err = h.Detach(ctx, "sda", true)
+	p, err := h.Detach(ctx, "sda", true)
 	do(t, p, err)
 	h.wantNothing(t)
 }
