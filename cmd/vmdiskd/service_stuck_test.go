@@ -58,7 +58,7 @@ func TestForceCutsOffWhoWaits(t *testing.T) {
 		t.Errorf("who was disconnected twice: %v, want the end", err)
 	}
 	s.stuck()
-	if err := s.ctl.Remove(t.Context(), "slow", true, time.Millisecond); err != nil {
+	if err := s.ctl.Remove(t.Context(), "slow", true, time.Nanosecond); err != nil {
 		t.Errorf("remove by force: %v", err)
 	}
 	s.stop()

@@ -102,10 +102,13 @@ func (k *disk) opens(x config.Export) config.Export {
 }
 
 // leave begins a removal of k when who changes it has finished, unless ctx ends
-// before. After one that is final nothing shall have its name.
+// before. Where nobody changes it, a ctx that has ended does no harm: it bounds what
+// force waits for. After a removal that is final nothing shall have its name.
 func (k *disk) leave(ctx context.Context, final bool) error {
-	if err := k.busy.Wait(ctx); err != nil {
-		return err
+	if !k.busy.TryLock() {
+		if err := k.busy.Wait(ctx); err != nil {
+			return err
+		}
 	}
 	defer k.busy.Unlock()
 	k.leaving++
