@@ -13,7 +13,7 @@ E2E       := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
 UNIT       = $$($(GO) list ./... | grep -v $(E2E))
 # The race detector has nothing to see in the house rules, in the conformance
 # suite as it runs against the servers of others, nor in the tests of test tools.
-RACELESS  := -e /internal/lint -e /nbdtest -e /disktest -e /qcowtest
+RACELESS  := -e /internal/lint -e /test/bench -e /nbdtest -e /disktest -e /qcowtest
 RACE       = $$($(GO) list ./... | grep -v $(E2E) $(RACELESS))
 # Those, and the packages that test otherwise under it.
 PLAIN      = $$($(GO) list ./... | grep $(RACELESS)) \

@@ -7,6 +7,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/nbdtest"
+	"github.com/vmdiskd/vmdiskd/internal/nbd/wire"
 )
 
 // TestConformanceOfEveryKind: all but those that run under the race detector too.
@@ -21,6 +22,29 @@ func TestConformanceOfEveryKind(t *testing.T) {
 	} {
 		conforms(t, k)
 	}
+	conformsInsideTLS(t, "pool", TLSRequire, nbdtest.TLSRequire)
 	conformsInsideTLS(t, "uring", TLSOn, nbdtest.TLSOn)
 	conformsInsideTLS(t, "uring", TLSRequire, nbdtest.TLSRequire)
+}
+
+// conformsInsideTLS runs it in that mode, which the suite knows by name.
+func conformsInsideTLS(t *testing.T, engine string, mode TLSMode, name nbdtest.TLSMode) {
+	t.Run(engine+" "+string(name), func(t *testing.T) {
+		t.Parallel()
+		r := engineRig(t, engine, "raw", "")
+		s := r.expected()
+		s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
+		s.Dial = dialer(r.listen(t, tcpEndpoint()))
+		nbdtest.Conformance(t, s)
+	})
+}
+
+func TestConformanceDegraded(t *testing.T) {
+	r := engineRig(t, "pool", "mem", "")
+	r.opt.NoStructured = true
+	s := r.expected()
+	s.Features.Structured, s.Features.Extended, s.Features.Contexts = false, false, false
+	s.Features.Flags &^= wire.SendDF
+	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
+	nbdtest.Conformance(t, s)
 }

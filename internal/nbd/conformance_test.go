@@ -123,10 +123,6 @@ func TestConformance(t *testing.T) {
 	conforms(t, kind{name: "raw uring unix", engine: "uring", format: "raw"})
 }
 
-func TestConformanceInsideTLS(t *testing.T) {
-	conformsInsideTLS(t, "pool", TLSRequire, nbdtest.TLSRequire)
-}
-
 // conforms runs the suite on a disk of that kind.
 func conforms(t *testing.T, k kind) {
 	t.Run(k.name, func(t *testing.T) {
@@ -150,35 +146,13 @@ func conforms(t *testing.T, k kind) {
 	})
 }
 
-// conformsInsideTLS runs it in that mode, which the suite knows by name.
-func conformsInsideTLS(t *testing.T, engine string, mode TLSMode, name nbdtest.TLSMode) {
-	t.Run(engine+" "+string(name), func(t *testing.T) {
-		t.Parallel()
-		r := engineRig(t, engine, "raw", "")
-		s := r.expected()
-		s.TLS = nbdtest.TLS{Mode: name, Config: r.secure(t, mode)}
-		s.Dial = dialer(r.listen(t, tcpEndpoint()))
-		nbdtest.Conformance(t, s)
-	})
-}
-
 func TestConformanceOfTheTimeLimits(t *testing.T) {
 	r := engineRig(t, "pool", "mem", "")
 	r.opt.Handshake, r.opt.Stall = 2*time.Second, 2*time.Second
 	s := r.expected()
 	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
-	s.Long, s.Handshake, s.Stall = true, r.opt.Handshake, r.opt.Stall
-	nbdtest.Conformance(t, s)
-}
-
-func TestConformanceDegraded(t *testing.T) {
-	r := engineRig(t, "pool", "mem", "")
-	r.opt.NoStructured = true
-	s := r.expected()
-	s.Features.Structured, s.Features.Extended, s.Features.Contexts = false, false, false
-	s.Features.Flags &^= wire.SendDF
-	s.Dial = dialer(r.listen(t, unixEndpoint(t)))
-	nbdtest.Conformance(t, s)
+	s.Handshake, s.Stall = r.opt.Handshake, r.opt.Stall
+	nbdtest.TimeLimits(t, s)
 }
 
 func TestOldstyleConformance(t *testing.T) {

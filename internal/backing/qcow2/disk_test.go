@@ -3,6 +3,7 @@ package qcow2_test
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -100,7 +101,8 @@ func wantSound(t testing.TB, st store.Store, leaks int64) {
 }
 
 func TestDiskConforms(t *testing.T) {
-	for name, tt := range diskCases {
+	for _, name := range kinds(slices.Collect(maps.Keys(diskCases))) {
+		tt := diskCases[name]
 		t.Run(name, func(t *testing.T) {
 			backingtest.Run(t, backingtest.Maker{
 				Granule: 512,

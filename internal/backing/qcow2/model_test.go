@@ -236,7 +236,7 @@ var discards = [4]qcow2.Discard{qcow2.Unmap, qcow2.Unmap, qcow2.KeepCluster, qco
 // each the contents are those of the model, the image is without leaks and the
 // header is untouched.
 func TestRandomOperationsMatchTheModel(t *testing.T) {
-	for _, s := range append(created(t), fromQEMU(t)...) {
+	for _, s := range kinds(append(created(t), fromQEMU(t)...)) {
 		t.Run(s.name, func(t *testing.T) {
 			t.Parallel()
 			first := seedOf(t)

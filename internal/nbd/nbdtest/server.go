@@ -96,9 +96,7 @@ type Server struct {
 	// whose outcome is a matter of luck.
 	Deviations map[string]string
 
-	// Long runs the checks that wait for the time limits Handshake and Stall
-	// of the server. They run side by side.
-	Long             bool
+	// Handshake and Stall are the time limits of the server, for TimeLimits.
 	Handshake, Stall time.Duration
 
 	// Invariants is called once before the first check and after each

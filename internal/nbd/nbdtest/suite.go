@@ -90,7 +90,7 @@ func catalogue(s *Server) []check {
 	} {
 		l = append(l, f(s)...)
 	}
-	return slices.DeleteFunc(l, func(ck check) bool { return ck.slow && !s.Long })
+	return l
 }
 
 // matches reports whether a key of Deviations stands for the check.
@@ -135,48 +135,61 @@ func stale(s *Server, l []check) []string {
 	return out
 }
 
-// Conformance runs every check that applies to s, one subtest each. A second
-// client stays connected all the time; that it keeps working is part of every
-// check.
+// Conformance runs every check that applies to s, one subtest each, but for those
+// of TimeLimits. A second client stays connected all the time; that it keeps working
+// is part of every check.
 func Conformance(t *testing.T, s Server) {
+	t.Helper()
+	all := catalogue(&s)
+	for _, id := range stale(&s, all) {
+		t.Errorf("deviation %q names no check that applies to this server", id)
+	}
+	s.witnessed(t, func(w *witness) {
+		for _, ck := range all {
+			if ck.slow {
+				continue
+			}
+			t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, s.outcome(t.Context(), ck)) })
+			if w.broken() {
+				t.Fatalf("client on another connection has lost it after %s: the rest of the suite makes no sense", ck.id)
+			}
+		}
+	})
+}
+
+// TimeLimits runs the checks that wait for the time limits of the server, s.Handshake
+// and s.Stall, as Conformance runs the others. They run side by side, whatever
+// -parallel says.
+func TimeLimits(t *testing.T, s Server) {
+	t.Helper()
+	slow := slices.DeleteFunc(catalogue(&s), func(ck check) bool { return !ck.slow })
+	s.witnessed(t, func(w *witness) {
+		outcomes := make([]chan error, len(slow))
+		for i, ck := range slow {
+			outcomes[i] = make(chan error, 1)
+			go func() { outcomes[i] <- s.outcome(t.Context(), ck) }()
+		}
+		for i, ck := range slow {
+			err := <-outcomes[i]
+			t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, err) })
+		}
+	})
+	if s.Invariants != nil {
+		s.Invariants(t)
+	}
+}
+
+// witnessed runs checks of s while a client stays connected.
+func (s *Server) witnessed(t *testing.T, checks func(w *witness)) {
 	t.Helper()
 	if s.Size < MinSize {
 		t.Fatalf("export of %d bytes, want at least %d", s.Size, int64(MinSize))
 	}
-	all := s
-	all.Long = true
-	for _, id := range stale(&all, catalogue(&all)) {
-		t.Errorf("deviation %q names no check that applies to this server", id)
-	}
-	ctx := t.Context()
 	if s.Invariants != nil {
 		s.Invariants(t)
 	}
-	w := startWitness(ctx, t, &s)
-	var slow []check
-	for _, ck := range catalogue(&s) {
-		if ck.slow {
-			slow = append(slow, ck)
-			continue
-		}
-		t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, s.outcome(ctx, ck)) })
-		if w.broken() {
-			t.Fatalf("client on another connection has lost it after %s: the rest of the suite makes no sense", ck.id)
-		}
-	}
-	// The waiting overlaps whatever -parallel says.
-	outcomes := make([]chan error, len(slow))
-	for i, ck := range slow {
-		outcomes[i] = make(chan error, 1)
-		go func() { outcomes[i] <- s.outcome(ctx, ck) }()
-	}
-	for i, ck := range slow {
-		err := <-outcomes[i]
-		t.Run(ck.id+" "+ck.claim, func(t *testing.T) { s.judge(t, w, ck, err) })
-	}
-	if s.Invariants != nil && len(slow) > 0 {
-		s.Invariants(t)
-	}
+	w := startWitness(t.Context(), t, s)
+	checks(w)
 	if err := w.stop(); err != nil {
 		t.Errorf("client on another connection, at the end: %v", err)
 	}

@@ -16,7 +16,7 @@ import (
 // everything is a server for which every check applies but those of one mode.
 func everything(mode TLSMode, readOnly bool) *Server {
 	return &Server{
-		Size: 1 << 40, ReadOnly: readOnly, Long: true, Other: "other", Large: &Export{},
+		Size: 1 << 40, ReadOnly: readOnly, Other: "other", Large: &Export{},
 		TLS: TLS{Mode: mode},
 		Features: Features{
 			Flags:      wire.SendFlush | wire.SendFUA | wire.SendTrim | wire.SendZero | wire.SendDF | wire.SendCache | wire.SendFastZero | wire.CanMultiConn,
