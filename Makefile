@@ -7,7 +7,8 @@ SHELL := /bin/bash
 GO        ?= go
 # A count: a time makes `go test` fail now and then with "context deadline exceeded".
 FUZZTIME  ?= 2000x
-BUILD     := CGO_ENABLED=0 $(GO) build -trimpath
+# What is tested is compiled as the product is: static, without cgo, in any folder.
+export CGO_ENABLED := 0
 # The end-to-end tests have targets of their own.
 E2E       := -e /test/interop -e /test/guest -e /test/lab -e /test/packages
 UNIT       = $$($(GO) list ./... | grep -v $(E2E))
@@ -23,7 +24,7 @@ NORACE     = $$(grep -rl '^//go:build !race' --include='*_test.go' ./cmd ./inter
 	grep -v $$(printf -- '-e ^%s/[^/]*$$ ' $(PLAIN)))
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
-export GOFLAGS := $(shell $(GO) env GOFLAGS) -overlay=$(OVERLAY)/overlay.json
+export GOFLAGS := $(shell $(GO) env GOFLAGS) -trimpath -overlay=$(OVERLAY)/overlay.json
 OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || echo failed)
 $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
 # Three packages for each processor: daemons, guests and time limits are waited for.
@@ -34,7 +35,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the static binaries into bin/
-	$(BUILD) -o bin/ ./cmd/...
+	$(GO) build -o bin/ ./cmd/...
 
 run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 	@scripts/run.sh bin/vmdiskd $(IMAGE)
@@ -63,7 +64,7 @@ unit: ## unit tests
 	$(GOTEST) -p $(PACKAGES) $(UNIT)
 
 race: ## unit tests with the race detector
-	$(GOTEST) -race -p $(PACKAGES) -timeout 20m $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -p $(PACKAGES) -timeout 20m $(RACE)
 
 plain:
 	$(GOTEST) -p $(PACKAGES) $(PLAIN)

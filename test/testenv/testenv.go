@@ -12,8 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -192,11 +190,30 @@ func output(ctx context.Context, command func(context.Context, string, ...string
 	return string(out), fmt.Errorf("%s %q: %w", path, args, err)
 }
 
-// Root returns the folder of go.mod: the tests of this module run from source.
-var Root = sync.OnceValue(func() string {
-	_, file, _, _ := runtime.Caller(0)
-	return filepath.Dir(filepath.Dir(filepath.Dir(file)))
-})
+// root is found before a test changes the folder.
+var root = findRoot()
+
+func findRoot() string {
+	dir, err := os.Getwd()
+	if err != nil {
+		return ""
+	}
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir
+		}
+	}
+	return ""
+}
+
+// Root returns the folder of go.mod: the tests of this module run from source, in
+// the folder of their package. It panics elsewhere.
+func Root() string {
+	if root == "" {
+		panic("testenv: there is no go.mod here or above")
+	}
+	return root
+}
 
 // TempDir returns a short-named folder under the system's temporary one,
 // removed after the test: a socket path has at most 107 bytes, and t.TempDir
