@@ -228,22 +228,8 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		}
 		x.Protect = append(x.Protect, r)
 	}
-	if c.Flags().Changed("partition") {
-		if f.part < 1 {
-			return usage("--partition: want a number from 1")
-		}
-		x.Window = &config.Window{Partition: f.part, SectorSize: config.Size(f.sector)}
-	}
-	if c.Flags().Changed("sector-size") && x.Window == nil {
-		return usage("--sector-size is that of a partition table: it needs --partition")
-	}
-	if c.Flags().Changed("window") {
-		if x.Window != nil {
-			return usage("--window and --partition: one of them")
-		}
-		if x.Window, err = parseWindow(f.window); err != nil {
-			return err
-		}
+	if x.Window, err = f.piece(c); err != nil {
+		return err
 	}
 	if c.Flags().Changed("block-size") {
 		if x.BlockSize, err = parseBlockSize(f.blockSize); err != nil {
@@ -267,6 +253,24 @@ func (f *addFlags) layers(c *cobra.Command, x *config.Export) (err error) {
 		x.Overlay = &config.Overlay{Quota: config.Size(f.quota)}
 	}
 	return nil
+}
+
+// piece is the part of the image that is served, or nil for all of it.
+func (f *addFlags) piece(c *cobra.Command) (*config.Window, error) {
+	partition := c.Flags().Changed("partition")
+	switch {
+	case partition && f.part < 1:
+		return nil, usage("--partition: want a number from 1")
+	case !partition && c.Flags().Changed("sector-size"):
+		return nil, usage("--sector-size is that of a partition table: it needs --partition")
+	case partition && c.Flags().Changed("window"):
+		return nil, usage("--window and --partition: one of them")
+	case partition:
+		return &config.Window{Partition: f.part, SectorSize: config.Size(f.sector)}, nil
+	case c.Flags().Changed("window"):
+		return parseWindow(f.window)
+	}
+	return nil, nil
 }
 
 // socketFlag is a flag about the Unix sockets of --listen.

@@ -409,6 +409,27 @@ func contains(list []string, s string) bool {
 func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 	network := f.Changed("port") || f.Changed("ipaddr") || r.only4 || r.only6 || r.vsock
 	passed := r.passed(r.unix != "" || network || r.run != "")
+	if err := r.excluded(network, passed); err != nil {
+		return err
+	}
+	switch {
+	case r.single:
+		return nil
+	case passed:
+		c.Activated = true
+		return nil
+	case r.unix == "" && r.run != "" && !network:
+		r.unix = transport.PrivatePath
+	}
+	if r.unix != "" {
+		return r.unixEndpoint(c)
+	}
+	return r.networkEndpoint(c)
+}
+
+// excluded refuses words about listening that do not go together. network: one of them
+// is about TCP or vsock; passed: systemd has passed sockets.
+func (r *raw) excluded(network, passed bool) error {
 	switch {
 	case r.only4 && r.only6:
 		return usagef("--ipv4-only and --ipv6-only exclude each other")
@@ -426,26 +447,18 @@ func (r *raw) endpoints(f *pflag.FlagSet, c *daemon.Config) error {
 		return usagef("--confine=strict excludes --insecure-plaintext")
 	case r.single:
 		return nil
-	}
-	if passed {
-		if r.unix != "" || network {
-			return usagef("sockets were passed by systemd: -U, -p, -i and --vsock do not go with that")
-		}
-		c.Activated = true
-		return nil
-	}
-	if r.vsock && !r.readonly && !r.trustCID {
+	case passed && (r.unix != "" || network):
+		return usagef("sockets were passed by systemd: -U, -p, -i and --vsock do not go with that")
+	case r.vsock && !r.readonly && !r.trustCID:
 		return usagef("--vsock: %s", daemon.NeedProof)
+	case r.unix != "" && network:
+		return usagef("--unix excludes TCP and vsock options")
 	}
-	if r.unix == "" && r.run != "" && !network {
-		r.unix = transport.PrivatePath
-	}
-	if r.unix != "" {
-		if network {
-			return usagef("--unix excludes TCP and vsock options")
-		}
-		return r.unixEndpoint(c)
-	}
+	return nil
+}
+
+// networkEndpoint is TCP or vsock.
+func (r *raw) networkEndpoint(c *daemon.Config) error {
 	port := uint64(defaultPort)
 	if r.port != "" {
 		var err error

@@ -43,14 +43,9 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		d.coming.Store(c)
 		defer d.coming.Store(nil)
 	}
-	change := config.Diff(d.conf.Load(), c)
-	change.AddAbsent(c, func(name string) bool { return d.disks.get(name) == nil })
-	d.openLost(change)
-	if err := d.mayDrop(change); err != nil {
+	change, err := d.compare(c)
+	if err != nil {
 		return api.Reload{}, err
-	}
-	if err := cmp.Or(d.mayTake(change), d.mayFollow(change)); err != nil {
-		return api.Reload{}, told(err)
 	}
 	r, retries := api.Reload{DryRun: dryRun, Changes: change.Lines(), Restart: change.Restart()}, d.retries(c, change)
 	if reordered(d.conf.Load(), c) {
@@ -84,6 +79,17 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 		d.bus.Publish(obs.Event{Kind: obs.Reloaded, Reason: tellChanges(r.Changes)})
 	}
 	return r, nil
+}
+
+// compare is what c, as it was read, would change, if that may be.
+func (d *daemon) compare(c *config.Config) (*config.Change, error) {
+	change := config.Diff(d.conf.Load(), c)
+	change.AddAbsent(c, func(name string) bool { return d.disks.get(name) == nil })
+	d.openLost(change)
+	if err := d.mayDrop(change); err != nil {
+		return nil, err
+	}
+	return change, told(cmp.Or(d.mayTake(change), d.mayFollow(change)))
 }
 
 // applyAll applies a change, and tries the exports again that have failed; r gets

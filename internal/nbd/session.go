@@ -340,7 +340,6 @@ func (s *session) give(requests, bytes int) {
 
 // reserve makes room for n bytes of replies in this turn's buffer; n is at
 // most limits.TurnBuffer. What it returns is appended to s.out by extending
-// it.
 // it. It may wait for memory: with no lease, and everything that the turn has
 // ready leaves first, as what it holds may be what is waited for.
 func (s *session) reserve(n int) error {
