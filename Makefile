@@ -24,7 +24,7 @@ NORACE     = $$(grep -rl '^//go:build !race' --include='*_test.go' ./cmd ./inter
 	grep -v $$(printf -- '-e ^%s/[^/]*$$ ' $(PLAIN)))
 # crypto/tls with one constant changed, for pre-shared keys: internal/transport/psk.
 OVERLAY   := $(CURDIR)/.cache/tls
-export GOFLAGS := $(filter-out -trimpath -overlay=%,$(shell $(GO) env GOFLAGS)) -trimpath -overlay=$(OVERLAY)/overlay.json
+export GOFLAGS := $(shell $(GO) env GOFLAGS) -trimpath -overlay=$(OVERLAY)/overlay.json
 OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || echo failed)
 $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
 # Three packages for each processor: daemons, guests and time limits are waited for.
@@ -43,8 +43,7 @@ run: build ## serve a demo disk, or IMAGE=disk.img, on a Unix socket
 demo: build ## attach a disk to a guest, grow it, restart the service, detach it
 	@GO=$(GO) scripts/demo.sh bin
 
-test: deps fmt vet race ## install what the tests need and run all of them
-	@$(MAKE) -j2 --output-sync=target endtoend plain fuzz
+test: deps fmt vet race plain fuzz endtoend ## install what the tests need and run all of them
 
 deps: ## install the packages that the tests need
 	scripts/install-test-deps.sh
