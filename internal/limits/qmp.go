@@ -10,6 +10,10 @@ const (
 	// 200 KiB; the block nodes of a machine with hundreds of disks fit.
 	QMPLine = 16 << 20
 
+	// QMPGreeting bounds the greeting of a monitor, which has less than 1 KiB, and
+	// each event before it.
+	QMPGreeting = 1 << 20
+
 	// QMPCommand bounds one command that is sent: names and paths of 4 KiB
 	// fit many times.
 	QMPCommand = 1 << 20

@@ -113,12 +113,12 @@ func (m *Monitor) start(ctx context.Context, conn *net.UnixConn) error {
 	m.reader.Add(1)
 	m.mu.Unlock()
 
-	lines := newLineReader(conn, limits.QMPLine)
+	lines := newLineReader(conn, limits.QMPGreeting)
 	if err := m.greet(ctx, conn, lines); err != nil {
 		m.reader.Done()
 		return err
 	}
-	lines.arm, lines.rest = conn.SetReadDeadline, limits.QMPRest
+	lines.max, lines.arm, lines.rest = limits.QMPLine, conn.SetReadDeadline, limits.QMPRest
 	go m.readLoop(lines)
 	_, err := m.Execute(ctx, "qmp_capabilities", nil)
 	m.mu.Lock()

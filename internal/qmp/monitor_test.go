@@ -347,6 +347,28 @@ func TestHostilePeerEndsInAnError(t *testing.T) {
 	}
 }
 
+func TestGreetingIsShort(t *testing.T) {
+	for _, tt := range []struct {
+		pad  int
+		want error
+	}{{limits.QMPGreeting / 2, nil}, {limits.QMPGreeting, qmp.ErrProtocol}} {
+		path := qmptest.Listen(t, func(c *qmptest.Conn) {
+			c.Say(`{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":0},"package":"` + strings.Repeat("x", tt.pad) + `"},"capabilities":[]}}`)
+			if cmd, ok := c.Next(); ok {
+				c.Return(cmd, "{}")
+			}
+			c.Hold()
+		})
+		m, err := qmp.Dial(testContext(t), path)
+		if !errors.Is(err, tt.want) {
+			t.Errorf("greeting of %d bytes: %v, want %v", tt.pad, err, tt.want)
+		}
+		if err == nil {
+			m.Close()
+		}
+	}
+}
+
 func TestSecondReplyToOneCommandEndsTheMonitor(t *testing.T) {
 	m := dial(t, func(c *qmptest.Conn) {
 		c.Handshake()
