@@ -61,6 +61,8 @@ var tenantToken = strings.Repeat("7e", limits.TokenDigits/2)
 // the emulated processor has AMD's virtualization, so that they run on KVM.
 const hostScenario = `
 trap 'rc=$?; [ $rc = 0 ] || { cat /run/server.log /run/inner; dmesg | tail -n 20; }' EXIT
+# What hangs is not seen to exit.
+{ sleep 200; echo "still running:"; cat /run/server.log /run/inner; ps; } &
 mkdir /run/images
 dd if=/dev/urandom of=/run/images/disk.img bs=1M count=16 2>/dev/null
 truncate -s 16M /run/images/other.img /run/images/leased.img
