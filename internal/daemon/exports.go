@@ -229,8 +229,12 @@ func (d *daemon) mayChange(k *disk, name string) error {
 // what they have in flight, and its listeners with it. One that is kept stays so.
 // instead, if not nil, has the name and the place then, unless another removal waits
 // after which nothing shall have them. If somebody else has removed it before: errAway.
+// If ctx has ended before: ErrInUse, as its clients had no time to finish.
 func (d *daemon) removeExport(ctx context.Context, k, instead *disk) error {
 	x, _, _ := d.disks.look(k)
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("%w: %q: %w", export.ErrInUse, x.Name, err)
+	}
 	return d.takeAway(ctx, k, x.Name, true, instead, func() error { return nil })
 }
 

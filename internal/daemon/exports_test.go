@@ -14,6 +14,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
@@ -65,6 +66,31 @@ func TestExportBeingPublishedIsNotForgotten(t *testing.T) {
 	}
 	if err := d.removeExport(t.Context(), k, nil); err != nil || d.disks.get("a") != nil {
 		t.Errorf("removal of what is ready: got %v", err)
+	}
+}
+
+// TestRemovalOutOfTimeCutsNobodyOff: an export whose turn in a reload comes when its
+// time is over keeps its clients, who are waited for in the background.
+func TestRemovalOutOfTimeCutsNobodyOff(t *testing.T) {
+	d := &daemon{exports: export.NewRegistry()}
+	k := &disk{cfg: config.Export{Name: "a"}}
+	err := d.disks.claim(k)
+	if err == nil {
+		err = d.exports.AddOpening(export.Spec{Name: "a", Owner: k}, func() (backing.Device, error) {
+			k.stack = &stack{}
+			return mem.New(4096, nil), nil
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithDeadline(t.Context(), time.Now())
+	defer cancel()
+	if err := d.removeExport(over, k, nil); !errors.Is(err, export.ErrInUse) || d.disks.get("a") != k {
+		t.Errorf("removal out of time: got %v, want %v", err, export.ErrInUse)
+	}
+	if x, ok := d.exports.StatusOf("a"); !ok || x.State != export.Ready {
+		t.Errorf("the export is %v, want it ready", x.State)
 	}
 }
 

@@ -166,7 +166,7 @@ func TestSilentExportLeavesItsAddress(t *testing.T) {
 	k.held = held{of: &x, files: open.NewTable(nil, nil)}
 	want := k.held
 	answer := silence(d, "a")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if err := d.retire(ctx, k, failed); err != nil {
 		t.Errorf("retire: %v", err)
