@@ -1,11 +1,9 @@
 package open
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -37,7 +35,10 @@ func CreateOverlay(ctx context.Context, s Spec, size int64, base, baseFormat str
 	}
 	st := store.NewFile(dev)
 	err = create.Image(ctx, st, create.Options{Size: size, Backing: format.FileName(base), BackingFormat: baseFormat})
-	return errors.Join(err, st.Close(), syncFolder(s.Path))
+	if err == nil {
+		err = raw.SyncName(f)
+	}
+	return errors.Join(err, st.Close())
 }
 
 // createFile makes a file that is not there yet, beneath the roots if there are
@@ -54,15 +55,4 @@ func createFile(s Spec) (*os.File, error) {
 		}
 		return os.NewFile(uintptr(fd), s.Path), nil
 	})
-}
-
-// syncFolder makes the name of a file durable. It is not cleaned: ".." behind a
-// symbolic link leads out of another folder.
-func syncFolder(path string) error {
-	dir, _ := filepath.Split(path)
-	d, err := os.Open(cmp.Or(dir, "."))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

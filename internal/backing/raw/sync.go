@@ -1,8 +1,15 @@
 package raw
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/engine"
 )
@@ -147,4 +154,29 @@ func (d *durables) settle(id uint64) {
 	for mark := d.last; len(d.active) > 0 && d.active[0] <= mark; {
 		d.cond.Wait()
 	}
+}
+
+// SyncName makes the name by which f was opened durable, as far as the file system
+// can. A folder that may be written to need not be one that may be read, as fsync(2)
+// wants; then all of the file system is synced.
+func SyncName(f *os.File) error {
+	folder, err := os.Open(folderOf(f.Name()))
+	if errors.Is(err, fs.ErrPermission) {
+		return os.NewSyscallError("syncfs", unix.Syncfs(int(f.Fd())))
+	}
+	if err != nil {
+		return err
+	}
+	err = folder.Sync()
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP) { // fsync(2): of a file that cannot be synced
+		err = nil
+	}
+	return errors.Join(err, folder.Close())
+}
+
+// folderOf is where the kernel looks for a name. It is not cleaned: ".." behind a
+// symbolic link leads out of another folder.
+func folderOf(path string) string {
+	dir, _ := filepath.Split(path)
+	return cmp.Or(dir, ".")
 }

@@ -1,13 +1,10 @@
 package copier
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -167,30 +164,8 @@ func (d *File) Flush(context.Context) error {
 	return nil
 }
 
-// SyncName makes the name of the file durable, as far as the file system can. A
-// folder that may be written to need not be one that may be read, as fsync(2)
-// wants; then all of the file system is synced.
-func (d *File) SyncName() error {
-	folder, err := os.Open(folderOf(d.f.Name()))
-	if errors.Is(err, fs.ErrPermission) {
-		return os.NewSyscallError("syncfs", unix.Syncfs(int(d.f.Fd())))
-	}
-	if err != nil {
-		return err
-	}
-	err = folder.Sync()
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP) { // fsync(2): of a file that cannot be synced
-		err = nil
-	}
-	return errors.Join(err, folder.Close())
-}
-
-// folderOf is where the kernel looks for a name. It is not cleaned: ".." behind a
-// symbolic link leads out of another folder.
-func folderOf(path string) string {
-	dir, _ := filepath.Split(path)
-	return cmp.Or(dir, ".")
-}
+// SyncName makes the name of the file durable, as raw.SyncName does.
+func (d *File) SyncName() error { return raw.SyncName(d.f) }
 
 // Extents implements Disk. What the file system cannot tell apart is data, as is
 // what lies beyond the end of a file that shrank: who reads that finds out.
