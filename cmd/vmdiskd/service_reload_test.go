@@ -1151,3 +1151,80 @@ func TestFailedExportKeepsWrites(t *testing.T) {
 		})
 	}
 }
+
+// atSocket is what conf makes of a with more keys, at a socket of its own, and export z.
+func atSocket(conf func(more string) string, more, socket string) string {
+	return conf(more) + "[[export.listener]]\nuri = \"nbd+unix:///?socket=DIR/" + socket + "\"\n" + exportZ
+}
+
+// failInAReload has a reload that fails close a, which conf makes and which has the socket
+// one, and another program take that socket, so that a cannot come back.
+func (s *testService) failInAReload(conf func(more string) string) {
+	s.Helper()
+	var other net.Listener
+	err := s.meanwhile(atSocket(conf, anew, "two")+"window = { offset = \"2M\" }\n", func() {
+		var err error
+		if other, err = net.Listen("unix", filepath.Join(s.dir, "one")); err != nil {
+			s.Fatal(err)
+		}
+	})
+	if err == nil {
+		s.Fatal("the reload did not fail")
+	}
+	if got := s.states(); !slices.Contains(got, "a failed") {
+		s.Fatalf("states: got %q, want a failed", got)
+	}
+	if err := other.Close(); err != nil {
+		s.Fatal(err)
+	}
+}
+
+// TestFailedExportShowsAnotherStoreWhenTheReloadIsDone: clients of one that holds what was
+// written before find it then, and not before. What they write would be lost, or spoil
+// the image below what it holds, if the reload could not be done.
+func TestFailedExportShowsAnotherStoreWhenTheReloadIsDone(t *testing.T) {
+	t.Parallel()
+	for what, after := range map[string]string{"an overlay": exportA + "format = \"raw\"\n", "memory": memExport("a", "2M", "")} {
+		for _, done := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, done %t", what, done), func(t *testing.T) {
+				t.Parallel()
+				s, before := newService(t, ""), forgetful[what]
+				other := func(more string) string { return after + more }
+				uri := func(socket string) string { return "nbd+unix:///a?socket=" + filepath.Join(s.dir, socket) }
+				if err := s.reload(atSocket(before, "", "one")); err != nil {
+					t.Fatal(err)
+				}
+				if !s.tryToWrite(uri("one"), "0x41", "0") {
+					t.Fatal("a cannot be opened")
+				}
+				s.failInAReload(before)
+				conf := atSocket(other, "", "three") + anew
+				if !done {
+					conf = atSocket(other, "", "three") + "window = { offset = \"2M\" }\n"
+				}
+				if err := s.meanwhile(conf, func() {
+					if s.tryToWrite(uri("three"), "0x77", "128k") {
+						t.Error("a can be opened before the reload is over")
+					}
+				}); (err == nil) != done {
+					t.Errorf("reload: got %v, want it done %t", err, done)
+				}
+				if done {
+					if !s.tryToWrite(uri("three"), "0x77", "128k") {
+						t.Error("a cannot be opened when the reload is done")
+					}
+					s.stop()
+					return
+				}
+				if err := s.reload(atSocket(before, "", "one")); err != nil {
+					t.Fatal(err)
+				}
+				out, err := tool(t, s.dir, "qemu-io", "-r", "-f", "raw", "-c", "read -P 0x41 0 64k", "-c", "read -P 0 128k 64k", uri("one"))
+				if err != nil || strings.Contains(out, "Pattern") {
+					t.Errorf("a is not what it was: %v %s", err, out)
+				}
+				s.stop()
+			})
+		}
+	}
+}

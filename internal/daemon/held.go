@@ -64,7 +64,8 @@ func (s *disks) heldFor(k *disk) []*os.File {
 
 // takeOver gives k, if it is another attempt at one that failed and is to be opened as
 // x says, with the files of g, what that one holds: as with handOver, a disk of other
-// bytes has no use for it. g is closed by who has it.
+// bytes has no use for it, and one that a reload opens with another store is hidden. g is
+// closed by who has it.
 func (s *disks) takeOver(k *disk, x *sought, g *gathered) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -75,9 +76,11 @@ func (s *disks) takeOver(k *disk, x *sought, g *gathered) {
 	if !hasFiles(&x.Export) {
 		g.table, g.err = h.files.Again()
 	}
-	if h.delta != nil && sameBelow(h.of, x, g.table) {
+	same := sameBelow(h.of, x, g.table)
+	if h.delta != nil && same {
 		g.delta = h.delta.Hold()
 	}
+	k.hidden = k.trial && (!same || (h.delta == nil) != (x.Overlay == nil))
 }
 
 // close leaves h empty.

@@ -67,6 +67,10 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 			d.reveal(r.change.Name, r.next)
 			r.letGo()
 		}
+		for _, k := range away {
+			x, _, _ := d.disks.look(k)
+			d.reveal(x.Name, k)
+		}
 	}
 	defer func() {
 		for _, r := range all {
