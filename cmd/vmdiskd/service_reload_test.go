@@ -1228,3 +1228,40 @@ func TestFailedExportShowsAnotherStoreWhenTheReloadIsDone(t *testing.T) {
 		}
 	}
 }
+
+// TestFailedExportKeepsWhatWasSet until a reload finds that very key changed, whether
+// another key changes with it or not: it comes back open to nobody else.
+func TestFailedExportKeepsWhatWasSet(t *testing.T) {
+	t.Parallel()
+	for what, more := range map[string]string{"nothing changes": "", "keys change in use": "description = \"of the file\"\n", "others too": "description = \"of the file\"\n" + anew} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s, conf := newService(t, ""), func(more string) string { return exportA + more }
+			if err := s.reload(atSocket(conf, "", "one")); err != nil {
+				t.Fatal(err)
+			}
+			yes, no, text, nobody := true, false, "set", []config.Grant{{Access: "rw", UIDs: []uint32{4242}}}
+			if _, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &yes, Grants: &nobody, Description: &text}); err != nil {
+				t.Fatal(err)
+			}
+			s.failInAReload(conf)
+			if err := s.reload(atSocket(conf, more, "one")); err != nil {
+				t.Fatal(err)
+			}
+			if more != "" {
+				text = "of the file"
+			}
+			x, err := s.ctl.Export(t.Context(), "a")
+			if err != nil || x.State != "ready" || !x.ReadOnly || x.Writable || !reflect.DeepEqual(x.Grants, nobody) || x.Description != text {
+				t.Errorf("got %+v, %v, want it ready, what was set and the description %q", x, err, text)
+			}
+			if got := s.size("nbd+unix:///a?socket=" + filepath.Join(s.dir, "one")); got != "" {
+				t.Errorf("everybody has access, and finds %s bytes", got)
+			}
+			if x, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: &no}); err != nil || !x.Writable {
+				t.Errorf("read-only is taken back: got %+v, %v", x, err)
+			}
+			s.stop()
+		})
+	}
+}

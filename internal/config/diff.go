@@ -78,6 +78,15 @@ var liveFields = []string{
 	"write-threshold", "fault",
 }
 
+// To is the change of e to next, which has its name.
+func (e *Export) To(next *Export) *ExportChange {
+	f := slices.DeleteFunc(fields(e.asOpened(), next.asOpened()), func(f string) bool { return f == "listener" })
+	return &ExportChange{What: Alter, Name: next.Name, Old: e, New: next, Fields: f, Live: !slices.ContainsFunc(f, isFixed)}
+}
+
+// isFixed tells whether an export is closed and opened again for that key.
+func isFixed(key string) bool { return !slices.Contains(liveFields, key) }
+
 // On is New for an export that is in use as live says: the keys of it that the
 // control API sets stay as they are, but for Fields.
 func (c *ExportChange) On(live *Export) Export {
@@ -316,12 +325,8 @@ func diffExports(oldConfig, newConfig *Config) (list []ExportChange) {
 	for _, name := range order {
 		c := ExportChange{What: m[name], Name: name, Old: old[name], New: new[name], Live: true}
 		if c.What == Alter {
-			c.Fields = slices.DeleteFunc(fields(c.Old.asOpened(), c.New.asOpened()), func(f string) bool { return f == "listener" })
-			if len(c.Fields) == 0 {
+			if c = *c.Old.To(c.New); len(c.Fields) == 0 {
 				continue
-			}
-			for _, f := range c.Fields {
-				c.Live = c.Live && slices.Contains(liveFields, f)
 			}
 		}
 		list = append(list, c)

@@ -20,6 +20,7 @@ import (
 // disk is an export with what the registry does not know of it.
 type disk struct {
 	cfg    config.Export // guarded by disks.mu; written with busy held too
+	said   config.Export // what the configuration had it as when it failed; see asSet
 	named  config.Export // its image as the configuration has it, whatever snapshots have put above
 	origin string        // guarded by disks.mu; written with busy held too
 	doors  []*door       // its own; guarded by disks.mu; set before it is open, none once they are being closed
@@ -99,6 +100,18 @@ var errAway = fmt.Errorf("%w: it was removed meanwhile", nbd.ErrUnknownExport)
 func (k *disk) opens(x config.Export) config.Export {
 	x.ReadOnly = x.ReadOnly && !k.writes
 	return x
+}
+
+// asSet is x, which is k as the configuration has it by now, for another attempt at k,
+// which failed: the keys that the control API has set stay, but for those that have
+// changed since. The image may be another by now, and is asked for its format again.
+func (k *disk) asSet(x config.Export) config.Export {
+	if k == nil || k.said.Name == "" {
+		return x
+	}
+	live := k.said.To(&x).On(&k.cfg)
+	live.Format = x.Format
+	return live
 }
 
 // leave begins a removal of k when who changes it has finished, unless ctx ends

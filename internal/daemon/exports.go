@@ -459,6 +459,7 @@ func (d *daemon) tryAll(ctx context.Context, list []*disk) {
 // served. A name that is taken has its own export.
 func (d *daemon) giveUp(failed *disk) {
 	if failed.origin == fromConfig {
+		failed.said, _ = exportOf(d.conf.Load(), failed.cfg.Name)
 		if x, err := d.placed(failed.cfg); err == nil { // else that is why it failed
 			failed.cfg = x
 		}

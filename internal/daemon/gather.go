@@ -296,9 +296,9 @@ func (d *daemon) filesOf(list []*disk) []gathered {
 		if k.failed != nil || out[i].err != nil {
 			continue // it is not opened, and the export without an image has no files
 		}
-		images[i].Export = k.cfg
+		images[i].Export = k.opens(k.cfg)
 		if k.origin == fromConfig {
-			if placed, err := d.placed(k.cfg); err == nil { // addDisk complains
+			if placed, err := d.placed(images[i].Export); err == nil { // addDisk complains
 				images[i].Export = placed
 			}
 		}

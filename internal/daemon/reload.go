@@ -398,15 +398,17 @@ func (d *daemon) outcome(name string) []string {
 	return []string{fmt.Sprintf("export %q is open", name)}
 }
 
-// wanted is k as it is to be opened with the configuration c, if it is: c has it, or
-// it is kept and c has no other of its name.
-func (d *daemon) wanted(c *config.Config, k *disk) (x config.Export, ok bool) {
-	x, _, _ = d.disks.look(k)
+// wanted is another attempt at k, which failed, with the configuration c, if there is to
+// be one: c has it, or it is kept and c has no other of its name.
+func (d *daemon) wanted(c *config.Config, k *disk) (next *disk, ok bool) {
+	x, _, _ := d.disks.look(k)
+	next = &disk{cfg: x, origin: k.origin, lost: d.disks.lostBy(k), again: k}
 	configured, both := exportOf(c, x.Name)
 	if k.origin == fromConfig {
-		return configured, both
+		next.cfg, next.writes = k.asSet(configured), !configured.ReadOnly
+		return next, both
 	}
-	return x, !both
+	return next, !both
 }
 
 // retry tries to open what could not be opened for a reason that may have gone, and
@@ -414,10 +416,10 @@ func (d *daemon) wanted(c *config.Config, k *disk) (x config.Export, ok bool) {
 func (d *daemon) retry(ctx context.Context, gone func(why error) bool) (tried []string) {
 	var again []*disk
 	for _, k := range d.disks.failed() {
-		_, now, why := d.disks.look(k)
-		x, known := d.wanted(d.conf.Load(), k)
+		x, now, why := d.disks.look(k)
+		next, known := d.wanted(d.conf.Load(), k)
 		if known && now == nil && !d.disks.isLate(x.Name) && gone(why) {
-			again = append(again, &disk{cfg: x, origin: k.origin, lost: d.disks.lostBy(k), again: k})
+			again = append(again, next)
 			tried = append(tried, x.Name)
 		}
 	}

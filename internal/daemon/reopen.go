@@ -85,7 +85,7 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 		case d.disks.isLate(x.Name):
 			err = errLate
 		case k == nil || !d.disks.opened(k):
-			away = append(away, &disk{cfg: *x.New, origin: fromConfig, lost: d.disks.lostBy(k), again: k, trial: true})
+			away = append(away, &disk{cfg: k.asSet(*x.New), origin: fromConfig, writes: !x.New.ReadOnly, lost: d.disks.lostBy(k), again: k, trial: true})
 		default:
 			var r *reopening
 			if r, err = d.beginReopen(ctx, k, x); err == nil {
