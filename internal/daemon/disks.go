@@ -54,6 +54,10 @@ type disk struct {
 	// it back. Guarded by disks.mu.
 	trial bool
 
+	// parting is for one that a reload takes back, and does not wait for any more: another
+	// that failed has its name and what it holds when it has left. Guarded by disks.mu.
+	parting bool
+
 	// hidden is for one that a reload opens and that nobody finds before that is over:
 	// were it taken back, what is written to it would be lost. Guarded by disks.mu; set
 	// before it is open.
@@ -223,18 +227,25 @@ func (s *disks) passing(k *disk) bool {
 }
 
 // confirm is when a reload is over: what it has opened and not taken back stays. One
-// that is late is still to be taken back.
+// that is late, or parting, is still to be taken back.
 func (s *disks) confirm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for name, k := range s.byName {
-		if s.late[name] {
+		if s.late[name] || k.parting {
 			continue
 		}
 		if k.trial = false; k.stack != nil {
 			k.held.close()
 		}
 	}
+}
+
+// setParting is for k, which leaves while nobody waits, for another.
+func (s *disks) setParting(k *disk) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k.parting = true
 }
 
 // hides tells whether nobody finds k before a reload is over.

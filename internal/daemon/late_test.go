@@ -185,6 +185,32 @@ func TestSilentExportLeavesItsAddress(t *testing.T) {
 	}
 }
 
+// TestExportThatFailedBeforeKeepsWhatItHolds until those have left who have opened it by
+// a reload that is taken back, and which does not wait for them any more.
+func TestExportThatFailedBeforeKeepsWhatItHolds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newFailing(t)
+		if _, err := r.reload(inMemory("a", "")); err != nil {
+			t.Fatal(err)
+		}
+		k, x := r.d.disks.find("a"), config.Export{Name: "a"}
+		failed := &disk{cfg: k.cfg, origin: fromConfig, failed: errNoAnswer}
+		k.held = held{of: &x, files: open.NewTable(nil, nil)}
+		want, client := k.held, r.open("a")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := r.d.retire(ctx, k, failed); err != nil {
+			t.Errorf("retire: %v", err)
+		}
+		r.d.disks.confirm()
+		client.Close()
+		r.d.closing.Wait()
+		if r.d.disks.get("a") != failed || failed.held != want {
+			t.Errorf("afterwards: got %+v, want the one that failed with what it holds", r.d.disks.get("a"))
+		}
+	})
+}
+
 // TestStopWaitsForNoLateExportBeforeOthers are flushed.
 func TestStopWaitsForNoLateExportBeforeOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -475,6 +475,9 @@ func (d *daemon) retire(ctx context.Context, k, instead *disk) error {
 		d.tellRetired(name, err)
 		return nil
 	}
+	if instead != nil {
+		d.disks.setParting(k)
+	}
 	d.log.Warn("export is removed when its clients have left", "export", name)
 	d.closing.Go(func() { d.tellRetired(name, d.removeExport(d.stopping, k, instead)) })
 	return nil
