@@ -199,14 +199,14 @@ func (d *daemon) closeDoors(list []*door) {
 func (d *daemon) beginChange(ctx context.Context, name string) (*disk, error) {
 	k := d.disks.find(name)
 	if k == nil {
-		return nil, unknownExport(name)
+		return nil, d.unopen(name)
 	}
 	err := k.busy.Wait(ctx)
 	if err != nil {
 		return nil, told(err)
 	}
 	if d.disks.get(name) != k {
-		err = unknownExport(name)
+		err = d.unopen(name)
 	} else {
 		err = d.mayChange(k, name)
 	}
@@ -220,9 +220,26 @@ func (d *daemon) beginChange(ctx context.Context, name string) (*disk, error) {
 // removed. With k.busy.
 func (d *daemon) mayChange(k *disk, name string) error {
 	if x, _ := d.exports.StatusOf(name); k.leaving > 0 || x.State != export.Ready {
-		return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be changed: it is being opened or removed", name)}
+		return errChanging(name)
 	}
 	return nil
+}
+
+// errChanging is for an export that cannot be changed at the moment.
+func errChanging(name string) error {
+	return &api.Error{Code: api.CodeInUse, Text: fmt.Sprintf("export %q is not ready to be changed: it is being opened or removed", name)}
+}
+
+// unopen is why the export of that name, which was not open a moment ago, is not changed.
+func (d *daemon) unopen(name string) error {
+	k := d.disks.get(name)
+	if k == nil {
+		return unknownExport(name)
+	}
+	if _, now, failed := d.disks.look(k); now == nil && failed != nil && failed != errReopening {
+		return &api.Error{Code: api.CodeFailed, Text: fmt.Sprintf("export %q has failed: %v", name, failed)}
+	}
+	return errChanging(name)
 }
 
 // removeExport takes k away, which has been opened, when its clients have finished
@@ -491,7 +508,11 @@ func (d *daemon) removeFailed(ctx context.Context, k *disk, name string) error {
 		return err
 	}
 	defer k.busy.Unlock()
-	if d.disks.get(name) != k {
+	switch other := d.disks.get(name); {
+	case other == k:
+	case other != nil && d.disks.originOf(other) == k.origin: // another attempt at it
+		return errUnready(name)
+	default:
 		return unknownExport(name)
 	}
 	if err := d.forgetKept(k, name); err != nil {

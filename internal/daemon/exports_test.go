@@ -395,3 +395,56 @@ func TestAttemptWithoutAnAnswerKeepsWhatIsHeld(t *testing.T) {
 		t.Errorf("after an attempt without an answer: got %+v, and the one before %+v, want that it has %+v", got.held, failed.held, want)
 	}
 }
+
+// TestExportThatIsNotOpenIsToldAsWhatItIs to who would change or remove it, and not as one
+// that is not there: who removes it would take that for done.
+func TestExportThatIsNotOpenIsToldAsWhatItIs(t *testing.T) {
+	for _, tt := range []struct {
+		what string
+		k    *disk
+		code string
+	}{
+		{"failed", &disk{failed: backing.ErrLocked}, api.CodeFailed},
+		{"closed to be opened again", &disk{failed: errReopening}, api.CodeInUse},
+		{"being opened", &disk{}, api.CodeInUse},
+		{"absent", nil, api.CodeNotFound},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			d := emptyService(t)
+			if tt.k != nil {
+				tt.k.cfg = config.Export{Name: "a"}
+				if err := d.disks.claim(tt.k); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s := service{d}
+			_, err := s.Patch(t.Context(), "a", api.Patch{})
+			wantCode(t, "set", err, tt.code)
+			wantCode(t, "pause", s.Pause(t.Context(), "a", 0), tt.code)
+			wantCode(t, "resume", s.Resume("a"), tt.code)
+		})
+	}
+}
+
+// TestRemovalThatAnotherAttemptOvertakes has removed nothing, and says so.
+func TestRemovalThatAnotherAttemptOvertakes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := emptyService(t)
+		k := &disk{cfg: config.Export{Name: "a"}, origin: fromConfig, failed: backing.ErrLocked}
+		again := &disk{cfg: k.cfg, origin: fromConfig, again: k}
+		if err := d.disks.claim(k); err != nil {
+			t.Fatal(err)
+		}
+		k.busy.Lock()
+		claimed, removed := make(chan error, 1), make(chan error, 1)
+		go func() { claimed <- d.disks.claim(again) }()
+		synctest.Wait()
+		go func() { removed <- service{d}.Remove(t.Context(), "a", true) }()
+		synctest.Wait()
+		k.busy.Unlock()
+		if err := <-claimed; err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, "removal", <-removed, api.CodeInUse)
+	})
+}

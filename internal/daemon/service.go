@@ -462,7 +462,7 @@ func (d *daemon) beginPause(ctx context.Context, name string, limit time.Duratio
 func (s service) Resume(name string) error {
 	k := s.d.disks.find(name)
 	if k == nil {
-		return unknownExport(name)
+		return s.d.unopen(name)
 	}
 	hold := s.d.disks.unhold(k)
 	if hold == nil {
