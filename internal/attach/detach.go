@@ -13,7 +13,8 @@ import (
 // its export if Attach has made it. A guest that has the disk mounted is
 // ErrMounted, unless force is set, and an export that is paused ErrPaused. From
 // the moment that the guest releases the disk nothing is taken back: what fails
-// then is done by a second Detach.
+// then is done by a second Detach. A machine that ends meanwhile, which there is no
+// second for, has released it.
 func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, error) {
 	list, err := nodes(ctx, m.Monitor, id)
 	if err != nil {
@@ -36,6 +37,7 @@ func (m *Machine) Detach(ctx context.Context, id string, force bool) (*Plan, err
 	} else if object != "" {
 		plan.Steps = append(plan.Steps, m.forgetStep(id))
 	}
+	outlived(m.Monitor.Ended, plan.Steps...)
 	if own {
 		plan.Steps = append(plan.Steps, m.removeStep(ExportName(m.Name, id), force))
 	}

@@ -871,14 +871,14 @@ func (d *Domain) Detach(ctx context.Context, target string, force bool) (*Plan, 
 			Do:   func(ctx context.Context) (bool, error) { return false, d.unused(ctx, m, target) },
 		})
 	}
-	plan.Steps = append(plan.Steps, d.takeStep(disk, uri, in))
+	plan.Steps = append(plan.Steps, outlived(d.unknown, d.takeStep(disk, uri, in))...)
 	if in&libvirtd.Live != 0 {
 		delay, err := d.delay(ctx, target, uri)
 		if err != nil {
 			return nil, err
 		}
 		if delay > 0 {
-			plan.Steps = append(plan.Steps, d.forgetDelayStep(target, uri))
+			plan.Steps = append(plan.Steps, outlived(d.ended, d.forgetDelayStep(target, uri))...)
 		}
 	}
 	_, left := all.scope(func(disk *libvirtxml.DomainDisk) bool { return from(uri)(disk) && !isTarget(target)(disk) })

@@ -1124,6 +1124,37 @@ func TestDomainThatEndsLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestDiskOfADomainThatEndsIsDetached is TestDiskOfAMachineThatDiesIsDetached with a
+// domain, one that has a delay of its disk to be forgotten. A transient one is unknown
+// then.
+func TestDiskOfADomainThatEndsIsDetached(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	file := filepath.Join(t.TempDir(), "d.xml")
+	must(t, os.WriteFile(file, []byte(h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName)), 0o600))
+	for _, transient := range []bool{false, true} {
+		if transient {
+			h.makeTransient(t)
+		}
+		for at, last := 0, 0; at <= last; at++ {
+			p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, Renew: true})
+			do(t, p, err)
+			p, err = h.Detach(ctx, "sda", false)
+			must(t, err)
+			last = len(p.Steps) - 1
+			before(p, at, func() { h.Virsh(t, "destroy", "--domain="+domainName) })
+			if changed, err := p.Run(ctx); err != nil || !changed {
+				t.Errorf("transient %v, ended before %q: changed %v, %v", transient, p.Steps[at].Name, changed, err)
+			}
+			if list, err := h.service.Exports(ctx); err != nil || len(list) > 0 {
+				t.Fatalf("transient %v, ended before %q: exports left: %+v, %v", transient, p.Steps[at].Name, list, err)
+			}
+			h.Virsh(t, "create", "--paused", file)
+		}
+	}
+}
+
 // TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport is
 // TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport with a domain.
 func TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport(t *testing.T) {

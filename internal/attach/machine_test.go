@@ -567,6 +567,32 @@ func TestMachineThatDiesLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestDiskOfAMachineThatDiesIsDetached: it dies before each step of a detach, after
+// which nobody could ask for the rest of it.
+func TestDiskOfAMachineThatDiesIsDetached(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	l.startService(t)
+	ctx := testenv.Context(t)
+	s := l.source(l.image(t, "disk", diskSize))
+	for at, last := 0, 0; at <= last; at++ {
+		end := l.startMachine(t, q35...)
+		m := l.machine(t, l.monitor, nil)
+		m.Agent = startGuest(t, nil).Agent
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		do(t, p, err)
+		p, err = m.Detach(ctx, "d0", false)
+		must(t, err)
+		last = len(p.Steps) - 1
+		before(p, at, end)
+		if changed, err := p.Run(ctx); err != nil || !changed {
+			t.Errorf("dead before %q: changed %v, %v", p.Steps[at].Name, changed, err)
+		}
+		if list, err := l.service.Exports(ctx); err != nil || len(list) > 0 {
+			t.Fatalf("dead before %q: exports left: %+v, %v", p.Steps[at].Name, list, err)
+		}
+	}
+}
+
 // TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport longer, if it was grown, and
 // nothing else: it dies before each step of a resize.
 func TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport(t *testing.T) {

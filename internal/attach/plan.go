@@ -56,6 +56,22 @@ func mortal(ended func(ctx context.Context) bool, steps ...Step) []Step {
 	return steps
 }
 
+// outlived are steps that take something out of a machine that may end meanwhile,
+// and takes it along: then they are done.
+func outlived(ended func(ctx context.Context) bool, steps ...Step) []Step {
+	for i := range steps {
+		do := steps[i].Do
+		steps[i].Do = func(ctx context.Context) (bool, error) {
+			changed, err := do(ctx)
+			if err != nil && ended(ctx) {
+				err = nil
+			}
+			return changed, err
+		}
+	}
+	return steps
+}
+
 // Plan is a list of steps with one aim.
 type Plan struct {
 	// Aim says in one line what the plan is for.
