@@ -1303,6 +1303,42 @@ type tap struct {
 	mu     sync.Mutex
 	heard  func(message []byte) // guarded by mu
 	hidden string               // guarded by mu; as a proxy's
+	guest  func() []byte        // guarded by mu; says what getFsinfo returns, nil hangs up
+}
+
+// getFsinfo is the number of libvirt's call for a guest's file systems.
+const getFsinfo = 349
+
+// answer is the tap's own answer to a message, if it has one.
+func (p *tap) answer(message []byte) (reply []byte, own bool) {
+	if p.guest == nil || binary.BigEndian.Uint32(message[12:]) != getFsinfo {
+		return nil, false
+	}
+	says := p.guest()
+	if says == nil {
+		return nil, true
+	}
+	reply = append(slices.Clone(message[:28]), says...)
+	binary.BigEndian.PutUint32(reply, uint32(len(reply)))
+	binary.BigEndian.PutUint32(reply[16:], 1) // a reply
+	return reply, true
+}
+
+// filesystem is a mounted file system on disks as libvirt describes it to clients.
+func filesystem(name string, targets ...string) []byte {
+	b := binary.BigEndian.AppendUint32(nil, 1)
+	text := func(s string) {
+		b = append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...)
+		b = append(b, make([]byte, -len(b)&3)...)
+	}
+	text("/mnt")
+	text(name)
+	text("ext4")
+	b = binary.BigEndian.AppendUint32(b, uint32(len(targets)))
+	for _, target := range targets {
+		text(target)
+	}
+	return binary.BigEndian.AppendUint32(b, 1)
 }
 
 // hide is as a proxy's.
@@ -1310,6 +1346,13 @@ func (p *tap) hide(option string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.hidden = option
+}
+
+// speak makes f the guest that the tap asks in libvirt's place.
+func (p *tap) speak(f func() []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.guest = f
 }
 
 // hear makes f what the tap calls, nil for nothing.
@@ -1377,10 +1420,64 @@ func (p *tap) pass(from, to net.Conn, before func(message []byte)) {
 		p.mu.Lock()
 		before(message)
 		message = veil(message, p.hidden)
+		reply, own := p.answer(message)
 		p.mu.Unlock()
-		if _, err := to.Write(message); err != nil {
+		where := to
+		if own {
+			message, where = reply, from
+		}
+		if _, err := where.Write(message); err != nil || message == nil {
 			return
 		}
+	}
+}
+
+// addAgent starts the domain with a channel for an agent.
+func (h *host) addAgent(t *testing.T) {
+	t.Helper()
+	text := h.Virsh(t, "dumpxml", "--inactive", "--domain="+domainName)
+	channel := "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+	file := filepath.Join(t.TempDir(), "d.xml")
+	must(t, os.WriteFile(file, []byte(strings.Replace(text, "</devices>", channel+"</devices>", 1)), 0o600))
+	h.Virsh(t, "destroy", "--domain="+domainName)
+	h.Virsh(t, "define", file)
+	h.Virsh(t, "start", "--paused", "--domain="+domainName)
+}
+
+// TestMountedDiskOfADomainIsNotDetached, unless its guest falls silent: the session
+// that has asked it ends then, and the detach goes on.
+func TestMountedDiskOfADomainIsNotDetached(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	h.addAgent(t)
+	libvirt := h.tapped(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	for _, tt := range []struct {
+		guest   string
+		says    []byte
+		mounted bool
+		note    string
+	}{
+		{"has mounted it", filesystem("sda1", "sdz", "sda"), true, ""},
+		{"has mounted another", filesystem("sdz1", "sdz"), false, ""},
+		{"falls silent", nil, false, "could not be checked"},
+	} {
+		t.Run(tt.guest, func(t *testing.T) {
+			libvirt.speak(func() []byte { return tt.says })
+			p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+			do(t, p, err)
+			h.notes = nil
+			p, err = h.Detach(ctx, "sda", false)
+			must(t, err)
+			_, err = p.Run(ctx)
+			notes := strings.Join(h.notes, "\n")
+			if errors.Is(err, attach.ErrMounted) != tt.mounted || (err != nil) != tt.mounted || !strings.Contains(notes, tt.note) || tt.note == "" && notes != "" {
+				t.Errorf("detach: %v, notes %q", err, notes)
+			}
+			p, err = h.Detach(ctx, "sda", true)
+			do(t, p, err)
+			h.wantNothing(t)
+		})
 	}
 }
 

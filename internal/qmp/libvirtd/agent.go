@@ -93,11 +93,18 @@ type Filesystem struct {
 }
 
 // Filesystems asks a domain's guest agent for what is mounted, at most
-// limits.QMPItems. Without an agent the error is *Error.
+// limits.QMPItems. Without an agent the error is *Error. libvirt waits for the agent
+// without bound: the question has a session of its own, for a guest that is silent to
+// end.
 func (s *Session) Filesystems(ctx context.Context, d Domain) ([]Filesystem, error) {
 	const name = "list file systems"
-	list, err := call(ctx, s, name, func() ([]libvirt.DomainFsinfo, error) {
-		all, _, err := s.l.DomainGetFsinfo(d.handle, 0)
+	own, err := Dial(ctx, s.path, s.uri)
+	if err != nil {
+		return nil, err
+	}
+	defer own.Close()
+	list, err := call(ctx, own, name, func() ([]libvirt.DomainFsinfo, error) {
+		all, _, err := own.l.DomainGetFsinfo(d.handle, 0)
 		return all, err
 	})
 	if err != nil {

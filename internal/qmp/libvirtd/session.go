@@ -57,6 +57,8 @@ func IsUnknown(err error) bool { return HasCode(err, libvirt.ErrNoDomain) }
 // a call that ended by its context the session is closed: the reply would
 // come at some time.
 type Session struct {
+	path, uri string // as Dial got them
+
 	l       *libvirt.Libvirt
 	conn    *framed
 	feeders sync.WaitGroup // of events, until the connection ends
@@ -80,7 +82,7 @@ func Dial(ctx context.Context, path, uri string) (*Session, error) {
 		return nil, fmt.Errorf("libvirt: %w", err)
 	}
 	conn := newFramed(c)
-	s := &Session{l: libvirt.NewWithDialer(conn), conn: conn, subscribing: make(chan struct{}, 1), watches: map[*Watch]struct{}{}, streams: map[string]*stream{}}
+	s := &Session{path: path, uri: uri, l: libvirt.NewWithDialer(conn), conn: conn, subscribing: make(chan struct{}, 1), watches: map[*Watch]struct{}{}, streams: map[string]*stream{}}
 	_, err = call(ctx, s, "connect to "+uri, func() (struct{}, error) {
 		return struct{}{}, s.l.ConnectToURI(libvirt.ConnectURI(uri))
 	})
