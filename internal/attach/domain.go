@@ -1028,10 +1028,17 @@ func (d *Domain) unused(ctx context.Context, m *Machine, target string) error {
 		d.note(unchecked+"%v", err)
 		return nil
 	}
+	unknown := ""
 	for _, f := range list {
 		if slices.Contains(f.Targets, target) {
 			return fmt.Errorf("%w at %q", ErrMounted, f.Mountpoint)
 		}
+		if len(f.Targets) == 0 && !strings.HasPrefix(f.Name, "loop") { // those have no disk
+			unknown = f.Mountpoint
+		}
+	}
+	if unknown != "" {
+		d.note(unchecked+"libvirt does not know the disk that the guest has mounted at %q", unknown)
 	}
 	return nil
 }

@@ -1460,6 +1460,8 @@ func TestMountedDiskOfADomainIsNotDetached(t *testing.T) {
 	}{
 		{"has mounted it", filesystem("sda1", "sdz", "sda"), true, ""},
 		{"has mounted another", filesystem("sdz1", "sdz"), false, ""},
+		{"has mounted what libvirt does not find", filesystem("sda1"), false, "could not be checked"},
+		{"has mounted a file", filesystem("loop0"), false, ""},
 		{"falls silent", nil, false, "could not be checked"},
 	} {
 		t.Run(tt.guest, func(t *testing.T) {

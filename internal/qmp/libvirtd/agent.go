@@ -88,8 +88,9 @@ func (a *Agent) command(ctx context.Context, command string, arguments any, wait
 // Filesystem is a mounted file system of a guest, as the guest claims, on
 // disks that libvirt has found by their places. The texts are printable.
 type Filesystem struct {
+	Name       string // of the guest's device, such as vda1
 	Mountpoint string
-	Targets    []string // such as vda
+	Targets    []string // such as vda; a disk that libvirt has not found is left out
 }
 
 // Filesystems asks a domain's guest agent for what is mounted, at most
@@ -116,7 +117,7 @@ func (s *Session) Filesystems(ctx context.Context, d Domain) ([]Filesystem, erro
 		if total += len(l.DevAliases); total > limits.QMPItems {
 			return nil, fmt.Errorf("%s: %w: more than %d file systems and disks", name, qmp.ErrProtocol, limits.QMPItems)
 		}
-		f := Filesystem{Mountpoint: qmp.Printable(l.Mountpoint, limits.MaxString)}
+		f := Filesystem{Name: qmp.Printable(l.Name, limits.QMPName), Mountpoint: qmp.Printable(l.Mountpoint, limits.MaxString)}
 		for _, target := range l.DevAliases {
 			f.Targets = append(f.Targets, qmp.Printable(target, limits.QMPName))
 		}
