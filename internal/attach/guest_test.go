@@ -358,6 +358,32 @@ func TestGuestIsAskedForTheDisk(t *testing.T) {
 	}
 }
 
+// TestGuestIsAskedForTheDiskThatIsThere by what that is, not by what it would be if
+// it were plugged now.
+func TestGuestIsAskedForTheDiskThatIsThere(t *testing.T) {
+	l := start(t, q35...)
+	var notes []string
+	m := l.machine(t, l.monitor, &notes)
+	ctx := testenv.Context(t)
+	source := l.source(l.image(t, "disk", diskSize))
+	p, err := m.Attach(ctx, source, attach.Options{Model: qmp.SCSIDisk, ID: "d0", Serial: "S1"})
+	do(t, p, err)
+	_, err = m.Monitor.Execute(ctx, "cont", nil)
+	must(t, err)
+	notes = nil
+	m.Agent = startGuest(t, map[string]string{"guest-get-disks": `{"return": [{"name": "/dev/sda", "address": {"serial": "S1"}}]}`}).Agent
+	p, err = m.Attach(ctx, source, attach.Options{ID: "d0"})
+	must(t, err)
+	var plan strings.Builder
+	must(t, p.Print(&plan))
+	if want := `device d0, scsi-hd with serial number "S1"`; !strings.Contains(plan.String(), want) {
+		t.Errorf("plan %s, want %s", plan.String(), want)
+	}
+	if do(t, p, nil) || len(notes) != 1 || notes[0] != "the guest has the disk" {
+		t.Errorf("notes %q", notes)
+	}
+}
+
 // TestHostileMachinesAreNoHarm talks to monitors that lie or fall silent.
 func TestHostileMachinesAreNoHarm(t *testing.T) {
 	source := attach.Source{URI: "nbd+unix:///?socket=/none"}

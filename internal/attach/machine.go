@@ -260,22 +260,24 @@ func (p *plug) plugged(ctx context.Context) (bool, error) {
 	return false, err
 }
 
-// fits holds what the caller has said against the device that is there.
+// fits holds what the caller has said against the device that is there, which p
+// becomes where nothing was said.
 func (p *plug) fits(ctx context.Context) error {
-	for _, said := range [...]struct{ property, want string }{
-		{"type", string(p.said.Model)}, {"serial", p.said.Serial},
-	} {
-		if said.want == "" {
-			continue
-		}
-		is, err := p.property(ctx, device(p.id), said.property)
+	model := string(p.model)
+	for _, x := range [...]struct {
+		property, said string
+		is             *string
+	}{{"type", string(p.said.Model), &model}, {"serial", p.said.Serial, &p.serial}} {
+		is, err := p.property(ctx, device(p.id), x.property)
 		if err != nil {
 			return err
 		}
-		if is != said.want {
-			return fmt.Errorf("%w: the %s of device %q is %q, not %q: %s", ErrDiffers, said.property, p.id, is, said.want, p.remedy(ctx))
+		if x.said != "" && is != x.said {
+			return fmt.Errorf("%w: the %s of device %q is %q, not %q: %s", ErrDiffers, x.property, p.id, is, x.said, p.remedy(ctx))
 		}
+		*x.is = is
 	}
+	p.model = qmp.Model(model)
 	list, err := nodes(ctx, p.Monitor, p.id)
 	if err != nil {
 		return err
