@@ -255,41 +255,65 @@ func (b *BlockSize) widen(off, n int64) (lo, hi int64) {
 // data.
 func (b *BlockSize) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
 	lo, hi := b.widen(off, n)
-	c := clip{skip: off - lo, left: n}
-	var part backing.Extent // of a block of the layer, shorter than that
-	emit := func(x backing.Extent) bool { return yield(x) && f&backing.ReqOne == 0 }
-	return b.Next.Extents(ctx, lo, hi-lo, f&^backing.ReqOne, func(x backing.Extent) bool {
-		x.Len = c.take(x.Len)
-		if part.Len > 0 && x.Len > 0 {
-			n := min(x.Len, b.opt.Min-part.Len)
-			part = backing.Extent{Len: part.Len + n, Hole: part.Hole && x.Hole, Zero: part.Zero && x.Zero}
-			if x.Len -= n; part.Len < b.opt.Min {
-				return c.left > 0
-			}
-			if !emit(part) {
-				return false
-			}
-			part = backing.Extent{}
-		}
-		whole := x
-		whole.Len &^= b.opt.Min - 1
-		if x.Len -= whole.Len; x.Len > 0 {
-			part = x
-		}
-		return (whole.Len == 0 || emit(whole)) && c.left > 0
-	})
+	r := blockRuns[backing.Extent]{
+		clip: clip{skip: off - lo, left: n}, block: b.opt.Min,
+		join: func(x, y backing.Extent) backing.Extent {
+			return backing.Extent{Hole: x.Hole && y.Hole, Zero: x.Zero && y.Zero}
+		},
+		emit: func(n int64, x backing.Extent) bool {
+			x.Len = n
+			return yield(x) && f&backing.ReqOne == 0
+		},
+	}
+	return b.Next.Extents(ctx, lo, hi-lo, f&^backing.ReqOne, func(x backing.Extent) bool { return r.add(x.Len, x) })
 }
 
-// Describe forwards in whole blocks of the device.
+// Describe reports whole blocks of the layer, too: a client takes less than a block
+// for a block that nothing is said of. Of several values one has the lowest that is
+// not 0: that of a bitmap's bits that are set, of a chain's image on top.
 func (b *BlockSize) Describe(ctx context.Context, name string, off, n int64, f backing.Flags, yield func(backing.Status) bool) error {
 	lo, hi := b.widen(off, n)
-	c := clip{skip: off - lo, left: n}
-	return b.Passthrough.Describe(ctx, name, lo, hi-lo, f&^backing.ReqOne, func(s backing.Status) bool {
-		if s.Len = c.take(s.Len); s.Len == 0 {
-			return c.left > 0
+	r := blockRuns[uint32]{
+		clip: clip{skip: off - lo, left: n}, block: b.opt.Min,
+		join: func(x, y uint32) uint32 { return min(x-1, y-1) + 1 }, // 0 is the largest
+		emit: func(n int64, v uint32) bool {
+			return yield(backing.Status{Len: n, Value: v}) && f&backing.ReqOne == 0
+		},
+	}
+	return b.Passthrough.Describe(ctx, name, lo, hi-lo, f&^backing.ReqOne, func(s backing.Status) bool { return r.add(s.Len, s.Value) })
+}
+
+// blockRuns makes runs of whole blocks out of runs of any length. join is the state
+// of a block that has two; emit reports whether more is wanted.
+type blockRuns[S any] struct {
+	clip
+	block int64
+	join  func(x, y S) S
+	emit  func(n int64, state S) bool
+
+	part  int64 // of a block that is not whole yet: its bytes so far
+	state S     // of the part
+}
+
+// add takes the state of the next n bytes and reports whether more is wanted.
+func (r *blockRuns[S]) add(n int64, state S) bool {
+	n = r.take(n)
+	if r.part > 0 && n > 0 {
+		k := min(n, r.block-r.part)
+		r.part, r.state = r.part+k, r.join(r.state, state)
+		if n -= k; r.part < r.block {
+			return r.left > 0
 		}
-		return yield(s) && c.left > 0 && f&backing.ReqOne == 0
-	})
+		r.part = 0
+		if !r.emit(r.block, r.state) {
+			return false
+		}
+	}
+	whole := n &^ (r.block - 1)
+	if n -= whole; n > 0 {
+		r.part, r.state = n, state
+	}
+	return (whole == 0 || r.emit(whole, state)) && r.left > 0
 }
 
 // clip cuts a sequence of lengths down to left bytes after the first skip.

@@ -127,6 +127,64 @@ func TestBlockOfSeveralStatesIsData(t *testing.T) {
 	}
 }
 
+// told is a disk with a description: statuses from its beginning on.
+type told struct {
+	backing.Device
+	list []backing.Status
+}
+
+func (d told) Descriptions() []string { return []string{"x"} }
+
+func (d told) Describe(_ context.Context, _ string, off, n int64, _ backing.Flags, yield func(backing.Status) bool) error {
+	for end := off + n; off < end; {
+		at := int64(0)
+		for _, s := range d.list {
+			if at += s.Len; at > off {
+				s.Len = min(at, end) - off
+				off += s.Len
+				if !yield(s) {
+					return nil
+				}
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// statuses are runs of bytes, each a length and a value.
+func statuses(p ...int64) (list []backing.Status) {
+	for i := 0; i < len(p); i += 2 {
+		list = append(list, backing.Status{Len: p[i], Value: uint32(p[i+1])})
+	}
+	return list
+}
+
+// A client rounds what is shorter than a block, and may forget what is marked there.
+func TestBlockOfSeveralStatusesIsMarked(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		f      backing.Flags
+		list   []backing.Status
+		off, n int64
+		want   []backing.Status
+	}{
+		{"marked in the middle", 0, statuses(512, 0, 512, 1, 15360, 0), 0, 16384, statuses(4096, 1, 12288, 0)},
+		{"one alone", backing.ReqOne, statuses(512, 0, 512, 1, 15360, 0), 0, 16384, statuses(4096, 1)},
+		{"marked across blocks", 0, statuses(5000, 0, 4000, 1, 7384, 0), 0, 16384, statuses(4096, 0, 4096, 1, 4096, 1, 4096, 0)},
+		{"the topmost of a chain", 0, statuses(6144, 3, 1024, 1, 1024, 2, 8192, 0), 4096, 8192, statuses(4096, 1, 4096, 0)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := must(layer.NewBlockSize(told{mem.New(16384, nil), tt.list}, layer.BlockSizeOptions{Min: 4096}))
+			var got []backing.Status
+			err := b.Describe(t.Context(), "x", tt.off, tt.n, tt.f, func(s backing.Status) bool { got = append(got, s); return true })
+			if err != nil || !slices.Equal(got, tt.want) {
+				t.Errorf("describe %d+%d: got %v, %v, want %v", tt.off, tt.n, got, err, tt.want)
+			}
+		})
+	}
+}
+
 func TestFastZeroOfPartsIsRefusedUntouched(t *testing.T) {
 	d := mem.New(1<<20, nil)
 	b := must(layer.NewBlockSize(checkedBlocks(d, 4096), layer.BlockSizeOptions{Min: 1}))
