@@ -55,10 +55,12 @@ func (i *input) free() []byte {
 }
 
 // hold makes sure that there is a buffer, with room behind w, unless the session
-// is given up.
+// is given up. Nobody waits for the peer while it waits for memory.
 func (i *input) hold() {
 	if i.buf == nil {
+		inside := i.s.receiving.waiting.Swap(false)
 		b, err := i.s.buffer(limits.TurnBuffer)
+		i.s.receiving.waiting.Store(inside)
 		if err != nil {
 			return
 		}

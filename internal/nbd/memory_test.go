@@ -101,6 +101,33 @@ func TestPeerThatHoldsMemoryOthersWaitForIsDropped(t *testing.T) {
 	}
 }
 
+// TestPeerThatIsReadLateForWantOfMemoryStays: it has sent all of its request, and what
+// is not received is not its fault, however much it has in flight.
+func TestPeerThatIsReadLateForWantOfMemoryStays(t *testing.T) {
+	r := memRig(t, 1<<20)
+	c := r.simple()
+	r.send(c, message(wire.CmdWrite, 1, 0, 4096))
+	x := r.await(func(s *session) bool {
+		n, _ := r.opt.Buffers.Outstanding()
+		return s.receiving.waiting.Load() && n == 0
+	})
+	x.take(1, 2*limits.TurnBuffer)
+	release := r.hold(0)
+	r.send(c, make([]byte, 4096))
+	r.awaitShortage()
+	for range watchTicks + 1 {
+		x.watch(true)
+	}
+	if x.dead.Load() {
+		t.Errorf("ended by %v", x.why())
+	}
+	x.give(1, 2*limits.TurnBuffer)
+	release()
+	if e, _ := r.reply(c); e != wire.OK {
+		t.Errorf("write: got %v", e)
+	}
+}
+
 // TestBuffersCountAsWhatTheyTake: a peer's budget is one of memory, not of bytes
 // that were asked for.
 func TestBuffersCountAsWhatTheyTake(t *testing.T) {
