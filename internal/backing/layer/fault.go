@@ -199,7 +199,15 @@ func (l *Faults) Cache(ctx context.Context, off, n int64) error {
 	return l.Next.Cache(ctx, off, n)
 }
 
+// Extents fails where a rule says so. What would stand for a read that a rule may hit
+// is ErrNotMappable: then there is a read.
 func (l *Faults) Extents(ctx context.Context, off, n int64, f backing.Flags, yield func(backing.Extent) bool) error {
+	if f&backing.AsRead != 0 {
+		if l.names(FaultRead, off, n) {
+			return backing.ErrNotMappable
+		}
+		return l.Next.Extents(ctx, off, n, f, yield)
+	}
 	if err := l.strike(ctx, FaultExtents, "extents", off, n); err != nil {
 		return err
 	}
@@ -220,10 +228,13 @@ func (l *Faults) Map(op engine.Op, off, n int64, m *backing.Mapping) error {
 	if op != engine.OpRead {
 		kind = FaultWrite
 	}
-	for _, f := range *l.rules.Load() {
-		if f.touches(kind, off, n) {
-			return backing.ErrNotMappable
-		}
+	if l.names(kind, off, n) {
+		return backing.ErrNotMappable
 	}
 	return l.Next.Map(op, off, n, m)
+}
+
+// names tells whether a rule may hit a request.
+func (l *Faults) names(op FaultOps, off, n int64) bool {
+	return slices.ContainsFunc(*l.rules.Load(), func(f Fault) bool { return f.touches(op, off, n) })
 }

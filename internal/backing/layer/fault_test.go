@@ -95,6 +95,23 @@ func TestFaultsHitTheirOpsAndRange(t *testing.T) {
 	}
 }
 
+// TestFaultsHitReadsThatAreHoles: what stands for a read is none where a rule for
+// reads may hit, and is no block status that another rule counts.
+func TestFaultsHitReadsThatAreHoles(t *testing.T) {
+	asRead := func(d backing.Device, off int64) error {
+		return d.Extents(t.Context(), off, 4096, backing.ReqOne|backing.AsRead, func(backing.Extent) bool { return true })
+	}
+	d := faulty(mem.New(1<<20, nil), 0,
+		layer.Fault{Ops: layer.FaultRead, Range: layer.Range{Off: 100, Len: 50}, Probability: 1, After: 1, Error: backing.ErrIO},
+		layer.Fault{Ops: layer.FaultExtents, Probability: 1, Error: backing.ErrIO})
+	for range 3 {
+		isKind(t, "in range", asRead(d, 0), backing.ErrNotMappable)
+	}
+	if err := asRead(d, 4096); err != nil || d.Hits() != 0 {
+		t.Errorf("out of range: got %v, %d hits of rules, want none", err, d.Hits())
+	}
+}
+
 func TestFailedWriteChangesNothing(t *testing.T) {
 	m := mem.New(4096, nil)
 	want := fill(t, m, 0, 4096, 1)
