@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2"
@@ -90,12 +92,21 @@ func (ch *chain) topPath() (string, error) {
 	if ch.spec.Files[ch.spec.Path] != nil {
 		return ch.spec.Path, nil
 	}
-	dir, err := ch.spec.Table.real(filepath.Dir(ch.spec.Path))
-	if err == nil {
-		dir, err = filepath.Abs(dir)
-	}
+	dir, err := ch.spec.Table.real(folderOf(ch.spec.Path))
 	return filepath.Join(dir, filepath.Base(ch.spec.Path)), err
 }
+
+// folderOf is the folder of a path. One with ".." is not cleaned: behind a symbolic
+// link that leads out of another folder.
+func folderOf(path string) string {
+	if dir, _ := filepath.Split(path); ascends(dir) {
+		return dir
+	}
+	return filepath.Dir(path)
+}
+
+// ascends tells whether a path has "..".
+func ascends(path string) bool { return slices.Contains(strings.Split(path, "/"), "..") }
 
 // descend opens what the last image names.
 func (ch *chain) descend(ctx context.Context) (more bool, err error) {

@@ -123,6 +123,44 @@ func TestChainReadsAsQEMUReadsIt(t *testing.T) {
 	}
 }
 
+func TestChainBehindALinkIsThatOfItsFolder(t *testing.T) {
+	dir, want := newChain(t)
+	beside := t.TempDir()
+	link := filepath.Join(beside, "link")
+	for _, err := range []error{os.Mkdir(filepath.Join(dir, "sub"), 0o700), os.Symlink(filepath.Join(dir, "sub"), link)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	overlay(t, dir, "sub/up.qcow2", "../top.qcow2", "qcow2")
+	for _, name := range []string{"top.qcow2", "mid.qcow2"} { // others, of the same names
+		overlay(t, beside, name, "/nowhere/base.raw", "raw")
+	}
+	t.Chdir(link)
+	for _, tt := range []struct {
+		name, image string
+		policy      open.Policy
+	}{
+		{"same directory", link + "/../top.qcow2", open.Policy{Mode: open.SameDir}},
+		{"same directory, relative", "../top.qcow2", open.Policy{Mode: open.SameDir}},
+		{"beneath", link + "/../top.qcow2", open.Policy{Mode: open.Beneath, Root: link + "/.."}},
+		{"beneath, relative", "../top.qcow2", open.Policy{Mode: open.Beneath, Root: ".."}},
+		{"of a name that goes up", "up.qcow2", open.Policy{Mode: open.Beneath, Root: dir}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := chainSpec(t, tt.image, tt.policy)
+			wantContents(t, mustOpen(t, s), want)
+			tab, err := open.Gather(t.Context(), s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tab.Close()
+			s.Table = tab
+			wantContents(t, mustOpen(t, s), want)
+		})
+	}
+}
+
 func TestChainIsRefused(t *testing.T) {
 	dir, _ := newChain(t)
 	overlay(t, dir, "self.qcow2", "./self.qcow2", "qcow2")

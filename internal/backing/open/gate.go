@@ -53,12 +53,17 @@ func newGate(p Policy, top Spec, direct bool) (*gate, error) {
 	case "", Deny, Explicit:
 		return g, nil
 	case SameDir:
-		dir = filepath.Dir(top.Path)
+		dir = folderOf(top.Path)
 	case Beneath:
 	default:
 		return nil, fmt.Errorf("unknown backing policy %q", p.Mode)
 	}
 	var err error
+	if ascends(dir) {
+		if dir, err = top.Table.real(dir); err != nil {
+			return nil, err
+		}
+	}
 	if g.written, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}

@@ -295,9 +295,20 @@ func (t *Table) real(path string) (string, error) {
 			return r, nil
 		}
 	}
-	r, err := filepath.EvalSymlinks(path)
+	r, err := resolve(path)
 	if err == nil && t != nil && !t.filled {
 		t.dirs[path] = r
 	}
 	return r, err
+}
+
+// resolve is path from the root without symbolic links. The working directory is
+// where the kernel has it: $PWD may name links.
+func resolve(path string) (string, error) {
+	r, err := filepath.EvalSymlinks(path)
+	if err != nil || filepath.IsAbs(r) {
+		return r, err
+	}
+	dir, err := unix.Getwd()
+	return filepath.Join(dir, r), err
 }
