@@ -426,6 +426,31 @@ func TestRefusedSnapshotLeavesNoOverlay(t *testing.T) {
 	s.stop()
 }
 
+// TestOverlayBehindALinkIsRefused: the text of a path and the kernel may mean two
+// files, of which one would be made and the other removed.
+func TestOverlayBehindALinkIsRefused(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA)
+	other := filepath.Join(s.dir, "other")
+	link, mine, state := filepath.Join(s.dir, "link"), filepath.Join(other, "top.qcow2"), filepath.Join(s.dir, "state")
+	for _, err := range []error{
+		os.MkdirAll(filepath.Join(other, "sub"), 0o700),
+		os.Symlink(filepath.Join(other, "sub"), link),
+		os.WriteFile(mine, []byte("mine"), 0o600),
+		os.Rename(state, state+"2"), // so that what was made is removed again
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: link + "/../top.qcow2"})
+	wantCode(t, "a path with ..", err, api.CodeUnsupported)
+	if made := exists(filepath.Join(s.dir, "top.qcow2")); made || !exists(mine) {
+		t.Errorf("an overlay was made: %t; a file of another folder is there: %t", made, exists(mine))
+	}
+	s.stop()
+}
+
 // TestPlaceOfAFileDecidesTheCode: outside of the roots is forbidden and a name
 // that is taken is taken, for images and overlays alike.
 func TestPlaceOfAFileDecidesTheCode(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/layer"
@@ -222,6 +224,8 @@ func overlayOf(x *config.Export, overlay string) (config.Export, error) {
 		return next, errors.New("the image or a file below it came as a descriptor, which has no name that an overlay could give")
 	case !filepath.IsAbs(overlay) || !filepath.IsAbs(x.Image):
 		return next, errors.New("the overlay and the image must have absolute paths")
+	case slices.Contains(strings.Split(overlay, "/"), ".."):
+		return next, fmt.Errorf("the path %q of the overlay has \"..\" in it: write what it leads to", overlay)
 	case p.Mode == open.SameDir && filepath.Dir(overlay) != filepath.Dir(x.Image):
 		return next, fmt.Errorf("the backing policy same-dir needs the overlay in %q", filepath.Dir(x.Image))
 	case p.Mode == open.Deny || p.Mode == open.Explicit:
