@@ -364,6 +364,21 @@ func TestWhatIsAskedForASocketIsNotIgnored(t *testing.T) {
 	calls(t, s)
 }
 
+func TestPathWithALinkIsThatOfTheKernel(t *testing.T) {
+	s := controlled(t, ctlserver.Change)
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	link := filepath.Join(t.TempDir(), "link")
+	must(t, os.Mkdir(filepath.Join(dir, "sub"), 0o700))
+	must(t, os.Symlink(filepath.Join(dir, "sub"), link))
+	t.Chdir(link)
+	image := filepath.Join(dir, "image")
+	want(t, exitDone, "export", "add", "x", "../image")
+	want(t, exitDone, "export", "add", "y", link+"/../image")
+	want(t, exitFailed, "export", "add", "z", "none/../image")
+	calls(t, s, `add "x" image "`+image+`" files 0 persist false`, `add "y" image "`+image+`" files 0 persist false`)
+}
+
 func TestExportAddSendsDescriptors(t *testing.T) {
 	s := controlled(t, ctlserver.Change)
 	t.Chdir(t.TempDir())

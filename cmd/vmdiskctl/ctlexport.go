@@ -5,9 +5,11 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -336,7 +338,7 @@ func absolute(path string) (string, error) {
 	if path == "" {
 		return "", usage("the name of a file is missing")
 	}
-	return filepath.Abs(path)
+	return followed(path)
 }
 
 // absoluteOrNone is absolute for a path that may be left out.
@@ -344,5 +346,23 @@ func absoluteOrNone(path string) (string, error) {
 	if path == "" {
 		return "", nil
 	}
-	return filepath.Abs(path)
+	return followed(path)
+}
+
+// followed is path from the root. The folder of one with ".." is looked up before it
+// is cleaned: behind a symbolic link that leads out of another.
+func followed(path string) (string, error) {
+	dir, base := filepath.Split(path)
+	if !slices.Contains(strings.Split(dir, "/"), "..") {
+		return filepath.Abs(path)
+	}
+	if !filepath.IsAbs(dir) {
+		wd, err := os.Getwd()
+		if err != nil {
+			return "", err
+		}
+		dir = wd + "/" + dir
+	}
+	dir, err := filepath.EvalSymlinks(dir)
+	return filepath.Join(dir, base), err
 }
