@@ -1,18 +1,22 @@
 package daemon
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/vmdiskd/vmdiskd/internal/limits"
 )
 
 // pidFile is that of --pidfile. It is opened while there are the rights to do so,
 // and gets the number of the process when the server is ready: until then it is
 // empty, or has what was in it, which may be the number of another server. One
-// that is locked is another vmdiskd's.
+// that is locked is another vmdiskd's, and one that has anything else is no PID file.
 type pidFile struct {
 	path   string
 	file   *os.File
@@ -39,7 +43,7 @@ func (d *daemon) openPIDFile() error {
 // lockPIDFile opens and locks the file. It is nil if another server has removed
 // it meanwhile.
 func lockPIDFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o644)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NONBLOCK, 0o644)
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +53,9 @@ func lockPIDFile(path string) (*os.File, error) {
 	case !ours.Mode().IsRegular():
 		err = errors.New("it is no regular file")
 	default:
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err = onlyPID(f); err == nil {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		}
 	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = errors.New("it is that of another vmdiskd, which runs")
@@ -61,6 +67,20 @@ func lockPIDFile(path string) (*os.File, error) {
 		return nil, f.Close()
 	}
 	return f, nil
+}
+
+// onlyPID refuses a file that has more than a number: it is overwritten, and removed
+// at the end. A crash may have left zeroes.
+func onlyPID(f *os.File) error {
+	p := make([]byte, limits.PIDFile+1)
+	n, err := f.ReadAt(p, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if n > limits.PIDFile || len(bytes.Trim(p[:n], "0123456789 \n\x00")) > 0 {
+		return errors.New("it has something else than a process ID, and would be lost")
+	}
+	return nil
 }
 
 // fillPIDFile writes the number of the process.

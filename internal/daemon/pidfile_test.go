@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -62,5 +63,40 @@ func TestPIDFileOfASuccessorStays(t *testing.T) {
 	servers[1].removePIDFile()
 	if _, err := os.Stat(path); !os.IsNotExist(err) {
 		t.Errorf("when the second has ended: %v", err)
+	}
+}
+
+// TestFileThatIsNoPIDFileStays: a wrong path costs nobody a disk.
+func TestFileThatIsNoPIDFileStays(t *testing.T) {
+	for _, tt := range []struct {
+		name, in string
+		taken    bool
+	}{
+		{"an empty one", "", true},
+		{"of a server that was killed", "4711\n", true},
+		{"of another program", "   4711\n", true},
+		{"after a crash", "\x00\x00\x00\x00\x00", true},
+		{"text", "[control]\n", false},
+		{"an empty disk", strings.Repeat("\x00", 512), false},
+		{"numbers with text between", "4711 x 4712\n", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "pid")
+			if err := os.WriteFile(path, []byte(tt.in), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			d := &daemon{cfg: Config{PIDFile: path}}
+			err := d.openPIDFile()
+			if (err == nil) != tt.taken {
+				t.Errorf("it is opened with error %v, want that it is taken: %t", err, tt.taken)
+			}
+			if err == nil {
+				err = d.fillPIDFile()
+			}
+			d.removePIDFile()
+			if text, lost := os.ReadFile(path); !tt.taken && (lost != nil || string(text) != tt.in) {
+				t.Errorf("it has %d bytes in the end, %v; want its own %d", len(text), lost, len(tt.in))
+			}
+		})
 	}
 }

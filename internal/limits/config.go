@@ -37,6 +37,10 @@ const (
 	// Partitions is the largest number of a partition: as many as a GPT has.
 	Partitions = 128
 
+	// PIDFile bounds a file that is taken for a PID file: a number, and the
+	// blanks that programs put around it.
+	PIDFile = 64
+
 	// UserName bounds the name of a user or a group: Linux allows 256 bytes
 	// with the closing zero.
 	UserName = 255
