@@ -441,7 +441,7 @@ func (r *raw) excluded(network, passed bool) error {
 		return usagef("--vsock-local goes with --vsock")
 	case r.trustCID && !r.vsock && !passed:
 		return usagef("--vsock-trust-cid goes with --vsock, and with a socket that systemd passes")
-	case r.plaintext && (r.single || r.vsock || r.unix != ""):
+	case r.plaintext && (r.vsock || r.unix != ""):
 		return usagef("--insecure-plaintext goes with TCP")
 	case r.plaintext && r.confine == string(confine.Strict):
 		return usagef("--confine=strict excludes --insecure-plaintext")

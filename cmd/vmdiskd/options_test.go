@@ -130,7 +130,7 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 		"--backing=same-dir disk", "--snapshot=1 disk", "--backing-file=b disk", "--format=qcow2 --backing=allow disk",
 		"--format=qcow2 --backing=beneath disk", "--format=qcow2 --backing=explicit disk", "--format=qcow2 --snapshot= disk",
 		"--format=qcow2 --backing=deny --backing-file=b disk", "--format=qcow2 --data-file= disk",
-		"--insecure-plaintext -U x disk", "--insecure-plaintext -s disk", "--insecure-plaintext --vsock -r disk",
+		"--insecure-plaintext -U x disk", "--insecure-plaintext --vsock -r disk",
 		"--insecure-plaintext --confine=strict disk", "--selinux-label=u:r:t:s0 disk", "--selinux-path-label=u:r:t:s0 -p 1 disk", "--selinux-label=u:r:t:s0 --vsock -r disk",
 		"--selinux-label=u:r:t:s0 -s disk", "--selinux-label= -U x disk", "--format=qcow2 --lenient disk", "-r --lenient disk",
 		"--l2-cache-size=4M disk", "--format=qcow2 --l2-cache-size=1K disk", "--format=qcow2 --l2-cache-size=5G disk", "--format=qcow2 --l2-cache-size=x disk",

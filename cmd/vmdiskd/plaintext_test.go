@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
+	"github.com/vmdiskd/vmdiskd/internal/transport/transporttest"
 )
 
 // tcpSocket is a listening socket, as systemd passes it.
@@ -70,6 +72,88 @@ func TestNetworksAreNotServedInPlaintextUnasked(t *testing.T) {
 			out, err := output(t, cmd)
 			if (err == nil) != (tt.want == "") || err != nil && (cmd.ProcessState.ExitCode() != 1 || !strings.Contains(out, tt.want)) {
 				t.Errorf("%v, want %q: %s", err, tt.want, out)
+			}
+		})
+	}
+}
+
+// foreignAddress is one of this machine that is not of the loopback.
+func foreignAddress(t *testing.T) string {
+	t.Helper()
+	list, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range list {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+			return n.IP.String()
+		}
+	}
+	t.Skip("needs an address that is not of the loopback")
+	return ""
+}
+
+// acceptedTCP is a connection to addr, as inetd passes it, and its other end.
+func acceptedTCP(t *testing.T, addr string) (*os.File, net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", net.JoinHostPort(addr, "0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f, client
+}
+
+// TestStandardInputIsNoWayAroundTLS: a connection that inetd has accepted is held
+// to what a listener at its address is.
+func TestStandardInputIsNoWayAroundTLS(t *testing.T) {
+	const refused = "is open to networks in plaintext: say --tls=require, or --insecure-plaintext"
+	disk, foreign := image(t, 1<<20), foreignAddress(t)
+	pki, ca := t.TempDir(), transporttest.NewCA(t, "test")
+	transporttest.WriteServer(t, pki, ca, ca.IssueServer("localhost"))
+	for _, tt := range []struct {
+		name, addr string
+		args       []string
+		want       string
+	}{
+		{"a network's", foreign, nil, refused},
+		{"one that may encrypt", foreign, []string{"--tls=on", "--tls-certificates=" + pki}, refused},
+		{"one that must encrypt", foreign, []string{"--tls=require", "--tls-certificates=" + pki}, ""},
+		{"without confinement", foreign, []string{"--confine=off"}, refused},
+		{"asked for", foreign, []string{"--insecure-plaintext"}, ""},
+		{"the loopback's", "127.0.0.2", nil, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			socket, client := acceptedTCP(t, tt.addr)
+			var log strings.Builder
+			cmd := program(append(tt.args, "-s", disk)...)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = socket, socket, &log
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			socket.Close()
+			greeting := make([]byte, len("NBDMAGIC"))
+			_ = client.SetDeadline(time.Now().Add(hangLimit))
+			_, err := io.ReadFull(client, greeting)
+			client.Close()
+			_ = cmd.Wait()
+			if (err == nil) != (tt.want == "") || !strings.Contains(log.String(), tt.want) {
+				t.Errorf("client reads %q, %v; want %q:\n%s", greeting, err, tt.want, log.String())
 			}
 		})
 	}

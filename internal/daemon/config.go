@@ -48,8 +48,8 @@ type Config struct {
 	TLSCertificates string
 	TLSVerifyPeer   *bool // nil: verified when a CA is there
 
-	// InsecurePlaintext lets Endpoints and passed sockets be open to networks
-	// without TLS.
+	// InsecurePlaintext lets Endpoints, passed sockets and standard input be
+	// open to networks without TLS.
 	InsecurePlaintext bool
 
 	// TLSKeys is the file of the pre-shared keys, or "". With it

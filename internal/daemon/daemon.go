@@ -435,6 +435,11 @@ func (d *daemon) serveStdio() error {
 	if err != nil {
 		return err
 	}
+	if d.cfg.TLS != nbd.TLSRequire && transport.FromNetwork(c) {
+		if err := d.allowPlain(c.LocalAddr().String(), d.cfg.InsecurePlaintext); err != nil {
+			return errors.Join(fmt.Errorf("standard input: %w: say --tls=require, or --insecure-plaintext", err), c.Close())
+		}
+	}
 	d.accepted.Add(1)
 	go func() {
 		defer d.accepted.Done()

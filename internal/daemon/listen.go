@@ -190,13 +190,19 @@ func (d *daemon) toEncrypt() string {
 // strictly.
 func (d *daemon) checkPlain(ls []transport.Listener, encrypted, insecure bool) error {
 	i := slices.IndexFunc(ls, transport.BeyondLoopback)
-	switch {
-	case i < 0 || encrypted:
+	if i < 0 || encrypted {
 		return nil
+	}
+	return d.allowPlain(ls[i].Addr(), insecure)
+}
+
+// allowPlain refuses plaintext at an address that networks reach, as checkPlain says.
+func (d *daemon) allowPlain(addr string, insecure bool) error {
+	switch {
 	case !insecure:
-		return fmt.Errorf("%s is open to networks in plaintext", ls[i].Addr())
+		return fmt.Errorf("%s is open to networks in plaintext", addr)
 	case d.cfg.Confine == confine.Strict:
-		return fmt.Errorf("%s is open to networks in plaintext, which --confine=strict excludes", ls[i].Addr())
+		return fmt.Errorf("%s is open to networks in plaintext, which --confine=strict excludes", addr)
 	}
 	return nil
 }

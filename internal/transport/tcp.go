@@ -16,12 +16,16 @@ import (
 
 // BeyondLoopback tells whether networks reach l: a TCP socket with another
 // address than the loopback's.
-func BeyondLoopback(l Listener) bool {
-	if l.Kind() != TCP {
-		return false
-	}
-	at, err := netip.ParseAddrPort(l.Addr())
-	return err != nil || !at.Addr().IsLoopback()
+func BeyondLoopback(l Listener) bool { return l.Kind() == TCP && beyondLoopback(l.Addr()) }
+
+// FromNetwork tells whether networks reach the address at which c was accepted.
+func FromNetwork(c Conn) bool {
+	return c.Peer().Kind == TCP && beyondLoopback(c.LocalAddr().String())
+}
+
+func beyondLoopback(addr string) bool {
+	at, err := netip.ParseAddrPort(addr)
+	return err != nil || !at.Addr().Unmap().IsLoopback()
 }
 
 // listenTCP binds every address of the endpoint with one port. If the kernel
