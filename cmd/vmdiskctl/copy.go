@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/vmdiskd/vmdiskd/cmd/vmdiskctl/internal/copier"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
 	"github.com/vmdiskd/vmdiskd/internal/nbd/client"
@@ -25,12 +27,14 @@ type copyFlags struct {
 	copier.Options
 	layoutFlags
 	sourceFormat      string
+	sourceSaid        bool // somebody said sourceFormat
 	destinationFormat string
 	newLayout         bool // a flag says how the new image is built
 	forceShare        bool
 	use               copier.Use
 	requestSize       byteSize
 	progress          bool
+	note              func(string)
 }
 
 func newCopy(terminal *os.File) *cobra.Command {
@@ -52,6 +56,8 @@ which zeroes take no space.`,
 				f.progress = progress.IsTerminal(terminal)
 			}
 			f.use.All = c.Flags().Changed("connections")
+			f.sourceSaid = c.Flags().Changed("source-format")
+			f.note = func(text string) { fmt.Fprintln(c.ErrOrStderr(), "vmdiskctl: note: "+visible(text)) }
 			if err := f.checkSource(c, args[0]); err != nil {
 				return err
 			}
@@ -200,7 +206,19 @@ func (f *copyFlags) source(ctx context.Context, name string) (copier.Disk, error
 	if f.sourceFormat == formatQcow2 {
 		return f.openDisk(ctx, name, f.sourceFormat)
 	}
-	return copier.OpenFile(name, f.lock)
+	d, err := copier.OpenFile(name, f.lock)
+	if err == nil && !f.sourceSaid && beginsAsQcow2(ctx, d) {
+		f.note(fmt.Sprintf("%q begins as a qcow2 image and is copied as raw, because its format was not said: "+
+			"-f qcow2 copies the disk in it, -f raw says that it is meant", name))
+	}
+	return d, err
+}
+
+// beginsAsQcow2 reads the magic number, which a guest may have written to a raw
+// disk: it decides nothing.
+func beginsAsQcow2(ctx context.Context, d copier.Disk) bool {
+	p := make([]byte, 4)
+	return d.Size() >= int64(len(p)) && d.ReadAt(ctx, p, 0) == nil && binary.BigEndian.Uint32(p) == format.Magic
 }
 
 // destination opens what can take the source and is not the source itself.

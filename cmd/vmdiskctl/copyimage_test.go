@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -85,4 +86,30 @@ func TestCopyFromDamagedImageLeniently(t *testing.T) {
 	want(t, exitFailed, "copy", "-f", "qcow2", "--backing=same-dir", top, ours)
 	want(t, exitDone, "copy", "-f", "qcow2", "--backing=same-dir", "--lenient", top, ours)
 	sameBytes(t, ours, raw)
+}
+
+// TestCopyOfAContainerIsTold: it is what was asked for, and hardly what was meant.
+func TestCopyOfAContainerIsTold(t *testing.T) {
+	dir := t.TempDir()
+	img, empty := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "empty")
+	must(t, os.WriteFile(empty, nil, 0o600))
+	want(t, exitDone, "image", "create", img, "1M")
+	for _, tt := range []struct {
+		name string
+		args []string
+		told bool
+	}{
+		{"not said", []string{img}, true},
+		{"raw", []string{"-f", "raw", img}, false},
+		{"qcow2", []string{"-f", "qcow2", img}, false},
+		{"a raw disk", []string{disk(t)}, false},
+		{"an empty file", []string{empty}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			code, _, stderr := ctl(t, append(append([]string{"copy"}, tt.args...), filepath.Join(t.TempDir(), "copy"))...)
+			if code != exitDone || strings.Contains(stderr, "begins as a qcow2 image") != tt.told {
+				t.Errorf("exit %d, stderr %q; want that it tells: %t", code, stderr, tt.told)
+			}
+		})
+	}
 }
