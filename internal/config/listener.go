@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -235,18 +236,22 @@ func (c *Config) checkListeners(k checker) {
 	}
 	for i := range c.Exports {
 		e := &c.Exports[i]
-		secret := e.RequireTLS && len(e.Listeners) > 0
 		for j := range e.Listeners {
 			in := k.export(e, i).in("listener %d", j+1)
 			check(&e.Listeners[j], in, e.RequireTLS)
 			if len(e.Listeners[j].Exports) > 0 {
 				in.fail("exports: here is only the one")
 			}
-			secret = secret && e.Listeners[j].TLS == "off"
 		}
-		if secret {
-			k.export(e, i).fail("require-tls: none of its listeners speaks TLS")
-		}
+		e.checkRequireTLS(k.export(e, i))
+	}
+}
+
+// checkRequireTLS demands that somebody can open an export with listeners of its own.
+func (e *Export) checkRequireTLS(k checker) {
+	encrypts := func(l Listener) bool { return l.TLS != "off" }
+	if e.RequireTLS && len(e.Listeners) > 0 && !slices.ContainsFunc(e.Listeners, encrypts) {
+		k.fail("require-tls: none of its listeners speaks TLS, as one with nbds:// does")
 	}
 }
 

@@ -281,6 +281,7 @@ func (e *Export) Validate(s Scope) error {
 		for i := range e.Listeners {
 			e.Listeners[i].check(in.in("listener %d", i+1), e.RequireTLS)
 		}
+		e.checkRequireTLS(in)
 	}
 	return k.err()
 }

@@ -525,6 +525,9 @@ func TestExportsOfTheAPI(t *testing.T) {
 		{config.Export{Image: "1G", Format: "null"}, none.APIScope(0), ""},
 		{config.Export{Image: "/srv/a", RateGroup: "h"}, c.APIScope(0), "rate-group: "},
 		{config.Export{Image: "/srv/a", Listeners: []config.Listener{{URI: "x"}}}, c.APIScope(0), "uri: "},
+		{config.Export{Image: "/srv/a", RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://192.0.2.1"}}}, c.APIScope(0), "require-tls: none of its"},
+		{config.Export{Image: "/srv/a", RequireTLS: true, Listeners: []config.Listener{{URI: "nbd://h"}, {URI: "nbds://h:1"}}}, c.APIScope(0), ""},
+		{config.Export{Image: "/srv/a", RequireTLS: true}, c.APIScope(0), ""},
 	} {
 		tt.e.Name = "a"
 		tt.e.SetDefaults()
