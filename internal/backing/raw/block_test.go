@@ -282,6 +282,38 @@ func TestBlockDeviceThatIsGoneIsNotFull(t *testing.T) {
 	})
 }
 
+// TestBlockDeviceThatShrankSaysSo: the kernel drops what was written beyond the new
+// end and is not written back, says nothing of it when the device is synced, and of
+// a write there that there is no space.
+func TestBlockDeviceThatShrankSaysSo(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		for name, sync := range map[string]func(*raw.Device) error{
+			"flush":     func(d *raw.Device) error { return d.Flush(t.Context()) },
+			"FUA write": func(d *raw.Device) error { return d.WriteAt(t.Context(), make([]byte, 4096), 0, backing.FUA) },
+		} {
+			image := tempImage(t, 1<<20)
+			node := backingtest.Loop(t, image, 512)
+			d := openRaw(t, node, newEngine(t, k.engine), k.direct, raw.Options{})
+			closeAfter(t, d)
+			fill(t, d, 1)
+			setLoopSize(t, node, image, 512<<10)
+			for _, tt := range []struct {
+				name string
+				err  error
+			}{
+				{"write", d.WriteAt(t.Context(), make([]byte, 4096), 768<<10, 0)},
+				{"zero", d.Zero(t.Context(), 768<<10, 4096, 0)},
+				{name, sync(d)},
+			} {
+				if backing.KindOf(tt.err) != backing.ErrIO || !errors.Is(tt.err, io.ErrUnexpectedEOF) {
+					t.Errorf("%s: got %v, want %v: %v", tt.name, tt.err, backing.ErrIO, io.ErrUnexpectedEOF)
+				}
+			}
+			wantPoisoned(t, d)
+		}
+	})
+}
+
 // someOf reads as the formats do that keep a structure in the file.
 func someOf(t *testing.T, d *raw.Device, p []byte) error {
 	t.Helper()

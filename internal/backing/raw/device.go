@@ -64,7 +64,7 @@ type Device struct {
 
 	size   atomic.Int64 // bytes, never falls
 	growth growth
-	shrunk atomic.Bool // a read found the file shorter than size; said once
+	shrunk atomic.Bool // the file was found shorter than size; said once
 	tail   atomic.Bool // direct: parts of blocks were written at a moving end
 	closed atomic.Bool
 
@@ -163,8 +163,7 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return d.failed("read", off, int64(len(p)), err)
 }
 
-// shorter is the error of a read that found the file to end before size. It is
-// logged once.
+// shorter is the error of who found the file to end before size. It is logged once.
 func (d *Device) shorter(end, size int64) error {
 	if d.shrunk.CompareAndSwap(false, true) {
 		d.opt.Log.Error("image is shorter than it was", "path", d.opt.Path, "end", end, "size", size)
@@ -306,7 +305,8 @@ func (d *Device) failed(op string, off, n int64, err error) error {
 
 // explain tells a device that went away from one that is full, or failed. It does
 // not come back with what was written to it. Linux gives a device that was pulled
-// out the size 0: reads of it end at once, and writes find no space. A write to the
+// out the size 0: reads of it end at once, and writes find no space. So do writes
+// beyond the end of one that shrank, and zeroing there is invalid. A write to the
 // page cache of one of lateErrors counts as the loss of earlier ones, even for lack
 // of room: a guest that waits for that would go on without them.
 func (d *Device) explain(op string, err error) error {
@@ -314,8 +314,14 @@ func (d *Device) explain(op string, err error) error {
 		return err
 	}
 	if d.geo.block {
-		if n, e := currentSize(d.file.FD(), true); e == nil && n == 0 {
+		size := d.size.Load() // before the question: it may grow
+		n, e := currentSize(d.file.FD(), true)
+		switch {
+		case e != nil || n >= size:
+		case n == 0:
 			err = fmt.Errorf("%w: %v", unix.ENODEV, err)
+		case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EINVAL):
+			err = d.shorter(n, size)
 		}
 	}
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {

@@ -88,6 +88,9 @@ func (d *Device) roundLocked(ctx context.Context) error {
 func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	id := d.durables.begin()
 	err := d.al.Do(ctx, engine.OpSync, off, n)
+	if err == nil {
+		err = d.whole()
+	}
 	if err != nil {
 		d.lost(op, err)
 	}
@@ -96,6 +99,19 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 		return err
 	}
 	return d.poisoned()
+}
+
+// whole tells of a block device that shrank. The kernel drops what was written
+// beyond the new end and is not written back, and a sync says nothing of it.
+func (d *Device) whole() error {
+	if !d.geo.block {
+		return nil
+	}
+	size := d.size.Load() // before the question: it may grow
+	if n, err := currentSize(d.file.FD(), true); err == nil && n < size {
+		return d.shorter(n, size)
+	}
+	return nil
 }
 
 // writeDurably returns when p is on stable storage. That is a write and a sync, not
