@@ -3,6 +3,7 @@ package raw_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"testing"
@@ -110,6 +111,56 @@ func TestFastZeroOfLessThanABlockIsRefusedUntouched(t *testing.T) {
 	}
 	if got := contents(t, d); !bytes.Equal(got, bytes.Repeat([]byte{1}, 64<<10)) {
 		t.Error("refused fast zero changed contents")
+	}
+}
+
+// TestFastZeroOfABlockDeviceWritesItsPagesBack: if the device refuses after all, the
+// kernel has dropped those of the range already, and made zeroes in parts of pages.
+func TestFastZeroOfABlockDeviceWritesItsPagesBack(t *testing.T) {
+	const size = 64 << 10
+	page := int64(os.Getpagesize())
+	for _, tt := range []struct {
+		name    string
+		direct  bool
+		refused bool
+		want    string // of two fast zeroes
+	}{
+		{"refused", false, true, "[sync punch]"},
+		{"not refused", false, false, "[sync punch punch]"},
+		{"direct", true, true, "[punch]"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := backingtest.NewFaultEngine(newEngine(t, "pool"))
+			d := openRaw(t, backingtest.Loop(t, tempImage(t, size), 512), f, tt.direct, raw.Options{})
+			closeAfter(t, d)
+			fill(t, d, 1)
+			var ops []engine.Op
+			f.Inject(backingtest.Rule{Times: -1, Match: func(io *engine.IO) bool {
+				if io.Op != engine.OpSync && io.Op != engine.OpPunch {
+					return false
+				}
+				ops = append(ops, io.Op)
+				if !tt.direct && (io.Off%page != 0 || io.Len%page != 0) {
+					t.Errorf("%v at %d+%d: not whole pages", io.Op, io.Off, io.Len)
+				}
+				return io.Op == engine.OpPunch && tt.refused
+			}, Fault: backingtest.Fault{Errno: unix.EOPNOTSUPP}})
+			for range 2 {
+				if err := d.Zero(t.Context(), 512, size-1024, backing.FastZero); errors.Is(err, backing.ErrNotSupported) != tt.refused {
+					t.Errorf("fast zero: got %v, want refusal: %v", err, tt.refused)
+				}
+			}
+			if got := fmt.Sprint(ops); got != tt.want {
+				t.Errorf("operations: got %s, want %s", got, tt.want)
+			}
+			want := bytes.Repeat([]byte{1}, size)
+			if !tt.refused {
+				clear(want[512 : size-512])
+			}
+			if got := contents(t, d); !bytes.Equal(got, want) {
+				t.Error("read: wrong bytes")
+			}
+		})
 	}
 }
 

@@ -76,6 +76,8 @@ type Device struct {
 	seen     extents
 	seeks    chan struct{} // has one for each who asks the file for its extents
 
+	punched atomic.Bool // a block device made zeroes itself
+
 	// What the kernel once refused with EOPNOTSUPP is not asked again.
 	noPunch, noZero, noDiscard, noSeek atomic.Bool
 }

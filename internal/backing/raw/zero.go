@@ -3,6 +3,7 @@ package raw
 import (
 	"context"
 	"errors"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +19,9 @@ const zeroStep = 64 << 20
 
 // fileBlock is the unit to which trims of a file are rounded.
 const fileBlock = 4096
+
+// pageSize is the unit of the page cache.
+var pageSize = int64(os.Getpagesize())
 
 // zeroes is what is written to the parts of blocks.
 var zeroes [fileBlock]byte
@@ -140,7 +144,11 @@ func (d *Device) pastPages(ctx context.Context, off, n int64, try func() error) 
 // the parts of blocks at its ends: a FastZero that is refused has touched
 // nothing.
 func (d *Device) zeroBlocks(ctx context.Context, off, n int64, f backing.Flags) error {
-	lo, hi := d.inward(off, n, d.geo.sector)
+	block := d.geo.sector
+	if f&backing.FastZero != 0 && d.cached() {
+		block = max(block, pageSize) // of parts of pages the kernel makes zeroes at once
+	}
+	lo, hi := d.inward(off, n, block)
 	if lo >= hi {
 		if f&backing.FastZero != 0 {
 			return unix.EOPNOTSUPP
@@ -162,7 +170,7 @@ func (d *Device) zeroWhole(ctx context.Context, lo, hi int64, f backing.Flags) e
 		if f&backing.NoHole != 0 {
 			return unix.EOPNOTSUPP // no call zeroes without both unmapping and falling back
 		}
-		return d.punch(ctx, lo, hi-lo)
+		return d.punchOrKeep(ctx, lo, hi-lo)
 	}
 	for lo < hi {
 		n := min(hi-lo, zeroStep)
@@ -179,6 +187,23 @@ func (d *Device) zeroWhole(ctx context.Context, lo, hi int64, f backing.Flags) e
 		lo += n
 	}
 	return nil
+}
+
+// punchOrKeep is punch of a range that has what was written to it if the device
+// refuses. The kernel drops the pages of the range before it asks the device, those
+// that are not written back too (blkdev_fallocate): that is done first, until the
+// device has shown that it does not refuse.
+func (d *Device) punchOrKeep(ctx context.Context, off, n int64) error {
+	if d.cached() && !d.noPunch.Load() && !d.punched.Load() {
+		if err := d.fdatasync(context.WithoutCancel(ctx), "flush", off, n); err != nil {
+			return err
+		}
+	}
+	err := d.punch(ctx, off, n)
+	if err == nil {
+		d.punched.Store(true)
+	}
+	return err
 }
 
 // writeZeroes writes [lo, hi).
