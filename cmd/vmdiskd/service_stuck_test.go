@@ -139,6 +139,9 @@ func TestPauseHoldsUpNoEnd(t *testing.T) {
 	k := s.open("a")
 	wantCode(t, "remove of an export in use", s.ctl.Remove(t.Context(), "a", false, time.Minute), api.CodeInUse)
 	s.wantExports("after that", "a paused config", "b paused config")
+	if got := s.metric(`export_info{export="a",state="paused"}`); got != 1 {
+		s.Errorf("the metric of a paused export is %v", got)
+	}
 	k.disconnect()
 	if err := s.ctl.Remove(t.Context(), "a", true, time.Second); err != nil {
 		t.Errorf("remove of a paused export: %v", err)

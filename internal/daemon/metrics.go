@@ -27,7 +27,7 @@ func (s service) Metrics(w io.Writer) error {
 		h := d.disks.healthOf(d.disks.get(x.Spec.Name))
 		k := d.disks.find(x.Spec.Name)
 		e := obs.ExportMetrics{
-			Name: x.Spec.Name, State: string(x.State), Size: x.Info.Size, Clients: x.Clients, Writable: writable(&x, h),
+			Name: x.Spec.Name, State: d.shown(k, x.State), Size: x.Info.Size, Clients: x.Clients, Writable: writable(&x, h),
 			Unopened: h.failed != nil && k == nil, Poisoned: h.poisoned != nil, Stats: x.Spec.Stats.Snapshot(),
 		}
 		if k != nil {
