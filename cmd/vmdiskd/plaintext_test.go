@@ -162,7 +162,7 @@ func TestStandardInputIsNoWayAroundTLS(t *testing.T) {
 // TestServiceOpensNoPlaintextToNetworksUnasked: neither at the start, nor by a
 // reload, nor through the control API.
 func TestServiceOpensNoPlaintextToNetworksUnasked(t *testing.T) {
-	const refused = `is open to networks in plaintext: say tls = "require", or insecure-plaintext = true`
+	const refused = `is open to networks in plaintext: say tls = "require", as nbds:// does, or insecure-plaintext = true`
 	const open = "[[listener]]\nuri = \"nbd://0.0.0.0:0\"\n"
 	passed := map[string]*os.File{"tcp": tcpSocket(t, "0.0.0.0:0")}
 	s, _ := newManaged(t, "[[listener]]\nuri = \"systemd:tcp\"\n", passed)

@@ -199,7 +199,7 @@ func (l *Listener) check(k checker, encrypted bool) {
 }
 
 // NeedTLS is what can be done about a listener that networks reach in plaintext.
-const NeedTLS = `say tls = "require", or insecure-plaintext = true`
+const NeedTLS = `say tls = "require", as nbds:// does, or insecure-plaintext = true`
 
 // countListeners counts those of exports too.
 func (c *Config) countListeners() int {

@@ -148,7 +148,7 @@ func TestProblemsHaveTheirPlace(t *testing.T) {
 		{"[[listener]]\nuri = \"nbd://a\"\nselinux-label = \"u:r:t:s0\"", "listener 1: mode, owner and labels are for"},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nselinux-label = \"svirt_t\"", `listener 1: selinux-label: "svirt_t" is not an SELinux context`},
 		{"[[listener]]\nuri = \"nbd+unix:///?socket=/s\"\nselinux-path-label = \"u:r:t:s0:c1024\"", `listener 1: selinux-path-label: "u:r:t:s0:c1024" is not`},
-		{"[[listener]]\nuri = \"nbd://1.2.3.4\"", `listener 1: uri: "nbd://1.2.3.4" is open to networks in plaintext: say tls = "require", or insecure-plaintext = true`},
+		{"[[listener]]\nuri = \"nbd://1.2.3.4\"", `listener 1: uri: "nbd://1.2.3.4" is open to networks in plaintext: say tls = "require", as nbds:// does, or insecure-plaintext = true`},
 		{"[[listener]]\nuri = \"nbd://[::]\"\ntls = \"on\"", `listener 1: uri: "nbd://[::]" is open to networks`},
 		{a + "[[export.listener]]\nuri = \"nbd://0.0.0.0:0\"", in(", listener 1") + `uri: "nbd://0.0.0.0:0" is open to networks`},
 		{"[[listener]]\nuri = \"nbd+vsock://2\"\ninsecure-plaintext = true", `listener 1: insecure-plaintext is for TCP`},
