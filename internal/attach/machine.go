@@ -443,16 +443,28 @@ func describe(d qmp.Device) string {
 }
 
 // unplug takes a device out that may be gone already, or that the guest was asked to
-// release before: QEMU has but words for that (qdev-monitor.c).
+// release before. A guest that is about to take a device in, for which PCIe gives it
+// seconds, cannot be asked yet. QEMU has but words for both (qdev-monitor.c, pcie.c).
 func unplug(ctx context.Context, m *qmp.Monitor, id string) error {
-	err := m.Unplug(ctx, id)
-	switch {
-	case qmp.HasClass(err, qmp.ClassDeviceNotFound):
-		return nil
-	case qmp.HasClass(err, qmp.ClassGeneric) && strings.Contains(err.Error(), "already in the process of unplug"):
-		return m.AwaitUnplug(ctx, id)
+	ctx, cancel := context.WithTimeout(ctx, limits.QMPUnplug)
+	defer cancel()
+	for {
+		err := m.Unplug(ctx, id)
+		refused := func(text string) bool {
+			return qmp.HasClass(err, qmp.ClassGeneric) && strings.Contains(err.Error(), text)
+		}
+		switch {
+		case qmp.HasClass(err, qmp.ClassDeviceNotFound):
+			return nil
+		case refused("already in the process of unplug"):
+			return m.AwaitUnplug(ctx, id)
+		case !refused("guest is busy"):
+			return err
+		}
+		if pause(ctx, limits.AttachPoll); ctx.Err() != nil {
+			return err
+		}
 	}
-	return err
 }
 
 func (p *plug) verifyStep() Step {

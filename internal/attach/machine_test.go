@@ -1625,6 +1625,46 @@ func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
 	}
 }
 
+// TestDetachAsksAgainWhileTheGuestIsBusy taking the device in: its power indicator blinks.
+func TestDetachAsksAgainWhileTheGuestIsBusy(t *testing.T) {
+	l := start(t, "-machine", "q35", "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+		"-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=2.0")
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	empty := l.state(t, m.Monitor)
+	p, err := m.Attach(ctx, l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.VirtIOBlk, ID: "d"})
+	do(t, p, err)
+	slotControl := func(value int) {
+		for _, line := range []string{"o/w 0xcf8 0x8000106c", fmt.Sprintf("o/h 0xcfc %#x", value)} {
+			if _, err := m.Monitor.Execute(ctx, "human-monitor-command", map[string]any{"command-line": line}); err != nil {
+				t.Errorf("%s: %v", line, err)
+			}
+		}
+	}
+	const blinks, on, off = 0x200, 0x100, 0x700 // off: power too
+	slotControl(blinks)
+	impatient, cancel := context.WithTimeout(ctx, 2*limits.AttachPoll)
+	defer cancel()
+	p, err = m.Detach(ctx, "d", false)
+	must(t, err)
+	if _, err := p.Run(impatient); !qmp.HasClass(err, qmp.ClassGeneric) || !strings.Contains(err.Error(), "guest is busy") {
+		t.Errorf("detach while the power indicator blinks: %v, want what QEMU says", err)
+	}
+	released := make(chan error)
+	go func() {
+		_, err := p.Run(ctx)
+		released <- err
+	}()
+	for _, value := range []int{on, off} {
+		<-time.After(5 * limits.AttachPoll)
+		slotControl(value)
+	}
+	must(t, <-released)
+	if got := l.state(t, m.Monitor); got != empty {
+		t.Errorf("left %s", got)
+	}
+}
+
 // TestPoisonedDiskIsDetached as any other: that its last writes are lost is known.
 func TestPoisonedDiskIsDetached(t *testing.T) {
 	l := start(t, q35...)
