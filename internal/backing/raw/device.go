@@ -316,14 +316,13 @@ func (d *Device) explain(op string, err error) error {
 		return err
 	}
 	if d.geo.block {
-		size := d.size.Load() // before the question: it may grow
-		n, e := currentSize(d.file.FD(), true)
+		end, size, shrank := d.shrank()
 		switch {
-		case e != nil || n >= size:
-		case n == 0:
+		case !shrank:
+		case end == 0:
 			err = fmt.Errorf("%w: %v", unix.ENODEV, err)
 		case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EINVAL):
-			err = d.shorter(n, size)
+			err = d.shorter(end, size)
 		}
 	}
 	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {

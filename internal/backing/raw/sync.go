@@ -107,11 +107,17 @@ func (d *Device) whole() error {
 	if !d.geo.block {
 		return nil
 	}
-	size := d.size.Load() // before the question: it may grow
-	if n, err := currentSize(d.file.FD(), true); err == nil && n < size {
-		return d.shorter(n, size)
+	if end, size, shrank := d.shrank(); shrank {
+		return d.shorter(end, size)
 	}
 	return nil
+}
+
+// shrank tells whether a block device ends before its size.
+func (d *Device) shrank() (end, size int64, is bool) {
+	size = d.size.Load() // before the question: it may grow
+	end, err := currentSize(d.file.FD(), true)
+	return end, size, err == nil && end < size
 }
 
 // writeDurably returns when p is on stable storage. That is a write and a sync, not
