@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -57,7 +56,7 @@ which zeroes take no space.`,
 			}
 			f.use.All = c.Flags().Changed("connections")
 			f.sourceSaid = c.Flags().Changed("source-format")
-			f.note = func(text string) { fmt.Fprintln(c.ErrOrStderr(), "vmdiskctl: note: "+visible(text)) }
+			f.note = notesOf(c)
 			if err := f.checkSource(c, args[0]); err != nil {
 				return err
 			}
@@ -207,18 +206,11 @@ func (f *copyFlags) source(ctx context.Context, name string) (copier.Disk, error
 		return f.openDisk(ctx, name, f.sourceFormat)
 	}
 	d, err := copier.OpenFile(name, f.lock)
-	if err == nil && !f.sourceSaid && beginsAsQcow2(ctx, d) {
+	if err == nil && !f.sourceSaid && format.Begins(ctx, d, d.Size()) {
 		f.note(fmt.Sprintf("%q begins as a qcow2 image and is copied as raw, because its format was not said: "+
 			"-f qcow2 copies the disk in it, -f raw says that it is meant", name))
 	}
 	return d, err
-}
-
-// beginsAsQcow2 reads the magic number, which a guest may have written to a raw
-// disk: it decides nothing.
-func beginsAsQcow2(ctx context.Context, d copier.Disk) bool {
-	p := make([]byte, 4)
-	return d.Size() >= int64(len(p)) && d.ReadAt(ctx, p, 0) == nil && binary.BigEndian.Uint32(p) == format.Magic
 }
 
 // destination opens what can take the source and is not the source itself.

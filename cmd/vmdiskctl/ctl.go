@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"strconv"
@@ -130,6 +131,11 @@ func shown(s string) string {
 		return strconv.Quote(s)
 	}
 	return s
+}
+
+// notesOf writes notes for people where the errors of a command go.
+func notesOf(c *cobra.Command) func(text string) {
+	return func(text string) { fmt.Fprintln(c.ErrOrStderr(), "vmdiskctl: note: "+visible(text)) }
 }
 
 // visible is text for people in which what a terminal would obey, or not show,

@@ -94,7 +94,7 @@ func (f *leaseFlags) run(c *cobra.Command, vm string) error {
 		}
 	}
 	h := &leaseHolder{client: cl, process: p, lease: api.OpenLease{CID: f.cid, VM: vm, Start: p.start, TTL: config.Duration(f.ttl), Holder: rand.Text()}}
-	h.note = func(text string) { fmt.Fprintln(c.ErrOrStderr(), "vmdiskctl: note: "+visible(text)) }
+	h.note = notesOf(c)
 	return told(h.hold(c.Context()))
 }
 

@@ -3,7 +3,6 @@ package open
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -194,7 +193,7 @@ func openRaw(_ context.Context, s Spec, c cacheMode) (backing.Device, error) {
 // written them to a raw disk.
 func openUnsaid(ctx context.Context, s Spec, c cacheMode) (backing.Device, error) {
 	dev, err := openRaw(ctx, s, c)
-	if err != nil || !beginsAsQcow2(ctx, dev) {
+	if err != nil || !format.Begins(ctx, dev, dev.Info().Size) {
 		return dev, err
 	}
 	if !s.ReadOnly {
@@ -210,14 +209,6 @@ func openUnsaid(ctx context.Context, s Spec, c cacheMode) (backing.Device, error
 
 var errUnsaid = errors.New("its format was not said, and it begins as a qcow2 image; " +
 	"say --format=qcow2, or --format=raw if it really is raw (in a configuration format = \"qcow2\" or \"raw\")")
-
-// beginsAsQcow2 reads the magic number. What cannot be read is no qcow2 image
-// that could be destroyed.
-func beginsAsQcow2(ctx context.Context, dev backing.Device) bool {
-	p := make([]byte, 4)
-	return dev.Info().Size >= int64(len(p)) && dev.ReadAt(ctx, p, 0) == nil &&
-		binary.BigEndian.Uint32(p) == format.Magic
-}
 
 // admit asks whether a file may be written to, if it shall be.
 func (s *Spec) admit(f *os.File, readOnly bool) error {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/mem"
+	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 )
 
@@ -80,7 +81,7 @@ func (s Spec) readAhead(ctx context.Context, c cacheMode) error {
 	if err != nil {
 		return err
 	}
-	_ = beginsAsQcow2(ctx, dev)
+	_ = format.Begins(ctx, dev, dev.Info().Size)
 	return dev.Close()
 }
 

@@ -2,6 +2,7 @@ package format
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"math"
@@ -37,6 +38,15 @@ type be []byte
 func (b be) u16(at int) uint16 { return binary.BigEndian.Uint16(b[at:]) }
 func (b be) u32(at int) uint32 { return binary.BigEndian.Uint32(b[at:]) }
 func (b be) u64(at int) uint64 { return binary.BigEndian.Uint64(b[at:]) }
+
+// Begins tells whether a disk of so many bytes begins as a qcow2 image. A guest may
+// have written that to a raw disk. What cannot be read does not.
+func Begins(ctx context.Context, disk interface {
+	ReadAt(ctx context.Context, p []byte, off int64) error
+}, size int64) bool {
+	b := make(be, 4)
+	return size >= int64(len(b)) && disk.ReadAt(ctx, b, 0) == nil && b.u32(0) == Magic
+}
 
 // ClusterSize reads magic, version and cluster_bits from the first 24 bytes of
 // a file, so that the caller can read the first cluster. The size is in bytes.
