@@ -544,80 +544,84 @@ func before(p *attach.Plan, at int, do func()) {
 	}
 }
 
-// TestMachineThatDiesLeavesNothing: it dies before each step of an attach, and what
-// is taken back is what it has not taken along.
-func TestMachineThatDiesLeavesNothing(t *testing.T) {
-	l := &lab{dir: testenv.TempDir(t)}
+// dead has machines die before each step in turn of what plan is to do with them, and
+// check told of the step and its outcome. The service outlives them.
+func (l *lab) dead(t *testing.T, plan func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan, check func(ctx context.Context, step string, changed bool, err error)) {
+	t.Helper()
 	l.startService(t)
 	ctx := testenv.Context(t)
 	s := l.source(l.image(t, "disk", diskSize))
 	for at, last := 0, 0; at <= last; at++ {
 		end := l.startMachine(t, q35...)
-		m := l.machine(t, l.monitor, nil)
-		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
-		must(t, err)
+		p := plan(ctx, l.machine(t, l.monitor, nil), s)
 		last = len(p.Steps) - 1
 		before(p, at, end)
-		if _, err := p.Run(ctx); err == nil || errors.Is(err, attach.ErrIncomplete) {
-			t.Errorf("dead before %q: %v", p.Steps[at].Name, err)
+		changed, err := p.Run(ctx)
+		check(ctx, p.Steps[at].Name, changed, err)
+	}
+}
+
+// TestMachineThatDiesLeavesNothing: it dies before each step of an attach, and what
+// is taken back is what it has not taken along.
+func TestMachineThatDiesLeavesNothing(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	l.dead(t, func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan {
+		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
+		must(t, err)
+		return p
+	}, func(ctx context.Context, step string, _ bool, err error) {
+		if err == nil || errors.Is(err, attach.ErrIncomplete) {
+			t.Errorf("dead before %q: %v", step, err)
 		}
 		if list, err := l.service.Exports(ctx); err != nil || len(list) > 0 {
-			t.Errorf("dead before %q: exports left: %+v, %v", p.Steps[at].Name, list, err)
+			t.Errorf("dead before %q: exports left: %+v, %v", step, list, err)
 		}
-	}
+	})
 }
 
 // TestDiskOfAMachineThatDiesIsDetached: it dies before each step of a detach, after
 // which nobody could ask for the rest of it.
 func TestDiskOfAMachineThatDiesIsDetached(t *testing.T) {
 	l := &lab{dir: testenv.TempDir(t)}
-	l.startService(t)
-	ctx := testenv.Context(t)
-	s := l.source(l.image(t, "disk", diskSize))
-	for at, last := 0, 0; at <= last; at++ {
-		end := l.startMachine(t, q35...)
-		m := l.machine(t, l.monitor, nil)
+	l.dead(t, func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan {
 		m.Agent = startGuest(t, nil).Agent
 		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
 		do(t, p, err)
 		p, err = m.Detach(ctx, "d0", false)
 		must(t, err)
-		last = len(p.Steps) - 1
-		before(p, at, end)
-		if changed, err := p.Run(ctx); err != nil || !changed {
-			t.Errorf("dead before %q: changed %v, %v", p.Steps[at].Name, changed, err)
+		return p
+	}, func(ctx context.Context, step string, changed bool, err error) {
+		if err != nil || !changed {
+			t.Errorf("dead before %q: changed %v, %v", step, changed, err)
 		}
 		if list, err := l.service.Exports(ctx); err != nil || len(list) > 0 {
-			t.Fatalf("dead before %q: exports left: %+v, %v", p.Steps[at].Name, list, err)
+			t.Fatalf("dead before %q: exports left: %+v, %v", step, list, err)
 		}
-	}
+	})
 }
 
 // TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport longer, if it was grown, and
 // nothing else: it dies before each step of a resize.
 func TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
 	l := &lab{dir: testenv.TempDir(t)}
-	l.startService(t)
-	ctx := testenv.Context(t)
-	s := l.source(l.image(t, "disk", diskSize))
-	for at, last := 0, 0; at <= last; at++ {
-		end := l.startMachine(t, q35...)
-		m := l.machine(t, l.monitor, nil)
+	var name string
+	var size int64
+	l.dead(t, func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan {
 		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
 		do(t, p, err)
-		name := attach.ExportName(m.Name, "d0")
+		name = attach.ExportName(m.Name, "d0")
 		x, err := l.service.Export(ctx, name)
 		must(t, err)
-		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: x.Size + diskSize})
+		size = x.Size
+		p, err = m.Resize(ctx, "d0", "", attach.Size{Bytes: size + diskSize})
 		must(t, err)
-		last = len(p.Steps) - 1
-		before(p, at, end)
-		_, err = p.Run(ctx)
-		wantGrown(t, p.Steps[at].Name, err)
-		if after, err := l.service.Export(ctx, name); err != nil || after.Size != x.Size+diskSize {
-			t.Errorf("dead before %q: the export has %d bytes, had %d, %v", p.Steps[at].Name, after.Size, x.Size, err)
+		return p
+	}, func(ctx context.Context, step string, _ bool, err error) {
+		wantGrown(t, step, err)
+		if after, err := l.service.Export(ctx, name); err != nil || after.Size != size+diskSize {
+			t.Errorf("dead before %q: the export has %d bytes, had %d, %v", step, after.Size, size, err)
 		}
-	}
+	})
 }
 
 // wantGrown holds that a machine which is gone at a step of a resize leaves that
