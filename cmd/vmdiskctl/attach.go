@@ -118,7 +118,7 @@ func (f *vmFlags) machine(ctx context.Context, name string) (m machine, close fu
 // overQMP connects to a monitor; an agent that was named is for later. The machine
 // has one name, by whatever links its socket is found.
 func (f *vmFlags) overQMP(ctx context.Context, path string) (*attach.Machine, error) {
-	path, err := filepath.Abs(path)
+	path, err := attach.Path(path)
 	if err == nil {
 		path, err = filepath.EvalSymlinks(path)
 	}

@@ -5,15 +5,13 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/vmdiskd/vmdiskd/internal/attach"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 	"github.com/vmdiskd/vmdiskd/internal/limits"
@@ -338,7 +336,7 @@ func absolute(path string) (string, error) {
 	if path == "" {
 		return "", usage("the name of a file is missing")
 	}
-	return followed(path)
+	return attach.Path(path)
 }
 
 // absoluteOrNone is absolute for a path that may be left out.
@@ -346,23 +344,5 @@ func absoluteOrNone(path string) (string, error) {
 	if path == "" {
 		return "", nil
 	}
-	return followed(path)
-}
-
-// followed is path from the root. The folder of one with ".." is looked up before it
-// is cleaned: behind a symbolic link that leads out of another.
-func followed(path string) (string, error) {
-	dir, base := filepath.Split(path)
-	if !slices.Contains(strings.Split(dir, "/"), "..") {
-		return filepath.Abs(path)
-	}
-	if !filepath.IsAbs(dir) {
-		wd, err := os.Getwd()
-		if err != nil {
-			return "", err
-		}
-		dir = wd + "/" + dir
-	}
-	dir, err := filepath.EvalSymlinks(dir)
-	return filepath.Join(dir, base), err
+	return attach.Path(path)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -221,10 +220,7 @@ func (d *Domain) Resolve(ctx context.Context, word string) (string, error) {
 	if _, disk := all.scope(isTarget(word)); disk != nil {
 		return word, nil
 	}
-	path, err := filepath.Abs(word)
-	if err != nil {
-		return "", err
-	}
+	path := pathOf(word)
 	ids := []string{DiskID(word), DiskID(path)} // an image in memory has no path
 	uri, uriErr := transport.ParseURI(word)
 	named := func(some states) []string {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -512,10 +511,7 @@ func (p *plug) fills(shown int64) error {
 // by its image, export or URI as Attach got it. A disk that is not plugged may
 // have nodes or an export left.
 func (m *Machine) Resolve(ctx context.Context, word string) (string, error) {
-	path, err := filepath.Abs(word)
-	if err != nil {
-		return "", err
-	}
+	path := pathOf(word)
 	for _, id := range []string{word, DiskID(word), DiskID(path), DiskID((&Source{Export: word}).name())} {
 		d, err := find(ctx, m.Monitor, id)
 		if err != nil || d != nil {

@@ -1499,6 +1499,25 @@ func needsAPlace(t *testing.T, c *client.Client, export, image string, resize fu
 	}
 }
 
+// TestDiskIsFoundByAPathWithALink as the kernel follows that, and Attach got it.
+func TestDiskIsFoundByAPathWithALink(t *testing.T) {
+	l := start(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	ctx := testenv.Context(t)
+	image := l.image(t, "disk", diskSize)
+	link := filepath.Join(t.TempDir(), "link")
+	must(t, os.Mkdir(filepath.Join(l.dir, "sub"), 0o700))
+	must(t, os.Symlink(filepath.Join(l.dir, "sub"), link))
+	p, err := m.Attach(ctx, l.source(image), attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	if id, err := m.Resolve(ctx, link+"/../disk"); err != nil || id != attach.DiskID(image) {
+		t.Errorf("resolved as %q, %v, want %s", id, err, attach.DiskID(image))
+	}
+	if id, err := m.Resolve(ctx, "none/../disk"); !errors.Is(err, attach.ErrNoDisk) {
+		t.Errorf("a folder that is not there: resolved as %q, %v", id, err)
+	}
+}
+
 // TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
 // their image, the image below a snapshot, their export and their URI.
 func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {

@@ -4,7 +4,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -165,4 +167,31 @@ func (c nbdClient) next(raw string, wait time.Duration) (string, error) {
 		return "", fmt.Errorf("%w: the disk has grown %d times: detach and attach it once", qmp.ErrTooMany, c.number)
 	}
 	return node, nil
+}
+
+// Path is path from the root. The folder of one with ".." is looked up before it
+// is cleaned: behind a symbolic link that leads out of another.
+func Path(path string) (string, error) {
+	dir, base := filepath.Split(path)
+	if !slices.Contains(strings.Split(dir, "/"), "..") {
+		return filepath.Abs(path)
+	}
+	if !filepath.IsAbs(dir) {
+		wd, err := os.Getwd()
+		if err != nil {
+			return "", err
+		}
+		dir = wd + "/" + dir
+	}
+	dir, err := filepath.EvalSymlinks(dir)
+	return filepath.Join(dir, base), err
+}
+
+// pathOf is Path of a word that a user names a disk by; one that is no path stays.
+func pathOf(word string) string {
+	path, err := Path(word)
+	if err != nil {
+		return word
+	}
+	return path
 }
