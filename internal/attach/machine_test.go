@@ -72,10 +72,7 @@ func (l *lab) startMachine(t *testing.T, args ...string) (end func()) {
 	l.monitor = filepath.Join(l.dir, "qmp")
 	end = run(t, testenv.Path(t, "qemu-system-x86_64"), append([]string{"-accel", "tcg", "-S", "-m", "64", "-nodefaults", "-display", "none",
 		"-qmp", "unix:" + l.monitor + ",server=on,wait=off"}, args...)...)
-	await(t, func() bool {
-		_, err := os.Stat(l.monitor)
-		return err == nil
-	})
+	await(t, func() bool { return testenv.Listens(l.monitor) })
 	return end
 }
 

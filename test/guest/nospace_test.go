@@ -80,7 +80,7 @@ func TestGuestPausesWhileStorageIsFull(t *testing.T) {
 func pausedAndResumed(ctx context.Context, monitor, dir string) error {
 	// After an error, too, the script waits for this, and for the machine's end.
 	defer os.WriteFile(filepath.Join(dir, "more"), nil, 0o600)
-	if err := testenv.Await(ctx, func() bool { _, err := os.Stat(monitor); return err == nil }); err != nil {
+	if err := testenv.Await(ctx, func() bool { return testenv.Listens(monitor) }); err != nil {
 		return err
 	}
 	m, err := qmp.Dial(ctx, monitor)

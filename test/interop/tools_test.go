@@ -95,8 +95,7 @@ func TestSystemdHandsOverTheSocket(t *testing.T) {
 			t.Logf("server's log:\n%s", log.String())
 		}
 	})
-	ready := func() bool { _, err := os.Stat(socket); return err == nil }
-	if err := testenv.Await(testenv.Context(t), ready); err != nil {
+	if err := testenv.Await(testenv.Context(t), func() bool { return testenv.Listens(socket) }); err != nil {
 		t.Fatal(err)
 	}
 	uri := "nbd+unix:///?socket=" + socket

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -137,6 +138,16 @@ func Await(ctx context.Context, ready func() bool) error {
 		}
 	}
 	return nil
+}
+
+// Listens says whether a server listens on the Unix socket at path. That the file is
+// there says less: it is made by bind(2), and until listen(2) refuses who connects.
+func Listens(path string) bool {
+	c, err := net.Dial("unix", path)
+	if err == nil {
+		c.Close()
+	}
+	return err == nil
 }
 
 // Close ends what c listens for and locks, and closes it. A program that another test

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { Main(m) }
@@ -38,6 +40,21 @@ func TestAwaitEndsWithItsContext(t *testing.T) {
 	calls := 0
 	if err := Await(context.Background(), func() bool { calls++; return calls == 3 }); err != nil || calls != 3 {
 		t.Errorf("%d calls, %v; want 3 and no error", calls, err)
+	}
+}
+
+func TestSocketThatIsBoundDoesNotListenYet(t *testing.T) {
+	path := filepath.Join(TempDir(t), "sock")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil || Listens(path) {
+		t.Fatalf("listens after bind, %v", err)
+	}
+	if err := unix.Listen(fd, 1); err != nil || !Listens(path) {
+		t.Fatalf("does not listen, %v", err)
 	}
 }
 
