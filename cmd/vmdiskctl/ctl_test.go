@@ -158,6 +158,7 @@ func TestExportShow(t *testing.T) {
 	e.Description = "two\nlines"
 	e.Cache = "none"
 	e.Rate = &config.Rate{Bytes: 10 << 20}
+	e.File = api.File{Device: "8:1", Inode: 131}
 	s.Put(e)
 	got := want(t, exitDone, "export", "show", "web")
 	expect := `name: web
@@ -169,6 +170,8 @@ size: 1073741824 (1G)
 access: rw
 clients: 2
 origin: config
+device: 8:1
+inode: 131
 cache: none
 rate: {"bytes":10485760}
 uris:

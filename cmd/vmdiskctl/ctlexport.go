@@ -109,6 +109,12 @@ func (f *ctlFlags) printExport(w io.Writer, e *api.Export) error {
 	}
 	p.print("image: %s\nformat: %s\nsize: %s\naccess: %s\nclients: %d\norigin: %s\n", shown(e.Image),
 		shown(e.ImageFormat()), knownSize(e, fmt.Sprintf("%d (%s)", e.Size, byteSize(e.Size))), access(e), e.Clients, shown(e.Origin))
+	if e.Device != "" {
+		p.print("device: %s\n", shown(e.Device))
+	}
+	if e.Inode != 0 {
+		p.print("inode: %d\n", e.Inode)
+	}
 	settings, err := settings(e.Export)
 	if err != nil {
 		return err

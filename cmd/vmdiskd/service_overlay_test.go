@@ -3,10 +3,13 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
@@ -77,6 +80,49 @@ func TestOverlayOfTheConfigurationIsRemembered(t *testing.T) {
 	if got := string(base[65535:65537]) + string(base[131072:131073]); got != "1\x00\x00" {
 		t.Errorf("image: got %q, want only what was written before the first snapshot", got)
 	}
+}
+
+// TestExportTellsWhichFileItHasOpen: the image that is at the path when it is opened,
+// whatever comes there later, or the overlay that a snapshot has put above it.
+func TestExportTellsWhichFileItHasOpen(t *testing.T) {
+	t.Parallel()
+	s := newService(t, exportA+"\n[[export]]\nname = \"none\"\nimage = \"DIR/nowhere.img\"\n")
+	image, overlay := filepath.Join(s.dir, "a.img"), filepath.Join(s.dir, "top.qcow2")
+	want := fileAt(t, image)
+	for _, replace := range []func() error{
+		func() error { return nil },
+		func() error {
+			return errors.Join(os.Rename(image, image+".old"), os.WriteFile(image, nil, 0o600))
+		},
+		func() error { return os.Rename(image+".old", image) },
+	} {
+		if err := replace(); err != nil {
+			t.Fatal(err)
+		}
+		if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.File != want {
+			t.Errorf("%+v, %v, want file %+v", x, err, want)
+		}
+	}
+	if _, err := s.ctl.Snapshot(t.Context(), "a", api.Snapshot{Overlay: overlay}); err != nil {
+		t.Fatal(err)
+	}
+	if x, err := s.ctl.Export(t.Context(), "a"); err != nil || x.File != fileAt(t, overlay) {
+		t.Errorf("with an overlay: %+v, %v, want file %+v", x, err, fileAt(t, overlay))
+	}
+	if x, err := s.ctl.Export(t.Context(), "none"); err != nil || x.File != (api.File{}) {
+		t.Errorf("that failed: %+v, %v, want no file", x, err)
+	}
+	s.stop()
+}
+
+// fileAt is the file at path.
+func fileAt(t *testing.T, path string) api.File {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil || st.Ino == 0 {
+		t.Fatal(err)
+	}
+	return api.File{Device: fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)), Inode: st.Ino}
 }
 
 // TestOverlayIsNotForgottenForAnother: a configuration that names a third image

@@ -1515,6 +1515,36 @@ func TestDiskIsFoundByAPathWithALink(t *testing.T) {
 	}
 }
 
+// TestFileThatWasReplacedIsNotServed: the export of a machine that ended without a
+// detach has the file that was at the path then, and another is there now.
+func TestFileThatWasReplacedIsNotServed(t *testing.T) {
+	l := &lab{dir: testenv.TempDir(t)}
+	l.startService(t)
+	end := l.startMachine(t, q35...)
+	ctx := testenv.Context(t)
+	s, o := l.source(l.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, ID: "d0"}
+	p, err := l.machine(t, l.monitor, nil).Attach(ctx, s, o)
+	do(t, p, err)
+	end()
+	must(t, os.Rename(l.image(t, "restored", 3*diskSize), s.Image))
+	l.startMachine(t, q35...)
+	m := l.machine(t, l.monitor, nil)
+	p, err = m.Attach(ctx, s, o)
+	if err == nil {
+		_, err = p.Run(ctx)
+	}
+	if !errors.Is(err, attach.ErrDiffers) || !strings.Contains(err.Error(), "not the one") {
+		t.Fatalf("got %v, want ErrDiffers", err)
+	}
+	p, err = m.Detach(ctx, "d0", false)
+	do(t, p, err)
+	p, err = m.Attach(ctx, s, o)
+	do(t, p, err)
+	if x, err := l.service.Exports(ctx); err != nil || len(x) != 1 || x[0].Size != 3*diskSize {
+		t.Errorf("exports %+v, %v, want one of %d bytes", x, err, 3*diskSize)
+	}
+}
+
 // TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
 // their image, the image below a snapshot, their export and their URI.
 func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {

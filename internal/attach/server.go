@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/config"
 	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/control/client"
@@ -485,7 +487,21 @@ func same(x api.Export, a api.AddExport) error {
 	if len(misfits) > 0 {
 		return fmt.Errorf("%w: export %q: %s: %s", ErrDiffers, x.Name, strings.Join(misfits, ", "), remedy(x))
 	}
+	if replaced(x) {
+		return fmt.Errorf("%w: export %q has a file open that is not the one at %q any more: %s", ErrDiffers, x.Name, x.Image, remedy(x))
+	}
 	return works(x, a.ReadOnly)
+}
+
+// replaced tells whether another file than the one that an export has open is at the
+// path of its image. It says no where there is no file, or none that the user may look
+// at; what it sees is the mount namespace of the user.
+func replaced(x api.Export) bool {
+	var st unix.Stat_t
+	if x.File == (api.File{}) || !filepath.IsAbs(x.Image) || unix.Stat(x.Image, &st) != nil {
+		return false
+	}
+	return x.File != api.FileOf(&st)
 }
 
 // removeExport removes an export that may be gone already. The server may

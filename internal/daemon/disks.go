@@ -13,6 +13,7 @@ import (
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 	"github.com/vmdiskd/vmdiskd/internal/nbd"
 )
@@ -30,6 +31,7 @@ type disk struct {
 	delta  *layer.Delta  // what its overlay is to go on with; nil: it begins empty
 	failed error         // guarded by disks.mu; why it could not be opened or, with a stack, works no more
 	poison *poison       // guarded by disks.mu; of the image that was opened last
+	file   api.File      // guarded by disks.mu; of that image, which may be open no more
 	lost   *poison       // of what its name has written to last; see record. Guarded by disks.mu once k is open
 	writes bool          // its image is opened for writing, though cfg may have been set read-only since
 
@@ -360,6 +362,16 @@ func (s *disks) originOf(k *disk) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return k.origin
+}
+
+// openFile is the file that k has open as its image.
+func (s *disks) openFile(k *disk) api.File {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k.failed != nil {
+		return api.File{}
+	}
+	return k.file
 }
 
 // all are those in any state, by name.

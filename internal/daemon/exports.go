@@ -136,7 +136,7 @@ func (d *daemon) openDisk(ctx context.Context, k *disk, x *config.Export, files 
 	if !k.trial {
 		k.held.close()
 	}
-	k.cfg, k.stack, k.poison, k.again = cfg, s, s.poison, nil
+	k.cfg, k.stack, k.poison, k.file, k.again = cfg, s, s.poison, s.file, nil
 	if !s.x.ReadOnly {
 		k.lost = nil // that is its record, or of another image
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/vmdiskd/vmdiskd/internal/backing"
 	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/raw"
@@ -29,6 +31,7 @@ type image struct {
 	files map[open.Request]*os.File // of the device, which closes them
 	dirs  map[string]string         // of the table that they came from
 	below []config.File
+	file  api.File // of files the top one; that of no file if there are none
 
 	poison *poison // the record of the image
 }
@@ -72,8 +75,11 @@ func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec, p *pois
 	}
 	s.Opened = func(f *os.File, below bool) {
 		i.files[s.Asked(f, below)] = f
-		if below {
+		switch {
+		case below:
 			i.below = append(i.below, fileOf(f))
+		case i.file == (api.File{}): // data files come later
+			i.file = statOf(f)
 		}
 	}
 	i.dev, err = open.Open(ctx, s)
@@ -87,6 +93,15 @@ func (d *daemon) openSpec(ctx context.Context, name string, s open.Spec, p *pois
 			"export", name, "error", s.Lost)
 	}
 	return i, d.explain(s.Path, err)
+}
+
+// statOf tells which file f is; that of no file if nobody knows.
+func statOf(f *os.File) api.File {
+	var st unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &st) != nil {
+		return api.File{}
+	}
+	return api.FileOf(&st)
 }
 
 // openGathered opens an image whose files are in t, and which th and p are told of.

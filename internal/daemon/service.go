@@ -202,7 +202,7 @@ func (d *daemon) describe(x export.Status) api.Export {
 	if late || now == nil && h.failed != nil { // it is nowhere to be seen
 		return out
 	}
-	out.State = d.shown(k, x.State)
+	out.State, out.File = d.shown(k, x.State), d.disks.openFile(k)
 	for _, o := range d.doorsOf(k, x.Spec.Name) {
 		out.URIs = append(out.URIs, o.URI(x.Spec.Name, o.tls == nbd.TLSRequire))
 	}

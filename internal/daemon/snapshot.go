@@ -155,7 +155,7 @@ func (d *daemon) raise(ctx context.Context, k *disk, old backing.Device, next co
 	}
 	k.stack.put(i, next)
 	d.disks.mu.Lock()
-	k.cfg, k.poison, k.lost = cfg, i.poison, nil
+	k.cfg, k.poison, k.file, k.lost = cfg, i.poison, i.file, nil
 	if k.origin == fromAPI { // it is kept by now
 		k.origin = fromState
 	}

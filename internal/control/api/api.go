@@ -4,7 +4,10 @@
 package api
 
 import (
+	"fmt"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
 )
@@ -123,6 +126,24 @@ type Export struct {
 	Origin   string   `json:"origin"`          // "config", "state", "api" or "command line"
 	URIs     []string `json:"uris"`            // where clients find it
 	Error    string   `json:"error,omitempty"` // why it does not work, yet or any more, or takes no more writes
+	File
+}
+
+// File tells which file an export has open as its image, or the top of its chain,
+// whatever is at the path by now. Of a block device Device is its own number, and
+// Inode absent. Both are absent where no file is open.
+type File struct {
+	Device string `json:"device,omitempty"` // "major:minor"; of another file that of its file system
+	Inode  uint64 `json:"inode,omitempty"`
+}
+
+// FileOf is the file that stat(2) says st of.
+func FileOf(st *unix.Stat_t) File {
+	dev, ino := st.Dev, st.Ino
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK { // another node may have its number
+		dev, ino = st.Rdev, 0
+	}
+	return File{Device: fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)), Inode: ino}
 }
 
 // Patch changes what can change while an export is in use. What is absent
