@@ -74,23 +74,24 @@ func (m *Machine) nodesStep(id string) Step {
 			if err := m.noPause(ctx, id); err != nil {
 				return false, err
 			}
-			return deleteNodes(ctx, m.Monitor, id)
+			return deleteNodes(ctx, m.Monitor, func(node string) bool { return isNodeOf(node, id) })
 		},
 	}
 }
 
-// deleteNodes deletes the nodes for a disk that no device uses.
-func deleteNodes(ctx context.Context, x qmp.Executor, id string) (changed bool, err error) {
+// deleteNodes deletes the nodes of which is says so, for a disk that no device uses.
+func deleteNodes(ctx context.Context, x qmp.Executor, is func(node string) bool) (changed bool, err error) {
 	ctx, cancel := steady(ctx)
 	defer cancel()
-	list, err := nodes(ctx, x, id)
+	list, err := qmp.QueryNamedBlockNodes(ctx, x)
 	if err != nil {
 		return false, err
 	}
+	list = slices.DeleteFunc(list, func(n qmp.Node) bool { return !is(n.Name) })
 	// A raw node holds the client whose name begins with its own.
 	slices.SortFunc(list, func(a, b qmp.Node) int { return len(a.Name) - len(b.Name) })
 	for _, n := range list {
-		if err := deleteNode(ctx, x, id, n.Name); err != nil {
+		if err := deleteNode(ctx, x, n.Name); err != nil {
 			return changed, err
 		}
 		changed = true

@@ -127,33 +127,38 @@ func (d *Domain) remove(ctx context.Context, plan *Plan, m *Machine, export stri
 }
 
 // leftStep deletes the clients that an unfinished renewal of a disk has left, which
-// libvirt does not know. Only if the export has clients yet is QEMU asked for them.
+// libvirt does not know, nor by which target the disk had gone then. Only if the export has clients yet is QEMU asked for them.
 func (d *Domain) leftStep(target, export string) Step {
 	return Step{
 		Name:  fmt.Sprintf("delete what a change of disk %s that was cut short has left in the machine, if the export has clients yet", target),
 		Final: true,
 		Do: func(ctx context.Context) (bool, error) {
-			wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
-			defer cancel()
-			for {
-				x, err := d.Server.Export(ctx, export)
-				if hasCode(err, api.CodeNotFound) || err == nil && x.Clients == 0 {
-					return false, nil
-				}
-				if err != nil {
-					return false, err
-				}
-				if wait.Err() != nil {
-					break
-				}
-				pause(wait, limits.AttachPoll)
+			x, err := d.deserted(ctx, export)
+			if hasCode(err, api.CodeNotFound) || err == nil && x.Clients == 0 {
+				return false, nil
 			}
-			changed, err := deleteNodes(ctx, d.Session.Monitor(d.Domain), target)
+			if err != nil {
+				return false, err
+			}
+			changed, err := deleteNodes(ctx, d.Session.Monitor(d.Domain), func(node string) bool { return isNodeAt(node, x.URIs) })
 			if err != nil && d.ended(ctx) {
 				err = nil
 			}
 			return changed, err
 		},
+	}
+}
+
+// deserted is an export once its clients have left, or have not for limits.AttachInUse.
+func (d *Domain) deserted(ctx context.Context, export string) (api.Export, error) {
+	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
+	defer cancel()
+	for {
+		x, err := d.Server.Export(ctx, export)
+		if err != nil || x.Clients == 0 || wait.Err() != nil {
+			return x, err
+		}
+		pause(wait, limits.AttachPoll)
 	}
 }
 

@@ -1644,6 +1644,29 @@ func TestDetachEndsWhatAResizeHasLeft(t *testing.T) {
 	}
 }
 
+// TestDiskThatLibvirtTookAwayLeavesNoClient: a resize was cut short when libvirt was
+// told to take the disk away, and Detach has nothing of it but its export.
+func TestDiskThatLibvirtTookAwayLeavesNoClient(t *testing.T) {
+	h := startHost(t)
+	ctx := testenv.Context(t)
+	s := h.source(h.image(t, "disk", diskSize))
+	p, err := h.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk})
+	do(t, p, err)
+	p, err = h.Resize(ctx, "sda", "", attach.Size{Bytes: 2 * diskSize})
+	must(t, err)
+	at := slices.IndexFunc(p.Steps, func(s attach.Step) bool { return strings.Contains(s.Name, "a second time") })
+	killed(t, p, at)
+	h.Virsh(t, "detach-disk", "--domain="+domainName, "sda", "--live")
+	id, err := h.Resolve(ctx, s.Image)
+	must(t, err)
+	p, err = h.Detach(ctx, id, false)
+	do(t, p, err)
+	h.wantNothing(t)
+	if left := h.nodes(t); left != "" {
+		t.Errorf("nodes are left:\n%s", left)
+	}
+}
+
 // killed runs a plan to the end of a step, and what has begun stays.
 func killed(t *testing.T, p *attach.Plan, at int) {
 	t.Helper()

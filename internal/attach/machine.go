@@ -340,7 +340,7 @@ func (p *plug) clientStep() Step {
 			err = p.client.Add(ctx, p.Monitor)
 			return maybe(err), err
 		},
-		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.client.Node) },
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.client.Node) },
 	}
 }
 
@@ -357,18 +357,18 @@ func (p *plug) rawStep() Step {
 			err = qmp.Raw{Node: p.raw, ReadOnly: p.readOnly, Discard: !p.readOnly}.Add(ctx, p.Monitor, p.client.Node)
 			return maybe(err), err
 		},
-		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.id, p.raw) },
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, p.Monitor, p.raw) },
 	}
 }
 
 // deleteNode deletes a node of the disk that may be gone already. QEMU lets a
 // device out of its tree before it lets go of the device's node.
-func deleteNode(ctx context.Context, x qmp.Executor, id, name string) error {
+func deleteNode(ctx context.Context, x qmp.Executor, name string) error {
 	wait, cancel := context.WithTimeout(ctx, limits.AttachInUse)
 	defer cancel()
 	for {
-		list, err := nodes(ctx, x, id)
-		if err != nil || !has(list, name) {
+		all, err := qmp.QueryNamedBlockNodes(ctx, x)
+		if err != nil || !has(all, name) {
 			return err
 		}
 		err = qmp.BlockdevDel(ctx, x, name)

@@ -86,8 +86,11 @@ func rawNode(own bool, id, uri string, readOnly bool) string {
 	if own {
 		prefix = ownPrefix
 	}
-	return prefix + nodesOf(id) + key(8, uri, strconv.FormatBool(readOnly))
+	return prefix + nodesOf(id) + sourceKey(uri, readOnly)
 }
+
+// sourceKey ends the name of a raw node.
+func sourceKey(uri string, readOnly bool) string { return key(8, uri, strconv.FormatBool(readOnly)) }
 
 // isNodeOf tells whether a node was made for the disk.
 func isNodeOf(node, id string) bool {
@@ -99,6 +102,18 @@ func isNodeOf(node, id string) bool {
 		}
 	}
 	return strings.HasPrefix(rest, nodesOf(id))
+}
+
+// isNodeAt tells whether a node was made for a disk at one of the URIs, whatever the
+// disk was called.
+func isNodeAt(node string, uris []string) bool {
+	parts := strings.SplitN(node, "-", 4)
+	if len(parts) < 3 || parts[0] != ownPrefix && parts[0] != foreignPrefix {
+		return false
+	}
+	return slices.ContainsFunc(uris, func(uri string) bool {
+		return parts[2] == sourceKey(uri, false) || parts[2] == sourceKey(uri, true)
+	})
 }
 
 // isOwn tells whether the node is of an export that a plan has made.

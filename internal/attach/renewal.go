@@ -236,7 +236,7 @@ func (r *renewal) openStep() Step {
 			err = second.Add(ctx, r.monitor())
 			return maybe(err), err
 		},
-		Undo: func(ctx context.Context) error { return deleteNode(ctx, r.monitor(), r.target, r.next) },
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, r.monitor(), r.next) },
 	}
 }
 
@@ -288,7 +288,7 @@ func (r *renewal) drive(ctx context.Context, client string) (bool, error) {
 	if err == nil {
 		err = qmp.SetDrive(ctx, r.monitor(), r.disk, client)
 	}
-	return true, errors.Join(err, deleteNode(ctx, r.monitor(), r.target, carrier.Node))
+	return true, errors.Join(err, deleteNode(ctx, r.monitor(), carrier.Node))
 }
 
 // tellStep has QEMU tell the guest of its size.
@@ -373,7 +373,7 @@ func (r *renewal) endStep() Step {
 			_, more, _, err := r.state(ctx)
 			for _, n := range more {
 				if err == nil {
-					err = deleteNode(ctx, r.monitor(), r.target, n.Name)
+					err = deleteNode(ctx, r.monitor(), n.Name)
 					changed = true
 				}
 			}

@@ -226,7 +226,7 @@ func (g *growth) clientStep() Step {
 			err = g.next.Add(ctx, g.Monitor)
 			return maybe(err), err
 		},
-		Undo: func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.id, g.next.Node) },
+		Undo: func(ctx context.Context) error { return deleteNode(ctx, g.Monitor, g.next.Node) },
 	}
 }
 
@@ -296,7 +296,7 @@ func (g *growth) deleteStep() Step {
 				if c := clientOf(g.raw, n.Name); c.number == 0 || c == last {
 					continue
 				}
-				if err := deleteNode(ctx, g.Monitor, g.id, n.Name); err != nil {
+				if err := deleteNode(ctx, g.Monitor, n.Name); err != nil {
 					return changed, err
 				}
 				changed = true
