@@ -328,9 +328,11 @@ func (c *call) public(err error) (*api.Error, int) {
 	default:
 		e = &api.Error{Code: api.CodeFailed, Text: "it failed; those who may change things are told why"}
 	}
-	if len(e.Text) > limits.ControlErrorText {
-		e = &api.Error{Code: e.Code, Text: strings.ToValidUTF8(e.Text[:limits.ControlErrorText], "")}
+	text := strings.ReplaceAll(e.Text, "\n", "; ") // errors.Join tells of each on a line
+	if len(text) > limits.ControlErrorText {
+		text = strings.ToValidUTF8(text[:limits.ControlErrorText], "")
 	}
+	e = &api.Error{Code: e.Code, Text: text}
 	status := statusOf[e.Code]
 	var s *statusError
 	if errors.As(err, &s) {

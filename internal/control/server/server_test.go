@@ -116,6 +116,18 @@ func TestErrorsKeepTheirCode(t *testing.T) {
 	}
 }
 
+// TestErrorsAreOfOneLine: a line break would reach a terminal escaped.
+func TestErrorsAreOfOneLine(t *testing.T) {
+	both := errors.Join(errors.New("no name"), errors.New("no image"))
+	for _, fail := range []error{both, &api.Error{Code: api.CodeFailed, Text: both.Error()}} {
+		w := start(t, &controltest.Service{Fail: fail}, server.Change)
+		var e *api.Error
+		if err := w.client.Resume(testContext(t), "a"); !errors.As(err, &e) || e.Text != "no name; no image" {
+			t.Errorf("got %#v", err)
+		}
+	}
+}
+
 func TestReadersAreNotToldCausesAndChangeNothing(t *testing.T) {
 	s := &controltest.Service{Fail: errors.New("open /secret/disk: no such file")}
 	w := start(t, s, server.Read)
