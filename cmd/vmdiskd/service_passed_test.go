@@ -597,7 +597,8 @@ func TestSocketOfNobodyWaitsForAKeptExport(t *testing.T) {
 }
 
 // TestPassedSocketsThatDoNotFit: what systemd passes and what the configuration
-// or the command line says is one, or the start fails (CF-14).
+// or the command line says is one, or the start fails (CF-14). It leaves no socket of
+// its own behind.
 func TestPassedSocketsThatDoNotFit(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -609,7 +610,9 @@ func TestPassedSocketsThatDoNotFit(t *testing.T) {
 	s, _ := newManaged(t, "[[listener]]\nuri = \"systemd:nbd\"\n", nil)
 	taken := filepath.Join(s.dir, "conf")
 	plain := filepath.Join(s.dir, "plain")
-	if err := os.WriteFile(plain, nil, 0o600); err != nil {
+	own := []string{filepath.Join(dir, "control"), filepath.Join(dir, "shared")}
+	text := fmt.Sprintf("[control]\nsocket = %q\n[[listener]]\nuri = \"nbd+unix:///?socket=%s\"\n", own[0], own[1])
+	if err := os.WriteFile(plain, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	disk := filepath.Join(s.dir, "a.img")
@@ -625,6 +628,7 @@ func TestPassedSocketsThatDoNotFit(t *testing.T) {
 		{"nobody takes it", `no listener of the configuration has the uri "systemd:nbd"`, []string{"--config", plain},
 			[]string{"LISTEN_FDS=1", "LISTEN_FDNAMES=nbd"}, []*os.File{unixSocket(t, filepath.Join(dir, "2"))}},
 		{"a file", "not a socket", []string{"--config", taken}, []string{"LISTEN_FDS=1", "LISTEN_FDNAMES=nbd"}, []*os.File{null}},
+		{"a file for nobody", "not a socket", []string{"--config", plain}, []string{"LISTEN_FDS=1", "LISTEN_FDNAMES=nbd"}, []*os.File{null}},
 		{"a file for one disk", "not a socket", []string{disk}, []string{"LISTEN_FDS=1"}, []*os.File{null}},
 		{"none for one disk", "passed no socket", []string{disk}, []string{"LISTEN_FDS=0"}, nil},
 		{"of another process", "passed no socket", []string{disk}, []string{"LISTEN_FDS=1", "LISTEN_PID=1"}, []*os.File{unixSocket(t, filepath.Join(dir, "3"))}},
@@ -642,6 +646,9 @@ func TestPassedSocketsThatDoNotFit(t *testing.T) {
 			out, err := cmd.CombinedOutput()
 			if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), tt.want) {
 				t.Errorf("%v, want exit status 1 and %q:\n%s", err, tt.want, out)
+			}
+			if slices.ContainsFunc(own, exists) {
+				t.Errorf("one of %q is left", own)
 			}
 		})
 	}

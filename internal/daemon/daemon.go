@@ -547,6 +547,7 @@ func (d *daemon) close() error {
 	var given error
 	d.endChanges()
 	d.leaveDoors()
+	d.cfg.Handed.closeRest()
 	if d.passed != nil {
 		d.passed.Close()
 	}

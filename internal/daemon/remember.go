@@ -20,9 +20,6 @@ func (d *daemon) lockState() (err error) {
 		return nil
 	}
 	if d.stateLock, err = config.LockState(c.Control.State); err != nil {
-		if d.cfg.Handed != nil {
-			d.cfg.Handed.closeRest()
-		}
 		return fmt.Errorf("control.state: %w", err)
 	}
 	return nil

@@ -132,7 +132,9 @@ func (t *Handed) control() (net.Listener, error) {
 	if t == nil || t.in.Control == nil {
 		return nil, nil
 	}
-	return transport.AdoptUnix(*t.in.Control)
+	h := *t.in.Control
+	t.in.Control = nil
+	return transport.AdoptUnix(h)
 }
 
 func (t *Handed) metrics() (net.Listener, error) {
@@ -192,8 +194,15 @@ func (h *handedImage) open() (files map[open.Request]*os.File, err error) {
 }
 
 // closeRest closes listeners and images that nobody has asked for: those of an
-// export that could not be opened, or whose image is another by now.
+// export that could not be opened, or whose image is another by now, and all that
+// were to come when the start failed.
 func (t *Handed) closeRest() {
+	if t == nil {
+		return
+	}
+	if l, _ := t.control(); l != nil {
+		_ = l.Close() // as below
+	}
 	for key, list := range t.in.Listeners {
 		for _, h := range list {
 			if l, err := transport.Adopt(h); err == nil {
