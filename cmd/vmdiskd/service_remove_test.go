@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -89,6 +90,26 @@ func TestExportThatLeavesIsNotChanged(t *testing.T) {
 		t.Errorf("the removal did not last as long as this test needs it: %v", err)
 	default:
 	}
+}
+
+// TestRemovalThatIsInterruptedLeavesTheExport: when nobody waits any more for its clients
+// it can be opened and changed, and it is kept.
+func TestRemovalThatIsInterruptedLeavesTheExport(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "")
+	s.keep("b")
+	s.hang("b")
+	s.leave(func(ctx context.Context) error { return s.ctl.Remove(ctx, "b", true, time.Minute) })
+	s.await("b is ready", func() bool { return slices.Equal(s.states(), []string{"b ready"}) })
+	s.setRate("b", config.Rate{})
+	s.open("b").reads(1)
+	if got := s.kept(); !slices.Equal(got, []string{"b.json"}) {
+		t.Errorf("kept are %q, want b.json", got)
+	}
+	if err := s.ctl.Remove(t.Context(), "b", true, time.Minute); err != nil {
+		t.Errorf("a removal by who stays: %v", err)
+	}
+	s.stop()
 }
 
 // TestExportIsForgottenAlthoughItsFlushFails: the failure is told, once, and the

@@ -406,6 +406,8 @@ func (s service) Remove(ctx context.Context, name string, force bool) error {
 	switch {
 	case removed && err != nil:
 		err = errLastLost(name, err)
+	case errors.Is(err, context.Canceled): // its caller has left, and nobody would go on with it
+		s.d.exports.Readmit(name, k)
 	case errors.Is(err, errAway) && s.d.disks.get(name) != nil:
 		err = errUnready(name)
 	}
