@@ -61,6 +61,7 @@ type daemon struct {
 	staleConf atomic.Bool                   // the last reload was not done
 	conf      atomic.Pointer[config.Config] // as it is applied; nil for one disk
 	coming    atomic.Pointer[config.Config] // what a reload that is under way makes of it, or nil
+	chosen    atomic.Pointer[string]        // the name that the control API has made the default last, or nil
 	rules     atomic.Pointer[server.Rules]  // of the control socket
 	doors     doors
 	probe     *transport.Probe  // of a service that is confined, or nil

@@ -29,12 +29,28 @@ func splitDefault(change *config.Change) (first *config.Change, last []config.Ex
 }
 
 // restoreDefault is the step of a reload whose undoing, the last, makes the export the
-// default that was it last: an export that is made what it was comes after it.
+// default that was it last: an export that is made what it was comes after it. What the
+// control API has chosen since is the last.
 func (r *reload) restoreDefault(context.Context) error {
-	if last, ok := r.d.exports.Default(); ok {
-		r.onError(func(context.Context) { r.d.exports.Choose(last) })
-	}
+	d := r.d
+	before := d.chosen.Load() // before last, which it may be then
+	last, ok := d.exports.Default()
+	r.onError(func(context.Context) {
+		if ok {
+			d.exports.Choose(last)
+		}
+		if since := d.chosen.Load(); since != before {
+			d.exports.Choose(*since)
+		}
+	})
 	return nil
+}
+
+// choose makes an export that says it is the default the last that was made so, for the
+// control API.
+func (d *daemon) choose(name string) {
+	d.chosen.Store(&name)
+	d.exports.Choose(name)
 }
 
 // passDefault is the step of a reload after which who was the default is it no more:

@@ -2,14 +2,17 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/vmdiskd/vmdiskd/internal/config"
+	"github.com/vmdiskd/vmdiskd/internal/control/api"
 	"github.com/vmdiskd/vmdiskd/internal/export"
 )
 
@@ -97,6 +100,56 @@ func TestReloadThatIsTakenBackLeavesTheDefaultOfTheAPI(t *testing.T) {
 	d.opens("done", "z")
 	if k := d.disks.get("b"); k.cfg.Default {
 		t.Error("b still says that it is the default")
+	}
+}
+
+// TestReloadThatIsTakenBackLeavesTheDefaultThatWasChosenMeanwhile by the control API:
+// the empty name opens what it was told to, also if the reload has changed that.
+func TestReloadThatIsTakenBackLeavesTheDefaultThatWasChosenMeanwhile(t *testing.T) {
+	const chosen = "default = true\n"
+	choose := func(s service) error {
+		_, err := s.Patch(context.Background(), "s", api.Patch{Default: new(true)})
+		return err
+	}
+	for _, tt := range []struct {
+		name, a, s string // as the reload has a and s
+		do         func(service) error
+		opens      string
+	}{
+		{"nothing", chosen, "", func(service) error { return nil }, "a"},
+		{"set", chosen, "", choose, "s"},
+		{"set, of one that is changed", chosen, "max-connections = 7\n", choose, "s"},
+		{"set, of one that is opened again", chosen, failingKey, choose, "s"},
+		{"set, where the default moves", "", "", choose, "s"},
+		{"set, and one that is none", chosen, "", func(s service) error {
+			_, err := s.Patch(context.Background(), "z0", api.Patch{Default: new(false)})
+			return errors.Join(choose(s), err)
+		}, "s"},
+		{"set, and removed", chosen, "", func(s service) error {
+			return errors.Join(choose(s), s.Remove(context.Background(), "s", true))
+		}, "a"},
+		{"added", chosen, "", func(s service) error {
+			x := config.Export{Name: "b", Format: "mem", Image: "1M", Default: true}
+			_, err := s.Add(context.Background(), api.AddExport{Export: x}, nil)
+			return err
+		}, "b"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newFailing(t)
+				if _, err := r.reload(inMemory("s", "") + inMemory("a", chosen) + inMemory("z", "") + inMemory("z0", "")); err != nil {
+					t.Fatal(err)
+				}
+				r.begin(inMemory("s", tt.s) + inMemory("a", tt.a) + inMemory("z", failingWindow) + inMemory("z0", ""))
+				if err := tt.do(service{r.d}); err != nil {
+					t.Fatal(err)
+				}
+				r.fail()
+				if x, err := r.d.exports.Find("", nil); err != nil || x.Name != tt.opens {
+					t.Errorf("the empty name opens %q, %v, want %q", x.Name, err, tt.opens)
+				}
+			})
+		})
 	}
 }
 

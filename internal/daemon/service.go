@@ -225,6 +225,7 @@ func (s service) Add(ctx context.Context, a api.AddExport, files []*os.File) (ap
 		return api.Export{}, told(err)
 	}
 	if x.Default {
+		s.d.choose(x.Name)
 		s.d.tellDefaults() // it is there, whatever becomes of the others: the notes tell of them
 	}
 	return s.Export(x.Name)
@@ -321,8 +322,8 @@ func (d *daemon) patch(k *disk, p api.Patch) error {
 	if p.WriteThreshold != nil {
 		k.stack.threshold.Set(x.Threshold())
 	}
-	if p.Default != nil {
-		d.exports.Choose(x.Name)
+	if p.Default != nil && *p.Default {
+		d.choose(x.Name)
 	}
 	return nil
 }
