@@ -170,6 +170,36 @@ func TestReloadThatIsTakenBackKeepsWhatWasSet(t *testing.T) {
 	}
 }
 
+// TestNothingIsSetThatAReloadMayTakeAway: an export that was not open before the reload
+// which has opened it would go with what was set.
+func TestNothingIsSetThatAReloadMayTakeAway(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ what, before, state string }{
+		{"opened for the first time", "[[export]]\nname = \"a\"\nimage = \"DIR/c.img\"\n", "a failed"},
+		{"added", "", ""},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			t.Parallel()
+			s := newService(t, tt.before+exportZ+unixListener("goes", ""))
+			set := func() error {
+				_, err := s.ctl.Patch(t.Context(), "a", api.Patch{ReadOnly: new(true)})
+				return err
+			}
+			s.failMeanwhile(exportA, func() { wantCode(t, "set during the reload", set(), api.CodeInUse) })
+			if got, want := strings.Join(s.states(), ", "), strings.TrimPrefix(tt.state+", z ready", ", "); got != want {
+				t.Errorf("after the reload: got %q, want %q", got, want)
+			}
+			if err := s.reload(exportA + exportZ); err != nil {
+				t.Error(err)
+			}
+			if err := set(); err != nil {
+				t.Errorf("set after a reload that is done: %v", err)
+			}
+			s.stop()
+		})
+	}
+}
+
 // TestPauseOutlastsAReloadThatIsTakenBack, or is refused: what the reload has opened
 // it would close.
 func TestPauseOutlastsAReloadThatIsTakenBack(t *testing.T) {

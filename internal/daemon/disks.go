@@ -56,6 +56,10 @@ type disk struct {
 	// it back. Guarded by disks.mu.
 	trial bool
 
+	// fresh is for a trial of one that was not open: nothing is open instead if it is
+	// taken back, and has what was set of it. Set before it is open.
+	fresh bool
+
 	// parting is for one that a reload takes back, and does not wait for any more: another
 	// that failed has its name and what it holds when it has left. Guarded by disks.mu.
 	parting bool

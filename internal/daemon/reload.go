@@ -266,6 +266,7 @@ func (d *daemon) addAll(ctx context.Context, list []*disk) (undo []undoing, err 
 	}
 	for _, k := range list {
 		name, failed := k.cfg.Name, k.again
+		k.fresh = true
 		if err := d.addDisk(ctx, k, nil); err != nil {
 			return undo, fmt.Errorf("export %q: %w", name, err)
 		}

@@ -271,7 +271,13 @@ func (s service) patch(ctx context.Context, name string, p api.Patch) (api.Expor
 		return api.Export{}, err
 	}
 	defer k.busy.Unlock()
-	if err := s.d.patch(k, p); err != nil {
+	if k.fresh {
+		err = s.d.mayLast(k, name)
+	}
+	if err == nil {
+		err = s.d.patch(k, p)
+	}
+	if err != nil {
 		return api.Export{}, told(err)
 	}
 	return s.Export(name)
