@@ -159,6 +159,9 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	case r.dump:
 		return options{text: daemon.DumpConfig()}, nil
 	}
+	if err := said(f); err != nil {
+		return options{}, err
+	}
 	if r.config != "" {
 		return r.service(f)
 	}
@@ -171,6 +174,19 @@ func parse(args []string, handed *daemon.Handed) (options, error) {
 	}
 	c.Disk.Image = f.Arg(0)
 	return options{config: c}, nil
+}
+
+// said refuses options without the value that they are for: a variable of a script that
+// is not set asks neither for root, nor for all addresses, which to leave them out means.
+func said(f *pflag.FlagSet) error {
+	for _, name := range [...]string{
+		"config", "unix", "port", "ipaddr", "unix-owner", "tls-certificates", "user", "group", "pidfile", "run",
+	} {
+		if f.Changed(name) && f.Lookup(name).Value.String() == "" {
+			return usagef("--%s: it is empty", name)
+		}
+	}
+	return nil
 }
 
 // formats are the values of --format.

@@ -143,6 +143,19 @@ func TestMistakesAreUsageErrors(t *testing.T) {
 	}
 }
 
+// TestVariableThatIsNotSetIsNoAnswer: it asks neither for root, nor for all addresses,
+// nor for whatever else an option means that is left out.
+func TestVariableThatIsNotSetIsNoAnswer(t *testing.T) {
+	for _, name := range []string{"unix", "ipaddr", "port", "unix-owner", "tls-certificates", "user", "group", "pidfile", "run", "config"} {
+		line := []string{"--" + name + "=", "--tls=require", "disk"}
+		_, err := parse(line, nil)
+		var usage usageError
+		if want := "--" + name + ": it is empty"; !errors.As(err, &usage) || usage.text != want {
+			t.Errorf("%q: got %v, want the usage error %q", line, err, want)
+		}
+	}
+}
+
 func TestMistakesSayWhatToWrite(t *testing.T) {
 	for line, want := range map[string]string{
 		"-f qcow2 disk":                       "-f is --foreground, the format is --format=qcow2",
