@@ -164,6 +164,12 @@ func (f *addFlags) rehearse(ctx context.Context, c *cobra.Command, cl *control.C
 func (f *addFlags) request(c *cobra.Command, name, image string) (a api.AddExport, err error) {
 	a = f.x
 	a.Name, a.Image = name, image
+	// A variable of a script that is not set: without a snapshot it would be the disk.
+	for _, flag := range [...]string{"format", "cache", "image-lock", "backing", "snapshot", "discard", "rate-group", "faults"} {
+		if c.Flags().Changed(flag) && c.Flags().Lookup(flag).Value.String() == "" {
+			return a, usage("--%s: it is empty", flag)
+		}
+	}
 	if !c.Flags().Changed("format") {
 		a.Format = "" // the daemon asks for it where the default would destroy the image
 	}

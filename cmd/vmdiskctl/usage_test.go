@@ -61,6 +61,10 @@ func TestMistakesSayWhatToWrite(t *testing.T) {
 		{exitUsage, "export add a b --rate ops=abc", `--rate: ops: "abc": want a number`},
 		{exitUsage, "export add a b --partition 0", "--partition: want a number from 1"},
 		{exitUsage, "export add a b --window 1M --sector-size 4K", "it needs --partition"},
+		{exitUsage, "export add a b -f qcow2 --snapshot=", "--snapshot: it is empty"},
+		{exitUsage, "export add a b --cache=", "--cache: it is empty"},
+		{exitUsage, "export add a b --rate-group=", "--rate-group: it is empty"},
+		{exitUsage, "attach --via=qmp a b -f qcow2 --snapshot=", "--snapshot: it is empty"},
 		{exitUsage, "export remove a --timeout 10", `--timeout: "10": want a time such as 10s`},
 		{exitUsage, "copy --flush=maybe a b", "want true or false"},
 	} {
