@@ -447,6 +447,8 @@ func TestReloadThatCannotBeDoneClosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantCode(t, "reload that closes a paused export", s.reload(exportA+again+exportB+again), api.CodeInUse)
+	_, err := s.ctl.Reload(t.Context(), true)
+	wantCode(t, "dry run of it", err, api.CodeInUse)
 	k.reads(1)
 	if err := s.ctl.Resume(t.Context(), "b"); err != nil {
 		t.Errorf("resume: %v", err)

@@ -61,6 +61,9 @@ func (s service) Reload(ctx context.Context, dryRun bool) (r api.Reload, err err
 	case r.Restart:
 		return api.Reload{}, &api.Error{Code: api.CodeUnsupported, Text: "a restart is needed: " + strings.Join(r.Changes, "; ")}
 	}
+	if err := d.mayReopen(change); err != nil {
+		return api.Reload{}, told(err)
+	}
 	secrets, takeSecrets, err := d.readSecrets(dryRun)
 	if err != nil {
 		return api.Reload{}, &api.Error{Code: api.CodeInvalid, Text: err.Error()}

@@ -113,8 +113,20 @@ func (d *daemon) reopen(ctx context.Context, list ...config.ExportChange) (undo 
 	return undo, over, nil
 }
 
-// beginReopen refuses an export that the API has paused, as the pause would be over, and
-// one that somebody else is removing.
+// errPaused is for an export that the API has paused: the pause would be over.
+var errPaused = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
+
+// mayReopen refuses what beginReopen would by now, for a dry run to tell of it.
+func (d *daemon) mayReopen(change *config.Change) error {
+	for _, name := range reopened(change) {
+		if k := d.disks.get(name); k != nil && d.disks.opened(k) && d.disks.held(k) {
+			return fmt.Errorf("export %q: %w", name, errPaused)
+		}
+	}
+	return nil
+}
+
+// beginReopen refuses an export that is paused, and one that somebody else is removing.
 func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportChange) (*reopening, error) {
 	if err := k.leave(ctx, false); err != nil {
 		return nil, fmt.Errorf("%w: it is being changed: %w", export.ErrInUse, err)
@@ -122,7 +134,7 @@ func (d *daemon) beginReopen(ctx context.Context, k *disk, change config.ExportC
 	live, _, _ := d.disks.look(k)
 	err := d.disks.stillHas(live.Name, k)
 	if err == nil && d.disks.held(k) {
-		err = fmt.Errorf("%w: it is paused, and has to be closed for what changes", export.ErrInUse)
+		err = errPaused
 	}
 	if err == nil && k.goes() {
 		err = fmt.Errorf("%w: it is being removed", export.ErrInUse)
