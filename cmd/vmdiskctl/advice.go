@@ -3,17 +3,30 @@ package main
 import (
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io/fs"
 	"syscall"
 
 	"github.com/vmdiskd/vmdiskd/internal/attach"
+	"github.com/vmdiskd/vmdiskd/internal/backing/open"
 	"github.com/vmdiskd/vmdiskd/internal/backing/qcow2/format"
 	control "github.com/vmdiskd/vmdiskd/internal/control/client"
 )
 
+// destinationError is about the destination of a copy, whose format and files the flags
+// for the source do not say.
+type destinationError struct {
+	path string
+	err  error
+}
+
+func (e destinationError) Error() string { return fmt.Sprintf("destination %q: %v", e.path, e.err) }
+func (e destinationError) Unwrap() error { return e.err }
+
 // advice says what to do about an error, behind its text.
 func advice(err error) string {
 	var socket *control.SocketError
+	destination := errors.As(err, new(destinationError))
 	switch {
 	case errors.As(err, &socket):
 		return socketAdvice(socket)
@@ -21,6 +34,10 @@ func advice(err error) string {
 		return "; --tls-certificates=FOLDER has the CA"
 	case errors.Is(err, attach.ErrOff):
 		return "; --config does that"
+	case destination && errors.Is(err, open.ErrDenied):
+		return "; but those are for the source: of a destination no other file is opened"
+	case destination && errors.Is(err, format.ErrOther):
+		return "; if it is raw, say so: -O raw"
 	case errors.Is(err, format.ErrOther):
 		return "; if it is raw, say so: -f raw"
 	}

@@ -168,7 +168,7 @@ func (f *copyFlags) run(ctx context.Context, from, to string, terminal *os.File)
 	defer src.Close()
 	dst, err := f.destination(ctx, to, src)
 	if err != nil {
-		return fmt.Errorf("destination %q: %w", to, err)
+		return destinationError{to, err}
 	}
 	return finish(ctx, dst, f.copy(ctx, src, dst, terminal))
 }

@@ -182,6 +182,22 @@ func TestCopyIntoAnImageThatIsThere(t *testing.T) {
 	sameDisk(t, full, img)
 }
 
+// TestAdviceAboutADestinationIsNotThatOfTheSource: to do what it says makes a difference.
+func TestAdviceAboutADestinationIsNotThatOfTheSource(t *testing.T) {
+	img, dir := disk(t), t.TempDir()
+	base, top := filepath.Join(dir, "base"), filepath.Join(dir, "top")
+	must(t, os.WriteFile(base, make([]byte, 4<<20), 0o600))
+	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+	for to, says := range map[string]string{
+		base: "if it is raw, say so: -O raw\n",
+		top:  "but those are for the source: of a destination no other file is opened\n",
+	} {
+		if _, _, stderr := ctl(t, "copy", "-O", "qcow2", img, to); !strings.HasSuffix(stderr, says) {
+			t.Errorf("copy to %q: got %q, want an end of %q", to, stderr, says)
+		}
+	}
+}
+
 func TestCopyToImageIsRefused(t *testing.T) {
 	img := disk(t)
 	dir := t.TempDir()
