@@ -299,6 +299,8 @@ func TestDaemonPausesAndResumes(t *testing.T) {
 	if got := want(t, exitDone, "export", "pause", "web"); got != "export web is paused\n" {
 		t.Errorf("got %q", got)
 	}
+	want(t, exitFailed, "export", "resize", "web", "+1M") // may be done later: see EXIT STATUS
+	want(t, exitFailed, "export", "snapshot", "web", filepath.Join(d.dir, "overlay"))
 	cmd := exec.Command("qemu-io", "-f", "raw", "-c", "read 0 64k", shownAs(t, "web").URIs[0])
 	must(t, cmd.Start())
 	if got := want(t, exitDone, "export", "resume", "web"); got != "export web is ready\n" {
