@@ -47,8 +47,8 @@ func (d *daemon) build(ctx context.Context, k *disk, x *config.Export, files []*
 	}
 	s.top = s.swap
 	for _, put := range [...]func(*stack, *config.Export) error{
-		(*stack).putWindow, k.putOverlay, (*stack).putProtect, (*stack).putBlockSize, (*stack).putFlush,
-		d.putReadOnly, d.putPause, d.putFaults, d.putRate, d.putLog,
+		(*stack).putWindow, k.putOverlay, (*stack).putBlockSize, (*stack).putFlush,
+		d.putReadOnly, d.putPause, d.putFaults, d.putRate, (*stack).putProtect, d.putLog,
 	} {
 		if err := put(s, x); err != nil {
 			return nil, errors.Join(err, s.top.Close())
@@ -149,6 +149,8 @@ func (k *disk) putOverlay(s *stack, x *config.Export) (err error) {
 	return nil
 }
 
+// putProtect protects ranges, above all that does a request in pieces: one that is
+// refused has changed nothing.
 func (s *stack) putProtect(x *config.Export) error {
 	if len(x.Protect) == 0 {
 		return nil
