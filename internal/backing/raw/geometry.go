@@ -38,6 +38,7 @@ type geometry struct {
 	rotational bool
 	fastZero   bool // block device: it makes zeroes itself
 	late       bool // the file system is one of lateErrors
+	mute       bool // it is one of muteReadOnly
 
 	// id is equal for two names of one image.
 	id ID
@@ -96,7 +97,7 @@ func survey(f *os.File, o Options) (geometry, error) {
 	if g.block {
 		err = g.surveyBlock(fd, o)
 	} else {
-		g.late, err = tellsLate(fd)
+		g.late, g.mute, err = manners(fd)
 	}
 	if err != nil {
 		return g, err
@@ -111,11 +112,19 @@ func survey(f *os.File, o Options) (geometry, error) {
 // Ceph: ceph_write_iter syncs every write while a pool is nearly full.
 var lateErrors = []int64{unix.NFS_SUPER_MAGIC, unix.CEPH_SUPER_MAGIC}
 
-// tellsLate reports whether an open file is on one of lateErrors.
-func tellsLate(fd uintptr) (bool, error) {
+// muteReadOnly are the file systems, with the numbers of statfs(2), that drop what is
+// written to files that were open when they became read-only, and have a sync of them
+// succeed (ext4_sync_file), as after an emergency remount.
+var muteReadOnly = []int64{unix.EXT4_SUPER_MAGIC}
+
+// manners reports whether an open file is on one of lateErrors, and of muteReadOnly.
+func manners(fd uintptr) (late, mute bool, err error) {
 	var st unix.Statfs_t
-	err := unix.Fstatfs(int(fd), &st)
-	return slices.Contains(lateErrors, int64(uint32(st.Type))), os.NewSyscallError("statfs", err)
+	if err := unix.Fstatfs(int(fd), &st); err != nil {
+		return false, false, os.NewSyscallError("statfs", err)
+	}
+	fs := int64(uint32(st.Type))
+	return slices.Contains(lateErrors, fs), slices.Contains(muteReadOnly, fs), nil
 }
 
 // surveyBlock asks what only block devices answer.

@@ -101,14 +101,23 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	return d.poisoned()
 }
 
-// whole tells of a block device that shrank. The kernel drops what was written
-// beyond the new end and is not written back, and a sync says nothing of it.
+// whole tells of storage that has dropped what was written, of which a sync says
+// nothing: a block device that shrank, where the kernel drops what was beyond the new
+// end and not written back, and a file system of muteReadOnly that became read-only.
 func (d *Device) whole() error {
-	if !d.geo.block {
-		return nil
+	if d.geo.block {
+		if end, size, shrank := d.shrank(); shrank {
+			return d.shorter(end, size)
+		}
 	}
-	if end, size, shrank := d.shrank(); shrank {
-		return d.shorter(end, size)
+	if d.geo.mute {
+		var st unix.Statfs_t
+		if err := unix.Fstatfs(int(d.file.FD()), &st); err != nil {
+			return os.NewSyscallError("statfs", err)
+		}
+		if st.Flags&unix.ST_RDONLY != 0 {
+			return unix.EROFS
+		}
 	}
 	return nil
 }
