@@ -39,6 +39,9 @@ func run(args []string) int {
 		return exitFailed
 	}
 	opt, err := parse(args, handed)
+	if err == nil && opt.text != "" {
+		_, err = os.Stdout.WriteString(opt.text)
+	}
 	var usage usageError
 	switch {
 	case errors.As(err, &usage):
@@ -48,7 +51,6 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "vmdiskd: %v\n", err)
 		return exitFailed
 	case opt.text != "":
-		fmt.Print(opt.text)
 		return 0
 	}
 	status, err := daemon.Run(opt.config)

@@ -299,3 +299,20 @@ func TestTextsGoToStandardOutput(t *testing.T) {
 		}
 	}
 }
+
+// TestTextThatIsLostIsAFailure, as where a script keeps what --check says on a disk
+// that is full.
+func TestTextThatIsLostIsAFailure(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	cmd := program("--dump-config")
+	var stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = full, &stderr
+	err = cmd.Run()
+	if cmd.ProcessState.ExitCode() != exitFailed || !strings.Contains(stderr.String(), "no space left") {
+		t.Errorf("got %v, %q, want exit status %d for want of space", err, stderr.String(), exitFailed)
+	}
+}
