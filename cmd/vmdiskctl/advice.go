@@ -45,9 +45,12 @@ func advice(err error) string {
 }
 
 func socketAdvice(err *control.SocketError) string {
+	const another = "--socket or " + socketVariable + " name another"
 	switch {
+	case errors.Is(err, control.ErrForeign):
+		return "; " + another
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return "; is vmdiskd --config running (systemctl status vmdiskd)? --socket or " + socketVariable + " name another"
+		return "; is vmdiskd --config running (systemctl status vmdiskd)? " + another
 	case errors.Is(err, fs.ErrPermission):
 		return "; owner and mode of [control] say who may connect, and read-users and change-users, or -groups, who is answered"
 	}

@@ -49,6 +49,9 @@ type SocketError struct {
 	Err  error
 }
 
+// ErrForeign is the cause where something else answers, such as a server of NBD.
+var ErrForeign = errors.New("what answers there is no control API")
+
 // Error names the socket.
 func (e *SocketError) Error() string { return fmt.Sprintf("control socket %q: %v", e.Path, e.Err) }
 
@@ -364,10 +367,10 @@ func (c *Client) attempt(ctx context.Context, q request) (*reply, error) {
 	r.unhook = context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	// A server that refuses may do so before it has read everything.
 	sendErr := send(conn.(*net.UnixConn), hr, q.files)
-	r.http, err = http.ReadResponse(bufio.NewReader(r.most), hr)
+	r.http, err = readReply(r.most, hr)
 	if err != nil {
 		r.close()
-		if sendErr != nil {
+		if sendErr != nil && !errors.Is(err, ErrForeign) {
 			err = sendErr // the cause
 		}
 		if ctx.Err() == nil {
@@ -381,6 +384,16 @@ func (c *Client) attempt(ctx context.Context, q request) (*reply, error) {
 		return nil, r.refusal()
 	}
 	return r, nil
+}
+
+// readReply reads the header of the reply to hr.
+func readReply(r io.Reader, hr *http.Request) (*http.Response, error) {
+	const begin = "HTTP/"
+	b := bufio.NewReader(r)
+	if p, err := b.Peek(len(begin)); err == nil && string(p) != begin {
+		return nil, ErrForeign
+	}
+	return http.ReadResponse(b, hr)
 }
 
 // http checks what the server would refuse unread, and builds the request.

@@ -247,6 +247,14 @@ func TestErrorsSayWhichSocket(t *testing.T) {
 	}
 }
 
+func TestServerOfNBDIsNoControlAPI(t *testing.T) {
+	_, err := evil(t, says("NBDMAGICIHAVEOPT\x00\x03")).Status(testContext(t))
+	var e *client.SocketError
+	if !errors.As(err, &e) || !errors.Is(err, client.ErrForeign) {
+		t.Errorf("got %v, want %v", err, client.ErrForeign)
+	}
+}
+
 func TestErrorTextIsBounded(t *testing.T) {
 	c := evil(t, says("HTTP/1.1 500 No\r\n\r\n{\"code\":\"failed\",\"text\":\""+strings.Repeat("x", 2*limits.ControlErrorText)+"\"}"))
 	_, err := c.Status(testContext(t))
