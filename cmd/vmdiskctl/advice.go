@@ -34,6 +34,8 @@ func advice(err error) string {
 		return "; --tls-certificates=FOLDER has the CA"
 	case errors.Is(err, attach.ErrOff):
 		return "; --config does that"
+	case errors.Is(err, attach.ErrUnnamed):
+		return "; --export names another"
 	case destination && errors.Is(err, open.ErrDenied):
 		return "; but those are for the source: of a destination no other file is opened"
 	case destination && errors.Is(err, format.ErrOther):

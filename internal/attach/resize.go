@@ -331,7 +331,7 @@ func (m *Machine) exportOf(ctx context.Context, id, named string) (x api.Export,
 
 // unnamed is the error of a disk whose export its user must name.
 func unnamed(disk string) error {
-	return fmt.Errorf("disk %s: %w: name it, if its daemon has another name for it", disk, ErrNoServer)
+	return fmt.Errorf("disk %s: %w", disk, ErrUnnamed)
 }
 
 // otherExport is the error of a disk that is from no address of the export.

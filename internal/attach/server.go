@@ -29,6 +29,10 @@ var (
 	// ErrNoServer is for disks that the control API does not have.
 	ErrNoServer = errors.New("not an export of this daemon")
 
+	// ErrUnnamed is the ErrNoServer of a disk that Attach has made no export for: its
+	// user may name the one that it is.
+	ErrUnnamed = fmt.Errorf("%w by the name that attach gives", ErrNoServer)
+
 	// ErrPaused is for a disk whose requests are held back. QEMU waits for some
 	// of them in its main loop, and the whole guest with it, until the pause ends.
 	ErrPaused = errors.New("the disk is paused")
