@@ -21,7 +21,8 @@ write
 echo u >/proc/sysrq-trigger
 await 'grep -q " /mnt ext4 ro" /proc/mounts'
 fails 1 write
-grep "may be lost" /run/server.log
+grep "may be lost.*drops what was written" /run/server.log
+dmesg | grep "returned error (5)"
 vmdiskctl device detach --force /dev/nbd0
 kill $server
 rc=0; wait $server || rc=$?

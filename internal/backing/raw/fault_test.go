@@ -117,6 +117,20 @@ func TestErrorsHaveTheirKind(t *testing.T) {
 	}
 }
 
+// TestFlushOfAReadOnlyFileSystemIsAnInputOutputError: that the guest may not write is
+// not what it has to know.
+func TestFlushOfAReadOnlyFileSystemIsAnInputOutputError(t *testing.T) {
+	forKinds(t, func(t *testing.T, k kind) {
+		d, f := newFaulty(t, k, 1<<20, raw.Options{})
+		fill(t, d, 1)
+		f.Inject(backingtest.Rule{Match: backingtest.Ops(engine.OpSync), Fault: backingtest.Fault{Errno: syscall.EROFS}})
+		if err := d.Flush(t.Context()); backing.KindOf(err) != backing.ErrIO {
+			t.Errorf("flush: got %v, want %v", err, backing.ErrIO)
+		}
+		wantPoisoned(t, d)
+	})
+}
+
 func TestFailedFlushIsForEver(t *testing.T) {
 	forKinds(t, func(t *testing.T, k kind) {
 		var told []error

@@ -91,6 +91,9 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	if err == nil {
 		err = d.whole()
 	}
+	if errors.Is(err, unix.EROFS) {
+		err = errDropped
+	}
 	if err != nil {
 		d.lost(op, err)
 	}
@@ -100,6 +103,9 @@ func (d *Device) fdatasync(ctx context.Context, op string, off, n int64) error {
 	}
 	return d.poisoned()
 }
+
+// errDropped stands for EROFS, which would tell a guest that it may not write.
+var errDropped = errors.New("its file system has become read-only, and drops what was written")
 
 // whole tells of storage that has dropped what was written, of which a sync says
 // nothing: a block device that shrank, where the kernel drops what was beyond the new
