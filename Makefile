@@ -29,6 +29,8 @@ OVERLAID  := $(shell GOFLAGS= $(GO) run ./scripts/tlsoverlay $(OVERLAY) >&2 || e
 $(if $(OVERLAID),$(error there is no overlay of crypto/tls))
 # Three packages for each processor: daemons, guests and time limits are waited for.
 PACKAGES  := $(shell echo $$((3 * $$(nproc))))
+# And two tests of a package, for the same reason.
+TESTS     := $(shell echo $$((2 * $$(nproc))))
 GOTEST    := $(GO) run ./test/skipcheck -allowed test/skips.allowed -- $(GO) test -json
 
 help: ## list the targets
@@ -64,7 +66,7 @@ unit: ## unit tests
 	$(GOTEST) -p $(PACKAGES) $(UNIT)
 
 race: ## unit tests with the race detector
-	CGO_ENABLED=1 $(GOTEST) -race -p $(PACKAGES) -timeout 20m $(RACE)
+	CGO_ENABLED=1 $(GOTEST) -race -p $(PACKAGES) -parallel $(TESTS) -timeout 20m $(RACE)
 
 plain:
 	$(GOTEST) -p $(PACKAGES) $(PLAIN)

@@ -17,6 +17,7 @@ import (
 // TestDiskComesOverTLS attaches a disk of a server that takes nothing but TLS
 // and certificates, and leaves none of them behind.
 func TestDiskComesOverTLS(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -101,6 +102,7 @@ func TestDiskComesOverTLS(t *testing.T) {
 // certificate is for localhost or for a host that is said. The disk grows by a
 // second client, unless that could not shake hands.
 func TestExportComesOverTLSByASocket(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	dir := testenv.TempDir(t)
 	ca := transporttest.NewCA(t, "test authority")

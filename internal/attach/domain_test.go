@@ -104,10 +104,16 @@ func (h *host) source(image string) attach.Source {
 
 // TestDiskOfADomain takes a disk through its life in a real libvirt, in the
 // running machine and in its configuration.
-func TestDiskOfADomain(t *testing.T) { diskOfADomain(t, startHost(t)) }
+func TestDiskOfADomain(t *testing.T) {
+	t.Parallel()
+	diskOfADomain(t, startHost(t))
+}
 
 // TestDiskOfADomainOfANewerLibvirt is the same with libvirt 11.
-func TestDiskOfADomainOfANewerLibvirt(t *testing.T) { diskOfADomain(t, startNewerHost(t)) }
+func TestDiskOfADomainOfANewerLibvirt(t *testing.T) {
+	t.Parallel()
+	diskOfADomain(t, startNewerHost(t))
+}
 
 func diskOfADomain(t *testing.T, h *host) {
 	t.Helper()
@@ -182,6 +188,7 @@ func diskOfADomain(t *testing.T, h *host) {
 // export lasts as long as either has the disk, and from the first that the
 // configuration has it past the daemon's end.
 func TestDiskOfADomainIsInOneStateAlone(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	plain := h.source(h.image(t, "disk", diskSize))
@@ -237,6 +244,7 @@ func TestDiskOfADomainIsInOneStateAlone(t *testing.T) {
 // configuration differ in what a target is, as virsh may leave them: no disk goes
 // that was not asked for, and none loses its export.
 func TestTargetWithAnotherDiskInEachState(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	x, y := h.image(t, "x", diskSize), h.image(t, "y", diskSize)
@@ -385,6 +393,7 @@ func (h *host) states(t *testing.T) (in libvirtd.Scope) {
 // TestDiskForTheConfigurationThatFailsLeavesNothing: the user interrupts after
 // each step.
 func TestDiskForTheConfigurationThatFailsLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	h.Scope = libvirtd.Config
 	ctx := testenv.Context(t)
@@ -407,6 +416,7 @@ func TestDiskForTheConfigurationThatFailsLeavesNothing(t *testing.T) {
 // has got the disk, or has lost it: attach takes it back, and detach tells what it
 // cannot take back, and is done by a second one.
 func TestConfigurationThatCannotBeSaved(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	inTheWay := filepath.Join(h.Dir, "c/libvirt/qemu", domainName+".xml.new") // where libvirt writes
@@ -482,6 +492,7 @@ func (h *host) keep(t *testing.T) (s attach.Source, o attach.Options, target str
 // TestDiskBelowAnOverlayIsTheDomainsStill: libvirt's external snapshots put a file
 // above a disk, which the guest has all the same.
 func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s, o, target := h.keep(t)
@@ -519,6 +530,7 @@ func TestDiskBelowAnOverlayIsTheDomainsStill(t *testing.T) {
 // TestPausedDiskOfADomainStaysAsItIs is TestPausedDiskStaysAsItIs with a domain, whose
 // configuration loses the disk all the same.
 func TestPausedDiskOfADomainStaysAsItIs(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s, o, _ := h.keep(t)
@@ -556,6 +568,7 @@ func TestPausedDiskOfADomainStaysAsItIs(t *testing.T) {
 // same certificates. A disk at a socket of its own has none, whatever qemu.conf says
 // of those of which nothing is said.
 func TestDiskOfADomainComesOverTLS(t *testing.T) {
+	t.Parallel()
 	dir := readable(t, testenv.Certificates(t), testenv.Nobody)
 	l := testenv.StartLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir), "nbd_tls = 1")
 	overTLS(t, dir, func(conf string) *host { return startHostOf(t, l, libvirtd.Private, conf) })
@@ -563,6 +576,7 @@ func TestDiskOfADomainComesOverTLS(t *testing.T) {
 
 // TestDiskOfANewerLibvirtComesOverTLS is the same with libvirt 11.
 func TestDiskOfANewerLibvirtComesOverTLS(t *testing.T) {
+	t.Parallel()
 	dir := readable(t, testenv.Certificates(t), testenv.SystemQEMU)
 	l := testenv.StartNewerLibvirt(t, fmt.Sprintf("nbd_tls_x509_cert_dir = %q", dir), "nbd_tls = 1")
 	overTLS(t, dir, func(conf string) *host {
@@ -631,6 +645,7 @@ func readable(t *testing.T, dir string, user int) string {
 // TestDiskOfASystemDomain: the socket of the disk belongs to the user that
 // libvirt runs the domain's QEMU as, and to nobody else.
 func TestDiskOfASystemDomain(t *testing.T) {
+	t.Parallel()
 	h := startHostOf(t, testenv.StartSystemLibvirt(t), libvirtd.System)
 	ctx := testenv.Context(t)
 	p, err := h.Attach(ctx, h.lab.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk, Persist: true})
@@ -656,6 +671,7 @@ func TestDiskOfASystemDomain(t *testing.T) {
 
 // TestDiskOfADomainGrowsInAnOldMachine is TestDiskGrowsInAnOldMachine with a domain.
 func TestDiskOfADomainGrowsInAnOldMachine(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	h.tapped(t).hide("open-timeout")
 	ctx := testenv.Context(t)
@@ -670,6 +686,7 @@ func TestDiskOfADomainGrowsInAnOldMachine(t *testing.T) {
 // that the machine is given through libvirt's monitor, where libvirt has no word for
 // it. The domain keeps it until the disk is detached.
 func TestDiskOfADomainThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	p := h.tapped(t)
 	ctx := testenv.Context(t)
@@ -714,6 +731,7 @@ func TestDiskOfADomainThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
 
 // TestDiskOfADomainGetsWhatEachAdds is TestDiskGetsWhatEachAdds with a domain.
 func TestDiskOfADomainGetsWhatEachAdds(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
@@ -727,6 +745,7 @@ func TestDiskOfADomainGetsWhatEachAdds(t *testing.T) {
 // TestResizeOfADomainNeedsAPlaceForASecondClient is
 // TestResizeNeedsAPlaceForASecondClient with a domain.
 func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	image := h.image(t, "disk", diskSize)
@@ -741,6 +760,7 @@ func TestResizeOfADomainNeedsAPlaceForASecondClient(t *testing.T) {
 // a domain. One that gets a delay which libvirt forgets needs two, also for a disk that
 // it has.
 func TestAttachToADomainNeedsAPlaceForItsClient(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	h.endService()
@@ -785,6 +805,7 @@ func TestAttachToADomainNeedsAPlaceForItsClient(t *testing.T) {
 // TestDiskOfADomainIsNoOtherExportThanItsOwn is TestDiskIsNoOtherExportThanItsOwn
 // with a domain.
 func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	h.endService()
@@ -835,6 +856,7 @@ func TestDiskOfADomainIsNoOtherExportThanItsOwn(t *testing.T) {
 // TestExportIsOneDiskOfADomain is TestExportIsOneDiskOfAMachine with a domain. What
 // another has attached since a plan was made is found too.
 func TestExportIsOneDiskOfADomain(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	restart := func(listeners ...string) {
@@ -897,6 +919,7 @@ func TestExportIsOneDiskOfADomain(t *testing.T) {
 // TestPlanOfAResizeDoesNotTaint: libvirt marks a domain whose monitor somebody
 // has used, and nothing has been changed yet.
 func TestPlanOfAResizeDoesNotTaint(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	p, err := h.Attach(ctx, h.source(h.image(t, "disk", diskSize)), attach.Options{Model: qmp.SCSIDisk})
@@ -916,6 +939,7 @@ func TestPlanOfAResizeDoesNotTaint(t *testing.T) {
 // TestDiskOfADomainThatIsOffNeedsAnOwner: QEMU runs as a user that libvirt names
 // only while it does, and the domain would not start.
 func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	h.Virsh(t, "destroy", "--domain="+domainName)
@@ -941,6 +965,7 @@ func TestDiskOfADomainThatIsOffNeedsAnOwner(t *testing.T) {
 // TestDomainThatIsShutOffMeanwhile, after it was looked up, has nothing plugged and
 // nothing grown but what its next start will have.
 func TestDomainThatIsShutOffMeanwhile(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -972,6 +997,7 @@ func TestDomainThatIsShutOffMeanwhile(t *testing.T) {
 // TestSavedGuestKeepsItsExport, whether its configuration has the disk too or
 // nothing but the export is left of it.
 func TestSavedGuestKeepsItsExport(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1006,6 +1032,7 @@ func TestSavedGuestKeepsItsExport(t *testing.T) {
 // and goes with its export, and a configuration that is asked for is refused before
 // anything is done.
 func TestDiskOfATransientDomain(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	h.makeTransient(t)
@@ -1067,6 +1094,7 @@ func (h *host) wantNothing(t *testing.T) {
 // TestAttachToADomainThatFailsLeavesNothing has libvirt refuse the disk, and
 // the user interrupt after each step.
 func TestAttachToADomainThatFailsLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	image := h.image(t, "disk", diskSize)
@@ -1098,6 +1126,7 @@ func TestAttachToADomainThatFailsLeavesNothing(t *testing.T) {
 // TestDomainThatEndsLeavesNothing: it ends before the first step of an attach, or
 // before the last, and a transient one is unknown then.
 func TestDomainThatEndsLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1128,6 +1157,7 @@ func TestDomainThatEndsLeavesNothing(t *testing.T) {
 // domain, one that has a delay of its disk to be forgotten. A transient one is unknown
 // then.
 func TestDiskOfADomainThatEndsIsDetached(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1158,6 +1188,7 @@ func TestDiskOfADomainThatEndsIsDetached(t *testing.T) {
 // TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport is
 // TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport with a domain.
 func TestDomainThatEndsWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1191,6 +1222,7 @@ func interrupted(ctx context.Context, p *attach.Plan, at int) error {
 // TestDelayIsSetLater in QEMU, for a disk that was attached without it: whoever
 // follows the note of the first attach has a guest that waits for its server.
 func TestDelayIsSetLater(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1230,6 +1262,7 @@ func TestDelayIsSetLater(t *testing.T) {
 // where nothing is said, another is refused unless QEMU is to connect anew with it,
 // and it does not outlast the disk that it was given to.
 func TestDelayThatIsKeptIsThatOfTheDisk(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1447,6 +1480,7 @@ func (h *host) addAgent(t *testing.T) {
 // TestMountedDiskOfADomainIsNotDetached, unless its guest falls silent: the session
 // that has asked it ends then, and the detach goes on.
 func TestMountedDiskOfADomainIsNotDetached(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	h.addAgent(t)
@@ -1486,6 +1520,7 @@ func TestMountedDiskOfADomainIsNotDetached(t *testing.T) {
 // TestInterruptWhileLibvirtIsAskedLeavesNothing has the user interrupt an attach
 // at each of its messages to libvirt in turn, before libvirt has it.
 func TestInterruptWhileLibvirtIsAskedLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	p := h.tapped(t)
 	image := h.image(t, "disk", diskSize)
@@ -1521,6 +1556,7 @@ func TestInterruptWhileLibvirtIsAskedLeavesNothing(t *testing.T) {
 // each of its messages to libvirt: of the same disk, which is there then, and of
 // another, which has the target that both were planned for.
 func TestAttachesAtOneTime(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	other := *h.Domain
 	p := h.tapped(t)
@@ -1573,11 +1609,13 @@ func TestAttachesAtOneTime(t *testing.T) {
 // TestResizeOfADomainThatFailsIsDoneByASecond interrupts it in each step: all
 // is as it was, or the guest has the size and the same command does the rest.
 func TestResizeOfADomainThatFailsIsDoneByASecond(t *testing.T) {
+	t.Parallel()
 	secondResize(t, startHost(t))
 }
 
 // TestResizeByANewerLibvirtThatFailsIsDoneByASecond is the same with libvirt 11.
 func TestResizeByANewerLibvirtThatFailsIsDoneByASecond(t *testing.T) {
+	t.Parallel()
 	secondResize(t, startNewerHost(t))
 }
 
@@ -1624,6 +1662,7 @@ func secondResize(t *testing.T, h *host) {
 // TestDetachEndsWhatAResizeHasLeft that was cut short in any step: no client is left,
 // and the export goes without force.
 func TestDetachEndsWhatAResizeHasLeft(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	image, size := h.image(t, "disk", diskSize), int64(diskSize)
@@ -1647,6 +1686,7 @@ func TestDetachEndsWhatAResizeHasLeft(t *testing.T) {
 // TestDiskThatLibvirtTookAwayLeavesNoClient: a resize was cut short when libvirt was
 // told to take the disk away, and Detach has nothing of it but its export.
 func TestDiskThatLibvirtTookAwayLeavesNoClient(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1696,6 +1736,7 @@ func (h *host) leaveCarrier(t *testing.T) {
 // TestDisksWithOneNameAreToldApart: two servers have an export of one name. That
 // of the daemon which is asked is meant, and without one neither.
 func TestDisksWithOneNameAreToldApart(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	theirs := &lab{dir: testenv.TempDir(t)}
@@ -1728,6 +1769,7 @@ func TestDisksWithOneNameAreToldApart(t *testing.T) {
 // compared with the disk that the domain has, when the plan is made and when it
 // runs. What was not said is as it is there.
 func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1789,6 +1831,7 @@ func TestDiskThatIsThereOtherwiseIsRefused(t *testing.T) {
 // TestOtherDelayIsRefused where libvirt knows that of the disk. One that comes to
 // as many seconds is no other, and what was not said is as it is there.
 func TestOtherDelayIsRefused(t *testing.T) {
+	t.Parallel()
 	h := startNewerHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1823,6 +1866,7 @@ func TestOtherDelayIsRefused(t *testing.T) {
 // domain has is told from one that its image would be with other options, and one
 // that forgets from its next opening.
 func TestDomainComesToNoOtherContentsByARestart(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source(h.image(t, "disk", diskSize))
@@ -1869,6 +1913,7 @@ func TestDomainComesToNoOtherContentsByARestart(t *testing.T) {
 // has no more, as after a detach that could not remove one, and after the
 // domain's end.
 func TestExportOfADiskThatIsGoneIsRemoved(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	image := h.image(t, "disk", diskSize)
@@ -1917,6 +1962,7 @@ func TestExportOfADiskThatIsGoneIsRemoved(t *testing.T) {
 // TestImageInMemoryIsFoundByItsSize, which it was attached by, while a domain has
 // the disk and when the export alone is left.
 func TestImageInMemoryIsFoundByItsSize(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	s := h.source("1M")
@@ -1934,6 +1980,7 @@ func TestImageInMemoryIsFoundByItsSize(t *testing.T) {
 
 // TestElementOfADomain names what Attach would make, and makes nothing.
 func TestElementOfADomain(t *testing.T) {
+	t.Parallel()
 	h := startHost(t)
 	ctx := testenv.Context(t)
 	text, err := h.Element(ctx, h.source(h.image(t, oddName, diskSize)), attach.Options{Model: qmp.SCSIDisk})

@@ -15,12 +15,14 @@ import (
 // TestGuestWritesOnWhileItsDiskChanges has a guest write to its disk, and read
 // back, while the disk grows twice with a snapshot between.
 func TestGuestWritesOnWhileItsDiskChanges(t *testing.T) {
+	t.Parallel()
 	guestWritesOn(t, qmp.VirtIOBlk, "-device", "pcie-root-port,id=rp1,chassis=1")
 }
 
 // TestGuestWritesOnThroughAThreadOfItsDisks is the same with a controller that
 // has an iothread, to which QEMU moves the nodes of its disks.
 func TestGuestWritesOnThroughAThreadOfItsDisks(t *testing.T) {
+	t.Parallel()
 	guestWritesOn(t, qmp.SCSIDisk, "-object", "iothread,id=io0", "-device", "virtio-scsi-pci,id=scsi0,iothread=io0")
 }
 

@@ -83,6 +83,7 @@ func mountedAs(serial string) string {
 }
 
 func TestMountedDiskIsNotDetached(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -118,6 +119,7 @@ func TestMountedDiskIsNotDetached(t *testing.T) {
 // an identifier that QEMU makes of 20 characters of its serial number. Attach
 // gives it the whole, and a disk that has less is found too.
 func TestMountedDiskWithALongSerialNumberIsNotDetached(t *testing.T) {
+	t.Parallel()
 	const serial, cut = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", "ABCDEFGHIJKLMNOPQRST"
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
@@ -154,6 +156,7 @@ func TestMountedDiskWithALongSerialNumberIsNotDetached(t *testing.T) {
 // TestFrozenGuestIsThawedWhateverHappens makes snapshots that work, that fail,
 // and that are interrupted.
 func TestFrozenGuestIsThawedWhateverHappens(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -217,6 +220,7 @@ func TestFrozenGuestIsThawedWhateverHappens(t *testing.T) {
 // TestGuestThatOthersHaveFrozenStaysSo, also where its agent does not say it.
 // What an agent of a frozen guest refuses is QEMU's own (qga/main.c).
 func TestGuestThatOthersHaveFrozenStaysSo(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -286,6 +290,7 @@ func (a *busyAgent) Execute(_ context.Context, command string, _ any, _ ...*os.F
 // TestGuestIsThawedOnceItsAgentAnswers: an agent that still freezes when the
 // user has enough does not answer.
 func TestGuestIsThawedOnceItsAgentAnswers(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -320,6 +325,7 @@ func scripted(t *testing.T, script func(c *qmptest.Conn), notes *[]string) *atta
 
 // TestGuestIsAskedForTheDisk has guests that show it, late or never.
 func TestGuestIsAskedForTheDisk(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -361,6 +367,7 @@ func TestGuestIsAskedForTheDisk(t *testing.T) {
 // TestGuestIsAskedForTheDiskThatIsThere by what that is, not by what it would be if
 // it were plugged now.
 func TestGuestIsAskedForTheDiskThatIsThere(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -386,6 +393,7 @@ func TestGuestIsAskedForTheDiskThatIsThere(t *testing.T) {
 
 // TestHostileMachinesAreNoHarm talks to monitors that lie or fall silent.
 func TestHostileMachinesAreNoHarm(t *testing.T) {
+	t.Parallel()
 	source := attach.Source{URI: "nbd+unix:///?socket=/none"}
 	o := attach.Options{ID: "d0", Model: qmp.VirtIOBlk}
 	for name, tt := range map[string]struct {
@@ -446,6 +454,7 @@ func flood(c *qmptest.Conn, text string) {
 // TestMachineThatAnswersNoQuestionIsGivenUp within the time of a question: a
 // command that changes something would have longer.
 func TestMachineThatAnswersNoQuestionIsGivenUp(t *testing.T) {
+	t.Parallel()
 	for name, script := range map[string]func(c *qmptest.Conn){
 		"falls silent":        func(c *qmptest.Conn) { c.Handshake(); c.Hold() },
 		"has events for all":  func(c *qmptest.Conn) { c.Handshake(); flood(c, `{"event": "NOISE", "data": {}}`+"\n") },
@@ -467,6 +476,7 @@ func TestMachineThatAnswersNoQuestionIsGivenUp(t *testing.T) {
 // TestNoMachineNamesTheExportsOfOthers has a machine claim that its disk is
 // another's: what is removed follows from its own name.
 func TestNoMachineNamesTheExportsOfOthers(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	l.startService(t)
 	ctx := testenv.Context(t)

@@ -187,6 +187,7 @@ const oddName = `-a,"b'<&>%41?#\.img`
 // life in a real machine, twice at each step: the second time nothing is left
 // to do.
 func TestDiskIsAttachedGrownAndDetached(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -299,6 +300,7 @@ func (l *lab) wantSize(t *testing.T, m *attach.Machine, id string, want int64) {
 // TestDiskThatGrowsWaitsForItsServerAsBefore reads the delay of each client that
 // the machine is given.
 func TestDiskThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	proxy := newProxy(t, l.monitor)
 	m := l.machine(t, proxy.path, nil)
@@ -334,6 +336,7 @@ func TestDiskThatGrowsWaitsForItsServerAsBefore(t *testing.T) {
 // TestDiskGrowsInAnOldMachine that has blockdev-reopen, from 6.1 on, and no
 // open-timeout, from 7.0 on.
 func TestDiskGrowsInAnOldMachine(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	proxy := newProxy(t, l.monitor)
 	proxy.hide("open-timeout")
@@ -352,6 +355,7 @@ func TestDiskGrowsInAnOldMachine(t *testing.T) {
 
 // TestDiskMayEndWithinASector: QEMU shows the rest of the sector too.
 func TestDiskMayEndWithinASector(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -561,6 +565,7 @@ func (l *lab) dead(t *testing.T, plan func(ctx context.Context, m *attach.Machin
 // TestMachineThatDiesLeavesNothing: it dies before each step of an attach, and what
 // is taken back is what it has not taken along.
 func TestMachineThatDiesLeavesNothing(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	l.dead(t, func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan {
 		p, err := m.Attach(ctx, s, attach.Options{Model: qmp.SCSIDisk, ID: "d0"})
@@ -579,6 +584,7 @@ func TestMachineThatDiesLeavesNothing(t *testing.T) {
 // TestDiskOfAMachineThatDiesIsDetached: it dies before each step of a detach, after
 // which nobody could ask for the rest of it.
 func TestDiskOfAMachineThatDiesIsDetached(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	l.dead(t, func(ctx context.Context, m *attach.Machine, s attach.Source) *attach.Plan {
 		m.Agent = startGuest(t, nil).Agent
@@ -600,6 +606,7 @@ func TestDiskOfAMachineThatDiesIsDetached(t *testing.T) {
 // TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport longer, if it was grown, and
 // nothing else: it dies before each step of a resize.
 func TestMachineThatDiesWhileItsDiskGrowsLeavesTheExport(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	var name string
 	var size int64
@@ -633,6 +640,7 @@ func wantGrown(t *testing.T, step string, err error) {
 // TestAttachThatFailsAtAnyCommandLeavesNothing has QEMU refuse each command of
 // an attach in turn, then has the user interrupt at each.
 func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	p := newProxy(t, l.monitor)
 	m := l.machine(t, p.path, nil)
@@ -684,6 +692,7 @@ func TestAttachThatFailsAtAnyCommandLeavesNothing(t *testing.T) {
 // TestPlaceThatAnotherTakesIsNotTheLast has somebody else plug a device, by
 // another monitor, at the place that an attach is about to use.
 func TestPlaceThatAnotherTakesIsNotTheLast(t *testing.T) {
+	t.Parallel()
 	other := filepath.Join(testenv.TempDir(t), "other")
 	l := start(t, append(q35, "-qmp", "unix:"+other+",server=on,wait=off")...)
 	p := newProxy(t, l.monitor)
@@ -714,6 +723,7 @@ func TestPlaceThatAnotherTakesIsNotTheLast(t *testing.T) {
 // turn. Before the guest is told, the machine goes back to the client that it
 // had; a later attempt ends what the first has begun.
 func TestResizeThatFailsKeepsTheDiskAsItWas(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	p := newProxy(t, l.monitor)
 	m := l.machine(t, p.path, nil)
@@ -761,6 +771,7 @@ func TestResizeThatFailsKeepsTheDiskAsItWas(t *testing.T) {
 // of bytes in turn: what the error names does the rest, and no more. Before the image
 // has grown, and where a size was named, it says nothing of that.
 func TestResizeByMoreThatFailsNamesTheSize(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	p := newProxy(t, l.monitor)
 	m := l.machine(t, p.path, nil)
@@ -807,6 +818,7 @@ func TestResizeByMoreThatFailsNamesTheSize(t *testing.T) {
 }
 
 func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -847,6 +859,7 @@ func TestSomethingElseOfTheNameIsRefused(t *testing.T) {
 // image: before anything is plugged, as after a restart of the machine, and of a
 // disk that the machine has.
 func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -911,6 +924,7 @@ func TestAnotherDiskIsNotTakenForTheOneThatIsThere(t *testing.T) {
 // else in the place of the disk is refused before it is served; the same, served
 // otherwise, gets what the guest writes meanwhile.
 func TestGuestComesToNoOtherContentsByARestart(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -968,6 +982,7 @@ func TestGuestComesToNoOtherContentsByARestart(t *testing.T) {
 // the export, and nothing is served later at the address that its client waits
 // at. While the export is there the disk is attached already.
 func TestGuestOfADiskThatForgetsComesToNoOtherOpening(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1022,6 +1037,7 @@ func TestGuestOfADiskThatForgetsComesToNoOtherOpening(t *testing.T) {
 
 // TestGuestDoesNotGoBackBeforeItsSnapshotByARestart of the service.
 func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1057,6 +1073,7 @@ func TestGuestDoesNotGoBackBeforeItsSnapshotByARestart(t *testing.T) {
 // TestDetachTellsOfTheOverlay that a snapshot has put above the image, as does what
 // leads to a detach: the same attach would have the guest write to the image below.
 func TestDetachTellsOfTheOverlay(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -1106,6 +1123,7 @@ func TestDetachTellsOfTheOverlay(t *testing.T) {
 // goes on with the size that it knows until it is told. One that has shrunk is
 // refused.
 func TestDiskThatGrewUnseenIsServedAgain(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	var notes []string
 	m := l.machine(t, l.monitor, &notes)
@@ -1161,6 +1179,7 @@ func guestIO(t *testing.T, m *attach.Machine, id, command string) {
 // TestDiskIsNoOtherExportThanItsOwn names exports for a disk that attach has
 // served, and for one of an export that was there.
 func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, image := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1199,6 +1218,7 @@ func TestDiskIsNoOtherExportThanItsOwn(t *testing.T) {
 // TestExportOfAnEarlierDiskIsNoDisk: a machine that has been started again has another
 // disk under the name by now.
 func TestExportOfAnEarlierDiskIsNoDisk(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1220,6 +1240,7 @@ func TestExportOfAnEarlierDiskIsNoDisk(t *testing.T) {
 // TestExportBelowAnOverlayIsInTheMachine: QEMU's snapshots put a node above that of a
 // disk, which the guest has all the same.
 func TestExportBelowAnOverlayIsInTheMachine(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1245,6 +1266,7 @@ func TestExportBelowAnOverlayIsInTheMachine(t *testing.T) {
 // the new size comes by that of the first, with the same TLS. So does that of a disk
 // whose image attach has served beside them.
 func TestDiskGrowsByTheAddressThatItCameBy(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	dir := testenv.Certificates(t)
 	port, plain := testenv.FreePort(t), testenv.FreePort(t)
@@ -1299,6 +1321,7 @@ uri = "nbds://127.0.0.1:%d"`, dir, l.dir, plain, port))
 // TestDiskUnderNoNameIsNoExport: the default export may be another by now, whose bytes
 // a running guest would get.
 func TestDiskUnderNoNameIsNoExport(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1326,6 +1349,7 @@ func TestDiskUnderNoNameIsNoExport(t *testing.T) {
 // TestExportIsOneDiskOfAMachine by whichever of its addresses the machine has it. Its daemon is started again with an address that is
 // taken before the one that the disk was attached by.
 func TestExportIsOneDiskOfAMachine(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	dir := testenv.Certificates(t)
 	plain, port := testenv.FreePort(t), testenv.FreePort(t)
@@ -1395,6 +1419,7 @@ func TestExportIsOneDiskOfAMachine(t *testing.T) {
 
 // TestDiskGetsWhatEachAdds: two plans are made of a disk before either is run.
 func TestDiskGetsWhatEachAdds(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1421,6 +1446,7 @@ func eachAdds(t *testing.T, resize func() (*attach.Plan, error)) {
 // TestResizeNeedsAPlaceForASecondClient: an export that is full is not grown, and
 // one that has the size already needs none.
 func TestResizeNeedsAPlaceForASecondClient(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, image := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1434,6 +1460,7 @@ func TestResizeNeedsAPlaceForASecondClient(t *testing.T) {
 // TestAttachNeedsAPlaceForItsClient: QEMU would try for seconds in its main loop, and
 // say that there is no such export. A disk that is there needs none.
 func TestAttachNeedsAPlaceForItsClient(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	first, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	other := &lab{dir: testenv.TempDir(t), service: l.service}
@@ -1498,6 +1525,7 @@ func needsAPlace(t *testing.T, c *client.Client, export, image string, resize fu
 
 // TestDiskIsFoundByAPathWithALink as the kernel follows that, and Attach got it.
 func TestDiskIsFoundByAPathWithALink(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1518,6 +1546,7 @@ func TestDiskIsFoundByAPathWithALink(t *testing.T) {
 // TestFileThatWasReplacedIsNotServed: the export of a machine that ended without a
 // detach has the file that was at the path then, and another is there now.
 func TestFileThatWasReplacedIsNotServed(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	l.startService(t)
 	end := l.startMachine(t, q35...)
@@ -1548,6 +1577,7 @@ func TestFileThatWasReplacedIsNotServed(t *testing.T) {
 // TestDiskWithANameIsFoundByWhatItIs gives disks names, and looks for them by
 // their image, the image below a snapshot, their export and their URI.
 func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1578,6 +1608,7 @@ func TestDiskWithANameIsFoundByWhatItIs(t *testing.T) {
 
 // TestDetachEndsWhatAnEarlierOneHasBegun stops after each of its steps.
 func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1601,6 +1632,7 @@ func TestDetachEndsWhatAnEarlierOneHasBegun(t *testing.T) {
 
 // TestTokenIsInNoPlan: plans and their errors go to terminals and logs.
 func TestTokenIsInNoPlan(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1617,6 +1649,7 @@ func TestTokenIsInNoPlan(t *testing.T) {
 
 // TestDiskThatCameWithATokenIsItsExport to the commands that name the export.
 func TestDiskThatCameWithATokenIsItsExport(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1645,6 +1678,7 @@ func TestDiskThatCameWithATokenIsItsExport(t *testing.T) {
 
 // TestSecondDetachWaitsForTheGuestToo has been asked by the first.
 func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1677,6 +1711,7 @@ func TestSecondDetachWaitsForTheGuestToo(t *testing.T) {
 
 // TestDetachAsksAgainWhileTheGuestIsBusy taking the device in: its power indicator blinks.
 func TestDetachAsksAgainWhileTheGuestIsBusy(t *testing.T) {
+	t.Parallel()
 	l := start(t, "-machine", "q35", "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
 		"-device", "pcie-root-port,id=rp1,chassis=1,slot=1,addr=2.0")
 	m := l.machine(t, l.monitor, nil)
@@ -1717,6 +1752,7 @@ func TestDetachAsksAgainWhileTheGuestIsBusy(t *testing.T) {
 
 // TestPoisonedDiskIsDetached as any other: that its last writes are lost is known.
 func TestPoisonedDiskIsDetached(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1743,6 +1779,7 @@ func TestPoisonedDiskIsDetached(t *testing.T) {
 // main loop, and the whole guest would stand still until the end of the pause. A disk
 // that is paused while it is being detached is left to a second detach.
 func TestPausedDiskStaysAsItIs(t *testing.T) {
+	t.Parallel()
 	l := &lab{dir: testenv.TempDir(t)}
 	m, _ := l.startWeb(t, fmt.Sprintf("[[listener]]\nuri = \"nbd+unix:///?socket=%s/shared\"", l.dir))
 	ctx := testenv.Context(t)
@@ -1789,6 +1826,7 @@ func TestPausedDiskStaysAsItIs(t *testing.T) {
 }
 
 func TestMachineWithoutAPlaceIsToldBeforeAnythingIsDone(t *testing.T) {
+	t.Parallel()
 	l := start(t, "-machine", "q35")
 	m := l.machine(t, l.monitor, nil)
 	image := l.image(t, "disk", diskSize)
@@ -1802,6 +1840,7 @@ func TestMachineWithoutAPlaceIsToldBeforeAnythingIsDone(t *testing.T) {
 // TestImageIsPassedAsADescriptor serves an image that lies outside of the
 // service's folders.
 func TestImageIsPassedAsADescriptor(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	ctx := testenv.Context(t)
@@ -1828,6 +1867,7 @@ func TestImageIsPassedAsADescriptor(t *testing.T) {
 
 // TestDiskOfAnotherServerIsPluggedByItsURI needs no control socket.
 func TestDiskOfAnotherServerIsPluggedByItsURI(t *testing.T) {
+	t.Parallel()
 	l := start(t, q35...)
 	m := l.machine(t, l.monitor, nil)
 	m.Server = nil

@@ -23,6 +23,7 @@ import (
 // but TLS and a key, over TCP and a Unix socket: QEMU reads the image through
 // it, the disk grows, and no key is left behind.
 func TestDiskComesWithAPreSharedKey(t *testing.T) {
+	t.Parallel()
 	if err := psk.Supported(); err != nil {
 		t.Skipf("this build has no overlay of crypto/tls, make test has: %v", err)
 	}
