@@ -224,3 +224,46 @@ func TestCloseEndsTheCommandOfAnAgent(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// lateTimer is a context that is done some time after its deadline, as one is on
+// a busy machine.
+type lateTimer struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c lateTimer) Deadline() (time.Time, bool) { return c.deadline, true }
+
+// TestDeadlineIsNotToldBeforeTheContextIsDone, as callers ask the context whether
+// it was their own patience that ended.
+func TestDeadlineIsNotToldBeforeTheContextIsDone(t *testing.T) {
+	silent := func(c *qmptest.Conn) { c.Hold() }
+	deaf := func(c *qmptest.Conn) { synced(c); c.Hold() }
+	for name, use := range map[string]func(ctx context.Context) error{
+		"agent that is not there": func(ctx context.Context) error {
+			_, err := agent(t, silent).Execute(ctx, "guest-info", nil)
+			return err
+		},
+		"agent that does not answer": func(ctx context.Context) error {
+			_, err := agent(t, deaf).Execute(ctx, "guest-info", nil)
+			return err
+		},
+		"monitor without a greeting": func(ctx context.Context) error {
+			_, err := qmp.Dial(ctx, qmptest.Listen(t, silent))
+			return err
+		},
+	} {
+		done, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
+		defer cancel()
+		ctx := lateTimer{done, time.Now().Add(50 * time.Millisecond)}
+		if err := use(ctx); !errors.Is(err, context.DeadlineExceeded) || ctx.Err() == nil {
+			t.Errorf("%s: %v, and the context says %v", name, err, ctx.Err())
+		}
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	time.AfterFunc(50*time.Millisecond, cancel)
+	_, err := qmp.Dial(ctx, qmptest.Listen(t, silent))
+	if !errors.Is(err, qmp.ErrNoGreeting) || !errors.Is(err, context.Canceled) {
+		t.Errorf("a dial that was called off: %v", err)
+	}
+}

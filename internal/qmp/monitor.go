@@ -133,7 +133,7 @@ func (m *Monitor) greet(ctx context.Context, conn *net.UnixConn, lines *lineRead
 	for range limits.QMPEventQueue {
 		line, err := lines.next()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			return fmt.Errorf("%w: %w", ErrNoGreeting, context.DeadlineExceeded)
+			return fmt.Errorf("%w: %w", ErrNoGreeting, because(ctx, err))
 		}
 		if err != nil {
 			return lost(err)

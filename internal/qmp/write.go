@@ -74,15 +74,17 @@ func until(ctx context.Context, set func(time.Time) error) (release func()) {
 	}
 }
 
-// because says what an error of a connection with the deadline of ctx means.
+// because says what an error of a connection with the deadline of ctx means. An
+// error of ctx is not told before ctx is done: the caller will look at ctx.
 func because(ctx context.Context, err error) error {
-	switch {
-	case err == nil:
+	if err == nil {
 		return nil
-	case ctx.Err() != nil:
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		<-ctx.Done() // whose timer is a moment late
+	}
+	if ctx.Err() != nil {
 		return ctx.Err()
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return context.DeadlineExceeded // the timer of ctx is a moment late
 	}
 	return lost(err)
 }
