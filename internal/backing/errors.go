@@ -90,14 +90,15 @@ func KindOf(err error) Kind {
 // stays as it is too.
 func Wrap(op string, off, n int64, err error) error { return WrapIn(op, "", off, n, err) }
 
-// WrapIn is Wrap for what happened to the image at path.
+// WrapIn is Wrap for what happened to the image at path, which an *Error
+// without a path gets.
 func WrapIn(op, path string, off, n int64, err error) error {
 	if err == nil || GaveUp(err) {
 		return err
 	}
 	var e *Error // below: it costs an allocation
 	if errors.As(err, &e) {
-		return err
+		return WithPath(path, err)
 	}
 	return &Error{Op: op, Path: path, Off: off, Len: n, Kind: KindOf(err), Err: err}
 }
@@ -109,10 +110,10 @@ func GaveUp(err error) bool {
 }
 
 // WithPath gives path to an err that is an *Error without one. Any other err
-// stays as it is.
+// stays as it is, and so does one that only holds an *Error.
 func WithPath(path string, err error) error {
-	var e *Error
-	if !errors.As(err, &e) || e.Path != "" || path == "" {
+	e, is := err.(*Error)
+	if !is || e.Path != "" || path == "" {
 		return err
 	}
 	named := *e

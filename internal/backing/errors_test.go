@@ -100,6 +100,15 @@ func TestErrorGetsThePathItDoesNotHave(t *testing.T) {
 	if again := backing.WithPath("/b", err); again != err {
 		t.Errorf("an error with a path: got %v, want %v", again, err)
 	}
+	inner := &backing.Error{Op: "allocate", Off: -1, Kind: backing.ErrNoSpace}
+	err = backing.WrapIn("resize", "/a", 1, 0, inner)
+	if got, want := err.Error(), `allocate "/a": `; !strings.HasPrefix(got, want) || inner.Path != "" {
+		t.Errorf("wrapped: got %q, want %q", got, want)
+	}
+	both := errors.Join(inner, cause)
+	if got := backing.WithPath("/a", both); got != both {
+		t.Errorf("two errors: got %v, want both", got)
+	}
 	if got := backing.WithPath("/a", cause); got != cause {
 		t.Errorf("another error: got %v, want %v", got, cause)
 	}
